@@ -1,0 +1,313 @@
+"""GPT-2 exactly as published, with a few switches for small models that learn faster.
+
+Module and tensor names are those of the published weights.
+Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPSILON = 1e-5
+INIT_STD = 0.02
+ROTARY_BASE = 10_000.0
+
+# "Language Models are Unsupervised Multitask Learners", table 2.
+PRESETS = {  # n_layer, n_head, n_embd
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model; the defaults are GPT-2 small.
+
+    Raises ValueError, naming the key, for a value that no model can have.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    position: Literal["learned", "rotary"] = "learned"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    activation: Literal["gelu", "relu2"] = "gelu"
+    qk_norm: bool = False
+    zero_init: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, key)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{key}={value!r} is not a whole number of at least 1")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"dropout={self.dropout!r} is not a number from 0 up to, not including, 1"
+            )
+        for key in ("bias", "qk_norm", "zero_init"):
+            value = getattr(self, key)
+            if type(value) is not bool:
+                raise ValueError(f"{key}={value!r} is neither true nor false")
+        for key, known in (
+            ("position", ("learned", "rotary")),
+            ("norm", ("layernorm", "rmsnorm")),
+            ("activation", ("gelu", "relu2")),
+        ):
+            value = getattr(self, key)
+            if value not in known:
+                raise ValueError(f"{key}={value!r} is unknown; choose one of {', '.join(known)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd={self.n_embd} does not divide into n_head={self.n_head} equal heads; "
+                f"make n_embd a multiple of n_head"
+            )
+        if self.position == "rotary" and self.n_embd // self.n_head % 2:
+            raise ValueError(
+                f"position=rotary turns pairs of channels but n_embd={self.n_embd} over "
+                f"n_head={self.n_head} gives an odd head size; make it even"
+            )
+
+    @classmethod
+    def preset(cls, name: str) -> "GPTConfig":
+        """Return a published shape: gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        n_layer, n_head, n_embd = PRESETS[name]
+        return cls(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+
+
+class Cache(Protocol):
+    """What the model needs of a KV cache: how many tokens it holds, and a way to add more."""
+
+    @property
+    def length(self) -> int: ...
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a layer's new keys and values (B, H, T, D); return all of them, old and new."""
+        ...
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer whose head shares the token embedding.
+
+    It holds no state between calls: what was read before comes in as a `cache`.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = TokenEmbedding(config.vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = make_norm(config)
+        self.init_weights()
+
+    @classmethod
+    def from_pretrained(cls, path: str | PathLike[str]) -> "GPT":
+        """Read a local Hugging Face GPT-2 directory."""
+        from nanogpt.pretrained import load_pretrained
+
+        return load_pretrained(path)
+
+    def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return the logits (B, T, V) of the token that follows each of input_ids (B, T)."""
+        return self.head(self.hidden_states(input_ids, cache))
+
+    def hidden_states(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return the final, normalised states (B, T, C) of input_ids (B, T) int64.
+
+        With a cache, input_ids continue what it holds. Raises ValueError past block_size.
+        """
+        config = self.config
+        start = 0 if cache is None else cache.length
+        end = start + input_ids.size(1)
+        if end > config.block_size:
+            raise ValueError(
+                f"the input reaches {end} tokens but the model has block_size={config.block_size}; "
+                f"shorten it"
+            )
+        x = self.wte(input_ids)  # (B, T, C)
+        rotation = None
+        if config.position == "learned":
+            x = x + self.wpe.weight[start:end]
+        else:
+            rotation = rotary_angles(start, end, config.n_embd // config.n_head, x)
+        x = F.dropout(x, config.dropout, self.training)
+        for block in self.h:
+            x = block(x, rotation, cache)
+        return self.ln_f(x)
+
+    def head(self, hidden_states: Tensor) -> Tensor:
+        """Return the logits (..., V) of hidden states (..., C)."""
+        return self.wte.logits(hidden_states)
+
+    def num_parameters(self) -> int:
+        """Count the parameters: the tied head once, padded rows not at all."""
+        padding = self.wte.weight.size(0) - self.config.vocab_size
+        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw every weight anew, as GPT-2 did.
+
+        Normal with deviation 0.02, biases zero; projections onto the residual stream are scaled by
+        1/sqrt(number of them) (GPT-2 paper, section 2.3), or start at zero with `zero_init`.
+        """
+        config = self.config
+        residual_std = 0.0 if config.zero_init else INIT_STD / math.sqrt(2 * config.n_layer)
+        for name, parameter in self.named_parameters():
+            if name == "wte.weight":
+                nn.init.normal_(parameter[: config.vocab_size], std=INIT_STD)
+                nn.init.zeros_(parameter[config.vocab_size :])
+            elif name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=residual_std)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=INIT_STD)
+            else:
+                nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
+
+
+class TokenEmbedding(nn.Module):
+    """The token table, also the head: large ones have a few more rows in memory than tokens.
+
+    Matrix products are faster over a multiple of 64 rows. The rows beyond `vocab_size` stay zero,
+    and neither logits nor state dict show them.
+    """
+
+    def __init__(self, vocab_size: int, n_embd: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        n_rows = vocab_size if vocab_size <= 8192 else math.ceil(vocab_size / 64) * 64
+        self.weight = nn.Parameter(torch.zeros(n_rows, n_embd))
+        self.register_state_dict_post_hook(_drop_padding)
+        self.register_load_state_dict_pre_hook(_add_padding)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the rows (B, T, C) of input_ids (B, T)."""
+        return F.embedding(input_ids, self.weight)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Return the product (..., V) of hidden states (..., C) with every row."""
+        return F.linear(hidden_states, self.weight)[..., : self.vocab_size]
+
+
+class Block(nn.Module):
+    """Attention, then a perceptron, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotation: Tensor | None, cache: Cache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotation, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class CausalSelfAttention(nn.Module):
+    """Every token gathers from itself and the tokens before it."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, rotation: Tensor | None, cache: Cache | None) -> Tensor:
+        B, T, C = x.shape
+        H, dropout = self.config.n_head, self.config.dropout if self.training else 0.0
+        q, k, v = self.c_attn(x).view(B, T, 3, H, C // H).unbind(2)  # (B, T, H, D) each
+        if self.config.qk_norm:
+            q, k = F.rms_norm(q, (C // H,)), F.rms_norm(k, (C // H,))
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        y = causal_attention(q, k, v, dropout)  # (B, H, T, D)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two linear maps with a nonlinearity between them, four times as wide inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_fc(x)  # (B, T, 4C)
+        x = (
+            F.relu(x).square()
+            if self.config.activation == "relu2"
+            else F.gelu(x, approximate="tanh")
+        )
+        return F.dropout(self.c_proj(x), self.config.dropout, self.training)
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """Return a new normalisation over channels."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=NORM_EPSILON)
+    return nn.LayerNorm(config.n_embd, eps=NORM_EPSILON, bias=config.bias)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Attend from the last q.size(2) of k.size(2) tokens, each to itself and those before."""
+    n_queries, n_keys = q.size(2), k.size(2)
+    if n_queries == n_keys:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    # is_causal would align a smaller number of queries with the first keys, not with the last.
+    mask = None
+    if n_queries > 1:
+        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device)
+        mask = mask.tril(n_keys - n_queries)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+def rotary_angles(start: int, end: int, head_size: int, like: Tensor) -> Tensor:
+    """Return cosine and sine (2, T, 1, D/2) of the positions' angles (RoFormer, section 3.2.2).
+
+    They are computed for each call, in float32, and not kept: it costs microseconds, and a model
+    has no buffers to lose or to round when it moves to another device or precision.
+    """
+    positions = torch.arange(start, end, device=like.device, dtype=torch.float32)
+    channels = torch.arange(0, head_size, 2, device=like.device, dtype=torch.float32)
+    angles = positions[:, None, None] * ROTARY_BASE ** (-channels / head_size)  # (T, 1, D/2)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn the channel pairs (i, i + D/2) of x (B, T, H, D) by their position's angle."""
+    cos, sin = rotation.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+def _drop_padding(module: Any, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"][: module.vocab_size]
+
+
+def _add_padding(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    weight = state_dict.get(f"{prefix}weight")
+    n_missing = module.weight.size(0) - module.vocab_size
+    if n_missing and weight is not None and weight.size(0) == module.vocab_size:
+        state_dict[f"{prefix}weight"] = F.pad(weight, (0, 0, 0, n_missing))
