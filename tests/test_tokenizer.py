@@ -1,0 +1,255 @@
+"""Tokenizers: any text comes back, and the table alone rebuilds them."""
+
+import base64
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanogpt.tokenizer import (
+    BPE_PATTERN,
+    END_OF_TEXT,
+    GPT2_PATTERN,
+    LONGEST_SPACE,
+    RESERVED,
+    BytePairTokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    _tokens,
+    _train,
+    bpe_tokenizer,
+    byte_tokenizer,
+    from_record,
+    gpt2_tokenizer,
+)
+
+# Enough repetition to learn from, with what trips pre-tokenisers: indentation, digits, scripts.
+SAMPLE = [
+    Path(__file__).read_text(encoding="utf-8"),
+    "def f(self):\n    if x_1 == 10_000:\n\n        return 'ä' + \"€\"\r\n\t# don't\n" * 20,
+    "Ünïcödé 汉字汉字 🙂🙂 don't we'll I'D 12345 \u00a0\u3000 \x1c\x85 e\u0301 end.  \n" * 20,
+]
+BPE = bpe_tokenizer(SAMPLE, vocab_size=600)
+TOKENIZERS = [byte_tokenizer(), BPE]
+every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.name)
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    if "NANOGPT_TEST_DATA" not in os.environ:
+        pytest.skip("NANOGPT_TEST_DATA is not set")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", os.environ["NANOGPT_TEST_DATA"] + "/tiktoken_cache")
+        patch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)
+        return gpt2_tokenizer()
+
+
+@every_tokenizer
+@given(text=st.text())
+def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@every_tokenizer
+@given(text=st.text(alphabet=" \t\r\n\x0b\x85\u00a0\u3000a_.1'(汉e\u0301"))
+def test_text_of_spaces_and_marks_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@every_tokenizer
+@given(text=st.text())
+def test_array_holds_the_ids_of_encode(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text)
+
+
+@every_tokenizer
+def test_empty_text_has_no_ids(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode("") == []
+    assert tokenizer.encode_array("").shape == (0,)
+    assert tokenizer.decode([]) == ""
+
+
+@every_tokenizer
+@pytest.mark.parametrize("text", [END_OF_TEXT, f"a{END_OF_TEXT}b", *RESERVED[:2]])
+def test_text_like_a_special_token_stays_text(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert not set(ids) & set(tokenizer.special_tokens.values())
+    assert tokenizer.decode(ids) == text
+
+
+@every_tokenizer
+def test_special_ids_come_last_and_decode_to_nothing(tokenizer: Tokenizer) -> None:
+    assert list(tokenizer.special_tokens) == [END_OF_TEXT, *RESERVED]
+    assert list(tokenizer.special_tokens.values()) == list(
+        range(tokenizer.vocab_size - 17, tokenizer.vocab_size)
+    )
+    assert tokenizer.eot_id == tokenizer.special_tokens[END_OF_TEXT]
+    assert tokenizer.decode([tokenizer.eot_id, *tokenizer.encode("a"), tokenizer.eot_id]) == "a"
+
+
+@every_tokenizer
+def test_token_bytes_spell_the_text(tokenizer: Tokenizer) -> None:
+    token_bytes = tokenizer.token_bytes()
+    assert len(token_bytes) == tokenizer.vocab_size
+    text = SAMPLE[2]
+    assert b"".join(token_bytes[i] for i in tokenizer.encode(text)) == text.encode()
+    assert all(token_bytes[i] == b"" for i in tokenizer.special_tokens.values())
+
+
+@every_tokenizer
+def test_lone_surrogates_become_replacement_characters(tokenizer: Tokenizer) -> None:
+    text = "a\ud800b\ud83d\ude42"
+    assert tokenizer.decode(tokenizer.encode(text)) == "a\ufffdb🙂"
+    assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text)
+
+
+@every_tokenizer
+def test_bytes_cut_inside_a_character_decode_to_a_replacement(tokenizer: Tokenizer) -> None:
+    ids = byte_tokenizer().encode("é")[:1]
+    assert tokenizer.decode(ids) == "\ufffd"
+    assert tokenizer.decode_bytes(ids) == "é".encode()[:1]
+
+
+def test_byte_ids_are_the_bytes() -> None:
+    tokenizer = byte_tokenizer()
+    assert tokenizer.vocab_size == 273
+    assert tokenizer.encode("aé") == [97, 0xC3, 0xA9]
+
+
+def test_bpe_has_the_vocabulary_asked_for() -> None:
+    assert BPE.vocab_size == 600
+    assert BPE.token_bytes()[:256] == [bytes([i]) for i in range(256)]
+
+
+def test_bpe_of_a_tiny_text_is_smaller_than_asked() -> None:
+    tokenizer = bpe_tokenizer(["abab"], vocab_size=1000)
+    assert tokenizer.vocab_size == 256 + 1 + 17  # the one pair that occurs twice
+    assert tokenizer.decode(tokenizer.encode("abab xyz")) == "abab xyz"
+
+
+def test_bpe_without_text_is_the_bytes() -> None:
+    assert bpe_tokenizer([], vocab_size=1000).vocab_size == 273
+
+
+def test_bpe_refuses_a_vocabulary_below_the_bytes() -> None:
+    with pytest.raises(ValueError, match=r"vocab_size=272 is too small.*at least 273"):
+        bpe_tokenizer(["text"], vocab_size=272)
+
+
+def test_bpe_training_is_deterministic() -> None:
+    assert bpe_tokenizer(iter(SAMPLE), vocab_size=600) == BPE
+
+
+@pytest.mark.parametrize("n", range(len(SAMPLE)))
+def test_bpe_encodes_as_the_trainer_library(n: int) -> None:
+    library = _train(SAMPLE, n_tokens=583)
+    tokens, ours = _tokens(library), BPE.token_bytes()
+    expected = [tokens[i] for i in library.encode(SAMPLE[n]).ids]
+    assert [ours[i] for i in BPE.encode(SAMPLE[n])] == expected
+
+
+def test_a_line_break_with_its_indentation_is_one_token() -> None:
+    tokenizer = bpe_tokenizer(["if x:\n        y()\n" * 10], vocab_size=400)
+    assert b":\n        " in tokenizer.token_bytes()
+
+
+def test_bpe_encodes_a_megabyte_of_one_character() -> None:
+    for character in (" ", "\n", "a", "1", "!"):
+        text = character * 1_000_000 + "z"
+        assert BPE.decode(BPE.encode(text)) == text
+
+
+def test_gpt2_encodes_as_tiktoken(gpt2: Tokenizer) -> None:
+    reference = tiktoken.get_encoding("gpt2")
+    for text in SAMPLE:
+        assert gpt2.encode(text) == reference.encode_ordinary(text)
+    assert (gpt2.vocab_size, gpt2.eot_id) == (reference.n_vocab, reference.eot_token)
+
+
+def test_gpt2_takes_a_longer_run_of_spaces_than_tiktoken(gpt2: Tokenizer) -> None:
+    text = "a" + " " * (10 * LONGEST_SPACE) + "b"
+    assert gpt2.decode(gpt2.encode(text)) == text
+
+
+def test_gpt2_comes_back_from_its_record(gpt2: Tokenizer) -> None:
+    assert from_record(gpt2.record()) == gpt2
+
+
+def test_gpt2_without_its_table_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unreachable(path: str) -> bytes:
+        raise ConnectionError("no route")
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("tiktoken.load.read_file", unreachable)
+    monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)
+    with pytest.raises(FileNotFoundError) as error:
+        gpt2_tokenizer()
+    for word in (str(tmp_path), "TIKTOKEN_CACHE_DIR", "tokenizer=bpe", "tokenizer=byte"):
+        assert word in str(error.value)
+
+
+@every_tokenizer
+def test_record_is_json_and_rebuilds_an_equal_tokenizer(tokenizer: Tokenizer) -> None:
+    rebuilt = from_record(json.loads(json.dumps(tokenizer.record())))
+    assert rebuilt == tokenizer
+    assert rebuilt.fingerprint == tokenizer.fingerprint
+    assert rebuilt.encode(SAMPLE[2]) == tokenizer.encode(SAMPLE[2])
+
+
+def test_fingerprints_tell_tables_apart() -> None:
+    other = bpe_tokenizer(SAMPLE, vocab_size=599)
+    fingerprints = {t.fingerprint for t in (*TOKENIZERS, other)}
+    assert len(fingerprints) == 3
+    assert all(len(f) == 16 and int(f, 16) >= 0 for f in fingerprints)
+
+
+@every_tokenizer
+def test_tokenizers_travel_between_processes(tokenizer: Tokenizer) -> None:
+    tokenizer.encode("built")
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("a b") == tokenizer.encode("a b")
+
+
+def _without(field: str) -> dict[str, object]:
+    return {key: value for key, value in BPE.record().items() if key != field}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        None,
+        [],
+        {},
+        *(_without(field) for field in BPE.record()),
+        BPE.record() | {"kind": "sentencepiece"},
+        BPE.record() | {"tokens": [1, 2]},
+        BPE.record() | {"tokens": ["not base64!"]},
+        BPE.record() | {"tokens": [base64.b64encode(b"ab").decode()]},
+        BPE.record() | {"tokens": BPE.record()["tokens"] * 2},
+        BPE.record() | {"special_tokens": []},
+        BPE.record() | {"special_tokens": [END_OF_TEXT, END_OF_TEXT]},
+        BPE.record() | {"special_tokens": [END_OF_TEXT, 7]},
+        BPE.record() | {"pattern": "(unclosed"},
+        BPE.record() | {"kind": "byte"},
+        ByteTokenizer().record() | {"special_tokens": [END_OF_TEXT]},
+    ],
+)
+def test_malformed_records_are_refused(record: object) -> None:
+    with pytest.raises(ValueError, match="tokenizer's record is malformed: it") as error:
+        from_record(record)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+def test_patterns_cover_every_character() -> None:
+    """A pattern with a gap would drop text, as tiktoken keeps only what matches."""
+    every_character = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)
+    tokens = [bytes([i]) for i in range(256)]
+    for pattern in (BPE_PATTERN, GPT2_PATTERN):
+        tokenizer = BytePairTokenizer("gap", pattern, tokens, [END_OF_TEXT])
+        assert tokenizer.decode(tokenizer.encode(every_character)) == every_character
