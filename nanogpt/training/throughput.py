@@ -1,0 +1,90 @@
+"""The arithmetic of a token, what a device can do of it, and the share that is used (MFU)."""
+
+import time
+import warnings
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+
+from nanogpt.model import GPTConfig
+
+MEASURE_S = 0.3
+# Sides of the measured product: large enough to reach the device's rate.
+GEMM_SIDE = {"cpu": 1024, "mps": 2048}
+GEMM_SIDE_GPU = 8192
+# Dense bfloat16 and float16 rates that Lightning's table lacks or gives with sparsity, from the
+# data sheets' sparse figures halved: https://www.nvidia.com/en-us/data-center/h200/, .../h100/.
+DENSE_HALF_FLOPS = {
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H200 NVL": 835.5e12,
+    "NVIDIA H100 NVL": 835.5e12,
+}
+# A table's value is believed where a matrix product reaches this share of it, and not more.
+BELIEVED_SHARE = (0.5, 1.05)
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """Return the arithmetic of a token's forward and backward at full context.
+
+    6 per weight of a matrix product, the head included and look-ups not, and 12 L C T for attention
+    (PaLM, appendix B; attention is counted as if it were not causal, as nanoGPT and llm.c do).
+    """
+    L, C, T = config.n_layer, config.n_embd, config.block_size
+    n_matmul = 12 * L * C**2 + config.vocab_size * C
+    return 6 * n_matmul + 12 * L * C * T
+
+
+def mfu(
+    tokens_per_s: float, flops_per_token: float, peak_flops: float, n_devices: int = 1
+) -> float:
+    """Return the share of the devices' peak that the model's arithmetic uses."""
+    return tokens_per_s * flops_per_token / (peak_flops * n_devices)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Return the device's arithmetic per second in `dtype` and where the figure comes from.
+
+    Tables name some GPUs wrongly or with figures that no dense product can reach, so a product is
+    measured everywhere (about 0.3 s), and a table's value taken only where it agrees.
+    """
+    measured = measured_flops(device, dtype)
+    listed = _listed_flops(device, dtype)
+    low, high = BELIEVED_SHARE
+    if listed is not None and low * listed <= measured <= high * listed:
+        return listed, f"data sheet of {torch.cuda.get_device_name(device)}"
+    return measured, "measured by a matrix product"
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the best rate of a square matrix product over about 0.3 s."""
+    side = GEMM_SIDE.get(device.type, GEMM_SIDE_GPU)
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.rand(side, side, generator=generator, device=device).to(dtype)
+    b = a.t().contiguous()
+    out = torch.empty_like(a)
+    best_s = float("inf")
+    end = time.perf_counter() + MEASURE_S
+    while (start := time.perf_counter()) < end:
+        torch.mm(a, b, out=out)
+        synchronize(device)
+        best_s = min(best_s, time.perf_counter() - start)
+    return 2 * side**3 / best_s
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _listed_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    if name in DENSE_HALF_FLOPS and dtype in (torch.bfloat16, torch.float16):
+        return DENSE_HALF_FLOPS[name]
+    with warnings.catch_warnings():  # an unknown GPU is no reason to warn: it is measured
+        warnings.simplefilter("ignore")
+        return get_available_flops(device, dtype)
