@@ -1,0 +1,251 @@
+"""The checkpoint contract: a file that describes itself, written atomically and verified when read.
+
+A checkpoint is a Lightning `.ckpt` with one key of ours, `nanogpt`: the record. The weights lie in the
+file's `state_dict` under `model.`. Everything is of plain types, so that it loads with
+`torch.load(weights_only=True, mmap=True)` and needs neither Lightning nor this project's training code.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.tokenizer import Tokenizer, from_record
+
+FORMAT = 1
+KEY = "nanogpt"
+WEIGHTS_PREFIX = "model."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: the model in eval mode with its tokenizer and what it was trained for."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    template: str | None
+    labels: list[str] | None
+    stage: str
+    config: GPTConfig
+    step: int
+    path: Path
+
+
+def record(
+    stage: str,
+    config: GPTConfig,
+    tokenizer: Tokenizer,
+    *,
+    template: str | None = None,
+    labels: list[str] | None = None,
+    init_from: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return the self-description that a checkpoint carries under the key `nanogpt`."""
+    from nanogpt import __version__
+
+    return {
+        "format": FORMAT,
+        "stage": stage,
+        "model": asdict(config),
+        "tokenizer": tokenizer.record(),
+        "template": template,
+        "labels": labels,
+        "init_from": init_from,
+        "version": __version__,
+    }
+
+
+def load_checkpoint(
+    reference: str | Path, *, device: str | torch.device = "cpu", runs_dir: str | Path = "runs"
+) -> Checkpoint:
+    """Load a checkpoint: a `.ckpt` file, a run directory, or the name of a run under `runs_dir`.
+
+    Raises FileNotFoundError where there is none and ValueError where the file is truncated, altered,
+    of another project, or holds anything but plain values and tensors.
+    """
+    path = find_checkpoint(reference, runs_dir)
+    raw = read_checkpoint(path)
+    about = raw[KEY]
+    config = GPTConfig(**about["model"])
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    model.load_state_dict(model_weights(raw))
+    return Checkpoint(
+        model=model.to(device).eval(),
+        tokenizer=from_record(about["tokenizer"]),
+        template=about["template"],
+        labels=about["labels"],
+        stage=about["stage"],
+        config=config,
+        step=int(raw["global_step"]),
+        path=path,
+    )
+
+
+def model_weights(raw: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the model's tensors of a checkpoint under the model's own names."""
+    return {
+        name.removeprefix(WEIGHTS_PREFIX): tensor
+        for name, tensor in raw["state_dict"].items()
+        if name.startswith(WEIGHTS_PREFIX)
+    }
+
+
+def find_checkpoint(reference: str | Path, runs_dir: str | Path = "runs") -> Path:
+    """Return the file that a `.ckpt` path, a run directory or a run's name stands for."""
+    if str(reference) == "latest":
+        return _latest_pretraining(Path(runs_dir))
+    for path in (Path(reference), Path(runs_dir) / reference):
+        if path.is_file():
+            return path
+        for inside in (path / "checkpoints" / "last.ckpt", path / "last.ckpt"):
+            if inside.is_file():
+                return inside
+        if path.is_dir():
+            raise FileNotFoundError(
+                f"{path} holds no checkpoint (no checkpoints/last.ckpt); "
+                "pass a .ckpt file or the directory of a run that has written one"
+            )
+    raise FileNotFoundError(
+        f"there is no checkpoint {str(reference)!r}: neither a file, nor a run directory, "
+        f"nor a run under {runs_dir}; pass one of these"
+    )
+
+
+def _latest_pretraining(runs_dir: Path) -> Path:
+    finished = []
+    for summary in runs_dir.rglob("summary.json"):
+        path = summary.parent / "checkpoints" / "last.ckpt"
+        if path.is_file() and json.loads(summary.read_text()).get("stage") == "pretrain":
+            finished.append((summary.stat().st_mtime_ns, path))
+    if not finished:
+        raise FileNotFoundError(
+            f"init_from=latest found no finished pretraining run under {runs_dir}; "
+            "pretrain first (python train.py) or pass init_from=PATH"
+        )
+    return max(finished)[1]
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint file, memory-mapped, after checking every byte of it.
+
+    Raises ValueError in one sentence where the file is truncated or altered (the archive's CRC-32 sums),
+    holds Python objects, or is not one of ours.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except zipfile.BadZipFile:
+        broken = "its directory"
+    if broken:
+        raise ValueError(
+            f"{path} is no readable checkpoint: {broken} is truncated or altered, or it is another kind of "
+            f"file; {_alternative(path)}"
+        )
+    try:
+        raw = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} was refused: it holds Python objects, which can run code when loaded; "
+            f"only checkpoints of plain values and tensors are read"
+        ) from error
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no PyTorch file; {_alternative(path)}") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get(KEY), dict):
+        raise ValueError(
+            f"{path} is not a checkpoint of this project (no key {KEY!r}); "
+            "published GPT-2 weights are read with GPT.from_pretrained"
+        )
+    if raw[KEY].get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has checkpoint format {raw[KEY].get('format')!r} and this version reads format "
+            f"{FORMAT}; use the version of nanogpt that wrote it ({raw[KEY].get('version')})"
+        )
+    return raw
+
+
+def _alternative(path: Path) -> str:
+    others = sorted(other.name for other in path.parent.glob("step_*.ckpt") if other != path)
+    return f"use {path.with_name(others[-1])}" if others else "use another checkpoint"
+
+
+def write_checkpoint(content: dict[str, Any], path: Path) -> str:
+    """Write a checkpoint atomically and return its sha256.
+
+    A temporary file beside the target is hashed while it streams, synchronised to the disk and renamed, and
+    the archive's directory is read again: at every moment `path` is the old or the new file, whole.
+    Raises OSError where the disk is full or the directory cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            writer = _HashingWriter(file)
+            torch.save(content, writer)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        with zipfile.ZipFile(temporary) as archive:
+            written = sum(entry.file_size for entry in archive.infolist())
+        if written == 0 or temporary.stat().st_size != writer.n_bytes:
+            raise OSError(f"{temporary} was not written whole")
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if writer_error := _disk_error(error):
+            raise OSError(f"could not write {path}: {writer_error}") from error
+        raise
+    sync_directory(path.parent)
+    return writer.sha256.hexdigest()
+
+
+def _disk_error(error: BaseException) -> OSError | None:
+    """Return the system's error behind a failed write (torch's archive writer wraps it)."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename inside `directory` survive a power cut (where the system lets directories be opened)."""
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def weights_sha256(model: GPT) -> str:
+    """Return a hash over the names, shapes and bits of a model's weights, the same on every machine."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _HashingWriter:
+    """The part of a file that `torch.save` needs, hashing what passes through."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.n_bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.n_bytes += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()

@@ -1,0 +1,99 @@
+"""Stream a completion from a checkpoint.
+
+    python -m nanogpt.generate CHECKPOINT --prompt "def main(" --max-new-tokens 100
+
+CHECKPOINT is a .ckpt, a run directory, or the name of a run under runs/.
+"""
+
+import argparse
+import codecs
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+from nanogpt.checkpoint import Checkpoint, load_checkpoint
+from nanogpt.generation import generate
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        checkpoint = load_checkpoint(
+            options.checkpoint, device=options.device, runs_dir=options.runs_dir
+        )
+        prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+        _write(prompt)
+        for text in stream_text(checkpoint, completion(checkpoint, prompt, options)):
+            _write(text)
+        _write("\n")
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"nanogpt.generate: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def completion(
+    checkpoint: Checkpoint, prompt: str, options: argparse.Namespace
+) -> Iterator[int]:
+    """Return the ids that follow a prompt, up to the end of the text; an empty prompt begins a document."""
+    tokenizer = checkpoint.tokenizer
+    # Documents follow an end-of-text token in training, so a prompt that begins one does too.
+    ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+    return generate(
+        checkpoint.model,
+        ids,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        stop_ids=[tokenizer.eot_id],
+        seed=options.seed,
+    )
+
+
+def stream_text(checkpoint: Checkpoint, ids: Iterable[int]) -> Iterator[str]:
+    """Yield the text of ids as it becomes whole: a character may take several tokens."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in ids:
+        if text := decoder.decode(checkpoint.tokenizer.decode_bytes([token])):
+            yield text
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+def _write(text: str) -> None:
+    """Write text at once; on a terminal without the control characters a young model may utter."""
+    if sys.stdout.isatty():
+        text = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m nanogpt.generate", description="Stream a completion from a checkpoint."
+    )
+    parser.add_argument("checkpoint", help="a .ckpt, a run directory, or the name of a run")
+    parser.add_argument("--prompt", default="", help="the text to continue; - reads standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens (default 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="sample among the likeliest of total probability p")
+    parser.add_argument("--min-p", type=float, help="leave out tokens below p times the likeliest")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default cpu)")
+    parser.add_argument(
+        "--runs-dir",
+        default=os.environ.get("NANOGPT_RUNS_DIR", "runs"),
+        help="where runs lie (default runs, or NANOGPT_RUNS_DIR)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""What happens between optimizer steps: figures, validation, samples, and leaving on a signal.
+
+All intervals are optimizer steps. The callbacks run in this order; checkpoints come after them.
+"""
+
+import re
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nanogpt.generation import generate
+from nanogpt.tokenizer import Tokenizer
+from nanogpt.training.checkpointing import Checkpointing
+from nanogpt.training.module import Batch, StageModule
+from nanogpt.training.run import write_text_atomically
+
+
+class Figures(Callback):
+    """Read the training figures every n steps and hand them to the loggers."""
+
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any
+    ) -> None:
+        assert isinstance(pl_module, StageModule)
+        step = trainer.global_step
+        if not is_due(step, self.every_n_steps, trainer) and step != 1:
+            return
+        figures = pl_module.read_figures()
+        names = {"loss": "train/loss", "grad_norm": "train/grad_norm"}
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {names.get(k, k): v for k, v in figures.items() if k != "step"}
+                | {"wall_s": pl_module.wall_s()},
+                step,
+            )
+
+
+class Validation(Callback):
+    """Score a fixed part of the validation set every n steps, another (None: all of it) at the end."""
+
+    def __init__(
+        self,
+        batches: Callable[[int | None], Iterable[Batch]],
+        *,
+        every_n_steps: int,
+        tokens: int | None,
+        final_tokens: int | None,
+    ) -> None:
+        self.batches = batches
+        self.every_n_steps = every_n_steps
+        self.tokens = tokens
+        self.final_tokens = final_tokens
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any
+    ) -> None:
+        assert isinstance(pl_module, StageModule)
+        step = trainer.global_step
+        if not is_due(step, self.every_n_steps, trainer):
+            return
+        tokens = self.final_tokens if step == trainer.max_steps else self.tokens
+        with pl_module.off_the_clock():
+            pl_module.validation = pl_module.evaluate(self.batches(tokens))
+            pl_module.validation_step = step
+        for logger in trainer.loggers:
+            logger.log_metrics({f"val/{k}": v for k, v in pl_module.validation.items()}, step)
+
+
+class Samples(Callback):
+    """Write what the model says every n steps and at the end: the same prompts and seed each time."""
+
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: Tokenizer,
+        *,
+        every_n_steps: int,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        seed: int,
+    ) -> None:
+        self.path = path
+        self.tokenizer = tokenizer
+        self.every_n_steps = every_n_steps
+        self.prompts = prompts
+        self.options = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "seed": seed,
+        }
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any
+    ) -> None:
+        step = trainer.global_step
+        if not is_due(step, self.every_n_steps, trainer):
+            return
+        assert isinstance(pl_module, StageModule)
+        with pl_module.off_the_clock():
+            if trainer.is_global_zero:
+                self.write(pl_module, step)
+
+    def write(self, module: StageModule, step: int) -> None:
+        """Append the continuations of all prompts to samples.txt."""
+        texts = [self.continuation(module, prompt) for prompt in self.prompts]
+        text = "\n---\n".join(texts)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"=== step {step} ===\n{text}\n")
+
+    def continuation(self, module: StageModule, prompt: str) -> str:
+        """Return the prompt with its continuation; an empty prompt begins a document."""
+        ids = [self.tokenizer.eot_id, *self.tokenizer.encode(prompt)]
+        options: Any = self.options
+        new_ids = generate(module.model, ids, stop_ids=[self.tokenizer.eot_id], **options)
+        return prompt + self.tokenizer.decode(list(new_ids))
+
+
+class StopSignals(Callback):
+    """On SIGTERM or SIGINT finish the step, write the checkpoint and leave; a second SIGINT leaves at once.
+
+    The ranks agree on the step without waiting: each starts a reduction of its flag over gloo and reads the
+    previous step's.
+    """
+
+    def __init__(self, checkpointing: Checkpointing) -> None:
+        self.checkpointing = checkpointing
+        self.received: int | None = None
+        self.stopped_by: int | None = None
+        self._reduction: tuple[Any, torch.Tensor] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning's own handler broadcasts from inside the handler; it is replaced, and restored at the end.
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._receive)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self.received is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signum
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any
+    ) -> None:
+        signum = self._agreed()
+        if signum and trainer.global_step < trainer.max_steps:
+            self.stopped_by = signum
+            self.checkpointing.save(trainer, pl_module)
+            trainer.should_stop = True
+
+    def _agreed(self) -> int:
+        """Return the signal that a rank had received by the previous step, 0 for none."""
+        if not dist.is_initialized():
+            return self.received or 0
+        agreed = 0
+        if self._reduction is not None:
+            work, flag = self._reduction
+            work.wait()
+            agreed = int(flag.item())
+        flag = torch.tensor(self.received or 0)
+        self._reduction = (dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag)
+        return agreed
+
+
+def is_due(step: int, every_n_steps: int, trainer: Trainer) -> bool:
+    """Return whether something of this interval happens at this step; all of it happens at the last."""
+    return step % every_n_steps == 0 or step == trainer.max_steps
+
+
+def cut_samples(path: Path, step: int) -> None:
+    """Drop from samples.txt what was written after `step`."""
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    for heading in re.finditer(r"^=== step (\d+) ===$", text, re.MULTILINE):
+        if int(heading[1]) > step:
+            write_text_atomically(path, text[: heading.start()])
+            return

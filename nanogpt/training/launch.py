@@ -1,0 +1,165 @@
+"""Several processes: starting the ranks of a run, joining them, and letting rank zero decide for all.
+
+Lightning's own subprocess launcher is never used: it would run a sweep once more in every child.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import yaml
+
+T = TypeVar("T")
+SHUTDOWN_S = 600  # how long ranks may take to write a checkpoint after a signal
+LAUNCHER_PID = "NANOGPT_LAUNCHER_PID"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among those of the run, as torchrun's environment says."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        return cls(
+            rank=int(os.environ.get("RANK", 0)),
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        )
+
+    @property
+    def num_nodes(self) -> int:
+        return self.world_size // self.local_world_size
+
+
+class RankZeroFailedError(RuntimeError):
+    """Rank zero failed and says why itself; the other ranks leave without a word."""
+
+
+def is_rank() -> bool:
+    """Return whether torchrun, or `launch`, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def resolve_device(accelerator: str) -> torch.device:
+    """Return the device of this rank; `auto` is CUDA, then MPS, then the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = {"gpu": "cuda"}.get(accelerator, accelerator)
+    if kind == "auto":
+        kind = next((name for name, there in available.items() if there), "cpu")
+    if kind not in ("cuda", "mps", "cpu") or not available.get(kind, True):
+        there = [name for name, is_there in available.items() if is_there] + ["cpu"]
+        raise ValueError(
+            f"trainer.accelerator={accelerator} is not on this machine; choose from auto, {', '.join(there)}"
+        )
+    return torch.device(kind, Ranks.from_environment().local_rank) if kind == "cuda" else torch.device(kind)
+
+
+def count_devices(devices: int | str, accelerator: str) -> int:
+    """Return how many processes of this machine train; `auto` is one per GPU, and one without."""
+    kind = resolve_device(accelerator).type
+    n_gpus = torch.cuda.device_count() if kind == "cuda" else 1
+    if devices == "auto":
+        return n_gpus
+    if not isinstance(devices, int) or devices < 1:
+        raise ValueError(f"trainer.devices={devices!r} is neither auto nor a number of at least 1")
+    if kind == "cuda" and devices > n_gpus:
+        raise ValueError(
+            f"trainer.devices={devices} but this machine has {n_gpus} GPUs; pass at most {n_gpus}"
+        )
+    return devices
+
+
+def launch(config: Mapping[str, Any], n_processes: int) -> int:
+    """Run `train.py` on the frozen configuration in n processes of this machine; return the exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks set their own number of threads
+    os.environ[LAUNCHER_PID] = str(os.getpid())
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    launch_config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n_processes,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        frozen = Path(directory) / "config.yaml"
+        frozen.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
+        script = str(Path(sys.argv[0]).resolve())
+        try:
+            elastic_launch(launch_config, sys.executable)("-u", script, "--frozen", str(frozen))
+        except SignalException as error:
+            return 128 + int(error.sigval)
+        except ChildFailedError as error:
+            _, first = error.get_first_failure()
+            code = first.exitcode
+            return 128 - code if code < 0 else code
+        finally:
+            del os.environ[LAUNCHER_PID]
+    return 0
+
+
+def leave_with_launcher() -> None:
+    """End this rank soon after its launcher died, so that no orphan keeps training and holds the run."""
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(launcher):
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def join(device: torch.device) -> None:
+    """Join the run's process group: gloo for the CPU (decisions, signals), nccl beside it for GPUs."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+
+
+def on_rank_zero(decide: Callable[[], T]) -> T:
+    """Return on every rank what `decide` returns on rank zero (plain values), or fail on every rank."""
+    if not dist.is_initialized():
+        return decide()
+    outcome: list[Any] = [None, None]
+    failure: BaseException | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome = [decide(), None]
+        except Exception as error:
+            failure, outcome = error, [None, str(error)]
+    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        raise RankZeroFailedError(outcome[1])
+    result: T = outcome[0]
+    return result

@@ -1,0 +1,210 @@
+"""The optimizer step: what every stage's LightningModule shares.
+
+Optimization is manual, and one batch of the loader is one whole optimizer step of this rank: a list of
+micro-batches. So Lightning's batches, its global step and all intervals are optimizer steps, gradient
+accumulation is an ordinary loop, and losses are summed and divided by the scored tokens of the step over
+all ranks, which makes every split of a step over micro-batches and ranks give the same update.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from nanogpt.checkpoint import KEY
+from nanogpt.model import GPT
+from nanogpt.optim import Schedule, set_learning_rate
+
+Batch = dict[str, Any]  # the batch contract: input_ids (B, T), targets (B, T), step_targets
+
+
+class StageModule(LightningModule):
+    """A model in training: one optimizer step per batch, measured without synchronising the device per step.
+
+    A stage subclasses it with `summed_loss` and `evaluate`. Losses and gradient norms stay on the device and are
+    read together every `log_every_n_steps` and before validation, samples and checkpoints; there a value that is
+    not finite stops the run with its step.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        *,
+        make_optimizer: Callable[[GPT], torch.optim.Optimizer],
+        schedule: Schedule,
+        max_steps: int,
+        tokens_per_step: int,
+        grad_clip: float | None,
+        seed: int,
+        compiled: bool,
+        record: dict[str, Any],
+        flops_per_token: float = 0.0,
+        peak_flops: float = 0.0,
+        log_every_n_steps: int = 10,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.make_optimizer = make_optimizer
+        self.schedule = schedule
+        self.max_steps = max_steps
+        self.tokens_per_step = tokens_per_step
+        self.grad_clip = grad_clip
+        self.seed = seed
+        self.record = record
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.log_every_n_steps = log_every_n_steps
+        self.compiled = compiled
+        self.progress: dict[str, float] = {}
+        self.validation: dict[str, float] = {}  # the metrics of the latest validation
+        self.validation_step = -1
+        self.train_s = 0.0
+        self._wall_s_before = 0.0  # of the sittings before this one
+        self._began = time.monotonic()
+        self._pending: list[tuple[Tensor, Tensor]] = []  # (loss, grad norm) since the last reading
+        self._window_began = 0.0
+
+    # What a stage defines
+
+    def summed_loss(self, batch: Batch) -> Tensor:
+        """Return the loss summed over the scored positions of a micro-batch."""
+        raise NotImplementedError
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Return the validation metrics over all ranks' batches; `loss` is one of them."""
+        raise NotImplementedError
+
+    # The step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(self.model)
+
+    def on_train_start(self) -> None:
+        self._began = self._window_began = time.monotonic()
+
+    def training_step(self, micro_batches: list[Batch], batch_idx: int) -> None:
+        step = self.trainer.global_step
+        torch.manual_seed(_step_seed(self.seed, step, self.global_rank))
+        optimizer: Any = self.optimizers()
+        set_learning_rate(optimizer, self.schedule.factor(step, self.max_steps))
+        losses = []
+        for batch in micro_batches[:-1]:
+            with self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
+                losses.append(self._backward(batch))
+        losses.append(self._backward(micro_batches[-1]))
+        grad_norm = self._clip_gradients()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self._pending.append((torch.stack(losses).sum(), grad_norm))
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Add a micro-batch's share of the step's gradient; return its share of the loss."""
+        loss = self.summed_loss(batch) / batch["step_targets"]
+        # DDP averages gradients over ranks; the shares are to be summed.
+        self.manual_backward(loss * self.trainer.world_size)
+        return loss.detach()
+
+    def _clip_gradients(self) -> Tensor:
+        """Scale the gradients down to norm `grad_clip`; return their norm before."""
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:  # fp16: the gradients are still multiplied by the loss scale
+            norm = norm / scaler.scale(torch.ones_like(norm))
+        if self.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
+        return norm
+
+    # Reading the figures
+
+    def read_figures(self) -> dict[str, float]:
+        """Read the losses since the last reading from the device; return the metrics of the last step.
+
+        Called on all ranks at the same steps. Raises FloatingPointError, naming the step, where a loss or a
+        gradient norm is not finite.
+        """
+        if not self._pending:
+            return dict(self.progress)
+        losses = torch.stack([loss for loss, _ in self._pending])
+        norms = torch.stack([norm for _, norm in self._pending]).tolist()
+        losses = self.trainer.strategy.reduce(losses, reduce_op="sum").tolist()
+        n_steps, self._pending = len(losses), []
+        now = time.monotonic()
+        window_s, self._window_began = now - self._window_began, now
+        self.train_s += window_s
+        step = self.trainer.global_step
+        self._check_finite(losses, norms, step - n_steps)
+        tokens_per_s = n_steps * self.tokens_per_step / max(window_s, 1e-9)
+        self.progress = {
+            "step": step,
+            "tokens": step * self.tokens_per_step,
+            "loss": losses[-1],
+            "grad_norm": norms[-1],
+            "learning_rate": float(self.trainer.optimizers[0].param_groups[0]["lr"]),
+            "tokens_per_s": tokens_per_s,
+            "mfu": self.mfu(tokens_per_s),
+        }
+        return dict(self.progress)
+
+    def mfu(self, tokens_per_s: float) -> float:
+        """Return the share of the devices' peak that the model's arithmetic uses, 0 where unknown."""
+        peak = self.peak_flops * self.trainer.world_size
+        return tokens_per_s * self.flops_per_token / peak if peak else 0.0
+
+    def wall_s(self) -> float:
+        """Return the seconds since training began, earlier sittings included."""
+        return self._wall_s_before + time.monotonic() - self._began
+
+    def _check_finite(self, losses: list[float], norms: list[float], before: int) -> None:
+        overflow_is_normal = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+            if not math.isfinite(loss) or not (math.isfinite(norm) or overflow_is_normal):
+                raise FloatingPointError(
+                    f"the loss is {loss} and the gradient norm {norm} at step {before + i + 1} (batch "
+                    f"{before + i} of the data order, counted from 0); the last checkpoint before it is kept: lower "
+                    f"optim.learning_rate or look at that batch"
+                )
+
+    @contextlib.contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """Keep what happens inside (validation, samples, checkpoints) out of the training time."""
+        self.read_figures()
+        try:
+            yield
+        finally:
+            self._window_began = time.monotonic()
+
+    # Checkpoint
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[KEY] = {
+            **self.record,
+            "clock": {"train_s": self.train_s, "wall_s": self.wall_s()},
+        }
+        checkpoint.pop("loops")  # the position is the step alone; see on_load_checkpoint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        clock = checkpoint[KEY]["clock"]
+        self.train_s, self._wall_s_before = clock["train_s"], clock["wall_s"]
+        # Lightning restores epochs and batches of a loader; ours begins at the step, and nothing else is state.
+        manual = self.trainer.fit_loop.epoch_loop.manual_optimization
+        manual.optim_step_progress.total.ready = checkpoint["global_step"]
+        manual.optim_step_progress.total.completed = checkpoint["global_step"]
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Return the seed of a step's dropout: a pure function, so that no generator state is ever saved.
+
+    The mixing is splitmix64's finaliser (Steele, Lea, Flood 2014), which separates neighbouring inputs.
+    """
+    mask = 2**64 - 1
+    z = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) & (2**63 - 1)

@@ -1,0 +1,63 @@
+"""Pretraining: the next token of every position, validation loss and bits per byte."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanogpt.model import GPT
+from nanogpt.training.module import Batch, StageModule
+
+
+def next_token_loss(model: GPT, input_ids: Tensor, targets: Tensor) -> Tensor:
+    """Return the summed cross-entropy in nats of targets (B, T), those of -100 left out."""
+    logits = model(input_ids)  # (B, T, V)
+    return F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+class PretrainModule(StageModule):
+    """A language model in training; `token_bytes` (V,) counts each token's bytes of text."""
+
+    def __init__(self, *args: Any, token_bytes: list[int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("token_bytes", torch.tensor(token_bytes), persistent=False)
+        self.token_bytes: Tensor
+        self.loss = torch.compile(next_token_loss) if self.compiled else next_token_loss
+
+    def summed_loss(self, batch: Batch) -> Tensor:
+        return self.loss(self.model, batch["input_ids"], batch["targets"])
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Return the loss per token in nats and the bits per byte over all ranks' batches.
+
+        Bits per byte divide by the bytes of the scored tokens; special tokens add loss and no bytes.
+        """
+        sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+        self.model.eval()
+        for batch in batches:
+            batch = self.trainer.strategy.batch_to_device(batch)
+            with self.trainer.precision_plugin.forward_context():
+                nats = next_token_loss(self.model, batch["input_ids"], batch["targets"])
+            scored = batch["targets"][batch["targets"] != -100]
+            sums += torch.stack(
+                [nats.double(), scored.new_tensor(scored.numel()), self.token_bytes[scored].sum()]
+            ).cpu()
+        self.model.train()
+        nats, n_tokens, n_bytes = self._sum_over_ranks(sums).tolist()
+        return {
+            "loss": nats / n_tokens,
+            "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else math.nan,
+        }
+
+    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
+        total: Tensor = self.trainer.strategy.reduce(
+            sums.to(self.device, torch.float32 if self.device.type == "mps" else None),
+            reduce_op="sum",
+        )
+        return total

@@ -1,0 +1,69 @@
+"""A small corpus and a small run, shared by the tests of training."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY_RUN = (
+    "data=text",
+    "tokenizer=byte",
+    "model.block_size=16",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "tokens_per_step=128",
+    "max_steps=12",
+    "compile=false",
+    "threads=1",
+    "trainer.precision=32-true",
+    "callbacks.log_every_n_steps=1",
+    "callbacks.validation.every_n_steps=4",
+    "callbacks.validation.tokens=128",
+    "callbacks.checkpoint.every_n_steps=4",
+    "callbacks.samples.every_n_steps=6",
+    "callbacks.samples.max_new_tokens=8",
+)
+
+
+@pytest.fixture(scope="session")
+def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of made-up prose, different in every line."""
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    path.write_text("".join(f"Line {i}: the square of {i} is {i * i}.\n" for i in range(400)))
+    return path
+
+
+@pytest.fixture
+def tiny_run(corpus_path: Path, tmp_path: Path) -> list[str]:
+    """The command line of a run of a second, its directories in tmp_path."""
+    return [
+        *TINY_RUN,
+        f"data.path={corpus_path}",
+        f"runs_dir={tmp_path / 'runs'}",
+        f"data_dir={tmp_path / 'data'}",
+        "name=tiny",
+    ]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run train.py in a fresh process and return its output."""
+
+    def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, **options.pop("env", {})},
+            timeout=300,
+            **options,
+        )
+
+    return run

@@ -1,0 +1,165 @@
+"""The checkpoint contract: written atomically, verified when read, refused in one sentence."""
+
+import errno
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nanogpt.checkpoint
+from nanogpt.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    record,
+    weights_sha256,
+    write_checkpoint,
+)
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.tokenizer import byte_tokenizer
+
+CONFIG = GPTConfig(block_size=8, vocab_size=273, n_layer=1, n_head=2, n_embd=8)
+
+
+def content(model: GPT) -> dict[str, Any]:
+    return {
+        "global_step": 3,
+        "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
+        "nanogpt": record("pretrain", CONFIG, byte_tokenizer()),
+    }
+
+
+@pytest.fixture
+def model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(CONFIG)
+
+
+@pytest.fixture
+def path(tmp_path: Path, model: GPT) -> Path:
+    write_checkpoint(content(model), tmp_path / "last.ckpt")
+    return tmp_path / "last.ckpt"
+
+
+def test_a_loaded_checkpoint_is_the_model_and_its_tokenizer(path: Path, model: GPT) -> None:
+    loaded = load_checkpoint(path)
+    assert weights_sha256(loaded.model) == weights_sha256(model)
+    assert loaded.tokenizer.encode("é") == byte_tokenizer().encode("é")
+    assert (loaded.stage, loaded.step, loaded.config) == ("pretrain", 3, CONFIG)
+    assert not loaded.model.training
+
+
+def test_it_loads_as_plain_types_and_memory_mapped(path: Path) -> None:
+    raw = torch.load(path, weights_only=True, mmap=True)
+    assert raw["nanogpt"]["model"]["n_embd"] == 8
+
+
+def test_loading_brings_in_neither_lightning_nor_hydra(path: Path) -> None:
+    code = (
+        "import sys; from nanogpt import load_checkpoint; load_checkpoint(sys.argv[1]);"
+        "assert not {'lightning', 'hydra'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+
+
+def test_the_returned_hash_is_the_files(tmp_path: Path, model: GPT) -> None:
+    import hashlib
+
+    digest = write_checkpoint(content(model), tmp_path / "a.ckpt")
+    assert digest == hashlib.sha256((tmp_path / "a.ckpt").read_bytes()).hexdigest()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rest(
+    path: Path, model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = path.read_bytes()
+
+    def full(self: Any, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(nanogpt.checkpoint._HashingWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(content(model), path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+def test_every_flipped_byte_of_the_weights_is_noticed(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entry = max(archive.infolist(), key=lambda e: e.file_size)
+    data = bytearray(path.read_bytes())
+    data[entry.header_offset + 200 + entry.file_size // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="truncated or altered"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 1000, -1])
+def test_a_truncated_file_is_refused_and_an_older_one_named(path: Path, kept: int) -> None:
+    (path.parent / "step_000001.ckpt").write_bytes(path.read_bytes())
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"use .*step_000001\.ckpt"):
+        read_checkpoint(path)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch pwned",))
+
+
+def test_objects_that_run_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"nanogpt": Malicious()}, "bad.ckpt")
+    with pytest.raises(ValueError, match="can run code"):
+        read_checkpoint(Path("bad.ckpt"))
+    assert not Path("pwned").exists()
+
+
+def test_a_bare_pickle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_bytes(pickle.dumps({"nanogpt": 1}))
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_newer_format_is_refused(tmp_path: Path, model: GPT) -> None:
+    newer = content(model)
+    newer["nanogpt"]["format"] = 99
+    write_checkpoint(newer, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="format 99"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_run_is_found_by_path_directory_and_name(tmp_path: Path, model: GPT) -> None:
+    file = tmp_path / "runs" / "mine" / "checkpoints" / "last.ckpt"
+    file.parent.mkdir(parents=True)
+    write_checkpoint(content(model), file)
+    for reference in (file, file.parent.parent, "mine"):
+        assert find_checkpoint(reference, tmp_path / "runs") == file
+
+
+def test_a_missing_checkpoint_says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nor a run under"):
+        find_checkpoint("nowhere", tmp_path)
+
+
+def test_latest_is_the_newest_finished_pretraining_run(tmp_path: Path, model: GPT) -> None:
+    for i, (name, stage) in enumerate([("old", "pretrain"), ("new", "pretrain"), ("c", "classify")]):
+        file = tmp_path / name / "checkpoints" / "last.ckpt"
+        file.parent.mkdir(parents=True)
+        write_checkpoint(content(model), file)
+        summary = tmp_path / name / "summary.json"
+        summary.write_text(f'{{"stage": "{stage}"}}')
+        os.utime(summary, ns=(i, i))
+    assert find_checkpoint("latest", tmp_path) == tmp_path / "new" / "checkpoints" / "last.ckpt"

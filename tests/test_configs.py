@@ -1,0 +1,113 @@
+"""Every YAML composes and builds, and mistakes in a command are said in one sentence."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+import train
+from nanogpt.model import GPTConfig
+from nanogpt.optim import Schedule
+from nanogpt.training.session import budget_steps
+
+ROOT = Path(__file__).parent.parent
+CONF = ROOT / "conf"
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("train", overrides=list(overrides))
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(config, dict)
+    return config
+
+
+CHOICES = [
+    f"{group}={option}"
+    for group in ("tokenizer", "model", "data", "optim", "trainer", "callbacks", "logger", "stage", "experiment")
+    for option in options(group)
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_yaml_composes_and_builds(choice: str) -> None:
+    config = composed(choice)
+    GPTConfig(**config["model"], vocab_size=300)
+    Schedule(**config["optim"]["schedule"])
+    assert budget_steps(config) > 0
+    data = {k: v for k, v in config["data"].items() if k != "workers"}
+    instantiate(data, _partial_=True)
+    instantiate(config["tokenizer"], _partial_=True)
+
+
+@pytest.mark.parametrize("group", ["tokenizer", "model", "data", "optim"])
+@pytest.mark.parametrize("stage", options("stage"))
+def test_a_group_typed_over_a_stage_leaves_nothing_of_its_preset(stage: str, group: str) -> None:
+    for option in options(group):
+        config = composed(f"stage={stage}", f"{group}={option}")
+        other_first = composed("stage=quickstart", f"{group}={option}")
+        assert config[group] == other_first[group]
+
+
+def test_an_experiment_overrides_the_stage_and_the_command_line_both() -> None:
+    config = composed("experiment=shakespeare_char", "optim.learning_rate=0.5")
+    assert config["model"]["n_embd"] == 128
+    assert config["data"]["_target_"].endswith("TextFiles")
+    assert config["optim"]["learning_rate"] == 0.5
+
+
+@pytest.mark.parametrize("optim", options("optim"))
+def test_an_optimizer_builds_from_its_yaml(optim: str) -> None:
+    from nanogpt.model import GPT
+
+    node = composed(f"optim={optim}")["optim"]
+    del node["schedule"], node["grad_clip"]
+    model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8))
+    groups = instantiate(node, _partial_=True, _convert_="all")(model).param_groups
+    assert all("base_lr" in group for group in groups)
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, cwd=cwd
+    )
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("optim.learning_rat=1", "did you mean optim.learning_rate?"),
+        ("max_step=1", "did you mean max_steps?"),
+        ("modle=nano", "did you mean model?"),
+        ("model=gpt2_smal", "did you mean gpt2_small?"),
+        ("data=nothing", "data is one of"),
+        ("max_steps=many", "max_steps='many'"),
+        ("tokens_per_step=1000", "cannot be split"),
+        ("trainer.devices=none", "trainer.devices"),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_sentence(
+    argument: str, expected: str, tmp_path: Path
+) -> None:
+    done = run(argument, cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert expected in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.ckpt"))
+
+
+def test_a_typed_budget_clears_the_other_one(tmp_path: Path) -> None:
+    typed = {"max_steps": 7}
+    config = composed("stage=pretrain", "max_steps=7")
+    train.clear_other_budget(config, typed)
+    assert (config["max_steps"], config["max_tokens"]) == (7, None)
+

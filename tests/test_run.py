@@ -1,0 +1,143 @@
+"""The identity of a run, its directory and its lock."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from nanogpt.training.run import (
+    RunDirectory,
+    RunLock,
+    check_continues,
+    identity_differences,
+    is_identity,
+    run_name,
+)
+
+CHOICES = {"stage": "quickstart", "model": "nano", "data": "python_stdlib", "optim": "muon"}
+CONFIG = {"seed": 1, "optim": {"learning_rate": 0.1}, "threads": "auto", "trainer": {"devices": 1}}
+
+
+def test_untouched_defaults_give_the_plain_name() -> None:
+    assert run_name(CHOICES, {}) == "quickstart-nano-python_stdlib"
+
+
+def test_operational_keys_do_not_change_the_name() -> None:
+    typed = {"trainer.devices": 2, "data.workers": 2, "threads": 1, "callbacks.checkpoint.keep": 1}
+    assert run_name(CHOICES, typed) == run_name(CHOICES, {})
+
+
+def test_an_identity_key_adds_a_readable_slug_and_a_hash() -> None:
+    name = run_name(CHOICES, {"optim.learning_rate": 0.001})
+    assert name.startswith("quickstart-nano-python_stdlib-learning_rate-0.001-")
+    assert len(name.rpartition("-")[2]) == 8
+
+
+def test_names_differ_by_value_and_agree_by_order() -> None:
+    a = run_name(CHOICES, {"seed": 1, "max_steps": 5})
+    assert a == run_name(CHOICES, {"max_steps": 5, "seed": 1})
+    assert a != run_name(CHOICES, {"max_steps": 6, "seed": 1})
+
+
+def test_a_name_is_safe_as_a_path_whatever_was_typed() -> None:
+    name = run_name(CHOICES, {"data.path": "/a b/../c=d/ü,x.txt", "experiment": "x/y"})
+    assert "/" not in name
+    assert "=" not in name
+    assert " " not in name
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("seed", True),
+        ("model.n_layer", True),
+        ("trainer.precision", True),
+        ("trainer.devices", False),
+        ("data.workers", False),
+        ("data.val_fraction", True),
+        ("compile", False),
+    ],
+)
+def test_identity_keys(key: str, expected: bool) -> None:
+    assert is_identity(key) is expected
+
+
+def test_differences_name_the_key_and_both_values() -> None:
+    other = {**CONFIG, "optim": {"learning_rate": 0.2}, "threads": 3}
+    assert identity_differences(CONFIG, other) == [
+        "optim.learning_rate: 0.1 is recorded, 0.2 was asked for"
+    ]
+
+
+def test_auto_agrees_with_what_it_became() -> None:
+    recorded = {"trainer": {"precision": "bf16-mixed"}}
+    assert identity_differences(recorded, {"trainer": {"precision": "auto"}}) == []
+    assert identity_differences(recorded, {"trainer": {"precision": "32-true"}}) != []
+
+
+def test_another_identity_is_refused_with_both_ways_on(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.write_config(CONFIG)
+    with pytest.raises(ValueError, match=r"name=<new name>.*resume=false overwrite=true"):
+        check_continues(run, {**CONFIG, "seed": 2})
+
+
+def test_the_budget_may_grow_where_the_schedule_permits(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.write_config({**CONFIG, "max_steps": 10})
+    check_continues(run, {**CONFIG, "max_steps": 20}, may_extend=True)
+    with pytest.raises(ValueError, match="max_steps"):
+        check_continues(run, {**CONFIG, "max_steps": 20})
+
+
+def test_a_second_process_is_refused_by_one_sentence(tmp_path: Path) -> None:
+    with RunLock(tmp_path), pytest.raises(ValueError, match="in use by another process"):
+        RunLock(tmp_path).__enter__()
+
+
+def test_the_lock_is_free_again_after_the_block(tmp_path: Path) -> None:
+    with RunLock(tmp_path):
+        pass
+    with RunLock(tmp_path):
+        pass
+
+
+def _hold_with_forked_child(directory: Path, child_pid: "multiprocessing.Queue[int]") -> None:
+    with RunLock(directory):
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+        child_pid.put(pid)
+        time.sleep(60)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_an_orphaned_worker_does_not_keep_the_lock(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    pids: multiprocessing.Queue[int] = context.Queue()
+    holder = context.Process(target=_hold_with_forked_child, args=(tmp_path, pids))
+    holder.start()
+    orphan = pids.get(timeout=30)
+    try:
+        holder.kill()
+        holder.join()
+        with RunLock(tmp_path):
+            pass
+    finally:
+        os.kill(orphan, signal.SIGKILL)
+
+
+def test_clearing_removes_the_old_run_and_keeps_the_lock(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.create()
+    run.last_checkpoint.write_text("old")
+    run.metrics_path.write_text("old")
+    with RunLock(tmp_path):
+        run.clear()
+        with pytest.raises(ValueError, match="in use"):
+            RunLock(tmp_path).__enter__()
+    assert not run.has_begun
+    assert not run.metrics_path.exists()

@@ -1,0 +1,294 @@
+"""Training as a person sees it: the run's files, splits, kills, signals, ranks and sweeps."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import train
+from nanogpt.checkpoint import load_checkpoint, read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+# Killed at the n-th call of a function, the process leaves as a power cut would.
+KILLER = """
+import importlib, os, signal, sys
+module, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+owner = importlib.import_module(module)
+for part in name.split(".")[:-1]:
+    owner = getattr(owner, part)
+name = name.split(".")[-1]
+original = getattr(owner, name)
+def dying(*args, **kwargs):
+    global count
+    count -= 1
+    if count == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+setattr(owner, name, dying)
+sys.argv = ["train.py", *sys.argv[4:]]
+import train
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def fit(*overrides: str) -> dict[str, Any]:
+    """Train in this process; return the summary."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        cfg = compose("train", overrides=list(overrides))
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    return train.train({**config, "command": "python train.py"})
+
+
+def metrics(run_dir: Path, *columns: str) -> list[tuple[str, ...]]:
+    with open(run_dir / "metrics.csv", newline="") as file:
+        return [tuple(row[c] for c in columns) for row in csv.DictReader(file)]
+
+
+def losses(run_dir: Path) -> list[tuple[str, ...]]:
+    """Return all columns that no clock has a part in, as they are written."""
+    return metrics(run_dir, "step", "tokens", "train/loss", "train/grad_norm", "learning_rate", "val/loss")
+
+
+def test_a_run_leaves_its_files(tiny_run: list[str], tmp_path: Path) -> None:
+    summary = fit(*tiny_run)
+    run_dir = tmp_path / "runs" / "tiny"
+    names = {path.name for path in run_dir.iterdir()}
+    assert names >= {
+        "config.yaml", "metrics.csv", "train.log", "samples.txt", "checkpoints", "summary.json", "report.html"
+    }  # fmt: skip
+    assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {
+        "last.ckpt", "step_000008.ckpt", "step_000012.ckpt"
+    }  # fmt: skip
+    assert json.loads((run_dir / "summary.json").read_text()) == summary
+    assert summary["steps"] == 12
+    assert summary["tokens"] == 12 * 128
+    assert [int(step) for (step,) in metrics(run_dir, "step")] == list(range(1, 13))
+
+
+def test_the_final_checkpoint_generates(tiny_run: list[str], tmp_path: Path) -> None:
+    fit(*tiny_run)
+    checkpoint = load_checkpoint("tiny", runs_dir=tmp_path / "runs")
+    assert checkpoint.step == 12
+    assert checkpoint.tokenizer.name == "byte"
+
+
+def test_a_finished_run_says_so_and_changes_nothing(tiny_run: list[str], tmp_path: Path) -> None:
+    summary = fit(*tiny_run)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.name != "train.log"}
+    assert fit(*tiny_run) == summary
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert "already finished" in (tmp_path / "runs" / "tiny" / "train.log").read_text()
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_every_micro_batch_gives_the_same_losses(
+    optim: str, tiny_run: list[str], tmp_path: Path
+) -> None:
+    reached = []
+    for micro_batch in (8, 4, 1):
+        fit(*tiny_run, f"optim={optim}", f"micro_batch={micro_batch}", f"name=m{micro_batch}")
+        reached.append([float(v) for (v,) in metrics(tmp_path / "runs" / f"m{micro_batch}", "train/loss")])
+    # Muon orthogonalises in bf16, which widens the last bits of a gradient.
+    tolerance = 1e-5 if optim == "adamw" else 1e-2
+    for other in reached[1:]:
+        assert max(abs(a - b) for a, b in zip(reached[0], other, strict=True)) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("where", "count", "options"),
+    [
+        ("nanogpt.training.module.set_learning_rate", 7, ["optim=adamw", "model.dropout=0.1"]),
+        ("nanogpt.training.pretrain.next_token_loss", 20, ["optim=muon", "micro_batch=2"]),
+        ("nanogpt.checkpoint.os.fsync", 4, ["optim=muon", "model.dropout=0.1", "data.workers=2"]),
+        ("nanogpt.training.checkpointing.link_atomically", 2, ["optim=adamw", "data.workers=2"]),
+        ("nanogpt.training.session.write_report", 1, ["optim=adamw"]),
+    ],
+)
+def test_a_killed_run_continues_to_the_same_bits(
+    where: str, count: int, options: list[str], tiny_run: list[str], tmp_path: Path
+) -> None:
+    whole = fit(*tiny_run, *options, "name=whole")
+    module, _, name = where.rpartition(".")
+    if module.endswith(".os"):
+        module, name = module.removesuffix(".os"), f"os.{name}"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLER, module, name, str(count), *tiny_run, *options],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=300,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    continued = fit(*tiny_run, *options)
+    assert continued["weights_sha256"] == whole["weights_sha256"]
+    assert losses(tmp_path / "runs" / "tiny") == losses(tmp_path / "runs" / "whole")
+
+
+def test_a_grown_budget_continues_where_the_schedule_permits(
+    tiny_run: list[str], tmp_path: Path
+) -> None:
+    constant = [*tiny_run, "optim=adamw", "optim.schedule.kind=constant", "optim.schedule.warmup_steps=2"]
+    fit(*constant, "max_steps=6")
+    grown = fit(*constant, "max_steps=10")
+    whole = fit(*constant, "max_steps=10", "name=whole")
+    assert grown["weights_sha256"] == whole["weights_sha256"]
+    with pytest.raises(ValueError, match="max_steps"):
+        fit(*tiny_run, "optim=adamw", "name=cosine", "max_steps=6")
+        fit(*tiny_run, "optim=adamw", "name=cosine", "max_steps=10")
+
+
+def test_another_identity_under_one_name_is_refused(tiny_run: list[str]) -> None:
+    fit(*tiny_run)
+    with pytest.raises(ValueError, match=r"seed: 1337 is recorded, 2 was asked for.*name=<new name>"):
+        fit(*tiny_run, "seed=2")
+
+
+def test_a_changed_corpus_is_refused(tiny_run: list[str], tmp_path: Path) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text("one two three four five six seven eight nine ten " * 40)
+    fit(*tiny_run, f"data.path={text}")
+    text.write_text("another text than before, of about the same length " * 40)
+    with pytest.raises(ValueError, match="another corpus"):
+        fit(*tiny_run, f"data.path={text}", "max_steps=13", "optim.schedule.kind=constant")
+
+
+def test_overwrite_starts_anew(tiny_run: list[str], tmp_path: Path) -> None:
+    fit(*tiny_run)
+    with pytest.raises(ValueError, match="overwrite=true"):
+        fit(*tiny_run, "seed=2", "resume=false")
+    fit(*tiny_run, "seed=2", "resume=false", "overwrite=true")
+    assert len(metrics(tmp_path / "runs" / "tiny", "step")) == 12
+
+
+def test_a_run_starts_from_another_runs_weights(tiny_run: list[str], tmp_path: Path) -> None:
+    fit(*tiny_run)
+    fit(*tiny_run, "name=second", "init_from=tiny", "max_steps=1", "optim.learning_rate=0")
+    about = read_checkpoint(tmp_path / "runs" / "second" / "checkpoints" / "last.ckpt")["nanogpt"]
+    assert about["init_from"]["path"].endswith("tiny/checkpoints/last.ckpt")
+    first = metrics(tmp_path / "runs" / "second", "train/loss")[0][0]
+    assert float(first) < float(metrics(tmp_path / "runs" / "tiny", "train/loss")[0][0]) - 0.1
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
+    tiny_run: list[str], tmp_path: Path
+) -> None:
+    hot = ["optim=adamw", "optim.learning_rate=1e30", "optim.schedule.warmup_steps=0", "grad_clip=null"]
+    with pytest.raises(FloatingPointError, match=r"at step \d+ \(batch \d+"):
+        fit(*tiny_run, *hot[:3], "optim.grad_clip=null", "callbacks.checkpoint.every_n_steps=1")
+    checkpoint = load_checkpoint("tiny", runs_dir=tmp_path / "runs")
+    assert all(p.isfinite().all() for p in checkpoint.model.parameters())
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_a_checkpoint_and_its_code(
+    signum: signal.Signals, code: int, tiny_run: list[str], tmp_path: Path
+) -> None:
+    slow = [*tiny_run, "max_steps=4000", "callbacks.checkpoint.every_n_steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *slow],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(lambda: len(metrics_lines(tmp_path / "runs" / "tiny")) > 20, process)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert err == ""
+    step = read_checkpoint(tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt")["global_step"]
+    assert f"stopped by a signal at step {step}" in out
+
+
+def test_two_ranks_see_the_same_tokens_as_one(
+    tiny_run: list[str], tmp_path: Path, command: Command
+) -> None:
+    two = command(*tiny_run, "name=two", "optim=adamw", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
+    assert two.returncode == 0, two.stderr
+    fit(*tiny_run, "name=one", "optim=adamw")
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"one", "two"}
+    for column in ("train/loss", "val/loss"):
+        pairs = zip(
+            metrics(tmp_path / "runs" / "one", column),
+            metrics(tmp_path / "runs" / "two", column),
+            strict=True,
+        )
+        for (a,), (b,) in pairs:
+            assert (a == "") == (b == "")
+            assert a == "" or abs(float(a) - float(b)) < 1e-5
+
+
+def test_a_run_continues_on_another_number_of_ranks(
+    tiny_run: list[str], tmp_path: Path, command: Command
+) -> None:
+    constant = [*tiny_run, "optim=adamw", "optim.schedule.kind=constant", "optim.schedule.warmup_steps=0"]
+    whole = fit(*constant, "name=whole")
+    fit(*constant, "max_steps=6")
+    torchrun = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
+         str(ROOT / "train.py"), *constant, "trainer.accelerator=cpu"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert torchrun.returncode == 0, torchrun.stderr
+    summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
+    assert summary["n_ranks"] == 2
+    assert abs(summary["val_loss"] - whole["val_loss"]) < 1e-5
+
+
+def test_a_signal_reaches_all_ranks(tiny_run: list[str], tmp_path: Path) -> None:
+    slow = [*tiny_run, "max_steps=4000", "callbacks.checkpoint.every_n_steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *slow,
+         "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(lambda: len(metrics_lines(tmp_path / "runs" / "tiny")) > 20, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert (tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_sweep_has_one_directory_per_job_and_skips_the_finished(
+    tiny_run: list[str], tmp_path: Path, command: Command
+) -> None:
+    sweep = ["-m", *tiny_run[:-1], "max_steps=2", "seed=1,2"]
+    first = command(*sweep)
+    assert first.returncode == 0, first.stderr
+    jobs = sorted((tmp_path / "runs").glob("sweep-*/*/summary.json"))
+    assert len(jobs) == 2
+    before = [job.stat().st_mtime_ns for job in jobs]
+    again = command(*sweep)
+    assert again.stdout.count("already finished") == 2
+    assert [job.stat().st_mtime_ns for job in jobs] == before
+    assert len([p for p in (tmp_path / "runs").glob("sweep-*/*") if p.is_dir()]) == 2
+
+
+def test_torchrun_refuses_a_sweep(tiny_run: list[str], command: Command) -> None:
+    environment = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "1"}
+    done = command("-m", *tiny_run, "seed=1,2", env=environment)
+    assert done.returncode == 1
+    assert "torchrun cannot run a sweep" in done.stderr
+
+
+def metrics_lines(run_dir: Path) -> list[str]:
+    path = run_dir / "metrics.csv"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,0 +1,266 @@
+"""Train a model: compose the configuration, build the objects, fit, report.
+
+    python train.py                                         a small GPT on Python's own sources, offline
+    python train.py stage=pretrain model=gpt2_small         GPT-2 small
+    python train.py -m optim.learning_rate=1e-2,2e-2        a sweep
+    torchrun --nproc_per_node=8 train.py stage=pretrain     eight GPUs
+
+Issuing a command again continues its run. Every key is in conf/, with a comment.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and main() says it in one sentence
+
+import hydra
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nanogpt.training.run import flatten, run_name
+
+CONF_DIR = "conf"
+KINDS = {
+    "a whole number of at least 1": (
+        "tokens_per_step",
+        "trainer.num_nodes",
+        "callbacks.log_every_n_steps",
+        "callbacks.validation.every_n_steps",
+        "callbacks.checkpoint.every_n_steps",
+        "callbacks.samples.every_n_steps",
+    ),
+    "a whole number": ("seed",),
+    "true or false": ("resume", "overwrite", "debug"),
+    "auto or a whole number of at least 1": ("micro_batch", "threads", "trainer.devices"),
+    "auto, true or false": ("compile",),
+    "null or a whole number of at least 1": ("max_steps", "max_tokens"),
+}
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one job, a sweep, or with `--frozen FILE` one rank of a job; return the exit code."""
+    debug = "debug=true" in arguments
+    try:
+        if arguments[:1] == ["--frozen"]:
+            config = yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8"))
+            debug = config["debug"]
+            train(config)
+        else:
+            compose()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        wrong_usage = isinstance(error, HydraException | OmegaConfBaseException)
+        text = explain_composition(error) if wrong_usage else explain(error)
+        if text:
+            print(text, file=sys.stderr)
+        return WRONG_USAGE if wrong_usage else FAILED
+    return 0
+
+
+@hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="train")
+def compose(cfg: DictConfig) -> float | None:
+    """Freeze one composed job and start it; return its validation loss, for sweepers that minimise it."""
+    from nanogpt.training.launch import count_devices, is_rank, launch
+    from nanogpt.training.run import RunDirectory
+
+    config = freeze(cfg)
+    trainer = config["trainer"]
+    if is_rank():
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise ValueError(
+                "torchrun cannot run a sweep (every rank would run all of it); "
+                "start it as python train.py -m ... trainer=ddp trainer.devices=N"
+            )
+        return train(config).get("val_loss")
+    if trainer["num_nodes"] > 1:
+        raise ValueError(
+            f"trainer.num_nodes={trainer['num_nodes']} needs torchrun on every node: "
+            f"torchrun --nnodes={trainer['num_nodes']} --nproc_per_node=GPUS train.py ..."
+        )
+    n_processes = count_devices(trainer["devices"], trainer["accelerator"])
+    if n_processes == 1:
+        return train(config).get("val_loss")
+    code = launch(config, n_processes)
+    if code:
+        raise SystemExit(code)
+    return (RunDirectory.of(config).summary() or {}).get("val_loss")
+
+
+def freeze(cfg: DictConfig) -> dict[str, Any]:
+    """Return a composed job as plain values, with its name and the command that reproduces it."""
+    hydra_config = HydraConfig.get()
+    overrides = list(hydra_config.overrides.task)
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    typed = {
+        override.key_or_group: OmegaConf.select(cfg, override.key_or_group)
+        if override.package is None and not _is_group(override.key_or_group)
+        else str(override.value())
+        for override in OverridesParser.create().parse_overrides(overrides)
+    }
+    clear_other_budget(config, typed)
+    check_types(config)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        config["runs_dir"] = str(Path(config["runs_dir"]) / sweep_name(sys.argv[1:]))
+    if config["name"] is None:
+        config["name"] = run_name(dict(hydra_config.runtime.choices), typed)
+    config["command"] = shlex.join(["python", "train.py", *overrides])
+    return config
+
+
+def clear_other_budget(config: dict[str, Any], typed: Mapping[str, Any]) -> None:
+    """Let a budget that was typed be the only one, whatever the preset's other says."""
+    for key, other in (("max_steps", "max_tokens"), ("max_tokens", "max_steps")):
+        if key in typed and other not in typed:
+            config[other] = None
+
+
+def check_types(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value of the wrong kind; objects check their own when they are built."""
+    flat = flatten(config)
+    for kind, keys in KINDS.items():
+        for key in keys:
+            value = flat[key]
+            good = {
+                "a whole number of at least 1": type(value) is int and value >= 1,
+                "a whole number": type(value) is int,
+                "true or false": type(value) is bool,
+                "auto or a whole number of at least 1": value == "auto"
+                or (type(value) is int and value >= 1),
+                "auto, true or false": value == "auto" or type(value) is bool,
+                "null or a whole number of at least 1": value is None
+                or (type(value) is int and value >= 1),
+            }[kind]
+            if not good:
+                raise ValueError(f"{key}={value!r} is not {kind}")
+
+
+def _is_group(key: str) -> bool:
+    return (Path(__file__).parent / CONF_DIR / key).is_dir()
+
+
+def sweep_name(arguments: Sequence[str]) -> str:
+    """Return the directory of a sweep's jobs: the same for the same command."""
+    text = shlex.join(sorted(argument for argument in arguments if argument not in ("-m", "--multirun")))
+    return f"sweep-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def train(config: dict[str, Any]) -> dict[str, Any]:
+    """Train one run on this rank, or find it finished; return its summary."""
+    import torch
+
+    from nanogpt.checkpoint import record
+    from nanogpt.data.corpus import prepare
+    from nanogpt.data.module import TokenDataModule
+    from nanogpt.model import GPT, GPTConfig
+    from nanogpt.training.pretrain import PretrainModule
+    from nanogpt.training.session import Session
+    from nanogpt.training.throughput import flops_per_token
+
+    with Session(config) as session:
+        if session.finished is not None:
+            return session.finished
+        start = session.starting_point()
+        data_config = dict(config["data"])
+        workers = data_config.pop("workers")
+        make_tokenizer = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
+        corpus = prepare(
+            instantiate(data_config, _convert_="all"),
+            make_tokenizer if start is None else lambda documents: start.tokenizer,
+            json.dumps(config["tokenizer"]) if start is None else start.tokenizer.fingerprint,
+            Path(config["data_dir"]),
+        )
+        tokenizer = corpus.tokenizer
+        model_config = (
+            GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
+            if start is None
+            else start.config
+        )
+        decisions = session.settle(model_config, corpus.fingerprint, start.path if start else None)
+        torch.manual_seed(config["seed"])
+        optim = dict(config["optim"])
+        del optim["schedule"]
+        grad_clip = optim.pop("grad_clip")
+        module = PretrainModule(
+            GPT(model_config) if start is None else start.model.train(),
+            make_optimizer=instantiate(optim, _partial_=True, _convert_="all"),
+            schedule=session.schedule,
+            max_steps=session.max_steps,
+            tokens_per_step=config["tokens_per_step"],
+            grad_clip=grad_clip,
+            seed=config["seed"],
+            compiled=decisions.compile,
+            record=record(config["stage"], model_config, tokenizer, init_from=session.init_from),
+            token_bytes=[len(token) for token in tokenizer.token_bytes()],
+            flops_per_token=flops_per_token(model_config),
+            peak_flops=decisions.peak_flops,
+        )
+        data = TokenDataModule(
+            corpus,
+            block_size=model_config.block_size,
+            tokens_per_step=config["tokens_per_step"],
+            micro_batch=decisions.micro_batch,
+            seed=config["seed"],
+            workers=workers,
+        )
+        facts = {"gzip_bits_per_byte": corpus.manifest.get("gzip_bits_per_byte")}
+        return session.fit(module, data, tokenizer, data.val_dataloader, facts)
+
+
+def explain(error: Exception) -> str:
+    """Return an error as one sentence; nothing for a rank whose rank zero has spoken."""
+    from nanogpt.training.launch import RankZeroFailedError
+
+    if isinstance(error, RankZeroFailedError):
+        return ""
+    if isinstance(error, ValueError | OSError | FloatingPointError):
+        return f"train.py: {error}"
+    first_line = str(error).strip().split("\n")[0]
+    return f"train.py: {type(error).__name__}: {first_line} (debug=true shows where)"
+
+
+def explain_composition(error: Exception) -> str:
+    """Return why the configuration does not compose, with the nearest right name."""
+    text = str(error)
+    if unknown := re.search(r"Could not override '([^']+)'", text):
+        key = unknown[1]
+        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
+        return f"train.py: there is no key {key}{f'; did you mean {near[0]}' if near else ''}? Every key is in {CONF_DIR}/"
+    if unknown := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        group, option = unknown[1], unknown[2]
+        options = sorted(path.stem for path in (Path(__file__).parent / CONF_DIR / group).glob("*.yaml"))
+        near = difflib.get_close_matches(option, options, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"train.py: there is no {group}={option}; {hint}{group} is one of {', '.join(options)}"
+    return "train.py: " + " ".join(text.split())
+
+
+def _known_keys() -> list[str]:
+    GlobalHydra.instance().clear()
+    with hydra.initialize(version_base="1.3", config_path=CONF_DIR):
+        cfg = hydra.compose("train")
+    groups = [path.name for path in (Path(__file__).parent / CONF_DIR).iterdir() if path.is_dir()]
+    nested: Mapping[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+    return [*flatten(nested), *groups]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
