@@ -1,0 +1,153 @@
+"""Published GPT-2 weights, read from a local Hugging Face directory.
+
+There, linear maps are stored input by output ("Conv1D"): the transpose of ours.
+"""
+
+import json
+import pickle
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nanogpt.model import GPT, NORM_EPSILON, GPTConfig
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each whole, or in shards with an index
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
+
+# What config.json must say, or leave to its default (the first), for the model to be ours.
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (NORM_EPSILON,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+
+
+def load_pretrained(path: str | PathLike[str]) -> GPT:
+    """Return the model of a local Hugging Face GPT-2 directory, in float32.
+
+    The three dropout rates of config.json become one, that of the residual stream. Raises
+    FileNotFoundError where config.json or the weights are missing, ValueError where they are
+    damaged or describe anything but a GPT-2.
+    """
+    directory = Path(path)
+    with torch.device("meta"):
+        model = GPT(_read_config(directory))
+    tensors = _read_weights(directory)
+    _check_shapes(directory, tensors, model)
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def _read_config(directory: Path) -> GPTConfig:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; pass a directory in which a Hugging Face GPT-2 was saved"
+        )
+    found = _read_json(path)
+    if found.get("model_type") != "gpt2":
+        raise ValueError(
+            f"{path} has model_type={found.get('model_type')!r}; only 'gpt2' can be read"
+        )
+    for key, allowed in REQUIRED.items():
+        if found.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"{path} has {key}={found[key]!r}; only {allowed[0]!r} can be read")
+    config = GPTConfig(
+        block_size=found.get("n_positions", 1024),
+        vocab_size=found.get("vocab_size", 50257),
+        n_layer=found.get("n_layer", 12),
+        n_head=found.get("n_head", 12),
+        n_embd=found.get("n_embd", 768),
+        dropout=found.get("resid_pdrop", 0.1),
+    )
+    if found.get("n_inner") not in (None, 4 * config.n_embd):
+        raise ValueError(
+            f"{path} has n_inner={found['n_inner']!r}; only {4 * config.n_embd}, "
+            f"four times n_embd, can be read"
+        )
+    return config
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    """Return the tensors under our names and in our orientation, in memory of their own."""
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_paths(directory):
+        for name, tensor in _read_tensors(path).items():
+            name = name.removeprefix("transformer.")
+            if not name.endswith(CAUSAL_MASKS):
+                tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
+                tensors[name] = torch.empty(tensor.shape).copy_(tensor)
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
+        raise ValueError(
+            f"the lm_head.weight in {directory} is not its wte.weight; only a tied head can be read"
+        )
+    return tensors
+
+
+def _weight_paths(directory: Path) -> list[Path]:
+    for name in WEIGHTS:
+        path, index = directory / name, directory / f"{name}.index.json"
+        if path.is_file():
+            return [path]
+        if index.is_file():
+            return [
+                directory / shard for shard in sorted(set(_read_json(index)["weight_map"].values()))
+            ]
+    raise FileNotFoundError(
+        f"{directory} holds neither {' nor '.join(WEIGHTS)}; "
+        f"pass a directory in which a Hugging Face GPT-2 was saved"
+    )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is named in the index of its directory but does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is truncated, damaged, or holds more than tensors; fetch it again"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON; fetch it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} does not hold a JSON object; fetch it again")
+    return found
+
+
+def _check_shapes(directory: Path, tensors: dict[str, Tensor], model: GPT) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing, extra = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
+    if missing or extra:
+        raise ValueError(
+            f"the weights in {directory} are not those of its config.json: "
+            f"missing {_some(missing)}; not known {_some(extra)}"
+        )
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"{name} in {directory} has the shape {tuple(tensors[name].shape)} "
+                f"but its config.json says {shape}"
+            )
+
+
+def _some(names: list[str]) -> str:
+    listed = ", ".join(names[:3]) if names else "none"
+    return f"{listed} and {len(names) - 3} more" if len(names) > 3 else listed
