@@ -1,0 +1,87 @@
+"""What this machine is: its cores, its memory, its name, what it lacks for torch.compile."""
+
+import contextlib
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+
+
+def usable_cores() -> int:
+    """Return the physical cores that this process may use."""
+    cpus: set[int] = set(range(os.cpu_count() or 1))
+    if hasattr(os, "sched_getaffinity"):
+        cpus = os.sched_getaffinity(0)
+    cores = {_siblings(cpu) for cpu in cpus}
+    return max(1, min(len(cores), _cpu_quota()))
+
+
+def usable_memory_bytes() -> int:
+    """Return the memory that this process may use, 8 GiB where that cannot be told."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 8 * 2**30
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        return total
+
+
+def machine_id(device: torch.device) -> str:
+    """Return what measurements hold for: the device, the CPU, its cores and torch's version."""
+    parts = [_cpu_model(), f"{usable_cores()} cores", f"torch {torch.__version__}"]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        parts.insert(0, f"{properties.name} {properties.total_memory / 2**30:.0f} GiB")
+    elif device.type != "cpu":
+        parts.insert(0, device.type)
+    return ", ".join(parts)
+
+
+def missing_for_compile(device: torch.device) -> str | None:
+    """Return what torch.compile needs and this machine lacks."""
+    if sys.platform != "linux":
+        return f"a compiler that is known to work (on {sys.platform})"
+    names = ("c++", "g++", "clang++") if device.type == "cpu" else ("cc", "gcc", "clang")
+    asked = os.environ.get("CXX" if device.type == "cpu" else "CC")
+    if not any(shutil.which(name) for name in ([asked] if asked else names)):
+        return "a C++ compiler" if device.type == "cpu" else "a C compiler"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        return "Python's headers"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        return "a GPU that triton supports"
+    return None
+
+
+def _siblings(cpu: int) -> str:
+    """Return the name of a logical CPU's physical core; its own number where it is not told."""
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        return path.read_text()
+    except OSError:
+        return str(cpu)
+
+
+def _cpu_quota() -> int:
+    """Return how many CPUs a container may use (cgroup v2)."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, round(int(quota) / int(period)))
+    except (OSError, ValueError):  # none, or "max"
+        return sys.maxsize
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,214 @@
+"""What `auto` becomes on this machine: measured once for a shape, kept in `probes.json`."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanogpt.model import GPTConfig
+from nanogpt.training.bench import DTYPES, Bench, undisturbed
+from nanogpt.training.machine import missing_for_compile, usable_cores, usable_memory_bytes
+
+# bfloat16 must be this many times as fast as float32 on a CPU to be worth its rounding.
+WORTH_BF16 = 1.15
+# A larger micro-batch is kept against a smaller one that is faster by less than this.
+WORTH_SMALLER = 1.03
+# Micro-batches are tried up to these many tokens (more are hardly faster, only larger).
+CPU_TOKENS = (8192, 2048, 512)
+GPU_TOKENS = 65_536
+TRIED_S = 3.0  # a forward and backward thought to take longer is not tried on a CPU
+# torch.compile: share of the step it saves and seconds it takes. CPU: 64.7 against 69.1 to 73.1 ms
+# and 28 to 40 s (4 layers of 128, one EPYC thread). CUDA: 250 to 135 ms for GPT-2 small (nanoGPT's
+# README), about 60 s for its 12 layers.
+COMPILE_GAIN = {"cpu": 0.12, "cuda": 0.4}
+COMPILE_S = {"cpu": 40.0, "cuda": 30.0}
+COMPILE_LAYER_S = {"cpu": 0.0, "cuda": 3.0}
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """How a run uses this machine, with one sentence of reason for each decision."""
+
+    precision: str
+    compile: bool
+    micro_batch: int
+    threads: int
+    peak_flops: float
+    reasons: list[str]
+
+
+def decide(
+    config: GPTConfig,
+    *,
+    device: torch.device,
+    rows_per_rank: int,
+    max_steps: int,
+    data_dir: Path,
+    local_world_size: int = 1,
+    deterministic: bool = False,
+    precision: str = "auto",
+    compile: bool | str = "auto",
+    micro_batch: int | str = "auto",
+    threads: int | str = "auto",
+) -> Decisions:
+    """Return what was given, and for each `auto` what is best on this machine.
+
+    `rows_per_rank` are the rows of `block_size` tokens of one rank and optimizer step; a
+    micro-batch divides them. Measures for seconds at the first call for a shape, later reads
+    `data_dir/probes.json`. Leaves random states and the number of threads as they were. Raises
+    ValueError for a value that cannot be.
+    """
+    _check_given(precision, compile, micro_batch, threads, rows_per_rank)
+    if threads == "auto":
+        threads, why_threads = _choose_threads(local_world_size)
+    else:
+        threads, why_threads = int(threads), "as given"
+    with undisturbed(device, threads):
+        bench = Bench(config, device, rows_per_rank, threads, local_world_size, data_dir)
+        if precision == "auto":
+            precision, why_precision = _choose_precision(bench)
+        else:
+            why_precision = "as given"
+        if micro_batch == "auto":
+            micro_batch, why_micro_batch = _choose_micro_batch(bench, precision)
+        else:
+            micro_batch, why_micro_batch = int(micro_batch), "as given"
+        if compile == "auto":
+            compile, why_compile = _choose_compile(
+                bench, precision, micro_batch, max_steps, deterministic
+            )
+        else:
+            compile, why_compile = bool(compile), "as given"
+        peak, why_peak = bench.peak(precision)
+    reasons = [
+        f"precision {precision}: {why_precision}",
+        f"micro_batch {micro_batch}: {why_micro_batch}",
+        f"compile {str(compile).lower()}: {why_compile}",
+        f"threads {threads}: {why_threads}",
+        f"peak {peak / 1e12:.4g} TFLOP/s: {why_peak}",
+    ]
+    return Decisions(precision, compile, micro_batch, threads, peak, reasons)
+
+
+def _choose_threads(local_world_size: int) -> tuple[int, str]:
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if local_world_size == 1 and asked.isdecimal() and int(asked) > 0:  # launchers set it for more
+        return int(asked), "OMP_NUM_THREADS"
+    cores = usable_cores()
+    return max(1, cores // local_world_size), f"{cores} cores for {local_world_size} process(es)"
+
+
+def _choose_precision(bench: Bench) -> tuple[str, str]:
+    if bench.device.type == "cuda":
+        with torch.cuda.device(bench.device):
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return "bf16-mixed", "the GPU has bfloat16"
+            if torch.cuda.get_device_capability() >= (7, 0):
+                return "16-mixed", "the GPU has float16 tensor cores and no bfloat16"
+        return "32-true", "the GPU has no tensor cores"
+    if bench.device.type != "cpu":
+        return "32-true", f"the gain of others on {bench.device.type} is not known"
+    products = bench.peak("bf16-mixed")[0] / bench.peak("32-true")[0]
+    if products < WORTH_BF16:
+        return "32-true", f"matrix products in bfloat16 run {products:.2f} times as fast"
+    rows = _candidates(bench)[0]
+    if bench.guess_s(rows, "32-true") > TRIED_S:
+        return "bf16-mixed", f"matrix products in bfloat16 run {products:.2f} times as fast"
+    timings = bench.time_precisions(rows)
+    gain = timings["32-true"] / timings["bf16-mixed"]
+    choice = "bf16-mixed" if gain >= WORTH_BF16 else "32-true"
+    return choice, f"forward and backward in bfloat16 run {gain:.2f} times as fast"
+
+
+def _choose_micro_batch(bench: Bench, precision: str) -> tuple[int, str]:
+    candidates = _candidates(bench)
+    if len(candidates) == 1:
+        return candidates[0], f"of {bench.rows_per_rank} rows per step and rank"
+    if bench.device.type not in ("cpu", "cuda"):
+        return candidates[-1], f"the largest of at most {CPU_TOKENS[0]} tokens"
+    timings = bench.time_rows(candidates, precision)
+    if not timings:
+        return candidates[0], "the memory is too small even for this"
+    row_s = {int(rows): seconds / int(rows) for rows, seconds in timings.items()}
+    fastest_s = min(row_s.values())
+    best = max(rows for rows in row_s if row_s[rows] <= WORTH_SMALLER * fastest_s)
+    rate = bench.config.block_size / row_s[best]
+    tried = ", ".join(map(str, sorted(row_s)))
+    return best, f"the fastest of {tried} ({rate:,.0f} tokens/s without the optimizer)"
+
+
+def _choose_compile(
+    bench: Bench, precision: str, micro_batch: int, max_steps: int, deterministic: bool
+) -> tuple[bool, str]:
+    kind = bench.device.type
+    if kind not in COMPILE_GAIN:
+        return False, f"its gain on {kind} is not known"
+    if kind == "cuda" and deterministic:
+        return False, "its kernels are chosen by timing, and trainer.deterministic is set"
+    if (missing := missing_for_compile(bench.device)) is not None:
+        return False, f"this machine lacks {missing}"
+    trial_s = _micro_batch_s(bench, precision, micro_batch)
+    run_s = max_steps * trial_s * bench.rows_per_rank / micro_batch
+    saved_s = COMPILE_GAIN[kind] * run_s
+    cost_s = COMPILE_S[kind] + COMPILE_LAYER_S[kind] * bench.config.n_layer
+    return saved_s > cost_s, f"would save about {saved_s:.0f} s of the run and take {cost_s:.0f} s"
+
+
+def _micro_batch_s(bench: Bench, precision: str, micro_batch: int) -> float:
+    """Return the seconds of a micro-batch: timed with its choice, or now, or guessed if long."""
+    guess_s = bench.guess_s(micro_batch, precision)
+    if str(micro_batch) not in bench.row_timings and guess_s <= TRIED_S:
+        bench.time_rows([micro_batch], precision)
+    return bench.row_timings.get(str(micro_batch), guess_s)
+
+
+def _candidates(bench: Bench) -> list[int]:
+    """Return micro-batches worth trying, ascending: divisors of the rows of a step."""
+    T = bench.config.block_size
+    divisors = [n for n in range(1, bench.rows_per_rank + 1) if bench.rows_per_rank % n == 0]
+    if bench.device.type == "cuda":
+        doubling = [1]
+        for rows in divisors:
+            if rows >= 2 * doubling[-1] and rows * T <= GPU_TOKENS:
+                doubling.append(rows)
+        return doubling
+    memory = usable_memory_bytes() / 4 / bench.local_world_size
+    fitting = [n for n in divisors if n * T * _bytes_per_token(bench.config) <= memory] or [1]
+    largest = {max([n for n in fitting if n * T <= tokens] or [1]) for tokens in CPU_TOKENS}
+    if bench.device.type != "cpu":
+        return [max(largest)]
+    quick = [n for n in largest if bench.guess_s(n, "32-true") <= TRIED_S]
+    return sorted(quick) or [min(largest)]
+
+
+def _bytes_per_token(config: GPTConfig) -> int:
+    """Return about what a token's forward keeps for its backward in float32."""
+    return 4 * (20 * config.n_layer * config.n_embd + 3 * config.vocab_size)
+
+
+def _check_given(
+    precision: str,
+    compile: bool | str,
+    micro_batch: int | str,
+    threads: int | str,
+    rows_per_rank: int,
+) -> None:
+    if precision != "auto" and precision not in DTYPES:
+        raise ValueError(
+            f"trainer.precision={precision} is unknown; choose auto, {', '.join(DTYPES)}"
+        )
+    if compile != "auto" and not isinstance(compile, bool):
+        raise ValueError(f"compile={compile} is unknown; choose auto, true or false")
+    if threads != "auto" and (type(threads) is not int or threads < 1):
+        raise ValueError(f"threads={threads!r} is neither auto nor a number of at least 1")
+    if micro_batch == "auto":
+        return
+    if type(micro_batch) is not int or micro_batch < 1:
+        raise ValueError(f"micro_batch={micro_batch!r} is neither auto nor a number of at least 1")
+    if rows_per_rank % micro_batch:
+        divisors = [n for n in range(1, rows_per_rank + 1) if rows_per_rank % n == 0]
+        raise ValueError(
+            f"micro_batch={micro_batch} does not divide the {rows_per_rank} rows that a rank has "
+            f"per step; choose one of {', '.join(map(str, divisors))}"
+        )
