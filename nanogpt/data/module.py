@@ -1,0 +1,215 @@
+"""The Lightning data module: every rank's batches, step by step, of a corpus in its fixed order."""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from nanogpt.data.corpus import Corpus
+from nanogpt.data.order import RowOrder
+from nanogpt.data.windows import Windows
+
+VAL_BATCH_TOKENS = 8192  # whatever the training's micro-batch, so that it never changes a score
+
+
+class Batch(TypedDict):
+    """One forward's worth of rows; a target of -100 is not scored."""
+
+    input_ids: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64
+    step_targets: int  # scored in the whole optimizer step, over all ranks and micro-batches
+
+
+class TokenDataModule(LightningDataModule):
+    """Batches of a corpus for one rank of a trainer.
+
+    An item of `train_dataloader` is one optimizer step: the list of its micro-batches. Which rows
+    a step sees depends on the seed, the corpus and the step alone.
+
+    Raises ValueError where the text is shorter than one row.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        block_size: int,
+        tokens_per_step: int,
+        micro_batch: int,
+        seed: int,
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_length("training", len(corpus.train), block_size + 1, block_size)
+        _check_length("validation", len(corpus.val), 2, block_size)
+        self.block_size = block_size
+        self.tokens_per_step = tokens_per_step
+        self.micro_batch = micro_batch
+        self.workers = workers
+        self.train_windows = Windows(corpus.train, block_size)
+        self.val_windows = Windows(corpus.val, block_size)
+        self.order = RowOrder(len(self.train_windows), seed, corpus.fingerprint)
+
+    def train_dataloader(self) -> DataLoader[list[Batch]]:
+        """Return the steps from the trainer's next to its last; the length is always max_steps."""
+        trainer = self._attached_trainer()
+        rows_per_rank = split_step(
+            self.tokens_per_step, self.block_size, trainer.world_size, self.micro_batch
+        )
+        steps = _StepBatches(
+            self.train_windows,
+            self.order,
+            rows_per_rank=rows_per_rank,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            micro_batch=self.micro_batch,
+        )
+        return self._loader(steps, sampler=_StepsToGo(trainer), workers=self.workers)
+
+    def val_dataloader(self, max_tokens: int | None = None) -> DataLoader[Batch]:
+        """Return this rank's share of the validation windows, in order.
+
+        They do not overlap, and all of them score every token but the first. `max_tokens` keeps
+        about that many tokens: evenly spaced windows, the same ones every time, at least one.
+        """
+        trainer = self._attached_trainer()
+        n_windows = len(self.val_windows)
+        n_kept = n_windows
+        if max_tokens is not None:
+            n_kept = min(max(max_tokens // self.block_size, 1), n_windows)
+        rows = np.arange(n_kept) * n_windows // n_kept
+        rows = rows[trainer.global_rank :: trainer.world_size]
+        rows_per_batch = max(VAL_BATCH_TOKENS // self.block_size, 1)
+        return self._loader(_RowBatches(self.val_windows, rows, rows_per_batch))
+
+    def _loader(
+        self, batches: Dataset, sampler: Sampler[int] | None = None, workers: int = 0
+    ) -> DataLoader:
+        return DataLoader(
+            batches,
+            batch_size=None,  # an item is a batch already
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=self._attached_trainer().strategy.root_device.type == "cuda",
+            persistent_workers=workers > 0,
+            worker_init_fn=_leave_signals_to_the_trainer,
+            generator=torch.Generator(),  # else every loader would advance the global one
+        )
+
+    def _attached_trainer(self) -> Trainer:
+        assert self.trainer is not None, "the data module is not attached to a trainer"
+        return self.trainer
+
+
+def split_step(tokens_per_step: int, block_size: int, world_size: int, micro_batch: int = 1) -> int:
+    """Return the rows of each rank in a step.
+
+    Raises ValueError where the step does not split evenly, naming the nearest values that do.
+    """
+    unit = block_size * world_size
+    if tokens_per_step < unit or tokens_per_step % unit:
+        below = tokens_per_step // unit * unit
+        nearest = f"{below} or {below + unit}" if below else str(unit)
+        raise ValueError(
+            f"tokens_per_step={tokens_per_step} cannot be split into rows of "
+            f"block_size={block_size} over {world_size} rank(s), as it is no multiple of {unit}; "
+            f"pass tokens_per_step={nearest}"
+        )
+    rows = tokens_per_step // unit
+    if micro_batch < 1 or rows % micro_batch:
+        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+        smaller = [str(n) for n in divisors if n < micro_batch]
+        larger = [str(n) for n in divisors if n > micro_batch]
+        nearest = " or ".join(smaller[-1:] + larger[:1])
+        raise ValueError(
+            f"micro_batch={micro_batch} does not divide the {rows} rows that each of {world_size} "
+            f"rank(s) has in a step (tokens_per_step={tokens_per_step}, block_size={block_size}); "
+            f"pass micro_batch={nearest}"
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class _StepBatches(Dataset[list[Batch]]):
+    """Item `step`: the micro-batches of one rank in that optimizer step."""
+
+    windows: Windows
+    order: RowOrder
+    rows_per_rank: int
+    rank: int
+    world_size: int
+    micro_batch: int
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        rows = self.order.rows_of_step(step, self.rows_per_rank * self.world_size)
+        step_targets = self.windows.n_targets(rows)
+        own = rows[self.rank * self.rows_per_rank : (self.rank + 1) * self.rows_per_rank]
+        return [
+            _batch(self.windows, own[i : i + self.micro_batch], step_targets)
+            for i in range(0, self.rows_per_rank, self.micro_batch)
+        ]
+
+
+@dataclass(frozen=True)
+class _RowBatches(Dataset[Batch]):
+    """Given rows, in order, in batches that each count as a step of their own."""
+
+    windows: Windows
+    rows: np.ndarray
+    rows_per_batch: int
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.rows_per_batch)
+
+    def __getitem__(self, i: int) -> Batch:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        rows = self.rows[i * self.rows_per_batch : (i + 1) * self.rows_per_batch]
+        return _batch(self.windows, rows, self.windows.n_targets(rows))
+
+
+class _StepsToGo(Sampler[int]):
+    """The steps that the trainer has yet to make, at the moment it asks."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self._trainer.global_step, self._trainer.max_steps))
+
+    def __len__(self) -> int:
+        return self._trainer.max_steps
+
+
+def _batch(windows: Windows, rows: np.ndarray, step_targets: int) -> Batch:
+    input_ids, targets = windows.read(rows)
+    return {
+        "input_ids": torch.from_numpy(input_ids),  # (B, T)
+        "targets": torch.from_numpy(targets),  # (B, T)
+        "step_targets": step_targets,
+    }
+
+
+def _check_length(what: str, n_tokens: int, needed: int, block_size: int) -> None:
+    if n_tokens < needed:
+        raise ValueError(
+            f"the {what} text has {n_tokens} tokens and needs at least {needed} "
+            f"(block_size={block_size}); pass more text or a smaller model.block_size"
+        )
+
+
+def _as_it_is(item: object) -> object:
+    return item
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ignore what a terminal or a scheduler sends to all processes: the step in hand needs data."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

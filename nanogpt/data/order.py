@@ -1,0 +1,69 @@
+"""The order of the data: which row stands at which position, as a pure function.
+
+Training is an endless sequence of rows, pass after pass over the corpus, each pass in an order of
+its own. Nothing is stored or advanced: position -> row is computed from (seed, corpus, pass) by a
+Feistel network, so any process can ask for any step, in constant memory, and all agree.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """An endless shuffled sequence of the rows 0 .. n_rows - 1: each pass holds every row once."""
+
+    n_rows: int
+    seed: int
+    corpus_fingerprint: str
+
+    def rows_of_step(self, step: int, rows_per_step: int) -> np.ndarray:
+        """Return the rows of an optimizer step, over all ranks, (rows_per_step,) int64."""
+        positions = np.arange(step * rows_per_step, (step + 1) * rows_per_step)
+        passes, positions = np.divmod(positions, self.n_rows)
+        rows = np.empty(rows_per_step, dtype=np.int64)
+        for number in np.unique(passes):
+            here = passes == number
+            key = f"{self.seed}/{self.corpus_fingerprint}/{number}"
+            rows[here] = permute(positions[here], self.n_rows, key)
+        return rows
+
+
+def permute(positions: np.ndarray, n: int, key: str) -> np.ndarray:
+    """Return where a keyed permutation of 0 .. n - 1 takes the positions, (N,) int64.
+
+    The network works on pairs of digits (left, right) of a rectangle a x b that just holds n, and
+    positions that land outside 0 .. n - 1 are sent through again until they land inside (Black and
+    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    """
+    round_keys = np.frombuffer(hashlib.sha512(key.encode()).digest(), dtype="<u8")  # 8 of them
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)
+    values = np.asarray(positions).astype(np.uint64)
+    outside = np.ones(len(values), dtype=bool)
+    while outside.any():
+        values[outside] = _network(values[outside], a, b, round_keys)
+        outside = values >= n
+    return values.astype(np.int64)
+
+
+def _network(values: np.ndarray, a: int, b: int, round_keys: np.ndarray) -> np.ndarray:
+    """Permute 0 .. a * b - 1: every round shifts one digit by a hash of the other."""
+    a_, b_ = np.uint64(a), np.uint64(b)
+    left, right = np.divmod(values, b_)
+    for i in range(0, ROUNDS, 2):
+        left = (left + _mix(right ^ round_keys[i]) % a_) % a_
+        right = (right + _mix(left ^ round_keys[i + 1]) % b_) % b_
+    return left * b_ + right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Return a 64-bit hash of each value (the finalizer of SplitMix64, Steele et al., 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
