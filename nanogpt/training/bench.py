@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -183,19 +183,15 @@ class Measurements:
     def _keep(self, key: str, figures: Timings) -> None:
         content = self._read()  # again: another process may have written meanwhile
         content.setdefault(self.machine, {})[key] = figures
-        temporary = None
+        temporary = self.path.with_name(f".probes-{secrets.token_hex(4)}.json")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=self.path.parent, prefix=".probes-", delete=False
-            ) as file:
-                temporary = file.name
-                json.dump(content, file, indent=1, sort_keys=True)
+            temporary.write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
             os.replace(temporary, self.path)
         except OSError as error:
             log.warning("measurements are not kept: %s cannot be written (%s)", self.path, error)
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def _are_timings(figures: object) -> bool:
