@@ -1,0 +1,1 @@
+"""Training: modules, callbacks and the run directory, on top of Lightning."""

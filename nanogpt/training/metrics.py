@@ -1,0 +1,194 @@
+"""The run's `metrics.csv`: one row per logged optimizer step, floats unrounded."""
+
+import csv
+import os
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+COLUMNS = (
+    "step",
+    "tokens",
+    "train/loss",
+    "train/grad_norm",
+    "learning_rate",
+    "tokens_per_s",
+    "mfu",
+    "wall_s",
+    "val/loss",
+    "val/bits_per_byte",
+)
+
+
+class MetricsFile:
+    """Keep a `metrics.csv`; nothing is read or written before the first call.
+
+    A row may come in parts (the training figures of a step, later the validation figures): it is
+    extended in place as long as it is the last one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._columns: list[str] = []
+        self._row: dict[str, str] = {}  # the last row of the file
+        self._row_at = 0  # byte offset of that row
+
+    def append(self, step: int, values: Mapping[str, float]) -> None:
+        """Add figures to the row of `step`; a column not seen before is added to the header.
+
+        Raises ValueError for a step before the last row's: `cut_after` comes first then.
+        """
+        if not self._columns:
+            self._rewrite(*_parse(self.path))
+        last_step = int(self._row.get("step", -1))
+        if step < last_step:
+            raise ValueError(
+                f"{self.path} already reaches step {last_step}, got a row for step {step}; "
+                f"cut_after({step}) drops the later rows"
+            )
+        cells = {name: _cell(value) for name, value in values.items() if name != "step"}
+        if not cells.keys() <= set(self._columns):
+            _, rows = _parse(self.path)
+            self._rewrite(list(dict.fromkeys([*self._columns, *cells])), rows)
+        if step > last_step:
+            self._row = {"step": str(step)}
+            self._row_at = self.path.stat().st_size
+        self._row.update(cells)
+        with _naming(self.path), self.path.open("r+b") as file:
+            file.seek(self._row_at)
+            file.write(_line([self._row.get(name, "") for name in self._columns]))
+            file.truncate()
+
+    def cut_after(self, step: int) -> None:
+        """Drop the rows after `step`, the restored one, and a last line torn by a kill."""
+        if self.path.exists():
+            columns, rows = _parse(self.path)
+            self._rewrite(columns, [row for row in rows if int(row[0]) <= step])
+
+    def flush(self) -> None:
+        """Force what was appended to the disk itself; call it before a checkpoint is written."""
+        if self.path.exists():
+            with _naming(self.path), self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _rewrite(self, columns: list[str], rows: list[list[str]]) -> None:
+        self._columns = columns
+        width = len(columns)
+        lines = [_line(columns), *(_line([*row, *[""] * (width - len(row))]) for row in rows)]
+        write_atomically(self.path, b"".join(lines))
+        self._row = dict(zip(columns, rows[-1], strict=False)) if rows else {}
+        self._row_at = sum(map(len, lines[:-1])) if rows else 0
+
+
+class MetricsLogger(Logger):
+    """A `MetricsFile` for `Trainer(logger=[...])`, beside TensorBoard or W&B."""
+
+    def __init__(self, file: MetricsFile) -> None:
+        super().__init__()
+        self.file = file
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.file.path.parent)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append to the row of `step`, an optimizer step; Lightning's own `epoch` is left out."""
+        assert step is not None, "metrics.csv is kept by optimizer step"
+        self.file.append(step, {name: metrics[name] for name in metrics if name != "epoch"})
+
+    @rank_zero_only
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
+        """Ignore them: the run directory's `config.yaml` is their record."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.file.flush()
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return `(step, value)` pairs by column, columns that were never measured left out.
+
+    A torn last line is passed over; another malformed line raises ValueError.
+    """
+    columns, rows = _parse(path)
+    metrics: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, cell in zip(columns[1:], row[1:], strict=True):
+            if cell:
+                metrics.setdefault(name, []).append((int(row[0]), float(cell)))
+    return metrics
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: a reader, also after a kill, finds the old or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with _naming(path), temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _parse(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Return the header (the fixed columns for a missing or empty file) and the rows of cells."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    whole, _, torn = text.rpartition("\n")
+    if not whole:
+        return list(COLUMNS), []
+    columns, *rows = csv.reader(whole.split("\n"))
+    if columns[:1] != ["step"]:
+        raise ValueError(
+            f"{path} begins with {columns[:1]}, a metrics file with ['step']; move it elsewhere"
+        )
+    sound = [len(row) == len(columns) and row[0].isdecimal() for row in rows]
+    if sound and not torn and not sound[-1]:  # torn inside a row that was being extended
+        rows.pop()
+        sound.pop()
+    if not all(sound):
+        line = sound.index(False) + 2
+        raise ValueError(
+            f"{path} line {line} is not a step and {len(columns) - 1} figures; "
+            "mend or remove that line"
+        )
+    return columns, rows
+
+
+def _line(cells: Sequence[str]) -> bytes:
+    text = StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().encode()
+
+
+def _cell(value: float) -> str:
+    """Return the shortest text that reads back as the same number."""
+    return repr(int(value)) if isinstance(value, int) else repr(float(value))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in a failed write's error (a full disk), where the system leaves it out."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -1,0 +1,203 @@
+import logging
+import math
+from pathlib import Path
+
+import pytest
+
+from nanogpt.training.metrics import (
+    COLUMNS,
+    MetricsFile,
+    MetricsLogger,
+    read_metrics,
+    write_atomically,
+)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> MetricsFile:
+    return MetricsFile(tmp_path / "metrics.csv")
+
+
+def lines(file: MetricsFile) -> list[str]:
+    return file.path.read_text().splitlines()
+
+
+def test_nothing_is_written_before_the_first_figure(file: MetricsFile) -> None:
+    file.flush()
+    file.cut_after(10)
+    assert not file.path.exists()
+
+
+def test_floats_read_back_unrounded(file: MetricsFile) -> None:
+    file.append(1, {"train/loss": 0.1 + 0.2, "learning_rate": 1e-17 / 3})
+    metrics = read_metrics(file.path)
+    assert metrics == {"train/loss": [(1, 0.1 + 0.2)], "learning_rate": [(1, 1e-17 / 3)]}
+
+
+def test_counts_are_written_without_a_decimal_point(file: MetricsFile) -> None:
+    file.append(3, {"tokens": 2**53 + 1})
+    assert lines(file)[1].startswith("3,9007199254740993,")
+
+
+def test_values_that_are_not_finite_read_back(file: MetricsFile) -> None:
+    file.append(1, {"train/loss": math.inf, "train/grad_norm": math.nan})
+    metrics = read_metrics(file.path)
+    assert metrics["train/loss"] == [(1, math.inf)]
+    assert math.isnan(metrics["train/grad_norm"][0][1])
+
+
+def test_columns_are_fixed_and_in_order(file: MetricsFile) -> None:
+    file.append(1, {"val/loss": 2.0})
+    assert lines(file)[0].split(",") == list(COLUMNS)
+
+
+def test_parts_of_a_step_share_a_row(file: MetricsFile) -> None:
+    file.append(5, {"train/loss": 2.5})
+    file.append(5, {"val/loss": 2.75})
+    file.append(6, {"train/loss": 2.25})
+    assert len(lines(file)) == 3
+    metrics = read_metrics(file.path)
+    assert metrics == {"train/loss": [(5, 2.5), (6, 2.25)], "val/loss": [(5, 2.75)]}
+
+
+def test_a_shorter_value_replaces_a_longer_one(file: MetricsFile) -> None:
+    file.append(5, {"train/loss": 2.123456789})
+    file.append(5, {"train/loss": 2.5})
+    assert read_metrics(file.path) == {"train/loss": [(5, 2.5)]}
+
+
+def test_an_unknown_column_joins_the_header(file: MetricsFile) -> None:
+    file.append(1, {"train/loss": 3.0})
+    file.append(2, {"val/accuracy": 0.5})
+    assert lines(file)[0].split(",") == [*COLUMNS, "val/accuracy"]
+    assert read_metrics(file.path) == {"train/loss": [(1, 3.0)], "val/accuracy": [(2, 0.5)]}
+
+
+def test_another_process_continues_the_last_row(file: MetricsFile) -> None:
+    file.append(1, {"train/loss": 3.0, "extra": 1.0})
+    continued = MetricsFile(file.path)
+    continued.append(1, {"val/loss": 3.5})
+    continued.append(2, {"train/loss": 2.0})
+    metrics = read_metrics(file.path)
+    assert metrics["val/loss"] == [(1, 3.5)]
+    assert metrics["train/loss"] == [(1, 3.0), (2, 2.0)]
+    assert metrics["extra"] == [(1, 1.0)]
+
+
+def test_rows_after_the_restored_step_are_cut(file: MetricsFile) -> None:
+    for step in range(1, 6):
+        file.append(step, {"train/loss": float(step)})
+    file.cut_after(3)
+    file.append(4, {"train/loss": 40.0})
+    assert [step for step, _ in read_metrics(file.path)["train/loss"]] == [1, 2, 3, 4]
+    assert len(lines(file)) == 5
+
+
+def test_a_file_cut_and_continued_equals_the_unbroken_one(
+    file: MetricsFile, tmp_path: Path
+) -> None:
+    unbroken = MetricsFile(tmp_path / "unbroken.csv")
+    for step in range(1, 7):
+        unbroken.append(step, {"train/loss": 1 / step})
+    for step in range(1, 5):
+        file.append(step, {"train/loss": 1 / step})
+    file.cut_after(2)
+    for step in range(3, 7):
+        file.append(step, {"train/loss": 1 / step})
+    assert file.path.read_bytes() == unbroken.path.read_bytes()
+
+
+@pytest.mark.parametrize("kept", range(1, 12))
+def test_a_last_line_torn_anywhere_is_dropped(file: MetricsFile, kept: int) -> None:
+    file.append(1, {"train/loss": 3.0})
+    whole = file.path.read_bytes()
+    file.append(2, {"train/loss": 2.125})
+    file.path.write_bytes(file.path.read_bytes()[: len(whole) + kept])
+    assert read_metrics(file.path) == {"train/loss": [(1, 3.0)]}
+    continued = MetricsFile(file.path)
+    continued.cut_after(1)
+    assert file.path.read_bytes() == whole
+
+
+def test_a_torn_header_is_a_new_file(file: MetricsFile) -> None:
+    file.path.write_text("step,tok")
+    file.append(1, {"train/loss": 3.0})
+    assert read_metrics(file.path) == {"train/loss": [(1, 3.0)]}
+
+
+def test_a_malformed_line_inside_is_named(file: MetricsFile) -> None:
+    file.append(1, {"train/loss": 3.0})
+    file.append(2, {"train/loss": 2.0})
+    file.path.write_text(file.path.read_text().replace("\n1,", "\nx,"))
+    with pytest.raises(ValueError, match=r"metrics\.csv line 2 is not a step"):
+        read_metrics(file.path)
+
+
+def test_a_foreign_file_is_refused(file: MetricsFile) -> None:
+    file.path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="begins with"):
+        file.append(1, {"train/loss": 3.0})
+    assert file.path.read_text() == "a,b\n1,2\n"
+
+
+def test_an_earlier_step_is_refused(file: MetricsFile) -> None:
+    file.append(8, {"train/loss": 3.0})
+    with pytest.raises(ValueError, match="already reaches step 8, got a row for step 7"):
+        file.append(7, {"train/loss": 3.0})
+
+
+def test_a_missing_file_has_no_metrics(file: MetricsFile) -> None:
+    assert read_metrics(file.path) == {}
+
+
+def test_a_failed_replacement_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'"):
+        write_atomically(path, b"new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+def test_the_logger_keeps_lightnings_epoch_out(file: MetricsFile) -> None:
+    logger = MetricsLogger(file)
+    logger.log_metrics({"train/loss": 2.0, "epoch": 0}, step=4)
+    logger.save()
+    logger.finalize("success")
+    assert read_metrics(file.path) == {"train/loss": [(4, 2.0)]}
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_trainer_logs_into_the_file(file: MetricsFile) -> None:
+    import torch
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    class Model(BoringModel):
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            loss = self.layer(batch).square().sum()
+            assert self.logger is not None
+            self.logger.log_metrics({"train/loss": float(loss.detach())}, step=self.global_step + 1)
+            return loss
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    trainer = Trainer(
+        max_steps=3,
+        log_every_n_steps=1,
+        accelerator="cpu",
+        logger=[MetricsLogger(file)],
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(Model())
+    assert [step for step, _ in read_metrics(file.path)["train/loss"]] == [1, 2, 3]

@@ -1,0 +1,256 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from nanogpt.training.charts import Chart, Series, draw, smooth
+from nanogpt.training.metrics import MetricsFile
+from nanogpt.training.report import write_report
+
+SUMMARY = {
+    "stage": "pretrain",
+    "name": "tiny",
+    "steps": 300,
+    "tokens": 307_200,
+    "wall_s": 80.0,
+    "train_s": 62.0,
+    "tokens_per_s": 5412.4,
+    "mfu": 0.384,
+    "val_loss": 2.25,
+    "val_bits_per_byte": 1.536,
+    "gzip_bits_per_byte": 1.92,
+    "n_params": 4_213_248,
+    "device": "cpu",
+    "precision": "bf16-mixed",
+    "versions": {"python": "3.11.7", "torch": "2.13.0"},
+}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished run: 300 steps, logged every tenth, validated every hundredth."""
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    for step in range(10, 301, 10):
+        loss = 2 + 500 / step**2
+        metrics.append(step, {"tokens": 1024 * step, "train/loss": loss, "learning_rate": 1e-3})
+        metrics.append(step, {"train/grad_norm": 0.5, "tokens_per_s": 5400.0, "mfu": 0.38})
+        if step % 100 == 0:
+            metrics.append(step, {"val/loss": loss + 0.25, "val/bits_per_byte": loss * 0.7})
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    (tmp_path / "config.yaml").write_text("command: python train.py seed=7\nmax_steps: 300\n")
+    (tmp_path / "samples.txt").write_text(
+        "".join(f"=== step {step} ===\nsampled at {step}\n" for step in (0, 100, 200, 300))
+    )
+    (tmp_path / "train.log").write_text("started\nfinished\n")
+    return tmp_path
+
+
+def html_of(run_dir: Path) -> str:
+    return write_report(run_dir).read_text(encoding="utf-8")
+
+
+class Elements(HTMLParser):
+    """Collect (tag, attributes), and fail on tags that do not close in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in {"meta"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def tags(page: str) -> list[str]:
+    return [tag for tag, _ in Elements(page).found]
+
+
+def visible_text(page: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+
+
+def test_headline_tells_the_figures(run_dir: Path) -> None:
+    text = visible_text(html_of(run_dir))
+    for figure in ("2.2500", "1.5360", "20 % below gzip -9 (1.92)", "307 k", "1 min 20 s"):
+        assert figure in text
+    for figure in ("5,412", "MFU 38 %", "4,213,248", "finished after 300 steps", "bf16-mixed"):
+        assert figure in text
+
+
+def test_every_measured_quantity_has_a_chart(run_dir: Path) -> None:
+    charts = [
+        attrs["aria-label"] for tag, attrs in Elements(html_of(run_dir)).found if tag == "svg"
+    ]
+    titles = [str(label).split(" over")[0] for label in charts]
+    assert titles == [
+        "Loss",
+        "Bits per byte",
+        "Learning rate",
+        "Gradient norm",
+        "Throughput",
+        "MFU",
+    ]
+
+
+def test_unknown_mfu_is_left_out(run_dir: Path) -> None:
+    (run_dir / "summary.json").write_text(json.dumps(SUMMARY | {"mfu": 0.0}))
+    assert "MFU" not in visible_text(html_of(run_dir))
+
+
+def test_chart_is_described_in_words(run_dir: Path) -> None:
+    assert "Validation from 2.3000 at step 100 to 2.2556 at step 300." in html_of(run_dir)
+
+
+def test_page_refers_to_nothing_outside(run_dir: Path) -> None:
+    page = html_of(run_dir)
+    assert not {"script", "link", "img", "iframe", "object", "image"} & set(tags(page))
+    assert not re.search(r"https?:|url\((?!#)|@import|\bsrc=|href=\"(?!#)", page)
+
+
+def test_page_forbids_loading_and_scripts(run_dir: Path) -> None:
+    policy = [
+        attrs["content"]
+        for tag, attrs in Elements(html_of(run_dir)).found
+        if attrs.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_ids_are_unique(run_dir: Path) -> None:
+    ids = [attrs["id"] for _, attrs in Elements(html_of(run_dir)).found if "id" in attrs]
+    assert len(ids) == len(set(ids))
+
+
+def test_report_depends_on_the_files_alone(run_dir: Path) -> None:
+    assert html_of(run_dir) == html_of(run_dir)
+
+
+def test_everything_from_the_run_is_escaped(run_dir: Path) -> None:
+    evil = '<script>alert("x")</script>'
+    names = {"name": evil, "stage": evil, "device": evil, evil: evil, "versions": {evil: evil}}
+    (run_dir / "summary.json").write_text(json.dumps(SUMMARY | names))
+    (run_dir / "config.yaml").write_text(f"command: '{evil}'\n")
+    (run_dir / "samples.txt").write_text(f"=== step 1 ===\n{evil}\n")
+    (run_dir / "train.log").write_text(evil)
+    page = html_of(run_dir)
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 8
+
+
+def test_control_characters_of_a_sample_are_made_visible(run_dir: Path) -> None:
+    (run_dir / "samples.txt").write_bytes(b"=== step 1 ===\na\x00b\x1bc\xff\n")
+    assert "a␀b␛c�" in html_of(run_dir)
+
+
+def test_first_and_last_sample_stand_side_by_side(run_dir: Path) -> None:
+    page = html_of(run_dir)
+    pair, folded = page[page.index(">Samples") :].split("<details>", 1)
+    assert "sampled at 0" in pair
+    assert "sampled at 300" in pair
+    assert "2 samples between" in folded
+    assert "sampled at 100" in folded
+
+
+def test_sample_taken_again_after_a_resume_replaces_the_earlier(run_dir: Path) -> None:
+    with (run_dir / "samples.txt").open("a") as file:
+        file.write("=== step 200 ===\nsampled anew\n")
+    page = html_of(run_dir)
+    assert "sampled anew" in page
+    assert "sampled at 200" not in page
+
+
+def test_command_is_the_recorded_one(run_dir: Path) -> None:
+    assert "python train.py seed=7</pre>" in html_of(run_dir)
+
+
+def test_command_falls_back_to_the_plain_one(run_dir: Path) -> None:
+    (run_dir / "config.yaml").unlink()
+    assert "python train.py</pre>" in html_of(run_dir)
+
+
+def test_interrupted_run_tells_how_far_it_came(run_dir: Path) -> None:
+    (run_dir / "summary.json").unlink()
+    (run_dir / "config.yaml").write_text("max_steps: 1500\n")
+    text = visible_text(html_of(run_dir))
+    assert "not finished: step 300 of 1,500" in text
+    assert "2.2556" in text
+
+
+@pytest.mark.parametrize(
+    "missing", ["metrics.csv", "summary.json", "config.yaml", "samples.txt", "train.log"]
+)
+def test_missing_file_is_left_out(run_dir: Path, missing: str) -> None:
+    (run_dir / missing).unlink()
+    Elements(html_of(run_dir))
+
+
+def test_empty_run_directory_has_a_report(tmp_path: Path) -> None:
+    assert f"<h1>{tmp_path.name}</h1>" in html_of(tmp_path)
+
+
+def test_directory_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is not a directory"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_values_that_are_not_finite_leave_the_rest_drawn(run_dir: Path) -> None:
+    MetricsFile(run_dir / "metrics.csv").append(310, {"train/loss": float("nan")})
+    assert "svg" in tags(html_of(run_dir))
+
+
+def test_run_of_one_step_is_drawn(tmp_path: Path) -> None:
+    MetricsFile(tmp_path / "metrics.csv").append(1, {"train/loss": 7.5, "learning_rate": 0.0})
+    assert tags(html_of(tmp_path)).count("svg") == 2
+
+
+def test_long_runs_stay_small(tmp_path: Path) -> None:
+    points = [(step, 2 + (step * 7919 % 1000) / 1000) for step in range(1, 20_001)]
+    svg = draw(Chart("Loss", "", [Series("training", points, noisy=True)]), 20_000, "loss")
+    assert len(svg) < 60_000
+
+
+def vertical_labels(svg: str) -> list[float]:
+    return [float(x) for x in re.findall(r"text-anchor: end[^>]*>([\d.]+)</text>", svg)]
+
+
+def test_first_losses_do_not_squash_the_rest() -> None:
+    points = [(1, 11.0), *((step, 3 - step / 1000) for step in range(10, 1001, 10))]
+    labels = vertical_labels(draw(Chart("Loss", "", [Series("training", points)]), 1000, "loss"))
+    assert max(labels) < 3.2
+
+
+def test_late_spike_is_drawn_on_a_logarithmic_axis() -> None:
+    points = [(step, 0.5) for step in range(1, 100)] + [(100, 400.0)]
+    labels = vertical_labels(draw(Chart("Norm", "", [Series("norm", points)]), 100, "norm"))
+    assert labels == [1, 10, 100]
+
+
+def test_reference_line_is_within_the_frame() -> None:
+    points = [(step, 3 - step / 100) for step in range(1, 101)]
+    chart = Chart("Bits", "", [Series("validation", points)], reference=("gzip -9: 1.20", 1.2))
+    svg = draw(chart, 100, "bits")
+    assert "gzip -9: 1.20" in svg
+    assert min(vertical_labels(svg)) <= 1.5
+
+
+def test_moving_average_keeps_a_constant() -> None:
+    points = [(step, 2.0) for step in range(500)]
+    assert [value for _, value in smooth(points)] == pytest.approx([2.0] * 500)
+
+
+def test_chart_colours_follow_the_page() -> None:
+    svg = draw(Chart("Loss", "", [Series("training", [(1, 2.0), (2, 1.0)])]), 2, "loss")
+    assert "var(--series-0)" in svg
+    assert not re.search(r"#[0-9a-f]{6}\b", svg)
