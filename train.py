@@ -10,7 +10,6 @@ Issuing a command again continues its run. Every key is in conf/, with a comment
 
 import difflib
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -35,20 +34,32 @@ from omegaconf.errors import OmegaConfBaseException
 from nanogpt.training.run import flatten, run_name
 
 CONF_DIR = "conf"
-KINDS = {
-    "a whole number of at least 1": (
-        "tokens_per_step",
-        "trainer.num_nodes",
-        "callbacks.log_every_n_steps",
-        "callbacks.validation.every_n_steps",
-        "callbacks.checkpoint.every_n_steps",
-        "callbacks.samples.every_n_steps",
-    ),
-    "a whole number": ("seed",),
-    "true or false": ("resume", "overwrite", "debug"),
-    "auto or a whole number of at least 1": ("micro_batch", "threads", "trainer.devices"),
-    "auto, true or false": ("compile",),
-    "null or a whole number of at least 1": ("max_steps", "max_tokens"),
+COUNT = "a whole number of at least 1"
+FLAG = "true or false"
+KINDS = {  # of the keys that no object checks when it is built
+    "seed": ("a whole number",),
+    "max_steps": ("null", COUNT),
+    "max_tokens": ("null", COUNT),
+    "tokens_per_step": (COUNT,),
+    "micro_batch": ("auto", COUNT),
+    "threads": ("auto", COUNT),
+    "compile": ("auto", FLAG),
+    "resume": (FLAG,),
+    "overwrite": (FLAG,),
+    "debug": (FLAG,),
+    "trainer.devices": ("auto", COUNT),
+    "trainer.num_nodes": (COUNT,),
+    "trainer.deterministic": (FLAG,),
+    "trainer.precision": ("auto", "32-true", "bf16-mixed", "16-mixed"),
+    "data.workers": ("0", COUNT),
+    "callbacks.log_every_n_steps": (COUNT,),
+    "callbacks.validation.every_n_steps": (COUNT,),
+    "callbacks.validation.tokens": ("null", COUNT),
+    "callbacks.validation.final_tokens": ("null", COUNT),
+    "callbacks.checkpoint.every_n_steps": (COUNT,),
+    "callbacks.checkpoint.keep": ("0", COUNT),
+    "callbacks.samples.every_n_steps": (COUNT,),
+    "callbacks.samples.max_new_tokens": (COUNT,),
 }
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
@@ -117,7 +128,10 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
         for override in OverridesParser.create().parse_overrides(overrides)
     }
     clear_other_budget(config, typed)
-    check_types(config)
+    for key in ("max_steps", "max_tokens", "tokens_per_step"):  # 10e9 is typed as a whole number
+        if isinstance(config[key], float) and config[key].is_integer():
+            config[key] = int(config[key])
+    check_kinds(config)
     if hydra_config.mode == RunMode.MULTIRUN:
         config["runs_dir"] = str(Path(config["runs_dir"]) / sweep_name(sys.argv[1:]))
     if config["name"] is None:
@@ -133,24 +147,18 @@ def clear_other_budget(config: dict[str, Any], typed: Mapping[str, Any]) -> None
             config[other] = None
 
 
-def check_types(config: Mapping[str, Any]) -> None:
+def check_kinds(config: Mapping[str, Any]) -> None:
     """Raise ValueError for a value of the wrong kind; objects check their own when they are built."""
     flat = flatten(config)
-    for kind, keys in KINDS.items():
-        for key in keys:
-            value = flat[key]
-            good = {
-                "a whole number of at least 1": type(value) is int and value >= 1,
-                "a whole number": type(value) is int,
-                "true or false": type(value) is bool,
-                "auto or a whole number of at least 1": value == "auto"
-                or (type(value) is int and value >= 1),
-                "auto, true or false": value == "auto" or type(value) is bool,
-                "null or a whole number of at least 1": value is None
-                or (type(value) is int and value >= 1),
-            }[kind]
-            if not good:
-                raise ValueError(f"{key}={value!r} is not {kind}")
+    for key, kinds in KINDS.items():
+        if not any(_is_kind(flat[key], kind) for kind in kinds):
+            raise ValueError(f"{key}={flat[key]!r} is not {' or '.join(kinds)}")
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    if kind in (COUNT, "a whole number"):
+        return type(value) is int and (value >= 1 or kind != COUNT)
+    return type(value) is bool if kind == FLAG else str(value) == kind.replace("null", "None")
 
 
 def _is_group(key: str) -> bool:
@@ -169,7 +177,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
 
     from nanogpt.checkpoint import record
     from nanogpt.data.corpus import prepare
-    from nanogpt.data.module import TokenDataModule
+    from nanogpt.data.module import TokenDataModule, split_step
     from nanogpt.model import GPT, GPTConfig
     from nanogpt.training.pretrain import PretrainModule
     from nanogpt.training.session import Session
@@ -185,7 +193,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         corpus = prepare(
             instantiate(data_config, _convert_="all"),
             make_tokenizer if start is None else lambda documents: start.tokenizer,
-            json.dumps(config["tokenizer"]) if start is None else start.tokenizer.fingerprint,
+            tokenizer_key(config["tokenizer"]) if start is None else start.tokenizer.fingerprint,
             Path(config["data_dir"]),
         )
         tokenizer = corpus.tokenizer
@@ -194,7 +202,12 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
             if start is None
             else start.config
         )
-        decisions = session.settle(model_config, corpus.fingerprint, start.path if start else None)
+        rows_per_rank = split_step(
+            config["tokens_per_step"], model_config.block_size, session.ranks.world_size
+        )
+        decisions = session.settle(
+            model_config, rows_per_rank, corpus.fingerprint, start.path if start else None
+        )
         torch.manual_seed(config["seed"])
         optim = dict(config["optim"])
         del optim["schedule"]
@@ -223,6 +236,12 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         )
         facts = {"gzip_bits_per_byte": corpus.manifest.get("gzip_bits_per_byte")}
         return session.fit(module, data, tokenizer, data.val_dataloader, facts)
+
+
+def tokenizer_key(node: Mapping[str, Any]) -> str:
+    """Return what names a configured tokenizer's table among prepared data, such as bpe-2048."""
+    maker = node["_target_"].rpartition(".")[2].removesuffix("_tokenizer")
+    return "-".join([maker, *(str(value) for key, value in node.items() if key != "_target_")])
 
 
 def explain(error: Exception) -> str:

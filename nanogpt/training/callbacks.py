@@ -70,7 +70,7 @@ class Validation(Callback):
         tokens = self.final_tokens if step == trainer.max_steps else self.tokens
         with pl_module.off_the_clock():
             pl_module.validation = pl_module.evaluate(self.batches(tokens))
-            pl_module.validation_step = step
+            pl_module.validated_at = step
         for logger in trainer.loggers:
             logger.log_metrics({f"val/{k}": v for k, v in pl_module.validation.items()}, step)
 

@@ -76,7 +76,7 @@ class Checkpointing(Callback):
 
     def _note_best(self, module: StageModule, step: int) -> None:
         loss = module.validation.get("loss")
-        if loss is not None and module.validation_step == step:
+        if loss is not None and module.validated_at == step:
             if self.best is None or loss < self.best[0]:
                 self.best = (loss, step)
 

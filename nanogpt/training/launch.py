@@ -20,7 +20,6 @@ import yaml
 
 T = TypeVar("T")
 SHUTDOWN_S = 600  # how long ranks may take to write a checkpoint after a signal
-LAUNCHER_PID = "NANOGPT_LAUNCHER_PID"
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,6 @@ def launch(config: Mapping[str, Any], n_processes: int) -> int:
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks set their own number of threads
-    os.environ[LAUNCHER_PID] = str(os.getpid())
     for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     launch_config = LaunchConfig(
@@ -117,19 +115,17 @@ def launch(config: Mapping[str, Any], n_processes: int) -> int:
             _, first = error.get_first_failure()
             code = first.exitcode
             return 128 - code if code < 0 else code
-        finally:
-            del os.environ[LAUNCHER_PID]
     return 0
 
 
 def leave_with_launcher() -> None:
     """End this rank soon after its launcher died, so that no orphan keeps training and holds the run."""
-    launcher = os.environ.get(LAUNCHER_PID)
-    if launcher is None:
+    if not is_rank():
         return
+    launcher = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == int(launcher):
+        while os.getppid() == launcher:
             time.sleep(0.5)
         os._exit(1)
 

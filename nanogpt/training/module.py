@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from nanogpt.checkpoint import KEY
@@ -63,7 +64,7 @@ class StageModule(LightningModule):
         self.compiled = compiled
         self.progress: dict[str, float] = {}
         self.validation: dict[str, float] = {}  # the metrics of the latest validation
-        self.validation_step = -1
+        self.validated_at = -1
         self.train_s = 0.0
         self._wall_s_before = 0.0  # of the sittings before this one
         self._began = time.monotonic()
@@ -95,13 +96,19 @@ class StageModule(LightningModule):
         set_learning_rate(optimizer, self.schedule.factor(step, self.max_steps))
         losses = []
         for batch in micro_batches[:-1]:
-            with self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
+            with self._without_reduction():
                 losses.append(self._backward(batch))
         losses.append(self._backward(micro_batches[-1]))
         grad_norm = self._clip_gradients()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self._pending.append((torch.stack(losses).sum(), grad_norm))
+
+    def _without_reduction(self) -> contextlib.AbstractContextManager[None]:
+        """Let ranks reduce gradients at the last micro-batch of a step only."""
+        strategy = self.trainer.strategy
+        several = isinstance(strategy, ParallelStrategy)
+        return strategy.block_backward_sync() if several else contextlib.nullcontext()
 
     def _backward(self, batch: Batch) -> Tensor:
         """Add a micro-batch's share of the step's gradient; return its share of the loss."""

@@ -137,22 +137,40 @@ class Session:
             path = find_checkpoint(self.config["init_from"], self.config["runs_dir"])
         return load_checkpoint(path)
 
-    def settle(self, model_config: GPTConfig, corpus_fingerprint: str, init_from: Path | None) -> Decisions:
+    def settle(
+        self,
+        model_config: GPTConfig,
+        rows_per_rank: int,
+        corpus_fingerprint: str,
+        init_from: Path | None,
+    ) -> Decisions:
         """Decide what is left to the machine, check the corpus, and write config.yaml.
 
-        Raises ValueError where the corpus is not the one that the run began with.
+        `rows_per_rank` are the rows of block_size tokens that a rank sees in a step. Raises ValueError where
+        the corpus is not the one that the run began with.
         """
         decisions, self.recorded = on_rank_zero(
-            lambda: self._settle(model_config, corpus_fingerprint, init_from)
+            lambda: self._settle(model_config, rows_per_rank, corpus_fingerprint, init_from)
         )
         torch.set_num_threads(decisions.threads)
         for reason in decisions.reasons:
             log.info("%s", reason)
-        log.info("%s", batch_derivation(self.config, model_config, decisions.micro_batch, self.ranks.world_size))
+        log.info(
+            "tokens_per_step %s = %s rank(s) x %s micro-batch(es) x %s rows x block_size %s",
+            f"{self.config['tokens_per_step']:,}",
+            self.ranks.world_size,
+            rows_per_rank // decisions.micro_batch,
+            decisions.micro_batch,
+            model_config.block_size,
+        )
         return decisions
 
     def _settle(
-        self, model_config: GPTConfig, corpus_fingerprint: str, init_from: Path | None
+        self,
+        model_config: GPTConfig,
+        rows_per_rank: int,
+        corpus_fingerprint: str,
+        init_from: Path | None,
     ) -> tuple[Decisions, dict[str, Any]]:
         config, recorded = self.config, self.recorded
         if recorded and recorded["corpus"] != corpus_fingerprint:
@@ -160,18 +178,17 @@ class Session:
                 f"{self.run.path} was trained on another corpus (fingerprint {recorded['corpus']}, now "
                 f"{corpus_fingerprint}); restore the data, pass name=<new name>, or resume=false overwrite=true"
             )
-        rows = rows_per_rank(config, model_config, self.ranks.world_size)
 
         def setting(key: str) -> Any:
             value = config["trainer"][key] if key == "precision" else config[key]
             kept = recorded.get(key, "auto")
-            usable = key != "micro_batch" or (kept != "auto" and rows % kept == 0)
+            usable = key != "micro_batch" or (kept != "auto" and rows_per_rank % kept == 0)
             return kept if value == "auto" and usable else value
 
         decisions = decide(
             model_config,
             device=self.device,
-            rows_per_rank=rows,
+            rows_per_rank=rows_per_rank,
             max_steps=self.max_steps,
             data_dir=Path(config["data_dir"]),
             local_world_size=self.ranks.local_world_size,
@@ -318,7 +335,30 @@ class Session:
         }
         self.run.write_summary(summary)
         write_report(self.run.path)
+        self._tell(summary)
         return summary
+
+    def _tell(self, summary: Mapping[str, Any]) -> None:
+        """Say what was reached and what may come next."""
+        log.info(
+            "finished: %s steps, %s tokens in %s of training (%s tokens/s, MFU %s)",
+            summary["steps"],
+            f"{summary['tokens']:,}",
+            duration(summary["train_s"]),
+            f"{summary['tokens_per_s']:,.0f}",
+            percent(summary["mfu"]),
+        )
+        log.info("validation loss %.4f", summary["val_loss"])
+        if (bits := summary.get("val_bits_per_byte")) is not None:
+            gzip = summary.get("gzip_bits_per_byte")
+            beside = f"; gzip -9 needs {gzip:.3f} for the same text" if gzip else ""
+            log.info("validation bits per byte %.3f%s", bits, beside)
+        where = self.run.path
+        log.info("report: %s", self.run.report_path)
+        log.info("next:")
+        log.info('  python -m nanogpt.generate %s --prompt "def "', where)
+        log.info("  python train.py data=text data.path=YOUR_FOLDER      # the same on your own text")
+        log.info("  python train.py stage=pretrain model=gpt2_small      # GPT-2 small on FineWeb-Edu")
 
 
 def budget_steps(config: Mapping[str, Any]) -> int:
@@ -331,31 +371,6 @@ def budget_steps(config: Mapping[str, Any]) -> int:
     if not budgets:
         raise ValueError("the run has no budget; pass max_steps=N or max_tokens=N")
     return int(min(budgets))
-
-
-def rows_per_rank(config: Mapping[str, Any], model_config: GPTConfig, world_size: int) -> int:
-    """Return how many rows of block_size tokens a rank sees in one step."""
-    unit = model_config.block_size * world_size
-    rows, rest = divmod(config["tokens_per_step"], unit)
-    if rest or not rows:
-        nearest = max(1, round(config["tokens_per_step"] / unit)) * unit
-        raise ValueError(
-            f"tokens_per_step={config['tokens_per_step']} cannot be split into rows of "
-            f"block_size={model_config.block_size} over {world_size} process(es); "
-            f"pass a multiple of {unit}, such as {nearest}"
-        )
-    return int(rows)
-
-
-def batch_derivation(
-    config: Mapping[str, Any], model_config: GPTConfig, micro_batch: int, world_size: int
-) -> str:
-    """Return how `tokens_per_step` is made up, for people to read."""
-    accumulation = rows_per_rank(config, model_config, world_size) // micro_batch
-    return (
-        f"tokens_per_step {config['tokens_per_step']:,} = {world_size} rank(s) x {accumulation} micro-batch(es) "
-        f"x {micro_batch} rows x block_size {model_config.block_size}"
-    )
 
 
 def log_to(path: Path) -> Callable[[], None]:
