@@ -229,6 +229,7 @@ def test_text_shorter_than_a_block_is_refused(tmp_path: Path, text: str, words: 
         TokenDataModule(corpus, block_size=64, tokens_per_step=64, micro_batch=1, seed=0, workers=0)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 8))
 def test_steps_that_split_evenly_are_split(rows: int, world_size: int, micro_batch: int) -> None:
     tokens_per_step = BLOCK_SIZE * world_size * micro_batch * rows

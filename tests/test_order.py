@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.data.order import RowOrder, permute
@@ -14,6 +14,7 @@ from nanogpt.data.order import RowOrder, permute
 SIZES = st.integers(1, 5000)
 
 
+@settings(deadline=None)
 @given(n=SIZES, key=st.text(max_size=5))
 def test_permutation_is_a_bijection(n: int, key: str) -> None:
     assert sorted(permute(np.arange(n), n, key).tolist()) == list(range(n))
@@ -26,6 +27,7 @@ def test_permutation_is_a_bijection_of_a_million() -> None:
     assert seen.all()
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 2**40), data=st.data())
 def test_permutation_is_random_access(n: int, data: st.DataObject) -> None:
     positions = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=5)))
@@ -58,6 +60,7 @@ def test_neighbours_are_scattered_evenly() -> None:
     assert abs(np.corrcoef(np.arange(n), rows)[0, 1]) < 0.03
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 60), rows_per_step=st.integers(1, 100), seed=st.integers(0, 2**31))
 def test_each_pass_holds_every_row_once(n: int, rows_per_step: int, seed: int) -> None:
     order = RowOrder(n, seed, "corpus")
@@ -67,6 +70,7 @@ def test_each_pass_holds_every_row_once(n: int, rows_per_step: int, seed: int) -
         assert sorted(rows[number * n : (number + 1) * n].tolist()) == list(range(n))
 
 
+@settings(deadline=None)
 @given(a=st.integers(1, 50), b=st.integers(1, 50))
 def test_sequence_does_not_depend_on_how_it_is_cut_into_steps(a: int, b: int) -> None:
     order = RowOrder(37, 1, "corpus")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.tokenizer import (
@@ -50,18 +50,21 @@ def gpt2() -> Tokenizer:
 
 
 @every_tokenizer
+@settings(deadline=None)
 @given(text=st.text())
 def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @every_tokenizer
+@settings(deadline=None)
 @given(text=st.text(alphabet=" \t\r\n\x0b\x85\u00a0\u3000a_.1'(汉e\u0301"))
 def test_text_of_spaces_and_marks_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @every_tokenizer
+@settings(deadline=None)
 @given(text=st.text())
 def test_array_holds_the_ids_of_encode(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text)

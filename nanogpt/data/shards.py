@@ -7,9 +7,11 @@ version 7, holds uint32 (Llama 3). Its readers and modded-nanogpt's take what is
 """
 
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -151,20 +153,20 @@ class TokenStream:
         self._paths = tuple(Path(path) for path in paths)
         self._headers = [read_header(path) for path in self._paths]
         n_tokens = [n for _, n in self._headers]
-        self._starts = np.cumsum([0, *n_tokens])  # (shards + 1,): where each begins, then the end
+        self._starts = [0, *accumulate(n_tokens)]  # where each shard begins, then the end
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens from `start` up to `stop`, (stop - start,) int64."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of a stream of {len(self)}")
         tokens = np.empty(stop - start, dtype=np.int64)
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        shard = bisect_right(self._starts, start) - 1
         filled = 0
         while filled < len(tokens):
-            offset = start + filled - int(self._starts[shard])
+            offset = start + filled - self._starts[shard]
             piece = self._maps[shard][offset : offset + len(tokens) - filled]
             tokens[filled : filled + len(piece)] = piece
             filled += len(piece)
