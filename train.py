@@ -1,20 +1,21 @@
 """Train a model: compose the configuration, build the objects, fit, report.
 
-    python train.py                                         a small GPT on Python's own sources, offline
-    python train.py stage=pretrain model=gpt2_small         GPT-2 small
-    python train.py -m optim.learning_rate=1e-2,2e-2        a sweep
-    torchrun --nproc_per_node=8 train.py stage=pretrain     eight GPUs
+    python train.py                                         a small GPT on Python's own sources,
+    offline python train.py stage=pretrain model=gpt2_small         GPT-2 small python train.py -m
+    optim.learning_rate=1e-2,2e-2        a sweep torchrun --nproc_per_node=8 train.py stage=pretrain
+    eight GPUs
 
 Issuing a command again continues its run. Every key is in conf/, with a comment.
 """
 
 import difflib
 import hashlib
+import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nanogpt.training.run import flatten, run_name
 
 CONF_DIR = "conf"
+CONF = Path(__file__).parent / CONF_DIR
 COUNT = "a whole number of at least 1"
 FLAG = "true or false"
 KINDS = {  # of the keys that no object checks when it is built
@@ -62,38 +64,52 @@ KINDS = {  # of the keys that no object checks when it is built
     "callbacks.samples.max_new_tokens": (COUNT,),
 }
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+STOPPED_BY_SIGNAL = (130, 143)
+
+failures: list[Exception] = []  # of the jobs of this command
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one job, a sweep, or with `--frozen FILE` one rank of a job; return the exit code."""
-    debug = "debug=true" in arguments
     try:
         if arguments[:1] == ["--frozen"]:
-            config = yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8"))
-            debug = config["debug"]
-            train(config)
+            run_job(yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8")), train)
         else:
             compose()
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception as error:
-        if debug:
+    except (HydraException, OmegaConfBaseException) as error:
+        if "debug=true" in arguments:
             raise
-        wrong_usage = isinstance(error, HydraException | OmegaConfBaseException)
-        text = explain_composition(error) if wrong_usage else explain(error)
-        if text:
-            print(text, file=sys.stderr)
-        return WRONG_USAGE if wrong_usage else FAILED
-    return 0
+        print(f"train.py: {explain_composition(error)}", file=sys.stderr)
+        return WRONG_USAGE
+    return FAILED if failures else 0
 
 
 @hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="train")
-def compose(cfg: DictConfig) -> float | None:
-    """Freeze one composed job and start it; return its validation loss, for sweepers that minimise it."""
-    from nanogpt.training.launch import count_devices, is_rank, launch
+def compose(cfg: DictConfig) -> float:
+    """Run one composed job; return its validation loss, which a sweeper may minimise."""
+    return run_job(OmegaConf.to_container(cfg, resolve=True), lambda _: start(freeze(cfg)))
+
+
+def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
+    """Run a job and return its validation loss; say why it failed, and let a sweep go on."""
+    try:
+        return float(job(config).get("val_loss", math.nan))
+    except Exception as error:
+        if config["debug"] is True:
+            raise
+        failures.append(error)
+        if text := explain(error):
+            print(f"train.py: {text}", file=sys.stderr)
+        return math.nan
+
+
+def start(config: dict[str, Any]) -> Mapping[str, Any]:
+    """Train a frozen job here, or in as many processes as it asks for; return its summary."""
+    from nanogpt.training.launch import RankZeroFailedError, count_devices, is_rank, launch
     from nanogpt.training.run import RunDirectory
 
-    config = freeze(cfg)
     trainer = config["trainer"]
     if is_rank():
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -101,7 +117,7 @@ def compose(cfg: DictConfig) -> float | None:
                 "torchrun cannot run a sweep (every rank would run all of it); "
                 "start it as python train.py -m ... trainer=ddp trainer.devices=N"
             )
-        return train(config).get("val_loss")
+        return train(config)
     if trainer["num_nodes"] > 1:
         raise ValueError(
             f"trainer.num_nodes={trainer['num_nodes']} needs torchrun on every node: "
@@ -109,11 +125,13 @@ def compose(cfg: DictConfig) -> float | None:
         )
     n_processes = count_devices(trainer["devices"], trainer["accelerator"])
     if n_processes == 1:
-        return train(config).get("val_loss")
+        return train(config)
     code = launch(config, n_processes)
-    if code:
+    if code in STOPPED_BY_SIGNAL:
         raise SystemExit(code)
-    return (RunDirectory.of(config).summary() or {}).get("val_loss")
+    if code:
+        raise RankZeroFailedError  # and has said why
+    return RunDirectory.of(config).summary() or {}
 
 
 def freeze(cfg: DictConfig) -> dict[str, Any]:
@@ -148,7 +166,7 @@ def clear_other_budget(config: dict[str, Any], typed: Mapping[str, Any]) -> None
 
 
 def check_kinds(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for a value of the wrong kind; objects check their own when they are built."""
+    """Raise ValueError for a value of the wrong kind; objects check their own when built."""
     flat = flatten(config)
     for key, kinds in KINDS.items():
         if not any(_is_kind(flat[key], kind) for kind in kinds):
@@ -162,12 +180,14 @@ def _is_kind(value: Any, kind: str) -> bool:
 
 
 def _is_group(key: str) -> bool:
-    return (Path(__file__).parent / CONF_DIR / key).is_dir()
+    return (CONF / key).is_dir()
 
 
 def sweep_name(arguments: Sequence[str]) -> str:
     """Return the directory of a sweep's jobs: the same for the same command."""
-    text = shlex.join(sorted(argument for argument in arguments if argument not in ("-m", "--multirun")))
+    text = shlex.join(
+        sorted(argument for argument in arguments if argument not in ("-m", "--multirun"))
+    )
     return f"sweep-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -186,34 +206,33 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     with Session(config) as session:
         if session.finished is not None:
             return session.finished
-        start = session.starting_point()
+        init = session.starting_point()
         data_config = dict(config["data"])
         workers = data_config.pop("workers")
+        block_size = config["model"]["block_size"] if init is None else init.config.block_size
+        rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
         make_tokenizer = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
         corpus = prepare(
             instantiate(data_config, _convert_="all"),
-            make_tokenizer if start is None else lambda documents: start.tokenizer,
-            tokenizer_key(config["tokenizer"]) if start is None else start.tokenizer.fingerprint,
+            make_tokenizer if init is None else lambda documents: init.tokenizer,
+            tokenizer_key(config["tokenizer"]) if init is None else init.tokenizer.fingerprint,
             Path(config["data_dir"]),
         )
         tokenizer = corpus.tokenizer
         model_config = (
             GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
-            if start is None
-            else start.config
-        )
-        rows_per_rank = split_step(
-            config["tokens_per_step"], model_config.block_size, session.ranks.world_size
+            if init is None
+            else init.config
         )
         decisions = session.settle(
-            model_config, rows_per_rank, corpus.fingerprint, start.path if start else None
+            model_config, rows_per_rank, corpus.fingerprint, init.path if init else None
         )
         torch.manual_seed(config["seed"])
         optim = dict(config["optim"])
         del optim["schedule"]
         grad_clip = optim.pop("grad_clip")
         module = PretrainModule(
-            GPT(model_config) if start is None else start.model.train(),
+            GPT(model_config) if init is None else init.model.train(),
             make_optimizer=instantiate(optim, _partial_=True, _convert_="all"),
             schedule=session.schedule,
             max_steps=session.max_steps,
@@ -251,32 +270,32 @@ def explain(error: Exception) -> str:
     if isinstance(error, RankZeroFailedError):
         return ""
     if isinstance(error, ValueError | OSError | FloatingPointError):
-        return f"train.py: {error}"
+        return str(error)
     first_line = str(error).strip().split("\n")[0]
-    return f"train.py: {type(error).__name__}: {first_line} (debug=true shows where)"
+    return f"{type(error).__name__}: {first_line} (debug=true shows where)"
 
 
 def explain_composition(error: Exception) -> str:
     """Return why the configuration does not compose, with the nearest right name."""
     text = str(error)
     if unknown := re.search(r"Could not override '([^']+)'", text):
-        key = unknown[1]
-        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
-        return f"train.py: there is no key {key}{f'; did you mean {near[0]}' if near else ''}? Every key is in {CONF_DIR}/"
+        near = difflib.get_close_matches(unknown[1], _known_keys(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"there is no key {unknown[1]}; {hint}every key is in {CONF_DIR}/"
     if unknown := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, option = unknown[1], unknown[2]
-        options = sorted(path.stem for path in (Path(__file__).parent / CONF_DIR / group).glob("*.yaml"))
+        options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         near = difflib.get_close_matches(option, options, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        return f"train.py: there is no {group}={option}; {hint}{group} is one of {', '.join(options)}"
-    return "train.py: " + " ".join(text.split())
+        return f"there is no {group}={option}; {hint}{group} is one of {', '.join(options)}"
+    return " ".join(text.split())
 
 
 def _known_keys() -> list[str]:
     GlobalHydra.instance().clear()
     with hydra.initialize(version_base="1.3", config_path=CONF_DIR):
         cfg = hydra.compose("train")
-    groups = [path.name for path in (Path(__file__).parent / CONF_DIR).iterdir() if path.is_dir()]
+    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
     nested: Mapping[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     return [*flatten(nested), *groups]
 

@@ -1,16 +1,16 @@
-"""What Lightning, the metrics and the progress cost per optimizer step, against a bare PyTorch loop.
+"""What Lightning, metrics and progress cost per optimizer step, against a bare PyTorch loop.
 
-    python benchmarks/lightning_overhead.py [--shape toy|10m] [--rounds 8] [--steps 20] [--nanogpt DIR]
+    python benchmarks/lightning_overhead.py [--shape toy|10m] [--rounds 8] [--steps 20] [--nanogpt
+    DIR]
 
-Both train the same model on the same batches with the same optimizer, in one process, in alternating chunks of
-steps: our trainer runs, and between two of its chunks the bare loop runs as many steps. With --nanogpt DIR a
-third rival is the loop body of nanoGPT's train.py around the model of that checkout. Prints milliseconds per step,
-the ratio and its spread.
+Both train the same model on the same batches with the same optimizer, in one process, in
+alternating chunks of steps: our trainer runs, and between two of its chunks the bare loop runs as
+many steps. With --nanogpt DIR a third rival is the loop body of nanoGPT's train.py around the model
+of that checkout. Prints milliseconds per step, the ratio and its spread.
 """
 
 import argparse
 import importlib.util
-import platform
 import statistics
 import sys
 import tempfile
@@ -29,6 +29,7 @@ from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Schedule, adamw
 from nanogpt.training.callbacks import Figures
 from nanogpt.training.checkpointing import AtomicCheckpointIO
+from nanogpt.training.machine import machine_id
 from nanogpt.training.metrics import MetricsFile, MetricsLogger
 from nanogpt.training.pretrain import PretrainModule
 from nanogpt.training.progress import Progress
@@ -36,9 +37,15 @@ from nanogpt.training.session import quieten_lightning
 
 SHAPES = {
     # nanoGPT's documented CPU run
-    "toy": (GPTConfig(block_size=64, vocab_size=273, n_layer=4, n_head=4, n_embd=128, bias=False), 12),
+    "toy": (
+        GPTConfig(block_size=64, vocab_size=273, n_layer=4, n_head=4, n_embd=128, bias=False),
+        12,
+    ),
     # nanoGPT's shakespeare_char model on a GPU
-    "10m": (GPTConfig(block_size=256, vocab_size=273, n_layer=6, n_head=6, n_embd=384, bias=False), 4),
+    "10m": (
+        GPTConfig(block_size=256, vocab_size=273, n_layer=6, n_head=6, n_embd=384, bias=False),
+        4,
+    ),
 }
 WARMUP_STEPS = 10
 
@@ -52,11 +59,15 @@ def main() -> int:
     if options.nanogpt:
         rivals["nanoGPT's loop"] = nanogpt_loop(options.nanogpt, config, batches)
     times = alternate(config, batches, rivals, options.rounds, options.steps)
-    print(f"{options.shape}: {GPT(config).num_parameters():,} parameters, batch {batch_size} x {config.block_size}")
-    print(f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}, fp32")
+    n_parameters = GPT(config).num_parameters()
+    print(f"{options.shape}: {n_parameters:,} parameters, batch {batch_size} x {config.block_size}")
+    print(f"{machine_id(torch.device('cpu'))}, {options.threads} threads, fp32")
     for name, chunk_times in times.items():
         ms = [1e3 * t / options.steps for t in chunk_times]
-        print(f"  {name:16} {statistics.median(ms):8.2f} ms per step (min {min(ms):.2f}, max {max(ms):.2f})")
+        print(
+            f"  {name:16} {statistics.median(ms):8.2f} ms per step "
+            f"(min {min(ms):.2f}, max {max(ms):.2f})"
+        )
     for name in rivals:
         ratios = [a / b for a, b in zip(times["our trainer"], times[name], strict=True)]
         print(
@@ -73,7 +84,7 @@ def alternate(
     rounds: int,
     steps: int,
 ) -> dict[str, list[float]]:
-    """Return the seconds of every chunk of `steps` steps, by rival; chunk i of all ran one after another."""
+    """Return the seconds of every chunk of steps, by rival; chunks i ran one after another."""
     times: dict[str, list[float]] = {"our trainer": [], **{name: [] for name in rivals}}
 
     class Alternate(Callback):
@@ -208,7 +219,9 @@ def _batches(config: GPTConfig, batch_size: int, n: int) -> list[dict[str, Any]]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="toy")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20, help="steps of one chunk")

@@ -1,8 +1,9 @@
 """The checkpoint contract: a file that describes itself, written atomically and verified when read.
 
-A checkpoint is a Lightning `.ckpt` with one key of ours, `nanogpt`: the record. The weights lie in the
-file's `state_dict` under `model.`. Everything is of plain types, so that it loads with
-`torch.load(weights_only=True, mmap=True)` and needs neither Lightning nor this project's training code.
+A checkpoint is a Lightning `.ckpt` with one key of ours, `nanogpt`: the record. The weights lie in
+the file's `state_dict` under `model.`. Everything is of plain types, so that it loads with
+`torch.load(weights_only=True, mmap=True)` and needs neither Lightning nor this project's training
+code.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ WEIGHTS_PREFIX = "model."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: the model in eval mode with its tokenizer and what it was trained for."""
+    """A loaded checkpoint: the model in eval mode, its tokenizer, what it was trained for."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -67,8 +68,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint: a `.ckpt` file, a run directory, or the name of a run under `runs_dir`.
 
-    Raises FileNotFoundError where there is none and ValueError where the file is truncated, altered,
-    of another project, or holds anything but plain values and tensors.
+    Raises FileNotFoundError where there is none and ValueError where the file is truncated,
+    altered, of another project, or holds anything but plain values and tensors.
     """
     path = find_checkpoint(reference, runs_dir)
     raw = read_checkpoint(path)
@@ -137,8 +138,8 @@ def _latest_pretraining(runs_dir: Path) -> Path:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint file, memory-mapped, after checking every byte of it.
 
-    Raises ValueError in one sentence where the file is truncated or altered (the archive's CRC-32 sums),
-    holds Python objects, or is not one of ours.
+    Raises ValueError in one sentence where the file is truncated or altered (the archive's CRC-32
+    sums), holds Python objects, or is not one of ours.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -147,8 +148,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         broken = "its directory"
     if broken:
         raise ValueError(
-            f"{path} is no readable checkpoint: {broken} is truncated or altered, or it is another kind of "
-            f"file; {_alternative(path)}"
+            f"{path} is no readable checkpoint: {broken} is truncated or altered, or it is another "
+            f"kind of file; {_alternative(path)}"
         )
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -166,8 +167,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         )
     if raw[KEY].get("format") != FORMAT:
         raise ValueError(
-            f"{path} has checkpoint format {raw[KEY].get('format')!r} and this version reads format "
-            f"{FORMAT}; use the version of nanogpt that wrote it ({raw[KEY].get('version')})"
+            f"{path} has checkpoint format {raw[KEY].get('format')!r} and this version reads "
+            f"format {FORMAT}; use the version of nanogpt that wrote it ({raw[KEY].get('version')})"
         )
     return raw
 
@@ -180,9 +181,9 @@ def _alternative(path: Path) -> str:
 def write_checkpoint(content: dict[str, Any], path: Path) -> str:
     """Write a checkpoint atomically and return its sha256.
 
-    A temporary file beside the target is hashed while it streams, synchronised to the disk and renamed, and
-    the archive's directory is read again: at every moment `path` is the old or the new file, whole.
-    Raises OSError where the disk is full or the directory cannot be written.
+    A temporary file beside the target is hashed while it streams, synchronised to the disk and
+    renamed, and the archive's directory is read again: at every moment `path` is the old or the new
+    file, whole. Raises OSError where the disk is full or the directory cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -216,7 +217,7 @@ def _disk_error(error: BaseException) -> OSError | None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make a rename inside `directory` survive a power cut (where the system lets directories be opened)."""
+    """Make a rename inside `directory` survive a power cut, where the system offers it."""
     if os.name == "posix":
         handle = os.open(directory, os.O_RDONLY)
         try:
@@ -226,7 +227,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def weights_sha256(model: GPT) -> str:
-    """Return a hash over the names, shapes and bits of a model's weights, the same on every machine."""
+    """Return a hash over the names, shapes and bits of a model's weights."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

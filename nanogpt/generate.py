@@ -35,10 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def completion(
-    checkpoint: Checkpoint, prompt: str, options: argparse.Namespace
-) -> Iterator[int]:
-    """Return the ids that follow a prompt, up to the end of the text; an empty prompt begins a document."""
+def completion(checkpoint: Checkpoint, prompt: str, options: argparse.Namespace) -> Iterator[int]:
+    """Yield the ids that follow a prompt, up to the end of the text."""
     tokenizer = checkpoint.tokenizer
     # Documents follow an end-of-text token in training, so a prompt that begins one does too.
     ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
@@ -83,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="sample among the likeliest of total probability p")
+    parser.add_argument("--top-p", type=float, help="sample among the likeliest of sum p")
     parser.add_argument("--min-p", type=float, help="leave out tokens below p times the likeliest")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default cpu)")

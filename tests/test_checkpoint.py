@@ -155,7 +155,9 @@ def test_a_missing_checkpoint_says_where_it_looked(tmp_path: Path) -> None:
 
 
 def test_latest_is_the_newest_finished_pretraining_run(tmp_path: Path, model: GPT) -> None:
-    for i, (name, stage) in enumerate([("old", "pretrain"), ("new", "pretrain"), ("c", "classify")]):
+    for i, (name, stage) in enumerate(
+        [("old", "pretrain"), ("new", "pretrain"), ("c", "classify")]
+    ):
         file = tmp_path / name / "checkpoints" / "last.ckpt"
         file.parent.mkdir(parents=True)
         write_checkpoint(content(model), file)

@@ -26,14 +26,23 @@ def options(group: str) -> list[str]:
 def composed(*overrides: str) -> dict[str, Any]:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose("train", overrides=list(overrides))
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert isinstance(config, dict)
-    return config
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    return dict(config)
 
 
 CHOICES = [
     f"{group}={option}"
-    for group in ("tokenizer", "model", "data", "optim", "trainer", "callbacks", "logger", "stage", "experiment")
+    for group in (
+        "tokenizer",
+        "model",
+        "data",
+        "optim",
+        "trainer",
+        "callbacks",
+        "logger",
+        "stage",
+        "experiment",
+    )
     for option in options(group)
 ]
 
@@ -78,7 +87,10 @@ def test_an_optimizer_builds_from_its_yaml(optim: str) -> None:
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, cwd=cwd
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
     )
 
 
@@ -110,4 +122,3 @@ def test_a_typed_budget_clears_the_other_one(tmp_path: Path) -> None:
     config = composed("stage=pretrain", "max_steps=7")
     train.clear_other_budget(config, typed)
     assert (config["max_steps"], config["max_tokens"]) == (7, None)
-

@@ -9,12 +9,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENTRY_POINTS = {"train.py", "serve.py"}
-CORE = {"model", "tokenizer", "prompts", "generation", "pretrained", "classifier", "checkpoint", "optim"}
+CORE = {
+    "model",
+    "tokenizer",
+    "prompts",
+    "generation",
+    "pretrained",
+    "classifier",
+    "checkpoint",
+    "optim",
+}
 
 
 def sources() -> list[Path]:
     files = [ROOT / name for name in ENTRY_POINTS if (ROOT / name).exists()]
-    return files + sorted((ROOT / "nanogpt").rglob("*.py")) + sorted((ROOT / "serving").rglob("*.py"))
+    return (
+        files + sorted((ROOT / "nanogpt").rglob("*.py")) + sorted((ROOT / "serving").rglob("*.py"))
+    )
 
 
 def imported(path: Path, *, lazy: bool = True) -> set[str]:
@@ -96,7 +107,13 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_importing_the_package_is_light() -> None:
-    assert not modules_after("import nanogpt") & {"torch", "lightning", "hydra", "omegaconf", "numpy"}
+    assert not modules_after("import nanogpt") & {
+        "torch",
+        "lightning",
+        "hydra",
+        "omegaconf",
+        "numpy",
+    }
 
 
 def test_the_library_names_bring_neither_lightning_nor_hydra() -> None:

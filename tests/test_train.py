@@ -48,8 +48,7 @@ def fit(*overrides: str) -> dict[str, Any]:
     """Train in this process; return the summary."""
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         cfg = compose("train", overrides=list(overrides))
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
     return train.train({**config, "command": "python train.py"})
 
 
@@ -60,16 +59,17 @@ def metrics(run_dir: Path, *columns: str) -> list[tuple[str, ...]]:
 
 def losses(run_dir: Path) -> list[tuple[str, ...]]:
     """Return all columns that no clock has a part in, as they are written."""
-    return metrics(run_dir, "step", "tokens", "train/loss", "train/grad_norm", "learning_rate", "val/loss")
+    return metrics(
+        run_dir, "step", "tokens", "train/loss", "train/grad_norm", "learning_rate", "val/loss"
+    )
 
 
 def test_a_run_leaves_its_files(tiny_run: list[str], tmp_path: Path) -> None:
     summary = fit(*tiny_run)
     run_dir = tmp_path / "runs" / "tiny"
     names = {path.name for path in run_dir.iterdir()}
-    assert names >= {
-        "config.yaml", "metrics.csv", "train.log", "samples.txt", "checkpoints", "summary.json", "report.html"
-    }  # fmt: skip
+    written = "config.yaml metrics.csv train.log samples.txt checkpoints summary.json report.html"
+    assert names >= set(written.split())
     assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {
         "last.ckpt", "step_000008.ckpt", "step_000012.ckpt"
     }  # fmt: skip
@@ -88,7 +88,9 @@ def test_the_final_checkpoint_generates(tiny_run: list[str], tmp_path: Path) -> 
 
 def test_a_finished_run_says_so_and_changes_nothing(tiny_run: list[str], tmp_path: Path) -> None:
     summary = fit(*tiny_run)
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.name != "train.log"}
+    before = {
+        p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.name != "train.log"
+    }
     assert fit(*tiny_run) == summary
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert "already finished" in (tmp_path / "runs" / "tiny" / "train.log").read_text()
@@ -101,7 +103,9 @@ def test_every_micro_batch_gives_the_same_losses(
     reached = []
     for micro_batch in (8, 4, 1):
         fit(*tiny_run, f"optim={optim}", f"micro_batch={micro_batch}", f"name=m{micro_batch}")
-        reached.append([float(v) for (v,) in metrics(tmp_path / "runs" / f"m{micro_batch}", "train/loss")])
+        reached.append(
+            [float(v) for (v,) in metrics(tmp_path / "runs" / f"m{micro_batch}", "train/loss")]
+        )
     # Muon orthogonalises in bf16, which widens the last bits of a gradient.
     tolerance = 1e-5 if optim == "adamw" else 1e-2
     for other in reached[1:]:
@@ -126,8 +130,17 @@ def test_a_killed_run_continues_to_the_same_bits(
     if module.endswith(".os"):
         module, name = module.removesuffix(".os"), f"os.{name}"
     killed = subprocess.run(
-        [sys.executable, "-c", KILLER, module, name, str(count),
-         str(ROOT / "train.py"), *tiny_run, *options],  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            KILLER,
+            module,
+            name,
+            str(count),
+            str(ROOT / "train.py"),
+            *tiny_run,
+            *options,
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -142,19 +155,29 @@ def test_a_killed_run_continues_to_the_same_bits(
 def test_a_grown_budget_continues_where_the_schedule_permits(
     tiny_run: list[str], tmp_path: Path
 ) -> None:
-    constant = [*tiny_run, "optim=adamw", "optim.schedule.kind=constant", "optim.schedule.warmup_steps=2"]
+    constant = [
+        *tiny_run,
+        "optim=adamw",
+        "optim.schedule.kind=constant",
+        "optim.schedule.warmup_steps=2",
+    ]
     fit(*constant, "max_steps=6")
     grown = fit(*constant, "max_steps=10")
     whole = fit(*constant, "max_steps=10", "name=whole")
     assert grown["weights_sha256"] == whole["weights_sha256"]
-    with pytest.raises(ValueError, match="max_steps"):
-        fit(*tiny_run, "optim=adamw", "name=cosine", "max_steps=6")
-        fit(*tiny_run, "optim=adamw", "name=cosine", "max_steps=10")
+
+
+def test_a_cosine_does_not_let_the_budget_grow(tiny_run: list[str]) -> None:
+    fit(*tiny_run, "optim=adamw", "max_steps=6")
+    with pytest.raises(ValueError, match="max_steps: 6 is recorded, 10 was asked for"):
+        fit(*tiny_run, "optim=adamw", "max_steps=10")
 
 
 def test_another_identity_under_one_name_is_refused(tiny_run: list[str]) -> None:
     fit(*tiny_run)
-    with pytest.raises(ValueError, match=r"seed: 1337 is recorded, 2 was asked for.*name=<new name>"):
+    with pytest.raises(
+        ValueError, match=r"seed: 1337 is recorded, 2 was asked for.*name=<new name>"
+    ):
         fit(*tiny_run, "seed=2")
 
 
@@ -188,9 +211,9 @@ def test_a_run_starts_from_another_runs_weights(tiny_run: list[str], tmp_path: P
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     tiny_run: list[str], tmp_path: Path
 ) -> None:
-    hot = ["optim=adamw", "optim.learning_rate=1e30", "optim.schedule.warmup_steps=0", "grad_clip=null"]
+    hot = ["optim=adamw", "optim.learning_rate=1e30", "optim.grad_clip=null"]
     with pytest.raises(FloatingPointError, match=r"at step \d+ \(batch \d+"):
-        fit(*tiny_run, *hot[:3], "optim.grad_clip=null", "callbacks.checkpoint.every_n_steps=1")
+        fit(*tiny_run, *hot, "callbacks.checkpoint.every_n_steps=1")
     checkpoint = load_checkpoint("tiny", runs_dir=tmp_path / "runs")
     assert all(p.isfinite().all() for p in checkpoint.model.parameters())
 
@@ -216,7 +239,14 @@ def test_a_signal_leaves_a_checkpoint_and_its_code(
 def test_two_ranks_see_the_same_tokens_as_one(
     tiny_run: list[str], tmp_path: Path, command: Command
 ) -> None:
-    two = command(*tiny_run, "name=two", "optim=adamw", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
+    two = command(
+        *tiny_run,
+        "name=two",
+        "optim=adamw",
+        "trainer=ddp",
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+    )
     assert two.returncode == 0, two.stderr
     fit(*tiny_run, "name=one", "optim=adamw")
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"one", "two"}
@@ -234,11 +264,17 @@ def test_two_ranks_see_the_same_tokens_as_one(
 def test_a_run_continues_on_another_number_of_ranks(
     tiny_run: list[str], tmp_path: Path, command: Command
 ) -> None:
-    constant = [*tiny_run, "optim=adamw", "optim.schedule.kind=constant", "optim.schedule.warmup_steps=0"]
+    constant = [
+        *tiny_run,
+        "optim=adamw",
+        "optim.schedule.kind=constant",
+        "optim.schedule.warmup_steps=0",
+    ]
     whole = fit(*constant, "name=whole")
     fit(*constant, "max_steps=6")
     torchrun = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+        f"--master_port={free_port()}",
          str(ROOT / "train.py"), *constant, "trainer.accelerator=cpu"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip

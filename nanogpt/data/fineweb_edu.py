@@ -46,8 +46,9 @@ class FineWebEdu:
             )
         except (ConnectionError, OSError) as error:
             raise ConnectionError(
-                f"data=fineweb_edu needs {REPOSITORY} ({self.subset}), which is neither on this "
-                "machine nor to be reached; pass data.path=FILE.parquet, connect, or choose data=text"
+                f"data=fineweb_edu needs {REPOSITORY} ({self.subset}), which is neither on "
+                "this machine nor to be reached; pass data.path=FILE.parquet, connect, or choose "
+                "data=text"
             ) from error
 
     def _files(self) -> list[Path]:

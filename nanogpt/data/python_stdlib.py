@@ -18,7 +18,7 @@ LEFT_OUT = {
 class PythonStdlib:
     """The sources of the running interpreter's standard library, one document per file."""
 
-    val_fraction: float = 0.05
+    val_fraction: float = 0.1
     name: str = "python_stdlib"
 
     def documents(self) -> Iterator[str]:

@@ -17,8 +17,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nanogpt.generation import generate
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.training.checkpointing import Checkpointing
+from nanogpt.training.metrics import write_atomically
 from nanogpt.training.module import Batch, StageModule
-from nanogpt.training.run import write_text_atomically
 
 
 class Figures(Callback):
@@ -27,9 +27,7 @@ class Figures(Callback):
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         assert isinstance(pl_module, StageModule)
         step = trainer.global_step
         if not is_due(step, self.every_n_steps, trainer) and step != 1:
@@ -45,7 +43,10 @@ class Figures(Callback):
 
 
 class Validation(Callback):
-    """Score a fixed part of the validation set every n steps, another (None: all of it) at the end."""
+    """Score a fixed part of the validation set every n steps, and another at the end.
+
+    `tokens` and `final_tokens` size the parts; None is all of it.
+    """
 
     def __init__(
         self,
@@ -60,9 +61,7 @@ class Validation(Callback):
         self.tokens = tokens
         self.final_tokens = final_tokens
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         assert isinstance(pl_module, StageModule)
         step = trainer.global_step
         if not is_due(step, self.every_n_steps, trainer):
@@ -76,7 +75,7 @@ class Validation(Callback):
 
 
 class Samples(Callback):
-    """Write what the model says every n steps and at the end: the same prompts and seed each time."""
+    """Write what the model says every n steps and at the end: same prompts, same seed."""
 
     def __init__(
         self,
@@ -101,9 +100,7 @@ class Samples(Callback):
             "seed": seed,
         }
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
         if not is_due(step, self.every_n_steps, trainer):
             return
@@ -128,10 +125,12 @@ class Samples(Callback):
 
 
 class StopSignals(Callback):
-    """On SIGTERM or SIGINT finish the step, write the checkpoint and leave; a second SIGINT leaves at once.
+    """On SIGTERM or SIGINT finish the step, write the checkpoint and leave.
 
-    The ranks agree on the step without waiting: each starts a reduction of its flag over gloo and reads the
-    previous step's.
+    A second SIGINT leaves at once.
+
+    The ranks agree on the step without waiting: each starts a reduction of its flag over gloo and
+    reads the previous step's.
     """
 
     def __init__(self, checkpointing: Checkpointing) -> None:
@@ -141,7 +140,8 @@ class StopSignals(Callback):
         self._reduction: tuple[Any, torch.Tensor] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning's own handler broadcasts from inside the handler; it is replaced, and restored at the end.
+        # Lightning's own handler broadcasts from inside the handler; it is replaced, and restored
+        # at the end.
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._receive)
 
@@ -150,9 +150,7 @@ class StopSignals(Callback):
             raise KeyboardInterrupt
         self.received = signum
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         signum = self._agreed()
         if signum and trainer.global_step < trainer.max_steps:
             self.stopped_by = signum
@@ -174,7 +172,7 @@ class StopSignals(Callback):
 
 
 def is_due(step: int, every_n_steps: int, trainer: Trainer) -> bool:
-    """Return whether something of this interval happens at this step; all of it happens at the last."""
+    """Return whether something of this interval happens at this step, as all does at the last."""
     return step % every_n_steps == 0 or step == trainer.max_steps
 
 
@@ -185,5 +183,5 @@ def cut_samples(path: Path, step: int) -> None:
     text = path.read_text(encoding="utf-8")
     for heading in re.finditer(r"^=== step (\d+) ===$", text, re.MULTILINE):
         if int(heading[1]) > step:
-            write_text_atomically(path, text[: heading.start()])
+            write_atomically(path, text[: heading.start()].encode())
             return

@@ -1,4 +1,4 @@
-"""When checkpoints are written while training, which of them stay, and how Lightning writes and reads them."""
+"""When checkpoints are written, which of them stay, and how Lightning writes and reads them."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class Checkpointing(Callback):
-    """Write `step_000500.ckpt` every n optimizer steps and at the end, with `last.ckpt` as its second name.
+    """Write `step_000500.ckpt` every n steps and at the end; `last.ckpt` is its second name.
 
     The last `keep` stay, and the one of the best validation loss.
     """
@@ -51,10 +51,11 @@ class Checkpointing(Callback):
         self.best: tuple[float, int] | None = None  # (validation loss, step)
         self.saved_step = -1
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any
-    ) -> None:
-        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if (
+            trainer.global_step % self.every_n_steps == 0
+            or trainer.global_step == trainer.max_steps
+        ):
             self.save(trainer, pl_module)
 
     def save(self, trainer: Trainer, module: LightningModule) -> None:
@@ -76,9 +77,10 @@ class Checkpointing(Callback):
 
     def _note_best(self, module: StageModule, step: int) -> None:
         loss = module.validation.get("loss")
-        if loss is not None and module.validated_at == step:
-            if self.best is None or loss < self.best[0]:
-                self.best = (loss, step)
+        if loss is None or module.validated_at != step:
+            return
+        if self.best is None or loss < self.best[0]:
+            self.best = (loss, step)
 
     def _remove_old(self, step: int) -> None:
         steps = sorted(

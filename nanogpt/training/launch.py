@@ -1,4 +1,4 @@
-"""Several processes: starting the ranks of a run, joining them, and letting rank zero decide for all.
+"""Several processes: starting a run's ranks, joining them, letting rank zero decide for all.
 
 Lightning's own subprocess launcher is never used: it would run a sweep once more in every child.
 """
@@ -63,9 +63,14 @@ def resolve_device(accelerator: str) -> torch.device:
     if kind not in ("cuda", "mps", "cpu") or not available.get(kind, True):
         there = [name for name, is_there in available.items() if is_there] + ["cpu"]
         raise ValueError(
-            f"trainer.accelerator={accelerator} is not on this machine; choose from auto, {', '.join(there)}"
+            f"trainer.accelerator={accelerator} is not on this machine; "
+            f"choose from auto, {', '.join(there)}"
         )
-    return torch.device(kind, Ranks.from_environment().local_rank) if kind == "cuda" else torch.device(kind)
+    return (
+        torch.device(kind, Ranks.from_environment().local_rank)
+        if kind == "cuda"
+        else torch.device(kind)
+    )
 
 
 def count_devices(devices: int | str, accelerator: str) -> int:
@@ -84,14 +89,18 @@ def count_devices(devices: int | str, accelerator: str) -> int:
 
 
 def launch(config: Mapping[str, Any], n_processes: int) -> int:
-    """Run `train.py` on the frozen configuration in n processes of this machine; return the exit code."""
+    """Run train.py on the frozen configuration in n processes; return the exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks set their own number of threads
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
+    for name in (
+        "torch.distributed.elastic",
+        "torch.distributed.launcher",
+        "torch.distributed.run",
+    ):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     launch_config = LaunchConfig(
         min_nodes=1,
@@ -119,7 +128,7 @@ def launch(config: Mapping[str, Any], n_processes: int) -> int:
 
 
 def leave_with_launcher() -> None:
-    """End this rank soon after its launcher died, so that no orphan keeps training and holds the run."""
+    """End this rank soon after its launcher died, so that no orphan holds the run."""
     if not is_rank():
         return
     launcher = os.getppid()
@@ -133,7 +142,7 @@ def leave_with_launcher() -> None:
 
 
 def join(device: torch.device) -> None:
-    """Join the run's process group: gloo for the CPU (decisions, signals), nccl beside it for GPUs."""
+    """Join the run's process group: gloo (decisions, signals), and nccl beside it for GPUs."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl")
@@ -142,7 +151,7 @@ def join(device: torch.device) -> None:
 
 
 def on_rank_zero(decide: Callable[[], T]) -> T:
-    """Return on every rank what `decide` returns on rank zero (plain values), or fail on every rank."""
+    """Return on every rank what `decide` returns on rank zero, or fail on every rank."""
     if not dist.is_initialized():
         return decide()
     outcome: list[Any] = [None, None]

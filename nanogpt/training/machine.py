@@ -1,15 +1,19 @@
-"""What this machine is: its cores, its memory, its name, what it lacks for torch.compile."""
+"""What this machine is: cores, memory, names, versions, what it lacks for torch.compile."""
 
 import contextlib
 import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import lightning
 import torch
+
+from nanogpt import __version__
 
 
 def usable_cores() -> int:
@@ -42,6 +46,34 @@ def machine_id(device: torch.device) -> str:
     elif device.type != "cpu":
         parts.insert(0, device.type)
     return ", ".join(parts)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the device as a person names it, a CPU with the threads that are used of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with_what = "MPS" if device.type == "mps" else f"{torch.get_num_threads()} threads"
+    return f"{_cpu_model()} ({with_what})"
+
+
+def git_revision() -> str | None:
+    """Return the commit of the code, `-dirty` where it was changed; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run([*command, "--abbrev=12"], capture_output=True, text=True)
+        return done.stdout.strip() or None
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result may depend on."""
+    return {
+        "nanogpt": __version__,
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
 
 
 def missing_for_compile(device: torch.device) -> str | None:

@@ -1,9 +1,10 @@
 """The optimizer step: what every stage's LightningModule shares.
 
-Optimization is manual, and one batch of the loader is one whole optimizer step of this rank: a list of
-micro-batches. So Lightning's batches, its global step and all intervals are optimizer steps, gradient
-accumulation is an ordinary loop, and losses are summed and divided by the scored tokens of the step over
-all ranks, which makes every split of a step over micro-batches and ranks give the same update.
+Optimization is manual, and one batch of the loader is one whole optimizer step of this rank: a list
+of micro-batches. So Lightning's batches, its global step and all intervals are optimizer steps,
+gradient accumulation is an ordinary loop, and losses are summed and divided by the scored tokens of
+the step over all ranks, which makes every split of a step over micro-batches and ranks give the
+same update.
 """
 
 import contextlib
@@ -25,11 +26,11 @@ Batch = dict[str, Any]  # the batch contract: input_ids (B, T), targets (B, T), 
 
 
 class StageModule(LightningModule):
-    """A model in training: one optimizer step per batch, measured without synchronising the device per step.
+    """A model in training: one optimizer step per batch, no synchronisation per step.
 
-    A stage subclasses it with `summed_loss` and `evaluate`. Losses and gradient norms stay on the device and are
-    read together every `log_every_n_steps` and before validation, samples and checkpoints; there a value that is
-    not finite stops the run with its step.
+    A stage subclasses it with `summed_loss` and `evaluate`. Losses and gradient norms stay on the
+    device and are read together every `log_every_n_steps` and before validation, samples and
+    checkpoints; there a value that is not finite stops the run with its step.
     """
 
     def __init__(
@@ -107,8 +108,9 @@ class StageModule(LightningModule):
     def _without_reduction(self) -> contextlib.AbstractContextManager[None]:
         """Let ranks reduce gradients at the last micro-batch of a step only."""
         strategy = self.trainer.strategy
-        several = isinstance(strategy, ParallelStrategy)
-        return strategy.block_backward_sync() if several else contextlib.nullcontext()
+        if isinstance(strategy, ParallelStrategy):
+            return strategy.block_backward_sync()
+        return contextlib.nullcontext()
 
     def _backward(self, batch: Batch) -> Tensor:
         """Add a micro-batch's share of the step's gradient; return its share of the loss."""
@@ -131,16 +133,16 @@ class StageModule(LightningModule):
     # Reading the figures
 
     def read_figures(self) -> dict[str, float]:
-        """Read the losses since the last reading from the device; return the metrics of the last step.
+        """Read the losses since the last reading; return the metrics of the last step.
 
-        Called on all ranks at the same steps. Raises FloatingPointError, naming the step, where a loss or a
-        gradient norm is not finite.
+        Called on all ranks at the same steps. Raises FloatingPointError, naming the step, where a
+        loss or a gradient norm is not finite.
         """
         if not self._pending:
             return dict(self.progress)
-        losses = torch.stack([loss for loss, _ in self._pending])
+        shares = torch.stack([loss for loss, _ in self._pending])
         norms = torch.stack([norm for _, norm in self._pending]).tolist()
-        losses = self.trainer.strategy.reduce(losses, reduce_op="sum").tolist()
+        losses: list[float] = self.trainer.strategy.reduce(shares, reduce_op="sum").tolist()  # type: ignore[union-attr]
         n_steps, self._pending = len(losses), []
         now = time.monotonic()
         window_s, self._window_began = now - self._window_began, now
@@ -160,7 +162,7 @@ class StageModule(LightningModule):
         return dict(self.progress)
 
     def mfu(self, tokens_per_s: float) -> float:
-        """Return the share of the devices' peak that the model's arithmetic uses, 0 where unknown."""
+        """Return the share of the devices' peak that the arithmetic uses, 0 where unknown."""
         peak = self.peak_flops * self.trainer.world_size
         return tokens_per_s * self.flops_per_token / peak if peak else 0.0
 
@@ -173,9 +175,9 @@ class StageModule(LightningModule):
         for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
             if not math.isfinite(loss) or not (math.isfinite(norm) or overflow_is_normal):
                 raise FloatingPointError(
-                    f"the loss is {loss} and the gradient norm {norm} at step {before + i + 1} (batch "
-                    f"{before + i} of the data order, counted from 0); the last checkpoint before it is kept: lower "
-                    f"optim.learning_rate or look at that batch"
+                    f"the loss is {loss} and the gradient norm {norm} at step {before + i + 1} "
+                    f"(batch {before + i} of the data order, counted from 0); the checkpoint "
+                    "before it is kept: lower optim.learning_rate, or look at that batch"
                 )
 
     @contextlib.contextmanager
@@ -199,16 +201,18 @@ class StageModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         clock = checkpoint[KEY]["clock"]
         self.train_s, self._wall_s_before = clock["train_s"], clock["wall_s"]
-        # Lightning restores epochs and batches of a loader; ours begins at the step, and nothing else is state.
+        # Lightning restores epochs and batches of a loader; ours begins at the step, and nothing
+        # else is state.
         manual = self.trainer.fit_loop.epoch_loop.manual_optimization
         manual.optim_step_progress.total.ready = checkpoint["global_step"]
         manual.optim_step_progress.total.completed = checkpoint["global_step"]
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of a step's dropout: a pure function, so that no generator state is ever saved.
+    """Return the seed of a step's dropout: a pure function, so no generator state is saved.
 
-    The mixing is splitmix64's finaliser (Steele, Lea, Flood 2014), which separates neighbouring inputs.
+    The mixing is splitmix64's finaliser (Steele, Lea, Flood 2014), which separates neighbouring
+    inputs.
     """
     mask = 2**64 - 1
     z = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & mask

@@ -36,7 +36,8 @@ class PretrainModule(StageModule):
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the loss per token in nats and the bits per byte over all ranks' batches.
 
-        Bits per byte divide by the bytes of the scored tokens; special tokens add loss and no bytes.
+        Bits per byte divide by the bytes of the scored tokens; special tokens add loss and no
+        bytes.
         """
         sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
         self.model.eval()

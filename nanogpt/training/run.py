@@ -1,7 +1,7 @@
-"""A run: its identity, the directory that the identity names, and the lock that makes it one process group's.
+"""A run: its identity, the directory that it names, and the lock that gives it to one process.
 
-Issuing a command again finds the same directory and continues it: nothing here is dated or random, so all
-ranks agree without talking.
+Issuing a command again finds the same directory and continues it: nothing here is dated or random,
+so all ranks agree without talking.
 """
 
 import errno
@@ -16,6 +16,8 @@ from types import TracebackType
 from typing import Any
 
 import yaml
+
+from nanogpt.training.metrics import write_atomically
 
 # What may change between two starts of one run; every other key is part of its identity.
 OPERATIONAL = (
@@ -43,8 +45,8 @@ NAMED_BY_CHOICE = ("stage", "model", "data")  # groups that the name begins with
 def run_name(choices: Mapping[str, str | None], typed: Mapping[str, Any]) -> str:
     """Return `<stage>-<model>-<data>`, and a slug and 8 hex digits where identity keys were typed.
 
-    `choices` are the selected options of the config groups; `typed` the keys given on the command line with
-    their values. `data.path` is typed identity too: another file is another run.
+    `choices` are the selected options of the config groups; `typed` the keys given on the command
+    line with their values. `data.path` is typed identity too: another file is another run.
     """
     name = "-".join(str(choices[group]) for group in NAMED_BY_CHOICE)
     changed = {
@@ -98,7 +100,7 @@ def identity_differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any])
     return [
         f"{key}: {old.get(key)!r} is recorded, {new.get(key)!r} was asked for"
         for key in sorted(old.keys() | new.keys())
-        if is_identity(key) and old.get(key) != new.get(key) and "auto" != new.get(key)
+        if is_identity(key) and old.get(key) != new.get(key) and new.get(key) != "auto"
     ]
 
 
@@ -133,13 +135,14 @@ class RunDirectory:
         loaded = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
         if not isinstance(loaded, dict):
             raise ValueError(
-                f"{self.config_path} is damaged; restore it, or start anew with resume=false overwrite=true"
+                f"{self.config_path} is damaged; restore it, or start anew with "
+                "resume=false overwrite=true"
             )
         return loaded
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-        write_text_atomically(self.config_path, text)
+        write_atomically(self.config_path, text.encode())
 
     def summary(self) -> dict[str, Any] | None:
         """Return the summary of a finished run, None before."""
@@ -148,7 +151,7 @@ class RunDirectory:
         return json.loads(self.summary_path.read_text(encoding="utf-8"))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        write_text_atomically(self.summary_path, json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.summary_path, (json.dumps(summary, indent=2) + "\n").encode())
 
     def create(self) -> None:
         self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
@@ -168,8 +171,8 @@ def check_continues(
 ) -> None:
     """Refuse to continue a run whose identity is another than what was asked for.
 
-    `may_extend` says that the schedule lets `max_steps` and `max_tokens` grow. Raises ValueError that lists the differences
-    and the ways on.
+    `may_extend` says that the schedule lets `max_steps` and `max_tokens` grow. Raises ValueError
+    that lists the differences and the ways on.
     """
     recorded = run.recorded_config()
     if recorded is None:
@@ -205,7 +208,8 @@ class RunLock:
             if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 raise
             raise ValueError(
-                f"{self._path.parent} is in use by another process; wait for it, or pass name=<new name>"
+                f"{self._path.parent} is in use by another process; "
+                "wait for it, or pass name=<new name>"
             ) from error
         self._handle = handle
         if hasattr(os, "register_at_fork"):
@@ -237,12 +241,3 @@ else:
 
     def _lock(handle: int) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a file's text: at every moment it is the old or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-

@@ -4,9 +4,7 @@ import contextlib
 import hashlib
 import logging
 import math
-import platform
 import secrets
-import subprocess
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -15,15 +13,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
-from nanogpt import __version__
-from nanogpt.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, read_checkpoint, weights_sha256
+from nanogpt.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    weights_sha256,
+)
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Schedule
 from nanogpt.tokenizer import Tokenizer
@@ -31,6 +33,7 @@ from nanogpt.training.callbacks import Figures, Samples, StopSignals, Validation
 from nanogpt.training.checkpointing import AtomicCheckpointIO, Checkpointing
 from nanogpt.training.launch import Ranks, join, leave_with_launcher, on_rank_zero, resolve_device
 from nanogpt.training.loggers import extra_logger
+from nanogpt.training.machine import device_name, git_revision, versions
 from nanogpt.training.metrics import MetricsFile, MetricsLogger, read_metrics
 from nanogpt.training.module import Batch, StageModule
 from nanogpt.training.probe import Decisions, decide
@@ -44,8 +47,8 @@ log = logging.getLogger("nanogpt")
 class Session:
     """A run held by this process (group), from opening it to its summary.
 
-    As a context manager it joins the ranks, locks the run's directory on rank zero and releases both.
-    `finished` is the summary of a run that has nothing left to do.
+    As a context manager it joins the ranks, locks the run's directory on rank zero and releases
+    both. `finished` is the summary of a run that has nothing left to do.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -74,7 +77,8 @@ class Session:
             self._stack = self._stack.pop_all()
         if self.finished is not None:
             log.info(
-                "%s is already finished (%s steps, validation loss %.4f); name=<new name> starts another run",
+                "%s is already finished (%s steps, validation loss %.4f); "
+                "name=<new name> starts another run",
                 self.run.path,
                 self.finished["steps"],
                 self.finished["val_loss"],
@@ -82,13 +86,15 @@ class Session:
         return self
 
     def _open(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        """On rank zero: lock the directory; return the summary of a finished run and what is recorded."""
+        """Lock the directory; return the summary of a finished run and what is recorded."""
         run, config = self.run, self.config
         try:
             run.create()
             self._stack.enter_context(RunLock(run.path))
         except OSError as error:
-            raise OSError(f"{run.path} cannot be written ({error.strerror}); pass another runs_dir") from error
+            raise OSError(
+                f"{run.path} cannot be written ({error.strerror}); pass another runs_dir"
+            ) from error
         if not config["resume"] and run.config_path.is_file():
             if not config["overwrite"]:
                 raise ValueError(
@@ -146,8 +152,8 @@ class Session:
     ) -> Decisions:
         """Decide what is left to the machine, check the corpus, and write config.yaml.
 
-        `rows_per_rank` are the rows of block_size tokens that a rank sees in a step. Raises ValueError where
-        the corpus is not the one that the run began with.
+        `rows_per_rank` are the rows of block_size tokens that a rank sees in a step. Raises
+        ValueError where the corpus is not the one that the run began with.
         """
         decisions, self.recorded = on_rank_zero(
             lambda: self._settle(model_config, rows_per_rank, corpus_fingerprint, init_from)
@@ -175,8 +181,9 @@ class Session:
         config, recorded = self.config, self.recorded
         if recorded and recorded["corpus"] != corpus_fingerprint:
             raise ValueError(
-                f"{self.run.path} was trained on another corpus (fingerprint {recorded['corpus']}, now "
-                f"{corpus_fingerprint}); restore the data, pass name=<new name>, or resume=false overwrite=true"
+                f"{self.run.path} was trained on another corpus (fingerprint "
+                f"{recorded['corpus']}, now {corpus_fingerprint}); restore the data, "
+                "pass name=<new name>, or resume=false overwrite=true"
             )
 
         def setting(key: str) -> Any:
@@ -229,15 +236,19 @@ class Session:
     ) -> dict[str, Any]:
         """Train to the end of the budget and return the summary, with `facts` in it.
 
-        `validation_batches` takes the number of tokens to score, None for all. Leaves by SystemExit 143 or 130
-        after a checkpoint where a signal asked for it.
+        `validation_batches` takes the number of tokens to score, None for all. Leaves by SystemExit
+        143 or 130 after a checkpoint where a signal asked for it.
         """
         metrics = MetricsFile(self.run.metrics_path)
         resume_step = self._rewind(metrics)
         checkpointing, callbacks = self._callbacks(metrics, tokenizer, validation_batches)
         stop = StopSignals(checkpointing)
         trainer = self._trainer(metrics, [*callbacks, checkpointing, stop, self._progress()])
-        log.info("%s: %s", self.run.path, f"continuing at step {resume_step}" if resume_step else "a new run")
+        log.info(
+            "%s: %s",
+            self.run.path,
+            f"continuing at step {resume_step}" if resume_step else "a new run",
+        )
         trainer.fit(
             module,
             datamodule=data,
@@ -245,7 +256,9 @@ class Session:
             weights_only=True,
         )
         if stop.stopped_by:
-            log.info("stopped by a signal at step %s; the same command continues", trainer.global_step)
+            log.info(
+                "stopped by a signal at step %s; the same command continues", trainer.global_step
+            )
             raise SystemExit(128 + stop.stopped_by)
         return on_rank_zero(lambda: self._sum_up(module, facts))
 
@@ -271,7 +284,9 @@ class Session:
         return Checkpointing(self.run.checkpoints_dir, metrics, **checkpoint), [
             Figures(wanted["log_every_n_steps"]),
             Validation(validation_batches, **validation),
-            Samples(self.run.samples_path, tokenizer, seed=self.config["seed"], **wanted["samples"]),
+            Samples(
+                self.run.samples_path, tokenizer, seed=self.config["seed"], **wanted["samples"]
+            ),
         ]
 
     def _progress(self) -> Progress:
@@ -280,14 +295,18 @@ class Session:
     def _trainer(self, metrics: MetricsFile, callbacks: list[Callback]) -> Trainer:
         config, ranks = self.config, self.ranks
         loggers: list[Logger] = [MetricsLogger(metrics)]
-        if extra := extra_logger(config["logger"], self.run.path, config["name"], self.recorded["wandb_id"]):
+        if extra := extra_logger(
+            config["logger"], self.run.path, config["name"], self.recorded["wandb_id"]
+        ):
             loggers.append(extra)
         several = ranks.world_size > 1
         return Trainer(
             accelerator=self.device.type,
             devices=ranks.local_world_size if several or self.device.type != "cuda" else 1,
             num_nodes=ranks.num_nodes,
-            strategy=DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if several else "auto",
+            strategy=DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+            if several
+            else "auto",
             precision=self.recorded["precision"],
             max_steps=self.max_steps,
             max_epochs=-1,
@@ -307,7 +326,7 @@ class Session:
         )
 
     def _sum_up(self, module: StageModule, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Write summary.json and report.html from the last row of metrics.csv, and say what was reached."""
+        """Write summary.json and report.html, from metrics.csv and the weights."""
         last = {name: points[-1][1] for name, points in read_metrics(self.run.metrics_path).items()}
         config = self.config
         steps = self.max_steps
@@ -323,7 +342,11 @@ class Session:
             "tokens_per_s": tokens_per_s,
             "mfu": module.mfu(tokens_per_s),
             "train_loss": last["train/loss"],
-            **{f"val_{name.removeprefix('val/')}": v for name, v in last.items() if name.startswith("val/")},
+            **{
+                f"val_{name.removeprefix('val/')}": v
+                for name, v in last.items()
+                if name.startswith("val/")
+            },
             **facts,
             "n_params": module.model.num_parameters(),
             "weights_sha256": weights_sha256(module.model),
@@ -357,8 +380,12 @@ class Session:
         log.info("report: %s", self.run.report_path)
         log.info("next:")
         log.info('  python -m nanogpt.generate %s --prompt "def "', where)
-        log.info("  python train.py data=text data.path=YOUR_FOLDER      # the same on your own text")
-        log.info("  python train.py stage=pretrain model=gpt2_small      # GPT-2 small on FineWeb-Edu")
+        log.info(
+            "  python train.py data=text data.path=YOUR_FOLDER      # the same on your own text"
+        )
+        log.info(
+            "  python train.py stage=pretrain model=gpt2_small      # GPT-2 small on FineWeb-Edu"
+        )
 
 
 def budget_steps(config: Mapping[str, Any]) -> int:
@@ -390,37 +417,8 @@ def log_to(path: Path) -> Callable[[], None]:
 
 
 def quieten_lightning() -> None:
-    """Silence advice that does not fit: our loader, optimization and checkpoints are not Lightning's."""
+    """Silence advice that does not fit: loader, steps and checkpoints are not Lightning's."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-
-
-def device_name(device: torch.device) -> str:
-    """Return the device's name as its maker calls it, where it says."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
-    return f"{name} ({torch.get_num_threads()} threads)" if device.type == "cpu" else f"{name} (MPS)"
-
-
-def git_revision() -> str | None:
-    """Return the commit that the code is at, with `-dirty` where it was changed; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    with contextlib.suppress(OSError):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stdout.strip() or None
-    return None
-
-
-def versions() -> dict[str, str]:
-    return {
-        "nanogpt": __version__,
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()}",
-    }
