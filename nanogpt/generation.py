@@ -89,10 +89,12 @@ class KVCache:
         weight = model.wte.weight
         return cls(model.config, batch_size, dtype=weight.dtype, device=weight.device)
 
+    @torch.no_grad()
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append a layer's keys and values (B, H, T, D); return all it holds, old and new.
 
-        `length` grows when the last layer is in, so that all layers of a call start alike.
+        `length` grows when the last layer is in, so that all layers of a call start alike. No
+        gradient passes through the cache.
         """
         end = self.length + k.size(2)
         keys, values = self.entries[layer]  # (B, H, block_size, D) each
@@ -122,9 +124,9 @@ def probabilities(
 
     Temperature 0 is the limit: all on the likeliest token.
     """
+    logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # no overflow near 0
     if top_k is not None:
         logits = keep_top_k(logits, top_k)

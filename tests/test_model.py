@@ -1,0 +1,292 @@
+"""The model is GPT-2, whatever is asked of it: padded, cached, copied, compiled."""
+
+import copy
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from nanogpt import model as model_module
+from nanogpt.generation import KVCache
+from nanogpt.model import (
+    GPT,
+    GPTConfig,
+    causal_attention,
+    rotary_angles,
+    rotate,
+    written_out_attention,
+)
+
+TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=16)
+MODERN = replace(
+    TINY,
+    bias=False,
+    position="rotary",
+    norm="rmsnorm",
+    activation="relu2",
+    qk_norm=True,
+)
+PADDED = replace(TINY, vocab_size=8200)
+CONF = Path(__file__).parent.parent / "conf" / "model"
+BOTH = pytest.mark.parametrize("config", [TINY, MODERN], ids=["gpt2", "modern"])
+
+
+def build(config: GPTConfig, seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(config).eval()
+
+
+def some_ids(config: GPTConfig, *shape: int) -> Tensor:
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_published_sizes_are_exact(name: str, expected: int) -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset(name))
+    assert model.num_parameters() == expected
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("preset", "file"),
+    [
+        ("gpt2", "gpt2_small"),
+        ("gpt2-medium", "gpt2_medium"),
+        ("gpt2-large", "gpt2_large"),
+        ("gpt2-xl", "gpt2_xl"),
+    ],
+)
+def test_presets_equal_their_files(preset: str, file: str) -> None:
+    values = yaml.safe_load((CONF / f"{file}.yaml").read_text())
+    assert {**values, "vocab_size": 50257} == asdict(GPTConfig.preset(preset))
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_names_every_key_and_builds(path: Path) -> None:
+    values = yaml.safe_load(path.read_text())
+    config = GPTConfig(vocab_size=300, **values)
+    assert list(values) == [key for key in asdict(config) if key != "vocab_size"]
+    with torch.device("meta"):
+        assert GPT(config)(torch.zeros(1, 2, dtype=torch.long)).shape == (1, 2, 300)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_embd": 10, "n_head": 4}, "n_embd=10 does not divide into n_head=4"),
+        ({"n_layer": 0}, "n_layer=0 is not a whole number"),
+        ({"block_size": "128"}, "block_size='128' is not a whole number"),
+        ({"n_head": True}, "n_head=True is not a whole number"),
+        ({"n_embd": 64.0}, "n_embd=64.0 is not a whole number"),
+        ({"dropout": 1.0}, "dropout=1.0 is not a number from 0"),
+        ({"dropout": "0.1"}, "dropout='0.1' is not a number from 0"),
+        ({"dropout": float("nan")}, "dropout=nan is not a number from 0"),
+        ({"bias": 1}, "bias=1 is neither true nor false"),
+        ({"position": "alibi"}, "position='alibi' is unknown; choose one of learned, rotary"),
+        ({"norm": None}, "norm=None is unknown"),
+        ({"activation": ["gelu"]}, r"activation=\['gelu'\] is unknown"),
+        ({"position": "rotary", "n_embd": 12, "n_head": 4}, "odd head size"),
+    ],
+)
+def test_a_value_no_model_can_have_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**values)
+
+
+def test_unknown_preset_names_the_known() -> None:
+    with pytest.raises(ValueError, match="'gpt3' is unknown; choose one of gpt2, gpt2-medium"):
+        GPTConfig.preset("gpt3")
+
+
+def test_initialisation_is_gpt2s() -> None:
+    config = replace(TINY, vocab_size=1000, n_layer=8, n_embd=128)
+    for name, parameter in build(config).named_parameters():
+        if name.endswith("bias"):
+            assert parameter.eq(0).all(), name
+        elif parameter.dim() == 1:
+            assert parameter.eq(1).all(), name
+        else:
+            expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
+
+
+def test_zero_initialisation_makes_blocks_pass_their_input_on() -> None:
+    model = build(replace(MODERN, zero_init=True))
+    x = torch.randn(2, 5, 16)
+    angles = rotary_angles(0, 5, 8, x)
+    assert torch.equal(model.h[0](x, angles, None), x)
+
+
+@BOTH
+def test_a_later_token_changes_no_earlier_logits(config: GPTConfig) -> None:
+    model, ids = build(config), some_ids(config, 2, 16)
+    changed = ids.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % config.vocab_size
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+@BOTH
+@pytest.mark.parametrize("chunks", [[1] * 16, [5, 1, 4, 6], [1, 15], [16]], ids=str)
+def test_cached_decoding_matches_full_forward(config: GPTConfig, chunks: list[int]) -> None:
+    model, ids = build(config), some_ids(config, 2, 16)
+    cache = KVCache.like(model, batch_size=2)
+    logits = torch.cat([model(part, cache) for part in ids.split(chunks, dim=1)], dim=1)
+    torch.testing.assert_close(logits, model(ids), atol=1e-5, rtol=0)
+    assert cache.length == 16
+
+
+@BOTH
+def test_forward_is_head_of_hidden_states(config: GPTConfig) -> None:
+    model, ids = build(config), some_ids(config, 2, 7)
+    hidden = model.hidden_states(ids)
+    assert hidden.shape == (2, 7, 16)
+    assert torch.equal(model.head(hidden), model(ids))
+
+
+def test_input_beyond_the_context_is_refused() -> None:
+    model = build(TINY)
+    with pytest.raises(ValueError, match="reaches 17 tokens but the model has block_size=16"):
+        model(some_ids(TINY, 1, 17))
+    cache = KVCache.like(model)
+    model(some_ids(TINY, 1, 16), cache)
+    with pytest.raises(ValueError, match="reaches 17 tokens"):
+        model(some_ids(TINY, 1, 1), cache)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model, ids = build(replace(TINY, dropout=0.5)), some_ids(TINY, 2, 16)
+    assert torch.equal(model(ids), model(ids))
+    torch.testing.assert_close(model(ids), build(TINY)(ids), atol=0, rtol=0)
+    model.train()
+    assert not torch.allclose(model(ids), model(ids))
+
+
+def test_written_out_attention_is_the_fused_one() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 9, 8)
+    fused = causal_attention(q, k, v, dropout=0.0)
+    torch.testing.assert_close(written_out_attention(q, k, v, dropout=0.0), fused)
+
+
+def test_written_out_attention_drops_weights() -> None:
+    q, k, v = torch.randn(3, 2, 4, 9, 8)
+    first, second = (written_out_attention(q, k, v, dropout=0.5) for _ in range(2))
+    assert not torch.allclose(first, second)
+
+
+@BOTH
+def test_bfloat16_autocast_stays_near_float32(config: GPTConfig) -> None:
+    model, ids = build(config), some_ids(config, 2, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(ids)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), model(ids), atol=0.02, rtol=0.02)
+
+
+def test_rotated_products_depend_on_distance_alone() -> None:
+    q, k = torch.randn(2, 1, 1, 1, 8).double()
+    angles = rotary_angles(0, 40, 8, q)
+    turned_q, turned_k = (
+        rotate(q.expand(1, 40, 1, 8), angles),
+        rotate(k.expand(1, 40, 1, 8), angles),
+    )
+    near = (turned_q[0, 7, 0] * turned_k[0, 4, 0]).sum()
+    far = (turned_q[0, 39, 0] * turned_k[0, 36, 0]).sum()
+    torch.testing.assert_close(near, far, atol=1e-5, rtol=0)
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm(dim=-1).expand(1, 40, 1))
+
+
+def test_only_large_odd_vocabularies_are_padded() -> None:
+    rows = {
+        size: GPT(replace(TINY, vocab_size=size)).wte.weight.size(0) for size in (61, 8200, 8256)
+    }
+    assert rows == {61: 61, 8200: 8256, 8256: 8256}
+
+
+@pytest.fixture
+def unpadded(monkeypatch: pytest.MonkeyPatch) -> GPT:
+    """PADDED as it would be without padding."""
+    with monkeypatch.context() as patch:
+        patch.setattr(model_module, "PADDED_FROM_TOKENS", 10_000)
+        return build(PADDED)
+
+
+def test_padding_changes_neither_weights_nor_logits_nor_gradients(unpadded: GPT) -> None:
+    padded, ids = build(PADDED), some_ids(PADDED, 2, 16)
+    assert padded.wte.weight.size(0) != unpadded.wte.weight.size(0)
+    assert padded.num_parameters() == unpadded.num_parameters()
+    for name, tensor in unpadded.state_dict().items():
+        assert torch.equal(padded.state_dict()[name], tensor), name
+    for model in (padded, unpadded):
+        model(ids).logsumexp(-1).sum().backward()
+    torch.testing.assert_close(padded(ids), unpadded(ids))
+    gradient, expected = padded.wte.weight.grad, unpadded.wte.weight.grad
+    assert gradient is not None
+    assert expected is not None
+    torch.testing.assert_close(gradient[: PADDED.vocab_size], expected)
+    assert gradient[PADDED.vocab_size :].eq(0).all()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_state_dicts_pass_between_padded_and_unpadded(
+    assign: bool, device: str, unpadded: GPT
+) -> None:
+    with torch.device(device):
+        padded = GPT(PADDED)
+    if device == "meta" and not assign:
+        padded.to_empty(device="cpu")
+    padded.eval().load_state_dict(unpadded.state_dict(), strict=True, assign=assign)
+    ids = some_ids(PADDED, 1, 8)
+    torch.testing.assert_close(padded(ids), unpadded(ids))
+    assert padded.wte.weight[PADDED.vocab_size :].eq(0).all()
+    assert all(parameter.requires_grad for parameter in padded.parameters())
+    unpadded.load_state_dict(padded.state_dict(), strict=True)
+
+
+def test_a_state_dict_of_another_vocabulary_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"size mismatch for wte\.weight"):
+        GPT(PADDED).load_state_dict(GPT(replace(PADDED, vocab_size=8300)).state_dict())
+
+
+def test_a_copy_keeps_the_padding_out_of_sight() -> None:
+    duplicate = copy.deepcopy(GPT(PADDED))
+    assert duplicate.state_dict()["wte.weight"].size(0) == 8200
+    duplicate.load_state_dict(build(PADDED, seed=3).state_dict())
+
+
+def test_state_dict_holds_published_names_and_no_buffers() -> None:
+    names = set(build(TINY).state_dict())
+    assert {"wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"} <= names
+    assert {
+        f"h.1.{part}.{kind}" for part in ("ln_1", "ln_2") for kind in ("weight", "bias")
+    } <= names
+    assert {
+        f"h.0.{part}.{kind}"
+        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        for kind in ("weight", "bias")
+    } <= names
+    assert len(names) == 4 + 2 * 12
+    assert not list(GPT(MODERN).buffers())
+
+
+@BOTH
+def test_the_forward_is_one_graph(config: GPTConfig) -> None:
+    model, ids = build(config), some_ids(config, 2, 16)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids), model(ids))
