@@ -17,7 +17,7 @@ from nanogpt.generation import generate
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         checkpoint = load_checkpoint(
             options.checkpoint, device=options.device, runs_dir=options.runs_dir
@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for text in stream_text(checkpoint, completion(checkpoint, prompt, options)):
             _write(text)
         _write("\n")
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError) as error:
         print(f"nanogpt.generate: {error}", file=sys.stderr)
         return 1
@@ -72,7 +74,8 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
     parser = argparse.ArgumentParser(
         prog="python -m nanogpt.generate", description="Stream a completion from a checkpoint."
     )

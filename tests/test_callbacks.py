@@ -1,0 +1,74 @@
+"""Retention of checkpoints, samples after a restored step, and Lightning as it is relied on."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+from nanogpt.training.callbacks import cut_samples, is_due
+from nanogpt.training.checkpointing import Checkpointing, link_atomically
+from nanogpt.training.metrics import MetricsFile
+
+
+def checkpointing(directory: Path, keep: int) -> Checkpointing:
+    return Checkpointing(directory, MetricsFile(directory / "m.csv"), every_n_steps=1, keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "expected"),
+    [(2, None, [3, 4]), (1, (0.5, 2), [2, 4]), (0, (0.5, 2), [2]), (9, None, [1, 2, 3, 4])],
+)
+def test_the_newest_and_the_best_stay(
+    tmp_path: Path, keep: int, best: tuple[float, int] | None, expected: list[int]
+) -> None:
+    callback = checkpointing(tmp_path, keep)
+    callback.best = best
+    for step in range(1, 5):
+        (tmp_path / f"step_{step:06d}.ckpt").touch()
+    callback._remove_old(4)
+    assert [int(p.stem[5:]) for p in sorted(tmp_path.glob("step_*.ckpt"))] == expected
+
+
+def test_the_best_is_remembered_over_a_restart(tmp_path: Path) -> None:
+    callback = checkpointing(tmp_path, 1)
+    callback.best = (0.5, 2)
+    again = checkpointing(tmp_path, 1)
+    again.load_state_dict(callback.state_dict())
+    assert again.best == (0.5, 2)
+
+
+def test_a_link_replaces_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "new").write_text("new")
+    (tmp_path / "last").write_text("old")
+    link_atomically(tmp_path / "new", tmp_path / "last")
+    assert (tmp_path / "last").read_text() == "new"
+
+
+def test_without_hard_links_the_file_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("not supported")
+
+    monkeypatch.setattr("os.link", refuse)
+    (tmp_path / "new").write_text("new")
+    link_atomically(tmp_path / "new", tmp_path / "last")
+    assert (tmp_path / "last").read_text() == "new"
+
+
+def test_samples_after_the_restored_step_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "samples.txt"
+    path.write_text("=== step 5 ===\na\n=== step 10 ===\nb\n=== step 15 ===\nc\n")
+    cut_samples(path, 10)
+    assert path.read_text() == "=== step 5 ===\na\n=== step 10 ===\nb\n"
+
+
+def test_everything_is_due_at_the_last_step() -> None:
+    trainer: Any = SimpleNamespace(max_steps=7)
+    assert [step for step in range(1, 8) if is_due(step, 3, trainer)] == [3, 6, 7]
+
+
+def test_lightnings_question_before_every_step_has_the_name_that_is_replaced() -> None:
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)

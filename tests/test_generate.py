@@ -1,0 +1,70 @@
+"""The command `python -m nanogpt.generate`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanogpt.checkpoint import load_checkpoint, record, write_checkpoint
+from nanogpt.generate import main, stream_text
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.tokenizer import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    config = GPTConfig(block_size=8, vocab_size=273, n_layer=1, n_head=2, n_embd=8)
+    torch.manual_seed(0)
+    weights = {f"model.{name}": t for name, t in GPT(config).state_dict().items()}
+    path = tmp_path_factory.mktemp("checkpoint") / "a.ckpt"
+    content = {"global_step": 1, "state_dict": weights}
+    write_checkpoint(content | {"nanogpt": record("pretrain", config, byte_tokenizer())}, path)
+    return str(path)
+
+
+def test_the_prompt_and_its_continuation_are_printed(
+    path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([path, "--prompt", "def é", "--max-new-tokens", "20", "--seed", "1"]) == 0
+    assert capsys.readouterr().out.startswith("def é")
+
+
+def test_temperature_zero_repeats_itself(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = []
+    for _ in range(2):
+        assert main([path, "--prompt", "a", "--temperature", "0", "--max-new-tokens", "30"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+def test_a_character_of_several_tokens_is_yielded_whole(path: str) -> None:
+    ids = [*"é€".encode(), 0xC3]
+    assert list(stream_text(load_checkpoint(path), ids)) == ["é", "€", "�"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nowhere"], "there is no checkpoint 'nowhere'"),
+        (["CKPT", "--temperature", "-1"], "temperature"),
+        (["CKPT", "--top-k", "0"], "top_k"),
+        (["CKPT", "--device", "nothing"], "device"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: list[str], expected: str, path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([path if word == "CKPT" else word for word in arguments]) == 1
+    error = capsys.readouterr().err
+    assert expected in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_closed_pipe_ends_quietly(path: str) -> None:
+    command = f"{sys.executable} -m nanogpt.generate {path} --max-new-tokens 300 | head -c 1"
+    done = subprocess.run(
+        command, shell=True, capture_output=True, cwd=Path(__file__).parent.parent
+    )
+    assert done.stderr == b""

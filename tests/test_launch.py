@@ -1,0 +1,38 @@
+"""Devices, ranks, and what rank zero decides for all."""
+
+import pytest
+import torch
+
+from nanogpt.training.launch import Ranks, count_devices, on_rank_zero, resolve_device
+
+
+def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert Ranks.from_environment() == Ranks(0, 0, 1, 1)
+
+
+def test_nodes_follow_from_torchruns_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert Ranks.from_environment().num_nodes == 2
+
+
+def test_the_cpu_may_run_several_processes() -> None:
+    assert count_devices(3, "cpu") == 3
+    assert count_devices("auto", "cpu") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_missing_accelerator_is_named_with_those_there() -> None:
+    with pytest.raises(ValueError, match=r"cuda is not on this machine; choose from auto"):
+        resolve_device("cuda")
+
+
+def test_an_unknown_accelerator_is_refused() -> None:
+    with pytest.raises(ValueError, match="tpu is not on this machine"):
+        resolve_device("tpu")
+
+
+def test_alone_rank_zero_decides_at_once() -> None:
+    assert on_rank_zero(lambda: 3) == 3

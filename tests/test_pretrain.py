@@ -1,0 +1,78 @@
+"""The pretraining loss and its validation figures, by hand."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.optim import Schedule, adamw
+from nanogpt.training.module import _step_seed
+from nanogpt.training.pretrain import PretrainModule, next_token_loss
+
+CONFIG = GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=4)
+
+
+def uniform_model() -> GPT:
+    model = GPT(CONFIG)
+    torch.nn.init.zeros_(model.wte.weight)
+    return model
+
+
+def module(token_bytes: list[int]) -> Any:
+    built = PretrainModule(
+        uniform_model(),
+        make_optimizer=adamw,
+        schedule=Schedule(kind="constant"),
+        max_steps=1,
+        tokens_per_step=4,
+        grad_clip=None,
+        seed=0,
+        compiled=False,
+        record={},
+        token_bytes=token_bytes,
+    )
+    strategy = SimpleNamespace(batch_to_device=lambda b: b, reduce=lambda t, reduce_op: t)
+    precision = SimpleNamespace(forward_context=lambda: torch.autocast("cpu", enabled=False))
+    trainer: Any = SimpleNamespace(strategy=strategy, precision_plugin=precision, world_size=1)
+    built._trainer = trainer
+    return built
+
+
+def batch(targets: list[int]) -> dict[str, Any]:
+    row = torch.tensor([targets])
+    return {"input_ids": row.clamp(min=0), "targets": row, "step_targets": 4}
+
+
+def test_the_loss_is_summed_over_scored_positions_only() -> None:
+    row = batch([1, -100, 2, -100])
+    loss = next_token_loss(uniform_model(), row["input_ids"], row["targets"])
+    assert loss.item() == pytest.approx(2 * math.log(5), abs=1e-6)
+
+
+def test_a_uniform_model_has_the_loss_of_its_vocabulary() -> None:
+    figures = module([1] * 5).evaluate([batch([1, 2, 3, 4]), batch([1, -100, -100, -100])])
+    assert figures["loss"] == pytest.approx(math.log(5), abs=1e-6)
+
+
+def test_bits_per_byte_divide_by_the_bytes_of_the_scored_tokens() -> None:
+    # Targets 1 and 2 have 2 and 3 bytes, target 0 (a special token) none: three tokens, five bytes.
+    figures = module([0, 2, 3, 1, 1]).evaluate([batch([1, 2, 0, -100])])
+    assert figures["bits_per_byte"] == pytest.approx(3 * math.log2(5) / 5, abs=1e-6)
+
+
+def test_evaluation_leaves_the_model_in_training_mode() -> None:
+    built = module([1] * 5)
+    built.model.train()
+    built.evaluate([batch([1, 2, 3, 4])])
+    assert built.model.training
+
+
+def test_every_step_and_rank_has_a_seed_of_its_own() -> None:
+    seeds = {
+        _step_seed(s, step, rank) for s in range(3) for step in range(100) for rank in range(4)
+    }
+    assert len(seeds) == 3 * 100 * 4
+    assert all(0 <= seed < 2**63 for seed in seeds)
