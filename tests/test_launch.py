@@ -19,8 +19,13 @@ def test_nodes_follow_from_torchruns_environment(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_cpu_may_run_several_processes() -> None:
-    assert count_devices(3, "cpu") == 3
+    assert count_devices(2, "cpu") == 2
     assert count_devices("auto", "cpu") == 1
+
+
+def test_more_processes_than_the_machine_has_cpus_are_refused() -> None:
+    with pytest.raises(ValueError, match="trainer.devices=9999 but this machine has"):
+        count_devices(9999, "cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

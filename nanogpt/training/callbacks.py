@@ -144,7 +144,7 @@ class StopSignals(Callback):
         # at the end.
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._receive)
-        # Lightning would ask all ranks before every step, and wait for the device to read the answer.
+        # Lightning would ask all ranks before every step, and wait for the device's answer.
         epoch_loop: Any = trainer.fit_loop.epoch_loop
         epoch_loop._broadcast_sigterm_tensor = lambda: None
 

@@ -81,9 +81,10 @@ def count_devices(devices: int | str, accelerator: str) -> int:
         return n_gpus
     if not isinstance(devices, int) or devices < 1:
         raise ValueError(f"trainer.devices={devices!r} is neither auto nor a number of at least 1")
-    if kind == "cuda" and devices > n_gpus:
+    most, what = (n_gpus, "GPUs") if kind == "cuda" else (max(2, os.cpu_count() or 1), "CPUs")
+    if devices > most:
         raise ValueError(
-            f"trainer.devices={devices} but this machine has {n_gpus} GPUs; pass at most {n_gpus}"
+            f"trainer.devices={devices} but this machine has {most} {what}; pass at most {most}"
         )
     return devices
 

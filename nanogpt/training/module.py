@@ -142,7 +142,7 @@ class StageModule(LightningModule):
             return dict(self.progress)
         shares = torch.stack([loss for loss, _ in self._pending])
         norms = torch.stack([norm for _, norm in self._pending]).tolist()
-        losses: list[float] = self.trainer.strategy.reduce(shares, reduce_op="sum").tolist()  # type: ignore[union-attr]
+        losses: list[float] = self.trainer.strategy.reduce(shares, reduce_op="sum").tolist()
         n_steps, self._pending = len(losses), []
         now = time.monotonic()
         window_s, self._window_began = now - self._window_began, now
