@@ -1,9 +1,9 @@
 """Train a model: compose the configuration, build the objects, fit, report.
 
-    python train.py                                         a small GPT on Python's own sources,
-    offline python train.py stage=pretrain model=gpt2_small         GPT-2 small python train.py -m
-    optim.learning_rate=1e-2,2e-2        a sweep torchrun --nproc_per_node=8 train.py stage=pretrain
-    eight GPUs
+    python train.py                                      a small GPT on Python's sources, offline
+    python train.py stage=pretrain model=gpt2_small      GPT-2 small on FineWeb-Edu
+    python train.py -m optim.learning_rate=1e-2,2e-2     a sweep
+    torchrun --nproc_per_node=8 train.py trainer=ddp     eight GPUs
 
 Issuing a command again continues its run. Every key is in conf/, with a comment.
 """
@@ -65,12 +65,14 @@ KINDS = {  # of the keys that no object checks when it is built
 }
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 STOPPED_BY_SIGNAL = (130, 143)
+MULTIRUN = ("-m", "--multirun")
 
 failures: list[Exception] = []  # of the jobs of this command
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one job, a sweep, or with `--frozen FILE` one rank of a job; return the exit code."""
+    os.environ["NANOGPT_SWEEP"] = sweep_name(arguments)  # for hydra.sweep.dir
     try:
         if arguments[:1] == ["--frozen"]:
             run_job(yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8")), train)
@@ -140,9 +142,9 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     overrides = list(hydra_config.overrides.task)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     typed = {
-        override.key_or_group: OmegaConf.select(cfg, override.key_or_group)
-        if override.package is None and not _is_group(override.key_or_group)
-        else str(override.value())
+        override.key_or_group: override.value()
+        if _is_group(override.key_or_group)
+        else _plain(OmegaConf.select(cfg, override.key_or_group))
         for override in OverridesParser.create().parse_overrides(overrides)
     }
     clear_other_budget(config, typed)
@@ -150,10 +152,12 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
         if isinstance(config[key], float) and config[key].is_integer():
             config[key] = int(config[key])
     check_kinds(config)
+    name = run_name(dict(hydra_config.runtime.choices), typed)
     if hydra_config.mode == RunMode.MULTIRUN:
-        config["runs_dir"] = str(Path(config["runs_dir"]) / sweep_name(sys.argv[1:]))
-    if config["name"] is None:
-        config["name"] = run_name(dict(hydra_config.runtime.choices), typed)
+        config["name"] = f"{Path(hydra_config.sweep.dir).name}/{name}"
+    elif config["name"] is None:
+        config["name"] = name
+    config["typed"] = typed
     config["command"] = shlex.join(["python", "train.py", *overrides])
     return config
 
@@ -179,16 +183,20 @@ def _is_kind(value: Any, kind: str) -> bool:
     return type(value) is bool if kind == FLAG else str(value) == kind.replace("null", "None")
 
 
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
 def _is_group(key: str) -> bool:
     return (CONF / key).is_dir()
 
 
 def sweep_name(arguments: Sequence[str]) -> str:
     """Return the directory of a sweep's jobs: the same for the same command."""
-    text = shlex.join(
-        sorted(argument for argument in arguments if argument not in ("-m", "--multirun"))
-    )
-    return f"sweep-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    words = sorted(word for word in arguments if word not in MULTIRUN)
+    by_hand = [word.partition("=")[2] for word in words if word.startswith("name=")]
+    digest = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
+    return by_hand[0] if by_hand else f"sweep-{digest}"
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
@@ -224,9 +232,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
             if init is None
             else init.config
         )
-        decisions = session.settle(
-            model_config, rows_per_rank, corpus.fingerprint, init.path if init else None
-        )
+        decisions = session.settle(model_config, rows_per_rank, corpus.fingerprint, init)
         torch.manual_seed(config["seed"])
         optim = dict(config["optim"])
         del optim["schedule"]
@@ -265,13 +271,17 @@ def tokenizer_key(node: Mapping[str, Any]) -> str:
 
 def explain(error: Exception) -> str:
     """Return an error as one sentence; nothing for a rank whose rank zero has spoken."""
-    from nanogpt.training.launch import RankZeroFailedError
+    from nanogpt.training.launch import Ranks, RankZeroFailedError
 
-    if isinstance(error, RankZeroFailedError):
-        return ""
-    if isinstance(error, ValueError | OSError | FloatingPointError):
-        return str(error)
     first_line = str(error).strip().split("\n")[0]
+    said_by_rank_zero = isinstance(error, ValueError | OSError | FloatingPointError)
+    lost_rank_zero = "onnection" in first_line  # gloo's or nccl's word for a rank that has left
+    if isinstance(error, RankZeroFailedError) or (
+        Ranks.from_environment().rank > 0 and (said_by_rank_zero or lost_rank_zero)
+    ):
+        return ""
+    if said_by_rank_zero:
+        return first_line
     return f"{type(error).__name__}: {first_line} (debug=true shows where)"
 
 

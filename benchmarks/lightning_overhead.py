@@ -10,7 +10,6 @@ of that checkout. Prints milliseconds per step, the ratio and its spread.
 """
 
 import argparse
-import importlib.util
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from nanogpt_shakespeare import read_module
 from torch.utils.data import DataLoader
 
 from nanogpt.model import GPT, GPTConfig
@@ -164,12 +164,7 @@ def nanogpt_loop(
     checkout: Path, config: GPTConfig, batches: list[dict[str, Any]]
 ) -> Callable[[int], None]:
     """Return a function that trains nanoGPT's model for n steps as its train.py does on a CPU."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    theirs = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = theirs  # its dataclass looks its module up
-    spec.loader.exec_module(theirs)
+    theirs = read_module(checkout / "model.py")
     torch.manual_seed(1)
     model = theirs.GPT(
         theirs.GPTConfig(

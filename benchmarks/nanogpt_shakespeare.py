@@ -206,7 +206,8 @@ def cosine_rate(step: int) -> float:
 def read_module(path: Path) -> ModuleType:
     """Import a Python file by its path."""
     spec = importlib.util.spec_from_file_location("nanogpt_reference", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.tokenizer import Tokenizer, from_record
+from nanogpt.tokenizer import Tokenizer, from_record, gpt2_tokenizer
 
 FORMAT = 1
 KEY = "nanogpt"
@@ -89,6 +89,24 @@ def load_checkpoint(
         step=int(raw["global_step"]),
         path=path,
     )
+
+
+def init_model(init_from: Path) -> Checkpoint:
+    """Return the model and tokenizer that a new run starts from.
+
+    `init_from` is what `find_init_from` returned: a `.ckpt`, or a Hugging Face GPT-2.
+    """
+    if init_from.is_file():
+        return load_checkpoint(init_from)
+    model = GPT.from_pretrained(init_from)
+    return Checkpoint(model, gpt2_tokenizer(), None, None, "pretrain", model.config, 0, init_from)
+
+
+def find_init_from(init_from: str, runs_dir: str | Path) -> Path:
+    """Return the file, or the directory of a Hugging Face GPT-2, that `init_from` stands for."""
+    if (Path(init_from) / "config.json").is_file():
+        return Path(init_from)
+    return find_checkpoint(init_from, runs_dir)
 
 
 def model_weights(raw: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -174,8 +192,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _alternative(path: Path) -> str:
-    others = sorted(other.name for other in path.parent.glob("step_*.ckpt") if other != path)
-    return f"use {path.with_name(others[-1])}" if others else "use another checkpoint"
+    others = [p for p in sorted(path.parent.glob("step_*.ckpt")) if not p.samefile(path)]
+    return f"an older one is {others[-1]}: copy it over" if others else "use another checkpoint"
 
 
 def write_checkpoint(content: dict[str, Any], path: Path) -> str:

@@ -35,7 +35,7 @@ def generate(
         >>> list(generate(model, tokenizer.encode("def "), max_new_tokens=3, temperature=0))
         [305, 1117, 40]
     """
-    _check_sampling(max_new_tokens, temperature, top_k, top_p, min_p)
+    check_sampling(max_new_tokens, temperature, top_k, top_p, min_p)
     _check_prompt(input_ids, model.config.vocab_size)
     generator = torch.Generator(model.wte.weight.device)
     if seed is None:
@@ -184,13 +184,14 @@ def _check_prompt(input_ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def _check_sampling(
+def check_sampling(
     max_new_tokens: int,
     temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> None:
+    """Raise ValueError, in one sentence, for a value that `generate` cannot use."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} is negative; pass 0 or more")
     if not 0 <= temperature < math.inf:

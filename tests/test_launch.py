@@ -24,7 +24,7 @@ def test_the_cpu_may_run_several_processes() -> None:
 
 
 def test_more_processes_than_the_machine_has_cpus_are_refused() -> None:
-    with pytest.raises(ValueError, match="trainer.devices=9999 but this machine has"):
+    with pytest.raises(ValueError, match=r"trainer\.devices=9999 but this machine has"):
         count_devices(9999, "cpu")
 
 

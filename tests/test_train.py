@@ -49,7 +49,7 @@ def fit(*overrides: str) -> dict[str, Any]:
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         cfg = compose("train", overrides=list(overrides))
     config: Any = OmegaConf.to_container(cfg, resolve=True)
-    return train.train({**config, "command": "python train.py"})
+    return train.train({**config, "command": "python train.py", "typed": {}})
 
 
 def metrics(run_dir: Path, *columns: str) -> list[tuple[str, ...]]:

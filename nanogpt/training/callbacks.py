@@ -3,9 +3,11 @@
 All intervals are optimizer steps. The callbacks run in this order; checkpoints come after them.
 """
 
+import contextlib
+import os
 import re
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nanogpt.generation import generate
+from nanogpt.generation import check_sampling, generate
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.training.checkpointing import Checkpointing
 from nanogpt.training.metrics import write_atomically
@@ -69,7 +71,8 @@ class Validation(Callback):
         tokens = self.final_tokens if step == trainer.max_steps else self.tokens
         with pl_module.off_the_clock():
             pl_module.validation = pl_module.evaluate(self.batches(tokens))
-            pl_module.validated_at = step
+            # A loss over another part of the set is no candidate for the best.
+            pl_module.validated_at = step if tokens == self.tokens else -1
         for logger in trainer.loggers:
             logger.log_metrics({f"val/{k}": v for k, v in pl_module.validation.items()}, step)
 
@@ -89,6 +92,7 @@ class Samples(Callback):
         top_k: int | None,
         seed: int,
     ) -> None:
+        check_sampling(max_new_tokens, temperature, top_k)
         self.path = path
         self.tokenizer = tokenizer
         self.every_n_steps = every_n_steps
@@ -139,18 +143,27 @@ class StopSignals(Callback):
         self.stopped_by: int | None = None
         self._reduction: tuple[Any, torch.Tensor] | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning's own handler broadcasts from inside the handler; it is replaced, and restored
-        # at the end.
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._receive)
-        # Lightning would ask all ranks before every step, and wait for the device's answer.
+    @contextlib.contextmanager
+    def instead_of_lightnings(self, trainer: Trainer) -> Iterator[None]:
+        """Handle the signals here while the trainer runs.
+
+        Lightning's handler would broadcast from inside the handler, and before every step it would
+        ask all ranks and wait for the device's answer.
+        """
+        connector: Any = trainer._signal_connector
+        connector.register_signal_handlers = lambda: None
         epoch_loop: Any = trainer.fit_loop.epoch_loop
         epoch_loop._broadcast_sigterm_tensor = lambda: None
+        before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None and signum == signal.SIGINT:
-            raise KeyboardInterrupt
+            os._exit(128 + signum)  # asked twice: at once
         self.received = signum
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

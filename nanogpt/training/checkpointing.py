@@ -1,5 +1,6 @@
 """When checkpoints are written, which of them stay, and how Lightning writes and reads them."""
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,8 @@ from nanogpt.checkpoint import read_checkpoint, sync_directory, write_checkpoint
 from nanogpt.training.metrics import MetricsFile
 from nanogpt.training.module import StageModule
 
+log = logging.getLogger("nanogpt.checkpoints")
+
 
 class AtomicCheckpointIO(CheckpointIO):
     """Lightning's door to our checkpoint files: atomic, verified, loud on failure."""
@@ -19,7 +22,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        write_checkpoint(checkpoint, Path(path))
+        log.debug("%s: sha256 %s", path, write_checkpoint(checkpoint, Path(path)))
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -99,6 +102,18 @@ class Checkpointing(Callback):
         self.best = (float(best[0]), int(best[1])) if best else None
 
 
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy a file to the disk itself; leave nothing where that fails."""
+    try:
+        with open(source, "rb") as old, open(target, "wb") as new:
+            shutil.copyfileobj(old, new, 2**20)
+            new.flush()
+            os.fsync(new.fileno())
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
 def link_atomically(source: Path, target: Path) -> None:
     """Make `target` a second name of `source`; a copy where the file system has no hard links."""
     temporary = target.with_name(f".{target.name}.tmp")
@@ -106,6 +121,6 @@ def link_atomically(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        shutil.copyfile(source, temporary)
+        copy_durably(source, temporary)
     os.replace(temporary, target)
     sync_directory(target.parent)

@@ -5,6 +5,7 @@ Lightning's own subprocess launcher is never used: it would run a sweep once mor
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -96,7 +97,6 @@ def launch(config: Mapping[str, Any], n_processes: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks set their own number of threads
     for name in (
         "torch.distributed.elastic",
         "torch.distributed.launcher",
@@ -122,9 +122,14 @@ def launch(config: Mapping[str, Any], n_processes: int) -> int:
         except SignalException as error:
             return 128 + int(error.sigval)
         except ChildFailedError as error:
-            _, first = error.get_first_failure()
-            code = first.exitcode
-            return 128 - code if code < 0 else code
+            rank, first = error.get_first_failure()
+            if first.exitcode >= 0:
+                return first.exitcode
+            why = ", often for want of memory" if first.exitcode == -signal.SIGKILL else ""
+            raise RuntimeError(
+                f"rank {rank} was ended by signal {-first.exitcode}{why}; "
+                "the same command continues"
+            ) from None
     return 0
 
 

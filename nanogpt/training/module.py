@@ -47,9 +47,10 @@ class StageModule(LightningModule):
         record: dict[str, Any],
         flops_per_token: float = 0.0,
         peak_flops: float = 0.0,
-        log_every_n_steps: int = 10,
     ) -> None:
         super().__init__()
+        if grad_clip is not None and not (isinstance(grad_clip, int | float) and grad_clip > 0):
+            raise ValueError(f"optim.grad_clip={grad_clip!r} is neither null nor a number above 0")
         self.automatic_optimization = False
         self.model = model
         self.make_optimizer = make_optimizer
@@ -61,16 +62,17 @@ class StageModule(LightningModule):
         self.record = record
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
-        self.log_every_n_steps = log_every_n_steps
         self.compiled = compiled
         self.progress: dict[str, float] = {}
         self.validation: dict[str, float] = {}  # the metrics of the latest validation
         self.validated_at = -1
-        self.train_s = 0.0
+        # A sitting's first step, which compiles and warms up, is not timed.
+        self.train_s, self.timed_steps = 0.0, 0
+        self._first_of_sitting = True
         self._wall_s_before = 0.0  # of the sittings before this one
         self._began = time.monotonic()
         self._pending: list[tuple[Tensor, Tensor]] = []  # (loss, grad norm) since the last reading
-        self._window_began = 0.0
+        self._window_began, self._untimed = 0.0, 0
 
     # What a stage defines
 
@@ -92,7 +94,7 @@ class StageModule(LightningModule):
 
     def training_step(self, micro_batches: list[Batch], batch_idx: int) -> None:
         step = self.trainer.global_step
-        torch.manual_seed(_step_seed(self.seed, step, self.global_rank))
+        self._seed_dropout(step)
         optimizer: Any = self.optimizers()
         set_learning_rate(optimizer, self.schedule.factor(step, self.max_steps))
         losses = []
@@ -104,6 +106,24 @@ class StageModule(LightningModule):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self._pending.append((torch.stack(losses).sum(), grad_norm))
+        if self._first_of_sitting:
+            self._begin_timing()
+
+    def _begin_timing(self) -> None:
+        self._first_of_sitting, self._untimed = False, 1
+        self._window_began = time.monotonic()
+
+    def _seed_dropout(self, step: int) -> None:
+        """Seed the generator that dropout draws from.
+
+        `torch.manual_seed` would visit backends that are not there: half a millisecond per step.
+        """
+        seed = _step_seed(self.seed, step, self.global_rank)
+        torch.random.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        elif self.device.type == "mps":
+            torch.mps.manual_seed(seed)
 
     def _without_reduction(self) -> contextlib.AbstractContextManager[None]:
         """Let ranks reduce gradients at the last micro-batch of a step only."""
@@ -146,19 +166,21 @@ class StageModule(LightningModule):
         n_steps, self._pending = len(losses), []
         now = time.monotonic()
         window_s, self._window_began = now - self._window_began, now
+        n_timed, self._untimed = n_steps - self._untimed, 0
         self.train_s += window_s
+        self.timed_steps += n_timed
         step = self.trainer.global_step
         self._check_finite(losses, norms, step - n_steps)
-        tokens_per_s = n_steps * self.tokens_per_step / max(window_s, 1e-9)
         self.progress = {
             "step": step,
             "tokens": step * self.tokens_per_step,
             "loss": losses[-1],
             "grad_norm": norms[-1],
             "learning_rate": float(self.trainer.optimizers[0].param_groups[0]["lr"]),
-            "tokens_per_s": tokens_per_s,
-            "mfu": self.mfu(tokens_per_s),
         }
+        if n_timed:
+            tokens_per_s = n_timed * self.tokens_per_step / window_s
+            self.progress |= {"tokens_per_s": tokens_per_s, "mfu": self.mfu(tokens_per_s)}
         return dict(self.progress)
 
     def mfu(self, tokens_per_s: float) -> float:
@@ -194,13 +216,18 @@ class StageModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = {
             **self.record,
-            "clock": {"train_s": self.train_s, "wall_s": self.wall_s()},
+            "clock": {
+                "train_s": self.train_s,
+                "timed_steps": self.timed_steps,
+                "wall_s": self.wall_s(),
+            },
         }
         checkpoint.pop("loops")  # the position is the step alone; see on_load_checkpoint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         clock = checkpoint[KEY]["clock"]
-        self.train_s, self._wall_s_before = clock["train_s"], clock["wall_s"]
+        self.train_s, self.timed_steps = clock["train_s"], clock["timed_steps"]
+        self._wall_s_before = clock["wall_s"]
         # Lightning restores epochs and batches of a loader; ours begins at the step, and nothing
         # else is state.
         manual = self.trainer.fit_loop.epoch_loop.manual_optimization

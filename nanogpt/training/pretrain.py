@@ -43,22 +43,16 @@ class PretrainModule(StageModule):
         self.model.eval()
         for batch in batches:
             batch = self.trainer.strategy.batch_to_device(batch)
+            targets = batch["targets"]  # (B, T)
             with self.trainer.precision_plugin.forward_context():
-                nats = next_token_loss(self.model, batch["input_ids"], batch["targets"])
-            scored = batch["targets"][batch["targets"] != -100]
-            sums += torch.stack(
-                [nats.double(), scored.new_tensor(scored.numel()), self.token_bytes[scored].sum()]
-            ).cpu()
+                nats = next_token_loss(self.model, batch["input_ids"], targets)
+            scored = targets != -100
+            n_bytes = self.token_bytes[targets.clamp(min=0)].where(scored, 0).sum()
+            sums += torch.stack([nats.float(), scored.sum(), n_bytes]).cpu()
         self.model.train()
-        nats, n_tokens, n_bytes = self._sum_over_ranks(sums).tolist()
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        nats, n_tokens, n_bytes = sums.tolist()
         return {
             "loss": nats / n_tokens,
             "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else math.nan,
         }
-
-    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
-        total: Tensor = self.trainer.strategy.reduce(
-            sums.to(self.device, torch.float32 if self.device.type == "mps" else None),
-            reduce_op="sum",
-        )
-        return total

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +36,7 @@ OPERATIONAL = (
     "callbacks",
     "trainer",
     "command",
+    "typed",
     "resolved",
 )
 IDENTITY_WITHIN_OPERATIONAL = ("trainer.precision",)
@@ -96,11 +97,24 @@ def identity_differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any])
 
     `auto` agrees with whatever it became when the run began.
     """
+    return _differences(recorded, wanted, is_identity)
+
+
+def operational_differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return one line per key that may change between two starts of a run, and did."""
+    return _differences(
+        recorded, wanted, lambda key: not is_identity(key) and not _under(key, "resolved")
+    )
+
+
+def _differences(
+    recorded: Mapping[str, Any], wanted: Mapping[str, Any], counts: Callable[[str], bool]
+) -> list[str]:
     old, new = flatten(recorded), flatten(wanted)
     return [
         f"{key}: {old.get(key)!r} is recorded, {new.get(key)!r} was asked for"
         for key in sorted(old.keys() | new.keys())
-        if is_identity(key) and old.get(key) != new.get(key) and new.get(key) != "auto"
+        if counts(key) and old.get(key) != new.get(key) and new.get(key) != "auto"
     ]
 
 

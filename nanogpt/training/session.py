@@ -1,12 +1,11 @@
 """One sitting of a run: open its directory, settle what is left to the machine, fit, and sum up."""
 
 import contextlib
-import hashlib
 import logging
 import math
+import os
 import secrets
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from nanogpt.checkpoint import (
     Checkpoint,
-    find_checkpoint,
+    find_init_from,
+    init_model,
     load_checkpoint,
     read_checkpoint,
     weights_sha256,
@@ -33,13 +33,20 @@ from nanogpt.training.callbacks import Figures, Samples, StopSignals, Validation
 from nanogpt.training.checkpointing import AtomicCheckpointIO, Checkpointing
 from nanogpt.training.launch import Ranks, join, leave_with_launcher, on_rank_zero, resolve_device
 from nanogpt.training.loggers import extra_logger
-from nanogpt.training.machine import device_name, git_revision, versions
-from nanogpt.training.metrics import MetricsFile, MetricsLogger, read_metrics
+from nanogpt.training.logs import log_to, quieten_lightning
+from nanogpt.training.machine import device_name
+from nanogpt.training.metrics import MetricsFile, MetricsLogger
 from nanogpt.training.module import Batch, StageModule
 from nanogpt.training.probe import Decisions, decide
-from nanogpt.training.progress import ConsoleHandler, Progress, duration, percent
+from nanogpt.training.progress import Progress
 from nanogpt.training.report import write_report
-from nanogpt.training.run import RunDirectory, RunLock, check_continues
+from nanogpt.training.run import (
+    RunDirectory,
+    RunLock,
+    check_continues,
+    operational_differences,
+)
+from nanogpt.training.summary import summarise, tell
 
 log = logging.getLogger("nanogpt")
 
@@ -60,6 +67,11 @@ class Session:
         self.run = RunDirectory.of(config)
         self.finished: dict[str, Any] | None = None
         self.recorded: dict[str, Any] = {}  # what was resolved when the run began
+        self.resume_step = 0  # of the checkpoint that the run continues from
+        if config["trainer"][
+            "deterministic"
+        ]:  # read by cuBLAS at the first product, which we probe
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self._stack = contextlib.ExitStack()
 
     # Opening and closing
@@ -71,9 +83,12 @@ class Session:
             if self.ranks.world_size > 1:
                 join(self.device)
                 self._stack.callback(dist.destroy_process_group)
-            self.finished, self.recorded = on_rank_zero(self._open)
+            opened = on_rank_zero(self._open)
+            self.finished, self.recorded, self.resume_step, changed = opened
             if self.ranks.rank == 0:
                 self._stack.callback(log_to(self.run.log_path))
+                for line in changed:
+                    log.debug("changed: %s", line)
             self._stack = self._stack.pop_all()
         if self.finished is not None:
             log.info(
@@ -85,8 +100,12 @@ class Session:
             )
         return self
 
-    def _open(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        """Lock the directory; return the summary of a finished run and what is recorded."""
+    def _open(self) -> tuple[dict[str, Any] | None, dict[str, Any], int, list[str]]:
+        """Lock the directory, and find out where the run stands.
+
+        Returns the summary of a finished run, what is recorded, the step to continue from, and the
+        operational keys that changed.
+        """
         run, config = self.run, self.config
         try:
             run.create()
@@ -104,18 +123,16 @@ class Session:
             run.clear()
         recorded = run.recorded_config()
         if recorded is None or not run.has_begun:
-            return None, {}
-        check_continues(run, config, may_extend=self._may_extend(recorded))
+            return None, {}, 0, []
         summary = run.summary()
-        is_finished = summary is not None and summary["steps"] >= self.max_steps
-        return summary if is_finished else None, recorded["resolved"]
-
-    def _may_extend(self, recorded: Mapping[str, Any]) -> bool:
-        old_max = budget_steps(recorded)
-        if old_max == self.max_steps:
-            return True
-        step = int(read_checkpoint(self.run.last_checkpoint)["global_step"])
-        return self.schedule.may_extend(step, old_max, self.max_steps)
+        if summary is not None and budget_steps(recorded) == self.max_steps:
+            check_continues(run, config)
+            return summary, recorded["resolved"], summary["steps"], []
+        step = int(read_checkpoint(run.last_checkpoint)["global_step"])
+        may_extend = self.schedule.may_extend(step, budget_steps(recorded), self.max_steps)
+        check_continues(run, config, may_extend=may_extend)
+        run.summary_path.unlink(missing_ok=True)  # of a budget that has grown since
+        return None, recorded["resolved"], step, operational_differences(recorded, config)
 
     def __exit__(
         self,
@@ -134,21 +151,26 @@ class Session:
     # Settling
 
     def starting_point(self) -> Checkpoint | None:
-        """Return what `init_from` names, None for random weights or a run that continues."""
-        if self.config["init_from"] is None:
+        """Return the model and tokenizer that `init_from` names, None where they are to be made.
+
+        A run that continues takes them from its own checkpoint: its start is not resolved again.
+        Raises ValueError where a model key was typed that differs.
+        """
+        init_from, runs_dir = self.config["init_from"], self.config["runs_dir"]
+        if init_from is None:
             return None
-        if "init_from" in self.recorded:
-            path = Path(self.recorded["init_from"]["path"])
-        else:
-            path = find_checkpoint(self.config["init_from"], self.config["runs_dir"])
-        return load_checkpoint(path)
+        if self.resume_step:
+            return load_checkpoint(self.run.last_checkpoint)
+        start = init_model(on_rank_zero(lambda: find_init_from(init_from, runs_dir)))
+        check_model_keys(start, self.config["model"], self.config["typed"])
+        return start
 
     def settle(
         self,
         model_config: GPTConfig,
         rows_per_rank: int,
         corpus_fingerprint: str,
-        init_from: Path | None,
+        start: Checkpoint | None,
     ) -> Decisions:
         """Decide what is left to the machine, check the corpus, and write config.yaml.
 
@@ -156,7 +178,7 @@ class Session:
         ValueError where the corpus is not the one that the run began with.
         """
         decisions, self.recorded = on_rank_zero(
-            lambda: self._settle(model_config, rows_per_rank, corpus_fingerprint, init_from)
+            lambda: self._settle(model_config, rows_per_rank, corpus_fingerprint, start)
         )
         torch.set_num_threads(decisions.threads)
         for reason in decisions.reasons:
@@ -176,7 +198,7 @@ class Session:
         model_config: GPTConfig,
         rows_per_rank: int,
         corpus_fingerprint: str,
-        init_from: Path | None,
+        start: Checkpoint | None,
     ) -> tuple[Decisions, dict[str, Any]]:
         config, recorded = self.config, self.recorded
         if recorded and recorded["corpus"] != corpus_fingerprint:
@@ -185,13 +207,6 @@ class Session:
                 f"{recorded['corpus']}, now {corpus_fingerprint}); restore the data, "
                 "pass name=<new name>, or resume=false overwrite=true"
             )
-
-        def setting(key: str) -> Any:
-            value = config["trainer"][key] if key == "precision" else config[key]
-            kept = recorded.get(key, "auto")
-            usable = key != "micro_batch" or (kept != "auto" and rows_per_rank % kept == 0)
-            return kept if value == "auto" and usable else value
-
         decisions = decide(
             model_config,
             device=self.device,
@@ -200,28 +215,41 @@ class Session:
             data_dir=Path(config["data_dir"]),
             local_world_size=self.ranks.local_world_size,
             deterministic=config["trainer"]["deterministic"],
-            precision=setting("precision"),
-            compile=setting("compile"),
-            micro_batch=setting("micro_batch"),
-            threads=setting("threads"),
+            precision=self._setting("precision"),
+            compile=self._setting("compile"),
+            micro_batch=self._setting("micro_batch", rows_per_rank),
+            threads=self._setting("threads"),
         )
         resolved = {
             "corpus": corpus_fingerprint,
             "wandb_id": recorded.get("wandb_id", secrets.token_hex(4)),
+            "local_world_size": self.ranks.local_world_size,
             **{k: v for k, v in asdict(decisions).items() if k != "reasons"},
         }
-        if init_from is not None:
+        if start is not None:
             resolved["init_from"] = recorded.get("init_from") or {
-                "path": str(init_from.resolve()),
-                "sha256": hashlib.sha256(init_from.read_bytes()).hexdigest(),
+                "path": str(start.path.resolve()),
+                "sha256": weights_sha256(start.model),
             }
         trainer = {**config["trainer"], "precision": decisions.precision}
         self.run.write_config({**config, "trainer": trainer, "resolved": resolved})
         return decisions, resolved
 
+    def _setting(self, key: str, rows_per_rank: int = 0) -> Any:
+        """Return a setting as typed, else as the run began with it where that fits, else auto."""
+        value = self.config["trainer"][key] if key == "precision" else self.config[key]
+        kept = self.recorded.get(key)
+        if value != "auto" or kept is None:
+            return value
+        fits = {
+            "micro_batch": rows_per_rank % kept == 0 if key == "micro_batch" else True,
+            "threads": self.recorded["local_world_size"] == self.ranks.local_world_size,
+        }
+        return kept if fits.get(key, True) else value
+
     @property
     def init_from(self) -> dict[str, str] | None:
-        """Path and sha256 of what the run started from."""
+        """Path of what the run started from, and the sha256 of its weights."""
         return self.recorded.get("init_from")
 
     # Fitting
@@ -240,21 +268,22 @@ class Session:
         143 or 130 after a checkpoint where a signal asked for it.
         """
         metrics = MetricsFile(self.run.metrics_path)
-        resume_step = self._rewind(metrics)
+        on_rank_zero(lambda: self._rewind(metrics))
         checkpointing, callbacks = self._callbacks(metrics, tokenizer, validation_batches)
         stop = StopSignals(checkpointing)
         trainer = self._trainer(metrics, [*callbacks, checkpointing, stop, self._progress()])
         log.info(
             "%s: %s",
             self.run.path,
-            f"continuing at step {resume_step}" if resume_step else "a new run",
+            f"continuing at step {self.resume_step}" if self.resume_step else "a new run",
         )
-        trainer.fit(
-            module,
-            datamodule=data,
-            ckpt_path=self.run.last_checkpoint if resume_step else None,
-            weights_only=True,
-        )
+        with stop.instead_of_lightnings(trainer):
+            trainer.fit(
+                module,
+                datamodule=data,
+                ckpt_path=self.run.last_checkpoint if self.resume_step else None,
+                weights_only=True,
+            )
         if stop.stopped_by:
             log.info(
                 "stopped by a signal at step %s; the same command continues", trainer.global_step
@@ -262,15 +291,23 @@ class Session:
             raise SystemExit(128 + stop.stopped_by)
         return on_rank_zero(lambda: self._sum_up(module, facts))
 
-    def _rewind(self, metrics: MetricsFile) -> int:
-        """Cut what was logged after the checkpoint that the run continues from; return its step."""
-        step = 0
-        if self.run.has_begun:
-            step = int(read_checkpoint(self.run.last_checkpoint)["global_step"])
-        if self.ranks.rank == 0:
-            metrics.cut_after(step)
-            cut_samples(self.run.samples_path, step)
-        return step
+    def _sum_up(self, module: StageModule, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Write summary.json and report.html, and say what was reached."""
+        how = {
+            "device": device_name(self.device),
+            "n_ranks": self.ranks.world_size,
+            "precision": self.recorded["precision"],
+        }
+        summary = summarise(module, self.config, self.run.metrics_path, {**facts, **how})
+        self.run.write_summary(summary)
+        write_report(self.run.path)
+        tell(summary, self.run.path)
+        return summary
+
+    def _rewind(self, metrics: MetricsFile) -> None:
+        """Cut what was logged after the checkpoint that the run continues from."""
+        metrics.cut_after(self.resume_step)
+        cut_samples(self.run.samples_path, self.resume_step)
 
     def _callbacks(
         self,
@@ -325,67 +362,17 @@ class Session:
             enable_model_summary=False,
         )
 
-    def _sum_up(self, module: StageModule, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Write summary.json and report.html, from metrics.csv and the weights."""
-        last = {name: points[-1][1] for name, points in read_metrics(self.run.metrics_path).items()}
-        config = self.config
-        steps = self.max_steps
-        tokens = steps * config["tokens_per_step"]
-        tokens_per_s = tokens / module.train_s if module.train_s else 0.0
-        summary = {
-            "stage": config["stage"],
-            "name": config["name"],
-            "steps": steps,
-            "tokens": tokens,
-            "wall_s": module.wall_s(),
-            "train_s": module.train_s,
-            "tokens_per_s": tokens_per_s,
-            "mfu": module.mfu(tokens_per_s),
-            "train_loss": last["train/loss"],
-            **{
-                f"val_{name.removeprefix('val/')}": v
-                for name, v in last.items()
-                if name.startswith("val/")
-            },
-            **facts,
-            "n_params": module.model.num_parameters(),
-            "weights_sha256": weights_sha256(module.model),
-            "device": device_name(self.device),
-            "n_ranks": self.ranks.world_size,
-            "precision": self.recorded["precision"],
-            "git": git_revision(),
-            "versions": versions(),
-        }
-        self.run.write_summary(summary)
-        write_report(self.run.path)
-        self._tell(summary)
-        return summary
 
-    def _tell(self, summary: Mapping[str, Any]) -> None:
-        """Say what was reached and what may come next."""
-        log.info(
-            "finished: %s steps, %s tokens in %s of training (%s tokens/s, MFU %s)",
-            summary["steps"],
-            f"{summary['tokens']:,}",
-            duration(summary["train_s"]),
-            f"{summary['tokens_per_s']:,.0f}",
-            percent(summary["mfu"]),
-        )
-        log.info("validation loss %.4f", summary["val_loss"])
-        if (bits := summary.get("val_bits_per_byte")) is not None:
-            gzip = summary.get("gzip_bits_per_byte")
-            beside = f"; gzip -9 needs {gzip:.3f} for the same text" if gzip else ""
-            log.info("validation bits per byte %.3f%s", bits, beside)
-        where = self.run.path
-        log.info("report: %s", self.run.report_path)
-        log.info("next:")
-        log.info('  python -m nanogpt.generate %s --prompt "def "', where)
-        log.info(
-            "  python train.py data=text data.path=YOUR_FOLDER      # the same on your own text"
-        )
-        log.info(
-            "  python train.py stage=pretrain model=gpt2_small      # GPT-2 small on FineWeb-Edu"
-        )
+def check_model_keys(start: Checkpoint, model: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
+    """Raise ValueError where a model key was typed that differs from the model to start from."""
+    for key, value in model.items():
+        if key == "dropout" or not {"model", f"model.{key}"} & typed.keys():
+            continue
+        if (there := getattr(start.config, key)) != value:
+            raise ValueError(
+                f"{start.path} has {key}={there!r} but the command says model.{key}={value!r}; "
+                "leave the model keys out: the model comes from init_from"
+            )
 
 
 def budget_steps(config: Mapping[str, Any]) -> int:
@@ -398,27 +385,3 @@ def budget_steps(config: Mapping[str, Any]) -> int:
     if not budgets:
         raise ValueError("the run has no budget; pass max_steps=N or max_tokens=N")
     return int(min(budgets))
-
-
-def log_to(path: Path) -> Callable[[], None]:
-    """Send the project's log to the terminal and to a file; return what undoes it."""
-    console, file = ConsoleHandler(), logging.FileHandler(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.setLevel(logging.INFO)
-    for handler in (console, file):
-        log.addHandler(handler)
-
-    def undo() -> None:
-        for handler in (console, file):
-            log.removeHandler(handler)
-            handler.close()
-
-    return undo
-
-
-def quieten_lightning() -> None:
-    """Silence advice that does not fit: loader, steps and checkpoints are not Lightning's."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")

@@ -1,0 +1,67 @@
+"""What a finished run amounts to: summary.json, and what is said at the end."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nanogpt.checkpoint import weights_sha256
+from nanogpt.training.machine import git_revision, versions
+from nanogpt.training.metrics import read_metrics
+from nanogpt.training.module import StageModule
+from nanogpt.training.progress import duration, percent
+
+log = logging.getLogger("nanogpt")
+
+
+def summarise(
+    module: StageModule, config: Mapping[str, Any], metrics_path: Path, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the summary of a run whose last step's figures are in metrics.csv.
+
+    `facts` are what the caller knows beyond that; tokens_per_s is over the steps that were timed.
+    """
+    last = {name: points[-1][1] for name, points in read_metrics(metrics_path).items()}
+    tokens_per_step = module.tokens_per_step
+    tokens_per_s = module.timed_steps * tokens_per_step / module.train_s if module.train_s else 0.0
+    return {
+        "stage": config["stage"],
+        "name": config["name"],
+        "steps": module.max_steps,
+        "tokens": module.max_steps * tokens_per_step,
+        "wall_s": module.wall_s(),
+        "train_s": module.train_s,
+        "tokens_per_s": tokens_per_s,
+        "mfu": module.mfu(tokens_per_s),
+        "train_loss": last["train/loss"],
+        **{name.replace("/", "_"): v for name, v in last.items() if name.startswith("val/")},
+        **facts,
+        "n_params": module.model.num_parameters(),
+        "weights_sha256": weights_sha256(module.model),
+        "git": git_revision(),
+        "versions": versions(),
+    }
+
+
+def tell(summary: Mapping[str, Any], run_dir: Path) -> None:
+    """Say what was reached and what may come next."""
+    log.info(
+        "finished: %s steps, %s tokens in %s (%s tokens/s, MFU %s)",
+        summary["steps"],
+        f"{summary['tokens']:,}",
+        duration(summary["wall_s"]),
+        f"{summary['tokens_per_s']:,.0f}",
+        percent(summary["mfu"]),
+    )
+    bits, gzip = summary.get("val_bits_per_byte"), summary.get("gzip_bits_per_byte")
+    per_byte = "" if bits is None else f", {bits:.3f} bits per byte"
+    beside = f" (gzip -9 needs {gzip:.3f})" if bits is not None and gzip is not None else ""
+    log.info("validation loss %.4f%s%s", summary["val_loss"], per_byte, beside)
+    log.info("report: %s", run_dir / "report.html")
+    log.info(
+        "next:\n"
+        '  python -m nanogpt.generate %s --prompt "def "\n'
+        "  python train.py data=text data.path=YOUR_FOLDER    # the same on your own text\n"
+        "  python train.py stage=pretrain model=gpt2_small    # GPT-2 small on FineWeb-Edu",
+        run_dir,
+    )
