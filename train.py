@@ -216,7 +216,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
             return session.finished
         init = session.starting_point()
         data_config = dict(config["data"])
-        workers = data_config.pop("workers")
+        workers, _ = data_config.pop("workers"), data_config.pop("prompts")
         block_size = config["model"]["block_size"] if init is None else init.config.block_size
         rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
         make_tokenizer = instantiate(config["tokenizer"], _partial_=True, _convert_="all")

@@ -108,6 +108,13 @@ def test_a_truncated_file_is_refused_and_an_older_one_named(path: Path, kept: in
         read_checkpoint(path)
 
 
+def test_the_other_name_of_the_same_file_is_no_alternative(path: Path) -> None:
+    os.link(path, path.parent / "step_000003.ckpt")
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="use another checkpoint"):
+        read_checkpoint(path)
+
+
 class Malicious:
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.system, ("touch pwned",))

@@ -1,5 +1,6 @@
 """Every YAML composes and builds, and mistakes in a command are said in one sentence."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import train
+from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Schedule
 from nanogpt.training.session import budget_steps
@@ -30,6 +32,7 @@ def composed(*overrides: str) -> dict[str, Any]:
     return dict(config)
 
 
+SAMPLING = ("max_new_tokens", "temperature", "top_k")
 CHOICES = [
     f"{group}={option}"
     for group in (
@@ -53,9 +56,11 @@ def test_every_yaml_composes_and_builds(choice: str) -> None:
     GPTConfig(**config["model"], vocab_size=300)
     Schedule(**config["optim"]["schedule"])
     assert budget_steps(config) > 0
-    data = {k: v for k, v in config["data"].items() if k != "workers"}
-    instantiate(data, _partial_=True)
-    instantiate(config["tokenizer"], _partial_=True)
+    data = {k: v for k, v in config["data"].items() if k not in ("workers", "prompts")}
+    assert callable(instantiate(data).documents)
+    make_tokenizer = instantiate(config["tokenizer"], _partial_=True)
+    inspect.signature(make_tokenizer.func).bind(["a document"], **make_tokenizer.keywords)
+    check_sampling(**{k: v for k, v in config["callbacks"]["samples"].items() if k in SAMPLING})
 
 
 @pytest.mark.parametrize("group", ["tokenizer", "model", "data", "optim"])
@@ -105,12 +110,17 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("max_steps=many", "max_steps='many'"),
         ("tokens_per_step=1000", "cannot be split"),
         ("trainer.devices=none", "trainer.devices"),
+        ("optim.grad_clip=-1", "optim.grad_clip=-1 is neither null nor"),
+        ("callbacks.samples.top_k=0", "top_k=0 leaves no token"),
+        ("model.n_head=5", "n_embd=16 does not divide"),
+        ("data.path=nowhere.txt", "nowhere.txt"),
+        ("trainer.num_nodes=2", "needs torchrun on every node"),
     ],
 )
 def test_a_mistake_in_the_command_is_one_sentence(
-    argument: str, expected: str, tmp_path: Path
+    argument: str, expected: str, tiny_run: list[str], tmp_path: Path
 ) -> None:
-    done = run(argument, cwd=tmp_path)
+    done = run(*tiny_run, argument, cwd=tmp_path)
     assert done.returncode in (1, 2)
     assert expected in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

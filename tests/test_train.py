@@ -1,8 +1,10 @@
 """Training as a person sees it: the run's files, splits, kills, signals, ranks and sweeps."""
 
 import csv
+import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import nanogpt.checkpoint
 import train
 from nanogpt.checkpoint import load_checkpoint, read_checkpoint
 
@@ -117,7 +120,7 @@ def test_every_micro_batch_gives_the_same_losses(
     [
         ("nanogpt.training.module.set_learning_rate", 7, ["optim=adamw", "model.dropout=0.1"]),
         ("nanogpt.training.pretrain.next_token_loss", 20, ["optim=muon", "micro_batch=2"]),
-        ("nanogpt.checkpoint.os.fsync", 4, ["optim=muon", "model.dropout=0.1", "data.workers=2"]),
+        ("nanogpt.checkpoint._HashingWriter.write", 400, ["model.dropout=0.1", "data.workers=2"]),
         ("nanogpt.training.checkpointing.link_atomically", 2, ["optim=adamw", "data.workers=2"]),
         ("nanogpt.training.session.write_report", 1, ["optim=adamw"]),
     ],
@@ -127,8 +130,9 @@ def test_a_killed_run_continues_to_the_same_bits(
 ) -> None:
     whole = fit(*tiny_run, *options, "name=whole")
     module, _, name = where.rpartition(".")
-    if module.endswith(".os"):
-        module, name = module.removesuffix(".os"), f"os.{name}"
+    if module.endswith("Writer"):
+        module, _, owner = module.rpartition(".")
+        name = f"{owner}.{name}"
     killed = subprocess.run(
         [
             sys.executable,
@@ -208,6 +212,64 @@ def test_a_run_starts_from_another_runs_weights(tiny_run: list[str], tmp_path: P
     assert float(first) < float(metrics(tmp_path / "runs" / "tiny", "train/loss")[0][0]) - 0.1
 
 
+def test_a_typed_model_key_that_differs_from_init_from_is_refused(
+    tiny_run: list[str], command: Command
+) -> None:
+    fit(*tiny_run, "max_steps=1")
+    other = command(*tiny_run, "name=other", "init_from=tiny", "model.n_layer=1")
+    assert other.returncode == 1
+    assert "has n_layer=2 but the command says model.n_layer=1" in other.stderr
+    assert len(other.stderr.splitlines()) == 1
+
+
+def test_a_continued_run_does_not_need_what_it_started_from(
+    tiny_run: list[str], tmp_path: Path
+) -> None:
+    constant = [*tiny_run, "optim.schedule.kind=constant"]
+    fit(*constant, "max_steps=1")
+    second = [*constant, "name=second", "init_from=tiny"]
+    fit(*second, "max_steps=4")
+    shutil.rmtree(tmp_path / "runs" / "tiny")
+    assert fit(*second, "max_steps=6")["steps"] == 6
+
+
+def test_a_list_on_the_command_line_names_a_run(
+    tiny_run: list[str], tmp_path: Path, command: Command
+) -> None:
+    unnamed = [word for word in tiny_run if not word.startswith("name=")]
+    done = command(*unnamed, "max_steps=1", "optim=adamw", "optim.betas=[0.9,0.99]")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs").glob("quickstart-nano-text-*/summary.json"))) == 1
+
+
+def test_the_same_first_gradient_for_every_micro_batch(tiny_run: list[str], tmp_path: Path) -> None:
+    norms = []
+    for micro_batch in (8, 2):
+        fit(*tiny_run, "max_steps=1", f"micro_batch={micro_batch}", f"name=m{micro_batch}")
+        norms.append(float(metrics(tmp_path / "runs" / f"m{micro_batch}", "train/grad_norm")[0][0]))
+    assert abs(norms[0] - norms[1]) < 1e-5
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FullAtTheSecond(nanogpt.checkpoint._HashingWriter):
+        n_files = 0
+
+        def write(self, data: bytes) -> int:
+            FullAtTheSecond.n_files += self.n_bytes == 0
+            if FullAtTheSecond.n_files == 2 and self.n_bytes > 5000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nanogpt.checkpoint, "_HashingWriter", FullAtTheSecond)
+        with pytest.raises(OSError, match="No space left on device"):
+            fit(*tiny_run)
+    assert load_checkpoint("tiny", runs_dir=tmp_path / "runs").step == 4
+    assert fit(*tiny_run)["steps"] == 12
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     tiny_run: list[str], tmp_path: Path
 ) -> None:
@@ -234,6 +296,24 @@ def test_a_signal_leaves_a_checkpoint_and_its_code(
     assert err == ""
     step = read_checkpoint(tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt")["global_step"]
     assert f"stopped by a signal at step {step}" in out
+
+
+def test_a_signal_before_the_first_step_still_leaves_a_checkpoint(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanogpt.data.module import TokenDataModule
+
+    loader = TokenDataModule.train_dataloader
+
+    def signalled(self: TokenDataModule) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loader(self)
+
+    monkeypatch.setattr(TokenDataModule, "train_dataloader", signalled)
+    with pytest.raises(SystemExit) as exit_:
+        fit(*tiny_run)
+    assert exit_.value.code == 143
+    assert load_checkpoint("tiny", runs_dir=tmp_path / "runs").step == 1
 
 
 def test_two_ranks_see_the_same_tokens_as_one(

@@ -31,6 +31,7 @@ OPERATIONAL = (
     "micro_batch",
     "threads",
     "data.workers",
+    "data.prompts",
     "data.path",  # the corpus fingerprint stands for it
     "logger",
     "callbacks",

@@ -322,7 +322,11 @@ class Session:
             Figures(wanted["log_every_n_steps"]),
             Validation(validation_batches, **validation),
             Samples(
-                self.run.samples_path, tokenizer, seed=self.config["seed"], **wanted["samples"]
+                self.run.samples_path,
+                tokenizer,
+                prompts=self.config["data"]["prompts"],
+                seed=self.config["seed"],
+                **wanted["samples"],
             ),
         ]
 

@@ -60,7 +60,7 @@ def tell(summary: Mapping[str, Any], run_dir: Path) -> None:
     log.info("report: %s", run_dir / "report.html")
     log.info(
         "next:\n"
-        '  python -m nanogpt.generate %s --prompt "def "\n'
+        '  python -m nanogpt.generate %s --prompt "def main("\n'
         "  python train.py data=text data.path=YOUR_FOLDER    # the same on your own text\n"
         "  python train.py stage=pretrain model=gpt2_small    # GPT-2 small on FineWeb-Edu",
         run_dir,
