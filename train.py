@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and main() says it in one sentence
+# Threads that spin while they wait make a step several times slower beside any other busy program.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded
 
 import hydra
 import yaml
