@@ -22,6 +22,7 @@ from typing import Any
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and main() says it in one sentence
 # Threads that spin while they wait make a step several times slower beside any other busy program.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no name service is no news
 
 import hydra
 import yaml
@@ -41,7 +42,10 @@ CONF = Path(__file__).parent / CONF_DIR
 COUNT = "a whole number of at least 1"
 FLAG = "true or false"
 KINDS = {  # of the keys that no object checks when it is built
-    "seed": ("a whole number",),
+    "seed": ("a whole number of 64 bits",),
+    "model.block_size": (COUNT,),
+    "data.val_fraction": ("a number between 0 and 1",),
+    "data.prompts": ("a list of texts",),
     "max_steps": ("null", COUNT),
     "max_tokens": ("null", COUNT),
     "tokens_per_step": (COUNT,),
@@ -75,6 +79,8 @@ failures: list[Exception] = []  # of the jobs of this command
 def main(arguments: Sequence[str]) -> int:
     """Run one job, a sweep, or with `--frozen FILE` one rank of a job; return the exit code."""
     os.environ["NANOGPT_SWEEP"] = sweep_name(arguments)  # for hydra.sweep.dir
+    flags = [word for word in arguments if word in MULTIRUN]  # Hydra wants them first
+    sys.argv[1:] = [*flags, *(word for word in arguments if word not in MULTIRUN)]
     try:
         if arguments[:1] == ["--frozen"]:
             run_job(yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8")), train)
@@ -82,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
             compose()
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         if "debug=true" in arguments:
             raise
         print(f"train.py: {explain_composition(error)}", file=sys.stderr)
@@ -143,11 +149,15 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    for override in parsed:
+        if override.is_add() and not _is_group(override.key_or_group):
+            raise ValueError(unknown_key(override.key_or_group))
     typed = {
         override.key_or_group: override.value()
         if _is_group(override.key_or_group)
         else _plain(OmegaConf.select(cfg, override.key_or_group))
-        for override in OverridesParser.create().parse_overrides(overrides)
+        for override in parsed
     }
     clear_other_budget(config, typed)
     for key in ("max_steps", "max_tokens", "tokens_per_step"):  # 10e9 is typed as a whole number
@@ -180,9 +190,17 @@ def check_kinds(config: Mapping[str, Any]) -> None:
 
 
 def _is_kind(value: Any, kind: str) -> bool:
-    if kind in (COUNT, "a whole number"):
-        return type(value) is int and (value >= 1 or kind != COUNT)
-    return type(value) is bool if kind == FLAG else str(value) == kind.replace("null", "None")
+    if kind == COUNT:
+        return type(value) is int and value >= 1
+    if kind == FLAG:
+        return type(value) is bool
+    if kind == "a whole number of 64 bits":
+        return type(value) is int and -(2**63) <= value < 2**63
+    if kind == "a number between 0 and 1":
+        return type(value) is float and 0 < value < 1
+    if kind == "a list of texts":
+        return type(value) is list and all(type(text) is str for text in value)
+    return str(value) == kind.replace("null", "None")
 
 
 def _plain(value: Any) -> Any:
@@ -206,28 +224,22 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from nanogpt.checkpoint import record
-    from nanogpt.data.corpus import prepare
     from nanogpt.data.module import TokenDataModule, split_step
     from nanogpt.model import GPT, GPTConfig
     from nanogpt.training.pretrain import PretrainModule
     from nanogpt.training.session import Session
     from nanogpt.training.throughput import flops_per_token
 
+    smallest = GPTConfig(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=2)
     with Session(config) as session:
         if session.finished is not None:
             return session.finished
         init = session.starting_point()
-        data_config = dict(config["data"])
-        workers, _ = data_config.pop("workers"), data_config.pop("prompts")
+        make_optimizer, grad_clip = build_optimizer(config)
+        make_optimizer(GPT(smallest))  # fails on its values now, not after the corpus is prepared
         block_size = config["model"]["block_size"] if init is None else init.config.block_size
         rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
-        make_tokenizer = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
-        corpus = prepare(
-            instantiate(data_config, _convert_="all"),
-            make_tokenizer if init is None else lambda documents: init.tokenizer,
-            tokenizer_key(config["tokenizer"]) if init is None else init.tokenizer.fingerprint,
-            Path(config["data_dir"]),
-        )
+        corpus = build_corpus(config, None if init is None else init.tokenizer)
         tokenizer = corpus.tokenizer
         model_config = (
             GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
@@ -236,12 +248,9 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         )
         decisions = session.settle(model_config, rows_per_rank, corpus.fingerprint, init)
         torch.manual_seed(config["seed"])
-        optim = dict(config["optim"])
-        del optim["schedule"]
-        grad_clip = optim.pop("grad_clip")
         module = PretrainModule(
             GPT(model_config) if init is None else init.model.train(),
-            make_optimizer=instantiate(optim, _partial_=True, _convert_="all"),
+            make_optimizer=make_optimizer,
             schedule=session.schedule,
             max_steps=session.max_steps,
             tokens_per_step=config["tokens_per_step"],
@@ -259,10 +268,30 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
             tokens_per_step=config["tokens_per_step"],
             micro_batch=decisions.micro_batch,
             seed=config["seed"],
-            workers=workers,
+            workers=config["data"]["workers"],
         )
         facts = {"gzip_bits_per_byte": corpus.manifest.get("gzip_bits_per_byte")}
         return session.fit(module, data, tokenizer, data.val_dataloader, facts)
+
+
+def build_optimizer(config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], float | None]:
+    """Return what makes the configured optimizer of a model, and the norm to clip gradients to."""
+    node = {key: value for key, value in config["optim"].items() if key != "schedule"}
+    grad_clip = node.pop("grad_clip")
+    return instantiate(node, _partial_=True, _convert_="all"), grad_clip
+
+
+def build_corpus(config: Mapping[str, Any], tokenizer: Any) -> Any:
+    """Return the configured corpus, prepared, with the given tokenizer or else the configured."""
+    from nanogpt.data.corpus import prepare
+
+    of_the_source = {k: v for k, v in config["data"].items() if k not in ("workers", "prompts")}
+    source = instantiate(of_the_source, _convert_="all")
+    data_dir = Path(config["data_dir"])
+    if tokenizer is not None:
+        return prepare(source, lambda documents: tokenizer, tokenizer.fingerprint, data_dir)
+    make_tokenizer = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
+    return prepare(source, make_tokenizer, tokenizer_key(config["tokenizer"]), data_dir)
 
 
 def tokenizer_key(node: Mapping[str, Any]) -> str:
@@ -291,9 +320,7 @@ def explain_composition(error: Exception) -> str:
     """Return why the configuration does not compose, with the nearest right name."""
     text = str(error)
     if unknown := re.search(r"Could not override '([^']+)'", text):
-        near = difflib.get_close_matches(unknown[1], _known_keys(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"there is no key {unknown[1]}; {hint}every key is in {CONF_DIR}/"
+        return unknown_key(unknown[1])
     if unknown := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, option = unknown[1], unknown[2]
         options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
@@ -301,6 +328,13 @@ def explain_composition(error: Exception) -> str:
         hint = f"did you mean {near[0]}? " if near else ""
         return f"there is no {group}={option}; {hint}{group} is one of {', '.join(options)}"
     return " ".join(text.split())
+
+
+def unknown_key(key: str) -> str:
+    """Return the sentence for a key that no file in conf/ has."""
+    near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"there is no key {key}; {hint}every key is in {CONF_DIR}/"
 
 
 def _known_keys() -> list[str]:

@@ -22,6 +22,7 @@ from nanogpt.tokenizer import Tokenizer, from_record, gpt2_tokenizer
 
 FORMAT = 1
 KEY = "nanogpt"
+RECORD_KEYS = {"format", "stage", "model", "tokenizer", "template", "labels", "version"}
 WEIGHTS_PREFIX = "model."
 
 
@@ -188,7 +189,31 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} has checkpoint format {raw[KEY].get('format')!r} and this version reads "
             f"format {FORMAT}; use the version of nanogpt that wrote it ({raw[KEY].get('version')})"
         )
+    _check_content(path, raw)
     return raw
+
+
+def _check_content(path: Path, raw: dict[str, Any]) -> None:
+    """Raise ValueError where the record is not whole, or the weights are not those of its model."""
+    missing = {"state_dict", "global_step"} - raw.keys() | RECORD_KEYS - raw[KEY].keys()
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; {_alternative(path)}")
+    try:
+        with torch.device("meta"):
+            expected = GPT(GPTConfig(**raw[KEY]["model"])).state_dict()
+    except TypeError as error:
+        raise ValueError(f"{path} records a model that this version lacks: {error}") from error
+    weights = model_weights(raw)
+    for name in sorted(expected.keys() | weights.keys()):
+        there, wanted = (
+            tuple(tensors[name].shape) if name in tensors else "nothing"
+            for tensors in (weights, expected)
+        )
+        if there != wanted:
+            raise ValueError(
+                f"{path} has {there} for {name} where the model it records has {wanted}; "
+                f"{_alternative(path)}"
+            )
 
 
 def _alternative(path: Path) -> str:

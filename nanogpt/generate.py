@@ -23,14 +23,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.checkpoint, device=options.device, runs_dir=options.runs_dir
         )
         prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+        ids = completion(checkpoint, prompt, options)
         _write(prompt)
-        for text in stream_text(checkpoint, completion(checkpoint, prompt, options)):
+        for text in stream_text(checkpoint, ids):
             _write(text)
         _write("\n")
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"nanogpt.generate: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # torch's, without CUDA
+        print(f"nanogpt.generate: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -87,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, help="sample among the likeliest of sum p")
     parser.add_argument("--min-p", type=float, help="leave out tokens below p times the likeliest")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default cpu)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
     parser.add_argument(
         "--runs-dir",
         default=os.environ.get("NANOGPT_RUNS_DIR", "runs"),

@@ -148,6 +148,23 @@ def test_a_newer_format_is_refused(tmp_path: Path, model: GPT) -> None:
         read_checkpoint(tmp_path / "a.ckpt")
 
 
+@pytest.mark.parametrize("key", ["state_dict", "global_step"])
+def test_a_checkpoint_that_lacks_a_part_is_refused(tmp_path: Path, model: GPT, key: str) -> None:
+    partial = content(model)
+    del partial[key]
+    write_checkpoint(partial, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=f"lacks {key}"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_weights_of_another_shape_than_recorded_are_refused(tmp_path: Path, model: GPT) -> None:
+    other = content(model)
+    other["nanogpt"]["model"]["n_embd"] = 16
+    write_checkpoint(other, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"has \(24,\) for .* has \(48,\)"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
 def test_a_run_is_found_by_path_directory_and_name(tmp_path: Path, model: GPT) -> None:
     file = tmp_path / "runs" / "mine" / "checkpoints" / "last.ckpt"
     file.parent.mkdir(parents=True)

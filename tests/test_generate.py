@@ -50,7 +50,7 @@ def test_a_character_of_several_tokens_is_yielded_whole(path: str) -> None:
         (["nowhere"], "there is no checkpoint 'nowhere'"),
         (["CKPT", "--temperature", "-1"], "temperature"),
         (["CKPT", "--top-k", "0"], "top_k"),
-        (["CKPT", "--device", "nothing"], "device"),
+        (["CKPT", "--max-new-tokens", "-1"], "max_new_tokens"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -9,8 +9,8 @@ from nanogpt.training.metrics import (
     MetricsFile,
     MetricsLogger,
     read_metrics,
-    write_atomically,
 )
+from nanogpt.training.run import write_atomically
 
 
 @pytest.fixture

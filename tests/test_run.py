@@ -93,6 +93,20 @@ def test_the_budget_may_grow_where_the_schedule_permits(tmp_path: Path) -> None:
         check_continues(run, {**CONFIG, "max_steps": 20})
 
 
+@pytest.mark.parametrize("name", [".", "..", "../x", "/tmp/x", ""])
+def test_a_name_stays_under_runs_dir(name: str) -> None:
+    with pytest.raises(ValueError, match="no directory under runs_dir"):
+        RunDirectory.of({"runs_dir": "runs", "name": name})
+
+
+def test_overwriting_removes_nothing_that_the_run_did_not_write(tmp_path: Path) -> None:
+    (tmp_path / "another_run").mkdir()
+    (tmp_path / "notes.txt").touch()
+    RunDirectory(tmp_path).clear()
+    assert (tmp_path / "another_run").exists()
+    assert (tmp_path / "notes.txt").exists()
+
+
 def test_a_second_process_is_refused_by_one_sentence(tmp_path: Path) -> None:
     with RunLock(tmp_path), pytest.raises(ValueError, match="in use by another process"):
         RunLock(tmp_path).__enter__()

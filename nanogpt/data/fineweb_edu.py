@@ -1,6 +1,7 @@
 """FineWeb-Edu: educational web pages from the Hugging Face hub, or from parquet files at hand."""
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class FineWebEdu:
     def _open(self) -> Any:
         from datasets import load_dataset
 
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news
         if self.path is not None:
             files = [str(path) for path in self._files()]
             return load_dataset("parquet", data_files=files, split="train", streaming=True)

@@ -19,8 +19,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nanogpt.generation import check_sampling, generate
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.training.checkpointing import Checkpointing
-from nanogpt.training.metrics import write_atomically
 from nanogpt.training.module import Batch, StageModule
+from nanogpt.training.run import write_atomically
 
 
 class Figures(Callback):

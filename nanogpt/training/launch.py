@@ -20,6 +20,7 @@ import torch.distributed as dist
 import yaml
 
 T = TypeVar("T")
+LAUNCHER = "NANOGPT_LAUNCHER_PID"  # of the process whose death ends the ranks
 SHUTDOWN_S = 600  # how long ranks may take to write a checkpoint after a signal
 
 
@@ -97,12 +98,10 @@ def launch(config: Mapping[str, Any], n_processes: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))
-    for name in (
-        "torch.distributed.elastic",
-        "torch.distributed.launcher",
-        "torch.distributed.run",
-    ):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith("torch.distributed."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ[LAUNCHER] = str(os.getpid())
     launch_config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -137,7 +136,7 @@ def leave_with_launcher() -> None:
     """End this rank soon after its launcher died, so that no orphan holds the run."""
     if not is_rank():
         return
-    launcher = os.getppid()
+    launcher = int(os.environ.get(LAUNCHER, os.getppid()))  # it may be dead already
 
     def watch() -> None:
         while os.getppid() == launcher:

@@ -1,9 +1,11 @@
 """Loggers that may sit beside metrics.csv: TensorBoard, and W&B without a question."""
 
+import netrc
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import Logger
 
@@ -36,22 +38,27 @@ def _wandb(wanted: Mapping[str, Any], run_dir: Path, name: str, wandb_id: str) -
     from lightning.pytorch.loggers import WandbLogger
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    return WandbLogger(
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    logger = WandbLogger(
         name=name,
         id=wandb_id,
         save_dir=run_dir,
         project=wanted["project"],
         entity=wanted["entity"],
         tags=list(wanted["tags"]),
-        offline=not _has_wandb_key(),
+        mode=mode,
         resume="allow",
     )
+    logger._wandb_init.pop("anonymous", None)  # W&B no longer knows it, and says so
+    return logger
 
 
 def _has_wandb_key() -> bool:
     """Return whether W&B can log in without asking: a key in the environment or in ~/.netrc."""
-    import wandb
-
-    if os.environ.get("WANDB_MODE", "online") != "online":
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
         return False
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)

@@ -3,14 +3,15 @@
 import csv
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from nanogpt.training.run import naming, write_atomically
 
 COLUMNS = (
     "step",
@@ -60,7 +61,7 @@ class MetricsFile:
             self._row = {"step": str(step)}
             self._row_at = self.path.stat().st_size
         self._row.update(cells)
-        with _naming(self.path), self.path.open("r+b") as file:
+        with naming(self.path), self.path.open("r+b") as file:
             file.seek(self._row_at)
             file.write(_line([self._row.get(name, "") for name in self._columns]))
             file.truncate()
@@ -74,7 +75,7 @@ class MetricsFile:
     def flush(self) -> None:
         """Force what was appended to the disk itself; call it before a checkpoint is written."""
         if self.path.exists():
-            with _naming(self.path), self.path.open("rb") as file:
+            with naming(self.path), self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def _rewrite(self, columns: list[str], rows: list[list[str]]) -> None:
@@ -136,20 +137,6 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     return metrics
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: a reader, also after a kill, finds the old or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with _naming(path), temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _parse(path: Path) -> tuple[list[str], list[list[str]]]:
     """Return the header (the fixed columns for a missing or empty file) and the rows of cells."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -183,12 +170,3 @@ def _line(cells: Sequence[str]) -> bytes:
 def _cell(value: float) -> str:
     """Return the shortest text that reads back as the same number."""
     return repr(int(value)) if isinstance(value, int) else repr(float(value))
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the file in a failed write's error (a full disk), where the system leaves it out."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error

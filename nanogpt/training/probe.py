@@ -202,6 +202,10 @@ def _check_given(
         raise ValueError(f"compile={compile} is unknown; choose auto, true or false")
     if threads != "auto" and (type(threads) is not int or threads < 1):
         raise ValueError(f"threads={threads!r} is neither auto nor a number of at least 1")
+    if threads != "auto" and int(threads) > 4 * (os.cpu_count() or 1):
+        raise ValueError(
+            f"threads={threads} but this machine has {os.cpu_count()} CPUs; pass at most as many"
+        )
     if micro_batch == "auto":
         return
     if type(micro_batch) is not int or micro_batch < 1:

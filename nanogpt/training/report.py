@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import yaml
 
 from nanogpt.training.charts import Chart, Points, Series, draw
-from nanogpt.training.metrics import read_metrics, write_atomically
+from nanogpt.training.metrics import read_metrics
 from nanogpt.training.page import details, document, escape, pre, section
 from nanogpt.training.progress import duration, percent
+from nanogpt.training.run import write_atomically
 
 MOST_SAMPLES = 24
 MOST_TABLE_ROWS = 40

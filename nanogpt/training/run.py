@@ -10,14 +10,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import yaml
-
-from nanogpt.training.metrics import write_atomically
 
 # What may change between two starts of one run; every other key is part of its identity.
 OPERATIONAL = (
@@ -136,7 +135,13 @@ class RunDirectory:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "RunDirectory":
         """Return the directory of a configured run: `runs_dir/name`."""
-        return cls(Path(config["runs_dir"]) / config["name"])
+        name = Path(str(config["name"]))
+        if name.is_absolute() or not name.parts or ".." in name.parts:
+            raise ValueError(
+                f"name={config['name']!r} is no directory under runs_dir; "
+                "pass a plain name such as run1 or group/run1"
+            )
+        return cls(Path(config["runs_dir"]) / name)
 
     @property
     def has_begun(self) -> bool:
@@ -172,12 +177,12 @@ class RunDirectory:
         self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
 
     def clear(self) -> None:
-        """Remove what an earlier run left here (`overwrite=true`), the lock aside."""
-        for entry in self.path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != RunLock.FILE_NAME:
-                entry.unlink()
+        """Remove what an earlier run wrote here (`overwrite=true`), and nothing else."""
+        for directory in (self.checkpoints_dir, self.path / "tensorboard", self.path / "wandb"):
+            shutil.rmtree(directory, ignore_errors=True)
+        for file in vars(self).values():
+            if file.is_file():
+                file.unlink()
         self.create()
 
 
@@ -256,3 +261,26 @@ else:
 
     def _lock(handle: int) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: a reader, also after a kill, finds the old or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with naming(path), temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in a failed write's error (a full disk), where the system leaves it out."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
 from nanogpt.checkpoint import (
+    KEY,
     Checkpoint,
     find_init_from,
     init_model,
@@ -26,6 +27,7 @@ from nanogpt.checkpoint import (
     read_checkpoint,
     weights_sha256,
 )
+from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Schedule
 from nanogpt.tokenizer import Tokenizer
@@ -48,6 +50,8 @@ from nanogpt.training.run import (
 )
 from nanogpt.training.summary import summarise, tell
 
+SAMPLING = ("max_new_tokens", "temperature", "top_k")
+
 log = logging.getLogger("nanogpt")
 
 
@@ -67,6 +71,9 @@ class Session:
         self.run = RunDirectory.of(config)
         self.finished: dict[str, Any] | None = None
         self.recorded: dict[str, Any] = {}  # what was resolved when the run began
+        check_sampling(
+            **{key: config["callbacks"]["samples"][key] for key in SAMPLING}
+        )  # now, not when the first sample is due
         self.resume_step = 0  # of the checkpoint that the run continues from
         if config["trainer"][
             "deterministic"
@@ -98,6 +105,10 @@ class Session:
                 self.finished["steps"],
                 self.finished["val_loss"],
             )
+        elif self.resume_step:
+            log.info("%s: continuing at step %s", self.run.path, self.resume_step)
+        else:
+            log.info("%s: a new run", self.run.path)
         return self
 
     def _open(self) -> tuple[dict[str, Any] | None, dict[str, Any], int, list[str]]:
@@ -128,9 +139,12 @@ class Session:
         if summary is not None and budget_steps(recorded) == self.max_steps:
             check_continues(run, config)
             return summary, recorded["resolved"], summary["steps"], []
-        step = int(read_checkpoint(run.last_checkpoint)["global_step"])
+        checkpoint = read_checkpoint(run.last_checkpoint)
+        step = int(checkpoint["global_step"])
         may_extend = self.schedule.may_extend(step, budget_steps(recorded), self.max_steps)
         check_continues(run, config, may_extend=may_extend)
+        if config["init_from"] is None:
+            check_shape(run.last_checkpoint, checkpoint[KEY]["model"], config["model"])
         run.summary_path.unlink(missing_ok=True)  # of a budget that has grown since
         return None, recorded["resolved"], step, operational_differences(recorded, config)
 
@@ -272,11 +286,6 @@ class Session:
         checkpointing, callbacks = self._callbacks(metrics, tokenizer, validation_batches)
         stop = StopSignals(checkpointing)
         trainer = self._trainer(metrics, [*callbacks, checkpointing, stop, self._progress()])
-        log.info(
-            "%s: %s",
-            self.run.path,
-            f"continuing at step {self.resume_step}" if self.resume_step else "a new run",
-        )
         with stop.instead_of_lightnings(trainer):
             trainer.fit(
                 module,
@@ -377,6 +386,16 @@ def check_model_keys(start: Checkpoint, model: Mapping[str, Any], typed: Mapping
                 f"{start.path} has {key}={there!r} but the command says model.{key}={value!r}; "
                 "leave the model keys out: the model comes from init_from"
             )
+
+
+def check_shape(path: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise ValueError where the run's checkpoint holds another model than its configuration."""
+    differences = [f"{key}={there[key]!r}" for key in wanted if there[key] != wanted[key]]
+    if differences:
+        raise ValueError(
+            f"{path} holds another model than the run's config.yaml ({', '.join(differences)}); "
+            "restore the run's own checkpoint"
+        )
 
 
 def budget_steps(config: Mapping[str, Any]) -> int:

@@ -46,10 +46,11 @@ def summarise(
 def tell(summary: Mapping[str, Any], run_dir: Path) -> None:
     """Say what was reached and what may come next."""
     log.info(
-        "finished: %s steps, %s tokens in %s (%s tokens/s, MFU %s)",
+        "finished: %s steps, %s tokens in %s, %s of it training (%s tokens/s, MFU %s)",
         summary["steps"],
         f"{summary['tokens']:,}",
         duration(summary["wall_s"]),
+        duration(summary["train_s"]),
         f"{summary['tokens_per_s']:,.0f}",
         percent(summary["mfu"]),
     )
