@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and main() says it in one sentence
-# Threads that spin while they wait make a step several times slower beside any other busy program.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded
+# Threads that spin for long while they wait make a step several times slower beside another busy
+# program, threads that sleep at once make a small model's steps slower: see docs/PERFORMANCE.md.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no name service is no news
 
 import hydra
