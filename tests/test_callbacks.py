@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
-from nanogpt.training.callbacks import cut_samples, is_due
+from nanogpt.training.callbacks import cut_samples
 from nanogpt.training.checkpointing import Checkpointing, link_atomically
 from nanogpt.training.metrics import MetricsFile
+from nanogpt.training.module import is_due
 
 
 def checkpointing(directory: Path, keep: int) -> Checkpointing:

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nanogpt.generation import check_sampling, generate
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.training.checkpointing import Checkpointing
-from nanogpt.training.module import Batch, StageModule
+from nanogpt.training.module import Batch, StageModule, is_due
 from nanogpt.training.run import write_atomically
 
 
@@ -185,11 +185,6 @@ class StopSignals(Callback):
         flag = torch.tensor(self.received or 0)
         self._reduction = (dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag)
         return agreed
-
-
-def is_due(step: int, every_n_steps: int, trainer: Trainer) -> bool:
-    """Return whether something of this interval happens at this step, as all does at the last."""
-    return step % every_n_steps == 0 or step == trainer.max_steps
 
 
 def cut_samples(path: Path, step: int) -> None:

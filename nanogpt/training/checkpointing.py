@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from nanogpt.checkpoint import read_checkpoint, sync_directory, write_checkpoint
 from nanogpt.training.metrics import MetricsFile
-from nanogpt.training.module import StageModule
+from nanogpt.training.module import StageModule, is_due
 
 log = logging.getLogger("nanogpt.checkpoints")
 
@@ -55,10 +55,7 @@ class Checkpointing(Callback):
         self.saved_step = -1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if (
-            trainer.global_step % self.every_n_steps == 0
-            or trainer.global_step == trainer.max_steps
-        ):
+        if is_due(trainer.global_step, self.every_n_steps, trainer):
             self.save(trainer, pl_module)
 
     def save(self, trainer: Trainer, module: LightningModule) -> None:

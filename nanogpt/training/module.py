@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from nanogpt.checkpoint import KEY
 from nanogpt.model import GPT
 from nanogpt.optim import Schedule, set_learning_rate
+from nanogpt.training.throughput import mfu
 
 Batch = dict[str, Any]  # the batch contract: input_ids (B, T), targets (B, T), step_targets
 
@@ -185,8 +186,9 @@ class StageModule(LightningModule):
 
     def mfu(self, tokens_per_s: float) -> float:
         """Return the share of the devices' peak that the arithmetic uses, 0 where unknown."""
-        peak = self.peak_flops * self.trainer.world_size
-        return tokens_per_s * self.flops_per_token / peak if peak else 0.0
+        if not self.peak_flops:
+            return 0.0
+        return mfu(tokens_per_s, self.flops_per_token, self.peak_flops, self.trainer.world_size)
 
     def wall_s(self) -> float:
         """Return the seconds since training began, earlier sittings included."""
@@ -233,6 +235,11 @@ class StageModule(LightningModule):
         manual = self.trainer.fit_loop.epoch_loop.manual_optimization
         manual.optim_step_progress.total.ready = checkpoint["global_step"]
         manual.optim_step_progress.total.completed = checkpoint["global_step"]
+
+
+def is_due(step: int, every_n_steps: int, trainer: Trainer) -> bool:
+    """Return whether something of this interval happens at this step, as all does at the last."""
+    return step % every_n_steps == 0 or step == trainer.max_steps
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

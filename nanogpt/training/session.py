@@ -285,7 +285,8 @@ class Session:
         on_rank_zero(lambda: self._rewind(metrics))
         checkpointing, callbacks = self._callbacks(metrics, tokenizer, validation_batches)
         stop = StopSignals(checkpointing)
-        trainer = self._trainer(metrics, [*callbacks, checkpointing, stop, self._progress()])
+        progress = Progress(self.config["callbacks"]["progress_every_s"])
+        trainer = self._trainer(metrics, [*callbacks, checkpointing, stop, progress])
         with stop.instead_of_lightnings(trainer):
             trainer.fit(
                 module,
@@ -338,9 +339,6 @@ class Session:
                 **wanted["samples"],
             ),
         ]
-
-    def _progress(self) -> Progress:
-        return Progress(self.config["callbacks"]["progress_every_s"])
 
     def _trainer(self, metrics: MetricsFile, callbacks: list[Callback]) -> Trainer:
         config, ranks = self.config, self.ranks
