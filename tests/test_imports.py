@@ -18,6 +18,7 @@ CORE = {
     "classifier",
     "checkpoint",
     "optim",
+    "hub",
 }
 
 
