@@ -1,6 +1,9 @@
 """Token shards: written whole or not at all, read across their borders, refused by name."""
 
+import os
 import pickle
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanogpt.data import shards
 from nanogpt.data.shards import (
+    HEADER_BYTES,
     UINT16,
     UINT32,
+    Part,
     ShardWriter,
     TokenStream,
     read_header,
+    shard_part,
     token_dtype,
 )
 
@@ -93,6 +100,70 @@ def test_stream_travels_to_another_process_without_its_tokens(tmp_path: Path) ->
     assert pickle.loads(pickled).read(0, 3).tolist() == [0, 0, 0]
 
 
+@settings(deadline=None, max_examples=50)
+@given(
+    runs=st.lists(
+        st.tuples(
+            st.sampled_from(["<u2", "<u4", ">i2", "u1", "<i8"]),
+            st.integers(0, 9),  # bytes before the run, often no multiple of a token
+            st.integers(0, 30),
+        ),
+        max_size=5,
+    ),
+    bounds=st.tuples(st.integers(0, 150), st.integers(0, 150)),
+    mapped_bytes=st.sampled_from([0, 2**26]),
+)
+def test_a_stream_of_parts_reads_runs_of_any_type_at_any_offset(
+    tmp_path_factory: pytest.TempPathFactory,
+    runs: list[tuple[str, int, int]],
+    bounds: tuple[int, int],
+    mapped_bytes: int,
+) -> None:
+    directory = tmp_path_factory.mktemp("parts")
+    parts, expected = [], []
+    for i, (dtype, offset_bytes, n_tokens) in enumerate(runs):
+        tokens = np.arange(n_tokens) + 10 * i
+        path = directory / str(i)
+        path.write_bytes(b"\xff" * offset_bytes + tokens.astype(dtype).tobytes() + b"\xff" * 3)
+        parts.append(Part(path, np.dtype(dtype), offset_bytes, n_tokens))
+        expected += tokens.tolist()
+    stream = TokenStream.of_parts(parts)
+    assert len(stream) == len(expected)
+    start, stop = sorted(min(bound, len(expected)) for bound in bounds)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "MAPPED_BYTES", mapped_bytes)  # 0: new maps for every read
+        for _ in range(2):
+            assert stream.read(start, stop).tolist() == expected[start:stop]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is resident")
+def test_memory_stays_flat_however_much_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "MAPPED_BYTES", 2**20)
+    (path,) = _write(tmp_path, np.zeros(16), shard_tokens=100)
+    n_tokens = 32 * 2**20
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(np.array([n_tokens], "<i4").tobytes())
+    os.truncate(path, HEADER_BYTES + 2 * n_tokens)  # 64 MiB, sparse
+    stream = TokenStream([path])
+    most = 0
+    for start in range(0, n_tokens - 1025, 16384):
+        stream.read(start, start + 1025)
+        if start % 2**20 == 0:
+            most = max(most, _resident_kib(path))
+    assert 0 < most <= 2 * 1024
+
+
+def _resident_kib(path: Path) -> int:
+    """Return how much of a file this process holds through its maps."""
+    smaps = Path("/proc/self/smaps").read_text()
+    return sum(
+        int(kib) for kib in re.findall(rf"{path}\n(?:Size.*\n|.*PageSize.*\n)*Rss: +(\d+)", smaps)
+    )
+
+
 def test_an_unfinished_shard_does_not_have_its_name(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "train", UINT16)
     writer.append(np.arange(10))
@@ -132,3 +203,5 @@ def test_damaged_shards_are_refused_by_name(
     assert "\n" not in str(error.value)
     with pytest.raises((ValueError, FileNotFoundError)):
         TokenStream([path])
+    with pytest.raises((ValueError, FileNotFoundError), match="fetch it again"):
+        shard_part(path, remedy="fetch it again")

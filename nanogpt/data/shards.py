@@ -6,11 +6,11 @@ version 7, holds uint32 (Llama 3). Its readers and modded-nanogpt's take what is
 (llm.c, dev/data/data_common.py; modded-nanogpt, train_gpt.py). Only shards end in `.bin`.
 """
 
+import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +25,8 @@ UINT16: np.dtype = np.dtype("<u2")
 UINT32: np.dtype = np.dtype("<u4")
 MAGIC_AND_VERSION = {UINT16: (20240520, 1), UINT32: (20240801, 7)}
 REMEDY = "remove its folder and run the command again to prepare the data anew"
+MAPPED_BYTES = 64 * 2**20  # of a stream's files, at most about, are in a process's memory at a time
+FAULT_BYTES = 64 * 2**10  # what Linux maps around one touch (fault_around_bytes)
 SHARD_TOKENS = 100_000_000  # as the field cuts FineWeb-Edu; the header could count to 2**31 - 1
 
 
@@ -107,87 +109,136 @@ class ShardWriter:
         self._file, self._n_tokens = None, 0
 
 
-def read_header(path: Path) -> tuple[np.dtype, int]:
+def read_header(path: Path, remedy: str = REMEDY) -> tuple[np.dtype, int]:
     """Return the type and the number of a shard's tokens.
 
-    Raises FileNotFoundError or ValueError, naming the file, where it is not a whole shard.
+    Raises FileNotFoundError or ValueError, naming the file, where it is not a whole shard;
+    `remedy` says what to do about it.
     """
     try:
         with path.open("rb") as file:
             header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
             n_bytes = os.fstat(file.fileno()).st_size
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"the token shard {path} is missing; {REMEDY}") from error
+        raise FileNotFoundError(f"the token shard {path} is missing; {remedy}") from error
     if len(header) < HEADER_BYTES:
         raise ValueError(
             f"{path} is not a token shard: it has {n_bytes} bytes and the header alone has "
-            f"{HEADER_BYTES}; {REMEDY}"
+            f"{HEADER_BYTES}; {remedy}"
         )
     magic, version, n_tokens = (int(value) for value in header.view("<i4")[:3])
     dtypes = {known: dtype for dtype, (known, _) in MAGIC_AND_VERSION.items()}
     if magic not in dtypes:
         raise ValueError(
             f"{path} is not a token shard: it begins with {magic} and not with "
-            f"{' or '.join(str(known) for known in dtypes)}; {REMEDY}"
+            f"{' or '.join(str(known) for known in dtypes)}; {remedy}"
         )
     dtype = dtypes[magic]
     if version != MAGIC_AND_VERSION[dtype][1]:
         raise ValueError(
             f"{path} is a token shard of version {version} and only version "
-            f"{MAGIC_AND_VERSION[dtype][1]} of its kind ({magic}) is known; {REMEDY}"
+            f"{MAGIC_AND_VERSION[dtype][1]} of its kind ({magic}) is known; {remedy}"
         )
     promised = HEADER_BYTES + n_tokens * dtype.itemsize
     if n_tokens < 0 or n_bytes != promised:
         raise ValueError(
             f"{path} is {'cut short' if n_bytes < promised else 'longer than it says'}: its "
             f"header promises {n_tokens} tokens, which is {promised} bytes, and it has {n_bytes}; "
-            f"{REMEDY}"
+            f"{remedy}"
         )
     return dtype, n_tokens
 
 
+@dataclass(frozen=True)
+class Part:
+    """A run of tokens inside a file; nothing says what stands before and after it."""
+
+    path: Path
+    dtype: np.dtype
+    offset_bytes: int
+    n_tokens: int
+
+
+def shard_part(path: Path, remedy: str = REMEDY) -> Part:
+    """Return where a shard's tokens lie; raises as `read_header` does."""
+    dtype, n_tokens = read_header(path, remedy)
+    return Part(path, dtype, HEADER_BYTES, n_tokens)
+
+
 class TokenStream:
-    """The tokens of several shards end to end, read in place; cheap to send to another process."""
+    """The tokens of several shards end to end, read in place; cheap to send to another process.
+
+    Memory stays flat however much is read. A page that was touched counts as resident for as long
+    as its map lives, with its neighbours (Linux maps 64 KiB around a touch), so maps that are kept
+    end up holding the whole corpus. They are made anew after `MAPPED_BYTES`; the pages themselves
+    stay in the system's cache.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = tuple(Path(path) for path in paths)
-        self._headers = [read_header(path) for path in self._paths]
-        n_tokens = [n for _, n in self._headers]
-        self._starts = [0, *accumulate(n_tokens)]  # where each shard begins, then the end
+        self._lay_out(shard_part(Path(path)) for path in paths)
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[Part]) -> "TokenStream":
+        """Return the stream of runs of tokens in files of any make."""
+        stream = cls(())
+        stream._lay_out(parts)
+        return stream
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    def n_tokens(self, at_least: int) -> int:
+        """Return how many tokens there are; a stream that still grows waits for `at_least`."""
+        return len(self)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens from `start` up to `stop`, (stop - start,) int64."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of a stream of {len(self)}")
         tokens = np.empty(stop - start, dtype=np.int64)
-        shard = bisect_right(self._starts, start) - 1
+        part = bisect_right(self._starts, start) - 1
         filled = 0
         while filled < len(tokens):
-            offset = start + filled - self._starts[shard]
-            piece = self._maps[shard][offset : offset + len(tokens) - filled]
+            offset = start + filled - self._starts[part]
+            piece = self._mapped(part)[offset : offset + len(tokens) - filled]
             tokens[filled : filled + len(piece)] = piece
             filled += len(piece)
-            shard += 1
+            part += 1
+            self._touched_bytes += piece.nbytes + FAULT_BYTES
+        if self._touched_bytes > MAPPED_BYTES:
+            self._forget_maps()
         return tokens
 
-    @cached_property
-    def _maps(self) -> list[np.ndarray]:
-        return [
-            _map(path, *header) for path, header in zip(self._paths, self._headers, strict=True)
-        ]
+    def _lay_out(self, parts: Iterable[Part]) -> None:
+        self._parts = tuple(parts)
+        # where each part begins, then the end
+        self._starts = [0, *accumulate(part.n_tokens for part in self._parts)]
+        self._forget_maps()
+
+    def _forget_maps(self) -> None:
+        self._maps: dict[int, np.ndarray] = {}  # by part; the last reference to a map unmaps it
+        self._touched_bytes = 0  # through these maps, at most about
+
+    def _mapped(self, part: int) -> np.ndarray:
+        maps = self._maps  # another thread may replace them
+        if part not in maps:
+            maps[part] = _map(self._parts[part])
+        return maps[part]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_maps"}
+        return {**vars(self), "_maps": {}, "_touched_bytes": 0}
 
 
-def _map(path: Path, dtype: np.dtype, n_tokens: int) -> np.ndarray:
-    if n_tokens == 0:  # there is nothing to map
-        return np.empty(0, dtype)
-    mapped = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
-    return mapped.view(np.ndarray)  # slices of the plain class cost a fifth
+def _map(part: Part) -> np.ndarray:
+    if part.n_tokens == 0:  # there is nothing to map
+        return np.empty(0, part.dtype)
+    with part.path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        # Rows are read in random order. Where pages are not in memory yet, the system would read
+        # ahead for each of them: 724 KiB from the disk for a row of 2 KiB, measured; so it is 6.
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, part.dtype, part.n_tokens, part.offset_bytes)
 
 
 def _partial(path: Path) -> Path:
