@@ -1,12 +1,24 @@
 """Rows of a token stream: every target once, each after the tokens before it in its row."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from nanogpt.data.shards import TokenStream
-
 NOT_SCORED = -100
+
+
+class Tokens(Protocol):
+    """A stream of tokens, which may still grow."""
+
+    def __len__(self) -> int:
+        """Return the number of tokens, once all are there."""
+
+    def n_tokens(self, at_least: int) -> int:
+        """Return how many tokens there are, once there are that many or the stream is complete."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the tokens from `start` up to `stop`, which are there, (stop - start,) int64."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +28,7 @@ class Windows:
     Row r predicts the tokens r*T + 1 .. (r+1)*T, each from those of the row before it.
     """
 
-    stream: TokenStream
+    stream: Tokens
     block_size: int
 
     def __len__(self) -> int:
@@ -24,9 +36,10 @@ class Windows:
 
     def n_targets(self, rows: np.ndarray) -> int:
         """Return how many targets the rows have in all."""
-        partial = np.count_nonzero(rows == len(self) - 1)
-        missing = len(self) * self.block_size - (len(self.stream) - 1)
-        return len(rows) * self.block_size - int(partial) * missing
+        starts = rows * self.block_size
+        end = int(starts.max()) + self.block_size + 1
+        targets_after = self.stream.n_tokens(end) - 1 - starts
+        return int(np.minimum(targets_after, self.block_size).sum())
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the inputs and targets of the rows, (B, T) int64 each.
@@ -37,7 +50,8 @@ class Windows:
         targets = np.full((len(rows), self.block_size), NOT_SCORED, dtype=np.int64)
         for i, row in enumerate(rows.tolist()):
             start = row * self.block_size
-            tokens = self.stream.read(start, min(start + self.block_size + 1, len(self.stream)))
+            end = start + self.block_size + 1
+            tokens = self.stream.read(start, min(end, self.stream.n_tokens(end)))
             input_ids[i, : len(tokens) - 1] = tokens[:-1]
             targets[i, : len(tokens) - 1] = tokens[1:]
         return input_ids, targets
