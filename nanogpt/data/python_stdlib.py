@@ -1,11 +1,14 @@
 """Python's own standard library: ten megabytes of real text that every user already has."""
 
+import platform
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from nanogpt.data.source import files_fingerprint
+from nanogpt.data.source import Extent, Source, files_fingerprint
 
 LEFT_OUT = {
     *("test", "tests", "idle_test"),  # much of it generated, or text in odd encodings
@@ -15,23 +18,33 @@ LEFT_OUT = {
 
 
 @dataclass(frozen=True)
-class PythonStdlib:
+class PythonStdlib(Source):
     """The sources of the running interpreter's standard library, one document per file."""
 
     val_fraction: float = 0.1
     name: str = "python_stdlib"
 
-    def documents(self) -> Iterator[str]:
-        """Yield each source file; those that are not UTF-8 are left out."""
+    def documents(self, skip: int = 0) -> Iterator[str]:
+        """Yield each source file after the first `skip`; those that are not UTF-8 are left out."""
+        return islice(self._all(), skip, None)  # ten megabytes: reading what is skipped is cheap
+
+    def fingerprint(self) -> str:
+        """Return a hash over the files' names and contents."""
+        return files_fingerprint(_root(), self._paths())
+
+    def extent(self) -> Extent:
+        sizes = [path.stat().st_size for path in self._paths()]
+        return Extent(files=len(sizes), download_bytes=0, text_bytes=sum(sizes))
+
+    def description(self) -> dict[str, Any]:
+        return {"python": platform.python_version()}
+
+    def _all(self) -> Iterator[str]:
         for path in self._paths():
             try:
                 yield path.read_bytes().decode()
             except UnicodeDecodeError:
                 continue
-
-    def fingerprint(self) -> str:
-        """Return a hash over the files' names and contents."""
-        return files_fingerprint(_root(), self._paths())
 
     def _paths(self) -> list[Path]:
         root = _root()

@@ -1,38 +1,72 @@
 """What a data set is: an object that yields documents and says when they change."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
+
+HASHED_WHOLE_BYTES = 2**30  # files of more in all are told apart by their sizes and samples
+SAMPLES = 64  # of each such file
+SAMPLE_BYTES = 64 * 2**10
 
 
-class Source(Protocol):
-    """A data set before tokenization; `corpus.prepare` takes any object like this."""
+@dataclass(frozen=True)
+class Extent:
+    """What there is to read, for an estimate; all of it is approximate."""
 
-    @property
-    def name(self) -> str:
-        """A short word for directories and reports."""
+    files: int
+    download_bytes: int  # 0 for what is on this machine
+    text_bytes: int  # UTF-8, of the text in all documents
 
-    @property
-    def val_fraction(self) -> float:
-        """The share of documents, in (0, 1), that goes to validation."""
 
-    def documents(self) -> Iterator[str]:
-        """Yield the documents, the same ones in the same order every time.
+class Source(ABC):
+    """A data set before tokenization: its documents, in an order of its own.
 
-        Raises ValueError or FileNotFoundError, in one sentence, for what a user can mend.
+    Subclasses are frozen dataclasses of plain values, so that they can be sent to other processes.
+    """
+
+    name: str  # a short word for directories and reports
+    val_fraction: float  # the share of documents, in (0, 1), that goes to validation
+
+    @abstractmethod
+    def documents(self, skip: int = 0) -> Iterator[str | None]:
+        """Yield the documents after the first `skip`, the same ones in the same order every time.
+
+        None stands for a record that cannot be read, where the source was told to pass over those.
+        `skip` counts every item, empty documents and None too, and costs little. Raises ValueError,
+        FileNotFoundError or ConnectionError, in one sentence, for what a user can mend.
         """
 
+    @abstractmethod
     def fingerprint(self) -> str:
-        """Return a word that changes when the documents do, without tokenizing; raises likewise."""
+        """Return a word that changes when the documents do, quickly and without a network."""
+
+    def extent(self) -> Extent | None:
+        """Return how much there is to read, or None where nothing says so; may ask the hub."""
+        return None
+
+    def pinned(self, revision: str | None = None) -> "Source":
+        """Return this source at a fixed revision: the one given, or the one it stands for now."""
+        return self
+
+    def description(self) -> dict[str, Any]:
+        """Return plain values that say where the documents come from."""
+        return {}
 
 
-def files_fingerprint(root: Path, paths: Iterable[Path]) -> str:
-    """Return 16 hexadecimal digits of a hash over the files' names below `root` and contents."""
+def files_fingerprint(root: Path, paths: Sequence[Path]) -> str:
+    """Return 16 hexadecimal digits of a hash over the files' names below `root` and contents.
+
+    Of more than 1 GiB in all, the size and 64 evenly spaced blocks of each file stand for the rest.
+    """
+    whole = sum(path.stat().st_size for path in paths) <= HASHED_WHOLE_BYTES
     digest = hashlib.sha256()
     for path in paths:
         name = path.relative_to(root).as_posix()
-        digest.update(f"{name}\0{file_sha256(path)}\n".encode("utf-8", "surrogateescape"))
+        content = file_sha256(path) if whole else _sampled_sha256(path)
+        digest.update(f"{name}\0{content}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 
@@ -42,4 +76,16 @@ def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         while piece := file.read(2**20):
             digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sampled_sha256(path: Path) -> str:
+    """Return a hash of a file's size and of blocks spread over it, the first and last included."""
+    n_bytes = path.stat().st_size
+    last_start = max(n_bytes - SAMPLE_BYTES, 0)
+    digest = hashlib.sha256(f"{n_bytes}\n".encode())
+    with path.open("rb") as file:
+        for start in sorted({last_start * i // (SAMPLES - 1) for i in range(SAMPLES)}):
+            file.seek(start)
+            digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()

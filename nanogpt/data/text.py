@@ -1,104 +1,86 @@
-"""Text files of one's own: a file or a folder of .txt, .md, .py and .jsonl."""
+"""Text of one's own: files of plain text, JSON Lines or parquet, in a folder or by a pattern."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from glob import glob, has_magic
 from pathlib import Path
+from typing import Any
 
-from nanogpt.data.source import files_fingerprint
+from nanogpt.data.files import RECORDS, TEXTS, Reader
+from nanogpt.data.source import Extent, Source, files_fingerprint
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+SUFFIXES = (*TEXTS, *(suffix for suffix in RECORDS if not suffix.startswith(".json.")))
 
 
 @dataclass(frozen=True)
-class TextFiles:
-    """A file, or every file below a folder: one document each, or one per line of JSONL.
+class TextFiles(Source):
+    """A file, every file below a folder, or those of a pattern, in the order of their names.
 
-    Hidden files and folders are left out. `field` names the text in a JSONL record.
+    A plain text file is one document and is held in memory whole; JSON Lines and parquet have one
+    per record, under `text_column`. Hidden files and folders are left out. With `skip_bad`, records
+    that cannot be read are None instead of an error.
     """
 
     path: str | Path | None = None
-    field: str = "text"
+    text_column: str = "text"
     val_fraction: float = 0.1
+    skip_bad: bool = False
     name: str = "text"
+    suffixes: tuple[str, ...] = SUFFIXES
 
-    def documents(self) -> Iterator[str]:
-        """Yield the documents in the order of the files' names."""
-        for path in self._paths():
-            if path.suffix.lower() == ".jsonl":
-                yield from _records(path, self.field)
-            else:
-                yield _decode(path, path.read_bytes(), offset=0)
+    def documents(self, skip: int = 0) -> Iterator[str | None]:
+        """Yield the documents after the first `skip`, in the order of the files' names."""
+        yield from self._reader().documents(self._names(), skip)
 
     def fingerprint(self) -> str:
-        """Return a hash over the files' names and contents, and the field."""
-        paths = self._paths()
-        folder = paths[0].parent if self._root().is_file() else self._root()
-        return f"{self.field}-{files_fingerprint(folder, paths)}"
+        """Return a hash over the files' names and contents, and the column."""
+        root, paths = self._found()
+        return f"{self.text_column}-{files_fingerprint(root, paths)}"
 
-    def _root(self) -> Path:
+    def extent(self) -> Extent:
+        return self._reader().extent(self._names())
+
+    def description(self) -> dict[str, Any]:
+        return {"path": str(self.path), "text_column": self.text_column}
+
+    def _reader(self) -> Reader:
+        return Reader(self.text_column, self.skip_bad)
+
+    def _names(self) -> list[str]:
+        return [str(path) for path in self._found()[1]]
+
+    def _found(self) -> tuple[Path, list[Path]]:
+        """Return the folder that names begin at, and the files: at least one that is not empty."""
         if self.path is None:
             raise ValueError(
-                "data=text needs data.path=<a file or folder of .txt, .md, .py or .jsonl>"
+                f"data={self.name} needs data.path=<a file, folder or pattern of {self._or()}>"
             )
-        root = Path(self.path).expanduser()
-        if not root.exists():
+        root, candidates = _candidates(Path(self.path).expanduser())
+        if not candidates and not root.is_dir():
             raise FileNotFoundError(f"data.path={self.path} does not exist; pass a file or folder")
-        return root
-
-    def _paths(self) -> list[Path]:
-        """Return the files to read, sorted; at least one, and at least one not empty."""
-        root = self._root()
-        if root.is_file():
-            paths = [root] if root.suffix.lower() in SUFFIXES else []
-        else:
-            paths = [path for path in sorted(root.rglob("*")) if _is_text(path, root)]
+        paths = [path for path in candidates if path.name.lower().endswith(self.suffixes)]
         if not paths:
-            raise ValueError(f"data.path={self.path} holds no file that ends in {_or(SUFFIXES)}")
+            raise ValueError(f"data.path={self.path} holds no file that ends in {self._or()}")
         if not any(path.stat().st_size for path in paths):
-            what = "is empty" if root.is_file() else "holds only empty files"
+            what = "is empty" if len(candidates) == 1 else "holds only empty files"
             raise ValueError(f"data.path={self.path} {what}; pass text to train on")
-        return paths
+        return root, paths
+
+    def _or(self) -> str:
+        return ", ".join(self.suffixes[:-1]) + " or " + self.suffixes[-1]
 
 
-def _is_text(path: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
+def _candidates(path: Path) -> tuple[Path, Sequence[Path]]:
+    """Return the folder that names begin at, and every visible file that a path stands for."""
+    if path.is_file():
+        return path.parent, [path]
+    if path.exists() or not has_magic(str(path)):
+        root, found = path, list(path.rglob("*"))
+    else:
+        root = next(folder for folder in path.parents if not has_magic(str(folder)))
+        found = [Path(name) for name in glob(str(path), recursive=True)]
+    return root, [file for file in sorted(found) if file.is_file() and not _is_hidden(file, root)]
 
 
-def _records(path: Path, field: str) -> Iterator[str]:
-    """Yield the field of each line; blank lines are passed over."""
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = _decode(path, line, offset)
-            offset += len(line)
-            if text.strip():
-                yield _field(text, field, where=f"{path}, line {number}")
-
-
-def _field(line: str, field: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error}); mend or remove the line") from error
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        names = _or(sorted(record)) if isinstance(record, dict) and record else "no names"
-        raise ValueError(
-            f"{where} has no text under {field!r} (it has {names}); pass data.field=<name>"
-        )
-    return record[field]
-
-
-def _decode(path: Path, data: bytes, offset: int) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); "
-            f"convert it, or leave it out of data.path"
-        ) from error
-
-
-def _or(words: tuple[str, ...] | list[str]) -> str:
-    return ", ".join(words[:-1]) + " or " + words[-1] if len(words) > 1 else words[0]
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
