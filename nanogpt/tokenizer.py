@@ -54,6 +54,15 @@ TRAINING_SAMPLE_BYTES = 256 * 2**20
 LONGEST_SPACE = 100_000
 _LONG_SPACE = re.compile(rf"(?<!\s)\s{{{LONGEST_SPACE}}}\s+")
 
+# Between a lone line break and what follows it, and before the space between two words, both
+# patterns above always cut: there a text can be encoded in pieces to the same ids.
+PIECE_CHARS = 2**20
+_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[A-Za-z])(?= [A-Za-z])")
+
+# Stand for <|endoftext|> and for a cut where many texts are encoded as one. No end of a mark is the
+# beginning of one, so none can be found where a text merely ends like it.
+_DOCUMENT, _CUT = "\x00document\x01", "\x00cut\x01"
+
 
 class Tokenizer(Protocol):
     """What the rest of the project asks of a tokenizer."""
@@ -72,7 +81,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_array(self, text: str) -> np.ndarray: ...
+    def encode_parts(self, parts: Sequence[str | None]) -> np.ndarray: ...
+
+    def pieces(self, text: str) -> list[str]: ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
@@ -213,11 +224,21 @@ class ByteTokenizer(_Table):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the text."""
-        return list(_utf8(text))
+        return list(_well_formed(text).encode())
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """Return the ids of the text, (N,) uint8."""
-        return np.frombuffer(_utf8(text), dtype=np.uint8)
+    def encode_parts(self, parts: Sequence[str | None]) -> np.ndarray:
+        """Return the ids of the texts end to end, (N,) uint16; None stands for `<|endoftext|>`."""
+        arrays = [
+            np.array([self.eot_id], dtype=np.uint16)
+            if part is None
+            else np.frombuffer(_well_formed(part).encode(), dtype=np.uint8).astype(np.uint16)
+            for part in parts
+        ]
+        return np.concatenate(arrays) if arrays else np.empty(0, dtype=np.uint16)
+
+    def pieces(self, text: str) -> list[str]:
+        """Return the text in pieces of about a million characters."""
+        return [text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS)]
 
 
 class BytePairTokenizer(_Table):
@@ -227,14 +248,36 @@ class BytePairTokenizer(_Table):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the text."""
-        return [i for piece in _pieces(text) for i in self._encoding.encode_ordinary(piece)]
+        short = _within_longest_space(_well_formed(text))
+        return [i for piece in short for i in self._encoding.encode_ordinary(piece)]
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """Return the ids of the text, (N,) uint32, without holding the GIL."""
-        arrays = [
-            self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)
-        ]
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    def encode_parts(self, parts: Sequence[str | None]) -> np.ndarray:
+        """Return the ids of the texts end to end, (N,) uint32; None stands for `<|endoftext|>`.
+
+        Texts are encoded on their own, even side by side. It is one call of tiktoken's that does
+        not hold the GIL, a fifth faster than its `encode_ordinary_batch`, so threads scale.
+        """
+        marked, n_cuts = _joined(parts)
+        if marked.count(_DOCUMENT) != parts.count(None) or marked.count(_CUT) != n_cuts:
+            return self._encode_one_by_one(parts)  # a text that spells our marks
+        ids = self._encoding.encode_to_numpy(marked, allowed_special={_DOCUMENT, _CUT})
+        return ids[ids != self.vocab_size] if n_cuts else ids
+
+    def pieces(self, text: str) -> list[str]:
+        """Return the text in pieces that, encoded on their own, give its ids end to end.
+
+        Each has about a million characters where the text has line breaks or words.
+        """
+        if len(text) <= PIECE_CHARS or self.pattern not in (GPT2_PATTERN, BPE_PATTERN):
+            return [text]
+        cuts = [0]
+        while cut := _SAFE_CUT.search(text, cuts[-1] + PIECE_CHARS):
+            cuts.append(cut.start())
+        return _cut(text, cuts)
+
+    def _encode_one_by_one(self, parts: Sequence[str | None]) -> np.ndarray:
+        ids = ([self.eot_id] if part is None else self.encode(part) for part in parts)
+        return np.concatenate([np.array(i, dtype=np.uint32) for i in ids])
 
     @cached_property
     def _encoding(self) -> "tiktoken.Encoding":
@@ -242,7 +285,10 @@ class BytePairTokenizer(_Table):
 
         ranks = {token: i for i, token in enumerate(self._token_bytes) if token}
         return tiktoken.Encoding(
-            self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
+            self.name,
+            pat_str=self.pattern,
+            mergeable_ranks=ranks,
+            special_tokens={_DOCUMENT: self.eot_id, _CUT: self.vocab_size},
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -258,18 +304,30 @@ def _well_formed(text: str) -> str:
     return text
 
 
-def _utf8(text: str) -> bytes:
-    return _well_formed(text).encode()
+def _joined(parts: Sequence[str | None]) -> tuple[str, int]:
+    """Return the texts as one with marks between them, and how many of these are cuts."""
+    marked: list[str] = []
+    n_cuts = 0
+    for part in parts:
+        for piece in [_DOCUMENT] if part is None else _within_longest_space(part):
+            if marked and piece is not _DOCUMENT and marked[-1] is not _DOCUMENT:
+                marked.append(_CUT)
+                n_cuts += 1
+            marked.append(piece)
+    return _well_formed("".join(marked)), n_cuts
 
 
-def _pieces(text: str) -> list[str]:
+def _within_longest_space(text: str) -> list[str]:
     """Cut the text inside runs of white space too long for tiktoken; nearly always one piece."""
-    text = _well_formed(text)
     if len(text) <= LONGEST_SPACE:
         return [text]
     cuts = [0]
     for run in _LONG_SPACE.finditer(text):
         cuts += range(run.start() + LONGEST_SPACE, run.end(), LONGEST_SPACE)
+    return _cut(text, cuts)
+
+
+def _cut(text: str, cuts: list[int]) -> list[str]:
     return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
@@ -282,7 +340,7 @@ def _sample(documents: Iterable[str]) -> Iterator[str]:
     """Yield documents, cut as for tiktoken, until there is enough to learn from."""
     n_bytes = 0
     for document in documents:
-        for piece in _pieces(document):
+        for piece in _within_longest_space(_well_formed(document)):
             yield piece
             n_bytes += len(piece.encode())
         if n_bytes >= TRAINING_SAMPLE_BYTES:

@@ -11,7 +11,10 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanogpt import tokenizer as tokenizer_module
 from nanogpt.tokenizer import (
+    _CUT,
+    _DOCUMENT,
     BPE_PATTERN,
     END_OF_TEXT,
     GPT2_PATTERN,
@@ -66,14 +69,44 @@ def test_text_of_spaces_and_marks_comes_back(tokenizer: Tokenizer, text: str) ->
 @every_tokenizer
 @settings(deadline=None)
 @given(text=st.text())
-def test_array_holds_the_ids_of_encode(tokenizer: Tokenizer, text: str) -> None:
-    assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text)
+def test_parts_hold_the_ids_of_encode(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.encode_parts([text]).tolist() == tokenizer.encode(text)
+
+
+MARKED = st.text(alphabet="\x00\x01 a\ncut") | st.sampled_from([_DOCUMENT, _CUT, "document"])
+
+
+@every_tokenizer
+@settings(deadline=None)
+@given(parts=st.lists(st.none() | MARKED))
+def test_parts_are_encoded_on_their_own(tokenizer: Tokenizer, parts: list[str | None]) -> None:
+    expected = [[tokenizer.eot_id] if part is None else tokenizer.encode(part) for part in parts]
+    assert tokenizer.encode_parts(parts).tolist() == [i for ids in expected for i in ids]
+
+
+@every_tokenizer
+@settings(deadline=None)
+@given(text=st.text(alphabet="a b\r\n\t.1'é汉²\x1c\u3000", max_size=60))
+def test_pieces_give_the_ids_of_the_whole(tokenizer: Tokenizer, text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "PIECE_CHARS", 3)
+        pieces = tokenizer.pieces(text)
+    assert "".join(pieces) == text
+    ids = tokenizer.encode_parts(pieces)
+    assert ids.tolist() == tokenizer.encode(text)
+
+
+@every_tokenizer
+def test_long_prose_is_cut_into_pieces(tokenizer: Tokenizer) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "PIECE_CHARS", 10)
+        assert max(map(len, tokenizer.pieces("Some words, and more.\nOf it. " * 20))) < 30
 
 
 @every_tokenizer
 def test_empty_text_has_no_ids(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("") == []
-    assert tokenizer.encode_array("").shape == (0,)
+    assert tokenizer.encode_parts([]).shape == tokenizer.encode_parts([""]).shape == (0,)
     assert tokenizer.decode([]) == ""
 
 
@@ -108,7 +141,7 @@ def test_token_bytes_spell_the_text(tokenizer: Tokenizer) -> None:
 def test_lone_surrogates_become_replacement_characters(tokenizer: Tokenizer) -> None:
     text = "a\ud800b\ud83d\ude42"
     assert tokenizer.decode(tokenizer.encode(text)) == "a\ufffdb🙂"
-    assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text)
+    assert tokenizer.encode_parts([text]).tolist() == tokenizer.encode(text)
 
 
 @every_tokenizer
@@ -172,6 +205,12 @@ def test_gpt2_encodes_as_tiktoken(gpt2: Tokenizer) -> None:
     for text in SAMPLE:
         assert gpt2.encode(text) == reference.encode_ordinary(text)
     assert (gpt2.vocab_size, gpt2.eot_id) == (reference.n_vocab, reference.eot_token)
+
+
+@settings(deadline=None)
+@given(text=st.text(alphabet="a b\r\n\t.1'é汉²\x1c\u3000", max_size=60))
+def test_gpt2_pieces_give_the_ids_of_the_whole(gpt2: Tokenizer, text: str) -> None:
+    test_pieces_give_the_ids_of_the_whole.hypothesis.inner_test(gpt2, text)
 
 
 def test_gpt2_takes_a_longer_run_of_spaces_than_tiktoken(gpt2: Tokenizer) -> None:
