@@ -57,7 +57,8 @@ def test_every_yaml_composes_and_builds(choice: str) -> None:
     Schedule(**config["optim"]["schedule"])
     assert budget_steps(config) > 0
     data = {k: v for k, v in config["data"].items() if k not in ("workers", "prompts")}
-    assert callable(instantiate(data).documents)
+    source = instantiate(data)
+    assert callable(source.open if choice == "data=shards" else source.documents)
     make_tokenizer = instantiate(config["tokenizer"], _partial_=True)
     inspect.signature(make_tokenizer.func).bind(["a document"], **make_tokenizer.keywords)
     check_sampling(**{k: v for k, v in config["callbacks"]["samples"].items() if k in SAMPLING})
