@@ -205,6 +205,13 @@ class HubDataset(Source):
                 f"reading {data_set} broke off ({type(error).__name__}: {_first_line(error)}); "
                 "give the same command again, which continues from what is prepared"
             )
+        if "scripts are no longer supported" in str(error):
+            return ValueError(
+                f"{data_set} is made by a program of its own, which is not run; pass "
+                "data.revision=refs/convert/parquet, the hub's parquet copy of it"
+            )
+        if type(error).__module__.startswith("datasets."):
+            return ValueError(f"{data_set} cannot be read: {_first_line(error)}")
         return None
 
 

@@ -1,0 +1,546 @@
+"""The sources of documents: read in order, continued anywhere, refused by name where damaged."""
+
+import gzip
+import json
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nanogpt.data.source
+from nanogpt.data import files
+from nanogpt.data.files import Reader
+from nanogpt.data.fineweb_edu import FineWebEdu
+from nanogpt.data.hub import HubDataset
+from nanogpt.data.python_stdlib import PythonStdlib
+from nanogpt.data.source import Extent, files_fingerprint
+from nanogpt.data.text import TextFiles
+from tests import hub_server
+from tests.hub_server import COMMIT, Hub
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+
+def write_parquet(path: Path, texts: list[str | None], **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = list(range(len(texts)))
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string()), "n": numbers}), path, **options)
+
+
+def damage_row_group(path: Path, group: int) -> None:
+    chunk = pq.ParquetFile(path).metadata.row_group(group).column(0)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + chunk.total_compressed_size] = b"\xa5" * chunk.total_compressed_size
+    path.write_bytes(data)
+
+
+def all_read(source: TextFiles) -> list[str | None]:
+    return list(source.documents())
+
+
+# The standard library
+
+
+def test_python_stdlib_is_source_code_without_its_tests(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("os.py", "json/decoder.py", "test/x.py", "idlelib/idle_test/x.py", "a/tests/x.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(f"# {name}\r\n".encode())
+    for name in ("site-packages/x.py", "dist-packages/x.py", "__pycache__/x.py", "x.pyc"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("left out")
+    (tmp_path / "latin.py").write_bytes(b"# \xe9")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert list(PythonStdlib().documents()) == ["# json/decoder.py\r\n", "# os.py\r\n"]
+    assert list(PythonStdlib().documents(skip=1)) == ["# os.py\r\n"]
+
+
+def test_python_stdlib_is_on_this_machine() -> None:
+    first = next(PythonStdlib().documents())
+    assert "import" in first
+    assert PythonStdlib().fingerprint() == PythonStdlib().fingerprint()
+
+
+def test_python_without_sources_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="data=text"):
+        PythonStdlib().fingerprint()
+
+
+# Files
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "folder"
+    (folder / "b").mkdir(parents=True)
+    (folder / "b/two.MD").write_bytes("# zwei\r\n\u2028ä".encode())
+    (folder / "c.jsonl").write_text('{"text": "three", "n": 1}\n\n{"text": "vier\\n"}')
+    (folder / "a.txt").write_text("one")
+    (folder / "empty.py").write_text("")
+    (folder / "image.png").write_bytes(b"\xff")
+    (folder / ".hidden.txt").write_text("left out")
+    write_parquet(folder / "f.parquet", ["five", "", "seven"])
+    with gzip.open(folder / "g.jsonl.gz", "wb") as file:
+        file.write(b'\xef\xbb\xbf{"text": "eight"}\n')
+    frames = [pa.compress(json.dumps({"text": text}).encode() + b"\n", "zstd") for text in "9X"]
+    (folder / "h.jsonl.zst").write_bytes(b"".join(frame.to_pybytes() for frame in frames))
+    return folder
+
+
+IN_FOLDER = ["one", "# zwei\r\n\u2028ä", "three", "vier\n", "", *("five", "", "seven")]
+IN_FOLDER += ["eight", "9", "X"]
+
+
+def test_text_is_every_file_and_every_record_in_order(folder: Path) -> None:
+    assert all_read(TextFiles(folder)) == IN_FOLDER
+
+
+@pytest.mark.parametrize("skip", range(len(IN_FOLDER) + 2))
+def test_documents_continue_after_any_number_of_them(folder: Path, skip: int) -> None:
+    assert list(TextFiles(folder).documents(skip)) == IN_FOLDER[skip:]
+
+
+def test_text_may_be_one_file(folder: Path) -> None:
+    assert all_read(TextFiles(str(folder / "a.txt"))) == ["one"]
+
+
+def test_text_may_be_a_pattern(folder: Path) -> None:
+    assert all_read(TextFiles(f"{folder}/*.[tj]*")) == ["one", "three", "vier\n", "eight", "9", "X"]
+    assert TextFiles(f"{folder}/**/*").fingerprint() == TextFiles(folder).fingerprint()
+
+
+def test_text_may_have_another_name(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"body": "here"}\n')
+    assert all_read(TextFiles(path, text_column="body")) == ["here"]
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_every_arrow_type_of_text_is_read(tmp_path: Path, kind: str) -> None:
+    texts = pa.array(["ä", "b", "ä"])
+    if kind == "dictionary":
+        column = texts.dictionary_encode()
+    elif hasattr(pa, kind):
+        column = texts.cast(getattr(pa, kind)())
+    else:
+        pytest.skip(f"this pyarrow has no {kind}")
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert all_read(TextFiles(tmp_path)) == ["ä", "b", "ä"]
+
+
+def test_parquet_of_many_row_groups_is_read_and_continued(tmp_path: Path) -> None:
+    texts: list[str | None] = [f"document {i}" for i in range(1000)]
+    write_parquet(tmp_path / "a.parquet", texts[:600], row_group_size=130)
+    write_parquet(tmp_path / "b.parquet", texts[600:], row_group_size=70)
+    for skip in (0, 1, 129, 130, 131, 599, 600, 601, 669, 670, 999, 1000):
+        assert list(TextFiles(tmp_path).documents(skip)) == texts[skip:]
+
+
+def test_skipped_files_are_not_read(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["one", "two"])
+    damage_row_group(tmp_path / "a.parquet", 0)
+    (tmp_path / "b.jsonl").write_text("{\n{\n")
+    (tmp_path / "c.txt").write_bytes(b"\xff")
+    (tmp_path / "d.txt").write_text("last")
+    assert list(TextFiles(tmp_path).documents(skip=5)) == ["last"]
+
+
+# Fingerprints
+
+
+def test_text_fingerprint_follows_names_and_contents_not_the_place(folder: Path) -> None:
+    before = TextFiles(folder).fingerprint()
+    moved = folder.rename(folder.with_name("moved"))
+    assert TextFiles(moved).fingerprint() == before
+    assert TextFiles(moved, skip_bad=True).fingerprint() == before
+    assert TextFiles(moved, text_column="body").fingerprint() != before
+    (moved / "a.txt").write_text("ONE")
+    assert TextFiles(moved).fingerprint() != before
+
+
+@pytest.mark.parametrize("place", [0, 507_500, -1])
+def test_large_files_are_told_apart_by_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    monkeypatch.setattr(nanogpt.data.source, "HASHED_WHOLE_BYTES", 999_999)
+    monkeypatch.setattr(nanogpt.data.source, "SAMPLE_BYTES", 1000)
+    path = tmp_path / "a.txt"
+    data = bytearray(1_000_000)
+    path.write_bytes(data)
+    before = files_fingerprint(tmp_path, [path])
+    data[10_000] = 1  # between two of the 64 blocks of 1000 bytes
+    path.write_bytes(data)
+    assert files_fingerprint(tmp_path, [path]) == before
+    data[place] = 1
+    path.write_bytes(data)
+    assert files_fingerprint(tmp_path, [path]) != before
+
+
+# Estimates
+
+
+def test_extent_says_how_much_text_there_is(tmp_path: Path) -> None:
+    texts: list[str | None] = [f"Document {i}: {os.urandom(40).hex()}" for i in range(2000)]
+    n_bytes = sum(len(text or "") for text in texts)
+    write_parquet(tmp_path / "a.parquet", texts, row_group_size=300)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text, "n": 1}) + "\n" for text in texts)
+    (tmp_path / "c.txt").write_text("".join(text or "" for text in texts))
+    extent = TextFiles(tmp_path).extent()
+    assert (extent.files, extent.download_bytes) == (3, 0)
+    assert extent.text_bytes == pytest.approx(3 * n_bytes, rel=0.15)
+
+
+def test_extent_of_many_files_is_that_of_some(tmp_path: Path) -> None:
+    for i in range(100):
+        (tmp_path / f"{i}.jsonl").write_text(json.dumps({"text": "x" * 93}) + "\n")
+    assert TextFiles(tmp_path).extent() == Extent(files=100, download_bytes=0, text_bytes=9300)
+
+
+# What cannot be read
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (None, None, "data=text needs data.path="),
+        ("absent.txt", None, "does not exist"),
+        ("absent/*.txt", None, "does not exist|holds no file"),
+        ("empty.txt", b"", "is empty"),
+        ("data.csv", b"a,b", "holds no file that ends in .txt, .md, .py, .parquet, .jsonl, "),
+        ("bad.txt", b"caf\xe9", "bad.txt is not UTF-8 at byte 3 .0xe9."),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', "bad.jsonl, line 2 is not UTF-8 at byte"),
+        (
+            "no.jsonl",
+            b'{"text": "a"}\n\n{"body": "b"}',
+            "no.jsonl, line 3 .*'text'.*body.*data.text_column=",
+        ),
+        ("list.jsonl", b"[1]", "line 1 has no text under 'text'"),
+        ("number.jsonl", b'{"text": 1}', "line 1 has no text under 'text'"),
+        ("deep.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("cut.jsonl", b'{"text": "a"}\n{"text":', "cut.jsonl, line 2 is not JSON"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9], "cut.jsonl.gz is damaged after"),
+        ("no.jsonl.gz", b"plain", "no.jsonl.gz is damaged after line 0"),
+        ("no.jsonl.zst", b"plain text", "no.jsonl.zst is damaged after line 0"),
+        ("no.parquet", b"plain", "no.parquet is not a whole parquet file"),
+    ],
+)
+def test_bad_text_is_refused_in_one_sentence(
+    tmp_path: Path, name: str | None, content: bytes | None, words: str
+) -> None:
+    path = None if name is None else tmp_path / name
+    if path is not None and content is not None:
+        path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
+        all_read(TextFiles(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no file that ends in"):
+        TextFiles(tmp_path).fingerprint()
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(ValueError, match="holds only empty files"):
+        TextFiles(tmp_path).fingerprint()
+
+
+def test_an_unknown_column_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["one"])
+    for skip_bad in (False, True):
+        source = TextFiles(tmp_path, text_column="body", skip_bad=skip_bad)
+        with pytest.raises(ValueError, match=r"no column 'body'; it has columns text, n; pass"):
+            all_read(source)
+
+
+def test_a_column_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["one"])
+    with pytest.raises(ValueError, match=r"'n' of .* holds int64 and not text.*text is in text"):
+        all_read(TextFiles(tmp_path, text_column="n"))
+
+
+def test_bad_records_are_refused_by_row_or_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = pa.array([b"one", None, b"\xff", b"four"]).view(pa.string())
+    pq.write_table(pa.table({"text": texts}), path)
+    with pytest.raises(ValueError, match=r"a.parquet, row 2 is null .* data.skip_bad=true"):
+        all_read(TextFiles(path))
+    with pytest.raises(ValueError, match=r"a.parquet, row 3 is not UTF-8 at byte 0 \(0xff\)"):
+        list(TextFiles(path).documents(skip=2))
+    assert all_read(TextFiles(path, skip_bad=True)) == ["one", None, None, "four"]
+
+
+def test_bad_lines_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{\n\n{"text": "\xff"}\n{"body": "b"}\n[]\n{"text": "z"}\n')
+    assert all_read(TextFiles(path, skip_bad=True)) == ["a", None, None, None, None, "z"]
+
+
+def test_a_line_without_end_is_not_read_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 2**20)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "' + "x" * 3 * 2**20 + '"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match="line 1 is longer than 1 MiB"):
+        all_read(TextFiles(path))
+    assert all_read(TextFiles(path, skip_bad=True)) == [None, "b"]
+
+
+def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts: list[str | None] = [f"document {i}" for i in range(30)]
+    write_parquet(path, texts, row_group_size=10)
+    damage_row_group(path, 1)
+    with pytest.raises(ValueError, match=r"a.parquet is damaged in row group 1, rows 11 to 20"):
+        all_read(TextFiles(path))
+    expected = [*texts[:10], *[None] * 10, *texts[20:]]
+    for skip in (0, 5, 10, 15, 20, 25):
+        assert list(TextFiles(path, skip_bad=True).documents(skip)) == expected[skip:]
+
+
+def test_a_file_that_is_no_parquet_costs_one_record(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["one"] * 100)
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-1])
+    (tmp_path / "b.txt").write_text("two")
+    source = TextFiles(tmp_path, skip_bad=True)
+    assert all_read(source) == [None, "two"]
+    assert list(source.documents(skip=1)) == ["two"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
+def test_no_damage_to_parquet_breaks_reading(
+    tmp_path_factory: pytest.TempPathFactory, place: float, value: int
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "a.parquet"
+    write_parquet(path, [f"document {i}" for i in range(40)], row_group_size=10)
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] = value
+    path.write_bytes(data)
+    reader = Reader(skip_bad=True)
+    try:
+        found = list(reader.documents([str(path)]))
+    except ValueError:  # the footer tells of other columns
+        return
+    assert list(reader.documents([str(path)], skip=7)) == found[7:]
+
+
+@pytest.mark.skipif("NANOGPT_TEST_DATA" not in os.environ, reason="needs NANOGPT_TEST_DATA")
+def test_pages_of_fineweb_edu_are_read() -> None:
+    path = Path(os.environ["NANOGPT_TEST_DATA"]) / "fineweb_edu_sample/train_chunks.parquet"
+    expected = pq.read_table(path).column("text").to_pylist()
+    source = FineWebEdu(path=str(path))
+    assert list(source.documents()) == expected
+    assert list(source.documents(skip=100)) == expected[100:]
+    extent = source.extent()
+    assert extent is not None
+    n_bytes = sum(len(text.encode()) for text in expected)
+    assert extent.text_bytes == pytest.approx(n_bytes, rel=0.1)
+
+
+# The hub
+
+README = """---
+configs:
+- config_name: pages
+  data_files:
+  - split: train
+    path: pages/train*
+  - split: test
+    path: pages/test*
+- config_name: others
+  data_files: others/*
+---
+"""
+PAGES: list[str | None] = [f"page {i}" for i in range(100)]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A hub, and a process for which it is the hub."""
+
+    hub: Hub
+    cache: Path
+    process: Executor
+
+    def read(self, source: HubDataset, skip: int = 0) -> list[str | None]:
+        return self.process.submit(hub_server.documents, source, skip).result(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def visit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
+    folder = tmp_path_factory.mktemp("hub")
+    pages = folder / "someone/something"
+    write_parquet(pages / "pages/train-0.parquet", PAGES[:60], row_group_size=25)
+    write_parquet(pages / "pages/train-1.parquet", PAGES[60:], row_group_size=25)
+    write_parquet(pages / "pages/test-0.parquet", ["held out"])
+    write_parquet(pages / "others/train.parquet", ["other"])
+    (pages / "README.md").write_text(README)
+    lines = b'{"text": "first"}\n{"text": "second"}\n'
+    for name, content in (
+        ("lines/a.jsonl.gz", gzip.compress(lines)),
+        ("array/a.json", b'[{"text": "first"}, {"text": "second"}]'),
+        ("table/a.csv", b"text,n\nfirst,1\nsecond,2\n"),
+        ("program/program.py", b"raise SystemExit"),
+    ):
+        path = folder / "someone" / name
+        path.parent.mkdir()
+        path.write_bytes(content)
+    cache = tmp_path_factory.mktemp("cache")
+    with (
+        hub_server.serving(Hub(folder)) as hub,
+        hub_server.visitor(hub.url, cache) as process,
+    ):
+        yield Visit(hub, cache, process)
+
+
+DATA_SET = HubDataset("someone/something", "pages")
+
+
+@pytest.mark.parametrize("skip", [0, 1, 25, 60, 99, 100])
+def test_a_data_set_of_the_hub_is_read_and_continued(visit: Visit, skip: int) -> None:
+    assert visit.read(DATA_SET, skip) == PAGES[skip:]
+
+
+def test_another_split_may_be_read(visit: Visit) -> None:
+    assert visit.read(replace(DATA_SET, split="test")) == ["held out"]
+
+
+@pytest.mark.parametrize("name", ["lines", "array", "table"])
+def test_other_kinds_of_files_are_read(visit: Visit, name: str) -> None:
+    source = HubDataset(f"someone/{name}")
+    assert visit.read(source) == ["first", "second"]
+    assert visit.read(source, skip=1) == ["second"]
+
+
+def test_a_branch_is_pinned_to_its_commit(visit: Visit) -> None:
+    pinned = visit.process.submit(hub_server.pinned, DATA_SET).result(timeout=60)
+    assert pinned == replace(DATA_SET, revision=COMMIT)
+    assert visit.read(pinned) == PAGES
+    assert pinned.description()["revision"] == COMMIT
+
+
+def test_extent_of_the_hub_is_that_of_the_text_column(visit: Visit) -> None:
+    extent = visit.process.submit(hub_server.extent, DATA_SET).result(timeout=60)
+    chunks = [
+        pq.ParquetFile(path).metadata.row_group(i).column(0)
+        for path in (visit.hub.folder / "someone/something/pages").glob("train*")
+        for i in range(pq.ParquetFile(path).num_row_groups)
+    ]
+    assert extent == Extent(
+        files=2,
+        download_bytes=sum(chunk.total_compressed_size for chunk in chunks),
+        text_bytes=sum(chunk.total_uncompressed_size for chunk in chunks),
+    )
+
+
+def test_the_files_are_not_kept_on_disk(visit: Visit) -> None:
+    visit.read(DATA_SET)
+    assert list(visit.cache.rglob("README.md"))
+    assert not list(visit.cache.rglob("*.parquet"))
+    assert not list(visit.cache.rglob("*.arrow"))
+
+
+def test_a_busy_hub_is_asked_again(visit: Visit) -> None:
+    visit.hub.failures[:] = [(503, "")]
+    assert visit.read(DATA_SET) == PAGES
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "words"),
+    [
+        (replace(DATA_SET, subset=None), ValueError, "needs a subset; .*pages, others"),
+        (replace(DATA_SET, subset="x"), ValueError, "has no subset x; .*pages, others"),
+        (replace(DATA_SET, split="val"), ValueError, "no split val; .* one of test, train"),
+        (replace(DATA_SET, revision="v2"), ValueError, "has no revision v2"),
+        (replace(DATA_SET, text_column="body"), ValueError, "has columns text, n; pass"),
+        (HubDataset("someone/table", text_column="b"), ValueError, "record 1 .*it has text, n"),
+        (HubDataset("someone/program"), ValueError, "is made by a program.*refs/convert"),
+        (HubDataset("someone/else"), FileNotFoundError, "is not on the hub, or is private; .*HF_T"),
+    ],
+)
+def test_what_the_hub_has_not_is_told_in_one_sentence(
+    visit: Visit, source: HubDataset, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words) as raised:
+        visit.read(source)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error", "words"),
+    [
+        (401, "", PermissionError, "does not let this machine read .* HF_TOKEN"),
+        (403, "GatedRepo", PermissionError, "is gated; accept its terms on .* HF_TOKEN"),
+        (410, "", ConnectionError, "broke off .* give the same command again"),
+    ],
+)
+def test_a_refusal_of_the_hub_is_told_in_one_sentence(
+    visit: Visit, status: int, code: str, error: type[Exception], words: str
+) -> None:
+    visit.hub.failures[:] = [(status, code)]
+    with pytest.raises(error, match=words) as raised:
+        visit.read(DATA_SET)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_without_a_network_one_sentence_says_what_to_do(tmp_path: Path, offline: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and not listening: nobody answers there
+        endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        code = "from nanogpt.data.fineweb_edu import FineWebEdu; next(FineWebEdu().documents())"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": offline},
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    (last,) = [line for line in done.stderr.splitlines() if line.startswith("ConnectionError: ")]
+    assert "HuggingFaceFW/fineweb-edu" in last
+    assert "data.path=" in last
+    assert ("HF_HUB_OFFLINE" if offline == "1" else endpoint) in last
+
+
+def test_the_hubs_fingerprint_needs_no_network_and_tells_requests_apart() -> None:
+    asked = [
+        DATA_SET,
+        replace(DATA_SET, subset="others"),
+        replace(DATA_SET, split="test"),
+        replace(DATA_SET, revision=COMMIT),
+        replace(DATA_SET, text_column="body"),
+        replace(DATA_SET, repository="someone/else"),
+        FineWebEdu(),
+    ]
+    assert len({source.fingerprint() for source in asked}) == len(asked)
+    assert replace(DATA_SET, skip_bad=True).fingerprint() == DATA_SET.fingerprint()
+
+
+def test_local_files_of_a_data_set_need_no_hub(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a/1.parquet", ["one", "two"])
+    (tmp_path / "README.md").write_text("not a document")
+    source = replace(DATA_SET, path=str(tmp_path))
+    assert list(source.documents(skip=1)) == ["two"]
+    assert source.pinned() == source
+    before = source.fingerprint()
+    write_parquet(tmp_path / "a/1.parquet", ["one", "three"])
+    assert source.fingerprint() != before
