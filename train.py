@@ -15,7 +15,9 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,9 @@ KINDS = {  # of the keys that no object checks when it is built
     "trainer.deterministic": (FLAG,),
     "trainer.precision": ("auto", "32-true", "bf16-mixed", "16-mixed"),
     "data.workers": ("0", COUNT),
+    "data.tokens": ("null", COUNT),
+    "data.shard_tokens": (COUNT,),
+    "data.wait": ("null", COUNT),
     "callbacks.log_every_n_steps": (COUNT,),
     "callbacks.validation.every_n_steps": (COUNT,),
     "callbacks.validation.tokens": ("null", COUNT),
@@ -70,9 +75,13 @@ KINDS = {  # of the keys that no object checks when it is built
     "callbacks.samples.every_n_steps": (COUNT,),
     "callbacks.samples.max_new_tokens": (COUNT,),
 }
+COUNTS_OF_TOKENS = {"max_steps", "max_tokens", "tokens_per_step", "tokens", "shard_tokens"}
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 STOPPED_BY_SIGNAL = (130, 143)
 MULTIRUN = ("-m", "--multirun")
+
+ABOUT_BATCHES = ("workers", "prompts")  # keys of data that say nothing of its documents
+HEAD_START_S = 2.0  # of rank zero, which reports what it does, where a corpus is to be prepared
 
 failures: list[Exception] = []  # of the jobs of this command
 
@@ -161,9 +170,10 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
         for override in parsed
     }
     clear_other_budget(config, typed)
-    for key in ("max_steps", "max_tokens", "tokens_per_step"):  # 10e9 is typed as a whole number
-        if isinstance(config[key], float) and config[key].is_integer():
-            config[key] = int(config[key])
+    for node in (config, config["data"]):
+        for key in COUNTS_OF_TOKENS & node.keys():
+            if isinstance(node[key], float) and node[key].is_integer():
+                node[key] = int(node[key])  # 10e9 is typed as a whole number
     check_kinds(config)
     name = run_name(dict(hydra_config.runtime.choices), typed)
     if hydra_config.mode == RunMode.MULTIRUN:
@@ -186,6 +196,8 @@ def check_kinds(config: Mapping[str, Any]) -> None:
     """Raise ValueError for a value of the wrong kind; objects check their own when built."""
     flat = flatten(config)
     for key, kinds in KINDS.items():
+        if key not in flat and key.startswith("data."):
+            continue  # not all data sets have all keys
         if not any(_is_kind(flat[key], kind) for kind in kinds):
             raise ValueError(f"{key}={flat[key]!r} is not {' or '.join(kinds)}")
 
@@ -222,57 +234,65 @@ def sweep_name(arguments: Sequence[str]) -> str:
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """Train one run on this rank, or find it finished; return its summary."""
-    import torch
-
-    from nanogpt.checkpoint import record
-    from nanogpt.data.module import TokenDataModule, split_step
     from nanogpt.model import GPT, GPTConfig
-    from nanogpt.training.pretrain import PretrainModule
     from nanogpt.training.session import Session
-    from nanogpt.training.throughput import flops_per_token
 
     smallest = GPTConfig(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=2)
     with Session(config) as session:
         if session.finished is not None:
             return session.finished
         init = session.starting_point()
-        make_optimizer, grad_clip = build_optimizer(config)
-        make_optimizer(GPT(smallest))  # fails on its values now, not after the corpus is prepared
-        block_size = config["model"]["block_size"] if init is None else init.config.block_size
-        rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
-        corpus = build_corpus(config, None if init is None else init.tokenizer)
-        tokenizer = corpus.tokenizer
-        model_config = (
-            GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
-            if init is None
-            else init.config
-        )
-        decisions = session.settle(model_config, rows_per_rank, corpus.fingerprint, init)
-        torch.manual_seed(config["seed"])
-        module = PretrainModule(
-            GPT(model_config) if init is None else init.model.train(),
-            make_optimizer=make_optimizer,
-            schedule=session.schedule,
-            max_steps=session.max_steps,
-            tokens_per_step=config["tokens_per_step"],
-            grad_clip=grad_clip,
-            seed=config["seed"],
-            compiled=decisions.compile,
-            record=record(config["stage"], model_config, tokenizer, init_from=session.init_from),
-            token_bytes=[len(token) for token in tokenizer.token_bytes()],
-            flops_per_token=flops_per_token(model_config),
-            peak_flops=decisions.peak_flops,
-        )
-        data = TokenDataModule(
-            corpus,
-            block_size=model_config.block_size,
-            tokens_per_step=config["tokens_per_step"],
-            micro_batch=decisions.micro_batch,
-            seed=config["seed"],
-            workers=config["data"]["workers"],
-        )
-        facts = {"gzip_bits_per_byte": corpus.manifest.get("gzip_bits_per_byte")}
-        return session.fit(module, data, tokenizer, data.val_dataloader, facts)
+        make_optimizer, _ = build_optimizer(config)
+        make_optimizer(GPT(smallest))  # fails on its values now, not after the data is prepared
+        return STAGES[config["stage"]](config, session, init)
+
+
+def pretrain(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
+    """Train a language model on a corpus, from random weights or from `init`."""
+    import torch
+
+    from nanogpt.checkpoint import record
+    from nanogpt.data.module import TokenDataModule, split_step
+    from nanogpt.model import GPT, GPTConfig
+    from nanogpt.training.pretrain import PretrainModule
+    from nanogpt.training.throughput import flops_per_token
+
+    block_size = config["model"]["block_size"] if init is None else init.config.block_size
+    rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
+    corpus = build_corpus(config, None if init is None else init.tokenizer, session.ranks.rank)
+    tokenizer = corpus.tokenizer
+    model_config = (
+        GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
+        if init is None
+        else init.config
+    )
+    decisions = session.settle(model_config, rows_per_rank, corpus.fingerprint, init)
+    torch.manual_seed(config["seed"])
+    make_optimizer, grad_clip = build_optimizer(config)
+    module = PretrainModule(
+        GPT(model_config) if init is None else init.model.train(),
+        make_optimizer=make_optimizer,
+        schedule=session.schedule,
+        max_steps=session.max_steps,
+        tokens_per_step=config["tokens_per_step"],
+        grad_clip=grad_clip,
+        seed=config["seed"],
+        compiled=decisions.compile,
+        record=record(config["stage"], model_config, tokenizer, init_from=session.init_from),
+        token_bytes=[len(token) for token in tokenizer.token_bytes()],
+        flops_per_token=flops_per_token(model_config),
+        peak_flops=decisions.peak_flops,
+    )
+    data = TokenDataModule(
+        corpus,
+        block_size=model_config.block_size,
+        tokens_per_step=config["tokens_per_step"],
+        micro_batch=decisions.micro_batch,
+        seed=config["seed"],
+        workers=config["data"]["workers"],
+    )
+    facts = {"gzip_bits_per_byte": corpus.manifest.get("gzip_bits_per_byte")}
+    return session.fit(module, data, tokenizer, data.val_dataloader, facts)
 
 
 def build_optimizer(config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], float | None]:
@@ -282,17 +302,37 @@ def build_optimizer(config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], fl
     return instantiate(node, _partial_=True, _convert_="all"), grad_clip
 
 
-def build_corpus(config: Mapping[str, Any], tokenizer: Any) -> Any:
+def build_corpus(config: Mapping[str, Any], tokenizer: Any, rank: int) -> Any:
     """Return the configured corpus, prepared, with the given tokenizer or else the configured."""
-    from nanogpt.data.corpus import prepare
+    from nanogpt.data.growing import open_growing
+    from nanogpt.data.preparing import Preparation, prepare
+    from nanogpt.data.pretokenized import TokenShards, fetch_pretokenized
 
-    of_the_source = {k: v for k, v in config["data"].items() if k not in ("workers", "prompts")}
-    source = instantiate(of_the_source, _convert_="all")
+    data = {key: value for key, value in config["data"].items() if key not in ABOUT_BATCHES}
+    limits = {key: data.pop(key) for key in ("tokens", "shard_tokens") if key in data}
+    wait = data.pop("wait", None)
+    source = instantiate(data, _convert_="all")
     data_dir = Path(config["data_dir"])
-    if tokenizer is not None:
-        return prepare(source, lambda documents: tokenizer, tokenizer.fingerprint, data_dir)
-    make_tokenizer = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
-    return prepare(source, make_tokenizer, tokenizer_key(config["tokenizer"]), data_dir)
+    if pretokenized := data.get("pretokenized"):
+        source = TokenShards(fetch_pretokenized(pretokenized, data_dir), source.val_fraction)
+    key = tokenizer_key(config["tokenizer"]) if tokenizer is None else tokenizer.fingerprint
+    make_tokenizer = (
+        instantiate(config["tokenizer"], _partial_=True, _convert_="all")
+        if tokenizer is None
+        else partial(given, tokenizer)
+    )
+    if isinstance(source, TokenShards):
+        learnt = "vocab_size" in config["tokenizer"] and tokenizer is None
+        return source.open(None if learnt else make_tokenizer(()), key)
+    preparation = Preparation(source, make_tokenizer, key, data_dir, **limits)
+    if rank > 0 and not preparation.directory.exists():
+        time.sleep(HEAD_START_S)
+    return prepare(preparation) if wait is None else open_growing(preparation, wait)
+
+
+def given(tokenizer: Any, documents: Any) -> Any:
+    """Return a tokenizer that need not be learnt."""
+    return tokenizer
 
 
 def tokenizer_key(node: Mapping[str, Any]) -> str:
@@ -346,6 +386,8 @@ def _known_keys() -> list[str]:
     nested: Mapping[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     return [*flatten(nested), *groups]
 
+
+STAGES = {"pretrain": pretrain}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

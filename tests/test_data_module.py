@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt.data.corpus import Corpus, prepare
+from nanogpt.data.corpus import Corpus
 from nanogpt.data.module import VAL_BATCH_TOKENS, Batch, TokenDataModule, split_step
+from nanogpt.data.preparing import Preparation, prepare
 from nanogpt.data.text import TextFiles
 from nanogpt.tokenizer import byte_tokenizer
 
@@ -25,7 +26,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     directory = tmp_path_factory.mktemp("corpus")
     path = directory / "text.txt"
     path.write_text("".join(chr(32 + i * i % 90) for i in range(298)))
-    return prepare(TextFiles(path), byte_tokenizer, "byte", directory)
+    return prepare(Preparation(TextFiles(path), byte_tokenizer, "byte", directory))
 
 
 def _module(
@@ -224,7 +225,7 @@ def test_a_part_of_validation_is_evenly_spaced(
 )
 def test_text_shorter_than_a_block_is_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "t.txt").write_text(text)
-    corpus = prepare(TextFiles(tmp_path / "t.txt"), byte_tokenizer, "byte", tmp_path)
+    corpus = prepare(Preparation(TextFiles(tmp_path / "t.txt"), byte_tokenizer, "byte", tmp_path))
     with pytest.raises(ValueError, match=words):
         TokenDataModule(corpus, block_size=64, tokens_per_step=64, micro_batch=1, seed=0, workers=0)
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nanogpt.data.corpus import Corpus
-from nanogpt.data.order import RowOrder
-from nanogpt.data.windows import Windows
+from nanogpt.data.order import RowOrder, WindowedOrder
+from nanogpt.data.windows import Tokens, Windows
+
+Order = RowOrder | WindowedOrder
 
 VAL_BATCH_TOKENS = 8192  # whatever the training's micro-batch, so that it never changes a score
 
@@ -46,15 +48,21 @@ class TokenDataModule(LightningDataModule):
         workers: int = 0,
     ) -> None:
         super().__init__()
-        _check_length("training", len(corpus.train), block_size + 1, block_size)
-        _check_length("validation", len(corpus.val), 2, block_size)
+        _check_length("training", corpus.train, block_size + 1, block_size)
+        _check_length("validation", corpus.val, 2, block_size)
         self.block_size = block_size
         self.tokens_per_step = tokens_per_step
         self.micro_batch = micro_batch
         self.workers = workers
         self.train_windows = Windows(corpus.train, block_size)
         self.val_windows = Windows(corpus.val, block_size)
-        self.order = RowOrder(len(self.train_windows), seed, corpus.fingerprint)
+        self.order: Order = (
+            RowOrder(len(self.train_windows), seed, corpus.fingerprint)
+            if corpus.window_tokens is None
+            else WindowedOrder(
+                corpus.window_tokens, block_size, seed, corpus.fingerprint, corpus.train.n_tokens
+            )
+        )
 
     def train_dataloader(self) -> DataLoader[list[Batch]]:
         """Return the steps from the trainer's next to its last; the length is always max_steps."""
@@ -141,7 +149,7 @@ class _StepBatches(Dataset[list[Batch]]):
     """Item `step`: the micro-batches of one rank in that optimizer step."""
 
     windows: Windows
-    order: RowOrder
+    order: Order
     rows_per_rank: int
     rank: int
     world_size: int
@@ -197,7 +205,8 @@ def _batch(windows: Windows, rows: np.ndarray, step_targets: int) -> Batch:
     }
 
 
-def _check_length(what: str, n_tokens: int, needed: int, block_size: int) -> None:
+def _check_length(what: str, tokens: Tokens, needed: int, block_size: int) -> None:
+    n_tokens = tokens.n_tokens(at_least=needed)
     if n_tokens < needed:
         raise ValueError(
             f"the {what} text has {n_tokens} tokens and needs at least {needed} "

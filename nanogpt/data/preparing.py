@@ -1,0 +1,394 @@
+"""From documents to shards: one thread reads, all cores tokenize, one thread writes in order.
+
+Documents are taken in batches of about a megabyte; where a batch ends depends on the documents
+alone, so neither the number of workers nor where an earlier process was killed changes a byte.
+Memory holds a few batches, whatever the size of the source.
+"""
+
+import errno
+import gzip
+import hashlib
+import logging
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from nanogpt.data.corpus import (
+    FORMAT,
+    MANIFEST,
+    TOKENIZER,
+    Corpus,
+    digest,
+    open_corpus,
+    read_tokenizer,
+)
+from nanogpt.data.meter import Meter
+from nanogpt.data.shards import SHARD_TOKENS, TokenStream, token_dtype
+from nanogpt.data.source import Source
+from nanogpt.data.writer import (
+    JOURNAL,
+    SPLITS,
+    CorpusWriter,
+    Progress,
+    Tokenized,
+    read_journal,
+    write_json,
+)
+from nanogpt.tokenizer import Tokenizer
+
+BATCH_CHARS = 2**20
+COMMIT_EVERY_S = 5.0  # at most this much work is done again after a kill
+GZIPPED_BYTES = 64 * 2**20  # the validation text is gzipped, for comparison, up to this size
+
+MakeTokenizer = Callable[[Iterable[str]], Tokenizer]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What makes a corpus: the source, its tokenizer, how much of it, and where it goes.
+
+    `make_tokenizer` gets the documents of the training split; `tokenizer_key` names what it makes,
+    settings included (`gpt2`, `bpe-2048`). It can be sent to another process.
+    """
+
+    source: Source
+    make_tokenizer: MakeTokenizer
+    tokenizer_key: str
+    data_dir: Path
+    out: Path | None = None  # the corpus's folder, where it shall not be one under data_dir
+    tokens: int | None = None  # of training, after which to stop; None takes all
+    shard_tokens: int = SHARD_TOKENS
+    workers: int | None = None  # tokenizing threads; None takes all cores
+
+    def __post_init__(self) -> None:
+        if not 0 < self.source.val_fraction < 1:
+            raise ValueError(
+                f"val_fraction={self.source.val_fraction} must lie between 0 and 1, such as 0.1"
+            )
+
+    @property
+    def identity(self) -> list[Any]:
+        """What the corpus is, as plain values known without reading it."""
+        source = self.source
+        limits = {"tokens": self.tokens, "shard_tokens": self.shard_tokens}
+        return [FORMAT, source.fingerprint(), source.val_fraction, self.tokenizer_key, limits]
+
+    @property
+    def directory(self) -> Path:
+        """The corpus's folder: the same for the same identity."""
+        if self.out is not None:
+            return self.out
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{self.source.name}-{self.tokenizer_key}")
+        return self.data_dir / f"{name.strip('-.')[:60]}-{digest(self.identity)[:8]}"
+
+
+def prepare(preparation: Preparation) -> Corpus:
+    """Return the corpus, made now unless an earlier call has made it.
+
+    Any number of processes may call this at once: one works, the others wait. One that is killed
+    is continued by the next call.
+    """
+    directory = preparation.directory
+    if not (directory / MANIFEST).exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        with lock(directory):
+            make_unless_made(preparation)
+    corpus = open_corpus(directory)
+    check_identity(directory, corpus.manifest["identity"], preparation)
+    return corpus
+
+
+def make_unless_made(preparation: Preparation) -> None:
+    """Make the corpus, or what is left of it to make; the caller holds the lock."""
+    directory = preparation.directory
+    try:
+        if not (directory / MANIFEST).exists():
+            _make(preparation, directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"the disk of {directory} is full; what is prepared is kept: make room and issue the "
+            "command again, which continues, or pass another data_dir"
+        ) from error
+
+
+def check_identity(directory: Path, found: object, preparation: Preparation) -> None:
+    """Raise ValueError where a folder, finished or not, holds another corpus than this one."""
+    if found != preparation.identity:
+        raise ValueError(
+            f"{directory} holds another corpus (it is {found}, not {preparation.identity}); "
+            "pass another folder, or remove this one"
+        )
+
+
+def lock(directory: Path) -> FileLock:
+    """Return the lock of the process that prepares in this folder."""
+    return FileLock(directory / ".lock")
+
+
+def n_cores() -> int:
+    """Return the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which split a text goes to: by its hash, so that it stays there when other documents come.
+
+    Documents whose place, a hash spread over 0 .. 1, is below `val_below` are validation. Where
+    that would leave one side empty, the border moves past the nearest document. A document alone
+    (`val_below` is None) is cut: the last tenth of its characters is validation, as in nanoGPT's
+    data/shakespeare_char/prepare.py.
+    """
+
+    val_below: float | None
+
+    def parts(self, document: str) -> Iterator[tuple[str, str]]:
+        """Yield the split and the text of each part of a document; neither is empty."""
+        if self.val_below is None:
+            cut = int(len(document) * 0.9)
+            parts = (("train", document[:cut]), ("val", document[cut:]))
+            yield from ((split, text) for split, text in parts if text)
+        elif document:
+            yield ("val" if _place(document) < self.val_below else "train"), document
+
+
+def choose_split(source: Source) -> Split:
+    """Return the split rule for a source, from as many documents as it takes to know both sides."""
+    val_below = source.val_fraction
+    lowest: list[float] = []  # the two lowest places
+    highest = 0.0
+    for document in filter(None, source.documents()):
+        place = _place(document)
+        lowest, highest = sorted({*lowest, place})[:2], max(highest, place)
+        if lowest[0] < val_below <= highest:
+            return Split(val_below)
+    if not lowest:
+        raise ValueError(f"data={source.name} holds no text; pass text to train on")
+    if len(lowest) == 1:
+        return Split(None)
+    return Split(lowest[1] if lowest[0] >= val_below else highest)
+
+
+def _make(preparation: Preparation, directory: Path) -> None:
+    """Write the corpus, or go on where an earlier process was stopped."""
+    source = preparation.source
+    settled, tokenizer, progress = _begin_or_continue(preparation, directory)
+    source = source.pinned(settled["revision"])
+    dtype = token_dtype(tokenizer.vocab_size)
+    with CorpusWriter(directory, dtype, preparation.shard_tokens, settled, progress) as writer:
+        _write(preparation, source, Split(**settled["split"]), tokenizer, writer)
+    counts = asdict(writer.progress)
+    manifest = {
+        "format": FORMAT,
+        "identity": preparation.identity,
+        "source": {
+            "name": source.name,
+            "fingerprint": preparation.source.fingerprint(),
+            **source.description(),
+        },
+        "split": {"val_fraction": source.val_fraction, **settled["split"]},
+        "tokenizer": {
+            "key": preparation.tokenizer_key,
+            "name": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+        },
+        **counts,
+        "gzip_bits_per_byte": _gzip_bits_per_byte(directory, tokenizer, writer.progress),
+    }
+    write_json(directory / MANIFEST, manifest)
+    (directory / JOURNAL).unlink(missing_ok=True)
+    log.info(
+        "prepared %s training and %s validation tokens",
+        f"{counts['splits']['train']['tokens']:,}",
+        f"{counts['splits']['val']['tokens']:,}",
+    )
+
+
+def _begin_or_continue(
+    preparation: Preparation, directory: Path
+) -> tuple[dict[str, Any], Tokenizer, Progress | None]:
+    """Return what is settled once for a corpus, its tokenizer, and how far it has come."""
+    source, path = preparation.source, directory / TOKENIZER
+    begun = read_journal(directory)
+    if begun is not None:
+        settled, progress = begun
+        check_identity(directory, settled["identity"], preparation)
+        log.info("%s: continuing after %s documents", directory, f"{progress.records:,}")
+        return settled, read_tokenizer(path), progress
+    if any(directory.glob("*.bin")):
+        raise ValueError(f"{directory} holds shards that were made otherwise; pass another folder")
+    log.info(
+        "preparing %s with tokenizer %s in %s", source.name, preparation.tokenizer_key, directory
+    )
+    source = source.pinned()
+    split = choose_split(source)
+    tokenizer = preparation.make_tokenizer(
+        text
+        for document in source.documents()
+        for name, text in split.parts(document or "")
+        if name == "train"
+    )
+    write_json(path, tokenizer.record(), indent=None)
+    settled = {
+        "identity": preparation.identity,
+        "revision": source.description().get("revision"),
+        "split": asdict(split),
+    }
+    return settled, tokenizer, None
+
+
+def _write(
+    preparation: Preparation,
+    source: Source,
+    split: Split,
+    tokenizer: Tokenizer,
+    writer: CorpusWriter,
+) -> None:
+    """Bring the shards from where the writer stands to the end of the source, or to the limit."""
+    if not writer.progress.records:
+        writer.commit()
+    encoder = _Encoder(tokenizer, np.array([len(token) for token in tokenizer.token_bytes()]))
+    batches = _batches(source, split, tokenizer, writer.progress)
+    committed = time.monotonic()
+    with _meter(preparation, source, writer.progress, tokenizer) as meter:
+        for batch, parts in _in_order(batches, encoder, preparation.workers or n_cores()):
+            enough = False
+            if preparation.tokens is not None:
+                wanted = preparation.tokens - writer.progress.splits["train"].tokens
+                if len(parts["train"].tokens) >= wanted:
+                    cut = encoder.cut(parts["train"], wanted)
+                    enough = cut is not None or batch.ends_with_document
+                    parts["train"] = cut or parts["train"]
+            rolled = writer.append(parts)
+            writer.progress.records, writer.progress.bad_records = batch.records, batch.bad_records
+            if enough:
+                break
+            due = rolled or time.monotonic() - committed >= COMMIT_EVERY_S
+            if due and batch.ends_with_document:
+                writer.commit()
+                committed = time.monotonic()
+            meter.show()
+    writer.finish()
+
+
+def _meter(
+    preparation: Preparation, source: Source, progress: Progress, tokenizer: Tokenizer
+) -> Meter:
+    return Meter(
+        preparation.directory,
+        source.extent(),
+        progress,
+        limit=preparation.tokens,
+        token_bytes=token_dtype(tokenizer.vocab_size).itemsize,
+    )
+
+
+@dataclass
+class _Batch:
+    """Texts of consecutive documents by split; None stands for <|endoftext|>."""
+
+    records: int  # of the source that have been read at its end
+    bad_records: int
+    texts: dict[str, list[str | None]] = field(default_factory=lambda: {s: [] for s in SPLITS})
+    n_chars: int = 0
+    ends_with_document: bool = True
+
+    def add(self, split: str, text: str | None) -> None:
+        self.texts[split].append(text)
+        self.n_chars += len(text or "")
+
+
+def _batches(
+    source: Source, split: Split, tokenizer: Tokenizer, progress: Progress
+) -> Iterator[_Batch]:
+    """Yield the documents that are yet to be written; long ones reach over several batches."""
+    batch = _Batch(progress.records, progress.bad_records)
+    for document in source.documents(skip=progress.records):
+        for name, text in split.parts(document or ""):
+            batch.add(name, None)
+            for piece in tokenizer.pieces(text):
+                if batch.n_chars >= BATCH_CHARS:
+                    batch.ends_with_document = False
+                    yield batch
+                    batch = _Batch(batch.records, batch.bad_records)
+                batch.add(name, piece)
+        batch.records += 1
+        batch.bad_records += document is None
+        if batch.n_chars >= BATCH_CHARS:
+            yield batch
+            batch = _Batch(batch.records, batch.bad_records)
+    yield batch
+
+
+@dataclass
+class _Encoder:
+    """Tokenizes batches, and counts what they hold."""
+
+    tokenizer: Tokenizer
+    byte_lengths: np.ndarray  # of every token
+
+    def encode(self, batch: _Batch) -> dict[str, Tokenized]:
+        return {
+            split: self.part(self.tokenizer.encode_parts(texts))
+            for split, texts in batch.texts.items()
+        }
+
+    def part(self, tokens: np.ndarray) -> Tokenized:
+        return Tokenized(
+            tokens,
+            documents=int(np.count_nonzero(tokens == self.tokenizer.eot_id)),
+            n_bytes=int(self.byte_lengths[tokens].sum()),
+        )
+
+    def cut(self, part: Tokenized, wanted: int) -> Tokenized | None:
+        """Return the part up to the first document that begins after `wanted` tokens, if any."""
+        begins = np.flatnonzero(part.tokens == self.tokenizer.eot_id)
+        later = begins[begins >= wanted]
+        return self.part(part.tokens[: later[0]]) if len(later) else None
+
+
+def _in_order(
+    batches: Iterator[_Batch], encoder: _Encoder, workers: int
+) -> Iterator[tuple[_Batch, dict[str, Tokenized]]]:
+    """Yield the batches in their order with their tokens, a few of them ahead."""
+    waiting: deque[tuple[_Batch, Future[dict[str, Tokenized]]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for batch in batches:
+            waiting.append((batch, pool.submit(encoder.encode, batch)))
+            if len(waiting) > workers + 1:
+                first, parts = waiting.popleft()
+                yield first, parts.result()
+        for first, parts in waiting:
+            yield first, parts.result()
+
+
+def _gzip_bits_per_byte(directory: Path, tokenizer: Tokenizer, progress: Progress) -> float | None:
+    """Return what gzip needs for the validation text, where that is short enough to try."""
+    val = progress.splits["val"]
+    if not 0 < val.bytes <= GZIPPED_BYTES:
+        return None
+    stream = TokenStream([directory / shard.file for shard in val.shards])
+    text = tokenizer.decode_bytes(stream.read(0, len(stream)).tolist())
+    return 8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text)
+
+
+def _place(document: str) -> float:
+    """Return the hash of a text as a number from 0 up to 1."""
+    data = document.encode("utf-8", "surrogatepass")  # a JSON string may hold half of a pair
+    return int.from_bytes(hashlib.sha256(data).digest()[:6], "big") / 2**48

@@ -1,0 +1,221 @@
+"""Shards that grow document by document, and a journal that says how far they are safe on the disk.
+
+A process may be killed at any moment: the next one opens the journal, cuts the files back to what
+it says, and goes on with the record after the last one counted there.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from nanogpt.data.shards import HEADER_BYTES, HEADER_INTS, MAGIC_AND_VERSION, REMEDY, Shard
+from nanogpt.data.source import file_sha256
+
+JOURNAL = "journal.json"
+SPLITS = ("train", "val")
+
+
+@dataclass
+class Tokenized:
+    """What one batch of documents adds to one split."""
+
+    tokens: np.ndarray  # (N,), <|endoftext|> before each document
+    documents: int
+    n_bytes: int  # of their text, in UTF-8
+
+
+@dataclass
+class SplitProgress:
+    """How far one split has come."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    shards: list[Shard] = field(default_factory=list)
+
+    @property
+    def open_tokens(self) -> int:
+        """The tokens of the shard that is not finished."""
+        return self.tokens - sum(shard.n_tokens for shard in self.shards)
+
+
+@dataclass
+class Progress:
+    """How far the writing has come, in records of the source and in what was made of them."""
+
+    records: int = 0
+    bad_records: int = 0
+    splits: dict[str, SplitProgress] = field(
+        default_factory=lambda: {split: SplitProgress() for split in SPLITS}
+    )
+
+
+def read_journal(directory: Path) -> tuple[dict[str, Any], Progress] | None:
+    """Return what was settled when the writing began, and how far it came; None if it never did."""
+    try:
+        journal = json.loads((directory / JOURNAL).read_bytes())
+    except FileNotFoundError:
+        return None
+    progress = journal.pop("progress")
+    splits = {
+        split: SplitProgress(**{**counts, "shards": [Shard(**shard) for shard in counts["shards"]]})
+        for split, counts in progress.pop("splits").items()
+    }
+    return journal, Progress(**progress, splits=splits)
+
+
+class CorpusWriter:
+    """Writes both splits as `train_000000.bin`, `val_000000.bin` and so on.
+
+    A validation shard ends where its training shard does, so that the first N of both are a corpus
+    of their own. `settled` goes into the journal as it is. A shard has its name only once it is
+    whole; until then it ends in `.partial`. As a context it closes what `finish` has not named.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        dtype: np.dtype,
+        shard_tokens: int,
+        settled: Mapping[str, Any],
+        progress: Progress | None = None,
+    ) -> None:
+        self.progress = progress if progress is not None else Progress()
+        self._directory = directory
+        self._shard_tokens = shard_tokens
+        self._settled = settled
+        self._files = {
+            split: _ShardFile(directory, split, dtype, self.progress.splits[split])
+            for split in SPLITS
+        }
+
+    def __enter__(self) -> "CorpusWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def append(self, parts: Mapping[str, Tokenized]) -> bool:
+        """Add what a batch holds for each split; return whether a shard was finished."""
+        for split, part in parts.items():
+            self.progress.splits[split].documents += part.documents
+            self.progress.splits[split].bytes += part.n_bytes
+        self._files["val"].write(parts["val"].tokens)
+        tokens, rolled = parts["train"].tokens, False
+        train = self.progress.splits["train"]
+        while len(tokens):
+            taken = tokens[: self._shard_tokens - train.open_tokens]
+            self._files["train"].write(taken)
+            tokens = tokens[len(taken) :]
+            if train.open_tokens == self._shard_tokens:
+                self._finish_shards()
+                rolled = True
+        return rolled
+
+    def commit(self) -> None:
+        """Put everything written so far on the disk, and then say so in the journal."""
+        for file in self._files.values():
+            file.synchronise()
+        write_json(self._directory / JOURNAL, {**self._settled, "progress": asdict(self.progress)})
+
+    def finish(self) -> None:
+        """Finish the last shards; a split without tokens is one empty shard."""
+        for name, split in self.progress.splits.items():
+            if split.open_tokens or not split.shards:
+                self._files[name].finish()
+
+    def _finish_shards(self) -> None:
+        for file in self._files.values():
+            file.finish()
+
+
+class _ShardFile:
+    """The unfinished shard of one split."""
+
+    def __init__(
+        self, directory: Path, split: str, dtype: np.dtype, progress: SplitProgress
+    ) -> None:
+        self._directory = directory
+        self._split = split
+        self._dtype = dtype
+        self._progress = progress
+        self._file: IO[bytes] | None = None
+        if progress.open_tokens:
+            self._reopen()
+
+    def write(self, tokens: np.ndarray) -> None:
+        if len(tokens):
+            self._open().write(tokens.astype(self._dtype, copy=False).tobytes())
+            self._progress.tokens += len(tokens)
+
+    def synchronise(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # of a full disk, which has been said
+                self._file.close()
+
+    def finish(self) -> None:
+        """Write the header and give the shard its name."""
+        n_tokens = self._progress.open_tokens
+        header = np.zeros(HEADER_INTS, dtype="<i4")
+        header[:3] = (*MAGIC_AND_VERSION[self._dtype], n_tokens)
+        with self._open() as file:
+            file.seek(0)
+            file.write(header.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        path = self._path()
+        os.replace(_partial(path), path)
+        self._progress.shards.append(Shard(path.name, n_tokens, file_sha256(path)))
+        self._file = None
+
+    def _path(self) -> Path:
+        return self._directory / f"{self._split}_{len(self._progress.shards):06d}.bin"
+
+    def _open(self) -> IO[bytes]:
+        if self._file is None:
+            self._file = _partial(self._path()).open("wb")
+            self._file.write(bytes(HEADER_BYTES))
+        return self._file
+
+    def _reopen(self) -> None:
+        """Cut the shard back to what the journal says; it may have been finished since."""
+        path, n_bytes = (
+            self._path(),
+            HEADER_BYTES + self._progress.open_tokens * self._dtype.itemsize,
+        )
+        if path.exists():
+            os.replace(path, _partial(path))
+        self._file = _partial(path).open("r+b")
+        if self._file.seek(0, os.SEEK_END) < n_bytes:
+            raise ValueError(
+                f"{_partial(path)} is shorter than {path.with_name(JOURNAL).name} beside it says; "
+                f"{REMEDY}"
+            )
+        self._file.truncate(n_bytes)
+        self._file.seek(n_bytes)
+
+
+def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> None:
+    """Write a JSON file that is whole at every moment."""
+    with _partial(path).open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=indent)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(_partial(path), path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
