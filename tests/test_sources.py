@@ -395,13 +395,16 @@ def visit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
     (pages / "README.md").write_text(README)
     lines = b'{"text": "first"}\n{"text": "second"}\n'
     for name, content in (
-        ("lines/a.jsonl.gz", gzip.compress(lines)),
+        ("lines/a.jsonl", lines),
+        ("texts/a.txt", b"first"),
+        ("texts/b.txt", b"second"),
+        ("compressed/a.jsonl.gz", gzip.compress(lines)),
         ("array/a.json", b'[{"text": "first"}, {"text": "second"}]'),
         ("table/a.csv", b"text,n\nfirst,1\nsecond,2\n"),
         ("program/program.py", b"raise SystemExit"),
     ):
         path = folder / "someone" / name
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
     cache = tmp_path_factory.mktemp("cache")
     with (
@@ -423,7 +426,7 @@ def test_another_split_may_be_read(visit: Visit) -> None:
     assert visit.read(replace(DATA_SET, split="test")) == ["held out"]
 
 
-@pytest.mark.parametrize("name", ["lines", "array", "table"])
+@pytest.mark.parametrize("name", ["lines", "texts", "compressed", "array", "table"])
 def test_other_kinds_of_files_are_read(visit: Visit, name: str) -> None:
     source = HubDataset(f"someone/{name}")
     assert visit.read(source) == ["first", "second"]

@@ -228,8 +228,8 @@ def open_file(path: str) -> IO[bytes]:
     import fsspec
 
     filesystem, name = fsspec.core.url_to_fs(path)
-    file: IO[bytes] = filesystem.open(name, "rb", block_size=READ_AHEAD_BYTES)
-    return file
+    file = filesystem.open(name, "rb", block_size=READ_AHEAD_BYTES)
+    return io.BufferedReader(file)  # whose readline takes a limit, unlike fsspec's
 
 
 def file_bytes(path: str) -> int:
@@ -308,7 +308,7 @@ def _decompressed(raw: IO[bytes], path: str) -> IO[bytes]:
     import pyarrow
 
     stream: Any = pyarrow.CompressedInputStream(raw, "zstd")
-    return io.BufferedReader(stream, BUFFER_BYTES)
+    return io.BufferedReader(stream, 2**16)
 
 
 def _decoded(data: bytes, where: str) -> Record:

@@ -179,7 +179,7 @@ class HubDataset(Source):
 
     def _explanation(self, error: BaseException | None) -> Exception | None:
         """Return an error in one sentence for one of huggingface_hub or below, else None."""
-        from huggingface_hub import errors
+        from huggingface_hub import utils as errors
 
         chain = list(_causes(error))
         data_set = f"the data set {self.repository}"
@@ -251,7 +251,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    from huggingface_hub import errors
+    from huggingface_hub import utils as errors
 
     if not isinstance(error, errors.HfHubHTTPError):
         return None
