@@ -17,6 +17,7 @@ import pytest
 from nanogpt.data import pretokenized
 from nanogpt.data.corpus import FORMAT, Corpus
 from nanogpt.data.pretokenized import TokenShards, fetch_pretokenized
+from nanogpt.data.writer import JOURNAL
 from nanogpt.tokenizer import Tokenizer, byte_tokenizer
 from tests.hub_server import Hub, serving
 
@@ -160,6 +161,13 @@ def test_another_tokenizer_than_the_recorded_one_is_refused(tmp_path: Path) -> N
         match=r"was tokenized with bpe-4096 and the command says gpt2; pass tokenizer=bpe",
     ):
         TokenShards(tmp_path).open(other, "gpt2")
+
+
+def test_a_corpus_that_is_not_finished_is_not_taken_for_foreign_shards(tmp_path: Path) -> None:
+    write_prepared(tmp_path)
+    (tmp_path / "manifest.json").rename(tmp_path / JOURNAL)
+    with pytest.raises(ValueError, match="a corpus that is not finished"):
+        open_shards(tmp_path)
 
 
 def test_a_manifest_of_another_project_is_no_manifest(tmp_path: Path) -> None:
@@ -307,7 +315,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "NO_PROXY": "127.0.0.1", **environment},
+        env={**os.environ, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0", **environment},
     )
 
 
@@ -322,8 +330,8 @@ def test_without_a_network_it_says_so_within_seconds(tmp_path: Path) -> None:
 
 
 def test_a_repository_is_fetched_once_and_found_again_without_a_network(tmp_path: Path) -> None:
-    folder = tmp_path / "served"
-    folder.mkdir()
+    folder = tmp_path / "served" / "someone" / "something"
+    folder.mkdir(parents=True)
     for name in ("edu_train_000001.bin", "edu_val_000000.bin"):
         write_bin(folder / name, TOKENS)
     (folder / "README.md").write_text("not wanted")
@@ -331,7 +339,7 @@ def test_a_repository_is_fetched_once_and_found_again_without_a_network(tmp_path
         f"path = fetch_pretokenized('someone/something', Path({str(tmp_path / 'data')!r}))\n"
         "print(path)"
     )
-    with serving(Hub(folder)) as hub:
+    with serving(Hub(tmp_path / "served")) as hub:
         done = run(code, HF_ENDPOINT=hub.url)
     assert done.returncode == 0, done.stderr
     fetched = tmp_path / "data" / "pretokenized" / "someone--something"
@@ -353,9 +361,12 @@ def test_a_repository_is_fetched_once_and_found_again_without_a_network(tmp_path
 def test_a_repository_without_shards_is_refused(
     repository: str, words: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "README.md").write_text("text")
+    folder = tmp_path / "someone" / "something"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("text")
     with serving(Hub(tmp_path)) as hub:
         done = run(
-            f"fetch_pretokenized({repository!r}, Path({str(tmp_path)!r}))", HF_ENDPOINT=hub.url
+            f"fetch_pretokenized({repository!r}, Path({str(tmp_path / 'data')!r}))",
+            HF_ENDPOINT=hub.url,
         )
     assert done.stderr.splitlines()[-1].startswith(words)

@@ -32,6 +32,7 @@ from nanogpt.data.foreign import (
     recognise,
 )
 from nanogpt.data.shards import Part, TokenStream
+from nanogpt.data.writer import JOURNAL
 from nanogpt.hub import check_reachable
 from nanogpt.tokenizer import Tokenizer
 
@@ -69,6 +70,10 @@ class TokenShards:
         root = self._root()
         if is_prepared(root):
             return _open_prepared(root, tokenizer, tokenizer_key)
+        if (root / JOURNAL).exists():
+            raise ValueError(
+                f"{root} is a corpus that is not finished; give the command that began it again"
+            )
         if tokenizer is None:
             raise ValueError(
                 f"{root} holds tokens and no text to learn tokenizer {tokenizer_key} from; pass "

@@ -1,0 +1,178 @@
+"""The command `python -m nanogpt.inspect`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanogpt import inspect
+from nanogpt.data.corpus import Corpus
+from nanogpt.data.preparing import Preparation, prepare
+from nanogpt.data.text import TextFiles
+from nanogpt.data.writer import JOURNAL
+from nanogpt.inspect import document_lengths, main
+from nanogpt.tokenizer import byte_tokenizer
+
+EOT = byte_tokenizer().eot_id
+
+
+class Stream:
+    """Tokens in memory."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = np.array(tokens, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def n_tokens(self, at_least: int) -> int:
+        return len(self)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.tokens[start:stop]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    """Ten documents of 20 bytes and a long one, as bytes, in shards of 100 tokens."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(10):
+        (texts / f"{i}.txt").write_text(f"document {i}".ljust(20, "."))
+    (texts / "long.txt").write_text("\x1b[31mred " + "é" * 400)
+    source = TextFiles(texts, val_fraction=0.2)
+    return prepare(
+        Preparation(source, lambda _: byte_tokenizer(), "byte", tmp_path / "data", shard_tokens=100)
+    )
+
+
+def test_a_prepared_corpus_is_described_sampled_and_verified(
+    corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(corpus.directory), "--samples", "40"]) == 0
+    said = capsys.readouterr().out
+    train = corpus.manifest["splits"]["train"]
+    n_shards = len(train["shards"]) + len(corpus.manifest["splits"]["val"]["shards"])
+    assert "source     text" in said
+    assert "tokenizer  byte, 273 ids" in said
+    assert f"{train['tokens']:,} tokens, {train['documents']:,} documents" in said
+    assert f"{train['bytes'] / train['tokens']:.2f} bytes per token" in said
+    assert "  | document" in said
+    assert "\x1b" not in said
+    assert said.endswith(f"{n_shards} shards as recorded\n")
+
+
+def test_a_damaged_shard_is_named(
+    corpus: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanogpt.data.corpus.HASHED_AT_OPEN_BYTES", 0)  # as for a large corpus
+    path = corpus.directory / "train_000001.bin"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert main([str(corpus.directory), "--no-verify"]) == 0
+    assert main([str(corpus.directory)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("nanogpt.inspect: train_000001.bin in ")
+    assert "train_000000" not in error
+    assert len(error.splitlines()) == 1
+
+
+def test_shards_of_others_are_read_with_the_tokenizer_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = np.array([*b"first", EOT, *b"second ", EOT] * 300, dtype=np.uint16)
+    np.save(tmp_path / "a.npy", tokens)
+    assert main([str(tmp_path / "a.npy"), "--tokenizer", "byte", "--samples", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "train      1 shards, 3,175 tokens" in said  # of 4,200, all but 1,025
+    assert said.count("  | first\n") + said.count("  | second \n") == 2
+    assert "no SHA-256 is recorded" in said
+
+
+def test_shards_of_others_are_taken_for_gpt2_and_it_is_said_where_that_is_not_to_be_had(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unavailable() -> None:
+        raise FileNotFoundError("no table")
+
+    monkeypatch.setattr(inspect, "gpt2_tokenizer", unavailable)
+    assert main([str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "set TIKTOKEN_CACHE_DIR to a folder with them, or pass --tokenizer byte" in error
+
+
+def test_without_a_path_corpora_are_listed(
+    corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data_dir = corpus.directory.parent
+    (data_dir / "begun").mkdir()
+    (data_dir / "begun" / JOURNAL).write_text("{}")
+    (data_dir / "another").mkdir()
+    assert main(["--data-dir", str(data_dir)]) == 0
+    begun, made = capsys.readouterr().out.splitlines()
+    assert begun == f"{data_dir / 'begun'}  not finished; the command that began it continues"
+    assert made == (
+        f"{corpus.directory}  byte, {len(corpus.train):,} training and "
+        f"{len(corpus.val):,} validation tokens"
+    )
+
+
+def test_without_corpora_it_says_how_to_make_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--data-dir", str(tmp_path)]) == 0
+    assert "python -m nanogpt.prepare DATASET makes one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", ["nowhere", "manifest"])
+def test_bad_input_is_one_sentence(
+    broken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "manifest.json").write_text("{")
+    path = tmp_path if broken == "manifest" else tmp_path / broken
+    assert main([str(path), "--tokenizer", "byte"]) == 1
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [EOT, 1, EOT, 1, 1, EOT, 1, 1, 1, EOT, *[1] * 8],  # as here and build-nanogpt: before
+        [1, EOT, 1, 1, EOT, 1, 1, 1, EOT, *[1] * 8, EOT],  # as nanoGPT: after
+    ],
+)
+@pytest.mark.parametrize("block_tokens", [1, 2, 3, 100])
+def test_lengths_are_counted_over_any_border(
+    tokens: list[int], block_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect, "BLOCK_TOKENS", block_tokens)
+    counts = document_lengths(Stream(tokens), EOT)
+    assert counts[:5].tolist() == [1, 2, 0, 1, 0]  # lengths 1; 2 and 3; none; 8
+    assert counts.sum() == 4
+
+
+def test_of_a_long_stream_whole_documents_in_spread_blocks_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inspect, "BLOCK_TOKENS", 20)
+    monkeypatch.setattr(inspect, "COUNTED_TOKENS", 1000)
+    monkeypatch.setattr(inspect, "COUNTED_BLOCKS", 4)
+    counts = document_lengths(Stream([EOT, 1, 1, 1, 1] * 400), EOT)
+    assert counts[2] == counts.sum() == 12  # 20 tokens have 4 <|endoftext|>, with 3 between
+    said = list(inspect.histogram(Stream([EOT, 1, 1, 1, 1] * 400), EOT))
+    assert said[1].endswith("sampled: those that lie whole in 80 of the tokens")
+    assert said[2].split() == ["4", "..", "7", "12", "#" * 40]
+
+
+def test_the_listing_reads_manifests_only(
+    corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((corpus.directory / "manifest.json").read_text())
+    for shard in manifest["splits"]["train"]["shards"]:
+        (corpus.directory / shard["file"]).unlink()
+    assert main(["--data-dir", str(corpus.directory.parent)]) == 0
+    assert f"{manifest['splits']['train']['tokens']:,} training" in capsys.readouterr().out
