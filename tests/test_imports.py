@@ -19,6 +19,7 @@ CORE = {
     "checkpoint",
     "optim",
     "hub",
+    "tokenizer_files",
 }
 
 

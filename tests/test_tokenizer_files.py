@@ -1,0 +1,234 @@
+"""Tokenizers survive Hugging Face's files, and encode there as here."""
+
+import json
+import unicodedata
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanogpt.tokenizer import (
+    BPE_PATTERN,
+    END_OF_TEXT,
+    GPT2_PATTERN,
+    BytePairTokenizer,
+    Tokenizer,
+    bpe_tokenizer,
+    byte_tokenizer,
+    gpt2_tokenizer,
+)
+from nanogpt.tokenizer_files import GPT2_FINGERPRINT, merges_of, read_tokenizer, write_tokenizer
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from transformers import AutoTokenizer
+
+EDGES = [
+    "",
+    "\r\n\r\n  indented\r\n\tx",
+    "a<|endoftext|>b <|reserved_3|>",
+    "😀👩‍👩‍👧 naïve e\u0301 \u3000\u2028\u0085 \x00\x1f",
+    "don't DON'T 'ſ it''s 1234567 ½ ٣٤",
+    "def f():\n\n\n    return {1: 'x'}   \n",
+    " " * 300 + "x" + "\n" * 50,
+]
+
+
+def small_bpe() -> Tokenizer:
+    source = Path(__file__).read_text(encoding="utf-8")
+    return bpe_tokenizer([source, "Grüße, 😀😀! " * 9], 500)
+
+
+def gpt2() -> Tokenizer:
+    try:
+        return gpt2_tokenizer()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+MAKERS: dict[str, Callable[[], Tokenizer]] = {
+    "byte": byte_tokenizer,
+    "bpe": small_bpe,
+    "gpt2": gpt2,
+}
+each_tokenizer = pytest.mark.parametrize("name", MAKERS)
+
+
+@cache
+def written(name: str, directory: Path) -> tuple[Tokenizer, Any, Path]:
+    """Return a tokenizer, transformers' reading of its files, and where these lie."""
+    tokenizer = MAKERS[name]()
+    path = directory / f"tokenizer-{name}"
+    path.mkdir()
+    (path / "config.json").write_text('{"model_type": "gpt2"}')
+    write_tokenizer(tokenizer, path, block_size=64)
+    return tokenizer, AutoTokenizer.from_pretrained(path), path
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tokenizers")
+
+
+def encoded(there: Any, text: str) -> list[int]:
+    return list(there(text)["input_ids"])
+
+
+@each_tokenizer
+def test_transformers_encodes_awkward_texts_as_we_do(name: str, directory: Path) -> None:
+    tokenizer, there, _ = written(name, directory)
+    for text in EDGES:
+        ids = tokenizer.encode(text)
+        assert encoded(there, text) == ids, text
+        assert there.decode(ids) == tokenizer.decode(ids) == text
+
+
+def known(text: str) -> bool:
+    """Whether every character is of Unicode 3.2: of the newest, libraries know different ones."""
+    return all(unicodedata.ucd_3_2_0.category(c) != "Cn" for c in text)
+
+
+@each_tokenizer
+def test_transformers_encodes_any_text_as_we_do(name: str, directory: Path) -> None:
+    tokenizer, there, _ = written(name, directory)
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.text(st.characters(codec="utf-8"), max_size=60).filter(known))
+    def check(text: str) -> None:
+        assert encoded(there, text) == tokenizer.encode(text)
+
+    check()
+
+
+@each_tokenizer
+def test_the_special_tokens_keep_their_ids_and_none_is_added(name: str, directory: Path) -> None:
+    tokenizer, there, _ = written(name, directory)
+    assert there.eos_token_id == there.bos_token_id == tokenizer.eot_id
+    assert len(there) == tokenizer.vocab_size
+    special_ids = there.convert_tokens_to_ids(list(tokenizer.special_tokens))
+    assert special_ids == list(tokenizer.special_tokens.values())
+    assert encoded(there, "x") == tokenizer.encode("x")
+
+
+@each_tokenizer
+def test_files_read_back_are_the_same_tokenizer(name: str, directory: Path) -> None:
+    tokenizer, _, path = written(name, directory)
+    there = read_tokenizer(path)
+    assert there is not None
+    assert there.fingerprint == tokenizer.fingerprint
+
+
+def test_gpt2_is_recognised_in_vocab_and_merges_alone(directory: Path, tmp_path: Path) -> None:
+    tokenizer, _, path = written("gpt2", directory)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((path / name).read_bytes())
+    there = read_tokenizer(tmp_path)
+    assert there is not None
+    assert there.fingerprint == tokenizer.fingerprint == GPT2_FINGERPRINT
+    assert there.name == "gpt2"
+
+
+def test_what_transformers_saves_is_read_back(directory: Path, tmp_path: Path) -> None:
+    tokenizer, there, _ = written("bpe", directory)
+    there.save_pretrained(tmp_path)
+    back = read_tokenizer(tmp_path)
+    assert back is not None
+    assert back.fingerprint == tokenizer.fingerprint
+
+
+def test_a_directory_without_files_has_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    assert read_tokenizer(tmp_path) is None
+
+
+def table(*merged: bytes) -> BytePairTokenizer:
+    tokens = [*(bytes([i]) for i in range(256)), *merged]
+    return BytePairTokenizer("bpe", GPT2_PATTERN, tokens, [END_OF_TEXT])
+
+
+def test_merges_follow_from_the_table() -> None:
+    merges = merges_of(table(b"he", b"lo", b"hel", b"hello", b"loh"))
+    assert merges == [(b"h", b"e"), (b"l", b"o"), (b"he", b"l"), (b"hel", b"lo"), (b"lo", b"h")]
+
+
+def test_a_table_that_no_merges_lead_to_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"b'abc' cannot be made by merging pairs"):
+        merges_of(table(b"abc"))
+
+
+def test_another_table_than_gpt2s_is_read_as_one_of_its_own(tmp_path: Path) -> None:
+    write_tokenizer(table(b"he", b"ll"), tmp_path, block_size=8)
+    (tmp_path / "tokenizer.json").unlink()
+    there = read_tokenizer(tmp_path)
+    assert there is not None
+    assert (there.name, there.vocab_size) == ("bpe", 259)
+    assert there.encode("hell") == [256, 257]
+
+
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model"), "is not a byte-level BPE"),
+        (lambda t: t["model"].update(type="Unigram"), "is not a byte-level BPE"),
+        (lambda t: t.update(normalizer={"type": "NFC"}), "without normalisation"),
+        (lambda t: t["pre_tokenizer"].update(type="Whitespace"), "is not a byte-level BPE"),
+        (lambda t: t["pre_tokenizer"].update(use_regex=False), "does not cut texts into words"),
+        (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "is not a byte-level BPE"),
+        (lambda t: t["model"]["merges"].reverse(), "does not merge in the order of its ids"),
+        (lambda t: t["model"]["merges"].pop(), "other than 256 bytes, 1 merges"),
+        (lambda t: t["model"]["merges"].append("a b c"), "not all of two tokens"),
+        (lambda t: t["model"]["vocab"].update(zzz=999), "from 0 up without a gap"),
+        (
+            lambda t: (t["model"]["vocab"].pop(END_OF_TEXT), t["added_tokens"].clear()),
+            r"has no <\|endoftext\|>",
+        ),
+    ],
+)
+def test_another_kind_of_tokenizer_is_refused_by_name(
+    change: Change, message: str, tmp_path: Path
+) -> None:
+    write_tokenizer(table(b"he", b"ll"), tmp_path, block_size=8)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"tokenizer\.json .*{message}"):
+        read_tokenizer(tmp_path)
+
+
+def test_merges_of_another_order_than_the_table_tells_are_refused(tmp_path: Path) -> None:
+    write_tokenizer(table(b"he", b"el", b"hel"), tmp_path, block_size=8)
+    merges = tmp_path / "merges.txt"
+    merges.write_text(merges.read_text().replace("he l", "h el"))
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="merges pairs that lower ids do not lead to"):
+        read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+def test_a_damaged_file_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json (is|does) not .*; fetch it again"):
+        read_tokenizer(tmp_path)
+
+
+def test_a_template_lets_its_markers_be_special(tmp_path: Path) -> None:
+    write_tokenizer(byte_tokenizer(), tmp_path, block_size=8, chat_template="{{ 1 }}")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    there = AutoTokenizer.from_pretrained(tmp_path)
+    assert there.chat_template == "{{ 1 }}"
+    assert encoded(there, "a<|endoftext|>") == [97, 256]
+
+
+def test_our_own_pattern_travels(directory: Path) -> None:
+    _, _, path = written("bpe", directory)
+    content = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert content["pre_tokenizer"]["pretokenizers"][0]["pattern"] == {"Regex": BPE_PATTERN}
