@@ -11,14 +11,16 @@ import json
 import os
 import pickle
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.model import GPT, PRESETS, GPTConfig
+from nanogpt.pretrained import fetch_pretrained, load_pretrained
 from nanogpt.tokenizer import Tokenizer, from_record, gpt2_tokenizer
+from nanogpt.tokenizer_files import read_tokenizer
 
 FORMAT = 1
 KEY = "nanogpt"
@@ -95,19 +97,52 @@ def load_checkpoint(
 def init_model(init_from: Path) -> Checkpoint:
     """Return the model and tokenizer that a new run starts from.
 
-    `init_from` is what `find_init_from` returned: a `.ckpt`, or a Hugging Face GPT-2.
+    `init_from` is what `find_init_from` returned: a `.ckpt`, or a Hugging Face GPT-2, whose
+    tokenizer is GPT-2's where none lies beside it. Raises ValueError where the tokenizer has more
+    or fewer ids than the model.
     """
     if init_from.is_file():
         return load_checkpoint(init_from)
-    model = GPT.from_pretrained(init_from)
-    return Checkpoint(model, gpt2_tokenizer(), None, None, "pretrain", model.config, 0, init_from)
+    tokenizer = read_tokenizer(init_from) or gpt2_tokenizer()
+    model = load_pretrained(init_from)
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"{init_from} has a model with vocab_size={model.config.vocab_size} and the tokenizer "
+            f"{tokenizer.name} with {tokenizer.vocab_size} ids; put the tokenizer.json that the "
+            f"model was trained with there"
+        )
+    return Checkpoint(model, tokenizer, None, None, "pretrain", model.config, 0, init_from)
 
 
-def find_init_from(init_from: str, runs_dir: str | Path) -> Path:
-    """Return the file, or the directory of a Hugging Face GPT-2, that `init_from` stands for."""
+def with_block_size(start: Checkpoint, block_size: int) -> Checkpoint:
+    """Return a checkpoint for shorter contexts, without the position embeddings beyond them."""
+    assert block_size <= start.config.block_size
+    config = replace(start.config, block_size=block_size)
+    weights = start.model.state_dict()
+    if "wpe.weight" in weights:
+        weights["wpe.weight"] = weights["wpe.weight"][:block_size].clone()
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(weights, assign=True)
+    return replace(start, model=model.train(start.model.training), config=config)
+
+
+def find_init_from(init_from: str, runs_dir: str | Path, data_dir: str | Path) -> Path:
+    """Return the file, or the directory of a Hugging Face GPT-2, that `init_from` stands for.
+
+    gpt2, gpt2-medium, gpt2-large and gpt2-xl are always the published weights, under data_dir or
+    else fetched; a run or a directory of that name is typed as a path (./gpt2).
+    """
+    if init_from in PRESETS:
+        return fetch_pretrained(init_from, data_dir)
     if (Path(init_from) / "config.json").is_file():
         return Path(init_from)
-    return find_checkpoint(init_from, runs_dir)
+    try:
+        return find_checkpoint(init_from, runs_dir)
+    except FileNotFoundError as error:
+        if init_from == "latest" or Path(init_from).exists():
+            raise
+        raise FileNotFoundError(f"{error}, or one of {', '.join(PRESETS)}") from error
 
 
 def model_weights(raw: dict[str, Any]) -> dict[str, torch.Tensor]:

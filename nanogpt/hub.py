@@ -37,7 +37,7 @@ def _problem_of(endpoint: str) -> str:
 
 
 def _ask(endpoint: str) -> str:
-    from huggingface_hub import get_session
+    from huggingface_hub.utils import get_session
 
     try:
         answer = get_session().head(endpoint, timeout=ANSWERS_WITHIN_S)

@@ -1,21 +1,27 @@
-"""Published GPT-2 weights, read from a local Hugging Face directory.
+"""Published GPT-2 weights, fetched by name and read from a local Hugging Face directory.
 
 There, linear maps are stored input by output ("Conv1D"): the transpose of ours.
 """
 
-import json
+import logging
+import os
 import pickle
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nanogpt.hub import check_reachable
 from nanogpt.model import GPT, NORM_EPSILON, GPTConfig
+from nanogpt.tokenizer_files import MERGES, VOCAB, read_json, read_tokenizer
 
+CONFIG = "config.json"
+FETCHED = (CONFIG, VOCAB, MERGES, "model.safetensors")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each whole, or in shards with an index
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
@@ -29,6 +35,23 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
+
+log = logging.getLogger("nanogpt")
+
+
+def fetch_pretrained(name: str, data_dir: str | PathLike[str]) -> Path:
+    """Return the directory data_dir/weights/name of published weights, fetched where need be.
+
+    `name` is gpt2, gpt2-medium, gpt2-large or gpt2-xl. Weights that lie there whole are found
+    without the network, and a download that broke off is continued. Raises ConnectionError within
+    seconds where the hub cannot be reached, ValueError where other weights lie there.
+    """
+    expected = GPTConfig.preset(name)
+    directory = Path(data_dir) / "weights" / name
+    if _unreadable(directory):
+        _fetch(name, directory)
+    _check_shape(name, expected, directory)
+    return directory
 
 
 def load_pretrained(path: str | PathLike[str]) -> GPT:
@@ -47,13 +70,94 @@ def load_pretrained(path: str | PathLike[str]) -> GPT:
     return model
 
 
+def _unreadable(directory: Path) -> list[str]:
+    """Return which of the fetched files are missing or damaged."""
+    unreadable = []
+    try:
+        read_json(directory / CONFIG)
+    except (ValueError, OSError):
+        unreadable.append(CONFIG)
+    try:
+        whole = read_tokenizer(directory) is not None
+    except (ValueError, OSError):
+        whole = False
+    if not whole:
+        unreadable += [VOCAB, MERGES]
+    try:
+        with safe_open(directory / FETCHED[-1], framework="pt"):  # compares header and size
+            pass
+    except (SafetensorError, OSError):
+        unreadable.append(FETCHED[-1])
+    return unreadable
+
+
+def _fetch(name: str, directory: Path) -> None:
+    """Fetch the files of published weights that are missing or damaged."""
+    repository = f"openai-community/{name}"
+    check_reachable(
+        f"the weights of {repository}",
+        f"run python -m nanogpt.prepare {name} on a connected machine and copy its {directory} "
+        f"here, or pass init_from=PATH of a local Hugging Face directory",
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / ".lock"):
+        for file in _unreadable(directory):
+            log.info("fetching %s of %s into %s", file, repository, directory)
+            try:
+                _download(repository, file, directory)
+            except Exception as error:  # of the system or of an HTTP library, which one varies
+                why = str(error).strip().split("\n")[0]
+                raise ConnectionError(
+                    f"fetching {file} of {repository} broke off ({type(error).__name__}: {why}); "
+                    f"the same command continues it"
+                ) from error
+    if files := _unreadable(directory):
+        raise ValueError(
+            f"{directory / files[0]} is damaged as fetched; remove {directory} and try again"
+        )
+
+
+def _download(repository: str, file: str, directory: Path) -> None:
+    """Download a file, from where it broke off, and name it when it is whole.
+
+    `hf_hub_download` would begin a broken file anew (huggingface_hub 2.4), and these are large.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    url = hf_hub_url(repository, file)
+    found = get_hf_file_metadata(url)
+    part = directory / f".{file}.{found.etag}.part"
+    with open(part, "ab") as to:
+        http_get(
+            url,
+            to,
+            resume_size=to.tell(),
+            headers=build_hf_headers(),
+            expected_size=found.size,
+            displayed_filename=file,
+        )
+    os.replace(part, directory / file)
+
+
+def _check_shape(name: str, expected: GPTConfig, directory: Path) -> None:
+    found = _read_config(directory)
+    for key in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
+        if (there := getattr(found, key)) != (wanted := getattr(expected, key)):
+            raise ValueError(
+                f"{directory} has {key}={there} but {name} has {wanted}; remove the directory, or "
+                f"pass another data_dir"
+            )
+
+
 def _read_config(directory: Path) -> GPTConfig:
-    path = directory / "config.json"
+    path = directory / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; pass a directory in which a Hugging Face GPT-2 was saved"
         )
-    found = _read_json(path)
+    found = read_json(path)
     if found.get("model_type") != "gpt2":
         raise ValueError(
             f"{path} has model_type={found.get('model_type')!r}; only 'gpt2' can be read"
@@ -101,7 +205,7 @@ def _weight_paths(directory: Path) -> list[Path]:
             return [path]
         if index.is_file():
             return [
-                directory / shard for shard in sorted(set(_read_json(index)["weight_map"].values()))
+                directory / shard for shard in sorted(set(read_json(index)["weight_map"].values()))
             ]
     raise FileNotFoundError(
         f"{directory} holds neither {' nor '.join(WEIGHTS)}; "
@@ -120,16 +224,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} is truncated, damaged, or holds more than tensors; fetch it again"
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON; fetch it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} does not hold a JSON object; fetch it again")
-    return found
 
 
 def _check_shapes(directory: Path, tensors: dict[str, Tensor], model: GPT) -> None:

@@ -1,8 +1,12 @@
 """The model equals transformers' GPT-2 on the same weights; what is not a GPT-2 is refused."""
 
 import json
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanogpt.model import GPT
-from nanogpt.pretrained import load_pretrained
+from nanogpt.checkpoint import find_init_from, init_model, with_block_size
+from nanogpt.model import GPT, PRESETS
+from nanogpt.pretrained import fetch_pretrained, load_pretrained
+from nanogpt.tokenizer import (
+    END_OF_TEXT,
+    GPT2_PATTERN,
+    BytePairTokenizer,
+    bpe_tokenizer,
+    byte_tokenizer,
+)
+from nanogpt.tokenizer_files import write_tokenizer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -213,3 +226,192 @@ def test_a_pickle_that_would_run_code_is_refused(directory: Path) -> None:
     torch.save({"wte.weight": Malicious()}, directory / "pytorch_model.bin")
     with pytest.raises(ValueError, match="holds more than tensors"):
         load_pretrained(directory)
+
+
+# Fetching by name
+
+
+@dataclass
+class Hub:
+    """A hub on this machine that has the files of openai-community/gpt2."""
+
+    files: Path
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    breaks_at: int | None = None  # the byte of a file before which connections break
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory like that of published weights: GPT-2's vocabulary size, but tiny."""
+    directory = tmp_path_factory.mktemp("published")
+    shape = {**SHAPE, "n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 50257}
+    GPT2LMHeadModel(GPT2Config(**{**shape, "n_positions": 1024}, **SPECIAL)).save_pretrained(
+        directory
+    )
+    pairs = [bytes(pair) for pair in product(range(256), repeat=2)][:50_000]
+    tokens = [*(bytes([i]) for i in range(256)), *pairs]
+    tokenizer = BytePairTokenizer("bpe", GPT2_PATTERN, tokens, [END_OF_TEXT])
+    write_tokenizer(tokenizer, directory, block_size=1024)
+    return directory
+
+
+@pytest.fixture
+def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The hub that huggingface_hub talks to, with a tiny model under the name gpt2."""
+    monkeypatch.setitem(PRESETS, "gpt2", (2, 2, 8))
+    hub = Hub(published)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.path.rpartition("/resolve/main/")[2]
+            wanted = self.headers.get("Range")
+            hub.requests.append((self.command, name, wanted))
+            if not (hub.files / name).is_file():
+                return self.send_error(404)
+            content = (hub.files / name).read_bytes()
+            start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
+            self.send_response(206 if wanted else 200)
+            self.send_header("ETag", '"' + name.encode().hex().ljust(40, "0")[:40] + '"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(len(content) - start))
+            if wanted:
+                range_ = f"bytes {start}-{len(content) - 1}/{len(content)}"
+                self.send_header("Content-Range", range_)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content[start : hub.breaks_at])
+            return None
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("time.sleep", lambda _: None)  # between the library's attempts
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield hub
+        server.shutdown()
+        thread.join()
+
+
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_published_weights_are_fetched_once(
+    hub: Hub, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = fetch_pretrained("gpt2", tmp_path)
+    assert directory == tmp_path / "weights" / "gpt2"
+    for name in ("config.json", "vocab.json", "merges.txt", "model.safetensors"):
+        assert (directory / name).read_bytes() == (published / name).read_bytes()
+    offline(monkeypatch)
+    n_requests = len(hub.requests)
+    assert find_init_from("gpt2", tmp_path / "runs", tmp_path) == directory
+    assert len(hub.requests) == n_requests
+
+
+def test_a_directory_that_was_copied_here_needs_no_network(
+    hub: Hub, published: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "weights" / "gpt2"
+    copy.parent.mkdir()
+    copy.symlink_to(published)
+    assert fetch_pretrained("gpt2", tmp_path) == copy
+    assert not hub.requests
+
+
+def test_without_a_network_one_sentence_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offline(monkeypatch)
+    with pytest.raises(ConnectionError) as caught:
+        find_init_from("gpt2-medium", tmp_path / "runs", tmp_path)
+    assert str(caught.value) == (
+        "the weights of openai-community/gpt2-medium cannot be fetched: HF_HUB_OFFLINE is set; run "
+        f"python -m nanogpt.prepare gpt2-medium on a connected machine and copy its "
+        f"{tmp_path / 'weights' / 'gpt2-medium'} here, or pass init_from=PATH of a local Hugging "
+        "Face directory"
+    )
+
+
+def test_a_download_that_broke_off_is_continued(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 500)  # what is kept
+    hub.breaks_at = 1000
+    with pytest.raises(ConnectionError, match=r"fetching .* broke off .*same command continues it"):
+        fetch_pretrained("gpt2", tmp_path)
+    assert not (tmp_path / "weights" / "gpt2" / "model.safetensors").exists()
+    hub.breaks_at = None
+    hub.requests.clear()
+    fetch_pretrained("gpt2", tmp_path)
+    assert ("GET", "config.json", None) not in hub.requests  # it was whole
+    assert any(range_ is not None for _, _, range_ in hub.requests)
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocab.json", "merges.txt", "model.safetensors"])
+def test_half_a_file_is_fetched_again(name: str, hub: Hub, tmp_path: Path) -> None:
+    directory = fetch_pretrained("gpt2", tmp_path)
+    path = directory / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    fetch_pretrained("gpt2", tmp_path)
+    assert path.read_bytes() == whole
+
+
+def test_other_weights_under_the_name_are_refused(
+    hub: Hub, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "gpt2", (3, 2, 8))
+    with pytest.raises(ValueError, match="has n_layer=2 but gpt2 has 3; remove the directory"):
+        fetch_pretrained("gpt2", tmp_path)
+
+
+def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="or one of gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
+        find_init_from("gpt3", tmp_path, tmp_path)
+
+
+# Starting from a directory
+
+
+def test_the_tokenizer_comes_from_beside_the_weights(directory: Path, tmp_path: Path) -> None:
+    tokenizer = bpe_tokenizer(["the cat sat on the mat " * 9], 280)
+    shape = {**SHAPE, "vocab_size": tokenizer.vocab_size}
+    GPT2LMHeadModel(GPT2Config(**shape, **SPECIAL)).save_pretrained(tmp_path / "own")
+    write_tokenizer(tokenizer, tmp_path / "own", block_size=32)
+    assert init_model(tmp_path / "own").tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(directory: Path) -> None:
+    write_tokenizer(byte_tokenizer(), directory, block_size=32)
+    with pytest.raises(ValueError, match="vocab_size=97 and the tokenizer byte with 273 ids"):
+        init_model(directory)
+
+
+def test_a_shorter_block_size_cuts_the_positions(
+    reference: GPT2LMHeadModel, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanogpt.checkpoint.read_tokenizer", lambda _: Vocabulary())
+    start = with_block_size(init_model(directory), 8)
+    assert start.config.block_size == start.model.config.block_size == 8
+    assert start.model.wpe.weight.shape == (8, 48)
+    ids = some_ids()[:, :8]
+    assert (start.model.eval()(ids) - reference(ids).logits).abs().max() <= 1e-5
+    with pytest.raises(ValueError, match="block_size=8"):
+        start.model(some_ids()[:, :9])
+
+
+class Vocabulary:
+    """As much of a tokenizer as a start asks for."""
+
+    name, vocab_size = "stub", 97

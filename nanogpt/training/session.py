@@ -26,6 +26,7 @@ from nanogpt.checkpoint import (
     load_checkpoint,
     read_checkpoint,
     weights_sha256,
+    with_block_size,
 )
 from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
@@ -168,15 +169,17 @@ class Session:
         """Return the model and tokenizer that `init_from` names, None where they are to be made.
 
         A run that continues takes them from its own checkpoint: its start is not resolved again.
-        Raises ValueError where a model key was typed that differs.
+        Raises ValueError where a model key was typed that differs, but for a shorter block_size.
         """
-        init_from, runs_dir = self.config["init_from"], self.config["runs_dir"]
-        if init_from is None:
+        config = self.config
+        if config["init_from"] is None:
             return None
         if self.resume_step:
             return load_checkpoint(self.run.last_checkpoint)
-        start = init_model(on_rank_zero(lambda: find_init_from(init_from, runs_dir)))
-        check_model_keys(start, self.config["model"], self.config["typed"])
+        where = (config["init_from"], config["runs_dir"], config["data_dir"])
+        start = init_model(on_rank_zero(lambda: find_init_from(*where)))
+        start = shorten(start, config["model"]["block_size"], config["typed"])
+        check_model_keys(start, config["model"], config["typed"])
         return start
 
     def settle(
@@ -372,6 +375,19 @@ class Session:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+
+
+def shorten(start: Checkpoint, block_size: int, typed: Mapping[str, Any]) -> Checkpoint:
+    """Return the model to start from, with the typed block_size where that is the shorter one."""
+    if "model.block_size" not in typed or block_size >= start.config.block_size:
+        return start
+    log.info(
+        "%s: block_size cut from %s to %s, with the position embeddings beyond it",
+        start.path,
+        start.config.block_size,
+        block_size,
+    )
+    return with_block_size(start, block_size)
 
 
 def check_model_keys(start: Checkpoint, model: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
