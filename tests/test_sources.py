@@ -125,6 +125,13 @@ def test_text_may_be_a_pattern(folder: Path) -> None:
     assert TextFiles(f"{folder}/**/*").fingerprint() == TextFiles(folder).fingerprint()
 
 
+def test_json_is_read_where_it_is_named(folder: Path) -> None:
+    (folder / "d.json").write_text('{"text": "by name"}\n')
+    assert all_read(TextFiles(folder)) == IN_FOLDER
+    assert all_read(TextFiles(folder / "d.json")) == ["by name"]
+    assert all_read(TextFiles(f"{folder}/d.*")) == ["by name"]
+
+
 def test_text_may_have_another_name(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"body": "here"}\n')
@@ -233,8 +240,8 @@ def test_extent_of_many_files_is_that_of_some(tmp_path: Path) -> None:
         ),
         ("list.jsonl", b"[1]", "line 1 has no text under 'text'"),
         ("number.jsonl", b'{"text": 1}', "line 1 has no text under 'text'"),
-        ("deep.jsonl", b"[" * 100_000, "line 1 is not JSON"),
-        ("cut.jsonl", b'{"text": "a"}\n{"text":', "cut.jsonl, line 2 is not JSON"),
+        ("deep.jsonl", b"[" * 100_000, "line 1 is not one JSON record"),
+        ("cut.jsonl", b'{"text": "a"}\n{"text":', "cut.jsonl, line 2 is not one JSON record"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9], "cut.jsonl.gz is damaged after"),
         ("no.jsonl.gz", b"plain", "no.jsonl.gz is damaged after line 0"),
         ("no.jsonl.zst", b"plain text", "no.jsonl.zst is damaged after line 0"),

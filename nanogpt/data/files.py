@@ -18,8 +18,8 @@ from typing import IO, Any
 
 from nanogpt.data.source import Extent
 
-LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
-RECORDS = (".parquet", *LINES)
+RECORDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+JSON = (".json", ".json.gz", ".json.zst")  # JSON Lines by another name, where they are asked for
 TEXTS = (".txt", ".md", ".py")
 STRING_TYPES = ("string", "large_string", "string_view")  # of Arrow, dictionaries of them too
 BATCH_ROWS = 64  # of parquet, decoded together
@@ -64,7 +64,7 @@ class Reader:
 
     def extent(self, paths: Sequence[str]) -> Extent:
         """Estimate what is read of the files, and the text in it, from a look into some of them."""
-        sizes = [file_bytes(path) for path in paths]
+        sizes = file_sizes(paths)
         measured = range(0, len(paths), -(-len(paths) // MEASURED_FILES))
         parts = [self._measure(paths[i], sizes[i]) for i in measured]
         scale = sum(sizes) / max(sum(sizes[i] for i in measured), 1)
@@ -169,7 +169,7 @@ class Reader:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             return ValueError(
-                f"{where} is not JSON ({error}); mend or remove the line, {PASS_OVER}"
+                f"{where} is not one JSON record ({error}); mend or remove the line, {PASS_OVER}"
             )
         if isinstance(record, dict) and isinstance(record.get(self.text_column), str):
             return record[self.text_column]
@@ -232,14 +232,16 @@ def open_file(path: str) -> IO[bytes]:
     return io.BufferedReader(file)  # whose readline takes a limit, unlike fsspec's
 
 
-def file_bytes(path: str) -> int:
-    """Return the size of a local or remote file."""
-    if not is_remote(path):
-        return os.stat(path).st_size
+def file_sizes(paths: Sequence[str]) -> list[int]:
+    """Return the bytes of local or of remote files."""
+    if not is_remote(paths[0]):
+        return [os.stat(path).st_size for path in paths]
     import fsspec
 
-    filesystem, name = fsspec.core.url_to_fs(path)
-    return int(filesystem.size(name))
+    filesystem, _ = fsspec.core.url_to_fs(paths[0])
+    for folder in dict.fromkeys(path.rpartition("/")[0] for path in paths):
+        filesystem.ls(folder)  # one request instead of one for each file; it is remembered
+    return [int(filesystem.size(path)) for path in paths]
 
 
 @contextmanager

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nanogpt.data.files import RECORDS, Reader, open_file
+from nanogpt.data.files import JSON, RECORDS, Reader, open_file
 from nanogpt.data.source import Extent, Source
 from nanogpt.data.text import TextFiles
 from nanogpt.hub import check_reachable
 
-READABLE = (*RECORDS, ".txt")
+READABLE = (*RECORDS, *JSON, ".txt")
 LISTED_NAMES = 20  # of subsets, in an error
 ANSWER_S = 10.0  # for the revision; reading has time limits and retries of huggingface_hub's own
 TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "h11", "aiohttp"}

@@ -6,10 +6,10 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from nanogpt.data.files import RECORDS, TEXTS, Reader
+from nanogpt.data.files import JSON, RECORDS, TEXTS, Reader
 from nanogpt.data.source import Extent, Source, files_fingerprint
 
-SUFFIXES = (*TEXTS, *(suffix for suffix in RECORDS if not suffix.startswith(".json.")))
+SUFFIXES = (*TEXTS, *RECORDS)
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,9 @@ class TextFiles(Source):
     """A file, every file below a folder, or those of a pattern, in the order of their names.
 
     A plain text file is one document and is held in memory whole; JSON Lines and parquet have one
-    per record, under `text_column`. Hidden files and folders are left out. With `skip_bad`, records
-    that cannot be read are None instead of an error.
+    per record, under `text_column`. Hidden files and folders are left out; .json, which need not be
+    records, is read where a file or a pattern names it. With `skip_bad`, records that cannot be
+    read are None instead of an error.
     """
 
     path: str | Path | None = None
@@ -58,7 +59,10 @@ class TextFiles(Source):
         root, candidates = _candidates(Path(self.path).expanduser())
         if not candidates and not root.is_dir():
             raise FileNotFoundError(f"data.path={self.path} does not exist; pass a file or folder")
-        paths = [path for path in candidates if path.name.lower().endswith(self.suffixes)]
+        suffixes = (
+            self.suffixes if root == Path(self.path).expanduser() else (*self.suffixes, *JSON)
+        )
+        paths = [path for path in candidates if path.name.lower().endswith(suffixes)]
         if not paths:
             raise ValueError(f"data.path={self.path} holds no file that ends in {self._or()}")
         if not any(path.stat().st_size for path in paths):
