@@ -93,6 +93,8 @@ class Tokenizer(Protocol):
 
     def record(self) -> dict[str, Any]: ...
 
+    def with_special_tokens(self, names: Sequence[str]) -> "Tokenizer": ...
+
 
 def byte_tokenizer(documents: Iterable[str] | None = None) -> "ByteTokenizer":
     """Return the tokenizer whose tokens are the 256 bytes, `<|endoftext|>` and the reserved ids."""
@@ -142,7 +144,7 @@ def from_record(record: dict[str, Any]) -> Tokenizer:
     """
     _check_record(record)
     if record["kind"] == "byte":
-        return ByteTokenizer()
+        return ByteTokenizer(record["special_tokens"])
     tokens = [base64.b64decode(token) for token in record["tokens"]]
     return BytePairTokenizer(record["name"], record["pattern"], tokens, record["special_tokens"])
 
@@ -203,6 +205,22 @@ class _Table:
             "special_tokens": list(self.special_tokens),
         }
 
+    def with_special_tokens(self, names: Sequence[str]) -> "Tokenizer":
+        """Return this tokenizer with the names among its special tokens.
+
+        Each new one takes over the first reserved name that is left, and its id; where none is
+        left, it gets a new id at the end.
+
+        >>> ByteTokenizer().with_special_tokens(["<|user|>"]).special_tokens["<|user|>"]
+        257
+        """
+        reserved = [token for token in self.special_tokens if token in RESERVED]
+        new = [name for name in names if name not in self.special_tokens]
+        renamed = dict(zip(reserved, new, strict=False))
+        special_tokens = [renamed.get(token, token) for token in self.special_tokens]
+        special_tokens += new[len(reserved) :]
+        return from_record({**self.record(), "special_tokens": special_tokens})
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Table) and self.record() == other.record()
 
@@ -218,9 +236,9 @@ class ByteTokenizer(_Table):
 
     kind = "byte"
 
-    def __init__(self) -> None:
+    def __init__(self, special_tokens: Sequence[str] = (END_OF_TEXT, *RESERVED)) -> None:
         tokens = [bytes([i]) for i in range(256)]
-        super().__init__("byte", "", tokens, [END_OF_TEXT, *RESERVED])
+        super().__init__("byte", "", tokens, special_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the text."""
@@ -408,7 +426,8 @@ def _check_record(record: dict[str, Any]) -> None:
     if not {bytes([i]) for i in range(256)} <= set(tokens):
         raise _malformed("its tokens lack some of the 256 bytes")
     if record["kind"] == "byte":
-        if record != ByteTokenizer().record():
+        n_reserved = len(special_tokens) - 1
+        if record != ByteTokenizer(special_tokens).record() or n_reserved < len(RESERVED):
             raise _malformed("it says kind='byte' but is not the byte tokenizer's table")
     elif record["kind"] == "bpe":
         _check_pattern(record["pattern"])

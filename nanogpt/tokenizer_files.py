@@ -120,8 +120,8 @@ class _Files:
         tokens, special_tokens = self._table()
         byte = ByteTokenizer()
         table = [*tokens, *(b"" for _ in special_tokens)]
-        if table == byte.token_bytes() and special_tokens == list(byte.special_tokens):
-            return byte
+        if table == byte.token_bytes():
+            return ByteTokenizer(special_tokens)
         if self.pattern is None:
             raise _refused(self.path, "does not cut texts into words")
         return self._byte_pairs(tokens, special_tokens, self.pattern)

@@ -295,3 +295,22 @@ def test_patterns_cover_every_character() -> None:
     for pattern in (BPE_PATTERN, GPT2_PATTERN):
         tokenizer = BytePairTokenizer("gap", pattern, tokens, [END_OF_TEXT])
         assert tokenizer.decode(tokenizer.encode(every_character)) == every_character
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE])
+def test_a_new_special_token_takes_the_first_reserved_id(tokenizer: Tokenizer) -> None:
+    named = tokenizer.with_special_tokens(["<|user|>", "<|tool|>"])
+    first = tokenizer.special_tokens[RESERVED[0]]
+    assert named.special_tokens["<|user|>"] == first
+    assert named.special_tokens["<|tool|>"] == first + 1
+    assert named.vocab_size == tokenizer.vocab_size
+    assert named.with_special_tokens(["<|tool|>"]) == named
+    assert from_record(named.record()) == named
+
+
+def test_without_reserved_ids_a_new_special_token_gets_a_new_id() -> None:
+    tokens = [bytes([i]) for i in range(256)]
+    tokenizer = BytePairTokenizer("own", GPT2_PATTERN, tokens, [END_OF_TEXT])
+    named = tokenizer.with_special_tokens(["<|user|>"])
+    assert named.special_tokens == {END_OF_TEXT: 256, "<|user|>": 257}
+    assert named.vocab_size == 258
