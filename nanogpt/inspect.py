@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _print(str(options.path), *facts(corpus.manifest))
             _print(*histogram(corpus.train, corpus.tokenizer.eot_id))
             _print(*samples(corpus, options.samples))
-            _print("not verified" if options.no_verify else verify(corpus))
+            _print("", "not verified" if options.no_verify else verify(corpus))
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
@@ -174,12 +174,13 @@ def verify(corpus: Corpus) -> str:
             f"{', '.join(damaged)} in {corpus.directory} changed since written: not the SHA-256 "
             f"in the manifest; {REMEDY}"
         )
-    return f"{len(shards)} shards as recorded"
+    return f"{len(shards)} shard{'s' * (len(shards) != 1)} as recorded"
 
 
 def _counts(counts: Mapping[str, Any]) -> str:
     tokens, n_bytes, documents = counts["tokens"], counts["bytes"], counts["documents"]
-    said = [f"{len(counts['shards'])} shards", f"{tokens:,} tokens"]
+    n_shards = len(counts["shards"])
+    said = [f"{n_shards} shard{'s' * (n_shards != 1)}", f"{tokens:,} tokens"]
     if documents is not None:
         said.append(f"{documents:,} documents")
     if n_bytes is not None:

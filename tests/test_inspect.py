@@ -86,7 +86,7 @@ def test_shards_of_others_are_read_with_the_tokenizer_named(
     np.save(tmp_path / "a.npy", tokens)
     assert main([str(tmp_path / "a.npy"), "--tokenizer", "byte", "--samples", "2"]) == 0
     said = capsys.readouterr().out
-    assert "train      1 shards, 3,175 tokens" in said  # of 4,200, all but 1,025
+    assert "train      1 shard, 3,175 tokens" in said  # of 4,200, all but 1,025
     assert said.count("  | first\n") + said.count("  | second \n") == 2
     assert "no SHA-256 is recorded" in said
 

@@ -98,7 +98,7 @@ class TokenShards:
         root = Path(self.path).expanduser()
         if not root.exists():
             raise FileNotFoundError(
-                f"data.path={self.path} does not exist; pass a folder or file of token shards"
+                f"{self.path} does not exist; pass a folder or file of token shards"
             )
         if root.is_file() and is_prepared(root.parent):
             raise ValueError(
@@ -115,7 +115,7 @@ class TokenShards:
             splits["val" if names_validation(part.path) else "train"].append(part)
         if not splits["train"]:
             raise ValueError(
-                f"data.path={root} holds validation shards only ({files[0].path.name}); add the "
+                f"{root} holds validation shards only ({files[0].path.name}); add the "
                 f"training shards, or pass one file"
             )
         return splits if splits["val"] else self._hold_out(splits["train"])
@@ -219,7 +219,7 @@ def _files(root: Path) -> list[Part]:
     )
     if not paths:
         raise FileNotFoundError(
-            f"data.path={root} holds no token shards (.bin or .npy); pass the folder they are in"
+            f"{root} holds no token shards (.bin or .npy); pass the folder they are in"
         )
     check_numbers(paths)
     files = [recognise(path) for path in paths]
