@@ -28,73 +28,56 @@ class Batch(TypedDict):
     step_targets: int  # scored in the whole optimizer step, over all ranks and micro-batches
 
 
-class TokenDataModule(LightningDataModule):
-    """Batches of a corpus for one rank of a trainer.
+@dataclass(frozen=True)
+class Share:
+    """Which rows of an optimizer step are one rank's, and how many it takes at a time."""
+
+    rows_per_rank: int
+    rank: int
+    world_size: int
+    micro_batch: int
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.rows_per_rank * self.world_size
+
+    def own(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rank's rows of those of the whole step."""
+        return rows[self.rank * self.rows_per_rank : (self.rank + 1) * self.rows_per_rank]
+
+    def micro_batches(self, own: np.ndarray) -> list[np.ndarray]:
+        """Return the rank's rows in micro-batches."""
+        return [own[i : i + self.micro_batch] for i in range(0, len(own), self.micro_batch)]
+
+
+class StepDataModule(LightningDataModule):
+    """Optimizer steps for one rank of a trainer; a kind of data subclasses it.
 
     An item of `train_dataloader` is one optimizer step: the list of its micro-batches. Which rows
-    a step sees depends on the seed, the corpus and the step alone.
-
-    Raises ValueError where the text is shorter than one row.
+    a step sees depends on the seed, the data and the step alone.
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        *,
-        block_size: int,
-        tokens_per_step: int,
-        micro_batch: int,
-        seed: int,
-        workers: int = 0,
+        self, *, block_size: int, tokens_per_step: int, micro_batch: int, workers: int
     ) -> None:
         super().__init__()
-        _check_length("training", corpus.train, block_size + 1, block_size)
-        _check_length("validation", corpus.val, 2, block_size)
         self.block_size = block_size
         self.tokens_per_step = tokens_per_step
         self.micro_batch = micro_batch
         self.workers = workers
-        self.train_windows = Windows(corpus.train, block_size)
-        self.val_windows = Windows(corpus.val, block_size)
-        self.order: Order = (
-            RowOrder(len(self.train_windows), seed, corpus.fingerprint)
-            if corpus.window_tokens is None
-            else WindowedOrder(
-                corpus.window_tokens, block_size, seed, corpus.fingerprint, corpus.train.n_tokens
-            )
-        )
 
-    def train_dataloader(self) -> DataLoader[list[Batch]]:
+    def steps(self, share: Share) -> Dataset:
+        """Return the data set whose item `step` is a rank's list of micro-batches."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> DataLoader:
         """Return the steps from the trainer's next to its last; the length is always max_steps."""
         trainer = self._attached_trainer()
         rows_per_rank = split_step(
             self.tokens_per_step, self.block_size, trainer.world_size, self.micro_batch
         )
-        steps = _StepBatches(
-            self.train_windows,
-            self.order,
-            rows_per_rank=rows_per_rank,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            micro_batch=self.micro_batch,
-        )
-        return self._loader(steps, sampler=_StepsToGo(trainer), workers=self.workers)
-
-    def val_dataloader(self, max_tokens: int | None = None) -> DataLoader[Batch]:
-        """Return this rank's share of the validation windows, in order.
-
-        They do not overlap, and all of them score every token but the first. `max_tokens` keeps
-        about that many tokens: evenly spaced windows, the same ones every time, at least one.
-        """
-        trainer = self._attached_trainer()
-        n_windows = len(self.val_windows)
-        n_kept = n_windows
-        if max_tokens is not None:
-            n_kept = min(max(max_tokens // self.block_size, 1), n_windows)
-        rows = np.arange(n_kept) * n_windows // n_kept
-        rows = rows[trainer.global_rank :: trainer.world_size]
-        rows_per_batch = max(VAL_BATCH_TOKENS // self.block_size, 1)
-        return self._loader(_RowBatches(self.val_windows, rows, rows_per_batch))
+        share = Share(rows_per_rank, trainer.global_rank, trainer.world_size, self.micro_batch)
+        return self._loader(self.steps(share), sampler=_StepsToGo(trainer), workers=self.workers)
 
     def _loader(
         self, batches: Dataset, sampler: Sampler[int] | None = None, workers: int = 0
@@ -114,6 +97,60 @@ class TokenDataModule(LightningDataModule):
     def _attached_trainer(self) -> Trainer:
         assert self.trainer is not None, "the data module is not attached to a trainer"
         return self.trainer
+
+
+class TokenDataModule(StepDataModule):
+    """Batches of a corpus for one rank of a trainer.
+
+    Raises ValueError where the text is shorter than one row.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        block_size: int,
+        tokens_per_step: int,
+        micro_batch: int,
+        seed: int,
+        workers: int = 0,
+    ) -> None:
+        super().__init__(
+            block_size=block_size,
+            tokens_per_step=tokens_per_step,
+            micro_batch=micro_batch,
+            workers=workers,
+        )
+        _check_length("training", corpus.train, block_size + 1, block_size)
+        _check_length("validation", corpus.val, 2, block_size)
+        self.train_windows = Windows(corpus.train, block_size)
+        self.val_windows = Windows(corpus.val, block_size)
+        self.order: Order = (
+            RowOrder(len(self.train_windows), seed, corpus.fingerprint)
+            if corpus.window_tokens is None
+            else WindowedOrder(
+                corpus.window_tokens, block_size, seed, corpus.fingerprint, corpus.train.n_tokens
+            )
+        )
+
+    def steps(self, share: Share) -> "Dataset[list[Batch]]":
+        return _StepBatches(self.train_windows, self.order, share)
+
+    def val_dataloader(self, max_tokens: int | None = None) -> DataLoader[Batch]:
+        """Return this rank's share of the validation windows, in order.
+
+        They do not overlap, and all of them score every token but the first. `max_tokens` keeps
+        about that many tokens: evenly spaced windows, the same ones every time, at least one.
+        """
+        trainer = self._attached_trainer()
+        n_windows = len(self.val_windows)
+        n_kept = n_windows
+        if max_tokens is not None:
+            n_kept = min(max(max_tokens // self.block_size, 1), n_windows)
+        rows = np.arange(n_kept) * n_windows // n_kept
+        rows = rows[trainer.global_rank :: trainer.world_size]
+        rows_per_batch = max(VAL_BATCH_TOKENS // self.block_size, 1)
+        return self._loader(_RowBatches(self.val_windows, rows, rows_per_batch))
 
 
 def split_step(tokens_per_step: int, block_size: int, world_size: int, micro_batch: int = 1) -> int:
@@ -150,19 +187,13 @@ class _StepBatches(Dataset[list[Batch]]):
 
     windows: Windows
     order: Order
-    rows_per_rank: int
-    rank: int
-    world_size: int
-    micro_batch: int
+    share: Share
 
     def __getitem__(self, step: int) -> list[Batch]:
-        rows = self.order.rows_of_step(step, self.rows_per_rank * self.world_size)
+        rows = self.order.rows_of_step(step, self.share.rows_per_step)
         step_targets = self.windows.n_targets(rows)
-        own = rows[self.rank * self.rows_per_rank : (self.rank + 1) * self.rows_per_rank]
-        return [
-            _batch(self.windows, own[i : i + self.micro_batch], step_targets)
-            for i in range(0, self.rows_per_rank, self.micro_batch)
-        ]
+        own = self.share.micro_batches(self.share.own(rows))
+        return [_batch(self.windows, micro_batch, step_targets) for micro_batch in own]
 
 
 @dataclass(frozen=True)
