@@ -123,15 +123,22 @@ class GPT(nn.Module):
 
         return load_pretrained(path)
 
-    def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, cache: Cache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Return the logits (B, T, V) of the token that follows each of input_ids (B, T)."""
-        return self.head(self.hidden_states(input_ids, cache))
+        return self.head(self.hidden_states(input_ids, cache, documents))
 
-    def hidden_states(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, cache: Cache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Return the final, normalised states (B, T, C) of input_ids (B, T) int64.
 
-        With a cache, input_ids continue what it holds. Raises ValueError past block_size.
+        With a cache, input_ids continue what it holds. Where rows are packed, documents (B, T)
+        int64 number the text that each token is of: attention stays among equal numbers, and
+        positions begin at 0 with each. Raises ValueError past block_size.
         """
+        assert cache is None or documents is None, "packed rows are not continued"
         config = self.config
         start = 0 if cache is None else cache.length
         end = start + input_ids.size(1)
@@ -141,14 +148,18 @@ class GPT(nn.Module):
                 f"shorten it"
             )
         x = self.wte(input_ids)  # (B, T, C)
+        if documents is None:
+            positions, mask = torch.arange(start, end, device=x.device), None  # (T,)
+        else:
+            positions, mask = positions_within(documents), document_mask(documents)
         rotation = None
         if config.position == "learned":
-            x = x + self.wpe.weight[start:end]
+            x = x + (self.wpe.weight[start:end] if documents is None else self.wpe(positions))
         else:
-            rotation = rotary_angles(start, end, config.n_embd // config.n_head, x)
+            rotation = rotary_angles(positions, config.n_embd // config.n_head)
         x = F.dropout(x, config.dropout, self.training)
         for block in self.h:
-            x = block(x, rotation, cache)
+            x = block(x, rotation, cache, mask)
         return self.ln_f(x)
 
     def head(self, hidden_states: Tensor) -> Tensor:
@@ -216,8 +227,14 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotation: Tensor | None, cache: Cache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotation, cache)
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor | None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotation, cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -231,7 +248,13 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, rotation: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor | None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         B, T, C = x.shape
         H, dropout = self.config.n_head, self.config.dropout
         q, k, v = self.c_attn(x).view(B, T, 3, H, C // H).unbind(2)  # (B, T, H, D) each
@@ -243,7 +266,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = causal_attention(q, k, v, dropout if self.training else 0.0)  # (B, H, T, D)
+        y = causal_attention(q, k, v, dropout if self.training else 0.0, mask)  # (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, dropout, self.training)
 
@@ -271,43 +294,72 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, eps=NORM_EPSILON, bias=config.bias)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Let each query (B, H, T, D) gather from the keys up to its own, the last one from all."""
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None
+) -> Tensor:
+    """Let each query (B, H, T, D) gather from the keys up to its own, the last one from all.
+
+    A mask (B, 1, T, T) of booleans says instead which keys each query gathers from.
+    """
     n_queries, n_keys = q.size(2), k.size(2)
     if n_queries < n_keys:  # where is_causal would align the queries with the first keys
-        mask = None
         if n_queries > 1:
             mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device)
             mask = mask.tril(n_keys - n_queries)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     if q.is_cpu and q.dtype == torch.bfloat16 and n_keys <= WRITTEN_OUT_TOKENS:
-        return written_out_attention(q, k, v, dropout)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return written_out_attention(q, k, v, dropout, mask)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
+    )
 
 
-def written_out_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def written_out_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None
+) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v over the past (B, H, T, D), as two batched products.
 
     On a CPU, in bfloat16 and for a short context, the fused kernel takes more than four times as
     long: 23 against 5 ms (forward and backward, B=16, H=4, T=128, D=64, one core of an AMD EPYC).
     """
-    T, D = q.shape[2:]
-    future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    H, T, D = q.shape[1:]
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    else:
+        mask = mask.expand(-1, H, -1, -1).flatten(0, 1)  # (B*H, T, T)
+    hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
     keys = k.flatten(0, 1).transpose(1, 2)  # (B*H, D, T)
-    scores = torch.baddbmm(future, q.flatten(0, 1), keys, alpha=D**-0.5)  # (B*H, T, T)
+    scores = torch.baddbmm(hidden, q.flatten(0, 1), keys, alpha=D**-0.5)  # (B*H, T, T)
     weights = F.dropout(scores.softmax(-1), dropout)
     return torch.bmm(weights, v.flatten(0, 1)).view(q.shape)
 
 
-def rotary_angles(start: int, end: int, head_size: int, like: Tensor) -> Tensor:
-    """Return cosine and sine (2, T, 1, D/2) of the positions' angles (RoFormer, section 3.2.2).
+def document_mask(documents: Tensor) -> Tensor:
+    """Return which keys each query sees (B, 1, T, T): those up to its own, of its own document."""
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same.tril()
+
+
+def positions_within(documents: Tensor) -> Tensor:
+    """Return each token's distance (B, T) from the first of its document (B, T), a run of equals.
+
+    >>> positions_within(torch.tensor([[0, 0, 0, 1, 1, 2]])).tolist()
+    [[0, 1, 2, 0, 1, 0]]
+    """
+    places = torch.arange(documents.size(1), device=documents.device).expand_as(documents)
+    begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+    return places - places.where(begins, 0).cummax(dim=1).values
+
+
+def rotary_angles(positions: Tensor, head_size: int) -> Tensor:
+    """Return cosine and sine (2, ..., T, 1, D/2) of positions' angles (RoFormer, section 3.2.2).
 
     They are computed for each call, in float32, and not kept: it costs microseconds, and a model
     has no buffers to lose or to round when it moves to another device or precision.
     """
-    positions = torch.arange(start, end, device=like.device, dtype=torch.float32)
-    channels = torch.arange(0, head_size, 2, device=like.device, dtype=torch.float32)
-    angles = positions[:, None, None] * ROTARY_BASE ** (-channels / head_size)  # (T, 1, D/2)
+    channels = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
+    speeds = ROTARY_BASE ** (-channels / head_size)  # (D/2,)
+    angles = positions[..., None, None].float() * speeds  # (..., T, 1, D/2)
     return torch.stack((angles.cos(), angles.sin()))
 
 

@@ -16,6 +16,7 @@ from nanogpt.model import (
     GPT,
     GPTConfig,
     causal_attention,
+    document_mask,
     rotary_angles,
     rotate,
     written_out_attention,
@@ -126,7 +127,7 @@ def test_initialisation_is_gpt2s() -> None:
 def test_zero_initialisation_makes_blocks_pass_their_input_on() -> None:
     model = build(replace(MODERN, zero_init=True))
     x = torch.randn(2, 5, 16)
-    angles = rotary_angles(0, 5, 8, x)
+    angles = rotary_angles(torch.arange(5), 8)
     assert torch.equal(model.h[0](x, angles, None), x)
 
 
@@ -183,6 +184,36 @@ def test_written_out_attention_is_the_fused_one() -> None:
     torch.testing.assert_close(written_out_attention(q, k, v, dropout=0.0), fused)
 
 
+@BOTH
+def test_packed_rows_are_read_as_if_each_document_stood_alone(config: GPTConfig) -> None:
+    model, ids = build(config), some_ids(config, 2, 16)
+    documents = torch.tensor([[0] * 5 + [1] * 9 + [2] * 2, [0] * 16])
+    packed = model(ids, documents=documents)
+    alone = torch.cat([model(part) for part in ids[:1].split([5, 9, 2], dim=1)], dim=1)
+    torch.testing.assert_close(packed[:1], alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(packed[1:], model(ids[1:]), atol=1e-5, rtol=0)
+
+
+@BOTH
+def test_the_gradient_of_packed_rows_is_that_of_their_documents(config: GPTConfig) -> None:
+    model, ids = build(config), some_ids(config, 1, 16)
+    documents = torch.tensor([[0] * 5 + [1] * 11])
+    model(ids, documents=documents).square().sum().backward()
+    packed = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    sum(model(part).square().sum() for part in ids.split([5, 11], dim=1)).backward()
+    for one, other in zip(packed, (p.grad for p in model.parameters()), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_written_out_attention_keeps_to_documents_as_the_fused_does() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 9, 8)
+    mask = document_mask(torch.tensor([[0] * 4 + [1] * 5, [0] * 8 + [1]]))
+    fused = causal_attention(q, k, v, dropout=0.0, mask=mask)
+    torch.testing.assert_close(written_out_attention(q, k, v, dropout=0.0, mask=mask), fused)
+
+
 def test_written_out_attention_drops_weights() -> None:
     q, k, v = torch.randn(3, 2, 4, 9, 8)
     first, second = (written_out_attention(q, k, v, dropout=0.5) for _ in range(2))
@@ -200,7 +231,7 @@ def test_bfloat16_autocast_stays_near_float32(config: GPTConfig) -> None:
 
 def test_rotated_products_depend_on_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 1, 8).double()
-    angles = rotary_angles(0, 40, 8, q)
+    angles = rotary_angles(torch.arange(40), 8)
     turned_q, turned_k = (
         rotate(q.expand(1, 40, 1, 8), angles),
         rotate(k.expand(1, 40, 1, 8), angles),
