@@ -17,8 +17,8 @@ from typing import IO, Any
 
 import torch
 
-from nanogpt.model import GPT, PRESETS, GPTConfig
-from nanogpt.pretrained import fetch_pretrained, load_pretrained
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.pretrained import PUBLISHED, fetch_pretrained, load_pretrained
 from nanogpt.tokenizer import Tokenizer, from_record, gpt2_tokenizer
 from nanogpt.tokenizer_files import read_tokenizer
 
@@ -133,7 +133,7 @@ def find_init_from(init_from: str, runs_dir: str | Path, data_dir: str | Path) -
     gpt2, gpt2-medium, gpt2-large and gpt2-xl are always the published weights, under data_dir or
     else fetched; a run or a directory of that name is typed as a path (./gpt2).
     """
-    if init_from in PRESETS:
+    if init_from in PUBLISHED:
         return fetch_pretrained(init_from, data_dir)
     if (Path(init_from) / "config.json").is_file():
         return Path(init_from)
@@ -142,7 +142,7 @@ def find_init_from(init_from: str, runs_dir: str | Path, data_dir: str | Path) -
     except FileNotFoundError as error:
         if init_from == "latest" or Path(init_from).exists():
             raise
-        raise FileNotFoundError(f"{error}, or one of {', '.join(PRESETS)}") from error
+        raise FileNotFoundError(f"{error}, or one of {', '.join(PUBLISHED)}") from error
 
 
 def model_weights(raw: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt.hub import check_reachable
-from nanogpt.model import GPT, NORM_EPSILON, GPTConfig
+from nanogpt.model import GPT, NORM_EPSILON, PRESETS, GPTConfig
 from nanogpt.tokenizer_files import MERGES, VOCAB, read_json, read_tokenizer
 
+PUBLISHED = tuple(PRESETS)  # the names under which weights are fetched
 CONFIG = "config.json"
 FETCHED = (CONFIG, VOCAB, MERGES, "model.safetensors")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each whole, or in shards with an index
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+EMBEDDINGS = ("wte.weight", "wpe.weight")  # have no bias
 CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
 
 # What config.json must say, or leave to its default (the first), for the model to be ours.
@@ -68,6 +70,26 @@ def load_pretrained(path: str | PathLike[str]) -> GPT:
     _check_shapes(directory, tensors, model)
     model.load_state_dict(tensors, assign=True)
     return model
+
+
+def published_weights(model: GPT) -> dict[str, Tensor]:
+    """Return the weights of a GPT-2 under their published names and in that orientation.
+
+    The head is the token embedding and is not among them.
+    """
+    return {
+        f"transformer.{name}": (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
+        for name, tensor in gpt2_weights(model).items()
+    }
+
+
+def gpt2_weights(model: GPT) -> dict[str, Tensor]:
+    """Return the weights of a GPT-2 on the CPU; a bias that the model lacks is zero."""
+    weights = {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}
+    for name, tensor in list(weights.items()):
+        if name.endswith(".weight") and name not in EMBEDDINGS:
+            weights.setdefault(f"{name.removesuffix('weight')}bias", torch.zeros(tensor.size(0)))
+    return weights
 
 
 def _unreadable(directory: Path) -> list[str]:

@@ -1,0 +1,172 @@
+"""Write a checkpoint for others: a Hugging Face directory, or a GGUF file for llama.cpp.
+
+    python -m nanogpt.export CHECKPOINT OUT --format hf
+    python -m nanogpt.export CHECKPOINT OUT.gguf --format gguf --dtype f16
+
+CHECKPOINT is a .ckpt, a run directory, or the name of a run under runs/.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from nanogpt.checkpoint import Checkpoint, load_checkpoint
+from nanogpt.gguf_file import write_gguf
+from nanogpt.model import NORM_EPSILON, GPTConfig
+from nanogpt.pretrained import CONFIG, published_weights
+from nanogpt.tokenizer_files import write_tokenizer
+
+# What both formats take for granted of a GPT-2; they also take biases, which may be zero.
+GPT2_HAS = {"position": "learned", "norm": "layernorm", "activation": "gelu", "qk_norm": False}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        with replacing(options.out, options.overwrite) as temporary:
+            checkpoint = load_checkpoint(options.checkpoint, runs_dir=options.runs_dir)
+            check_exportable(checkpoint)
+            template = chat_template(checkpoint)
+            if options.format == "hf":
+                write_huggingface(checkpoint, temporary, template)
+            else:
+                write_gguf(checkpoint, temporary, template, options.dtype)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"nanogpt.export: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(f"{checkpoint.path}: {checkpoint.model.num_parameters():,} parameters to {options.out}")
+    return 0
+
+
+def check_exportable(checkpoint: Checkpoint) -> None:
+    """Raise ValueError where the model is anything but a GPT-2 language model."""
+    config, path = checkpoint.config, checkpoint.path
+    if checkpoint.stage == "classify":
+        raise ValueError(f"{path} is a classifier; only language models can be exported")
+    lacking = [
+        f"{key}={there}"
+        for key, value in GPT2_HAS.items()
+        if (there := getattr(config, key)) != value
+    ]
+    if lacking:
+        raise ValueError(
+            f"{path} has {', '.join(lacking)}, which the published GPT-2 and so its formats lack; "
+            f"export a model trained with model=gpt2_small, gpt2_medium, gpt2_large or gpt2_xl"
+        )
+
+
+def write_huggingface(checkpoint: Checkpoint, directory: Path, template: str | None) -> None:
+    """Make a directory that AutoModelForCausalLM and AutoTokenizer load with no code of ours."""
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    directory.mkdir()
+    write_tokenizer(tokenizer, directory, config.block_size, template)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_id)
+    _write_json(directory / CONFIG, {**_published_config(config), **ids})
+    _write_json(directory / "generation_config.json", {**ids, "pad_token_id": tokenizer.eot_id})
+    weights = published_weights(checkpoint.model)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def chat_template(checkpoint: Checkpoint) -> str | None:
+    """Return the checkpoint's template as Jinja source, None where it has none."""
+    if checkpoint.template is None:
+        return None
+    raise ValueError(
+        f"{checkpoint.path} has the template {checkpoint.template!r}, which cannot be written as a "
+        f"chat template yet"
+    )
+
+
+@contextmanager
+def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a path beside `out` to write to; it becomes `out` if the block ends well, else goes.
+
+    Raises FileExistsError where `out` is there, unless it may be overwritten: then a file, or a
+    directory that holds a model, is replaced.
+    """
+    if out.exists():
+        if not overwrite:
+            raise FileExistsError(f"{out} exists; pass another path, or --overwrite")
+        if out.is_dir() and not (out / CONFIG).is_file():
+            raise FileExistsError(f"{out} is a directory without a model; pass another path")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (out.with_name(f".{out.name}.{ending}") for ending in ("tmp", "old"))
+    try:
+        _remove(temporary)
+        yield temporary
+        _remove(old)
+        if out.exists():
+            os.replace(out, old)
+        os.replace(temporary, out)
+        _remove(old)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanogpt.export",
+        description="Write a checkpoint for others: a Hugging Face directory, or a GGUF file.",
+    )
+    parser.add_argument("checkpoint", help="a .ckpt, a run directory, or the name of a run")
+    parser.add_argument("out", type=Path, help="the directory or file to write")
+    parser.add_argument("--format", required=True, choices=("hf", "gguf"))
+    parser.add_argument(
+        "--dtype",
+        default="f32",
+        choices=("f32", "f16"),
+        help="of the matrices in a GGUF file (default f32)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
+    parser.add_argument(
+        "--runs-dir",
+        default=os.environ.get("NANOGPT_RUNS_DIR", "runs"),
+        help="where runs lie (default runs, or NANOGPT_RUNS_DIR)",
+    )
+    return parser
+
+
+def _published_config(config: GPTConfig) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": NORM_EPSILON,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""GGUF, the one-file format of llama.cpp, through the package `gguf`.
+
+Keys: ggml-org/ggml, docs/gguf.md; names of tensors: ggml-org/llama.cpp, src/models/gpt2.cpp.
+"""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from nanogpt.checkpoint import Checkpoint
+from nanogpt.model import NORM_EPSILON
+from nanogpt.pretrained import gpt2_weights
+from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
+from nanogpt.tokenizer_files import merges_of, spell, spellings
+
+OUTSIDE_BLOCKS = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
+IN_A_BLOCK = {
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+KNOWN_PATTERNS = (GPT2_PATTERN, "")  # bytes that never merge may be cut by any pattern
+NO_MERGES = [f"{END_OF_TEXT} {END_OF_TEXT}"]  # of what no text holds; the list may not be empty
+
+
+def write_gguf(
+    checkpoint: Checkpoint, path: Path, template: str | None, dtype: str = "f32"
+) -> None:
+    """Write a GPT-2 language model, its tokenizer and its chat template (Jinja) into a file.
+
+    With f16 the matrices are rounded, but for the position embeddings, which llama.cpp adds as they
+    are. Raises ModuleNotFoundError where the package gguf is missing, and ValueError for a
+    tokenizer with a pattern of its own: the file can only name a pattern that llama.cpp knows.
+    """
+    gguf = _gguf()
+    _check_pattern(checkpoint)
+    config = checkpoint.config
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(NORM_EPSILON)
+    half = dtype == "f16"
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
+    _add_tokenizer(writer, checkpoint.tokenizer)
+    if template is not None:
+        writer.add_chat_template(template)
+    for name, tensor in gpt2_weights(checkpoint.model).items():
+        rounded = half and tensor.dim() == 2 and name != "wpe.weight"
+        array = tensor.numpy().astype(np.float16 if rounded else np.float32, copy=False)
+        writer.add_tensor(_gguf_name(name), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf() -> ModuleType:
+    try:
+        return importlib.import_module("gguf")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "--format gguf needs the package gguf, which is not installed; "
+            "pip install 'nanogpt[gguf]'"
+        ) from error
+
+
+def _check_pattern(checkpoint: Checkpoint) -> None:
+    if checkpoint.tokenizer.record()["pattern"] not in KNOWN_PATTERNS:
+        raise ValueError(
+            f"{checkpoint.path} has the tokenizer {checkpoint.tokenizer.name}, which cuts texts by "
+            f"a pattern that no reader of GGUF knows; pass --format hf, or train with "
+            f"tokenizer=gpt2 or tokenizer=byte"
+        )
+
+
+def _add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
+    """Add the tokens, and the rule that nothing is put before a text unasked."""
+    types = _gguf().TokenType
+    n_special = len(tokenizer.special_tokens)
+    n_ordinary = tokenizer.vocab_size - n_special
+    merges = [f"{spell(a)} {spell(b)}" for a, b in merges_of(tokenizer)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(spellings(tokenizer))
+    writer.add_token_types([types.NORMAL] * n_ordinary + [types.CONTROL] * n_special)
+    writer.add_token_merges(merges or NO_MERGES)
+    writer.add_bos_token_id(tokenizer.eot_id)
+    writer.add_eos_token_id(tokenizer.eot_id)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+
+
+def _gguf_name(name: str) -> str:
+    """Return the name of a tensor in GGUF: blk.0.attn_qkv.bias for h.0.attn.c_attn.bias."""
+    module, _, kind = name.rpartition(".")
+    if module in OUTSIDE_BLOCKS:
+        return f"{OUTSIDE_BLOCKS[module]}.{kind}"
+    _, layer, part = module.split(".", 2)
+    return f"blk.{layer}.{IN_A_BLOCK[part]}.{kind}"

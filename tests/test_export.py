@@ -1,0 +1,269 @@
+"""What is exported computes and encodes elsewhere as it does here, and comes back bit for bit."""
+
+import itertools
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from nanogpt.checkpoint import init_model, record, weights_sha256, write_checkpoint
+from nanogpt.export import main, replacing
+from nanogpt.generation import generate
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.pretrained import load_pretrained
+from nanogpt.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SMALL: dict[str, Any] = {"block_size": 64, "n_layer": 3, "n_head": 4, "n_embd": 48}
+PROMPT = "def main(argv):\r\n    return 'é😀' <|endoftext|>"
+
+Write = Callable[..., Path]
+
+
+def random_model(config: GPTConfig) -> GPT:
+    """A model whose every tensor, biases and norms too, is random."""
+    torch.manual_seed(0)
+    model = GPT(config)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a checkpoint of a small model, with changes, and return its path."""
+
+    def write(
+        tokenizer: Tokenizer | None = None, *, stage: str = "pretrain", **changes: Any
+    ) -> Path:
+        tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
+        template = changes.pop("template", None)
+        config = GPTConfig(**{**SMALL, "vocab_size": tokenizer.vocab_size, **changes})
+        weights = random_model(config).state_dict()
+        content = {
+            "global_step": 1,
+            "state_dict": {f"model.{name}": tensor for name, tensor in weights.items()},
+            "nanogpt": record(stage, config, tokenizer, template=template),
+        }
+        write_checkpoint(content, tmp_path / "last.ckpt")
+        return tmp_path / "last.ckpt"
+
+    return write
+
+
+def small_bpe() -> Tokenizer:
+    return bpe_tokenizer([Path(__file__).read_text(encoding="utf-8")], 500)
+
+
+def export(checkpoint: Path, out: Path, *options: str) -> int:
+    return main([str(checkpoint), str(out), *(options or ("--format", "hf"))])
+
+
+def greedy(model: GPT, ids: list[int], n_tokens: int) -> list[int]:
+    steps = generate(model, ids, max_new_tokens=n_tokens, temperature=0)
+    return list(itertools.islice(steps, n_tokens))
+
+
+@pytest.mark.parametrize("make_tokenizer", [byte_tokenizer, small_bpe])
+def test_transformers_reads_the_directory_with_no_code_of_ours(
+    make_tokenizer: Callable[[], Tokenizer], write: Write, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer()
+    checkpoint, out = write(tokenizer), tmp_path / "out"
+    assert export(checkpoint, out) == 0
+    ours = init_model(checkpoint).model
+    theirs: Any = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(theirs).__name__ == "GPT2LMHeadModel"
+
+    ids = list(AutoTokenizer.from_pretrained(out)(PROMPT)["input_ids"])
+    assert ids == tokenizer.encode(PROMPT)
+    ids = ids[:40]
+    with torch.inference_mode():
+        difference = ours(torch.tensor([ids])) - theirs(torch.tensor([ids])).logits
+    assert difference.abs().max() <= 1e-4
+
+    theirs.generation_config.eos_token_id = None  # all twenty, whatever they are
+    continued = theirs.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)
+    assert continued[0, len(ids) :].tolist() == greedy(ours, ids, 20)
+
+
+def test_an_export_reads_back_bit_for_bit(write: Write, tmp_path: Path) -> None:
+    tokenizer = small_bpe()
+    checkpoint, out = write(tokenizer), tmp_path / "out"
+    export(checkpoint, out)
+    back = init_model(out)
+    assert weights_sha256(back.model) == weights_sha256(init_model(checkpoint).model)
+    assert back.tokenizer.fingerprint == tokenizer.fingerprint
+    assert back.config == GPTConfig(**SMALL, vocab_size=tokenizer.vocab_size)
+
+
+def test_a_large_table_has_exactly_its_rows(write: Write, tmp_path: Path) -> None:
+    vocabulary = bpe_tokenizer([Path(__file__).read_text(encoding="utf-8")], 300)
+    vocabulary.special_tokens.update({f"<|{i}|>": 300 + i for i in range(8000)})
+    tokens = [*vocabulary.token_bytes(), *(b"" for _ in range(8000))]
+    vars(vocabulary)["_token_bytes"] = tokens
+    export(write(vocabulary, n_layer=1, n_head=1, n_embd=8), tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert file.get_slice("transformer.wte.weight").get_shape() == [8300, 8]
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 - no iterator
+
+
+def test_a_model_without_biases_computes_the_same(write: Write, tmp_path: Path) -> None:
+    checkpoint = write(bias=False)
+    assert export(checkpoint, tmp_path / "out") == 0
+    ids = torch.arange(32)[None]
+    ours, theirs = init_model(checkpoint).model, load_pretrained(tmp_path / "out").eval()
+    assert (ours(ids) - theirs(ids)).abs().max() <= 1e-6
+
+
+def test_generation_ends_with_the_text(write: Write, tmp_path: Path) -> None:
+    export(write(), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == byte_tokenizer().eot_id
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position": "rotary"}, "has position=rotary, which the published GPT-2"),
+        ({"norm": "rmsnorm", "bias": False}, "has norm=rmsnorm, which"),
+        ({"activation": "relu2", "qk_norm": True}, "has activation=relu2, qk_norm=True, which"),
+        ({"stage": "classify"}, "is a classifier; only language models"),
+        ({"template": "alpaca"}, "has the template 'alpaca'"),
+    ],
+)
+@pytest.mark.parametrize("format_", ["hf", "gguf"])
+def test_what_the_format_lacks_is_refused_in_one_sentence(
+    format_: str,
+    changes: dict[str, Any],
+    message: str,
+    write: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert export(write(**changes), tmp_path / "out", "--format", format_) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt"]
+
+
+def test_an_existing_export_is_kept_unless_overwritten(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, out = write(), tmp_path / "out"
+    export(checkpoint, out)
+    (out / "note").write_text("mine")
+    assert export(checkpoint, out) == 1
+    assert "exists; pass another path, or --overwrite" in capsys.readouterr().err
+    assert (out / "note").exists()
+    assert export(checkpoint, out, "--format", "hf", "--overwrite") == 0
+    assert not (out / "note").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "out"]
+
+
+def test_a_directory_of_other_things_is_never_overwritten(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write()
+    assert export(checkpoint, tmp_path, "--format", "hf", "--overwrite") == 1
+    assert "is a directory without a model" in capsys.readouterr().err
+    assert checkpoint.exists()
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    out = tmp_path / "model.gguf"
+    out.write_text("old")
+
+    def fail() -> None:
+        with replacing(out, overwrite=True) as temporary:
+            temporary.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert out.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+# GGUF
+
+
+def read_gguf(path: Path) -> Any:
+    return pytest.importorskip("gguf").GGUFReader(path)
+
+
+def field(reader: Any, key: str) -> Any:
+    return reader.get_field(key).contents()
+
+
+def test_a_gguf_file_holds_the_weights_bit_for_bit(write: Write, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    checkpoint, out = write(), tmp_path / "out.gguf"
+    assert export(checkpoint, out, "--format", "gguf") == 0
+    found = {tensor.name: np.array(tensor.data) for tensor in read_gguf(out).tensors}
+    weights = init_model(checkpoint).model.state_dict()
+    assert len(found) == len(weights)
+    for there, ours in [
+        ("token_embd.weight", "wte.weight"),
+        ("position_embd.weight", "wpe.weight"),
+        ("blk.2.attn_qkv.weight", "h.2.attn.c_attn.weight"),
+        ("blk.1.attn_output.bias", "h.1.attn.c_proj.bias"),
+        ("blk.0.ffn_up.weight", "h.0.mlp.c_fc.weight"),
+        ("blk.0.ffn_down.weight", "h.0.mlp.c_proj.weight"),
+        ("blk.0.ffn_norm.bias", "h.0.ln_2.bias"),
+        ("output_norm.weight", "ln_f.weight"),
+    ]:
+        assert np.array_equal(found[there], weights[ours].numpy()), there
+
+
+def test_half_precision_rounds_the_matrices_only(write: Write, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    export(write(), tmp_path / "out.gguf", "--format", "gguf", "--dtype", "f16")
+    types = {
+        tensor.name: np.array(tensor.data).dtype
+        for tensor in read_gguf(tmp_path / "out.gguf").tensors
+    }
+    assert types["blk.0.attn_qkv.weight"] == types["token_embd.weight"] == np.float16
+    assert types["blk.0.attn_qkv.bias"] == types["position_embd.weight"] == np.float32
+
+
+def test_a_gguf_file_names_its_tokens_and_adds_none_to_a_text(write: Write, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    tokenizer = byte_tokenizer()
+    export(write(), tmp_path / "out.gguf", "--format", "gguf")
+    reader = read_gguf(tmp_path / "out.gguf")
+    tokens, types = (field(reader, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+    assert len(tokens) == tokenizer.vocab_size
+    assert (tokens[32], tokens[97], tokens[256]) == ("Ġ", "a", "<|endoftext|>")
+    assert types == [1] * 256 + [3] * 17  # normal, control
+    assert field(reader, "tokenizer.ggml.eos_token_id") == tokenizer.eot_id
+    assert field(reader, "tokenizer.ggml.add_bos_token") is False
+
+
+def test_a_pattern_that_llama_cpp_lacks_is_refused(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf")
+    assert export(write(small_bpe()), tmp_path / "out.gguf", "--format", "gguf") == 1
+    assert "a pattern that no reader of GGUF knows" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(
+    write: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    assert export(write(), tmp_path / "out.gguf", "--format", "gguf") == 1
+    assert "pip install 'nanogpt[gguf]'" in capsys.readouterr().err
