@@ -5,6 +5,12 @@
 The set is 100 shards of 100 million uint16 tokens with llm.c's header, as sparse files (20 GB that
 take no room on the disk), with a few marked tokens at the very end. Every row of the table is a
 process of its own; memory is what a process has resident above what it had after its imports.
+
+On two busy cores: opening 0.73 s where ids have to be checked and 0.01 s where a manifest vouches
+for them, the first batch 0.01 s, 4 MB. 80,000 random rows, in rows/s and MB held at the end:
+os.pread 108,000 to 136,000 and 0, maps that are kept 82,000 to 85,000 and 560, TokenStream 38,000
+to 42,000 and 5, batches of TokenDataModule 14,000 to 20,000 and 6. A pass of 9.67 million rows is
+shuffled at 6 million rows/s and holds each once.
 """
 
 import argparse

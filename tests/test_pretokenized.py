@@ -166,8 +166,9 @@ def test_another_tokenizer_than_the_recorded_one_is_refused(tmp_path: Path) -> N
 def test_a_corpus_that_is_not_finished_is_not_taken_for_foreign_shards(tmp_path: Path) -> None:
     write_prepared(tmp_path)
     (tmp_path / "manifest.json").rename(tmp_path / JOURNAL)
-    with pytest.raises(ValueError, match="a corpus that is not finished"):
-        open_shards(tmp_path)
+    for path in (tmp_path, tmp_path / "train_000000.bin"):
+        with pytest.raises(ValueError, match="a corpus that is not finished"):
+            open_shards(path)
 
 
 def test_a_manifest_of_another_project_is_no_manifest(tmp_path: Path) -> None:
@@ -370,3 +371,24 @@ def test_a_repository_without_shards_is_refused(
             HF_ENDPOINT=hub.url,
         )
     assert done.stderr.splitlines()[-1].startswith(words)
+
+
+def test_a_fetch_that_breaks_off_says_how_to_go_on_and_leaves_nothing_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import httpx
+
+    def broken(repository: str, **options: Any) -> None:
+        write_bin(Path(options["local_dir"]) / "train.bin", TOKENS)
+        raise httpx.ReadTimeout("The read operation timed out")
+
+    tree = [SimpleNamespace(path="train.bin", size=7024), SimpleNamespace(path="val.bin", size=9)]
+    api = SimpleNamespace(
+        dataset_info=lambda _: SimpleNamespace(sha="abc"), list_repo_tree=lambda *_, **__: tree
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    monkeypatch.setattr(pretokenized, "check_reachable", lambda *_: None)
+    for _ in range(2):
+        with pytest.raises(ConnectionError, match=r"timed out\); give the same command again"):
+            fetch_pretokenized("someone/shards", tmp_path)

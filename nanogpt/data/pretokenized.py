@@ -31,6 +31,7 @@ from nanogpt.data.foreign import (
     names_validation,
     recognise,
 )
+from nanogpt.data.hub import TRANSPORTS
 from nanogpt.data.shards import Part, TokenStream
 from nanogpt.data.writer import JOURNAL
 from nanogpt.hub import check_reachable
@@ -70,9 +71,10 @@ class TokenShards:
         root = self._root()
         if is_prepared(root):
             return _open_prepared(root, tokenizer, tokenizer_key)
-        if (root / JOURNAL).exists():
+        folder = root if root.is_dir() else root.parent
+        if (folder / JOURNAL).exists():
             raise ValueError(
-                f"{root} is a corpus that is not finished; give the command that began it again"
+                f"{folder} is a corpus that is not finished; give the command that began it again"
             )
         if tokenizer is None:
             raise ValueError(
@@ -82,7 +84,7 @@ class TokenShards:
         files = _files(root)
         splits = self._split(files, root)
         return Corpus(
-            directory=root if root.is_dir() else root.parent,
+            directory=folder,
             tokenizer=tokenizer,
             train=TokenStream.of_parts(splits["train"]),
             val=TokenStream.of_parts(splits["val"]),
@@ -254,8 +256,11 @@ def _fetch(repository: str, directory: Path) -> None:
             local_dir=directory,
             allow_patterns=list(sizes),
         )
-    except OSError as error:
-        raise _explained(repository, error) from error
+    except Exception as error:
+        explained = _explained(repository, error)
+        if explained is None:
+            raise
+        raise explained from error
     record = {"repository": repository, "revision": revision, "files": sizes}
     partial = directory / f".{FETCHED}"
     partial.write_text(json.dumps(record, indent=2), encoding="utf-8")
@@ -280,8 +285,8 @@ def _sizes(repository: str, revision: str | None) -> dict[str, int]:
     return sizes
 
 
-def _explained(repository: str, error: OSError) -> OSError:
-    """Return what went wrong on the way from the hub, in one sentence."""
+def _explained(repository: str, error: Exception) -> OSError | None:
+    """Return what went wrong on the way from the hub in one sentence; None for other errors."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -294,13 +299,14 @@ def _explained(repository: str, error: OSError) -> OSError:
             f"{repository} is neither a folder here nor a data set that the hub shows; mend the "
             f"name, or set HF_TOKEN where it is private"
         )
-    if error.errno is not None and error.filename is not None:  # of this machine's disk
-        return error
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ConnectionError(
-        f"fetching {repository} broke off ({reason}); give the same command again, which goes on "
-        f"from what is here"
-    )
+    of_the_way = isinstance(error, errors.HfHubHTTPError | ConnectionError | TimeoutError)
+    if of_the_way or type(error).__module__.partition(".")[0] in TRANSPORTS:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return ConnectionError(
+            f"fetching {repository} broke off ({reason}); give the same command again, which goes "
+            f"on from what is here"
+        )
+    return None
 
 
 def _fingerprint(files: list[Part], splits: dict[str, list[Part]], tokenizer: Tokenizer) -> str:
