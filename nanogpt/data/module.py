@@ -1,9 +1,9 @@
-"""The Lightning data module: every rank's batches, step by step, of a corpus in its fixed order."""
+"""The Lightning data modules: every rank's batches, step by step, of rows in their fixed order."""
 
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -20,12 +20,25 @@ Order = RowOrder | WindowedOrder
 VAL_BATCH_TOKENS = 8192  # whatever the training's micro-batch, so that it never changes a score
 
 
-class Batch(TypedDict):
+class Batch(TypedDict, total=False):
     """One forward's worth of rows; a target of -100 is not scored."""
 
     input_ids: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64
     step_targets: int  # scored in the whole optimizer step, over all ranks and micro-batches
+    documents: Tensor  # (B, T) int64, where rows are packed: the number of each token's text
+
+
+class Rows(Protocol):
+    """Rows of `block_size` tokens that a language model learns from, packed or not."""
+
+    def __len__(self) -> int: ...
+
+    def n_targets(self, rows: np.ndarray) -> int:
+        """Return how many targets the rows have in all."""
+
+    def read(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return inputs, targets and, where rows are packed, documents, (B, T) int64 each."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +112,55 @@ class StepDataModule(LightningDataModule):
         return self.trainer
 
 
-class TokenDataModule(StepDataModule):
-    """Batches of a corpus for one rank of a trainer.
+class RowsDataModule(StepDataModule):
+    """Batches of rows for a language model, for one rank of a trainer."""
 
-    Raises ValueError where the text is shorter than one row.
+    def __init__(
+        self,
+        train_rows: Rows,
+        val_rows: Rows,
+        order: Order,
+        *,
+        block_size: int,
+        tokens_per_step: int,
+        micro_batch: int,
+        workers: int = 0,
+    ) -> None:
+        super().__init__(
+            block_size=block_size,
+            tokens_per_step=tokens_per_step,
+            micro_batch=micro_batch,
+            workers=workers,
+        )
+        self.train_rows = train_rows
+        self.val_rows = val_rows
+        self.order = order
+
+    def steps(self, share: Share) -> "Dataset[list[Batch]]":
+        return _StepBatches(self.train_rows, self.order, share)
+
+    def val_dataloader(self, max_tokens: int | None = None) -> DataLoader[Batch]:
+        """Return this rank's share of the validation rows, in order.
+
+        Together they score every target once. `max_tokens` keeps about that many tokens: evenly
+        spaced rows, the same ones every time, at least one.
+        """
+        trainer = self._attached_trainer()
+        n_rows = len(self.val_rows)
+        n_kept = n_rows
+        if max_tokens is not None:
+            n_kept = min(max(max_tokens // self.block_size, 1), n_rows)
+        rows = np.arange(n_kept) * n_rows // n_kept
+        rows = rows[trainer.global_rank :: trainer.world_size]
+        rows_per_batch = max(VAL_BATCH_TOKENS // self.block_size, 1)
+        return self._loader(_RowBatches(self.val_rows, rows, rows_per_batch))
+
+
+class TokenDataModule(RowsDataModule):
+    """Batches of a corpus, cut into windows that do not overlap.
+
+    All tokens but a split's first are targets. Raises ValueError where the text is shorter than one
+    row.
     """
 
     def __init__(
@@ -115,42 +173,25 @@ class TokenDataModule(StepDataModule):
         seed: int,
         workers: int = 0,
     ) -> None:
-        super().__init__(
-            block_size=block_size,
-            tokens_per_step=tokens_per_step,
-            micro_batch=micro_batch,
-            workers=workers,
-        )
         _check_length("training", corpus.train, block_size + 1, block_size)
         _check_length("validation", corpus.val, 2, block_size)
-        self.train_windows = Windows(corpus.train, block_size)
-        self.val_windows = Windows(corpus.val, block_size)
-        self.order: Order = (
-            RowOrder(len(self.train_windows), seed, corpus.fingerprint)
+        windows = Windows(corpus.train, block_size)
+        order: Order = (
+            RowOrder(len(windows), seed, corpus.fingerprint)
             if corpus.window_tokens is None
             else WindowedOrder(
                 corpus.window_tokens, block_size, seed, corpus.fingerprint, corpus.train.n_tokens
             )
         )
-
-    def steps(self, share: Share) -> "Dataset[list[Batch]]":
-        return _StepBatches(self.train_windows, self.order, share)
-
-    def val_dataloader(self, max_tokens: int | None = None) -> DataLoader[Batch]:
-        """Return this rank's share of the validation windows, in order.
-
-        They do not overlap, and all of them score every token but the first. `max_tokens` keeps
-        about that many tokens: evenly spaced windows, the same ones every time, at least one.
-        """
-        trainer = self._attached_trainer()
-        n_windows = len(self.val_windows)
-        n_kept = n_windows
-        if max_tokens is not None:
-            n_kept = min(max(max_tokens // self.block_size, 1), n_windows)
-        rows = np.arange(n_kept) * n_windows // n_kept
-        rows = rows[trainer.global_rank :: trainer.world_size]
-        rows_per_batch = max(VAL_BATCH_TOKENS // self.block_size, 1)
-        return self._loader(_RowBatches(self.val_windows, rows, rows_per_batch))
+        super().__init__(
+            windows,
+            Windows(corpus.val, block_size),
+            order,
+            block_size=block_size,
+            tokens_per_step=tokens_per_step,
+            micro_batch=micro_batch,
+            workers=workers,
+        )
 
 
 def split_step(tokens_per_step: int, block_size: int, world_size: int, micro_batch: int = 1) -> int:
@@ -185,22 +226,22 @@ def split_step(tokens_per_step: int, block_size: int, world_size: int, micro_bat
 class _StepBatches(Dataset[list[Batch]]):
     """Item `step`: the micro-batches of one rank in that optimizer step."""
 
-    windows: Windows
+    source: Rows
     order: Order
     share: Share
 
     def __getitem__(self, step: int) -> list[Batch]:
         rows = self.order.rows_of_step(step, self.share.rows_per_step)
-        step_targets = self.windows.n_targets(rows)
+        step_targets = self.source.n_targets(rows)
         own = self.share.micro_batches(self.share.own(rows))
-        return [_batch(self.windows, micro_batch, step_targets) for micro_batch in own]
+        return [_batch(self.source, micro_batch, step_targets) for micro_batch in own]
 
 
 @dataclass(frozen=True)
 class _RowBatches(Dataset[Batch]):
     """Given rows, in order, in batches that each count as a step of their own."""
 
-    windows: Windows
+    source: Rows
     rows: np.ndarray
     rows_per_batch: int
 
@@ -211,7 +252,7 @@ class _RowBatches(Dataset[Batch]):
         if not 0 <= i < len(self):
             raise IndexError(i)
         rows = self.rows[i * self.rows_per_batch : (i + 1) * self.rows_per_batch]
-        return _batch(self.windows, rows, self.windows.n_targets(rows))
+        return _batch(self.source, rows, self.source.n_targets(rows))
 
 
 class _StepsToGo(Sampler[int]):
@@ -227,13 +268,16 @@ class _StepsToGo(Sampler[int]):
         return self._trainer.max_steps
 
 
-def _batch(windows: Windows, rows: np.ndarray, step_targets: int) -> Batch:
-    input_ids, targets = windows.read(rows)
-    return {
+def _batch(source: Rows, rows: np.ndarray, step_targets: int) -> Batch:
+    input_ids, targets, *documents = source.read(rows)
+    batch: Batch = {
         "input_ids": torch.from_numpy(input_ids),  # (B, T)
         "targets": torch.from_numpy(targets),  # (B, T)
         "step_targets": step_targets,
     }
+    if documents:
+        batch["documents"] = torch.from_numpy(documents[0])  # (B, T)
+    return batch
 
 
 def _check_length(what: str, tokens: Tokens, needed: int, block_size: int) -> None:
