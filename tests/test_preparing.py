@@ -58,7 +58,7 @@ def _documents(stream: Tokens, tokenizer: Tokenizer) -> list[str]:
 
 def _splits(source: Documents) -> tuple[list[str], list[str]]:
     split = choose_split(source)
-    parts = [part for document in source.documents() for part in split.parts(document)]
+    parts = [part for document in source.documents() for part in split.parts(document or "")]
     return [t for s, t in parts if s == "train"], [t for s, t in parts if s == "val"]
 
 
@@ -432,7 +432,7 @@ print(prepare(Preparation(source, make_tokenizer, "byte", Path(sys.argv[1]))).fi
 
 
 def test_of_several_processes_one_works(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("".join(MANY.texts))
+    (tmp_path / "text.txt").write_text("".join(filter(None, MANY.texts)))
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PREPARE, str(tmp_path)],

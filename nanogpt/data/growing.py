@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,15 @@ def open_growing(preparation: Preparation, wait: int) -> Corpus:
     """Return the corpus as soon as its first `wait` shards are there; see to it that more come.
 
     Its fingerprint stands for what was asked for, its first shards and `wait`: it is known before
-    the end, and the same after it. Raises RuntimeError where the preparation stops before its end.
+    the end, and the same after it. Raises ChildProcessError where the preparation stops early.
     """
     directory = preparation.directory
     window_tokens = wait * preparation.shard_tokens
+    preparer = None
     if not (directory / MANIFEST).exists():
         directory.mkdir(parents=True, exist_ok=True)
-        _prepare_beside(preparation)
-    train = GrowingStream(directory, "train")
+        preparer = _prepare_beside(preparation)
+    train = GrowingStream(directory, "train", preparer)
     train.n_tokens(at_least=window_tokens)
     _, progress = _progress(directory)
     val_shards = [directory / shard["file"] for shard in progress["val"]["shards"][:wait]]
@@ -63,9 +65,10 @@ class GrowingStream:
     It can be sent to another process.
     """
 
-    def __init__(self, directory: Path, split: str) -> None:
+    def __init__(self, directory: Path, split: str, preparer: BaseProcess | None = None) -> None:
         self._directory = directory
         self._split = split
+        self._preparer = preparer
         self._shards: list[str] = []
         self._stream = TokenStream([])
         self._complete = False
@@ -90,7 +93,7 @@ class GrowingStream:
     def _await_more(self) -> None:
         """Return once there are more shards, or there will be no more.
 
-        Raises RuntimeError where nobody prepares them.
+        Raises ChildProcessError where nobody prepares them.
         """
         idle_since = time.monotonic()
         while True:
@@ -102,12 +105,16 @@ class GrowingStream:
                 return
             if _someone_prepares(self._directory):
                 idle_since = time.monotonic()
-            elif time.monotonic() - idle_since > GIVEN_UP_AFTER_S:
-                raise RuntimeError(
+            failed = self._preparer is not None and self._preparer.exitcode not in (None, 0)
+            if failed or time.monotonic() - idle_since > GIVEN_UP_AFTER_S:
+                raise ChildProcessError(
                     f"the preparation of {self._directory} has stopped before its end; mend what "
                     "it said and issue the command again: both continue"
                 )
             time.sleep(POLL_S)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_preparer": None}  # a process can be asked by its parent only
 
 
 def _progress(directory: Path) -> tuple[bool, dict[str, Any]]:
@@ -127,10 +134,12 @@ def _someone_prepares(directory: Path) -> bool:
         return True
 
 
-def _prepare_beside(preparation: Preparation) -> None:
+def _prepare_beside(preparation: Preparation) -> BaseProcess:
     """Prepare in a process of its own, which ends with this one."""
     context = multiprocessing.get_context("spawn")
-    context.Process(target=_prepare_quietly, args=(preparation,), daemon=True).start()
+    process = context.Process(target=_prepare_quietly, args=(preparation,), daemon=True)
+    process.start()
+    return process
 
 
 def _prepare_quietly(preparation: Preparation) -> None:
