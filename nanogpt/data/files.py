@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, repeat
 from typing import IO, Any
 
@@ -23,7 +24,7 @@ JSON = (".json", ".json.gz", ".json.zst")  # JSON Lines by another name, where t
 TEXTS = (".txt", ".md", ".py")
 STRING_TYPES = ("string", "large_string", "string_view")  # of Arrow, dictionaries of them too
 BATCH_ROWS = 64  # of parquet, decoded together
-BUFFER_BYTES = 2**20  # of a parquet column, read together
+BUFFER_BYTES = 2**20  # of a parquet column or a plain text file, read together
 READ_AHEAD_BYTES = 8 * 2**20  # of a file on the hub, fetched by one request
 MAX_LINE_BYTES = 256 * 2**20  # a longer line is taken for a file of something else
 MEASURED_FILES = 16  # looked into for an estimate of all
@@ -264,7 +265,8 @@ def _opened_parquet(path: str) -> Iterator[Any]:
 
 def _text_records(path: str) -> Iterator[Record]:
     with open_file(path) as file:
-        yield _decoded(file.read(), path)
+        pieces = iter(partial(file.read, BUFFER_BYTES), b"")  # each asked for again where it fails
+        yield _decoded(b"".join(pieces), path)
 
 
 def _lines(raw: IO[bytes], path: str) -> Iterator[tuple[int, bytes | ValueError]]:
