@@ -142,7 +142,7 @@ def read_by_pread(directory: Path, steps: int) -> str:
 
 def whole_pass(directory: Path, steps: int) -> str:
     """Permute every position of a pass, in chunks, and see that every row comes once."""
-    n_rows = len(_module(_open(directory)).train_windows)
+    n_rows = len(_module(_open(directory)).train_rows)
     seen = np.zeros(n_rows, dtype=bool)
     began = time.perf_counter()
     for start in range(0, n_rows, CHUNK):
