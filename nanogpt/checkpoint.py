@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import torch
 
+from nanogpt.classifier import Classifier
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.pretrained import PUBLISHED, fetch_pretrained, load_pretrained
 from nanogpt.tokenizer import Tokenizer, from_record, gpt2_tokenizer
@@ -30,7 +31,10 @@ WEIGHTS_PREFIX = "model."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: the model in eval mode, its tokenizer, what it was trained for."""
+    """A loaded checkpoint: the model in eval mode, its tokenizer, what it was trained for.
+
+    With `labels` the model is a `Classifier` of these classes.
+    """
 
     model: GPT
     tokenizer: Tokenizer
@@ -77,9 +81,7 @@ def load_checkpoint(
     path = find_checkpoint(reference, runs_dir)
     raw = read_checkpoint(path)
     about = raw[KEY]
-    config = GPTConfig(**about["model"])
-    with torch.device("meta"):
-        model = GPT(config)
+    model = _without_weights(about)
     model.to_empty(device="cpu")
     model.load_state_dict(model_weights(raw))
     return Checkpoint(
@@ -88,7 +90,7 @@ def load_checkpoint(
         template=about["template"],
         labels=about["labels"],
         stage=about["stage"],
-        config=config,
+        config=model.config,
         step=int(raw["global_step"]),
         path=path,
     )
@@ -98,11 +100,15 @@ def init_model(init_from: Path) -> Checkpoint:
     """Return the model and tokenizer that a new run starts from.
 
     `init_from` is what `find_init_from` returned: a `.ckpt`, or a Hugging Face GPT-2, whose
-    tokenizer is GPT-2's where none lies beside it. Raises ValueError where the tokenizer has more
-    or fewer ids than the model.
+    tokenizer is GPT-2's where none lies beside it. A classifier starts a run without its classes.
+
+    Raises ValueError where the tokenizer has more or fewer ids than the model.
     """
     if init_from.is_file():
-        return load_checkpoint(init_from)
+        start = load_checkpoint(init_from)
+        if isinstance(start.model, Classifier):
+            return replace(start, model=start.model.language_model().eval(), labels=None)
+        return start
     tokenizer = read_tokenizer(init_from) or gpt2_tokenizer()
     model = load_pretrained(init_from)
     if model.config.vocab_size != tokenizer.vocab_size:
@@ -228,14 +234,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return raw
 
 
+def _without_weights(about: dict[str, Any]) -> GPT:
+    """Return the model of a record, without memory for its weights: a Classifier with labels."""
+    config, labels = GPTConfig(**about["model"]), about["labels"]
+    with torch.device("meta"):
+        return GPT(config) if labels is None else Classifier(config, len(labels))
+
+
 def _check_content(path: Path, raw: dict[str, Any]) -> None:
     """Raise ValueError where the record is not whole, or the weights are not those of its model."""
     missing = {"state_dict", "global_step"} - raw.keys() | RECORD_KEYS - raw[KEY].keys()
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; {_alternative(path)}")
     try:
-        with torch.device("meta"):
-            expected = GPT(GPTConfig(**raw[KEY]["model"])).state_dict()
+        expected = _without_weights(raw[KEY]).state_dict()
     except TypeError as error:
         raise ValueError(f"{path} records a model that this version lacks: {error}") from error
     weights = model_weights(raw)
