@@ -1,0 +1,1 @@
+"""How well a checkpoint does: one small file per kind of measure."""

@@ -1,0 +1,67 @@
+"""Scores of classification, by hand, and what the baselines learn."""
+
+import numpy as np
+import pytest
+
+from nanogpt.evaluation.classification import (
+    BagOfWords,
+    baselines,
+    confusion_matrix,
+    majority_class,
+    scores,
+)
+
+
+def test_a_confusion_matrix_has_a_row_per_true_class() -> None:
+    confusion = confusion_matrix([0, 0, 0, 1], [0, 1, 1, 1], 2)
+    assert confusion.tolist() == [[1, 2], [0, 1]]
+
+
+def test_accuracy_and_macro_f1_by_hand() -> None:
+    # Class 0: TP 1, FP 0, FN 2, F1 1/2. Class 1: TP 1, FP 2, FN 0, F1 1/2.
+    assert scores(np.array([[1, 2], [0, 1]])) == {"accuracy": 0.5, "macro_f1": 0.5}
+
+
+def test_macro_f1_falls_where_a_rare_class_is_never_found() -> None:
+    # Class 0: 2 * 98 / (2 * 98 + 2); class 1: 0.
+    figures = scores(np.array([[98, 0], [2, 0]]))
+    assert figures["accuracy"] == pytest.approx(0.98)
+    assert figures["macro_f1"] == pytest.approx((196 / 198 + 0) / 2)
+
+
+def test_a_class_that_never_occurs_does_not_count() -> None:
+    assert scores(np.diag([3, 0, 2]))["macro_f1"] == 1.0
+
+
+def test_the_majority_is_the_first_of_the_most_frequent() -> None:
+    assert majority_class([2, 1, 1, 2, 0]) == 1
+
+
+TEXTS = ["free prize now", "win a free prize", "see you at home", "at home now"]
+
+
+def test_a_bag_of_words_learns_which_words_tell_the_class() -> None:
+    model = BagOfWords(TEXTS, [1, 1, 0, 0], 2)
+    assert model.predict(["a PRIZE!", "home", "free free home"]) == [1, 0, 1]
+
+
+def test_a_bag_of_words_is_at_its_optimum() -> None:
+    # At the minimum the gradient of the bias is zero: predicted and true class totals agree.
+    model = BagOfWords(TEXTS, [1, 1, 1, 0], 2)
+    totals = model._logits(model._counts(TEXTS)).softmax(-1).sum(0)
+    assert totals.tolist() == pytest.approx([1.0, 3.0], abs=1e-3)
+
+
+def test_a_bag_of_words_guesses_by_frequency_where_it_knows_no_word() -> None:
+    assert BagOfWords(TEXTS, [1, 1, 1, 0], 2).predict(["unseen", ""]) == [1, 1]
+
+
+def test_several_classes_are_told_apart() -> None:
+    model = BagOfWords(["red", "green", "blue"], [0, 1, 2], 3)
+    assert model.predict(["blue", "red", "green"]) == [2, 0, 1]
+
+
+def test_the_majority_baseline_has_the_accuracy_of_its_share() -> None:
+    figures = baselines(TEXTS, [1, 1, 1, 0], ["free", "home", "home"], [1, 0, 0], 2)
+    assert figures["majority"]["accuracy"] == pytest.approx(1 / 3)
+    assert figures["majority"]["macro_f1"] == pytest.approx((2 / 4 + 0) / 2)
