@@ -1,0 +1,160 @@
+"""Whether exported models compute elsewhere what they compute here.
+
+    python benchmarks/export_parity.py [--size gpt2|gpt2-medium|gpt2-large|gpt2-xl] [--tokens 64]
+
+Random weights of a published size are written as a checkpoint and exported by the command. Then,
+one after the other, this project, transformers and (where the packages gguf and llama_cpp are
+installed) llama.cpp read 64 tokens, continue them greedily by 64, and encode awkward texts. Prints
+the largest difference between logits, how many of the continued tokens are equal, and whether the
+ids are. Works in a temporary directory (TMPDIR): three times the weights in float32.
+"""
+
+import argparse
+import gc
+import importlib.util
+import itertools
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt.checkpoint import load_checkpoint, record, write_checkpoint
+from nanogpt.export import main as export
+from nanogpt.generation import generate
+from nanogpt.model import GPT, PRESETS, GPTConfig
+from nanogpt.tokenizer import gpt2_tokenizer
+
+TEXTS = (
+    "Hello world\r\n\r\n  'tis 12345 don't",
+    "naïve 😀👩‍👩‍👧 \u3000\t x\u0085y",
+    "a<|endoftext|>b",
+)
+
+
+@dataclass
+class Answer:
+    """What a program makes of the prompt and the texts."""
+
+    logits: Tensor  # (T, V)
+    continued: list[int]
+    encoded: list[list[int]]
+
+
+Ask = Callable[[Path, list[int], int], Answer]
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    prompt = torch.randint(50257, (64,), generator=torch.Generator().manual_seed(1)).tolist()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        write_random(GPTConfig.preset(options.size), directory / "model.ckpt")
+        ours = ask_us(directory / "model.ckpt", prompt, options.tokens)
+        for title, arguments, ask in rivals():
+            out = directory / "out"
+            if export([str(directory / "model.ckpt"), str(out), "--overwrite", *arguments]):
+                return 1
+            report(f"{options.size}, {title}", ours, ask(out, prompt, options.tokens))
+            gc.collect()
+    return 0
+
+
+def rivals() -> list[tuple[str, list[str], Ask]]:
+    """Return the name of each program, the options of its export, and how to ask it."""
+    there: list[tuple[str, list[str], Ask]] = [
+        ("transformers", ["--format", "hf"], ask_transformers)
+    ]
+    if importlib.util.find_spec("gguf") and importlib.util.find_spec("llama_cpp"):
+        gguf = ["--format", "gguf", "--dtype"]
+        there += [(f"llama.cpp {d}", [*gguf, d], ask_llama_cpp) for d in ("f32", "f16")]
+    return there
+
+
+def report(title: str, ours: Answer, theirs: Answer) -> None:
+    difference = (ours.logits - theirs.logits).abs().max().item()
+    n_equal = sum(a == b for a, b in zip(ours.continued, theirs.continued, strict=True))
+    encoding = "equal" if ours.encoded == theirs.encoded else "DIFFERENT"
+    print(
+        f"{title}: max |difference of logits| {difference:.1e} (their deviation "
+        f"{ours.logits.std():.2f}), {n_equal} of {len(ours.continued)} greedy tokens equal, "
+        f"encoding {encoding}"
+    )
+
+
+def write_random(config: GPTConfig, path: Path) -> None:
+    """Write a checkpoint whose every tensor, biases and norms too, is random."""
+    torch.manual_seed(0)
+    model = GPT(config)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    content = {
+        "global_step": 0,
+        "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
+        "nanogpt": record("pretrain", config, gpt2_tokenizer()),
+    }
+    write_checkpoint(content, path)
+
+
+@torch.inference_mode()
+def ask_us(path: Path, prompt: list[int], n_tokens: int) -> Answer:
+    checkpoint = load_checkpoint(path)
+    steps = generate(checkpoint.model, prompt, max_new_tokens=n_tokens, temperature=0)
+    continued = list(itertools.islice(steps, n_tokens))
+    logits = checkpoint.model(torch.tensor([prompt]))[0].clone()
+    return Answer(logits, continued, [checkpoint.tokenizer.encode(text) for text in TEXTS])
+
+
+@torch.inference_mode()
+def ask_transformers(directory: Path, prompt: list[int], n_tokens: int) -> Answer:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory).eval()
+    model.generation_config.eos_token_id = None  # not to end early
+    ids = torch.tensor([prompt])
+    continued = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, do_sample=False
+    )[0, len(prompt) :]
+    encoded = [list(tokenizer(text)["input_ids"]) for text in TEXTS]
+    return Answer(model(ids).logits[0].clone(), continued.tolist(), encoded)
+
+
+def ask_llama_cpp(path: Path, prompt: list[int], n_tokens: int) -> Answer:
+    from llama_cpp import GGML_TYPE_F32, Llama
+
+    model = Llama(
+        str(path),
+        n_ctx=len(prompt) + n_tokens,
+        logits_all=True,
+        type_k=GGML_TYPE_F32,  # of the KV cache, else f16
+        type_v=GGML_TYPE_F32,
+        n_threads=torch.get_num_threads(),
+        verbose=False,
+    )
+    model.eval(prompt)
+    logits = torch.tensor(model.scores[: len(prompt)])
+    continued: list[int] = []
+    while len(continued) < n_tokens:
+        continued.append(int(model.scores[model.n_tokens - 1].argmax()))
+        model.eval(continued[-1:])
+    encoded = [model.tokenize(text.encode(), add_bos=True, special=False) for text in TEXTS]
+    model.close()
+    return Answer(logits, continued, encoded)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Compare exported models with transformers and llama.cpp."
+    )
+    parser.add_argument("--size", default="gpt2", choices=PRESETS)
+    parser.add_argument("--tokens", type=int, default=64, help="to continue greedily (default 64)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
