@@ -1,0 +1,163 @@
+"""Labelled examples in splits: the classes in proportion, no text in two of them."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanogpt.data.order import permute
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text and the name of its class."""
+
+    text: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Examples to learn from, to choose by, and to test on once.
+
+    `rest` is what balancing left over, all of it of the larger classes.
+    """
+
+    train: list[Example]
+    val: list[Example]
+    test: list[Example]
+    rest: list[Example]
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the classes, sorted."""
+        return sorted({example.label for example in self.train})
+
+    @property
+    def imbalanced(self) -> list[Example]:
+        """The test examples and the rest: what was neither learnt from nor chosen by."""
+        return self.test + self.rest
+
+    def hashes(self) -> dict[str, str]:
+        """Return 16 hexadecimal digits per split: of the SHA-256 of its examples in any order."""
+        return {
+            name: examples_sha256(examples)[:16]
+            for name, examples in vars(self).items()
+            if examples
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change when any split does."""
+        return hashlib.sha256(repr(self.hashes()).encode()).hexdigest()[:16]
+
+
+def split(
+    examples: Sequence[Example],
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    balance: bool = False,
+    max_examples: int | None = None,
+    seed: int = 0,
+) -> Splits:
+    """Return the examples in splits, a pure function of its arguments.
+
+    Texts that differ in case and white space only are one text, of the class of the first, and
+    stay together. Of every class the test split gets `test_fraction`, validation `val_fraction`
+    and training what is left, as nearly as the copies allow.
+
+    Raises ValueError where there are no two classes, or one is too small to be in all three.
+    """
+    _check_fractions(val_fraction, test_fraction)
+    by_label = _shuffled_texts(examples, seed)
+    if len(by_label) < 2:
+        raise ValueError(f"all texts are of only one class, {min(by_label)!r}; pass two or more")
+    counts = {label: sum(map(len, texts)) for label, texts in by_label.items()}
+    used = _used(counts, balance, max_examples)
+    parts: list[list[Example]] = [[], [], [], []]
+    for label in sorted(by_label):
+        n_test, n_val = round(test_fraction * used[label]), round(val_fraction * used[label])
+        quotas = [n_test, n_val, used[label] - n_test - n_val, counts[label]]
+        filled = _fill(by_label[label], quotas)
+        _check_class(label, counts[label], filled)
+        for part, more in zip(parts, filled, strict=True):
+            part += more
+    test, val, train, rest = parts
+    return Splits(train, val, test, rest if balance else [])
+
+
+def class_weights(examples: Iterable[Example], labels: Sequence[str]) -> list[float]:
+    """Return a weight per class with which all classes weigh the same and examples 1 on average."""
+    counts = Counter(example.label for example in examples)
+    return [counts.total() / (len(labels) * counts[label]) for label in labels]
+
+
+def examples_sha256(examples: Iterable[Example]) -> str:
+    """Return a hash over the examples, whatever their order."""
+    lines = sorted(repr((example.label, example.text)) for example in examples)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def same_text(text: str) -> str:
+    """Return what two texts have in common that count as one."""
+    return " ".join(text.casefold().split())
+
+
+def _shuffled_texts(examples: Sequence[Example], seed: int) -> dict[str, list[list[Example]]]:
+    """Return by class the texts in an order of the seed's, each as all examples that have it."""
+    copies: dict[str, list[Example]] = {}
+    for example in examples:
+        copies.setdefault(same_text(example.text), []).append(example)
+    texts = list(copies.values())
+    by_label: dict[str, list[list[Example]]] = {}
+    for i in permute(np.arange(len(texts)), len(texts), f"split/{seed}"):
+        by_label.setdefault(texts[i][0].label, []).append(texts[i])
+    return by_label
+
+
+def _used(counts: dict[str, int], balance: bool, max_examples: int | None) -> dict[str, int]:
+    """Return how many examples of each class are used."""
+    if balance:
+        counts = dict.fromkeys(counts, min(counts.values()))
+    total = sum(counts.values())
+    if max_examples is None or max_examples >= total:
+        return counts
+    return {label: n * max_examples // total for label, n in counts.items()}
+
+
+def _fill(texts: list[list[Example]], quotas: list[int]) -> list[list[Example]]:
+    """Return the examples in parts of at most these sizes: each text goes to the first with room.
+
+    What has room nowhere goes to the last.
+    """
+    parts: list[list[Example]] = [[] for _ in quotas]
+    for text in texts:
+        room = (i for i, n in enumerate(quotas) if len(parts[i]) + len(text) <= n)
+        parts[next(room, -1)] += text
+    return parts
+
+
+def _check_fractions(val_fraction: float, test_fraction: float) -> None:
+    for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if not 0 < value < 1:
+            raise ValueError(f"data.{name}={value!r} is not a number between 0 and 1")
+    if val_fraction + test_fraction >= 1:
+        raise ValueError(
+            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave "
+            f"nothing to train on; pass smaller ones"
+        )
+
+
+def _check_class(label: str, n: int, parts: list[list[Example]]) -> None:
+    if not all(parts[:3]):
+        sizes = ", ".join(
+            f"{len(part)} to {name}"
+            for name, part in zip(("test", "validation", "training"), parts, strict=False)
+        )
+        raise ValueError(
+            f"class {label!r} has {n} examples, which gives {sizes}; add examples of it, take it "
+            f"out, or change data.val_fraction, data.test_fraction and data.max_examples"
+        )
