@@ -1,0 +1,342 @@
+"""Labelled files of every kind, splits without copies across them, and batches of a step."""
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanogpt.data.labelled import LabelledTexts, read_examples
+from nanogpt.data.labelled_module import LabelledBatch, LabelledDataModule
+from nanogpt.data.sms_spam import SmsSpam
+from nanogpt.data.splits import Example, class_weights, same_text, split
+from nanogpt.tokenizer import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+EXPECTED = [Example('say "hi"', "yes"), Example("go, now", "no")]
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("SMSSpamCollection", 'yes\tsay "hi"\nno\tgo, now\n'),
+        ("a.tsv", 'text\tlabel\r\nsay "hi"\tyes\r\ngo, now\tno\r\n'),
+        ("b.tsv", 'id\tlabel\ttext\n1\tyes\tsay "hi"\n\n2\tno\tgo, now'),
+        ("a.csv", 'label,text\nyes,"say ""hi"""\nno,"go, now"\n'),
+        (
+            "a.jsonl",
+            '{"text": "say \\"hi\\"", "label": "yes"}\n\n{"label": "no", "text": "go, now"}',
+        ),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_examples(name: str, text: str, tmp_path: Path) -> None:
+    assert read_examples(written(tmp_path / name, text)) == EXPECTED
+
+
+def test_a_lone_quote_in_tsv_is_text(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.tsv", 'ham\t"Open\nspam\tquote\n')
+    assert [e.text for e in read_examples(path)] == ['"Open', "quote"]
+
+
+def test_a_csv_cell_may_span_lines(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", 'text,label\n"one\ntwo",x\n')
+    assert read_examples(path) == [Example("one\ntwo", "x")]
+
+
+def test_columns_are_named(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", "body,topic\nhello,greeting\n")
+    assert read_examples(path, "body", "topic") == [Example("hello", "greeting")]
+
+
+def test_labels_may_be_whole_numbers_and_truth_values(tmp_path: Path) -> None:
+    lines = '{"text": "a", "label": 1}\n{"text": "b", "label": true}\n'
+    assert [e.label for e in read_examples(written(tmp_path / "a.jsonl", lines))] == ["1", "true"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.csv", "text,label\na,x\n,y\n", r"a\.csv, line 3 has no text"),
+        ("a.csv", "text,label\na,x\nb\n", r"a\.csv, line 3 has 1 cells and 2 are expected"),
+        ("a.csv", "text,topic\na,x\n", r"no column 'label' .*text, topic"),
+        ("a.csv", 'text,label\n"a"b,x\n', r"a\.csv, line 2 is no CSV"),
+        ("a.csv", "", r"no column 'text'"),
+        ("a.tsv", "x\ta\ny\n", r"a\.tsv, line 2 has 1 cells and 2 are expected"),
+        ("a.tsv", "1\tx\ta\n", r"a\.tsv has no column 'text'"),
+        ("a.tsv", "x\ta\n\ty\n", r"a\.tsv, line 2 has no label"),
+        ("a.tsv", "\n\n", r"a\.tsv has no"),
+        ("a.jsonl", '{"text": "a"}\n', r"a\.jsonl, line 1 has no 'label'"),
+        ("a.jsonl", '{"text": "a", "label": 0.5}\n', r"a\.jsonl, line 1 has no label"),
+        ("a.jsonl", '{"text": null, "label": "x"}\n', r"a\.jsonl, line 1 has no text"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl, line 1 is no JSON object"),
+        ("a.jsonl", "{\n", r"a\.jsonl, line 1 is no JSON \("),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(
+    name: str, text: str, expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=expected) as error:
+        read_examples(written(tmp_path / name, text))
+    assert "\n" not in str(error.value)
+
+
+def test_bytes_that_are_no_utf8_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b"ham\tcaf\xe9\n")
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        read_examples(path)
+
+
+def test_a_missing_file_says_what_to_pass(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="pass a labelled"):
+        read_examples(tmp_path / "nothing.tsv")
+
+
+def test_no_path_says_what_to_pass() -> None:
+    with pytest.raises(ValueError, match=r"data=labelled needs data\.path="):
+        LabelledTexts().examples()
+
+
+def test_spam_comes_from_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path / "SMSSpamCollection", 'ham\t"Ok\nspam\tWIN\n')
+    assert SmsSpam(path).examples() == [Example('"Ok', "ham"), Example("WIN", "spam")]
+
+
+def test_spam_that_cannot_be_fetched_says_what_to_pass(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=r"pass data\.path=<the file SMSSpamCollection"):
+        SmsSpam().examples()
+
+
+# Splits
+
+
+def made_up(**counts: int) -> list[Example]:
+    return [Example(f"{label} {i}", label) for label, n in counts.items() for i in range(n)]
+
+
+def by_label(examples: list[Example]) -> dict[str, int]:
+    return dict(Counter(example.label for example in examples))
+
+
+def splits_of(examples: list[Example], **options: Any) -> Any:
+    return split(examples, **{"val_fraction": 0.1, "test_fraction": 0.2, **options})
+
+
+def test_every_class_is_split_in_proportion() -> None:
+    splits = splits_of(made_up(a=100, b=50, c=20))
+    assert by_label(splits.test) == {"a": 20, "b": 10, "c": 4}
+    assert by_label(splits.val) == {"a": 10, "b": 5, "c": 2}
+    assert by_label(splits.train) == {"a": 70, "b": 35, "c": 14}
+    assert splits.labels == ["a", "b", "c"]
+    assert splits.rest == []
+
+
+def test_balancing_leaves_over_what_the_larger_classes_have_more() -> None:
+    examples = made_up(a=100, b=30)
+    splits = splits_of(examples, balance=True)
+    assert by_label(splits.train + splits.val + splits.test) == {"a": 30, "b": 30}
+    assert by_label(splits.rest) == {"a": 70}
+    assert by_label(splits.imbalanced) == {"a": 76, "b": 6}
+    assert sorted(e.text for part in vars(splits).values() for e in part) == sorted(
+        e.text for e in examples
+    )
+
+
+def test_copies_of_a_text_stay_together() -> None:
+    examples = [
+        Example(f"{'Text' if j else ' text'}  {i} ", "ab"[i % 2])
+        for i in range(60)
+        for j in range(3)
+    ]
+    splits = splits_of(examples, balance=True)
+    texts = [{same_text(e.text) for e in part} for part in vars(splits).values()]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 60
+
+
+def test_the_seed_makes_the_splits() -> None:
+    examples = made_up(a=40, b=40)
+    one, again, other = (splits_of(examples, seed=seed) for seed in (0, 0, 1))
+    assert one == again
+    assert one.fingerprint != other.fingerprint
+    assert one.hashes().keys() == {"train", "val", "test"}
+
+
+def test_the_order_of_the_file_is_no_part_of_a_hash() -> None:
+    splits = splits_of(made_up(a=40, b=40))
+    turned = type(splits)(splits.train[::-1], splits.val, splits.test, [])
+    assert turned.hashes() == splits.hashes()
+
+
+def test_fewer_examples_keep_the_proportions() -> None:
+    splits = splits_of(made_up(a=400, b=200), max_examples=90)
+    assert by_label(splits.train + splits.val + splits.test) == {"a": 60, "b": 30}
+
+
+def test_weights_make_the_classes_equal_and_the_mean_one() -> None:
+    examples = made_up(a=30, b=10)
+    weights = class_weights(examples, ["a", "b"])
+    assert weights == pytest.approx([2 / 3, 2])
+    assert 30 * weights[0] + 10 * weights[1] == pytest.approx(40)
+
+
+@pytest.mark.parametrize(
+    ("examples", "options", "expected"),
+    [
+        (made_up(a=100, b=2), {}, r"class 'b' has 2 examples.* 0 to test"),
+        (made_up(a=100), {}, "only one class, 'a'"),
+        (made_up(a=9, b=9), {"val_fraction": 0.5, "test_fraction": 0.5}, "nothing to train on"),
+        (made_up(a=9, b=9), {"test_fraction": 0.0}, r"data\.test_fraction=0\.0 is not"),
+    ],
+)
+def test_splits_that_cannot_be_are_one_sentence(
+    examples: list[Example], options: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ValueError, match=expected):
+        splits_of(examples, **options)
+
+
+# Batches
+
+BLOCK_SIZE = 12
+
+
+def module(
+    *, rows: int = 8, micro_batch: int = 8, token_dropout: float = 0.0, **trainer: Any
+) -> LabelledDataModule:
+    splits = splits_of([Example("x" * (i % 9 + 1) + str(i), "ab"[i % 2]) for i in range(60)])
+    built = LabelledDataModule(
+        splits,
+        TOKENIZER,
+        class_weights=[1.0, 3.0],
+        token_dropout=token_dropout,
+        block_size=BLOCK_SIZE,
+        tokens_per_step=rows * BLOCK_SIZE,
+        micro_batch=micro_batch,
+        seed=5,
+    )
+    values = {"global_step": 0, "max_steps": 3, "global_rank": 0, "world_size": 1} | trainer
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    built.trainer = SimpleNamespace(**values, strategy=strategy)  # type: ignore[assignment]
+    return built
+
+
+def texts_of(batches: list[LabelledBatch]) -> list[tuple[tuple[int, ...], int]]:
+    return [
+        (tuple(ids[:n].tolist()), int(label))
+        for batch in batches
+        for ids, n, label in zip(batch["input_ids"], batch["lengths"], batch["labels"], strict=True)
+    ]
+
+
+def test_a_micro_batch_is_as_wide_as_its_longest_text() -> None:
+    for step in module(micro_batch=2).train_dataloader():
+        for batch in step:
+            assert batch["input_ids"].shape == (2, int(batch["lengths"].max()))
+
+
+def test_a_pass_sees_every_training_text_once() -> None:
+    built = module(rows=21, micro_batch=21, max_steps=2)
+    seen = [text for step in built.train_dataloader() for text in texts_of(step)]
+    texts = built.train_texts
+    assert sorted(seen) == sorted(
+        (tuple(row.tolist()), int(label))
+        for row, label in zip(texts.rows, texts.labels, strict=True)
+    )
+
+
+@pytest.mark.parametrize("token_dropout", [0.0, 0.5])
+@pytest.mark.parametrize(("micro_batch", "world_size"), [(8, 1), (2, 1), (1, 4), (4, 2)])
+def test_no_split_of_a_step_changes_what_it_sees(
+    micro_batch: int, world_size: int, token_dropout: float
+) -> None:
+    whole = list(module(token_dropout=token_dropout).train_dataloader())
+    ranks = [
+        list(
+            module(
+                token_dropout=token_dropout,
+                micro_batch=micro_batch,
+                world_size=world_size,
+                global_rank=rank,
+            ).train_dataloader()
+        )
+        for rank in range(world_size)
+    ]
+    for step, parts in zip(whole, zip(*ranks, strict=True), strict=True):
+        batches = [batch for part in parts for batch in part]
+        assert sorted(texts_of(step)) == sorted(texts_of(batches))
+        assert {b["step_targets"] for b in batches} == {step[0]["step_targets"]}
+        assert {b["step_tokens"] for b in batches} == {step[0]["step_tokens"]}
+
+
+def test_a_continued_run_sees_the_steps_that_are_left() -> None:
+    whole = list(module(token_dropout=0.5).train_dataloader())
+    rest = list(module(token_dropout=0.5, global_step=2).train_dataloader())
+    assert [texts_of(step) for step in rest] == [texts_of(whole[2])]
+
+
+def test_a_step_counts_its_weights_and_its_next_tokens() -> None:
+    for step in module(micro_batch=4).train_dataloader():
+        texts = texts_of(step)
+        assert step[0]["step_targets"] == sum([1.0, 3.0][label] for _, label in texts)
+        assert step[0]["step_tokens"] == sum(len(ids) - 1 for ids, _ in texts)
+
+
+def test_token_dropout_leaves_out_its_share_and_keeps_both_ends() -> None:
+    whole = {ids for ids, _ in texts_of(next(iter(module().train_dataloader())))}
+    thinned = [
+        ids
+        for step in module(token_dropout=0.5, max_steps=200).train_dataloader()
+        for ids, _ in texts_of(step)
+    ]
+    eot = TOKENIZER.eot_id
+    assert all(ids[0] == eot and ids[-1] == eot for ids in thinned)
+    inner = np.mean([len(ids) - 2 for ids in thinned])
+    before = np.mean([len(row) - 2 for row in module().train_texts.rows])
+    assert inner / before == pytest.approx(0.5, abs=0.03)
+    assert not whole & set(thinned[:2])
+
+
+def test_validation_scores_every_text_once_over_all_ranks() -> None:
+    built = module()
+    shares = [
+        texts_of(list(module(global_rank=rank, world_size=2).val_dataloader())) for rank in (0, 1)
+    ]
+    assert sorted(shares[0] + shares[1]) == sorted(
+        (tuple(row.tolist()), int(label))
+        for row, label in zip(built.val_texts.rows, built.val_texts.labels, strict=True)
+    )
+
+
+def test_long_texts_are_cut_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    splits = splits_of(
+        [Example(f"{i:02}" + "x" * 20 * (i % 2), "ab"[i % 4 // 2]) for i in range(40)]
+    )
+    with caplog.at_level("INFO", logger="nanogpt"):
+        built = LabelledDataModule(
+            splits,
+            TOKENIZER,
+            class_weights=[1.0, 1.0],
+            token_dropout=0.0,
+            block_size=BLOCK_SIZE,
+            tokens_per_step=BLOCK_SIZE,
+            micro_batch=1,
+            seed=0,
+        )
+    n_long = sum(len(e.text) > 10 for e in splits.train + splits.val)
+    assert f"{n_long} of 32 texts cut to block_size=12 tokens" in caplog.text
+    assert max(len(row) for row in built.train_texts.rows) == BLOCK_SIZE
