@@ -1,0 +1,166 @@
+"""Conversations as packed rows of tokens, and their batches."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from nanogpt.data.instructions import Conversation, ConversationSplits, conversations_sha256
+from nanogpt.data.module import RowsDataModule
+from nanogpt.data.order import RowOrder
+from nanogpt.data.packing import PackedRows
+from nanogpt.prompts import Encoded, Template
+from nanogpt.tokenizer import Tokenizer
+
+LOSS_ON = ("responses", "all")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PackedSplit:
+    """One split's rows, and what became of its conversations.
+
+    A conversation longer than a row lost its end (`n_cut`); one whose first response begins beyond
+    the row was left out (`n_dropped`).
+    """
+
+    rows: PackedRows
+    sha256: str  # of the conversations, whole
+    n_examples: int
+    n_cut: int
+    n_dropped: int
+
+    def facts(self) -> dict[str, Any]:
+        """Return plain values for the summary."""
+        return {
+            "examples": self.n_examples,
+            "cut": self.n_cut,
+            "dropped": self.n_dropped,
+            "tokens": len(self.rows.ids),
+            "rows": len(self.rows),
+            "padding": self.rows.padding,
+            "sha256": self.sha256,
+        }
+
+
+@dataclass(frozen=True)
+class PackedConversations:
+    """Both splits in rows of `block_size` tokens; `fingerprint` stands for every token of them."""
+
+    block_size: int
+    train: PackedSplit
+    val: PackedSplit
+    fingerprint: str
+
+    def facts(self) -> dict[str, Any]:
+        """Return plain values for the summary."""
+        return {"splits": {"train": self.train.facts(), "val": self.val.facts()}}
+
+
+class InstructionDataModule(RowsDataModule):
+    """Batches of packed conversations, their rows shuffled anew in each pass."""
+
+    def __init__(
+        self,
+        packed: PackedConversations,
+        *,
+        tokens_per_step: int,
+        micro_batch: int,
+        seed: int,
+        workers: int = 0,
+    ) -> None:
+        super().__init__(
+            packed.train.rows,
+            packed.val.rows,
+            RowOrder(len(packed.train.rows), seed, packed.fingerprint),
+            block_size=packed.block_size,
+            tokens_per_step=tokens_per_step,
+            micro_batch=micro_batch,
+            workers=workers,
+        )
+
+
+def pack_conversations(
+    splits: ConversationSplits,
+    template: Template,
+    tokenizer: Tokenizer,
+    block_size: int,
+    loss_on: str = "responses",
+) -> PackedConversations:
+    """Return both splits encoded and packed.
+
+    The training loss is on responses or on all tokens, validation always on responses. Raises
+    ValueError where a split has no conversation that fits.
+    """
+    if loss_on not in LOSS_ON:
+        raise ValueError(f"loss_on={loss_on!r} is unknown; choose one of {', '.join(LOSS_ON)}")
+    train, val = (
+        _packed(name, getattr(splits, name), template, tokenizer, block_size, on)
+        for name, on in (("train", loss_on), ("val", "responses"))
+    )
+    identity = [tokenizer.fingerprint, template.name, block_size, loss_on, train.sha256, val.sha256]
+    fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+    return PackedConversations(block_size, train, val, fingerprint)
+
+
+def _packed(
+    name: str,
+    conversations: Sequence[Conversation],
+    template: Template,
+    tokenizer: Tokenizer,
+    block_size: int,
+    loss_on: str,
+) -> PackedSplit:
+    with ThreadPoolExecutor() as pool:  # tokenizing frees the GIL
+        encoded = list(pool.map(lambda one: template.encode(tokenizer, one), conversations))
+    fitting = [_fit(one, block_size) for one in encoded]
+    kept = [one for one in fitting if one is not None]
+    if not kept:
+        raise ValueError(
+            f"none of the {len(encoded)} conversations of the {name} split has a response within "
+            f"block_size={block_size} tokens; use shorter ones or a model with a longer context"
+        )
+    n_dropped = len(encoded) - len(kept)
+    n_cut = sum(len(one.ids) > block_size + 1 for one in encoded) - n_dropped
+    texts = [
+        (ids, response if loss_on == "responses" else [True] * len(ids)) for ids, response in kept
+    ]
+    split = PackedSplit(
+        rows=PackedRows.of(texts, block_size),
+        sha256=conversations_sha256(conversations),
+        n_examples=len(kept),
+        n_cut=n_cut,
+        n_dropped=n_dropped,
+    )
+    _tell(name, split)
+    return split
+
+
+def _fit(encoded: Encoded, block_size: int) -> Encoded | None:
+    """Return as much of a conversation as a row holds, None where no response begins there."""
+    ids, is_response = encoded.ids[: block_size + 1], encoded.is_response[: block_size + 1]
+    return Encoded(ids, is_response) if any(is_response) else None
+
+
+def _tell(name: str, split: PackedSplit) -> None:
+    rows = split.rows
+    log.info(
+        "%s: %s conversations, %s tokens in %s rows of %s, %.1f %% of them padding",
+        name,
+        f"{split.n_examples:,}",
+        f"{len(rows.ids):,}",
+        f"{len(rows):,}",
+        rows.block_size,
+        100 * rows.padding,
+    )
+    if split.n_cut or split.n_dropped:
+        log.info(
+            "%s: %s conversations longer than a row lost their end, %s were left out because no "
+            "response begins within it",
+            name,
+            f"{split.n_cut:,}",
+            f"{split.n_dropped:,}",
+        )

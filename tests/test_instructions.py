@@ -1,0 +1,211 @@
+"""Conversations from files: what is read, what is refused, which split it goes to, what is kept."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanogpt.data.dolly import FILE, Dolly
+from nanogpt.data.instruction_module import PackedConversations, pack_conversations
+from nanogpt.data.instructions import Instructions, conversation
+from nanogpt.prompts import Message, find_template
+from nanogpt.tokenizer import ByteTokenizer, gpt2_tokenizer
+
+CHAT = find_template("chat")
+BYTES = ByteTokenizer().with_special_tokens(CHAT.special_tokens)
+SUM = (Message("user", "Add.", "2 and 3"), Message("assistant", "5"))
+
+
+def write(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def numbered(n: int) -> list[dict[str, str]]:
+    return [{"instruction": f"Double {i}.", "response": f"It is {2 * i}."} for i in range(n)]
+
+
+def packed(path: Path, block_size: int = 64, **options: Any) -> PackedConversations:
+    return pack_conversations(Instructions(path).splits(), CHAT, BYTES, block_size, **options)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "Add.", "context": "2 and 3", "response": "5", "category": "sums"},
+        {"instruction": "Add.", "input": "2 and 3", "output": "5"},
+        {"instruction": " Add.\n", "input": "2 and 3", "context": None, "output": "5 "},
+    ],
+)
+def test_dollys_and_alpacas_names_are_one(record: dict[str, Any]) -> None:
+    assert conversation(record) == SUM
+
+
+def test_messages_are_taken_as_they_are() -> None:
+    said = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "?")]
+    talk = [Message(*message) for message in [*said, ("assistant", "!")]]
+    assert conversation({"messages": [vars(message) for message in talk]}) == tuple(talk)
+
+
+@pytest.mark.parametrize("name", ["own.jsonl", "own.json"])
+def test_json_lines_and_an_array_give_the_same(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, numbered(5))
+    if name.endswith(".json"):
+        path.write_text(json.dumps(numbered(5), indent=2))
+    read = Instructions(path).conversations
+    assert read[3] == (Message("user", "Double 3."), Message("assistant", "It is 6."))
+    assert len(read) == 5
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[1]", "line 2 is no JSON object"),
+        ('{"instruction": "Hi"}', "line 2 has no text under 'response or output'"),
+        ('{"instruction": " ", "output": "x"}', "line 2 has no text under 'instruction'"),
+        ('{"instruction": 5, "output": "x"}', "line 2 has int and not text under 'instruction'"),
+        ('{"messages": "Hi"}', "line 2 has messages that are no list"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "do not end with one of the assist"),
+        ('{"messages": [{"role": "bot", "content": "x"}]}', "role 'bot'"),
+    ],
+)
+def test_a_bad_record_is_named_by_file_and_line(line: str, found: str, tmp_path: Path) -> None:
+    good = json.dumps(numbered(1)[0])
+    path = tmp_path / "own.jsonl"
+    path.write_text(f"{good}\n{line}\n")
+    with pytest.raises(ValueError, match=found) as error:
+        _ = Instructions(path).conversations
+    assert str(error.value).startswith(str(path))
+    assert "data.skip_bad=true" in str(error.value)
+
+
+def test_bad_records_can_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "own.jsonl", [*numbered(3), {"text": "?"}, 7])
+    with caplog.at_level(logging.INFO):
+        assert len(Instructions(path, skip_bad=True).conversations) == 3
+    assert "2 records that cannot be read were left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "found"),
+    [
+        (None, ValueError, "needs data.path="),
+        ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl is no file"),
+        (__file__, ValueError, "does not end in .jsonl or .json"),
+    ],
+)
+def test_a_path_that_is_no_such_file_is_refused(
+    path: str | None, error: type[Exception], found: str
+) -> None:
+    with pytest.raises(error, match=found):
+        Instructions(path).splits()
+
+
+def test_one_conversation_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.jsonl", numbered(1) * 9)
+    with pytest.raises(ValueError, match="has 9 conversations and needs two that differ"):
+        Instructions(path).splits()
+
+
+def test_copies_are_never_in_both_splits(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.jsonl", numbered(40) * 3)
+    splits = Instructions(path, val_fraction=0.3).splits()
+    assert len(splits.train) + len(splits.val) == 120
+    assert splits.val
+    assert not set(splits.train) & set(splits.val)
+
+
+def test_other_conversations_leave_one_in_its_split(tmp_path: Path) -> None:
+    few = Instructions(write(tmp_path / "few.jsonl", numbered(40)), val_fraction=0.3).splits()
+    more = Instructions(write(tmp_path / "more.jsonl", numbered(80)), val_fraction=0.3).splits()
+    assert set(few.train) < set(more.train)
+    assert set(few.val) < set(more.val)
+
+
+def test_max_examples_takes_the_first(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.jsonl", [*numbered(5), "never looked at"])
+    assert len(Instructions(path, max_examples=5).conversations) == 5
+    with pytest.raises(ValueError, match="max_examples=1 is neither"):
+        Instructions(path, max_examples=1)
+
+
+def test_responses_and_their_ends_are_the_targets(tmp_path: Path) -> None:
+    rows = packed(write(tmp_path / "own.jsonl", numbered(20))).train.rows
+    _, targets, _ = rows.read(np.arange(len(rows)))
+    learnt = BYTES.decode(targets[targets != -100]).split("It is ")[1:]
+    assert sorted(learnt) == sorted(
+        c[1].content[6:] for c in Instructions(tmp_path / "own.jsonl").splits().train
+    )
+    assert (targets == BYTES.eot_id).sum() == len(learnt)
+
+
+def test_the_loss_can_be_on_all_tokens_and_validation_stays_on_responses(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.jsonl", numbered(20))
+    responses, all_ = packed(path), packed(path, loss_on="all")
+    counts = [p.train.rows.n_targets(np.arange(len(p.train.rows))) for p in (responses, all_)]
+    assert counts[1] == len(all_.train.rows.ids) - all_.train.n_examples > counts[0]
+    assert (responses.val.rows.scored == all_.val.rows.scored).all()
+    with pytest.raises(ValueError, match="loss_on='prompts' is unknown"):
+        packed(path, loss_on="prompts")
+
+
+def test_long_conversations_lose_their_end_and_those_without_a_response_are_left_out(
+    tmp_path: Path,
+) -> None:
+    fits = {"instruction": "a", "response": "b" * 28}  # 3 scaffold ids, 30 texts', 1 end: 33
+    cut = {"instruction": "a", "response": "b" * 29}
+    dropped = {"instruction": "a" * 40, "response": "b"}
+    path = write(tmp_path / "own.jsonl", [fits, cut, dropped])
+    conversations = Instructions(path).conversations
+    splits = Instructions(path).splits()
+    splits = type(splits)(train=conversations, val=conversations)
+    split = pack_conversations(splits, CHAT, BYTES, block_size=32).train
+    assert (split.n_examples, split.n_cut, split.n_dropped) == (2, 1, 1)
+    assert split.rows.ids.tolist().count(BYTES.eot_id) == 3  # two openings and one end
+    with pytest.raises(ValueError, match="block_size=2 tokens; use shorter ones"):
+        pack_conversations(splits, CHAT, BYTES, block_size=2)
+
+
+def test_the_fingerprint_knows_conversations_tokens_and_loss(tmp_path: Path) -> None:
+    path, other = (write(tmp_path / f"{n}.jsonl", numbered(n)) for n in (20, 21))
+    variants = [packed(path), packed(other), packed(path, 32), packed(path, loss_on="all")]
+    assert len({variant.fingerprint for variant in variants}) == 4
+    assert packed(path).fingerprint == variants[0].fingerprint
+    assert packed(path).train.sha256 != packed(other).train.sha256
+
+
+def test_dolly_takes_a_copy_of_its_file(tmp_path: Path) -> None:
+    path = write(tmp_path / FILE, numbered(10))
+    assert len(Dolly(path).conversations) == 10
+
+
+def test_dolly_without_a_network_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=r"cannot be fetched: HF_HUB_OFFLINE is set.*data\.p"):
+        _ = Dolly().conversations
+
+
+@pytest.mark.skipif("NANOGPT_TEST_DATA" not in os.environ, reason="NANOGPT_TEST_DATA is not set")
+@pytest.mark.parametrize("block_size", [256, 512, 1024])
+@pytest.mark.parametrize("template", ["chat", "alpaca"])
+@pytest.mark.parametrize("name", ["instruction-data.json", "dolly_151.jsonl"])
+def test_real_instructions_leave_less_than_a_twentieth_empty(
+    name: str, template: str, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(os.environ["NANOGPT_TEST_DATA"])
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(data / "tiktoken_cache"))
+    tokenizer = gpt2_tokenizer().with_special_tokens(CHAT.special_tokens)
+    splits = Instructions(data / "instruction" / name).splits()
+    split = pack_conversations(splits, find_template(template), tokenizer, block_size).train
+    assert split.rows.padding < 0.05
+    assert split.n_examples + split.n_dropped == len(splits.train)

@@ -1,0 +1,86 @@
+"""Packing: every text once, hardly a place empty, and rows that say which token is whose."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanogpt.data.packing import PackedRows, fullest, pack
+from nanogpt.model import GPT, GPTConfig
+
+# Two texts of 4 and 3 ids fill a row of 5 places; one of 5 ids has a row with one place empty.
+TEXTS = [
+    ([1, 2, 3, 4], [False, False, True, True]),
+    ([5, 6, 7, 8, 9], [False, False, False, False, True]),
+    ([10, 11, 12], [False, True, True]),
+]
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 60))
+def test_every_text_is_in_one_row_and_no_row_is_too_long(lengths: list[int], size: int) -> None:
+    rows = pack(lengths, size)
+    assert sorted(text for row in rows for text in row) == list(range(len(lengths)))
+    assert all(sum(lengths[text] for text in row) <= size for row in rows)
+
+
+@given(st.dictionaries(st.integers(1, 9), st.integers(1, 2), max_size=4), st.integers(0, 30))
+def test_no_choice_of_lengths_fills_more(counts: dict[int, int], room: int) -> None:
+    sums = {0}
+    for length, count in counts.items():
+        for _ in range(count):
+            sums |= {s + length for s in sums}
+    chosen = fullest(counts, room)
+    assert sum(chosen) == max(s for s in sums if s <= room)
+    assert all(chosen.count(length) <= counts[length] for length in chosen)
+
+
+def test_texts_that_fill_rows_leave_no_place_empty() -> None:
+    rng = np.random.default_rng(0)
+    lengths = [
+        int(n) for _ in range(50) for n in np.diff([0, *sorted(rng.choice(99, 3)), 100]) if n
+    ]
+    assert len(pack(lengths, 100)) == 50
+
+
+def test_rows_hold_inputs_targets_and_documents() -> None:
+    rows = PackedRows.of(TEXTS, block_size=5)
+    assert rows.table == [[1], [0, 2]]
+    input_ids, targets, documents = rows.read(np.array([1, 0]))
+    assert input_ids.tolist() == [[1, 2, 3, 10, 11], [5, 6, 7, 8, 0]]
+    assert targets.tolist() == [[-100, 3, 4, 11, 12], [-100, -100, -100, 9, -100]]
+    assert documents.tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]
+    assert {array.dtype for array in (input_ids, targets, documents)} == {np.dtype(np.int64)}
+
+
+def test_targets_are_counted_by_row() -> None:
+    rows = PackedRows.of(TEXTS, block_size=5)
+    assert [rows.n_targets(np.array([row])) for row in (0, 1)] == [1, 4]
+    assert rows.n_targets(np.array([1, 1, 0])) == 9
+
+
+def test_padding_is_the_share_of_empty_places() -> None:
+    assert PackedRows.of(TEXTS, block_size=5).padding == pytest.approx(1 / 10)
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_the_packed_loss_is_the_unpacked_loss(position: str) -> None:
+    torch.manual_seed(0)
+    config = GPTConfig(32, 61, n_layer=2, n_head=2, n_embd=16, position=position)  # type: ignore[arg-type]
+    model = GPT(config)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 33, size=40)
+    texts = [(rng.integers(61, size=n).tolist(), (rng.random(n) < 0.5).tolist()) for n in lengths]
+    alone = torch.zeros(())
+    for ids, scored in texts:
+        logits = model(torch.tensor([ids[:-1]]))[0]
+        losses = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+        alone = alone + losses[torch.tensor(scored[1:])].sum()
+    rows = PackedRows.of(texts, block_size=32)
+    input_ids, targets, documents = map(torch.from_numpy, rows.read(np.arange(len(rows))))
+    logits = model(input_ids, documents=documents)
+    packed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    n_targets = rows.n_targets(np.arange(len(rows)))
+    assert n_targets == int((targets != -100).sum())
+    assert abs((packed - alone).item()) / n_targets < 1e-5
