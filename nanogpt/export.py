@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.gguf_file import write_gguf
 from nanogpt.model import NORM_EPSILON, GPTConfig
-from nanogpt.pretrained import CONFIG, published_weights
+from nanogpt.pretrained import CONFIG, SAFETENSORS, published_weights
+from nanogpt.prompts import find_template
 from nanogpt.tokenizer_files import write_tokenizer
 
 # What both formats take for granted of a GPT-2; they also take biases, which may be zero.
@@ -35,11 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with replacing(options.out, options.overwrite) as temporary:
             checkpoint = load_checkpoint(options.checkpoint, runs_dir=options.runs_dir)
             check_exportable(checkpoint)
-            template = chat_template(checkpoint)
             if options.format == "hf":
-                write_huggingface(checkpoint, temporary, template)
+                write_huggingface(checkpoint, temporary)
             else:
-                write_gguf(checkpoint, temporary, template, options.dtype)
+                write_gguf(checkpoint, temporary, options.dtype)
     except (ValueError, OSError, ImportError) as error:
         print(f"nanogpt.export: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
@@ -66,26 +66,22 @@ def check_exportable(checkpoint: Checkpoint) -> None:
         )
 
 
-def write_huggingface(checkpoint: Checkpoint, directory: Path, template: str | None) -> None:
-    """Make a directory that AutoModelForCausalLM and AutoTokenizer load with no code of ours."""
+def write_huggingface(checkpoint: Checkpoint, directory: Path) -> None:
+    """Make a directory that AutoModelForCausalLM and AutoTokenizer load with no code of ours.
+
+    Generation ends with a text, or with what ends a reply where the checkpoint has a template.
+    """
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    template = find_template(checkpoint.template) if checkpoint.template is not None else None
     directory.mkdir()
-    write_tokenizer(tokenizer, directory, config.block_size, template)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_id)
+    jinja = template.jinja() if template is not None else None
+    write_tokenizer(tokenizer, directory, config.block_size, jinja)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
     _write_json(directory / CONFIG, {**_published_config(config), **ids})
-    _write_json(directory / "generation_config.json", {**ids, "pad_token_id": tokenizer.eot_id})
+    ends = template.stop_ids(tokenizer) if template is not None else tokenizer.eot_id
+    _write_json(directory / "generation_config.json", {**ids, "eos_token_id": ends})
     weights = published_weights(checkpoint.model)
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def chat_template(checkpoint: Checkpoint) -> str | None:
-    """Return the checkpoint's template as Jinja source, None where it has none."""
-    if checkpoint.template is None:
-        return None
-    raise ValueError(
-        f"{checkpoint.path} has the template {checkpoint.template!r}, which cannot be written as a "
-        f"chat template yet"
-    )
+    save_file(weights, directory / SAFETENSORS, metadata={"format": "pt"})
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.model import NORM_EPSILON
 from nanogpt.pretrained import gpt2_weights
+from nanogpt.prompts import find_template
 from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 from nanogpt.tokenizer_files import merges_of, spell, spellings
 
@@ -29,10 +30,8 @@ KNOWN_PATTERNS = (GPT2_PATTERN, "")  # bytes that never merge may be cut by any 
 NO_MERGES = [f"{END_OF_TEXT} {END_OF_TEXT}"]  # of what no text holds; the list may not be empty
 
 
-def write_gguf(
-    checkpoint: Checkpoint, path: Path, template: str | None, dtype: str = "f32"
-) -> None:
-    """Write a GPT-2 language model, its tokenizer and its chat template (Jinja) into a file.
+def write_gguf(checkpoint: Checkpoint, path: Path, dtype: str = "f32") -> None:
+    """Write a GPT-2 language model, its tokenizer and its template into a file.
 
     With f16 the matrices are rounded, but for the position embeddings, which llama.cpp adds as they
     are. Raises ModuleNotFoundError where the package gguf is missing, and ValueError for a
@@ -51,8 +50,8 @@ def write_gguf(
     half = dtype == "f16"
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
     _add_tokenizer(writer, checkpoint.tokenizer)
-    if template is not None:
-        writer.add_chat_template(template)
+    if checkpoint.template is not None:
+        writer.add_chat_template(find_template(checkpoint.template).jinja())
     for name, tensor in gpt2_weights(checkpoint.model).items():
         rounded = half and tensor.dim() == 2 and name != "wpe.weight"
         array = tensor.numpy().astype(np.float16 if rounded else np.float32, copy=False)

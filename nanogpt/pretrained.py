@@ -22,8 +22,8 @@ from nanogpt.tokenizer_files import MERGES, VOCAB, read_json, read_tokenizer
 
 PUBLISHED = tuple(PRESETS)  # the names under which weights are fetched
 CONFIG = "config.json"
-FETCHED = (CONFIG, VOCAB, MERGES, "model.safetensors")
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each whole, or in shards with an index
+SAFETENSORS = "model.safetensors"
+WEIGHTS = (SAFETENSORS, "pytorch_model.bin")  # each whole, or in shards with an index
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 EMBEDDINGS = ("wte.weight", "wpe.weight")  # have no bias
 CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
@@ -106,10 +106,10 @@ def _unreadable(directory: Path) -> list[str]:
     if not whole:
         unreadable += [VOCAB, MERGES]
     try:
-        with safe_open(directory / FETCHED[-1], framework="pt"):  # compares header and size
+        with safe_open(directory / SAFETENSORS, framework="pt"):  # compares header and size
             pass
     except (SafetensorError, OSError):
-        unreadable.append(FETCHED[-1])
+        unreadable.append(SAFETENSORS)
     return unreadable
 
 

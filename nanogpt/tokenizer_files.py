@@ -16,8 +16,8 @@ from typing import Any
 from nanogpt.tokenizer import (
     END_OF_TEXT,
     GPT2_PATTERN,
+    GPT2_VOCAB_SIZE,
     RESERVED,
-    ByteTokenizer,
     Tokenizer,
     _byte_of_letter,
     from_record,
@@ -118,13 +118,21 @@ class _Files:
 
     def tokenizer(self) -> Tokenizer:
         tokens, special_tokens = self._table()
-        byte = ByteTokenizer()
-        table = [*tokens, *(b"" for _ in special_tokens)]
-        if table == byte.token_bytes():
-            return ByteTokenizer(special_tokens)
-        if self.pattern is None:
+        if self.pattern is None and tokens != [bytes([i]) for i in range(256)]:
             raise _refused(self.path, "does not cut texts into words")
-        return self._byte_pairs(tokens, special_tokens, self.pattern)
+        record = {
+            "kind": "byte" if self.pattern is None else "bpe",
+            "name": "byte" if self.pattern is None else "bpe",
+            "pattern": self.pattern or "",
+            "tokens": [base64.b64encode(token).decode() for token in tokens],
+            "special_tokens": special_tokens,
+        }
+        if _is_gpt2(record):
+            return from_record({**record, "name": "gpt2"})
+        tokenizer = from_record(record)
+        if [(spell(a), spell(b)) for a, b in merges_of(tokenizer)] != self.merges:
+            raise _refused(self.path, "merges pairs that lower ids do not lead to")
+        return tokenizer
 
     def _table(self) -> tuple[list[bytes], list[str]]:
         """Return the bytes of the ordinary tokens by id, and the special ones that follow them."""
@@ -146,22 +154,12 @@ class _Files:
             raise _refused(self.path, f"has no {END_OF_TEXT}")
         return [bytes(byte_of[letter] for letter in token) for token in ordinary], special_tokens
 
-    def _byte_pairs(
-        self, tokens: list[bytes], special_tokens: list[str], pattern: str
-    ) -> Tokenizer:
-        record = {
-            "kind": "bpe",
-            "name": "gpt2",
-            "pattern": pattern,
-            "tokens": [base64.b64encode(token).decode() for token in tokens],
-            "special_tokens": special_tokens,
-        }
-        tokenizer = from_record(record)
-        if tokenizer.fingerprint == GPT2_FINGERPRINT:
-            return tokenizer
-        if [(spell(a), spell(b)) for a, b in merges_of(tokenizer)] != self.merges:
-            raise _refused(self.path, "merges pairs that lower ids do not lead to")
-        return from_record({**record, "name": "bpe"})
+
+def _is_gpt2(record: dict[str, Any]) -> bool:
+    """Whether a table is GPT-2's, whatever its special tokens are."""
+    ends_texts = {**record, "name": "gpt2", "special_tokens": [END_OF_TEXT]}
+    of_size = len(record["tokens"]) == GPT2_VOCAB_SIZE - 1
+    return of_size and from_record(ends_texts).fingerprint == GPT2_FINGERPRINT
 
 
 def _read_tokenizer_json(path: Path) -> _Files:

@@ -17,6 +17,7 @@ from nanogpt.export import main, replacing
 from nanogpt.generation import generate
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.pretrained import load_pretrained
+from nanogpt.prompts import Message, find_template
 from nanogpt.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer
 
 with warnings.catch_warnings():
@@ -131,6 +132,26 @@ def test_generation_ends_with_the_text(write: Write, tmp_path: Path) -> None:
     assert config["eos_token_id"] == byte_tokenizer().eot_id
 
 
+TALK = [
+    {"role": "user", "content": "Say é <b>\n"},
+    {"role": "assistant", "content": "é"},
+    {"role": "user", "content": "Again"},
+]
+
+
+@pytest.mark.parametrize("name", ["alpaca", "plain", "chat"])
+def test_a_template_travels_as_a_chat_template(name: str, write: Write, tmp_path: Path) -> None:
+    template = find_template(name)
+    tokenizer = byte_tokenizer().with_special_tokens(template.special_tokens)
+    export(write(tokenizer, template=name), tmp_path / "out")
+    there: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = there.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
+    messages = [Message(**message) for message in TALK]
+    assert list(ids) == template.encode(tokenizer, messages, add_generation_prompt=True).ids
+    config = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == template.stop_ids(tokenizer)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -138,7 +159,6 @@ def test_generation_ends_with_the_text(write: Write, tmp_path: Path) -> None:
         ({"norm": "rmsnorm", "bias": False}, "has norm=rmsnorm, which"),
         ({"activation": "relu2", "qk_norm": True}, "has activation=relu2, qk_norm=True, which"),
         ({"stage": "classify"}, "is a classifier; only language models"),
-        ({"template": "alpaca"}, "has the template 'alpaca'"),
     ],
 )
 @pytest.mark.parametrize("format_", ["hf", "gguf"])
@@ -248,6 +268,13 @@ def test_a_gguf_file_names_its_tokens_and_adds_none_to_a_text(write: Write, tmp_
     assert types == [1] * 256 + [3] * 17  # normal, control
     assert field(reader, "tokenizer.ggml.eos_token_id") == tokenizer.eot_id
     assert field(reader, "tokenizer.ggml.add_bos_token") is False
+
+
+def test_a_gguf_file_carries_the_template(write: Write, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    export(write(template="alpaca"), tmp_path / "out.gguf", "--format", "gguf")
+    reader = read_gguf(tmp_path / "out.gguf")
+    assert field(reader, "tokenizer.chat_template") == find_template("alpaca").jinja()
 
 
 def test_a_pattern_that_llama_cpp_lacks_is_refused(

@@ -123,6 +123,15 @@ def test_files_read_back_are_the_same_tokenizer(name: str, directory: Path) -> N
     assert there.fingerprint == tokenizer.fingerprint
 
 
+@each_tokenizer
+def test_the_names_of_turn_markers_come_back(name: str, tmp_path: Path) -> None:
+    tokenizer = MAKERS[name]().with_special_tokens(["<|user|>", "<|assistant|>"])
+    write_tokenizer(tokenizer, tmp_path, block_size=64)
+    there = read_tokenizer(tmp_path)
+    assert there is not None
+    assert there.fingerprint == tokenizer.fingerprint
+
+
 def test_gpt2_is_recognised_in_vocab_and_merges_alone(directory: Path, tmp_path: Path) -> None:
     tokenizer, _, path = written("gpt2", directory)
     for name in ("vocab.json", "merges.txt"):
