@@ -390,12 +390,12 @@ def _train(texts: Iterable[str], n_tokens: int) -> "tokenizers.Tokenizer":
 
 def _tokens(trained: "tokenizers.Tokenizer") -> list[bytes]:
     """Return the bytes of each token by its id in the trainer library."""
-    byte_of = _byte_of_letter()
+    byte_of = byte_of_letter()
     vocabulary = sorted(trained.get_vocab().items(), key=lambda item: item[1])
     return [bytes(byte_of[letter] for letter in token) for token, _ in vocabulary]
 
 
-def _byte_of_letter() -> dict[str, int]:
+def byte_of_letter() -> dict[str, int]:
     """Return the byte for each letter of GPT-2's spelling of bytes (openai/gpt-2, src/encoder.py).
 
     Printable Latin-1 stands for itself; the other bytes are, in order, the letters from U+0100.

@@ -19,7 +19,7 @@ from nanogpt.tokenizer import (
     GPT2_VOCAB_SIZE,
     RESERVED,
     Tokenizer,
-    _byte_of_letter,
+    byte_of_letter,
     from_record,
 )
 
@@ -136,7 +136,7 @@ class _Files:
 
     def _table(self) -> tuple[list[bytes], list[str]]:
         """Return the bytes of the ordinary tokens by id, and the special ones that follow them."""
-        byte_of = _byte_of_letter()
+        byte_of = byte_of_letter()
         by_id = sorted(self.vocab, key=lambda token: self.vocab[token])
         if [self.vocab[token] for token in by_id] != list(range(len(by_id))):
             raise _refused(self.path, "does not number its tokens from 0 up without a gap")
@@ -251,7 +251,7 @@ def _halves(token: bytes, ranks: Mapping[bytes, int]) -> Merge:
 
 @cache
 def _letters() -> dict[int, str]:
-    return {byte: letter for letter, byte in _byte_of_letter().items()}
+    return {byte: letter for letter, byte in byte_of_letter().items()}
 
 
 def _read_text(path: Path) -> str:
