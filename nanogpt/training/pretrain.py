@@ -1,4 +1,4 @@
-"""Pretraining: the next token of every position, validation loss and bits per byte."""
+"""Language modelling: the next token at every scored position, of a corpus or of responses."""
 
 import math
 from collections.abc import Iterable
@@ -12,16 +12,21 @@ from nanogpt.model import GPT
 from nanogpt.training.module import Batch, StageModule
 
 
-def next_token_loss(model: GPT, input_ids: Tensor, targets: Tensor) -> Tensor:
+def next_token_loss(
+    model: GPT, input_ids: Tensor, targets: Tensor, documents: Tensor | None = None
+) -> Tensor:
     """Return the summed cross-entropy in nats of targets (B, T), those of -100 left out."""
-    logits = model(input_ids)  # (B, T, V)
+    logits = model(input_ids, documents=documents)  # (B, T, V)
     return F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
     )
 
 
 class PretrainModule(StageModule):
-    """A language model in training; `token_bytes` (V,) counts each token's bytes of text."""
+    """A language model in training; `token_bytes` (V,) counts each token's bytes of text.
+
+    What it learns is what its batches score: all of a corpus, or the responses of instructions.
+    """
 
     def __init__(self, *args: Any, token_bytes: list[int], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -30,7 +35,7 @@ class PretrainModule(StageModule):
         self.loss = torch.compile(next_token_loss) if self.compiled else next_token_loss
 
     def summed_loss(self, batch: Batch) -> Tensor:
-        return self.loss(self.model, batch["input_ids"], batch["targets"])
+        return self.loss(self.model, batch["input_ids"], batch["targets"], batch.get("documents"))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -45,7 +50,9 @@ class PretrainModule(StageModule):
             batch = self.trainer.strategy.batch_to_device(batch)
             targets = batch["targets"]  # (B, T)
             with self.trainer.precision_plugin.forward_context():
-                nats = next_token_loss(self.model, batch["input_ids"], targets)
+                nats = next_token_loss(
+                    self.model, batch["input_ids"], targets, batch.get("documents")
+                )
             scored = targets != -100
             n_bytes = self.token_bytes[targets.clamp(min=0)].where(scored, 0).sum()
             sums += torch.stack([nats.float(), scored.sum(), n_bytes]).cpu()
