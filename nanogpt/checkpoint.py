@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -123,10 +124,36 @@ def init_model(init_from: Path) -> Checkpoint:
 def with_block_size(start: Checkpoint, block_size: int) -> Checkpoint:
     """Return a checkpoint for shorter contexts, without the position embeddings beyond them."""
     assert block_size <= start.config.block_size
-    config = replace(start.config, block_size=block_size)
     weights = start.model.state_dict()
     if "wpe.weight" in weights:
         weights["wpe.weight"] = weights["wpe.weight"][:block_size].clone()
+    return _rebuilt(start, weights, block_size=block_size)
+
+
+def with_dropout(start: Checkpoint, dropout: float) -> Checkpoint:
+    """Return a checkpoint whose model drops another share of activations in training."""
+    return _rebuilt(start, start.model.state_dict(), dropout=dropout)
+
+
+def with_special_tokens(start: Checkpoint, names: Sequence[str]) -> Checkpoint:
+    """Return a checkpoint whose tokenizer has these special tokens.
+
+    Where there is no reserved id for one, the token table grows by a row: the mean of the others,
+    so that the new token is at first about as likely as any (J. Hewitt, "Initializing New Word
+    Embeddings for Pretrained Language Models", 2021).
+    """
+    tokenizer = start.tokenizer.with_special_tokens(names)
+    weights = start.model.state_dict()
+    if n_new := tokenizer.vocab_size - start.config.vocab_size:
+        rows = weights["wte.weight"]
+        weights["wte.weight"] = torch.cat([rows, rows.mean(0, keepdim=True).expand(n_new, -1)])
+    grown = _rebuilt(start, weights, vocab_size=tokenizer.vocab_size)
+    return replace(grown, tokenizer=tokenizer)
+
+
+def _rebuilt(start: Checkpoint, weights: dict[str, torch.Tensor], **changes: Any) -> Checkpoint:
+    """Return a checkpoint whose model has these weights and a changed configuration."""
+    config = replace(start.config, **changes)
     with torch.device("meta"):
         model = GPT(config)
     model.load_state_dict(weights, assign=True)

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ import torch
 
 import nanogpt.checkpoint
 from nanogpt.checkpoint import (
+    Checkpoint,
     find_checkpoint,
     load_checkpoint,
     read_checkpoint,
     record,
     weights_sha256,
+    with_special_tokens,
     write_checkpoint,
 )
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.tokenizer import byte_tokenizer
+from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, BytePairTokenizer, byte_tokenizer
 
 CONFIG = GPTConfig(block_size=8, vocab_size=273, n_layer=1, n_head=2, n_embd=8)
 
@@ -189,3 +192,27 @@ def test_latest_is_the_newest_finished_pretraining_run(tmp_path: Path, model: GP
         summary.write_text(f'{{"stage": "{stage}"}}')
         os.utime(summary, ns=(i, i))
     assert find_checkpoint("latest", tmp_path) == tmp_path / "new" / "checkpoints" / "last.ckpt"
+
+
+def test_a_special_token_takes_a_reserved_id_and_its_row(path: Path, model: GPT) -> None:
+    named = with_special_tokens(load_checkpoint(path), ["<|user|>"])
+    assert named.tokenizer.special_tokens["<|user|>"] == 257
+    assert weights_sha256(named.model) == weights_sha256(model)
+
+
+@pytest.mark.parametrize("n_tokens", [300, 9000], ids=["unpadded", "padded"])
+def test_without_reserved_ids_a_special_token_gets_a_mean_row(n_tokens: int, path: Path) -> None:
+    torch.manual_seed(0)
+    config = replace(CONFIG, vocab_size=n_tokens)
+    tokens = [bytes([i]) for i in range(256)]
+    tokens += [b"%d" % i for i in range(10, n_tokens - 256 + 9)]
+    tokenizer = BytePairTokenizer("own", GPT2_PATTERN, tokens, [END_OF_TEXT])
+    start = Checkpoint(GPT(config), tokenizer, None, None, "pretrain", config, 0, path)
+    grown = with_special_tokens(start, ["<|user|>", "<|assistant|>"])
+    assert grown.config.vocab_size == grown.tokenizer.vocab_size == n_tokens + 2
+    before = start.model.state_dict()["wte.weight"]
+    rows = grown.model.state_dict()["wte.weight"]
+    assert torch.equal(rows[:n_tokens], before)
+    torch.testing.assert_close(rows[n_tokens:], before.mean(0).expand(2, -1))
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(grown.model(ids)[..., :n_tokens], start.model(ids))
