@@ -27,6 +27,7 @@ from nanogpt.checkpoint import (
     read_checkpoint,
     weights_sha256,
     with_block_size,
+    with_dropout,
 )
 from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
@@ -180,6 +181,8 @@ class Session:
         start = init_model(on_rank_zero(lambda: find_init_from(*where)))
         start = shorten(start, config["model"]["block_size"], config["typed"])
         check_model_keys(start, config["model"], config["typed"])
+        if "model.dropout" in config["typed"]:
+            start = with_dropout(start, config["model"]["dropout"])
         return start
 
     def settle(
