@@ -80,7 +80,9 @@ FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 STOPPED_BY_SIGNAL = (130, 143)
 MULTIRUN = ("-m", "--multirun")
 
-ABOUT_BATCHES = ("workers", "prompts")  # keys of data that say nothing of its documents
+# Keys of data that its object does not have: how its documents become shards, and shards batches.
+ABOUT_PREPARING = ("tokens", "shard_tokens", "wait")
+ABOUT_BATCHES = ("workers", "prompts")
 HEAD_START_S = 2.0  # of rank zero, which reports what it does, where a corpus is to be prepared
 
 failures: list[Exception] = []  # of the jobs of this command
@@ -308,12 +310,10 @@ def build_corpus(config: Mapping[str, Any], tokenizer: Any, rank: int) -> Any:
     from nanogpt.data.preparing import Preparation, prepare
     from nanogpt.data.pretokenized import TokenShards, fetch_pretokenized
 
-    data = {key: value for key, value in config["data"].items() if key not in ABOUT_BATCHES}
-    limits = {key: data.pop(key) for key in ("tokens", "shard_tokens") if key in data}
-    wait = data.pop("wait", None)
-    source = instantiate(data, _convert_="all")
+    source, preparing = build_source(config["data"])
+    wait = preparing.pop("wait", None)
     data_dir = Path(config["data_dir"])
-    if pretokenized := data.get("pretokenized"):
+    if pretokenized := config["data"].get("pretokenized"):
         source = TokenShards(fetch_pretokenized(pretokenized, data_dir), source.val_fraction)
     key = tokenizer_key(config["tokenizer"]) if tokenizer is None else tokenizer.fingerprint
     make_tokenizer = (
@@ -324,10 +324,17 @@ def build_corpus(config: Mapping[str, Any], tokenizer: Any, rank: int) -> Any:
     if isinstance(source, TokenShards):
         learnt = "vocab_size" in config["tokenizer"] and tokenizer is None
         return source.open(None if learnt else make_tokenizer(()), key)
-    preparation = Preparation(source, make_tokenizer, key, data_dir, **limits)
+    preparation = Preparation(source, make_tokenizer, key, data_dir, **preparing)
     if rank > 0 and not preparation.directory.exists():
         time.sleep(HEAD_START_S)
     return prepare(preparation) if wait is None else open_growing(preparation, wait)
+
+
+def build_source(node: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return what yields the documents, and the keys that say how they are prepared."""
+    preparing = {key: node[key] for key in ABOUT_PREPARING if key in node}
+    leaf = {k: v for k, v in node.items() if k not in (*ABOUT_PREPARING, *ABOUT_BATCHES)}
+    return instantiate(leaf, _convert_="all"), preparing
 
 
 def given(tokenizer: Any, documents: Any) -> Any:
@@ -354,6 +361,8 @@ def explain(error: Exception) -> str:
         return ""
     if said_by_rank_zero:
         return first_line
+    if isinstance(error, OmegaConfBaseException):
+        return explain_composition(error)
     return f"{type(error).__name__}: {first_line} (debug=true shows where)"
 
 
@@ -362,6 +371,8 @@ def explain_composition(error: Exception) -> str:
     text = str(error)
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return unknown_key(unknown[1])
+    if missing := re.search(r"full_key: (\S+)", text) if "Missing mandatory" in text else None:
+        return f"{missing[1]} must be given; pass {missing[1]}=... (conf/ says what it is)"
     if unknown := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, option = unknown[1], unknown[2]
         options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))

@@ -32,6 +32,7 @@ def composed(*overrides: str) -> dict[str, Any]:
     return dict(config)
 
 
+NEEDED = {"data=hub": ["data.repository=owner/name"]}
 SAMPLING = ("max_new_tokens", "temperature", "top_k")
 CHOICES = [
     f"{group}={option}"
@@ -52,12 +53,11 @@ CHOICES = [
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_yaml_composes_and_builds(choice: str) -> None:
-    config = composed(choice)
+    config = composed(choice, *NEEDED.get(choice, ()))
     GPTConfig(**config["model"], vocab_size=300)
     Schedule(**config["optim"]["schedule"])
     assert budget_steps(config) > 0
-    data = {k: v for k, v in config["data"].items() if k not in ("workers", "prompts")}
-    source = instantiate(data)
+    source, _ = train.build_source(config["data"])
     assert callable(source.open if choice == "data=shards" else source.documents)
     make_tokenizer = instantiate(config["tokenizer"], _partial_=True)
     inspect.signature(make_tokenizer.func).bind(["a document"], **make_tokenizer.keywords)
@@ -68,8 +68,9 @@ def test_every_yaml_composes_and_builds(choice: str) -> None:
 @pytest.mark.parametrize("stage", options("stage"))
 def test_a_group_typed_over_a_stage_leaves_nothing_of_its_preset(stage: str, group: str) -> None:
     for option in options(group):
-        config = composed(f"stage={stage}", f"{group}={option}")
-        other_first = composed("stage=quickstart", f"{group}={option}")
+        choice = [f"{group}={option}", *NEEDED.get(f"{group}={option}", ())]
+        config = composed(f"stage={stage}", *choice)
+        other_first = composed("stage=quickstart", *choice)
         assert config[group] == other_first[group]
 
 

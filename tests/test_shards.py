@@ -18,20 +18,31 @@ from nanogpt.data.shards import (
     UINT16,
     UINT32,
     Part,
-    ShardWriter,
     TokenStream,
     read_header,
     shard_part,
     token_dtype,
 )
+from nanogpt.data.writer import CorpusWriter, Tokenized
 
 
 def _write(
     directory: Path, tokens: np.ndarray, dtype: np.dtype = UINT16, shard_tokens: int = 100
 ) -> list[Path]:
-    writer = ShardWriter(directory, "train", dtype, shard_tokens)
-    writer.append(tokens)
-    return [directory / shard.file for shard in writer.close()]
+    return _write_arrays(directory, [tokens], dtype, shard_tokens)
+
+
+def _write_arrays(
+    directory: Path, arrays: list[np.ndarray], dtype: np.dtype, shard_tokens: int
+) -> list[Path]:
+    nothing = Tokenized(np.empty(0, dtype=dtype), documents=0, n_bytes=0)
+    with CorpusWriter(directory, dtype, shard_tokens, settled={}) as writer:
+        for array in arrays:
+            writer.append({"train": Tokenized(array, 1, len(array)), "val": nothing})
+        writer.finish()
+    shards = writer.progress.splits["train"].shards
+    assert sum(shard.n_tokens for shard in shards) == sum(map(len, arrays))
+    return [directory / shard.file for shard in shards]
 
 
 def test_layout_is_that_of_llm_c(tmp_path: Path) -> None:
@@ -71,13 +82,9 @@ def test_stream_reads_what_was_written_over_any_border(
     directory = tmp_path_factory.mktemp("shards")
     arrays = [np.arange(n) + 1000 * i for i, n in enumerate(lengths)]
     tokens = np.concatenate([np.empty(0, dtype=np.int64), *arrays])
-    writer = ShardWriter(directory, "val", UINT16, shard_tokens)
-    for array in arrays:
-        writer.append(array)
-    assert writer.n_tokens == len(tokens)
-    shards = writer.close()
-    assert len(shards) == max(1, -(-len(tokens) // shard_tokens))
-    stream = TokenStream([directory / shard.file for shard in shards])
+    paths = _write_arrays(directory, arrays, UINT16, shard_tokens)
+    assert len(paths) == max(1, -(-len(tokens) // shard_tokens))
+    stream = TokenStream(paths)
     assert len(stream) == len(tokens)
     start, stop = sorted(min(bound, len(tokens)) for bound in bounds)
     read = stream.read(start, stop)
@@ -165,11 +172,15 @@ def _resident_kib(path: Path) -> int:
 
 
 def test_an_unfinished_shard_does_not_have_its_name(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "train", UINT16)
-    writer.append(np.arange(10))
-    assert list(tmp_path.glob("*.bin")) == []
-    writer.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["train_000000.bin"]
+    some = Tokenized(np.arange(10), documents=1, n_bytes=10)
+    with CorpusWriter(tmp_path, UINT16, shard_tokens=100, settled={}) as writer:
+        writer.append({"train": some, "val": some})
+        assert list(tmp_path.glob("*.bin")) == []
+        writer.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "train_000000.bin",
+        "val_000000.bin",
+    ]
 
 
 def _overwrite(path: Path, data: bytes) -> None:

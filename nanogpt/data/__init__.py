@@ -1,8 +1,14 @@
 """Data: documents become token shards once, and shards become batches in a fixed order.
 
     source.py      what a data set is: an object that yields documents
-    python_stdlib.py, text.py, ...   one data set each
-    corpus.py      prepare(): split, tokenize, write shards and a manifest; found again later
+    python_stdlib.py, text.py, hub.py, fineweb_edu.py, ...   one data set each
+    files.py       documents of parquet, JSON Lines and text files, here or on the hub
+    preparing.py   prepare(): split, tokenize on all cores, write; found again later
+    writer.py      the shards as they grow, and the journal to continue from
+    meter.py       what a person sees meanwhile
+    corpus.py      what was prepared: shards, tokenizer and manifest, verified when opened
+    growing.py     a corpus that is trained on while it is prepared
+    pretokenized.py, foreign.py      shards that others have made
     shards.py      the shard format, and a stream of tokens over many shards
     order.py       which row the training sees at which step: a pure function
     windows.py     rows of a stream as inputs and targets

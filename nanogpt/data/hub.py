@@ -94,6 +94,9 @@ class HubDataset(Source):
             "text_column": self.text_column,
         }
 
+    def _prepared_as(self) -> str:
+        return self.repository if self.name == "hub" else self.name
+
     def _local(self) -> TextFiles:
         return TextFiles(
             path=self.path,
@@ -165,8 +168,8 @@ class HubDataset(Source):
         check_reachable(
             f"data={self.name}: the data set {self.repository}",
             "pass data.path=<its parquet or JSON Lines files>, choose data=text, connect, or run "
-            f"`python -m nanogpt.prepare data={self.name}` on a connected machine and copy the "
-            "folder it names",
+            f"`python -m nanogpt.prepare {self._prepared_as()}` on a connected machine and copy "
+            "the folder it names",
         )
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news
         try:

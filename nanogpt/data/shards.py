@@ -13,11 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-
-from nanogpt.data.source import file_sha256
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -42,71 +40,6 @@ class Shard:
 def token_dtype(vocab_size: int) -> np.dtype:
     """Return the smaller of the two token types that holds every id."""
     return UINT16 if vocab_size <= 2**16 else UINT32
-
-
-class ShardWriter:
-    """Writes a growing stream of tokens as `<split>_000000.bin` and so on.
-
-    A shard has its name only once it is whole and on the disk; until then it ends in `.partial`.
-    """
-
-    def __init__(
-        self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS
-    ) -> None:
-        self._directory = directory
-        self._split = split
-        self._dtype = dtype
-        self._shard_tokens = shard_tokens
-        self._shards: list[Shard] = []
-        self._file: IO[bytes] | None = None
-        self._n_tokens = 0
-
-    @property
-    def n_tokens(self) -> int:
-        """The tokens taken so far."""
-        return self._n_tokens + sum(shard.n_tokens for shard in self._shards)
-
-    def append(self, tokens: np.ndarray) -> None:
-        """Add (N,) tokens to the stream."""
-        while len(tokens):
-            if self._file is None:
-                self._start()
-            assert self._file is not None
-            taken = tokens[: self._shard_tokens - self._n_tokens]
-            self._file.write(taken.astype(self._dtype, copy=False).tobytes())
-            self._n_tokens += len(taken)
-            tokens = tokens[len(taken) :]
-            if self._n_tokens == self._shard_tokens:
-                self._finish()
-
-    def close(self) -> list[Shard]:
-        """Finish the last shard and return them all; a stream without tokens is one empty shard."""
-        if self._file is None and not self._shards:
-            self._start()
-        if self._file is not None:
-            self._finish()
-        return self._shards
-
-    def _path(self) -> Path:
-        return self._directory / f"{self._split}_{len(self._shards):06d}.bin"
-
-    def _start(self) -> None:
-        self._file = _partial(self._path()).open("wb")
-        self._file.write(bytes(HEADER_BYTES))
-
-    def _finish(self) -> None:
-        assert self._file is not None
-        header = np.zeros(HEADER_INTS, dtype="<i4")
-        header[:3] = (*MAGIC_AND_VERSION[self._dtype], self._n_tokens)
-        with self._file as file:
-            file.seek(0)
-            file.write(header.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        path = self._path()
-        os.replace(_partial(path), path)
-        self._shards.append(Shard(path.name, self._n_tokens, file_sha256(path)))
-        self._file, self._n_tokens = None, 0
 
 
 def read_header(path: Path, remedy: str = REMEDY) -> tuple[np.dtype, int]:
@@ -239,7 +172,3 @@ def _map(part: Part) -> np.ndarray:
         # ahead for each of them: 724 KiB from the disk for a row of 2 KiB, measured; so it is 6.
         mapped.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(mapped, part.dtype, part.n_tokens, part.offset_bytes)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
