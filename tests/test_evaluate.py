@@ -1,0 +1,126 @@
+"""The evaluate command: figures by hand, the JSON rows, and mistakes in one sentence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanogpt.checkpoint import record, write_checkpoint
+from nanogpt.classifier import Classifier
+from nanogpt.evaluate import main, table
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.tokenizer import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+CONFIG = GPTConfig(
+    block_size=16, vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=1, n_embd=4, dropout=0.0
+)
+
+
+def saved(path: Path, model: GPT, stage: str, labels: list[str] | None) -> Path:
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    about = record(stage, CONFIG, TOKENIZER, labels=labels)
+    write_checkpoint({"nanogpt": about, "state_dict": weights, "global_step": 1}, path)
+    return path
+
+
+@pytest.fixture
+def always_ham(tmp_path: Path) -> Path:
+    """A classifier that takes every text for the first of its classes."""
+    model = Classifier(CONFIG, 2)
+    torch.nn.init.constant_(model.classes.bias[0], 5.0)
+    return saved(tmp_path / "ham.ckpt", model, "classify", ["ham", "spam"])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "labelled.tsv"
+    path.write_text("ham\tone\nham\ttwo\nham\tthree\nspam\tfour\n")
+    return path
+
+
+def test_it_scores_a_file_and_writes_the_rows(
+    always_ham: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    code = main([str(always_ham), "--task", "classify", "--data", str(file), "--json", str(out)])
+    assert code == 0
+    (row,) = json.loads(out.read_text())
+    assert (row["checkpoint"], row["task"]) == (str(always_ham), "classify")
+    assert row["results"] == {  # ham: 2 * 3 / (2 * 3 + 1), spam: 0
+        "accuracy": 0.75,
+        "macro_f1": pytest.approx(3 / 7),
+        "baseline_majority_accuracy": 0.75,
+        "baseline_majority_macro_f1": pytest.approx(3 / 7),
+        "examples": 4.0,
+    }
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split()[:3] == ["checkpoint", "task", "accuracy"]
+    assert printed[1].split()[1:3] == ["classify", "0.7500"]
+
+
+def test_several_checkpoints_are_rows_of_one_table(
+    always_ham: Path, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(always_ham)] * 2 + ["--task", "classify", "--data", str(file)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_table_leaves_out_what_a_row_has_not() -> None:
+    rows: list[dict[str, Any]] = [
+        {"checkpoint": "a", "task": "x", "results": {"loss": 1.5}},
+        {"checkpoint": "b", "task": "x", "results": {"accuracy": 1.0}},
+    ]
+    assert table(rows).splitlines() == [
+        "checkpoint  task    loss  accuracy",
+        "a           x     1.5000",
+        "b           x               1.0000",
+    ]
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    return error
+
+
+def test_an_unknown_label_is_one_sentence(
+    always_ham: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text("text,label\none,eggs\n")
+    error = fails([str(always_ham), "--task", "classify", "--data", str(path)], capsys)
+    assert "the label 'eggs' and the checkpoint knows ham, spam" in error
+
+
+def test_a_language_model_is_refused(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved(tmp_path / "lm.ckpt", GPT(CONFIG), "pretrain", None)
+    error = fails([str(path), "--task", "classify", "--data", str(file)], capsys)
+    assert "is a language model (stage pretrain)" in error
+
+
+def test_a_missing_column_is_one_sentence(
+    always_ham: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("body,label\none,ham\n")
+    arguments = [str(always_ham), "--task", "classify", "--data", str(path)]
+    assert "no column 'text'" in fails(arguments, capsys)
+    assert main([*arguments, "--text-column", "body"]) == 0
+
+
+def test_no_data_says_what_to_pass(always_ham: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "needs --data FILE" in fails([str(always_ham), "--task", "classify"], capsys)
+
+
+def test_a_folder_that_is_not_there_is_said_before_scoring(
+    always_ham: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "nowhere" / "out.json")
+    arguments = [str(always_ham), "--task", "classify", "--data", str(file), "--json", out]
+    assert "there is no folder for it" in fails(arguments, capsys)
