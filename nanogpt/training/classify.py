@@ -1,0 +1,167 @@
+"""Classification: a head on each text's last token, with the next token as a second lesson."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanogpt.classifier import Classifier, class_probabilities
+from nanogpt.evaluation.classification import baselines, confusion_matrix, scores
+from nanogpt.tokenizer import Tokenizer
+from nanogpt.training.module import Batch, StageModule
+
+MOST_MISTAKES = 12  # shown in the report
+MISTAKE_CHARS = 300
+
+Texts = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a classifier is trained on.
+
+    `class_weights` (K,) weigh the examples of each class. `label_smoothing` is the share of
+    certainty spread over all classes. `lm_weight` weighs the loss of the next token, averaged over
+    the step's tokens, against that of the class, averaged over its examples.
+    """
+
+    class_weights: list[float]
+    label_smoothing: float = 0.0
+    lm_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"classify.label_smoothing={self.label_smoothing} is not in [0, 1)")
+        if not 0 <= self.lm_weight < float("inf"):
+            raise ValueError(f"classify.lm_weight={self.lm_weight} is no number of at least 0")
+
+    def __call__(self, model: Classifier, batch: Batch) -> Tensor:
+        """Return the loss of a micro-batch, to be divided by the step's `step_targets`."""
+        input_ids, lengths, labels = batch["input_ids"], batch["lengths"], batch["labels"]
+        hidden_states = model.hidden_states(input_ids)  # (B, T, C)
+        loss = F.cross_entropy(
+            model.classify(hidden_states, lengths),
+            labels,
+            weight=torch.tensor(self.class_weights, device=labels.device),
+            label_smoothing=self.label_smoothing,
+            reduction="sum",
+        )
+        if not self.lm_weight:
+            return loss
+        nats = next_token_nats(model, hidden_states, input_ids, lengths)
+        share = batch["step_targets"] / batch["step_tokens"]
+        return loss + self.lm_weight * share * nats
+
+
+def next_token_nats(
+    model: Classifier, hidden_states: Tensor, input_ids: Tensor, lengths: Tensor
+) -> Tensor:
+    """Return the summed cross-entropy of every token of texts (B, T) but their first."""
+    places = torch.arange(1, input_ids.size(1), device=lengths.device)
+    targets = input_ids[:, 1:].masked_fill(places >= lengths[:, None], -100)
+    logits = model.head(hidden_states[:, :-1])  # (B, T - 1, V)
+    return F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+class ClassifyModule(StageModule):
+    """A classifier in training."""
+
+    model: Classifier
+
+    def __init__(self, *args: Any, loss: Loss, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss = torch.compile(loss, dynamic=True) if self.compiled else loss
+
+    def summed_loss(self, batch: Batch) -> Tensor:
+        return self.loss(self.model, batch)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Return the mean cross-entropy in nats and the accuracy over all ranks' examples."""
+        sums = torch.zeros(3, dtype=torch.float64)  # nats, hits, examples
+        self.model.eval()
+        for batch in batches:
+            batch = self.trainer.strategy.batch_to_device(batch)
+            labels = batch["labels"]
+            with self.trainer.precision_plugin.forward_context():
+                logits = self.model.class_logits(batch["input_ids"], batch["lengths"])
+            nats = F.cross_entropy(logits.float(), labels, reduction="sum")
+            hits = (logits.argmax(-1) == labels).sum()
+            sums += torch.stack([nats, hits, torch.tensor(len(labels))]).cpu()
+        self.model.train()
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        nats, hits, n = sums.tolist()
+        return {"loss": nats / n, "accuracy": hits / n}
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Texts and the numbers of their classes."""
+
+    texts: Texts
+    labels: Sequence[int]
+
+
+def measure(
+    model: Classifier,
+    tokenizer: Tokenizer,
+    labels: Sequence[str],
+    train: TextSet,
+    test: TextSet,
+    imbalanced: TextSet | None,
+) -> dict[str, Any]:
+    """Return what the summary says of a trained classifier: its scores and the baselines' beside.
+
+    The baselines learn from `train`. `imbalanced` is a second test set with the classes as they
+    occur, where the first has as many of each.
+    """
+    probabilities = class_probabilities(model, tokenizer, test.texts).numpy()
+    predicted = probabilities.argmax(-1)
+    confusion = confusion_matrix(test.labels, predicted, len(labels))
+    facts: dict[str, Any] = _prefixed("test", scores(confusion))
+    facts |= _baselines("test", train, test, len(labels))
+    if imbalanced is not None:
+        others = class_probabilities(model, tokenizer, imbalanced.texts).numpy().argmax(-1)
+        facts |= _prefixed(
+            "imbalanced", scores(confusion_matrix(imbalanced.labels, others, len(labels)))
+        )
+        facts |= _baselines("imbalanced", train, imbalanced, len(labels))
+    facts["labels"] = list(labels)
+    facts["confusion"] = confusion.tolist()
+    facts["mistakes"] = mistakes(test, probabilities, labels)
+    return facts
+
+
+def mistakes(test: TextSet, probabilities: np.ndarray, labels: Sequence[str]) -> list[Any]:
+    """Return the texts that were put in a wrong class, the surest first."""
+    predicted = probabilities.argmax(-1)
+    wrong = [i for i in range(len(test.texts)) if predicted[i] != test.labels[i]]
+    wrong.sort(key=lambda i: -probabilities[i].max())
+    return [
+        {
+            "text": test.texts[i][:MISTAKE_CHARS],
+            "label": labels[test.labels[i]],
+            "predicted": labels[predicted[i]],
+            "probability": float(probabilities[i].max()),
+        }
+        for i in wrong[:MOST_MISTAKES]
+    ]
+
+
+def _baselines(name: str, train: TextSet, test: TextSet, n_labels: int) -> dict[str, float]:
+    figures = baselines(train.texts, train.labels, test.texts, test.labels, n_labels)
+    return {
+        f"baseline_{method}_{name}_{key}": value
+        for method, values in figures.items()
+        for key, value in values.items()
+    }
+
+
+def _prefixed(name: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{name}_{key}": value for key, value in values.items()}

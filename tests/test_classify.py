@@ -1,0 +1,150 @@
+"""The classification loss and its figures, by hand; every split of a step gives one update."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanogpt.classifier import Classifier, pad
+from nanogpt.model import GPTConfig
+from nanogpt.optim import Schedule, adamw
+from nanogpt.tokenizer import byte_tokenizer
+from nanogpt.training.classify import ClassifyModule, Loss, TextSet, measure, mistakes
+from nanogpt.training.module import Batch
+
+TOKENIZER = byte_tokenizer()
+CONFIG = GPTConfig(
+    block_size=8, vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=1, n_embd=4, dropout=0.0
+)
+
+
+def classifier(n_labels: int = 2) -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(CONFIG, n_labels)
+
+
+def batch(rows: list[list[int]], labels: list[int], **step: float) -> Batch:
+    input_ids, lengths = pad(rows)
+    whole = {"step_targets": len(rows), "step_tokens": sum(len(row) - 1 for row in rows)}
+    return {
+        "input_ids": input_ids,
+        "lengths": lengths,
+        "labels": torch.tensor(labels),
+        **whole,
+        **step,
+    }
+
+
+def module(model: Classifier, loss: Loss) -> Any:
+    built = ClassifyModule(
+        model,
+        make_optimizer=adamw,
+        schedule=Schedule(kind="constant"),
+        max_steps=1,
+        tokens_per_step=8,
+        grad_clip=None,
+        seed=0,
+        compiled=False,
+        record={},
+        loss=loss,
+    )
+    strategy = SimpleNamespace(batch_to_device=lambda b: b, reduce=lambda t, reduce_op: t)
+    precision = SimpleNamespace(forward_context=lambda: torch.autocast("cpu", enabled=False))
+    trainer: Any = SimpleNamespace(strategy=strategy, precision_plugin=precision, world_size=1)
+    built._trainer = trainer
+    return built
+
+
+def biased(*logits: float) -> Classifier:
+    """A classifier with the same class logits for every text."""
+    model = classifier(len(logits))
+    torch.nn.init.zeros_(model.classes.weight)
+    with torch.no_grad():
+        model.classes.bias.copy_(torch.tensor(logits))
+    return model
+
+
+def test_the_loss_is_summed_over_the_examples() -> None:
+    loss = Loss([1.0, 1.0])(biased(0.0, math.log(3)), batch([[1, 2], [3]], [0, 1]))
+    assert loss.item() == pytest.approx(math.log(4) + math.log(4 / 3), abs=1e-6)
+
+
+def test_class_weights_weigh_the_examples() -> None:
+    loss = Loss([2.0, 0.5])(biased(0.0, math.log(3)), batch([[1, 2], [3]], [0, 1]))
+    assert loss.item() == pytest.approx(2 * math.log(4) + 0.5 * math.log(4 / 3), abs=1e-6)
+
+
+def test_the_next_token_is_a_second_lesson_per_token() -> None:
+    # With a zero table all tokens are equally likely: each of the 3 next tokens costs ln V, and
+    # the step has 2 examples for its 3 tokens.
+    model = biased(0.0, 0.0)
+    torch.nn.init.zeros_(model.wte.weight)
+    rows = batch([[1, 2, 3], [4, 5]], [0, 1])
+    loss = Loss([1.0, 1.0], lm_weight=0.5)(model, rows)
+    expected = 2 * math.log(2) + 0.5 * (2 / 3) * 3 * math.log(CONFIG.vocab_size)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", [Loss([2.0, 0.5], 0.1, 0.7), Loss([1.0, 1.0])])
+def test_the_padding_of_a_micro_batch_changes_no_gradient(loss: Loss) -> None:
+    rows, labels = [[1, 2, 3, 4, 5, 6], [7], [8, 9], [10, 11, 12]], [0, 1, 1, 0]
+    gradients = []
+    for size in (4, 2, 1):
+        model = classifier()
+        torch.nn.init.ones_(model.classes.weight)
+        whole = {"step_targets": 4, "step_tokens": 8}
+        for i in range(0, 4, size):
+            micro_batch = batch(rows[i : i + size], labels[i : i + size], **whole)
+            (loss(model, micro_batch) / 4).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-5, atol=1e-7)
+
+
+def test_validation_has_the_loss_and_the_share_of_hits() -> None:
+    built = module(biased(0.0, math.log(3)), Loss([9.0, 9.0], 0.5, 3.0))
+    figures = built.evaluate([batch([[1, 2], [3]], [1, 1]), batch([[4]], [0])])
+    assert figures["accuracy"] == pytest.approx(2 / 3)
+    assert figures["loss"] == pytest.approx((2 * math.log(4 / 3) + math.log(4)) / 3, abs=1e-6)
+
+
+def test_validation_leaves_the_model_in_training_mode() -> None:
+    built = module(biased(0.0, 0.0), Loss([1.0, 1.0]))
+    built.model.train()
+    built.evaluate([batch([[1, 2]], [0])])
+    assert built.model.training
+
+
+@pytest.mark.parametrize("values", [{"label_smoothing": 1.0}, {"lm_weight": -0.1}])
+def test_a_loss_that_cannot_be_is_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(values))):
+        Loss([1.0, 1.0], **values)
+
+
+def test_the_summary_has_both_test_sets_and_the_baselines() -> None:
+    train = TextSet(["good", "fine", "bad", "awful", "bad"], [0, 0, 1, 1, 1])
+    test = TextSet(["good", "bad"], [0, 1])
+    imbalanced = TextSet(["good", "fine", "good", "bad"], [0, 0, 0, 1])
+    facts = measure(biased(1.0, 0.0), TOKENIZER, ["plus", "minus"], train, test, imbalanced)
+    assert (facts["test_accuracy"], facts["imbalanced_accuracy"]) == (0.5, 0.75)
+    assert facts["test_macro_f1"] == pytest.approx(1 / 3)
+    assert facts["confusion"] == [[1, 0], [1, 0]]
+    assert facts["baseline_majority_imbalanced_accuracy"] == 0.25
+    assert facts["baseline_bag_of_words_test_accuracy"] == 1.0
+    assert facts["mistakes"] == [
+        {
+            "text": "bad",
+            "label": "minus",
+            "predicted": "plus",
+            "probability": pytest.approx(1 / (1 + math.exp(-1)), abs=1e-6),
+        }
+    ]
+
+
+def test_the_surest_mistakes_come_first() -> None:
+    probabilities = np.array([[0.6, 0.4], [0.9, 0.1], [0.2, 0.8]])
+    shown = mistakes(TextSet(["a", "b", "c"], [1, 1, 1]), probabilities, ["x", "y"])
+    assert [mistake["text"] for mistake in shown] == ["b", "a"]
