@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
@@ -32,6 +33,8 @@ GPT2_HAS = {"position": "learned", "norm": "layernorm", "activation": "gelu", "q
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     options = parser().parse_args(arguments)
+    if options.format == "hf" and options.dtype != "f32":
+        parser().error("--dtype goes with --format gguf; a Hugging Face directory is in f32")
     try:
         with replacing(options.out, options.overwrite) as temporary:
             checkpoint = load_checkpoint(options.checkpoint, runs_dir=options.runs_dir)
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 write_huggingface(checkpoint, temporary)
             else:
                 write_gguf(checkpoint, temporary, options.dtype)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
         print(f"nanogpt.export: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -88,14 +91,13 @@ def write_huggingface(checkpoint: Checkpoint, directory: Path) -> None:
 def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a path beside `out` to write to; it becomes `out` if the block ends well, else goes.
 
-    Raises FileExistsError where `out` is there, unless it may be overwritten: then a file, or a
-    directory that holds a model, is replaced.
+    Raises FileExistsError where `out` is there, unless it is an export and may be overwritten.
     """
     if out.exists():
+        if not _is_export(out):
+            raise FileExistsError(f"{out} exists and is no export; pass another path")
         if not overwrite:
             raise FileExistsError(f"{out} exists; pass another path, or --overwrite")
-        if out.is_dir() and not (out / CONFIG).is_file():
-            raise FileExistsError(f"{out} is a directory without a model; pass another path")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (out.with_name(f".{out.name}.{ending}") for ending in ("tmp", "old"))
     try:
@@ -133,6 +135,13 @@ def parser() -> argparse.ArgumentParser:
         help="where runs lie (default runs, or NANOGPT_RUNS_DIR)",
     )
     return parser
+
+
+def _is_export(path: Path) -> bool:
+    if path.is_dir():
+        return (path / CONFIG).is_file()
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _published_config(config: GPTConfig) -> dict[str, Any]:

@@ -177,6 +177,12 @@ def test_what_the_format_lacks_is_refused_in_one_sentence(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt"]
 
 
+def test_half_precision_is_for_gguf_only(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        export(write(), tmp_path / "out", "--format", "hf", "--dtype", "f16")
+    assert stopped.value.code == 2
+
+
 def test_an_existing_export_is_kept_unless_overwritten(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,18 +197,20 @@ def test_an_existing_export_is_kept_unless_overwritten(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "out"]
 
 
-def test_a_directory_of_other_things_is_never_overwritten(
-    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", [".", "last.ckpt"])
+def test_what_is_no_export_is_never_overwritten(
+    name: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = write()
-    assert export(checkpoint, tmp_path, "--format", "hf", "--overwrite") == 1
-    assert "is a directory without a model" in capsys.readouterr().err
-    assert checkpoint.exists()
+    before = checkpoint.read_bytes()
+    assert export(checkpoint, tmp_path / name, "--format", "gguf", "--overwrite") == 1
+    assert "exists and is no export; pass another path" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     out = tmp_path / "model.gguf"
-    out.write_text("old")
+    out.write_bytes(b"GGUF, old")
 
     def fail() -> None:
         with replacing(out, overwrite=True) as temporary:
@@ -211,7 +219,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="disk full"):
         fail()
-    assert out.read_text() == "old"
+    assert out.read_bytes() == b"GGUF, old"
     assert list(tmp_path.iterdir()) == [out]
 
 
