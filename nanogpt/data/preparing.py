@@ -6,12 +6,12 @@ Memory holds a few batches, whatever the size of the source.
 """
 
 import errno
-import gzip
 import hashlib
 import logging
 import os
 import re
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,6 +47,8 @@ from nanogpt.tokenizer import Tokenizer
 
 BATCH_CHARS = 2**20
 COMMIT_EVERY_S = 5.0  # at most this much work is done again after a kill
+GZIP_WBITS = 31  # zlib's word for the gzip format
+DECODED_TOKENS = 2**18  # at a time
 GZIPPED_BYTES = 64 * 2**20  # the validation text is gzipped, for comparison, up to this size
 
 MakeTokenizer = Callable[[Iterable[str]], Tokenizer]
@@ -384,8 +386,12 @@ def _gzip_bits_per_byte(directory: Path, tokenizer: Tokenizer, progress: Progres
     if not 0 < val.bytes <= GZIPPED_BYTES:
         return None
     stream = TokenStream([directory / shard.file for shard in val.shards])
-    text = tokenizer.decode_bytes(stream.read(0, len(stream)).tolist())
-    return 8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text)
+    gzipped = zlib.compressobj(level=9, wbits=GZIP_WBITS)
+    n_bytes = 0
+    for start in range(0, len(stream), DECODED_TOKENS):
+        ids = stream.read(start, min(start + DECODED_TOKENS, len(stream)))
+        n_bytes += len(gzipped.compress(tokenizer.decode_bytes(ids.tolist())))
+    return 8 * (n_bytes + len(gzipped.flush())) / val.bytes
 
 
 def _place(document: str) -> float:
