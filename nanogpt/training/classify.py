@@ -1,6 +1,6 @@
 """Classification: a head on each text's last token, with the next token as a second lesson."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,13 +70,24 @@ def next_token_nats(
 
 
 class ClassifyModule(StageModule):
-    """A classifier in training."""
+    """A classifier in training; `measure` looks at the test sets once, when it is trained."""
 
     model: Classifier
 
-    def __init__(self, *args: Any, loss: Loss, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        loss: Loss,
+        measure: Callable[[Classifier], dict[str, Any]] = lambda model: {},
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.loss = torch.compile(loss, dynamic=True) if self.compiled else loss
+        self._measure = measure
+
+    def measure(self) -> dict[str, Any]:
+        """Return what the test sets say of the trained model, on the device it was trained on."""
+        return self._measure(self.model.to(self.trainer.strategy.root_device))
 
     def summed_loss(self, batch: Batch) -> Tensor:
         return self.loss(self.model, batch)

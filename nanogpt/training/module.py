@@ -85,6 +85,10 @@ class StageModule(LightningModule):
         """Return the validation metrics over all ranks' batches; `loss` is one of them."""
         raise NotImplementedError
 
+    def measure(self) -> dict[str, Any]:
+        """Return more figures of the trained model for the summary; called on rank zero."""
+        return {}
+
     # The step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

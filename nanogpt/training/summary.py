@@ -36,6 +36,7 @@ def summarise(
         "train_loss": last["train/loss"],
         **{name.replace("/", "_"): v for name, v in last.items() if name.startswith("val/")},
         **facts,
+        **module.measure(),
         "n_params": module.model.num_parameters(),
         "weights_sha256": weights_sha256(module.model),
         "git": git_revision(),
@@ -54,15 +55,35 @@ def tell(summary: Mapping[str, Any], run_dir: Path) -> None:
         f"{summary['tokens_per_s']:,.0f}",
         percent(summary["mfu"]),
     )
+    log.info("%s", reached(summary))
+    log.info("report: %s", run_dir / "report.html")
+    log.info("next:\n%s", "\n".join(f"  {command}" for command in next_commands(summary, run_dir)))
+
+
+def reached(summary: Mapping[str, Any]) -> str:
+    """Return the figures that the stage is about."""
+    if "test_accuracy" in summary:
+        words = summary["baseline_bag_of_words_test_accuracy"]
+        return (
+            f"test accuracy {100 * summary['test_accuracy']:.2f} %, macro-F1 "
+            f"{summary['test_macro_f1']:.4f} (a bag of words reaches {100 * words:.2f} %); "
+            f"validation accuracy {100 * summary['val_accuracy']:.2f} %"
+        )
     bits, gzip = summary.get("val_bits_per_byte"), summary.get("gzip_bits_per_byte")
     per_byte = "" if bits is None else f", {bits:.3f} bits per byte"
     beside = f" (gzip -9 needs {gzip:.3f})" if bits is not None and gzip is not None else ""
-    log.info("validation loss %.4f%s%s", summary["val_loss"], per_byte, beside)
-    log.info("report: %s", run_dir / "report.html")
-    log.info(
-        "next:\n"
-        '  python -m nanogpt.generate %s --prompt "def main("\n'
-        "  python train.py data=text data.path=YOUR_FOLDER    # the same on your own text\n"
-        "  python train.py stage=pretrain model=gpt2_small    # GPT-2 small on FineWeb-Edu",
-        run_dir,
-    )
+    return f"validation loss {summary['val_loss']:.4f}{per_byte}{beside}"
+
+
+def next_commands(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
+    """Return what may be done with the run, or after it."""
+    if summary["stage"] == "classify":
+        return [
+            f"python -m nanogpt.evaluate {run_dir} --task classify --data YOUR_FILE",
+            "python train.py stage=classify data=labelled data.path=YOUR_FILE    # your own classes",
+        ]
+    return [
+        f'python -m nanogpt.generate {run_dir} --prompt "def main("',
+        "python train.py data=text data.path=YOUR_FOLDER    # the same on your own text",
+        "python train.py stage=pretrain model=gpt2_small    # GPT-2 small on FineWeb-Edu",
+    ]
