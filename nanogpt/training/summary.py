@@ -80,7 +80,7 @@ def next_commands(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
     if summary["stage"] == "classify":
         return [
             f"python -m nanogpt.evaluate {run_dir} --task classify --data YOUR_FILE",
-            "python train.py stage=classify data=labelled data.path=YOUR_FILE    # your own classes",
+            "python train.py stage=classify data=labelled data.path=YOUR_FILE    # own classes",
         ]
     return [
         f'python -m nanogpt.generate {run_dir} --prompt "def main("',
