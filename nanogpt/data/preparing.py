@@ -13,9 +13,10 @@ import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,17 @@ class Preparation:
                 f"val_fraction={self.source.val_fraction} must lie between 0 and 1, such as 0.1"
             )
 
-    @property
-    def identity(self) -> list[Any]:
-        """What the corpus is, as plain values known without reading it."""
-        source = self.source
-        limits = {"tokens": self.tokens, "shard_tokens": self.shard_tokens}
-        return [FORMAT, source.fingerprint(), source.val_fraction, self.tokenizer_key, limits]
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the corpus is, as plain values known before it is made."""
+        return {
+            "format": FORMAT,
+            "source": self.source.fingerprint(),
+            "val_fraction": self.source.val_fraction,
+            "tokenizer": self.tokenizer_key,
+            "tokens": self.tokens,
+            "shard_tokens": self.shard_tokens,
+        }
 
     @property
     def directory(self) -> Path:
@@ -126,12 +132,15 @@ def make_unless_made(preparation: Preparation) -> None:
         ) from error
 
 
-def check_identity(directory: Path, found: object, preparation: Preparation) -> None:
+def check_identity(directory: Path, found: Mapping[str, Any], preparation: Preparation) -> None:
     """Raise ValueError where a folder, finished or not, holds another corpus than this one."""
-    if found != preparation.identity:
+    wanted = preparation.identity
+    if differences := [
+        f"{key}={found.get(key)}" for key in wanted if found.get(key) != wanted[key]
+    ]:
         raise ValueError(
-            f"{directory} holds another corpus (it is {found}, not {preparation.identity}); "
-            "pass another folder, or remove this one"
+            f"{directory} holds another corpus ({', '.join(differences)}); pass another folder, or "
+            "remove this one"
         )
 
 
@@ -200,7 +209,7 @@ def _make(preparation: Preparation, directory: Path) -> None:
         "identity": preparation.identity,
         "source": {
             "name": source.name,
-            "fingerprint": preparation.source.fingerprint(),
+            "fingerprint": preparation.identity["source"],
             **source.description(),
         },
         "split": {"val_fraction": source.val_fraction, **settled["split"]},
