@@ -12,7 +12,7 @@ from nanogpt.classifier import Classifier, pad
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Schedule, adamw
 from nanogpt.tokenizer import byte_tokenizer
-from nanogpt.training.classify import ClassifyModule, Loss, TextSet, measure, mistakes
+from nanogpt.training.classify import ClassifyModule, Loss, measure, mistakes
 from nanogpt.training.module import Batch
 
 TOKENIZER = byte_tokenizer()
@@ -125,10 +125,12 @@ def test_a_loss_that_cannot_be_is_refused(values: dict[str, float]) -> None:
 
 
 def test_the_summary_has_both_test_sets_and_the_baselines() -> None:
-    train = TextSet(["good", "fine", "bad", "awful", "bad"], [0, 0, 1, 1, 1])
-    test = TextSet(["good", "bad"], [0, 1])
-    imbalanced = TextSet(["good", "fine", "good", "bad"], [0, 0, 0, 1])
-    facts = measure(biased(1.0, 0.0), TOKENIZER, ["plus", "minus"], train, test, imbalanced)
+    text_sets = {
+        "train": (["good", "fine", "bad", "awful", "bad"], [0, 0, 1, 1, 1]),
+        "test": (["good", "bad"], [0, 1]),
+        "imbalanced": (["good", "fine", "good", "bad"], [0, 0, 0, 1]),
+    }
+    facts = measure(biased(1.0, 0.0), TOKENIZER, ["plus", "minus"], text_sets)
     assert (facts["test_accuracy"], facts["imbalanced_accuracy"]) == (0.5, 0.75)
     assert facts["test_macro_f1"] == pytest.approx(1 / 3)
     assert facts["confusion"] == [[1, 0], [1, 0]]
@@ -146,5 +148,5 @@ def test_the_summary_has_both_test_sets_and_the_baselines() -> None:
 
 def test_the_surest_mistakes_come_first() -> None:
     probabilities = np.array([[0.6, 0.4], [0.9, 0.1], [0.2, 0.8]])
-    shown = mistakes(TextSet(["a", "b", "c"], [1, 1, 1]), probabilities, ["x", "y"])
+    shown = mistakes((["a", "b", "c"], [1, 1, 1]), probabilities, ["x", "y"])
     assert [mistake["text"] for mistake in shown] == ["b", "a"]

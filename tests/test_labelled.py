@@ -157,6 +157,21 @@ def test_balancing_leaves_over_what_the_larger_classes_have_more() -> None:
     )
 
 
+def test_text_sets_number_the_classes() -> None:
+    splits = splits_of(made_up(a=20, b=10), balance=True)
+    sets = splits.text_sets()
+    assert sets.keys() == {"train", "test", "imbalanced"}
+    assert all((text[0] == "b") == number for text, number in zip(*sets["test"], strict=True))
+    assert len(sets["imbalanced"][0]) == 14
+    assert "imbalanced" not in splits_of(made_up(a=20, b=10)).text_sets()
+
+
+def test_a_summary_has_the_size_and_the_hash_of_every_split() -> None:
+    facts = splits_of(made_up(a=20, b=10)).facts()
+    assert facts["splits"] == {"train": 21, "val": 3, "test": 6}
+    assert facts["split_hashes"].keys() == facts["splits"].keys()
+
+
 def test_copies_of_a_text_stay_together() -> None:
     examples = [
         Example(f"{'Text' if j else ' text'}  {i} ", "ab"[i % 2])

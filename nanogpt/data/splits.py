@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,20 @@ class Splits:
         """The test examples and the rest: what was neither learnt from nor chosen by."""
         return self.test + self.rest
 
+    def text_sets(self) -> dict[str, tuple[list[str], list[int]]]:
+        """Return the texts and class numbers to learn from and to test on, by name.
+
+        "imbalanced" is there where balancing left something over.
+        """
+        number = {label: i for i, label in enumerate(self.labels)}
+        sets = {"train": self.train, "test": self.test}
+        if self.rest:
+            sets["imbalanced"] = self.imbalanced
+        return {
+            name: ([e.text for e in examples], [number[e.label] for e in examples])
+            for name, examples in sets.items()
+        }
+
     def hashes(self) -> dict[str, str]:
         """Return 16 hexadecimal digits per split: of the SHA-256 of its examples in any order."""
         return {
@@ -47,6 +62,11 @@ class Splits:
             for name, examples in vars(self).items()
             if examples
         }
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Return what a summary says of the splits: how many examples each has, and its hash."""
+        hashes = self.hashes()
+        return {"splits": {name: len(vars(self)[name]) for name in hashes}, "split_hashes": hashes}
 
     @property
     def fingerprint(self) -> str:

@@ -17,7 +17,7 @@ from nanogpt.training.module import Batch, StageModule
 MOST_MISTAKES = 12  # shown in the report
 MISTAKE_CHARS = 300
 
-Texts = Sequence[str]
+TextSet = tuple[Sequence[str], Sequence[int]]  # texts and the numbers of their classes
 
 
 @dataclass(frozen=True)
@@ -111,68 +111,51 @@ class ClassifyModule(StageModule):
         return {"loss": nats / n, "accuracy": hits / n}
 
 
-@dataclass(frozen=True)
-class TextSet:
-    """Texts and the numbers of their classes."""
-
-    texts: Texts
-    labels: Sequence[int]
-
-
 def measure(
     model: Classifier,
     tokenizer: Tokenizer,
     labels: Sequence[str],
-    train: TextSet,
-    test: TextSet,
-    imbalanced: TextSet | None,
+    text_sets: Mapping[str, TextSet],
 ) -> dict[str, Any]:
     """Return what the summary says of a trained classifier: its scores and the baselines' beside.
 
-    The baselines learn from `train`. `imbalanced` is a second test set with the classes as they
-    occur, where the first has as many of each.
+    The baselines learn from the set "train"; all others are tests, "test" among them, whose
+    confusion and mistakes are told too.
     """
-    probabilities = class_probabilities(model, tokenizer, test.texts).numpy()
-    predicted = probabilities.argmax(-1)
-    confusion = confusion_matrix(test.labels, predicted, len(labels))
-    facts: dict[str, Any] = _prefixed("test", scores(confusion))
-    facts |= _baselines("test", train, test, len(labels))
-    if imbalanced is not None:
-        others = class_probabilities(model, tokenizer, imbalanced.texts).numpy().argmax(-1)
-        facts |= _prefixed(
-            "imbalanced", scores(confusion_matrix(imbalanced.labels, others, len(labels)))
-        )
-        facts |= _baselines("imbalanced", train, imbalanced, len(labels))
-    facts["labels"] = list(labels)
-    facts["confusion"] = confusion.tolist()
-    facts["mistakes"] = mistakes(test, probabilities, labels)
+    facts: dict[str, Any] = {"labels": list(labels)}
+    for name, (texts, numbers) in text_sets.items():
+        if name == "train":
+            continue
+        probabilities = class_probabilities(model, tokenizer, texts).numpy()
+        confusion = confusion_matrix(numbers, probabilities.argmax(-1), len(labels))
+        facts |= _named(name, scores(confusion))
+        beside = baselines(*text_sets["train"], texts, numbers, len(labels))
+        for method, figures in beside.items():
+            facts |= _named(f"baseline_{method}_{name}", figures)
+        if name == "test":
+            facts["confusion"] = confusion.tolist()
+            facts["mistakes"] = mistakes((texts, numbers), probabilities, labels)
     return facts
 
 
-def mistakes(test: TextSet, probabilities: np.ndarray, labels: Sequence[str]) -> list[Any]:
+def mistakes(
+    text_set: TextSet, probabilities: np.ndarray, labels: Sequence[str]
+) -> list[dict[str, Any]]:
     """Return the texts that were put in a wrong class, the surest first."""
-    predicted = probabilities.argmax(-1)
-    wrong = [i for i in range(len(test.texts)) if predicted[i] != test.labels[i]]
-    wrong.sort(key=lambda i: -probabilities[i].max())
-    return [
+    predicted, surest = probabilities.argmax(-1), probabilities.max(-1)
+    examples = zip(*text_set, predicted, surest, strict=True)
+    wrong = [
         {
-            "text": test.texts[i][:MISTAKE_CHARS],
-            "label": labels[test.labels[i]],
-            "predicted": labels[predicted[i]],
-            "probability": float(probabilities[i].max()),
+            "text": text[:MISTAKE_CHARS],
+            "label": labels[number],
+            "predicted": labels[guess],
+            "probability": float(probability),
         }
-        for i in wrong[:MOST_MISTAKES]
+        for text, number, guess, probability in examples
+        if guess != number
     ]
+    return sorted(wrong, key=lambda mistake: -mistake["probability"])[:MOST_MISTAKES]
 
 
-def _baselines(name: str, train: TextSet, test: TextSet, n_labels: int) -> dict[str, float]:
-    figures = baselines(train.texts, train.labels, test.texts, test.labels, n_labels)
-    return {
-        f"baseline_{method}_{name}_{key}": value
-        for method, values in figures.items()
-        for key, value in values.items()
-    }
-
-
-def _prefixed(name: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {f"{name}_{key}": value for key, value in values.items()}
+def _named(name: str, figures: Mapping[str, float]) -> dict[str, float]:
+    return {f"{name}_{key}": value for key, value in figures.items()}
