@@ -48,6 +48,9 @@ KINDS = {  # of the keys that no object checks when it is built
     "seed": ("a whole number of 64 bits",),
     "model.block_size": (COUNT,),
     "data.val_fraction": ("a number between 0 and 1",),
+    "data.test_fraction": ("a number between 0 and 1",),
+    "data.balance": (FLAG,),
+    "data.max_examples": ("null", COUNT),
     "data.prompts": ("a list of texts",),
     "max_steps": ("null", COUNT),
     "max_tokens": ("null", COUNT),
@@ -297,6 +300,70 @@ def pretrain(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     return session.fit(module, data, tokenizer, data.val_dataloader, facts)
 
 
+def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
+    """Teach a model the classes of labelled texts, and test it on texts that it has not seen."""
+    import torch
+
+    from nanogpt.checkpoint import record
+    from nanogpt.classifier import Classifier, train_layers
+    from nanogpt.data.labelled_module import LabelledDataModule
+    from nanogpt.data.module import split_step
+    from nanogpt.data.splits import class_weights
+    from nanogpt.model import GPTConfig
+    from nanogpt.training.classify import ClassifyModule, Loss, measure
+
+    node = dict(config["classify"])
+    layers, weighted = node.pop("layers"), node.pop("class_weights")
+    token_dropout = node.pop("token_dropout")  # what is left are the loss's
+    block_size = config["model"]["block_size"] if init is None else init.config.block_size
+    rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
+    splits = build_source(config["data"])[0].splits()
+    labels = splits.labels
+    if init is None:
+        make_tokenizer = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
+        tokenizer = make_tokenizer(example.text for example in splits.train)
+        model_config = GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
+    else:
+        tokenizer, model_config = init.tokenizer, init.config
+    decisions = session.settle(model_config, rows_per_rank, splits.fingerprint, init)
+    torch.manual_seed(config["seed"])
+    model = (
+        Classifier(model_config, len(labels))
+        if init is None
+        else Classifier.from_model(init.model, len(labels))
+    )
+    train_layers(model, layers)
+    weights = class_weights(splits.train, labels) if weighted else [1.0] * len(labels)
+    make_optimizer, grad_clip = build_optimizer(config)
+    module = ClassifyModule(
+        model.train(),
+        make_optimizer=make_optimizer,
+        schedule=session.schedule,
+        max_steps=session.max_steps,
+        tokens_per_step=config["tokens_per_step"],
+        grad_clip=grad_clip,
+        seed=config["seed"],
+        compiled=decisions.compile,
+        record=record(
+            "classify", model_config, tokenizer, labels=labels, init_from=session.init_from
+        ),
+        loss=Loss(weights, **node),
+        measure=partial(measure, tokenizer=tokenizer, labels=labels, text_sets=splits.text_sets()),
+    )
+    data = LabelledDataModule(
+        splits,
+        tokenizer,
+        class_weights=weights,
+        token_dropout=token_dropout,
+        block_size=block_size,
+        tokens_per_step=config["tokens_per_step"],
+        micro_batch=decisions.micro_batch,
+        seed=config["seed"],
+        workers=config["data"]["workers"],
+    )
+    return session.fit(module, data, tokenizer, data.val_dataloader, splits.facts())
+
+
 def build_optimizer(config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], float | None]:
     """Return what makes the configured optimizer of a model, and the norm to clip gradients to."""
     node = {key: value for key, value in config["optim"].items() if key != "schedule"}
@@ -398,7 +465,7 @@ def _known_keys() -> list[str]:
     return [*flatten(nested), *groups]
 
 
-STAGES = {"pretrain": pretrain}
+STAGES = {"pretrain": pretrain, "classify": classify}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
