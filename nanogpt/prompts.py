@@ -97,6 +97,12 @@ class Template:
         """Return the ids that end a reply: end of text, and the markers of another turn."""
         return [_id(tokenizer, name) for name in (END_OF_TEXT, *self.special_tokens)]
 
+    def until_stop(self, reply: str) -> str:
+        """Return a reply up to the first of `stop_texts`, without white space at its ends."""
+        for text in self.stop_texts:
+            reply = reply.partition(text)[0]
+        return reply.strip()
+
     def encode(
         self,
         tokenizer: Tokenizer,

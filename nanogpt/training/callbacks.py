@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nanogpt.generation import check_sampling, generate
+from nanogpt.prompts import Message, Template
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.training.checkpointing import Checkpointing
 from nanogpt.training.module import Batch, StageModule, is_due
@@ -78,7 +79,11 @@ class Validation(Callback):
 
 
 class Samples(Callback):
-    """Write what the model says every n steps and at the end: same prompts, same seed."""
+    """Write what the model says every n steps and at the end: same prompts, same seed.
+
+    With a template the prompts are a user's messages, and the model first replies to them before
+    any step.
+    """
 
     def __init__(
         self,
@@ -91,18 +96,26 @@ class Samples(Callback):
         temperature: float,
         top_k: int | None,
         seed: int,
+        template: Template | None = None,
     ) -> None:
         check_sampling(max_new_tokens, temperature, top_k)
         self.path = path
         self.tokenizer = tokenizer
         self.every_n_steps = every_n_steps
         self.prompts = prompts
+        self.template = template
         self.options = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "top_k": top_k,
             "seed": seed,
         }
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, StageModule)
+        if self.template is not None and trainer.global_step == 0 and trainer.is_global_zero:
+            self.path.unlink(missing_ok=True)  # of a start that reached no checkpoint
+            self.write(pl_module, 0)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
@@ -114,8 +127,9 @@ class Samples(Callback):
                 self.write(pl_module, step)
 
     def write(self, module: StageModule, step: int) -> None:
-        """Append the continuations of all prompts to samples.txt."""
-        texts = [self.continuation(module, prompt) for prompt in self.prompts]
+        """Append the continuations of all prompts, or the replies to them, to samples.txt."""
+        say = self.continuation if self.template is None else self.reply
+        texts = [say(module, prompt) for prompt in self.prompts]
         text = "\n---\n".join(texts)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(f"=== step {step} ===\n{text}\n")
@@ -126,6 +140,17 @@ class Samples(Callback):
         options: Any = self.options
         new_ids = generate(module.model, ids, stop_ids=[self.tokenizer.eot_id], **options)
         return prompt + self.tokenizer.decode(list(new_ids))
+
+    def reply(self, module: StageModule, prompt: str) -> str:
+        """Return the prompt and, on the next line, the model's reply to it as a message."""
+        assert self.template is not None
+        asked = [Message("user", prompt)]
+        ids, _ = self.template.encode(self.tokenizer, asked, add_generation_prompt=True)
+        options: Any = self.options
+        stop_ids = self.template.stop_ids(self.tokenizer)
+        new_ids = generate(module.model, ids, stop_ids=stop_ids, **options)
+        reply = self.template.until_stop(self.tokenizer.decode(list(new_ids)))
+        return f"> {prompt}\n{reply or '(it ends its reply at once)'}"
 
 
 class StopSignals(Callback):

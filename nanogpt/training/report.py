@@ -286,7 +286,8 @@ def _table(run: RunFiles) -> str:
 
 def _sample(sample: tuple[int, str]) -> str:
     step, text = sample
-    return f'<div class="card"><h3>Step {step:,}</h3>{pre(text, f"Sample of step {step}")}</div>'
+    title = f"Step {step:,}" if step else "Before the first step"
+    return f'<div class="card"><h3>{title}</h3>{pre(text, f"Sample of step {step}")}</div>'
 
 
 def _samples(text: str) -> list[tuple[int, str]]:

@@ -32,6 +32,7 @@ from nanogpt.checkpoint import (
 from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Schedule
+from nanogpt.prompts import Template, find_template
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.training.callbacks import Figures, Samples, StopSignals, Validation, cut_samples
 from nanogpt.training.checkpointing import AtomicCheckpointIO, Checkpointing
@@ -289,7 +290,8 @@ class Session:
         """
         metrics = MetricsFile(self.run.metrics_path)
         on_rank_zero(lambda: self._rewind(metrics))
-        checkpointing, callbacks = self._callbacks(metrics, tokenizer, validation_batches)
+        template = module.record["template"] and find_template(module.record["template"])
+        checkpointing, callbacks = self._callbacks(metrics, tokenizer, template, validation_batches)
         stop = StopSignals(checkpointing)
         progress = Progress(self.config["callbacks"]["progress_every_s"])
         trainer = self._trainer(metrics, [*callbacks, checkpointing, stop, progress])
@@ -329,6 +331,7 @@ class Session:
         self,
         metrics: MetricsFile,
         tokenizer: Tokenizer,
+        template: Template | None,
         validation_batches: Callable[[int | None], Iterable[Batch]],
     ) -> tuple[Checkpointing, list[Callback]]:
         """Return the checkpoint callback and those that come before it, in their order."""
@@ -342,6 +345,7 @@ class Session:
                 tokenizer,
                 prompts=self.config["data"]["prompts"],
                 seed=self.config["seed"],
+                template=template,
                 **wanted["samples"],
             ),
         ]
