@@ -256,11 +256,8 @@ def pretrain(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     """Train a language model on a corpus, from random weights or from `init`."""
     import torch
 
-    from nanogpt.checkpoint import record
     from nanogpt.data.module import TokenDataModule, split_step
     from nanogpt.model import GPT, GPTConfig
-    from nanogpt.training.pretrain import PretrainModule
-    from nanogpt.training.throughput import flops_per_token
 
     block_size = config["model"]["block_size"] if init is None else init.config.block_size
     rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
@@ -273,21 +270,8 @@ def pretrain(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     )
     decisions = session.settle(model_config, rows_per_rank, corpus.fingerprint, init)
     torch.manual_seed(config["seed"])
-    make_optimizer, grad_clip = build_optimizer(config)
-    module = PretrainModule(
-        GPT(model_config) if init is None else init.model.train(),
-        make_optimizer=make_optimizer,
-        schedule=session.schedule,
-        max_steps=session.max_steps,
-        tokens_per_step=config["tokens_per_step"],
-        grad_clip=grad_clip,
-        seed=config["seed"],
-        compiled=decisions.compile,
-        record=record(config["stage"], model_config, tokenizer, init_from=session.init_from),
-        token_bytes=[len(token) for token in tokenizer.token_bytes()],
-        flops_per_token=flops_per_token(model_config),
-        peak_flops=decisions.peak_flops,
-    )
+    model = GPT(model_config) if init is None else init.model
+    module = language_module(config, session, decisions, model, tokenizer)
     data = TokenDataModule(
         corpus,
         block_size=model_config.block_size,
@@ -298,6 +282,80 @@ def pretrain(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     )
     facts = {"gzip_bits_per_byte": corpus.manifest.get("gzip_bits_per_byte")}
     return session.fit(module, data, tokenizer, data.val_dataloader, facts)
+
+
+def instruct(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
+    """Teach a language model to reply as the responses of a data set do."""
+    import torch
+
+    from nanogpt.checkpoint import with_special_tokens
+    from nanogpt.data.instruction_module import InstructionDataModule, pack_conversations
+    from nanogpt.data.instructions import text_of
+    from nanogpt.data.module import split_step
+    from nanogpt.model import GPT, GPTConfig
+    from nanogpt.prompts import find_template
+
+    template = find_template(config["instruct"]["template"])
+    block_size = config["model"]["block_size"] if init is None else init.config.block_size
+    rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
+    splits = build_conversations(config["data"]).splits()
+    if init is None:
+        make_tokenizer = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
+        tokenizer = make_tokenizer(map(text_of, splits.train))
+        tokenizer = tokenizer.with_special_tokens(template.special_tokens)
+        model_config = GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
+    else:
+        named = with_special_tokens(init, template.special_tokens)
+        tokenizer, model_config = named.tokenizer, named.config
+    loss_on = config["instruct"]["loss_on"]
+    packed = pack_conversations(splits, template, tokenizer, block_size, loss_on)
+    packed.tell_passes(session.max_steps * config["tokens_per_step"])
+    decisions = session.settle(model_config, rows_per_rank, packed.fingerprint, init)
+    torch.manual_seed(config["seed"])
+    model = GPT(model_config) if init is None else named.model
+    module = language_module(config, session, decisions, model, tokenizer, template.name)
+    data = InstructionDataModule(
+        packed,
+        tokens_per_step=config["tokens_per_step"],
+        micro_batch=decisions.micro_batch,
+        seed=config["seed"],
+        workers=config["data"]["workers"],
+    )
+    facts = {**config["instruct"], **packed.facts()}
+    return session.fit(module, data, tokenizer, data.val_dataloader, facts)
+
+
+def language_module(
+    config: Mapping[str, Any],
+    session: Any,
+    decisions: Any,
+    model: Any,
+    tokenizer: Any,
+    template: str | None = None,
+) -> Any:
+    """Return the module that trains a language model."""
+    from nanogpt.checkpoint import record
+    from nanogpt.training.pretrain import PretrainModule
+    from nanogpt.training.throughput import flops_per_token
+
+    make_optimizer, grad_clip = build_optimizer(config)
+    about = record(
+        config["stage"], model.config, tokenizer, template=template, init_from=session.init_from
+    )
+    return PretrainModule(
+        model.train(),
+        make_optimizer=make_optimizer,
+        schedule=session.schedule,
+        max_steps=session.max_steps,
+        tokens_per_step=config["tokens_per_step"],
+        grad_clip=grad_clip,
+        seed=config["seed"],
+        compiled=decisions.compile,
+        record=about,
+        token_bytes=[len(token) for token in tokenizer.token_bytes()],
+        flops_per_token=flops_per_token(model.config),
+        peak_flops=decisions.peak_flops,
+    )
 
 
 def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
@@ -404,6 +462,19 @@ def build_source(node: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return instantiate(leaf, _convert_="all"), preparing
 
 
+def build_conversations(node: Mapping[str, Any]) -> Any:
+    """Return the configured data set, where it is one of conversations."""
+    from nanogpt.data.instructions import Instructions
+
+    source, _ = build_source(node)
+    if not isinstance(source, Instructions):
+        raise ValueError(
+            f"stage=instruct learns from conversations and data={source.name} has none; pass "
+            "data=dolly, or data=instructions data.path=<a .jsonl of instructions and responses>"
+        )
+    return source
+
+
 def given(tokenizer: Any, documents: Any) -> Any:
     """Return a tokenizer that need not be learnt."""
     return tokenizer
@@ -465,7 +536,7 @@ def _known_keys() -> list[str]:
     return [*flatten(nested), *groups]
 
 
-STAGES = {"pretrain": pretrain, "classify": classify}
+STAGES = {"pretrain": pretrain, "classify": classify, "instruct": instruct}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

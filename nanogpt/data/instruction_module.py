@@ -59,6 +59,11 @@ class PackedConversations:
         """Return plain values for the summary."""
         return {"splits": {"train": self.train.facts(), "val": self.val.facts()}}
 
+    def tell_passes(self, n_tokens: int) -> None:
+        """Log how often so many tokens of training go through the conversations."""
+        places = len(self.train.rows) * self.block_size
+        log.info("%.1f passes over the training conversations", n_tokens / places)
+
 
 class InstructionDataModule(RowsDataModule):
     """Batches of packed conversations, their rows shuffled anew in each pass."""
