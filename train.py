@@ -375,7 +375,7 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     token_dropout = node.pop("token_dropout")  # what is left are the loss's
     block_size = config["model"]["block_size"] if init is None else init.config.block_size
     rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
-    splits = build_source(config["data"])[0].splits()
+    splits = build_labelled(config["data"]).splits()
     labels = splits.labels
     if init is None:
         make_tokenizer = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
@@ -471,6 +471,19 @@ def build_conversations(node: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"stage=instruct learns from conversations and data={source.name} has none; pass "
             "data=dolly, or data=instructions data.path=<a .jsonl of instructions and responses>"
+        )
+    return source
+
+
+def build_labelled(node: Mapping[str, Any]) -> Any:
+    """Return the configured data set, where it is one of labelled texts."""
+    from nanogpt.data.labelled import LabelledTexts
+
+    source, _ = build_source(node)
+    if not isinstance(source, LabelledTexts):
+        raise ValueError(
+            f"stage=classify learns from labelled texts and data={source.name} has no labels; pass "
+            "data=sms_spam, or data=labelled data.path=<a .tsv, .csv or .jsonl file>"
         )
     return source
 
