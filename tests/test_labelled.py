@@ -113,6 +113,14 @@ def test_spam_comes_from_the_file(tmp_path: Path) -> None:
     assert SmsSpam(path).examples() == [Example('"Ok', "ham"), Example("WIN", "spam")]
 
 
+def test_to_other_stages_labelled_texts_are_documents(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.tsv", "x\tone\ny\ttwo\n")
+    assert list(LabelledTexts(path).documents()) == ["one", "two"]
+    assert list(SmsSpam(path).documents(skip=1)) == ["two"]
+    before = LabelledTexts(path).fingerprint()
+    assert LabelledTexts(written(path, "x\tone\ny\tthree\n")).fingerprint() != before
+
+
 def test_spam_that_cannot_be_fetched_says_what_to_pass(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nanogpt.data.splits import Example, Splits, split
+from nanogpt.data.source import Source
+from nanogpt.data.splits import Example, Splits, examples_sha256, split
 
 LONGEST_CELL = 2**27  # characters; csv's own limit of 131,072 is less than a long article
 
 
 @dataclass(frozen=True)
-class LabelledTexts:
-    """A labelled file, and how it is split for training; data sets of a fixed file subclass it.
+class LabelledTexts(Source):
+    """A labelled file, and how it is split for training.
 
     `balance` leaves out what a class has more than the smallest one; the left-over examples are
-    tested on apart. `max_examples` bounds what is used of the rest, the classes in proportion.
+    tested on apart. `max_examples` bounds what is used of the rest, the classes in proportion. To
+    stages that read text, an example is its text.
     """
 
     path: str | Path | None = None
@@ -46,6 +48,17 @@ class LabelledTexts:
             max_examples=self.max_examples,
             seed=self.split_seed,
         )
+
+    def documents(self, skip: int = 0) -> Iterator[str | None]:
+        """Yield the texts after the first `skip`, those of all splits."""
+        for example in self.examples()[skip:]:
+            yield example.text
+
+    def fingerprint(self) -> str:
+        return examples_sha256(self.examples())[:16]
+
+    def description(self) -> dict[str, Any]:
+        return {"path": str(self.path)}
 
 
 def read_examples(

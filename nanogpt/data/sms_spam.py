@@ -32,6 +32,10 @@ class SmsSpam(LabelledTexts):
             for text, label in zip(*(column.to_pylist() for column in table.columns), strict=True)
         ]
 
+    def fingerprint(self) -> str:
+        """Return a hash over the file's messages, or the name of the repository."""
+        return REPOSITORY.replace("/", "-") if self.path is None else super().fingerprint()
+
 
 def _fetch() -> str:
     """Return the collection's parquet file in the hub's cache, downloaded where it is not there."""
