@@ -1,0 +1,234 @@
+"""Instruction tuning as a person sees it: what it starts from, what it learns, and its files."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import train
+from nanogpt.checkpoint import load_checkpoint
+from nanogpt.data.instructions import Instructions
+from nanogpt.prompts import find_template
+
+ROOT = Path(__file__).parent.parent
+Command = Callable[..., subprocess.CompletedProcess[str]]
+TINY = (
+    "tokenizer=byte",
+    "model.block_size=64",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "tokens_per_step=256",
+    "max_steps=12",
+    "compile=false",
+    "threads=1",
+    "trainer.precision=32-true",
+    "callbacks.log_every_n_steps=1",
+    "callbacks.validation.every_n_steps=4",
+    "callbacks.checkpoint.every_n_steps=4",
+    "callbacks.samples.every_n_steps=6",
+    "callbacks.samples.max_new_tokens=8",
+)
+# Leaves as a power cut would, in the middle of a step: at the 20th forward.
+KILLED = """
+import os, runpy, signal, sys
+from nanogpt.training import pretrain
+forward, n_calls = pretrain.next_token_loss, 0
+def dying(*args):
+    global n_calls
+    n_calls += 1
+    if n_calls == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(*args)
+pretrain.next_token_loss = dying
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+COLUMNS = ("step", "train/loss", "train/grad_norm", "learning_rate", "val/loss")
+
+
+@pytest.fixture
+def data_path(tmp_path: Path) -> Path:
+    path = tmp_path / "own.jsonl"
+    records = [{"instruction": f"Double {i}.", "response": f"It is {2 * i}."} for i in range(60)]
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def tiny_run(data_path: Path, tmp_path: Path) -> list[str]:
+    """The command line of a run of a second, from random weights."""
+    return [
+        "stage=instruct",
+        *TINY,
+        "data=instructions",
+        f"data.path={data_path}",
+        "init_from=null",
+        f"runs_dir={tmp_path / 'runs'}",
+        f"data_dir={tmp_path / 'data'}",
+        "name=tiny",
+    ]
+
+
+def fit(*overrides: str) -> dict[str, Any]:
+    """Train in this process; return the summary."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        cfg = compose("train", overrides=list(overrides))
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    return train.train({**config, "command": "python train.py", "typed": {}})
+
+
+def figures(run_dir: Path, *columns: str) -> list[list[str]]:
+    with open(run_dir / "metrics.csv", newline="") as file:
+        return [[row[c] for c in columns] for row in csv.DictReader(file)]
+
+
+def test_the_checkpoint_knows_its_template_and_turn_markers(
+    tiny_run: list[str], tmp_path: Path
+) -> None:
+    fit(*tiny_run)
+    checkpoint = load_checkpoint("tiny", runs_dir=tmp_path / "runs")
+    assert (checkpoint.stage, checkpoint.template) == ("instruct", "chat")
+    assert checkpoint.tokenizer.special_tokens["<|assistant|>"] == 259
+    assert checkpoint.config.vocab_size == 273
+
+
+def test_the_summary_records_each_split_by_hash(tiny_run: list[str], data_path: Path) -> None:
+    summary = fit(*tiny_run, "max_steps=1")
+    splits = summary["splits"]
+    assert splits["train"]["examples"] + splits["val"]["examples"] == 60
+    assert len({splits["train"]["sha256"], splits["val"]["sha256"]}) == 2
+    assert {summary["template"], summary["loss_on"]} == {"chat", "responses"}
+
+
+def test_replies_before_and_after_are_side_by_side(tiny_run: list[str], tmp_path: Path) -> None:
+    fit(*tiny_run, "data.prompts=[Double 7.]")
+    samples = (tmp_path / "runs" / "tiny" / "samples.txt").read_text()
+    assert [line for line in samples.splitlines() if line.startswith("===")] == [
+        f"=== step {step} ===" for step in (0, 6, 12)
+    ]
+    replies = samples.split("> Double 7.\n")[1:]
+    assert all(reply.partition("\n===")[0].strip() for reply in replies)
+    report = (tmp_path / "runs" / "tiny" / "report.html").read_text()
+    assert report.index("Before the first step") < report.index("Step 12")
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca"])
+def test_the_validation_loss_is_that_of_unpacked_responses(
+    template: str, tiny_run: list[str], data_path: Path, tmp_path: Path
+) -> None:
+    size = ["model.block_size=256", "tokens_per_step=512", f"instruct.template={template}"]
+    summary = fit(*tiny_run, *size, "max_steps=3", "optim.learning_rate=0.1")
+    checkpoint = load_checkpoint("tiny", runs_dir=tmp_path / "runs")
+    nats, n_targets = 0.0, 0
+    for conversation in Instructions(data_path).splits().val:
+        ids, is_response = find_template(template).encode(checkpoint.tokenizer, conversation)
+        with torch.no_grad():
+            logits = checkpoint.model(torch.tensor([ids[:-1]]))[0]
+        losses = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+        nats += losses[torch.tensor(is_response[1:])].sum().item()
+        n_targets += sum(is_response)
+    assert summary["val_loss"] == pytest.approx(nats / n_targets, abs=1e-5)
+
+
+def test_it_starts_from_the_newest_pretraining_run(
+    tiny_run: list[str], corpus_path: Path, tmp_path: Path
+) -> None:
+    where = [word for word in tiny_run if word.startswith(("runs_dir", "data_dir"))]
+    fit(*TINY, *where, "data=text", f"data.path={corpus_path}", "max_steps=3", "name=base")
+    from_latest = [word for word in tiny_run if word != "init_from=null"]
+    summary = fit(*from_latest, "max_steps=3", "model.n_layer=7")
+    base = load_checkpoint("base", runs_dir=tmp_path / "runs")
+    config = (tmp_path / "runs" / "tiny" / "config.yaml").read_text()
+    assert "base/checkpoints/last.ckpt" in config
+    assert summary["n_params"] == base.model.num_parameters()
+
+
+def test_a_tokenizer_is_learnt_from_the_conversations(tiny_run: list[str], tmp_path: Path) -> None:
+    own = [word for word in tiny_run if word != "tokenizer=byte"]
+    fit(*own, "max_steps=1", "tokenizer=bpe", "tokenizer.vocab_size=300")
+    tokenizer = load_checkpoint("tiny", runs_dir=tmp_path / "runs").tokenizer
+    assert b"Double" in tokenizer.token_bytes()
+
+
+def test_every_micro_batch_gives_the_same_losses(tiny_run: list[str], tmp_path: Path) -> None:
+    reached = []
+    for micro_batch in (4, 1):
+        fit(*tiny_run, f"micro_batch={micro_batch}", f"name=m{micro_batch}")
+        reached.append(figures(tmp_path / "runs" / f"m{micro_batch}", "train/loss"))
+    for [one], [other] in zip(*reached, strict=True):
+        assert abs(float(one) - float(other)) < 1e-5
+
+
+def test_a_killed_run_continues_to_the_same_bits(tiny_run: list[str], tmp_path: Path) -> None:
+    options = [*tiny_run, "model.dropout=0.1", "micro_batch=2"]
+    whole = fit(*options, "name=whole")
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(ROOT / "train.py"), *options],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    continued = fit(*options)
+    assert continued["weights_sha256"] == whole["weights_sha256"]
+    runs = tmp_path / "runs"
+    assert figures(runs / "tiny", *COLUMNS) == figures(runs / "whole", *COLUMNS)
+    assert (runs / "tiny" / "samples.txt").read_text() == (
+        runs / "whole" / "samples.txt"
+    ).read_text()
+
+
+def test_two_ranks_learn_the_same_as_one(
+    tiny_run: list[str], tmp_path: Path, command: Command
+) -> None:
+    ranks = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+    two = command(*tiny_run, "name=two", *ranks)
+    assert two.returncode == 0, two.stderr
+    fit(*tiny_run, "name=one")
+    for column in ("train/loss", "val/loss"):
+        pairs = zip(*(figures(tmp_path / "runs" / n, column) for n in ("one", "two")), strict=True)
+        for [a], [b] in pairs:
+            assert a == b == "" or abs(float(a) - float(b)) < 1e-5
+
+
+def test_other_conversations_are_another_corpus(
+    tiny_run: list[str], data_path: Path, tmp_path: Path
+) -> None:
+    fit(*tiny_run)
+    (tmp_path / "runs" / "tiny" / "summary.json").unlink()
+    with open(data_path, "a") as file:
+        file.write('{"instruction": "Double 60.", "response": "It is 120."}\n')
+    with pytest.raises(ValueError, match="another corpus"):
+        fit(*tiny_run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["data=python_stdlib"], "data=python_stdlib has none; pass data=dolly"),
+        (["data=instructions"], "data=instructions needs data.path="),
+        (["instruct.template=vicuna"], "template='vicuna' is unknown; choose one of chat"),
+        (["instruct.loss_on=prompts"], "loss_on='prompts' is unknown"),
+        (["init_from=latest"], "found no finished pretraining run"),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_sentence(
+    arguments: list[str], expected: str, tiny_run: list[str], tmp_path: Path
+) -> None:
+    replaced = [argument.partition("=")[0] for argument in arguments]
+    kept = [word for word in tiny_run if word.partition("=")[0] not in replaced]
+    if "data" in replaced:
+        kept = [word for word in kept if not word.startswith("data.path")]
+    with pytest.raises((ValueError, FileNotFoundError), match=expected) as error:
+        fit(*kept, *arguments)
+    assert "\n" not in str(error.value)
