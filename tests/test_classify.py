@@ -12,6 +12,7 @@ from nanogpt.classifier import Classifier, pad
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Schedule, adamw
 from nanogpt.tokenizer import byte_tokenizer
+from nanogpt.training.classes import classes_section, confusion_picture
 from nanogpt.training.classify import ClassifyModule, Loss, measure, mistakes
 from nanogpt.training.module import Batch
 
@@ -150,3 +151,35 @@ def test_the_surest_mistakes_come_first() -> None:
     probabilities = np.array([[0.6, 0.4], [0.9, 0.1], [0.2, 0.8]])
     shown = mistakes((["a", "b", "c"], [1, 1, 1]), probabilities, ["x", "y"])
     assert [mistake["text"] for mistake in shown] == ["b", "a"]
+
+
+def summary(**changes: Any) -> dict[str, Any]:
+    text_sets = {"train": (["good", "bad"], [0, 1]), "test": (["<good>", "bad"], [0, 1])}
+    facts = measure(biased(0.0, 1.0), TOKENIZER, ["plus", "minus"], text_sets)
+    return {**facts, **changes}
+
+
+def test_the_report_has_scores_beside_the_baselines_and_mistakes_as_text() -> None:
+    page = classes_section(summary())
+    assert '<th scope="row">this model</th><td>50.0 %</td>' in page
+    assert '<th scope="row">bag of words</th><td>100.0 %</td>' in page
+    assert "imbalanced" not in page
+    assert "&lt;good&gt;" in page
+    assert "<good>" not in page
+
+
+def test_the_confusion_picture_has_a_cell_per_pair_and_says_them_in_words() -> None:
+    picture = confusion_picture(["a", "b & c"], [[3, 1], [0, 4]])
+    assert picture.count("<rect") == 4
+    assert "a: 3 as a, 1 as b &amp; c; b &amp; c: 0 as a, 4 as b &amp; c" in picture
+    assert picture.count('fill-opacity="0.540"') == 1  # all of a row in one cell
+
+
+def test_many_classes_get_no_picture() -> None:
+    labels = [f"class {i}" for i in range(21)]
+    confusion = np.eye(21, dtype=int).tolist()
+    assert "<svg" not in classes_section(summary(labels=labels, confusion=confusion))
+
+
+def test_other_stages_have_no_section_on_classes() -> None:
+    assert classes_section({"stage": "pretrain"}) == ""

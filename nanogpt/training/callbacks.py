@@ -119,7 +119,7 @@ class Samples(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
-        if not is_due(step, self.every_n_steps, trainer):
+        if not self.prompts or not is_due(step, self.every_n_steps, trainer):
             return
         assert isinstance(pl_module, StageModule)
         with pl_module.off_the_clock():

@@ -18,7 +18,7 @@ TESTS = {"test": "test", "imbalanced": "imbalanced test"}
 MEASURES = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 
 # keys of the summary that this section tells
-TOLD = {"labels", "confusion", "mistakes"} | {
+TOLD_OF_CLASSES = {"labels", "confusion", "mistakes"} | {
     f"{method}{test}_{measure}" for method in METHODS for test in TESTS for measure in MEASURES
 }
 
@@ -47,7 +47,7 @@ def scores_table(summary: Mapping[str, Any]) -> str:
     rows = ""
     for prefix, method in METHODS.items():
         cells = "".join(
-            f"<td>{_score(summary[f'{prefix}{test}_{measure}'])}</td>"
+            f"<td>{share(summary[f'{prefix}{test}_{measure}'])}</td>"
             for test in tests
             for measure in MEASURES
         )
@@ -67,10 +67,10 @@ def confusion_picture(labels: Sequence[str], confusion: Sequence[Sequence[int]])
         parts.append(_text(MARGIN - 10, TOP + CELL * (i + 0.5), name, "end"))
         parts.append(_text(MARGIN + CELL * (i + 0.5), TOP - 14, name))
         for j, count in enumerate(row):
-            x, y, share = MARGIN + CELL * j, TOP + CELL * i, count / max(sum(row), 1)
+            x, y, dark = MARGIN + CELL * j, TOP + CELL * i, count / max(sum(row), 1)
             parts.append(
                 f'<rect x="{x + 1}" y="{y + 1}" width="{CELL - 2}" height="{CELL - 2}" rx="4" '
-                f'fill="var(--accent)" fill-opacity="{0.04 + 0.5 * share:.3f}"/>'
+                f'fill="var(--accent)" fill-opacity="{0.04 + 0.5 * dark:.3f}"/>'
             )
             parts.append(_text(x + CELL / 2, y + CELL / 2, f"{count:,}"))
     parts.append(_text(width / 2, height - 8, "rows: true class, columns: predicted"))
@@ -91,7 +91,7 @@ def mistakes_table(mistakes: Sequence[Mapping[str, Any]]) -> str:
         return ""
     rows = "".join(
         f"<tr><td>{escape(mistake['label'])}</td><td>{escape(mistake['predicted'])} "
-        f"<small>{_score(mistake['probability'])}</small></td><td>{escape(mistake['text'])}</td></tr>"
+        f"<small>{share(mistake['probability'])}</small></td><td>{escape(mistake['text'])}</td></tr>"
         for mistake in mistakes
     )
     head = (
@@ -101,12 +101,13 @@ def mistakes_table(mistakes: Sequence[Mapping[str, Any]]) -> str:
     return details(f"{len(mistakes)} mistakes, the surest first", table)
 
 
+def share(part: float) -> str:
+    """Return e.g. `97.5 %`, with the decimal that tells classifiers apart."""
+    return f"{100 * part:.1f} %"
+
+
 def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
     return (
         f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" dominant-baseline="central">'
         f"{escape(text)}</text>"
     )
-
-
-def _score(share: float) -> str:
-    return f"{100 * share:.1f} %"

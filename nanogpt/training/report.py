@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from nanogpt.training.charts import Chart, Points, Series, draw
+from nanogpt.training.classes import TOLD_OF_CLASSES, classes_section, share
 from nanogpt.training.metrics import read_metrics
 from nanogpt.training.page import details, document, escape, pre, section
 from nanogpt.training.progress import duration, percent
@@ -23,9 +24,12 @@ MOST_SAMPLES = 24
 MOST_TABLE_ROWS = 40
 MOST_LOG_LINES = 200
 
+VALIDATION_COLUMNS = ("tokens", "val/loss", "val/bits_per_byte", "val/accuracy")
+
 # keys of the summary that the headline tells
 TOLD = {"name", "stage", "steps", "tokens", "wall_s", "train_s", "tokens_per_s", "mfu", "n_params"}
 TOLD |= {"val_loss", "val_bits_per_byte", "gzip_bits_per_byte"}
+TOLD |= TOLD_OF_CLASSES
 
 T = TypeVar("T")
 
@@ -112,12 +116,14 @@ def curves(run: RunFiles) -> str:
         curve("val/loss", "validation", colour=1),
     ]
     bits = [curve("val/bits_per_byte", "validation", colour=1)]
+    accuracy = [curve("val/accuracy", "validation", colour=1)]
     rate, norm = [curve("learning_rate")], [curve("train/grad_norm")]
     speed = [curve("tokens_per_s")]
     mfu = [curve("mfu")] if run.figure("mfu") else []  # 0 where the device's peak is unknown
     charts = [
         Chart("Loss", "nats per token", loss),
         Chart("Bits per byte", "of validation text", bits, reference=reference),
+        Chart("Accuracy", "of validation examples", accuracy, share, percent=True),
         Chart("Learning rate", "", rate, "{:.3g}".format, from_zero=True),
         Chart("Gradient norm", "before clipping", norm, "{:.3g}".format),
         Chart("Throughput", "tokens per second", speed, "{:,.0f}".format, from_zero=True),
@@ -129,6 +135,11 @@ def curves(run: RunFiles) -> str:
     return section(
         "Curves", f'<div class="pair">{drawn}</div>{_table(run)}', "over optimizer steps"
     )
+
+
+def classes(run: RunFiles) -> str:
+    """Tell how a classifier does on the test examples."""
+    return classes_section(run.summary)
 
 
 def samples(run: RunFiles) -> str:
@@ -182,6 +193,7 @@ def log(run: RunFiles) -> str:
 
 SECTIONS: tuple[Callable[[RunFiles], str], ...] = (
     headline,
+    classes,
     curves,
     samples,
     reproduce,
@@ -207,6 +219,9 @@ def _steps(run: RunFiles) -> int:
 def _headline_figures(run: RunFiles) -> list[tuple[str, str, str]]:
     """Return (label, value, note) of what is known."""
     figures: list[tuple[str, str, str]] = []
+    if (accuracy := run.summary.get("test_accuracy")) is not None:
+        note = f"macro-F1 {share(run.summary['test_macro_f1'])}"
+        figures.append(("Test accuracy", share(accuracy), note))
     if (loss := run.figure("val_loss", "val/loss")) is not None:
         figures.append(("Validation loss", f"{loss:.4f}", _best(run.metrics.get("val/loss", []))))
     if (bits := run.figure("val_bits_per_byte", "val/bits_per_byte")) is not None:
@@ -264,7 +279,7 @@ def _figure(chart: Chart, last_step: int) -> str:
 
 def _table(run: RunFiles) -> str:
     """Return the validation figures by step, for those who read numbers or cannot see curves."""
-    columns = [name for name in ("tokens", "val/loss", "val/bits_per_byte") if name in run.metrics]
+    columns = [name for name in VALIDATION_COLUMNS if name in run.metrics]
     rows = _spread(run.metrics.get("val/loss", []), MOST_TABLE_ROWS)
     if not rows:
         return ""
