@@ -2,7 +2,8 @@
 
     python -m nanogpt.generate CHECKPOINT --prompt "def main(" --max-new-tokens 100
 
-CHECKPOINT is a .ckpt, a run directory, or the name of a run under runs/.
+CHECKPOINT is a .ckpt, a run directory, or the name of a run under runs/. A model that was taught to
+reply (stage=instruct) gets the prompt as a message, and its reply alone is printed.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.generation import generate
+from nanogpt.prompts import Message, Template, find_template
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,8 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.checkpoint, device=options.device, runs_dir=options.runs_dir
         )
         prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-        ids = completion(checkpoint, prompt, options)
-        _write(prompt)
+        if checkpoint.template is None or options.raw:
+            ids = completion(checkpoint, prompt, options)
+            _write(prompt)
+        else:
+            ids = reply(checkpoint, find_template(checkpoint.template), prompt, options)
         for text in stream_text(checkpoint, ids):
             _write(text)
         _write("\n")
@@ -43,6 +48,21 @@ def completion(checkpoint: Checkpoint, prompt: str, options: argparse.Namespace)
     tokenizer = checkpoint.tokenizer
     # Documents follow an end-of-text token in training, so a prompt that begins one does too.
     ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+    return _generated(checkpoint, ids, [tokenizer.eot_id], options)
+
+
+def reply(
+    checkpoint: Checkpoint, template: Template, prompt: str, options: argparse.Namespace
+) -> Iterator[int]:
+    """Yield the ids of the reply to a user's message."""
+    asked = [Message("user", prompt)]
+    ids, _ = template.encode(checkpoint.tokenizer, asked, add_generation_prompt=True)
+    return _generated(checkpoint, ids, template.stop_ids(checkpoint.tokenizer), options)
+
+
+def _generated(
+    checkpoint: Checkpoint, ids: list[int], stop_ids: list[int], options: argparse.Namespace
+) -> Iterator[int]:
     return generate(
         checkpoint.model,
         ids,
@@ -51,7 +71,7 @@ def completion(checkpoint: Checkpoint, prompt: str, options: argparse.Namespace)
         top_k=options.top_k,
         top_p=options.top_p,
         min_p=options.min_p,
-        stop_ids=[tokenizer.eot_id],
+        stop_ids=stop_ids,
         seed=options.seed,
     )
 
@@ -82,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", help="a .ckpt, a run directory, or the name of a run")
     parser.add_argument("--prompt", default="", help="the text to continue; - reads standard input")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as text anyway")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from nanogpt.checkpoint import load_checkpoint, record, write_checkpoint
 from nanogpt.generate import main, stream_text
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.prompts import find_template
 from nanogpt.tokenizer import byte_tokenizer
 
 
@@ -29,6 +32,29 @@ def test_the_prompt_and_its_continuation_are_printed(
 ) -> None:
     assert main([path, "--prompt", "def é", "--max-new-tokens", "20", "--seed", "1"]) == 0
     assert capsys.readouterr().out.startswith("def é")
+
+
+def test_a_model_that_was_taught_a_template_is_asked_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = find_template("chat")
+    tokenizer = byte_tokenizer().with_special_tokens(chat.special_tokens)
+    config = GPTConfig(block_size=8, vocab_size=273, n_layer=1, n_head=2, n_embd=8)
+    weights = {f"model.{name}": t for name, t in GPT(config).state_dict().items()}
+    content = {"global_step": 1, "state_dict": weights}
+    about = record("instruct", config, tokenizer, template="chat")
+    write_checkpoint(content | {"nanogpt": about}, tmp_path / "a.ckpt")
+    read: list[list[int]] = []
+
+    def one_letter(model: GPT, ids: list[int], **options: Any) -> Iterator[int]:
+        read.append(ids)
+        return iter([65])
+
+    monkeypatch.setattr(sys.modules["nanogpt.generate"], "generate", one_letter)
+    assert main([str(tmp_path / "a.ckpt"), "--prompt", "Hi"]) == 0
+    assert main([str(tmp_path / "a.ckpt"), "--prompt", "Hi", "--raw"]) == 0
+    assert capsys.readouterr().out == "A\nHiA\n"
+    assert read == [[256, 258, 72, 105, 259], [256, 72, 105]]
 
 
 def test_temperature_zero_repeats_itself(path: str, capsys: pytest.CaptureFixture[str]) -> None:
