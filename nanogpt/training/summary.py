@@ -82,6 +82,11 @@ def next_commands(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
             f"python -m nanogpt.evaluate {run_dir} --task classify --data YOUR_FILE",
             "python train.py stage=classify data=labelled data.path=YOUR_FILE    # own classes",
         ]
+    if summary["stage"] == "instruct":
+        return [
+            f'python -m nanogpt.generate {run_dir} --prompt "Name three primary colors."',
+            "python train.py stage=instruct data=instructions data.path=YOUR_FILE.jsonl",
+        ]
     return [
         f'python -m nanogpt.generate {run_dir} --prompt "def main("',
         "python train.py data=text data.path=YOUR_FOLDER    # the same on your own text",
