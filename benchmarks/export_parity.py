@@ -5,8 +5,9 @@
 Random weights of a published size are written as a checkpoint and exported by the command. Then,
 one after the other, this project, transformers and (where the packages gguf and llama_cpp are
 installed) llama.cpp read 64 tokens, continue them greedily by 64, and encode awkward texts. Prints
-the largest difference between logits, how many of the continued tokens are equal, and whether the
-ids are. Works in a temporary directory (TMPDIR): three times the weights in float32.
+the largest difference between logits, how many tokens are continued equally (and, where they part,
+how far below our best logit theirs is: random weights leave near ties), and whether texts get the
+same ids. Works in a temporary directory (TMPDIR): three times the weights in float32.
 """
 
 import argparse
@@ -40,7 +41,7 @@ TEXTS = (
 class Answer:
     """What a program makes of the prompt and the texts."""
 
-    logits: Tensor  # (T, V)
+    logits: Tensor  # (T, V) of the prompt; ours also of what continues it
     continued: list[int]
     encoded: list[list[int]]
 
@@ -76,12 +77,18 @@ def rivals() -> list[tuple[str, list[str], Ask]]:
 
 
 def report(title: str, ours: Answer, theirs: Answer) -> None:
-    difference = (ours.logits - theirs.logits).abs().max().item()
-    n_equal = sum(a == b for a, b in zip(ours.continued, theirs.continued, strict=True))
+    n_prompt, n_tokens = len(theirs.logits), len(ours.continued)
+    difference = (ours.logits[:n_prompt] - theirs.logits).abs().max().item()
+    pairs = zip(ours.continued, theirs.continued, strict=True)
+    n_equal = next((i for i, (a, b) in enumerate(pairs) if a != b), n_tokens)
+    parting = ""
+    if n_equal < n_tokens:
+        row = ours.logits[n_prompt - 1 + n_equal]
+        parting = f" (then one {row.max() - row[theirs.continued[n_equal]]:.1e} below our best)"
     encoding = "equal" if ours.encoded == theirs.encoded else "DIFFERENT"
     print(
-        f"{title}: max |difference of logits| {difference:.1e} (their deviation "
-        f"{ours.logits.std():.2f}), {n_equal} of {len(ours.continued)} greedy tokens equal, "
+        f"{title}: max |difference of logits| {difference:.1e} of deviation "
+        f"{ours.logits.std():.2f}, {n_equal} of {n_tokens} greedy tokens equal{parting}, "
         f"encoding {encoding}"
     )
 
@@ -105,7 +112,7 @@ def ask_us(path: Path, prompt: list[int], n_tokens: int) -> Answer:
     checkpoint = load_checkpoint(path)
     steps = generate(checkpoint.model, prompt, max_new_tokens=n_tokens, temperature=0)
     continued = list(itertools.islice(steps, n_tokens))
-    logits = checkpoint.model(torch.tensor([prompt]))[0].clone()
+    logits = checkpoint.model(torch.tensor([prompt + continued]))[0].clone()
     return Answer(logits, continued, [checkpoint.tokenizer.encode(text) for text in TEXTS])
 
 
