@@ -161,8 +161,8 @@ def summary(**changes: Any) -> dict[str, Any]:
 
 def test_the_report_has_scores_beside_the_baselines_and_mistakes_as_text() -> None:
     page = classes_section(summary())
-    assert '<th scope="row">this model</th><td>50.0 %</td>' in page
-    assert '<th scope="row">bag of words</th><td>100.0 %</td>' in page
+    assert 'this model</th><td>50.0 %</td>' in page
+    assert 'bag of words</th><td>100.0 %</td>' in page
     assert "imbalanced" not in page
     assert "&lt;good&gt;" in page
     assert "<good>" not in page

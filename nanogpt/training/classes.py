@@ -51,7 +51,7 @@ def scores_table(summary: Mapping[str, Any]) -> str:
             for test in tests
             for measure in MEASURES
         )
-        rows += f'<tr><th scope="row">{method}</th>{cells}</tr>'
+        rows += f'<tr><th scope="row" style="white-space: nowrap">{method}</th>{cells}</tr>'
     return f'<table class="numbers"><tr><th></th>{head}</tr>{rows}</table>'
 
 

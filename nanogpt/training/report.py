@@ -121,7 +121,7 @@ def curves(run: RunFiles) -> str:
     speed = [curve("tokens_per_s")]
     mfu = [curve("mfu")] if run.figure("mfu") else []  # 0 where the device's peak is unknown
     charts = [
-        Chart("Loss", "nats per token", loss),
+        Chart("Loss", "nats" if "val/accuracy" in run.metrics else "nats per token", loss),
         Chart("Bits per byte", "of validation text", bits, reference=reference),
         Chart("Accuracy", "of validation examples", accuracy, share, percent=True),
         Chart("Learning rate", "", rate, "{:.3g}".format, from_zero=True),
