@@ -353,6 +353,28 @@ def test_shards_of_others_are_not_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "fineweb_train_000001.bin").read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", '{"model": {"type": "BPE"}}'),
+        ("journal.json", '{"entries": []}'),
+        ("journal.json", "Monday: sunny"),
+    ],
+)
+def test_files_of_others_are_not_written_over(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} (was|is) not .*; pass another folder"):
+        _prepare(MANY, tmp_path, out=tmp_path)
+    assert (tmp_path / name).read_text() == content
+
+
+def test_a_table_that_was_written_before_the_journal_is_written_again(tmp_path: Path) -> None:
+    table = (_prepare(MANY, tmp_path).directory / "tokenizer.json").read_bytes()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.json").write_bytes(table)
+    assert len(_prepare(MANY, tmp_path, out=tmp_path / "out").train) > 0
+
+
 def test_a_folder_of_another_corpus_is_refused(tmp_path: Path) -> None:
     _prepare(MANY, tmp_path, out=tmp_path / "out")
     with pytest.raises(ValueError, match="holds another corpus"):

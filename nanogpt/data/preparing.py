@@ -244,6 +244,7 @@ def _begin_or_continue(
         return settled, read_tokenizer(path), progress
     if any(directory.glob("*.bin")):
         raise ValueError(f"{directory} holds shards that were made otherwise; pass another folder")
+    _check_replaceable(path)
     log.info(
         "preparing %s with tokenizer %s in %s", source.name, preparation.tokenizer_key, directory
     )
@@ -262,6 +263,17 @@ def _begin_or_continue(
         "split": asdict(split),
     }
     return settled, tokenizer, None
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise ValueError where the tokenizer's table would take the place of another project's."""
+    if path.exists():
+        try:
+            read_tokenizer(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} was not written here and would be overwritten; pass another folder"
+            ) from error
 
 
 def _write(

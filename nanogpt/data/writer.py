@@ -57,17 +57,27 @@ class Progress:
 
 
 def read_journal(directory: Path) -> tuple[dict[str, Any], Progress] | None:
-    """Return what was settled when the writing began, and how far it came; None if it never did."""
-    try:
-        journal = json.loads((directory / JOURNAL).read_bytes())
-    except FileNotFoundError:
+    """Return what was settled when the writing began, and how far it came; None if it never did.
+
+    Raises ValueError where the file is not such a journal.
+    """
+    path = directory / JOURNAL
+    if not path.exists():
         return None
-    progress = journal.pop("progress")
-    splits = {
-        split: SplitProgress(**{**counts, "shards": [Shard(**shard) for shard in counts["shards"]]})
-        for split, counts in progress.pop("splits").items()
-    }
-    return journal, Progress(**progress, splits=splits)
+    try:
+        journal = json.loads(path.read_bytes())
+        progress = journal.pop("progress")
+        splits = {
+            split: SplitProgress(
+                **{**counts, "shards": [Shard(**shard) for shard in counts["shards"]]}
+            )
+            for split, counts in progress.pop("splits").items()
+        }
+        return journal, Progress(**progress, splits=splits)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not the journal of a preparation; pass another folder, or remove this one"
+        ) from error
 
 
 class CorpusWriter:
