@@ -54,6 +54,7 @@ KINDS = {  # of the keys that no object checks when it is built
     "data.prompts": ("a list of texts",),
     "max_steps": ("null", COUNT),
     "max_tokens": ("null", COUNT),
+    "instruct.max_passes": ("null", COUNT),
     "tokens_per_step": (COUNT,),
     "micro_batch": ("auto", COUNT),
     "threads": ("auto", COUNT),
@@ -201,8 +202,8 @@ def check_kinds(config: Mapping[str, Any]) -> None:
     """Raise ValueError for a value of the wrong kind; objects check their own when built."""
     flat = flatten(config)
     for key, kinds in KINDS.items():
-        if key not in flat and key.startswith("data."):
-            continue  # not all data sets have all keys
+        if key not in flat and key.startswith(("data.", "instruct.")):
+            continue  # not all data sets and stages have all keys
         if not any(_is_kind(flat[key], kind) for kind in kinds):
             raise ValueError(f"{key}={flat[key]!r} is not {' or '.join(kinds)}")
 
@@ -309,7 +310,9 @@ def instruct(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
         tokenizer, model_config = named.tokenizer, named.config
     loss_on = config["instruct"]["loss_on"]
     packed = pack_conversations(splits, template, tokenizer, block_size, loss_on)
-    packed.tell_passes(session.max_steps * config["tokens_per_step"])
+    if (passes := passes_of(config)) is not None:
+        session.end_by(packed.steps_of(passes, config["tokens_per_step"]))
+    packed.tell_passes(session.max_steps, config["tokens_per_step"])
     decisions = session.settle(model_config, rows_per_rank, packed.fingerprint, init)
     torch.manual_seed(config["seed"])
     model = GPT(model_config) if init is None else named.model
@@ -321,8 +324,15 @@ def instruct(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
         seed=config["seed"],
         workers=config["data"]["workers"],
     )
-    facts = {**config["instruct"], **packed.facts()}
+    facts = {"template": template.name, "loss_on": loss_on, **packed.facts()}
     return session.fit(module, data, tokenizer, data.val_dataloader, facts)
+
+
+def passes_of(config: Mapping[str, Any]) -> int | None:
+    """Return after how many passes over the data the run ends, None where a budget was typed."""
+    typed = {"max_steps", "max_tokens"} & config["typed"].keys()
+    passes: int | None = config["instruct"]["max_passes"]
+    return None if typed else passes
 
 
 def language_module(

@@ -31,9 +31,18 @@ def adamw(
     weight_decay: float = 0.1,
     betas: Sequence[float] = (0.9, 0.95),
     eps: float = 1e-8,
+    for_width: int | None = None,
 ) -> torch.optim.AdamW:
-    """Build AdamW over the model's decay groups, fused where the device has it."""
+    """Build AdamW over the model's decay groups, fused where the device has it.
+
+    With `for_width` the learning rate is meant for models of so many channels (n_embd); narrower
+    ones take proportionally more of it ("Tensor Programs V", arXiv:2203.03466, table 3).
+    """
     _check_amounts(learning_rate=learning_rate, weight_decay=weight_decay, eps=eps)
+    if for_width is not None:
+        _check_counts(for_width=for_width)
+        config: Any = model.config
+        learning_rate *= for_width / config.n_embd
     return torch.optim.AdamW(
         _with_base_lr(parameter_groups(model, weight_decay), learning_rate),
         lr=learning_rate,

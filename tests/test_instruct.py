@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -160,6 +161,16 @@ def test_a_tokenizer_is_learnt_from_the_conversations(tiny_run: list[str], tmp_p
     fit(*own, "max_steps=1", "tokenizer=bpe", "tokenizer.vocab_size=300")
     tokenizer = load_checkpoint("tiny", runs_dir=tmp_path / "runs").tokenizer
     assert b"Double" in tokenizer.token_bytes()
+
+
+def test_it_ends_after_the_passes_unless_a_budget_is_typed(
+    tiny_run: list[str], tmp_path: Path, command: Command
+) -> None:
+    summary = fit(*tiny_run, "max_steps=100", "instruct.max_passes=2", "name=passes")
+    assert summary["steps"] == math.ceil(2 * summary["splits"]["train"]["rows"] * 64 / 256)
+    typed = command(*tiny_run, "max_steps=9", "instruct.max_passes=1", "name=typed")
+    assert typed.returncode == 0, typed.stderr
+    assert json.loads((tmp_path / "runs/typed/summary.json").read_text())["steps"] == 9
 
 
 def test_every_micro_batch_gives_the_same_losses(tiny_run: list[str], tmp_path: Path) -> None:

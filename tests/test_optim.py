@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import (
     MuonAdamW,
     Schedule,
@@ -369,3 +370,11 @@ def test_only_unchanging_histories_may_grow() -> None:
     assert Schedule("constant", warmup_steps=10).may_extend(100, 100, 200)
     assert not Schedule("cosine", warmup_steps=10).may_extend(20, 100, 200)
     assert not Schedule("constant", warmup_steps=700).may_extend(100, 100, 200)
+
+
+def test_a_learning_rate_for_a_width_is_scaled_to_the_models() -> None:
+    model = GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=2, n_embd=16))
+    optimizer = adamw(model, learning_rate=3e-4, for_width=64)
+    assert [group["base_lr"] for group in optimizer.param_groups] == pytest.approx([12e-4] * 2)
+    with pytest.raises(ValueError, match="for_width"):
+        adamw(model, for_width=0)

@@ -59,10 +59,14 @@ class PackedConversations:
         """Return plain values for the summary."""
         return {"splits": {"train": self.train.facts(), "val": self.val.facts()}}
 
-    def tell_passes(self, n_tokens: int) -> None:
-        """Log how often so many tokens of training go through the conversations."""
-        places = len(self.train.rows) * self.block_size
-        log.info("%.1f passes over the training conversations", n_tokens / places)
+    def steps_of(self, passes: int, tokens_per_step: int) -> int:
+        """Return the optimizer steps of so many passes over the training rows."""
+        return -(-passes * len(self.train.rows) * self.block_size // tokens_per_step)
+
+    def tell_passes(self, n_steps: int, tokens_per_step: int) -> None:
+        """Log how often so many steps go through the training rows."""
+        passes = n_steps * tokens_per_step / (len(self.train.rows) * self.block_size)
+        log.info("%s steps are %.1f passes over the training conversations", n_steps, passes)
 
 
 class InstructionDataModule(RowsDataModule):

@@ -186,6 +186,10 @@ class Session:
             start = with_dropout(start, config["model"]["dropout"])
         return start
 
+    def end_by(self, step: int) -> None:
+        """End the run at a step, where its budget goes beyond."""
+        self.max_steps = min(self.max_steps, step)
+
     def settle(
         self,
         model_config: GPTConfig,
