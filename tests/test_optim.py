@@ -377,4 +377,4 @@ def test_a_learning_rate_for_a_width_is_scaled_to_the_models() -> None:
     optimizer = adamw(model, learning_rate=3e-4, for_width=64)
     assert [group["base_lr"] for group in optimizer.param_groups] == pytest.approx([12e-4] * 2)
     with pytest.raises(ValueError, match="for_width"):
-        adamw(model, for_width=0)
+        adamw(model, for_width=-1)
