@@ -374,7 +374,7 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
 
     from nanogpt.checkpoint import record
     from nanogpt.classifier import Classifier, train_layers
-    from nanogpt.data.labelled_module import LabelledDataModule
+    from nanogpt.data.labelled_module import LabelledDataModule, Noise
     from nanogpt.data.module import split_step
     from nanogpt.data.splits import class_weights
     from nanogpt.model import GPTConfig
@@ -382,7 +382,7 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
 
     node = dict(config["classify"])
     layers, weighted = node.pop("layers"), node.pop("class_weights")
-    token_dropout = node.pop("token_dropout")  # what is left are the loss's
+    noise = Noise(node.pop("recase"), node.pop("token_dropout"))  # what is left are the loss's
     block_size = config["model"]["block_size"] if init is None else init.config.block_size
     rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
     splits = build_labelled(config["data"]).splits()
@@ -422,7 +422,7 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
         splits,
         tokenizer,
         class_weights=weights,
-        token_dropout=token_dropout,
+        noise=noise,
         block_size=block_size,
         tokens_per_step=config["tokens_per_step"],
         micro_batch=decisions.micro_batch,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanogpt.data.labelled import LabelledTexts, read_examples
-from nanogpt.data.labelled_module import LabelledBatch, LabelledDataModule
+from nanogpt.data.labelled_module import LabelledBatch, LabelledDataModule, Noise
 from nanogpt.data.sms_spam import SmsSpam
 from nanogpt.data.splits import Example, class_weights, same_text, split
 from nanogpt.tokenizer import byte_tokenizer
@@ -236,17 +236,18 @@ def test_splits_that_cannot_be_are_one_sentence(
 # Batches
 
 BLOCK_SIZE = 12
+NO_NOISE, HALF = Noise(), Noise(recase=0.5, token_dropout=0.5)
 
 
 def module(
-    *, rows: int = 8, micro_batch: int = 8, token_dropout: float = 0.0, **trainer: Any
+    *, rows: int = 8, micro_batch: int = 8, noise: Noise = NO_NOISE, **trainer: Any
 ) -> LabelledDataModule:
     splits = splits_of([Example("x" * (i % 9 + 1) + str(i), "ab"[i % 2]) for i in range(60)])
     built = LabelledDataModule(
         splits,
         TOKENIZER,
         class_weights=[1.0, 3.0],
-        token_dropout=token_dropout,
+        noise=noise,
         block_size=BLOCK_SIZE,
         tokens_per_step=rows * BLOCK_SIZE,
         micro_batch=micro_batch,
@@ -282,16 +283,16 @@ def test_a_pass_sees_every_training_text_once() -> None:
     )
 
 
-@pytest.mark.parametrize("token_dropout", [0.0, 0.5])
+@pytest.mark.parametrize("noise", [NO_NOISE, HALF])
 @pytest.mark.parametrize(("micro_batch", "world_size"), [(8, 1), (2, 1), (1, 4), (4, 2)])
 def test_no_split_of_a_step_changes_what_it_sees(
-    micro_batch: int, world_size: int, token_dropout: float
+    micro_batch: int, world_size: int, noise: Noise
 ) -> None:
-    whole = list(module(token_dropout=token_dropout).train_dataloader())
+    whole = list(module(noise=noise).train_dataloader())
     ranks = [
         list(
             module(
-                token_dropout=token_dropout,
+                noise=noise,
                 micro_batch=micro_batch,
                 world_size=world_size,
                 global_rank=rank,
@@ -307,8 +308,8 @@ def test_no_split_of_a_step_changes_what_it_sees(
 
 
 def test_a_continued_run_sees_the_steps_that_are_left() -> None:
-    whole = list(module(token_dropout=0.5).train_dataloader())
-    rest = list(module(token_dropout=0.5, global_step=2).train_dataloader())
+    whole = list(module(noise=HALF).train_dataloader())
+    rest = list(module(noise=HALF, global_step=2).train_dataloader())
     assert [texts_of(step) for step in rest] == [texts_of(whole[2])]
 
 
@@ -323,7 +324,7 @@ def test_token_dropout_leaves_out_its_share_and_keeps_both_ends() -> None:
     whole = {ids for ids, _ in texts_of(next(iter(module().train_dataloader())))}
     thinned = [
         ids
-        for step in module(token_dropout=0.5, max_steps=200).train_dataloader()
+        for step in module(noise=Noise(token_dropout=0.5), max_steps=200).train_dataloader()
         for ids, _ in texts_of(step)
     ]
     eot = TOKENIZER.eot_id
@@ -332,6 +333,27 @@ def test_token_dropout_leaves_out_its_share_and_keeps_both_ends() -> None:
     before = np.mean([len(row) - 2 for row in module().train_texts.rows])
     assert inner / before == pytest.approx(0.5, abs=0.03)
     assert not whole & set(thinned[:2])
+
+
+def test_recasing_writes_its_share_in_small_and_in_capital_letters() -> None:
+    examples = [Example("One Two", "a"), Example("Three", "b")]
+    noise = Noise(recase=0.4)
+    writings = noise.writings(examples)
+    assert [[e.text for e in some] for some in writings] == [
+        ["One Two", "Three"],
+        ["one two", "three"],
+        ["ONE TWO", "THREE"],
+    ]
+    rows = [np.array([0, i, 0]) for i in range(3)]
+    drawn = Counter(int(noise.ids(rows, (0, step, 0))[1]) for step in range(2000))
+    assert drawn[0] / 2000 == pytest.approx(0.6, abs=0.05)
+    assert drawn[1] / 2000 == pytest.approx(0.2, abs=0.05)
+
+
+@pytest.mark.parametrize("values", [{"recase": 1.5}, {"token_dropout": 1.0}])
+def test_noise_that_cannot_be_is_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(values))):
+        Noise(**values)
 
 
 def test_validation_scores_every_text_once_over_all_ranks() -> None:
@@ -354,7 +376,7 @@ def test_long_texts_are_cut_and_counted(caplog: pytest.LogCaptureFixture) -> Non
             splits,
             TOKENIZER,
             class_weights=[1.0, 1.0],
-            token_dropout=0.0,
+            noise=NO_NOISE,
             block_size=BLOCK_SIZE,
             tokens_per_step=BLOCK_SIZE,
             micro_batch=1,

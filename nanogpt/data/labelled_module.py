@@ -32,6 +32,48 @@ class LabelledBatch(TypedDict):
 
 
 @dataclass(frozen=True)
+class Noise:
+    """How training texts are varied, in other ways at every step.
+
+    `recase` is the share of texts written all in small or all in capital letters, and
+    `token_dropout` the share of tokens left out.
+    """
+
+    recase: float = 0.0
+    token_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.recase <= 1:
+            raise ValueError(f"classify.recase={self.recase} is not a number from 0 to 1")
+        if not 0 <= self.token_dropout < 1:
+            raise ValueError(
+                f"classify.token_dropout={self.token_dropout} is not a number from 0 up to 1"
+            )
+
+    def writings(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """Return the examples as they are and, where some are recased, in both other ways."""
+        if not self.recase:
+            return [list(examples)]
+        small, capital = (
+            [Example(change(example.text), example.label) for example in examples]
+            for change in (str.lower, str.upper)
+        )
+        return [list(examples), small, capital]
+
+    def ids(self, writings: Sequence[np.ndarray], key: tuple[int, ...]) -> np.ndarray:
+        """Return the ids of one of a text's writings, some left out: a pure function of the key."""
+        if not (self.recase or self.token_dropout):
+            return writings[0]
+        random = np.random.default_rng(key)
+        place = random.random()
+        which = 0 if place >= self.recase else 1 + int(place < self.recase / 2)
+        ids = writings[which]
+        kept = random.random(len(ids)) >= self.token_dropout
+        kept[0] = kept[-1] = True
+        return ids[kept]
+
+
+@dataclass(frozen=True)
 class EncodedTexts:
     """The ids and class numbers of examples; `n_cut` of them were longer than a row."""
 
@@ -61,8 +103,7 @@ class LabelledDataModule(StepDataModule):
 
     A step holds tokens_per_step / block_size examples, each a row of its own however short: padding
     reaches to the longest of a micro-batch only, and a rank's examples are sorted by length first.
-    `token_dropout` is the share of a training text's tokens left out, others at every step: a pure
-    function of the seed, the step and the example's place in it.
+    The noise on a training text is a pure function of the seed, the step and its place in it.
     """
 
     def __init__(
@@ -71,7 +112,7 @@ class LabelledDataModule(StepDataModule):
         tokenizer: Tokenizer,
         *,
         class_weights: Sequence[float],
-        token_dropout: float,
+        noise: Noise,
         block_size: int,
         tokens_per_step: int,
         micro_batch: int,
@@ -84,13 +125,14 @@ class LabelledDataModule(StepDataModule):
             micro_batch=micro_batch,
             workers=workers,
         )
-        if not 0 <= token_dropout < 1:
-            raise ValueError(f"classify.token_dropout={token_dropout} is not in [0, 1)")
         labels = splits.labels
-        self.train_texts = EncodedTexts.of(splits.train, labels, tokenizer, block_size)
+        self.train_texts, *self.recased = (
+            EncodedTexts.of(examples, labels, tokenizer, block_size)
+            for examples in noise.writings(splits.train)
+        )
         self.val_texts = EncodedTexts.of(splits.val, labels, tokenizer, block_size)
         self.class_weights = np.array(class_weights)
-        self.token_dropout = token_dropout
+        self.noise = noise
         self.seed = seed
         self.order = RowOrder(len(splits.train), seed, splits.fingerprint)
         n_cut = self.train_texts.n_cut + self.val_texts.n_cut
@@ -99,8 +141,15 @@ class LabelledDataModule(StepDataModule):
             log.info("%s of %s texts cut to block_size=%s tokens", n_cut, n, block_size)
 
     def steps(self, share: Share) -> "Dataset[list[LabelledBatch]]":
+        writings = [self.train_texts, *self.recased]
         return _LabelledSteps(
-            self.train_texts, self.class_weights, self.order, share, self.token_dropout, self.seed
+            list(zip(*(texts.rows for texts in writings), strict=True)),
+            self.train_texts.labels,
+            self.class_weights,
+            self.order,
+            share,
+            self.noise,
+            self.seed,
         )
 
     def val_dataloader(self, max_tokens: int | None = None) -> DataLoader[LabelledBatch]:
@@ -127,17 +176,22 @@ class LabelledDataModule(StepDataModule):
 class _LabelledSteps(Dataset[list[LabelledBatch]]):
     """Item `step`: the micro-batches of one rank in that optimizer step."""
 
-    texts: EncodedTexts
+    writings: list[tuple[np.ndarray, ...]]  # of each text
+    labels: np.ndarray
     class_weights: np.ndarray
     order: RowOrder
     share: Share
-    token_dropout: float
+    noise: Noise
     seed: int
 
     def __getitem__(self, step: int) -> list[LabelledBatch]:
         examples = self.order.rows_of_step(step, self.share.rows_per_step)
-        rows = [self._thinned(i, step, place) for place, i in enumerate(examples)]
-        labels = self.texts.labels[examples]
+        seed = self.seed % 2**64
+        rows = [
+            self.noise.ids(self.writings[i], (seed, step, place))
+            for place, i in enumerate(examples)
+        ]
+        labels = self.labels[examples]
         step_targets = float(self.class_weights[labels].sum())
         step_tokens = sum(len(row) - 1 for row in rows)
         own = _by_length(self.share.own(np.arange(len(rows))), rows)
@@ -145,16 +199,6 @@ class _LabelledSteps(Dataset[list[LabelledBatch]]):
             _batch([rows[i] for i in part], labels[part], step_targets, step_tokens)
             for part in self.share.micro_batches(own)
         ]
-
-    def _thinned(self, example: int, step: int, place: int) -> np.ndarray:
-        """Return an example's ids without some: its first and last stay."""
-        ids = self.texts.rows[example]
-        if not self.token_dropout:
-            return ids
-        key = (self.seed % 2**64, step, place)
-        kept = np.random.default_rng(key).random(len(ids)) >= self.token_dropout
-        kept[0] = kept[-1] = True
-        return ids[kept]
 
 
 def _batch(
