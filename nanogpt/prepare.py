@@ -122,10 +122,15 @@ def count(text: str) -> int:
     >>> count("1.5B")
     1500000000
     """
-    number = float(text[:-1]) * UNITS[text[-1]] if text[-1:] in UNITS else float(text)
-    if number < 1 or number != int(number):
-        raise ValueError
-    return int(number)
+    try:
+        number = float(text[:-1]) * UNITS[text[-1]] if text[-1:] in UNITS else float(text)
+        if number >= 1 and number == int(number):
+            return int(number)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(
+        f"{text} is no whole number of tokens; pass one such as 500000, 100M or 10B"
+    )
 
 
 def parser() -> argparse.ArgumentParser:

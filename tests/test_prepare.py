@@ -53,14 +53,15 @@ def test_numbers_of_tokens_may_have_a_unit(text: str, number: int) -> None:
     assert count(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "B", "ten", "-5", "0.5", "1.23456k"])
+@pytest.mark.parametrize("text", ["", "B", "ten", "-5", "0.5", "1.23456k", "inf", "nan"])
 def test_other_numbers_of_tokens_are_wrong_usage(
     text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as error:
         main(["text", f"--tokens={text}"])
     assert error.value.code == 2
-    assert "--tokens" in capsys.readouterr().err
+    assert "--tokens: " in (said := capsys.readouterr().err)
+    assert "pass one such as 500000, 100M or 10B" in said
 
 
 def test_a_file_becomes_a_corpus(

@@ -136,6 +136,14 @@ def test_a_fraction_outside_0_to_1_is_refused(tmp_path: Path, val_fraction: floa
         _prepare(replace(MANY, val_fraction=val_fraction), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "limits", [{"shard_tokens": 0}, {"shard_tokens": 2**31}, {"workers": 0}, {"workers": -1}]
+)
+def test_impossible_limits_are_refused(tmp_path: Path, limits: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(limits))}=.* must"):
+        _prepare(MANY, tmp_path, **limits)
+
+
 def test_half_of_a_surrogate_pair_is_taken(tmp_path: Path) -> None:
     corpus = _prepare(Documents(("a\ud800", "b\udfff")), tmp_path)
     texts = _documents(corpus.train, corpus.tokenizer) + _documents(corpus.val, corpus.tokenizer)

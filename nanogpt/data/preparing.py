@@ -33,7 +33,7 @@ from nanogpt.data.corpus import (
     read_tokenizer,
 )
 from nanogpt.data.meter import Meter
-from nanogpt.data.shards import SHARD_TOKENS, TokenStream, token_dtype
+from nanogpt.data.shards import MOST_SHARD_TOKENS, SHARD_TOKENS, TokenStream, token_dtype
 from nanogpt.data.source import Source
 from nanogpt.data.writer import (
     JOURNAL,
@@ -78,6 +78,15 @@ class Preparation:
         if not 0 < self.source.val_fraction < 1:
             raise ValueError(
                 f"val_fraction={self.source.val_fraction} must lie between 0 and 1, such as 0.1"
+            )
+        if not 0 < self.shard_tokens <= MOST_SHARD_TOKENS:
+            raise ValueError(
+                f"shard_tokens={self.shard_tokens} must lie between 1 and {MOST_SHARD_TOKENS}, "
+                f"all that a shard's header can count; pass another, such as {SHARD_TOKENS}"
+            )
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(
+                f"workers={self.workers} must be at least 1; leave it out for all cores"
             )
 
     @cached_property
@@ -288,9 +297,10 @@ def _write(
         writer.commit()
     encoder = _Encoder(tokenizer, np.array([len(token) for token in tokenizer.token_bytes()]))
     batches = _batches(source, split, tokenizer, writer.progress)
+    workers = n_cores() if preparation.workers is None else preparation.workers
     committed = time.monotonic()
     with _meter(preparation, source, writer.progress, tokenizer) as meter:
-        for batch, parts in _in_order(batches, encoder, preparation.workers or n_cores()):
+        for batch, parts in _in_order(batches, encoder, workers):
             enough = False
             if preparation.tokens is not None:
                 wanted = preparation.tokens - writer.progress.splits["train"].tokens

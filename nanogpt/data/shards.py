@@ -25,7 +25,8 @@ MAGIC_AND_VERSION = {UINT16: (20240520, 1), UINT32: (20240801, 7)}
 REMEDY = "remove its folder and run the command again to prepare the data anew"
 MAPPED_BYTES = 64 * 2**20  # of a stream's files, at most about, are in a process's memory at a time
 FAULT_BYTES = 64 * 2**10  # what Linux maps around one touch (fault_around_bytes)
-SHARD_TOKENS = 100_000_000  # as the field cuts FineWeb-Edu; the header could count to 2**31 - 1
+SHARD_TOKENS = 100_000_000  # as the field cuts FineWeb-Edu
+MOST_SHARD_TOKENS = 2**31 - 1  # that the header can count
 
 
 @dataclass(frozen=True)
