@@ -117,6 +117,15 @@ def test_a_preparation_that_fails_ends_the_waiting(
     assert "text.jsonl, line 401" in capfd.readouterr().err
 
 
+def test_a_finished_corpus_that_was_altered_is_refused(preparation: Preparation) -> None:
+    shard = prepare(preparation).directory / "train_000001.bin"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=r"train_000001\.bin was altered since it was written"):
+        open_growing(preparation, wait=1)
+
+
 def test_it_can_be_sent_to_a_loader_process(preparation: Preparation) -> None:
     stream = open_growing(preparation, wait=1).train
     assert len(pickle.loads(pickle.dumps(stream))) == len(stream)

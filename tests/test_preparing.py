@@ -393,6 +393,13 @@ def test_a_folder_of_another_corpus_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_batches")
+def test_a_folder_of_unknown_identity_is_refused(tmp_path: Path) -> None:
+    path = _prepare(MANY, tmp_path).directory / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "identity": [2, "documents"]}))
+    with pytest.raises(ValueError, match="holds another corpus"):
+        _prepare(MANY, tmp_path)
+
+
 def test_the_number_of_workers_changes_no_byte(tmp_path: Path) -> None:
     made = [
         _bytes_of(_prepare(MANY, tmp_path / str(n), workers=n, shard_tokens=1000).directory)

@@ -19,7 +19,7 @@ import numpy as np
 from filelock import Timeout
 
 from nanogpt.data.corpus import MANIFEST, TOKENIZER, Corpus, digest, read_json, read_tokenizer
-from nanogpt.data.preparing import Preparation, lock, make_unless_made
+from nanogpt.data.preparing import Preparation, lock, make_unless_made, open_made
 from nanogpt.data.shards import TokenStream
 from nanogpt.data.writer import JOURNAL, SPLITS
 
@@ -33,12 +33,15 @@ def open_growing(preparation: Preparation, wait: int) -> Corpus:
     """Return the corpus as soon as its first `wait` shards are there; see to it that more come.
 
     Its fingerprint stands for what was asked for, its first shards and `wait`: it is known before
-    the end, and the same after it. Raises ChildProcessError where the preparation stops early.
+    the end, and the same after it. Raises ChildProcessError where the preparation stops early, and
+    as `open_corpus` does where it was finished before.
     """
     directory = preparation.directory
     window_tokens = wait * preparation.shard_tokens
     preparer = None
-    if not (directory / MANIFEST).exists():
+    if (directory / MANIFEST).exists():
+        open_made(preparation)  # which refuses what is damaged or another corpus
+    else:
         directory.mkdir(parents=True, exist_ok=True)
         preparer = _prepare_beside(preparation)
     train = GrowingStream(directory, "train", preparer)
@@ -137,15 +140,15 @@ def _someone_prepares(directory: Path) -> bool:
 def _prepare_beside(preparation: Preparation) -> BaseProcess:
     """Prepare in a process of its own, which ends with this one."""
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_prepare_quietly, args=(preparation,), daemon=True)
+    process = context.Process(target=_prepare_quietly, args=(preparation, os.getpid()), daemon=True)
     process.start()
     return process
 
 
-def _prepare_quietly(preparation: Preparation) -> None:
+def _prepare_quietly(preparation: Preparation, parent: int) -> None:
     """Prepare behind a training, unless another process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training says when to end
-    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if hasattr(os, "nice"):
         os.nice(10)

@@ -121,8 +121,13 @@ def prepare(preparation: Preparation) -> Corpus:
         directory.mkdir(parents=True, exist_ok=True)
         with lock(directory):
             make_unless_made(preparation)
-    corpus = open_corpus(directory)
-    check_identity(directory, corpus.manifest["identity"], preparation)
+    return open_made(preparation)
+
+
+def open_made(preparation: Preparation) -> Corpus:
+    """Return the corpus that an earlier call has made; raises as `open_corpus` does."""
+    corpus = open_corpus(preparation.directory)
+    check_identity(corpus.directory, corpus.manifest.get("identity"), preparation)
     return corpus
 
 
@@ -141,11 +146,12 @@ def make_unless_made(preparation: Preparation) -> None:
         ) from error
 
 
-def check_identity(directory: Path, found: Mapping[str, Any], preparation: Preparation) -> None:
+def check_identity(directory: Path, found: object, preparation: Preparation) -> None:
     """Raise ValueError where a folder, finished or not, holds another corpus than this one."""
+    known = found if isinstance(found, Mapping) else {}
     wanted = preparation.identity
     if differences := [
-        f"{key}={found.get(key)}" for key in wanted if found.get(key) != wanted[key]
+        f"{key}={known.get(key)}" for key in wanted if known.get(key) != wanted[key]
     ]:
         raise ValueError(
             f"{directory} holds another corpus ({', '.join(differences)}); pass another folder, or "
@@ -248,7 +254,7 @@ def _begin_or_continue(
     begun = read_journal(directory)
     if begun is not None:
         settled, progress = begun
-        check_identity(directory, settled["identity"], preparation)
+        check_identity(directory, settled.get("identity"), preparation)
         log.info("%s: continuing after %s documents", directory, f"{progress.records:,}")
         return settled, read_tokenizer(path), progress
     if any(directory.glob("*.bin")):
