@@ -400,6 +400,22 @@ def test_a_folder_of_unknown_identity_is_refused(tmp_path: Path) -> None:
         _prepare(MANY, tmp_path)
 
 
+def test_a_file_that_changes_while_it_is_read_makes_no_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(f'{{"text": "Document {i}"}}\n' for i in range(100)))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            preparing.CorpusWriter,
+            "commit",
+            lambda writer: path.write_text(path.read_text() + "\n"),
+        )
+        with pytest.raises(ValueError, match="changed while it was read"):
+            _prepare(TextFiles(path), tmp_path)
+    assert len(_prepare(TextFiles(path), tmp_path).train) > 0
+
+
 def test_the_number_of_workers_changes_no_byte(tmp_path: Path) -> None:
     made = [
         _bytes_of(_prepare(MANY, tmp_path / str(n), workers=n, shard_tokens=1000).directory)

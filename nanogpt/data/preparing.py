@@ -218,6 +218,11 @@ def _make(preparation: Preparation, directory: Path) -> None:
     dtype = token_dtype(tokenizer.vocab_size)
     with CorpusWriter(directory, dtype, preparation.shard_tokens, settled, progress) as writer:
         _write(preparation, source, Split(**settled["split"]), tokenizer, writer)
+    if preparation.source.fingerprint() != preparation.identity["source"]:
+        raise ValueError(
+            f"data={source.name} changed while it was read, and {directory} may miss some of it; "
+            "issue the command again once it stays as it is"
+        )
     counts = asdict(writer.progress)
     manifest = {
         "format": FORMAT,
