@@ -2,6 +2,7 @@
 
     python train.py                                      a small GPT on Python's sources, offline
     python train.py stage=pretrain model=gpt2_small      GPT-2 small on FineWeb-Edu
+    python train.py stage=instruct                       the newest model learns to reply
     python train.py -m optim.learning_rate=1e-2,2e-2     a sweep
     torchrun --nproc_per_node=8 train.py trainer=ddp     eight GPUs
 

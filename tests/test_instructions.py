@@ -14,6 +14,8 @@ from nanogpt.data.instruction_module import PackedConversations, pack_conversati
 from nanogpt.data.instructions import Instructions, conversation
 from nanogpt.prompts import Message, find_template
 from nanogpt.tokenizer import ByteTokenizer, gpt2_tokenizer
+from tests import hub_server
+from tests.hub_server import Hub
 
 CHAT = find_template("chat")
 BYTES = ByteTokenizer().with_special_tokens(CHAT.special_tokens)
@@ -193,6 +195,23 @@ def test_dolly_without_a_network_is_one_sentence(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match=r"cannot be fetched: HF_HUB_OFFLINE is set.*data\.p"):
         _ = Dolly().conversations
+
+
+def test_dolly_is_fetched_once(tmp_path: Path) -> None:
+    folder = tmp_path / "hub" / "databricks/databricks-dolly-15k"
+    folder.mkdir(parents=True)
+    write(folder / FILE, numbered(3))
+    said = [f"Double {i}.\n\nIt is {2 * i}." for i in range(3)]
+    with (
+        hub_server.serving(Hub(tmp_path / "hub")) as hub,
+        hub_server.visitor(hub.url, tmp_path / "cache") as process,
+    ):
+        assert process.submit(hub_server.documents, Dolly()).result(timeout=60) == said
+        (folder / FILE).unlink()
+        assert process.submit(hub_server.documents, Dolly()).result(timeout=60) == said
+        other = process.submit(hub_server.documents, Dolly(revision="none"))
+        with pytest.raises(ConnectionError, match="at none could not be fetched"):
+            other.result(timeout=60)
 
 
 @pytest.mark.skipif("NANOGPT_TEST_DATA" not in os.environ, reason="NANOGPT_TEST_DATA is not set")
