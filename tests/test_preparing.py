@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -332,6 +333,17 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(
     assert killed
     directory = _prepare(source, tmp_path, shard_tokens=100_000).directory
     assert _bytes_of(directory) == _bytes_of(whole.directory)
+
+
+def test_a_lost_unfinished_shard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing, "COMMIT_EVERY_S", 0.0)
+    monkeypatch.setattr(preparing, "BATCH_CHARS", 100)
+    monkeypatch.setattr(preparing.CorpusWriter, "finish", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        _prepare(MANY, tmp_path, out=tmp_path)
+    (tmp_path / "train_000000.bin.partial").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train_000000\.bin\.partial is missing, and"):
+        _prepare(MANY, tmp_path, out=tmp_path)
 
 
 def test_a_full_disk_keeps_what_is_prepared(

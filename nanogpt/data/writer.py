@@ -207,6 +207,11 @@ class _ShardFile:
         )
         if path.exists():
             os.replace(path, _partial(path))
+        if not _partial(path).exists():
+            raise FileNotFoundError(
+                f"{_partial(path)} is missing, and {path.with_name(JOURNAL).name} beside it counts "
+                f"on it; {REMEDY}"
+            )
         self._file = _partial(path).open("r+b")
         if self._file.seek(0, os.SEEK_END) < n_bytes:
             raise ValueError(
