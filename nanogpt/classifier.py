@@ -21,15 +21,15 @@ LAST_BLOCKS = re.compile(r"last_([1-9]\d*)")
 class Classifier(GPT):
     """A GPT with one more matrix: from the state of a text's last token to its classes.
 
-    The head starts at zero: before training all classes are equally likely. All else has the names
-    and the shapes of a GPT's, so that it starts from any of them, and can still write.
+    The head starts at zero: before training all classes are equally likely. It has no bias, as the
+    Hugging Face classifiers of GPT-2 that it is exported to. All else has the names and the shapes
+    of a GPT's, so that it starts from any of them, and can still write.
     """
 
     def __init__(self, config: GPTConfig, n_labels: int) -> None:
         super().__init__(config)
-        self.classes = nn.Linear(config.n_embd, n_labels)
+        self.classes = nn.Linear(config.n_embd, n_labels, bias=False)
         nn.init.zeros_(self.classes.weight)
-        nn.init.zeros_(self.classes.bias)
 
     @classmethod
     def from_model(cls, model: GPT, n_labels: int) -> "Classifier":

@@ -30,7 +30,10 @@ def saved(path: Path, model: GPT, stage: str, labels: list[str] | None) -> Path:
 def always_ham(tmp_path: Path) -> Path:
     """A classifier that takes every text for the first of its classes."""
     model = Classifier(CONFIG, 2)
-    torch.nn.init.constant_(model.classes.bias[0], 5.0)
+    with torch.no_grad():
+        model.ln_f.weight.zero_()  # the last state is then its bias, of every text
+        model.ln_f.bias.zero_()[0] = 1.0
+        model.classes.weight.zero_()[0, 0] = 5.0
     return saved(tmp_path / "ham.ckpt", model, "classify", ["ham", "spam"])
 
 
