@@ -554,10 +554,11 @@ def unknown_key(key: str) -> str:
 def _known_keys() -> list[str]:
     GlobalHydra.instance().clear()
     with hydra.initialize(version_base="1.3", config_path=CONF_DIR):
-        cfg = hydra.compose("train")
+        stages = [path.stem for path in sorted((CONF / "stage").glob("*.yaml"))]
+        composed = [hydra.compose("train", [f"stage={stage}"]) for stage in stages]
     groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-    nested: Mapping[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
-    return [*flatten(nested), *groups]
+    nested: list[Any] = [OmegaConf.to_container(cfg) for cfg in composed]
+    return [*dict.fromkeys(key for config in nested for key in flatten(config)), *groups]
 
 
 STAGES = {"pretrain": pretrain, "classify": classify, "instruct": instruct}

@@ -223,6 +223,10 @@ def test_other_conversations_are_another_corpus(
         fit(*tiny_run)
 
 
+def test_a_misspelt_key_of_the_stage_is_told_the_nearest() -> None:
+    assert "did you mean instruct.template?" in train.unknown_key("instruct.templat")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

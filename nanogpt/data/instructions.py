@@ -47,15 +47,6 @@ class Instructions(Source):
     skip_bad: bool = False
     name: str = "instructions"
 
-    def __post_init__(self) -> None:
-        if self.max_examples is not None and (
-            type(self.max_examples) is not int or self.max_examples < 2
-        ):
-            raise ValueError(
-                f"data.max_examples={self.max_examples!r} is neither null nor a whole number of at "
-                "least 2, one to learn from and one to validate on"
-            )
-
     @cached_property
     def conversations(self) -> list[Conversation]:
         """The conversations in the order of the file, read once.
