@@ -74,7 +74,8 @@ def write_text(source: Path, megabytes: int, folder: Path) -> tuple[Path, list[s
     import pyarrow.parquet as pq
 
     pages = pq.read_table(source, columns=["text"]).column("text").to_pylist()
-    order, texts, n_bytes = random.Random(0), [], 0
+    order, n_bytes = random.Random(0), 0
+    texts: list[str] = []
     path = folder / f"text-{megabytes}.parquet"
     with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
         while n_bytes < megabytes * 10**6:

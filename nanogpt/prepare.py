@@ -13,6 +13,8 @@ a corpus elsewhere is `data=shards data.path=DIR`.
 import argparse
 import logging
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _prepare_corpus(options)
     except (ValueError, OSError) as error:
-        print(f"nanogpt.prepare: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"nanogpt.prepare: {as_options(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("nanogpt.prepare: stopped; the same command continues", file=sys.stderr)
@@ -80,6 +82,14 @@ def _prepare_corpus(options: argparse.Namespace) -> None:
     if corpus.manifest["bad_records"]:
         print(f"left out: {corpus.manifest['bad_records']:,} records that could not be read")
     print(f"{corpus.directory}: train on it with data=shards data.path={corpus.directory}")
+
+
+def as_options(sentence: str) -> str:
+    """Return an error's first line with this command's options in place of training's keys."""
+    first_line = sentence.partition("\n")[0].replace("data.skip_bad=true", "--skip-bad")
+    first_line = re.sub(r"\bdata=", "", first_line)
+    keys = "|".join((*OF_SOURCES, "tokens", "shard_tokens", "workers"))
+    return re.sub(rf"\b(?:data\.)?({keys})=", lambda m: f"--{m[1].replace('_', '-')} ", first_line)
 
 
 def choose_source(options: argparse.Namespace) -> Source:
@@ -168,5 +178,11 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _end(number: int, frame: object) -> None:
+    print("nanogpt.prepare: ended by a signal; the same command continues", file=sys.stderr)
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)
     sys.exit(main())

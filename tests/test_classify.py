@@ -63,8 +63,10 @@ def biased(*logits: float) -> Classifier:
     """A classifier with the same class logits for every text."""
     model = classifier(len(logits))
     with torch.no_grad():
-        model.ln_f.weight.zero_()  # the last state is then its bias, of every text
-        model.ln_f.bias.zero_()[0] = 1.0
+        for name, tensor in model.ln_f.named_parameters():  # the last state of every text: its bias
+            tensor.copy_(
+                torch.eye(1, len(tensor))[0] if name == "bias" else torch.zeros(len(tensor))
+            )
         model.classes.weight.zero_()[:, 0] = torch.tensor(logits)
     return model
 
@@ -162,8 +164,8 @@ def summary(**changes: Any) -> dict[str, Any]:
 
 def test_the_report_has_scores_beside_the_baselines_and_mistakes_as_text() -> None:
     page = classes_section(summary())
-    assert 'this model</th><td>50.0 %</td>' in page
-    assert 'bag of words</th><td>100.0 %</td>' in page
+    assert "this model</th><td>50.0 %</td>" in page
+    assert "bag of words</th><td>100.0 %</td>" in page
     assert "imbalanced" not in page
     assert "&lt;good&gt;" in page
     assert "<good>" not in page

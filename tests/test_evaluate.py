@@ -31,8 +31,10 @@ def always_ham(tmp_path: Path) -> Path:
     """A classifier that takes every text for the first of its classes."""
     model = Classifier(CONFIG, 2)
     with torch.no_grad():
-        model.ln_f.weight.zero_()  # the last state is then its bias, of every text
-        model.ln_f.bias.zero_()[0] = 1.0
+        for name, tensor in model.ln_f.named_parameters():  # the last state of every text: its bias
+            tensor.copy_(
+                torch.eye(1, len(tensor))[0] if name == "bias" else torch.zeros(len(tensor))
+            )
         model.classes.weight.zero_()[0, 0] = 5.0
     return saved(tmp_path / "ham.ckpt", model, "classify", ["ham", "spam"])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt.data import growing, preparing
+from nanogpt.data import growing, tokenizing
 from nanogpt.data.corpus import Corpus
 from nanogpt.data.growing import GrowingStream, open_growing
 from nanogpt.data.module import TokenDataModule
@@ -92,7 +92,7 @@ def test_the_rows_are_the_same_early_and_late(preparation: Preparation) -> None:
 def test_the_window_is_part_of_what_the_corpus_is(
     preparation: Preparation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "BATCH_CHARS", 3_000)
+    monkeypatch.setattr(tokenizing, "BATCH_CHARS", 3_000)
     whole = prepare(preparation)
     two, three = open_growing(preparation, wait=2), open_growing(preparation, wait=3)
     assert len({whole.fingerprint, two.fingerprint, three.fingerprint}) == 3

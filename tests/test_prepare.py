@@ -97,7 +97,7 @@ def test_a_repository_is_a_data_set_of_the_hub() -> None:
     [
         (["wikipedia"], "there is no data set wikipedia"),
         (["python_stdlib", "--subset", "en"], "python_stdlib has no option --subset"),
-        (["text"], "needs data.path="),
+        (["text"], "text needs --path <a file"),
         (["--path", "nowhere.parquet"], "does not exist"),
     ],
 )

@@ -19,11 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt.data import preparing
+from nanogpt.data import preparing, tokenizing
 from nanogpt.data.corpus import Corpus, open_corpus
-from nanogpt.data.preparing import Preparation, choose_split, prepare
+from nanogpt.data.preparing import Preparation, prepare
 from nanogpt.data.source import Source
 from nanogpt.data.text import TextFiles
+from nanogpt.data.tokenizing import choose_split
 from nanogpt.data.windows import Tokens
 from nanogpt.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer
 
@@ -247,7 +248,7 @@ class Breaking(Documents):
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many batches, cut inside documents too, and a journal after each."""
-    monkeypatch.setattr(preparing, "BATCH_CHARS", 200)
+    monkeypatch.setattr(tokenizing, "BATCH_CHARS", 200)
     monkeypatch.setattr(preparing, "COMMIT_EVERY_S", 0.0)
     monkeypatch.setattr("nanogpt.tokenizer.PIECE_CHARS", 150)
 
@@ -294,12 +295,12 @@ def _counting(source: Source, seen: list[int]) -> Callable[[int], Iterator[str |
 KILLED = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from nanogpt.data import preparing
+from nanogpt.data import preparing, tokenizing
 from nanogpt.data.preparing import Preparation, prepare
 from nanogpt.data.text import TextFiles
 from nanogpt.tokenizer import byte_tokenizer
 
-preparing.BATCH_CHARS, preparing.COMMIT_EVERY_S = 20_000, 0.0
+tokenizing.BATCH_CHARS, preparing.COMMIT_EVERY_S = 20_000, 0.0
 folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
 
 def kill() -> None:
@@ -315,7 +316,7 @@ prepare(Preparation(source, byte_tokenizer, "byte", folder, shard_tokens=100_000
 def test_killed_at_any_moment_it_continues_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "BATCH_CHARS", 20_000)
+    monkeypatch.setattr(tokenizing, "BATCH_CHARS", 20_000)
     lines = (json.dumps({"text": f"Document {i} is about {i * i}. " * 40}) for i in range(4000))
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     source = TextFiles(tmp_path / "text.jsonl")
@@ -337,7 +338,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(
 
 def test_a_lost_unfinished_shard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparing, "COMMIT_EVERY_S", 0.0)
-    monkeypatch.setattr(preparing, "BATCH_CHARS", 100)
+    monkeypatch.setattr(tokenizing, "BATCH_CHARS", 100)
     monkeypatch.setattr(preparing.CorpusWriter, "finish", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         _prepare(MANY, tmp_path, out=tmp_path)

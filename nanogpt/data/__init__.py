@@ -3,7 +3,8 @@
     source.py      what a data set is: an object that yields documents
     python_stdlib.py, text.py, hub.py, fineweb_edu.py, ...   one data set each
     files.py       documents of parquet, JSON Lines and text files, here or on the hub
-    preparing.py   prepare(): split, tokenize on all cores, write; found again later
+    preparing.py   prepare(): made once, continued after a kill, found again later
+    tokenizing.py  documents split, batched, tokenized on all cores, in order
     writer.py      the shards as they grow, and the journal to continue from
     meter.py       what a person sees meanwhile
     corpus.py      what was prepared: shards, tokenizer and manifest, verified when opened

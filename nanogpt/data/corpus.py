@@ -117,7 +117,9 @@ def _fingerprint(tokenizer: Tokenizer, shards: Mapping[str, Sequence[Shard]]) ->
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
+    if not isinstance(manifest.get("format"), int):
+        raise ValueError(f"{path} was not written here; pass another folder")
+    if manifest["format"] != FORMAT:
         raise ValueError(
             f"{path} has format {manifest.get('format')!r} and only {FORMAT} is known; {REMEDY}"
         )

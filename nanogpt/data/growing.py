@@ -19,7 +19,7 @@ import numpy as np
 from filelock import Timeout
 
 from nanogpt.data.corpus import MANIFEST, TOKENIZER, Corpus, digest, read_json, read_tokenizer
-from nanogpt.data.preparing import Preparation, lock, make_unless_made, open_made
+from nanogpt.data.preparing import Preparation, lock, make_folder, make_unless_made, open_made
 from nanogpt.data.shards import TokenStream
 from nanogpt.data.writer import JOURNAL, SPLITS
 
@@ -42,7 +42,7 @@ def open_growing(preparation: Preparation, wait: int) -> Corpus:
     if (directory / MANIFEST).exists():
         open_made(preparation)  # which refuses what is damaged or another corpus
     else:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         preparer = _prepare_beside(preparation)
     train = GrowingStream(directory, "train", preparer)
     train.n_tokens(at_least=window_tokens)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.data.files import PASS_OVER
-from nanogpt.data.preparing import choose_split
 from nanogpt.data.source import Source, files_fingerprint
+from nanogpt.data.tokenizing import choose_split
 from nanogpt.prompts import Message
 
 SUFFIXES = (".jsonl", ".json")

@@ -1,27 +1,21 @@
-"""From documents to shards: one thread reads, all cores tokenize, one thread writes in order.
+"""From a source to a corpus: one thread reads, all cores tokenize, one thread writes in order.
 
-Documents are taken in batches of about a megabyte; where a batch ends depends on the documents
-alone, so neither the number of workers nor where an earlier process was killed changes a byte.
-Memory holds a few batches, whatever the size of the source.
+Neither the number of workers nor where an earlier process was killed changes a byte, and memory
+does not grow with the source.
 """
 
 import errno
-import hashlib
 import logging
-import os
 import re
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from nanogpt.data.corpus import (
     FORMAT,
@@ -35,9 +29,9 @@ from nanogpt.data.corpus import (
 from nanogpt.data.meter import Meter
 from nanogpt.data.shards import MOST_SHARD_TOKENS, SHARD_TOKENS, TokenStream, token_dtype
 from nanogpt.data.source import Source
+from nanogpt.data.tokenizing import Batch, Encoder, Split, batches, choose_split, in_order, n_cores
 from nanogpt.data.writer import (
     JOURNAL,
-    SPLITS,
     CorpusWriter,
     Progress,
     Tokenized,
@@ -46,7 +40,7 @@ from nanogpt.data.writer import (
 )
 from nanogpt.tokenizer import Tokenizer
 
-BATCH_CHARS = 2**20
+PATIENCE_S = 1.0
 COMMIT_EVERY_S = 5.0  # at most this much work is done again after a kill
 GZIP_WBITS = 31  # zlib's word for the gzip format
 DECODED_TOKENS = 2**18  # at a time
@@ -118,8 +112,8 @@ def prepare(preparation: Preparation) -> Corpus:
     """
     directory = preparation.directory
     if not (directory / MANIFEST).exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        with lock(directory):
+        make_folder(directory)
+        with _patiently_locked(directory):
             make_unless_made(preparation)
     return open_made(preparation)
 
@@ -142,7 +136,7 @@ def make_unless_made(preparation: Preparation) -> None:
             raise
         raise OSError(
             f"the disk of {directory} is full; what is prepared is kept: make room and issue the "
-            "command again, which continues, or pass another data_dir"
+            "command again, which continues, or pass another folder"
         ) from error
 
 
@@ -159,55 +153,31 @@ def check_identity(directory: Path, found: object, preparation: Preparation) -> 
         )
 
 
+def make_folder(directory: Path) -> None:
+    """Make the corpus's folder; raises OSError in one sentence where that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock(directory).acquire(timeout=0).lock.release()
+    except Timeout:
+        pass  # another process writes there
+    except OSError as error:
+        raise OSError(
+            f"{directory} cannot be written ({error.strerror}); pass another folder"
+        ) from error
+
+
 def lock(directory: Path) -> FileLock:
     """Return the lock of the process that prepares in this folder."""
     return FileLock(directory / ".lock")
 
 
-def n_cores() -> int:
-    """Return the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which split a text goes to: by its hash, so that it stays there when other documents come.
-
-    Documents whose place, a hash spread over 0 .. 1, is below `val_below` are validation. Where
-    that would leave one side empty, the border moves past the nearest document. A document alone
-    (`val_below` is None) is cut: the last tenth of its characters is validation, as in nanoGPT's
-    data/shakespeare_char/prepare.py.
-    """
-
-    val_below: float | None
-
-    def parts(self, document: str) -> Iterator[tuple[str, str]]:
-        """Yield the split and the text of each part of a document; neither is empty."""
-        if self.val_below is None:
-            cut = int(len(document) * 0.9)
-            parts = (("train", document[:cut]), ("val", document[cut:]))
-            yield from ((split, text) for split, text in parts if text)
-        elif document:
-            yield ("val" if _place(document) < self.val_below else "train"), document
-
-
-def choose_split(source: Source) -> Split:
-    """Return the split rule for a source, from as many documents as it takes to know both sides."""
-    val_below = source.val_fraction
-    lowest: list[float] = []  # the two lowest places
-    highest = 0.0
-    for document in filter(None, source.documents()):
-        place = _place(document)
-        lowest, highest = sorted({*lowest, place})[:2], max(highest, place)
-        if lowest[0] < val_below <= highest:
-            return Split(val_below)
-    if not lowest:
-        raise ValueError(f"data={source.name} holds no text; pass text to train on")
-    if len(lowest) == 1:
-        return Split(None)
-    return Split(lowest[1] if lowest[0] >= val_below else highest)
+def _patiently_locked(directory: Path) -> AcquireReturnProxy:
+    """Take the lock, and say for whom it waits where it takes long."""
+    try:
+        return lock(directory).acquire(timeout=PATIENCE_S)
+    except Timeout:
+        log.info("waiting for the process that prepares %s", directory)
+        return lock(directory).acquire()
 
 
 def _make(preparation: Preparation, directory: Path) -> None:
@@ -306,19 +276,13 @@ def _write(
     """Bring the shards from where the writer stands to the end of the source, or to the limit."""
     if not writer.progress.records:
         writer.commit()
-    encoder = _Encoder(tokenizer, np.array([len(token) for token in tokenizer.token_bytes()]))
-    batches = _batches(source, split, tokenizer, writer.progress)
+    encoder = Encoder(tokenizer)
+    to_come = batches(source, split, tokenizer, writer.progress)
     workers = n_cores() if preparation.workers is None else preparation.workers
     committed = time.monotonic()
     with _meter(preparation, source, writer.progress, tokenizer) as meter:
-        for batch, parts in _in_order(batches, encoder, workers):
-            enough = False
-            if preparation.tokens is not None:
-                wanted = preparation.tokens - writer.progress.splits["train"].tokens
-                if len(parts["train"].tokens) >= wanted:
-                    cut = encoder.cut(parts["train"], wanted)
-                    enough = cut is not None or batch.ends_with_document
-                    parts["train"] = cut or parts["train"]
+        for batch, parts in in_order(to_come, encoder, workers):
+            enough = _cut_to(preparation.tokens, writer.progress, batch, parts, encoder)
             rolled = writer.append(parts)
             writer.progress.records, writer.progress.bad_records = batch.records, batch.bad_records
             if enough:
@@ -329,6 +293,24 @@ def _write(
                 committed = time.monotonic()
             meter.show()
     writer.finish()
+
+
+def _cut_to(
+    limit: int | None,
+    progress: Progress,
+    batch: Batch,
+    parts: dict[str, Tokenized],
+    encoder: Encoder,
+) -> bool:
+    """Cut the training part after the document that reaches the limit; return whether one does."""
+    if limit is None:
+        return False
+    wanted = limit - progress.splits["train"].tokens
+    if len(parts["train"].tokens) < wanted:
+        return False
+    cut = encoder.cut(parts["train"], wanted)
+    parts["train"] = parts["train"] if cut is None else cut
+    return cut is not None or batch.ends_with_document
 
 
 def _meter(
@@ -343,85 +325,6 @@ def _meter(
     )
 
 
-@dataclass
-class _Batch:
-    """Texts of consecutive documents by split; None stands for <|endoftext|>."""
-
-    records: int  # of the source that have been read at its end
-    bad_records: int
-    texts: dict[str, list[str | None]] = field(default_factory=lambda: {s: [] for s in SPLITS})
-    n_chars: int = 0
-    ends_with_document: bool = True
-
-    def add(self, split: str, text: str | None) -> None:
-        self.texts[split].append(text)
-        self.n_chars += len(text or "")
-
-
-def _batches(
-    source: Source, split: Split, tokenizer: Tokenizer, progress: Progress
-) -> Iterator[_Batch]:
-    """Yield the documents that are yet to be written; long ones reach over several batches."""
-    batch = _Batch(progress.records, progress.bad_records)
-    for document in source.documents(skip=progress.records):
-        for name, text in split.parts(document or ""):
-            batch.add(name, None)
-            for piece in tokenizer.pieces(text):
-                if batch.n_chars >= BATCH_CHARS:
-                    batch.ends_with_document = False
-                    yield batch
-                    batch = _Batch(batch.records, batch.bad_records)
-                batch.add(name, piece)
-        batch.records += 1
-        batch.bad_records += document is None
-        if batch.n_chars >= BATCH_CHARS:
-            yield batch
-            batch = _Batch(batch.records, batch.bad_records)
-    yield batch
-
-
-@dataclass
-class _Encoder:
-    """Tokenizes batches, and counts what they hold."""
-
-    tokenizer: Tokenizer
-    byte_lengths: np.ndarray  # of every token
-
-    def encode(self, batch: _Batch) -> dict[str, Tokenized]:
-        return {
-            split: self.part(self.tokenizer.encode_parts(texts))
-            for split, texts in batch.texts.items()
-        }
-
-    def part(self, tokens: np.ndarray) -> Tokenized:
-        return Tokenized(
-            tokens,
-            documents=int(np.count_nonzero(tokens == self.tokenizer.eot_id)),
-            n_bytes=int(self.byte_lengths[tokens].sum()),
-        )
-
-    def cut(self, part: Tokenized, wanted: int) -> Tokenized | None:
-        """Return the part up to the first document that begins after `wanted` tokens, if any."""
-        begins = np.flatnonzero(part.tokens == self.tokenizer.eot_id)
-        later = begins[begins >= wanted]
-        return self.part(part.tokens[: later[0]]) if len(later) else None
-
-
-def _in_order(
-    batches: Iterator[_Batch], encoder: _Encoder, workers: int
-) -> Iterator[tuple[_Batch, dict[str, Tokenized]]]:
-    """Yield the batches in their order with their tokens, a few of them ahead."""
-    waiting: deque[tuple[_Batch, Future[dict[str, Tokenized]]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for batch in batches:
-            waiting.append((batch, pool.submit(encoder.encode, batch)))
-            if len(waiting) > workers + 1:
-                first, parts = waiting.popleft()
-                yield first, parts.result()
-        for first, parts in waiting:
-            yield first, parts.result()
-
-
 def _gzip_bits_per_byte(directory: Path, tokenizer: Tokenizer, progress: Progress) -> float | None:
     """Return what gzip needs for the validation text, where that is short enough to try."""
     val = progress.splits["val"]
@@ -434,9 +337,3 @@ def _gzip_bits_per_byte(directory: Path, tokenizer: Tokenizer, progress: Progres
         ids = stream.read(start, min(start + DECODED_TOKENS, len(stream)))
         n_bytes += len(gzipped.compress(tokenizer.decode_bytes(ids.tolist())))
     return 8 * (n_bytes + len(gzipped.flush())) / val.bytes
-
-
-def _place(document: str) -> float:
-    """Return the hash of a text as a number from 0 up to 1."""
-    data = document.encode("utf-8", "surrogatepass")  # a JSON string may hold half of a pair
-    return int.from_bytes(hashlib.sha256(data).digest()[:6], "big") / 2**48

@@ -230,6 +230,17 @@ def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> 
         file.flush()
         os.fsync(file.fileno())
     os.replace(_partial(path), path)
+    _synchronise_names(path.parent)
+
+
+def _synchronise_names(directory: Path) -> None:
+    """Put the names of a folder's files on the disk, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _partial(path: Path) -> Path:

@@ -1,0 +1,151 @@
+"""From documents to tokens: split by hash, cut into batches, tokenized on all cores, in order.
+
+Documents are taken in batches of about a megabyte; where a batch ends depends on the documents
+alone, so the number of workers changes no byte. Memory holds a few batches at a time.
+"""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanogpt.data.source import Source
+from nanogpt.data.writer import SPLITS, Progress, Tokenized
+from nanogpt.tokenizer import Tokenizer
+
+BATCH_CHARS = 2**20
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which split a text goes to: by its hash, so that it stays there when other documents come.
+
+    Documents whose place, a hash spread over 0 .. 1, is below `val_below` are validation. Where
+    that would leave one side empty, the border moves past the nearest document. A document alone
+    (`val_below` is None) is cut: the last tenth of its characters is validation, as in nanoGPT's
+    data/shakespeare_char/prepare.py.
+    """
+
+    val_below: float | None
+
+    def parts(self, document: str) -> Iterator[tuple[str, str]]:
+        """Yield the split and the text of each part of a document; neither is empty."""
+        if self.val_below is None:
+            cut = int(len(document) * 0.9)
+            parts = (("train", document[:cut]), ("val", document[cut:]))
+            yield from ((split, text) for split, text in parts if text)
+        elif document:
+            yield ("val" if _place(document) < self.val_below else "train"), document
+
+
+def choose_split(source: Source) -> Split:
+    """Return the split rule for a source, from as many documents as it takes to know both sides."""
+    val_below = source.val_fraction
+    lowest: list[float] = []  # the two lowest places
+    highest = 0.0
+    for document in filter(None, source.documents()):
+        place = _place(document)
+        lowest, highest = sorted({*lowest, place})[:2], max(highest, place)
+        if lowest[0] < val_below <= highest:
+            return Split(val_below)
+    if not lowest:
+        raise ValueError(f"data={source.name} holds no text; pass text to train on")
+    if len(lowest) == 1:
+        return Split(None)
+    return Split(lowest[1] if lowest[0] >= val_below else highest)
+
+
+@dataclass
+class Batch:
+    """Texts of consecutive documents by split; None stands for <|endoftext|>."""
+
+    records: int  # of the source that have been read at its end
+    bad_records: int
+    texts: dict[str, list[str | None]] = field(default_factory=lambda: {s: [] for s in SPLITS})
+    n_chars: int = 0
+    ends_with_document: bool = True
+
+    def add(self, split: str, text: str | None) -> None:
+        self.texts[split].append(text)
+        self.n_chars += len(text or "")
+
+
+def batches(
+    source: Source, split: Split, tokenizer: Tokenizer, progress: Progress
+) -> Iterator[Batch]:
+    """Yield the documents that are yet to be written; long ones reach over several batches."""
+    batch = Batch(progress.records, progress.bad_records)
+    for document in source.documents(skip=progress.records):
+        for name, text in split.parts(document or ""):
+            batch.add(name, None)
+            for piece in tokenizer.pieces(text):
+                if batch.n_chars >= BATCH_CHARS:
+                    batch.ends_with_document = False
+                    yield batch
+                    batch = Batch(batch.records, batch.bad_records)
+                batch.add(name, piece)
+        batch.records += 1
+        batch.bad_records += document is None
+        if batch.n_chars >= BATCH_CHARS:
+            yield batch
+            batch = Batch(batch.records, batch.bad_records)
+    yield batch
+
+
+class Encoder:
+    """Tokenizes batches, and counts what they hold."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._byte_lengths = np.array([len(token) for token in tokenizer.token_bytes()])
+
+    def encode(self, batch: Batch) -> dict[str, Tokenized]:
+        return {
+            split: self._part(self.tokenizer.encode_parts(texts))
+            for split, texts in batch.texts.items()
+        }
+
+    def cut(self, part: Tokenized, wanted: int) -> Tokenized | None:
+        """Return the part up to the first document that begins after `wanted` tokens, if any."""
+        begins = np.flatnonzero(part.tokens == self.tokenizer.eot_id)
+        later = begins[begins >= wanted]
+        return self._part(part.tokens[: later[0]]) if len(later) else None
+
+    def _part(self, tokens: np.ndarray) -> Tokenized:
+        return Tokenized(
+            tokens,
+            documents=int(np.count_nonzero(tokens == self.tokenizer.eot_id)),
+            n_bytes=int(self._byte_lengths[tokens].sum()),
+        )
+
+
+def in_order(
+    batches: Iterator[Batch], encoder: Encoder, workers: int
+) -> Iterator[tuple[Batch, dict[str, Tokenized]]]:
+    """Yield the batches in their order with their tokens, a few of them ahead."""
+    waiting: deque[tuple[Batch, Future[dict[str, Tokenized]]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for batch in batches:
+            waiting.append((batch, pool.submit(encoder.encode, batch)))
+            if len(waiting) > workers + 1:
+                first, parts = waiting.popleft()
+                yield first, parts.result()
+        for first, parts in waiting:
+            yield first, parts.result()
+
+
+def n_cores() -> int:
+    """Return the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _place(document: str) -> float:
+    """Return the hash of a text as a number from 0 up to 1."""
+    data = document.encode("utf-8", "surrogatepass")  # a JSON string may hold half of a pair
+    return int.from_bytes(hashlib.sha256(data).digest()[:6], "big") / 2**48
