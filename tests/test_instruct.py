@@ -130,7 +130,7 @@ def test_the_validation_loss_is_that_of_unpacked_responses(
     template: str, tiny_run: list[str], data_path: Path, tmp_path: Path
 ) -> None:
     size = ["model.block_size=256", "tokens_per_step=512", f"instruct.template={template}"]
-    summary = fit(*tiny_run, *size, "max_steps=3", "optim.learning_rate=0.1")
+    summary = fit(*tiny_run, *size, "max_steps=3", "optim.learning_rate=1e-4")
     checkpoint = load_checkpoint("tiny", runs_dir=tmp_path / "runs")
     nats, n_targets = 0.0, 0
     for conversation in Instructions(data_path).splits().val:
@@ -233,6 +233,7 @@ def test_a_misspelt_key_of_the_stage_is_told_the_nearest() -> None:
         (["data=python_stdlib"], "data=python_stdlib has none; pass data=dolly"),
         (["data=instructions"], "data=instructions needs data.path="),
         (["instruct.template=vicuna"], "template='vicuna' is unknown; choose one of chat"),
+        (["instruct.template=plain"], "template=plain ends no response"),
         (["instruct.loss_on=prompts"], "loss_on='prompts' is unknown"),
         (["init_from=latest"], "found no finished pretraining run"),
     ],

@@ -106,6 +106,11 @@ def pack_conversations(
     """
     if loss_on not in LOSS_ON:
         raise ValueError(f"loss_on={loss_on!r} is unknown; choose one of {', '.join(LOSS_ON)}")
+    if not template.teaches_end:
+        raise ValueError(
+            f"template={template.name} ends no response, so a model would not learn to stop; "
+            "choose chat or alpaca"
+        )
     train, val = (
         _packed(name, getattr(splits, name), template, tokenizer, block_size, on)
         for name, on in (("train", loss_on), ("val", "responses"))
