@@ -64,6 +64,7 @@ def write_tokenizer(
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
+        "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 would embed token_type_ids
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": chat_template is None,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),

@@ -116,6 +116,12 @@ def test_the_special_tokens_keep_their_ids_and_none_is_added(name: str, director
 
 
 @each_tokenizer
+def test_a_model_is_given_no_token_types(name: str, directory: Path) -> None:
+    content = (written(name, directory)[2] / "tokenizer_config.json").read_text(encoding="utf-8")
+    assert json.loads(content)["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@each_tokenizer
 def test_files_read_back_are_the_same_tokenizer(name: str, directory: Path) -> None:
     tokenizer, _, path = written(name, directory)
     there = read_tokenizer(path)
