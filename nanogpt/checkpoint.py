@@ -112,6 +112,8 @@ def init_model(init_from: Path) -> Checkpoint:
         return start
     tokenizer = read_tokenizer(init_from) or gpt2_tokenizer()
     model = load_pretrained(init_from)
+    if isinstance(model, Classifier):
+        model = model.language_model()
     if model.config.vocab_size != tokenizer.vocab_size:
         raise ValueError(
             f"{init_from} has a model with vocab_size={model.config.vocab_size} and the tokenizer "

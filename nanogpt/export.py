@@ -24,7 +24,7 @@ from nanogpt.gguf_file import write_gguf
 from nanogpt.model import NORM_EPSILON, GPTConfig
 from nanogpt.pretrained import CONFIG, SAFETENSORS, published_weights
 from nanogpt.prompts import find_template
-from nanogpt.tokenizer_files import write_tokenizer
+from nanogpt.tokenizer_files import padding_id, write_tokenizer
 
 # What both formats take for granted of a GPT-2; they also take biases, which may be zero.
 GPT2_HAS = {"position": "learned", "norm": "layernorm", "activation": "gelu", "qk_norm": False}
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with replacing(options.out, options.overwrite) as temporary:
             checkpoint = load_checkpoint(options.checkpoint, runs_dir=options.runs_dir)
-            check_exportable(checkpoint)
+            check_exportable(checkpoint, options.format)
             if options.format == "hf":
                 write_huggingface(checkpoint, temporary)
             else:
@@ -52,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_exportable(checkpoint: Checkpoint) -> None:
-    """Raise ValueError where the model is anything but a GPT-2 language model."""
+def check_exportable(checkpoint: Checkpoint, format_: str) -> None:
+    """Raise ValueError where the model is no GPT-2, or is a classifier and the format is gguf."""
     config, path = checkpoint.config, checkpoint.path
-    if checkpoint.stage == "classify":
-        raise ValueError(f"{path} is a classifier; only language models can be exported")
+    if checkpoint.labels is not None and format_ == "gguf":
+        raise ValueError(f"{path} is a classifier, which GGUF has no place for; pass --format hf")
     lacking = [
         f"{key}={there}"
         for key, value in GPT2_HAS.items()
@@ -70,19 +70,15 @@ def check_exportable(checkpoint: Checkpoint) -> None:
 
 
 def write_huggingface(checkpoint: Checkpoint, directory: Path) -> None:
-    """Make a directory that AutoModelForCausalLM and AutoTokenizer load with no code of ours.
+    """Make a directory that AutoTokenizer and a class of transformers load with no code of ours.
 
-    Generation ends with a text, or with what ends a reply where the checkpoint has a template.
+    It is AutoModelForCausalLM, or AutoModelForSequenceClassification for a classifier.
     """
-    config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    template = find_template(checkpoint.template) if checkpoint.template is not None else None
     directory.mkdir()
-    jinja = template.jinja() if template is not None else None
-    write_tokenizer(tokenizer, directory, config.block_size, jinja)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
-    _write_json(directory / CONFIG, {**_published_config(config), **ids})
-    ends = template.stop_ids(tokenizer) if template is not None else tokenizer.eot_id
-    _write_json(directory / "generation_config.json", {**ids, "eos_token_id": ends})
+    if checkpoint.labels is None:
+        _write_language_model(checkpoint, directory)
+    else:
+        _write_classifier(checkpoint, checkpoint.labels, directory)
     weights = published_weights(checkpoint.model)
     save_file(weights, directory / SAFETENSORS, metadata={"format": "pt"})
 
@@ -137,6 +133,38 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _write_language_model(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write all but the weights of a model that writes.
+
+    Generation ends with a text, or with what ends a reply where the checkpoint has a template.
+    """
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    template = find_template(checkpoint.template) if checkpoint.template is not None else None
+    jinja = template.jinja() if template is not None else None
+    write_tokenizer(tokenizer, directory, config.block_size, jinja)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
+    about = {"architectures": ["GPT2LMHeadModel"], **ids}
+    _write_json(directory / CONFIG, {**_published_config(config), **about})
+    ends = template.stop_ids(tokenizer) if template is not None else tokenizer.eot_id
+    _write_json(directory / "generation_config.json", {**ids, "eos_token_id": ends})
+
+
+def _write_classifier(checkpoint: Checkpoint, labels: list[str], directory: Path) -> None:
+    """Write all but the weights of a model that names the class of a text."""
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    write_tokenizer(tokenizer, directory, config.block_size, framed=True)
+    about = {
+        "architectures": ["GPT2ForSequenceClassification"],
+        "problem_type": "single_label_classification",
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_id),
+        "pad_token_id": padding_id(tokenizer),
+    }
+    _write_json(directory / CONFIG, {**_published_config(config), **about})
+
+
 def _is_export(path: Path) -> bool:
     if path.is_dir():
         return (path / CONFIG).is_file()
@@ -147,7 +175,6 @@ def _is_export(path: Path) -> bool:
 def _published_config(config: GPTConfig) -> dict[str, Any]:
     return {
         "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
         "n_ctx": config.block_size,

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nanogpt.classifier import Classifier
 from nanogpt.hub import check_reachable
 from nanogpt.model import GPT, NORM_EPSILON, PRESETS, GPTConfig
 from nanogpt.tokenizer_files import MERGES, VOCAB, read_json, read_tokenizer
@@ -25,7 +26,8 @@ CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 WEIGHTS = (SAFETENSORS, "pytorch_model.bin")  # each whole, or in shards with an index
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-EMBEDDINGS = ("wte.weight", "wpe.weight")  # have no bias
+SCORE, CLASSES = "score.weight", "classes.weight"  # the head of a classifier: there, and here
+WITHOUT_BIAS = ("wte.weight", "wpe.weight", CLASSES)
 CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
 
 # What config.json must say, or leave to its default (the first), for the model to be ours.
@@ -59,14 +61,15 @@ def fetch_pretrained(name: str, data_dir: str | PathLike[str]) -> Path:
 def load_pretrained(path: str | PathLike[str]) -> GPT:
     """Return the model of a local Hugging Face GPT-2 directory, in float32.
 
-    The three dropout rates of config.json become one, that of the residual stream. Raises
-    FileNotFoundError where config.json or the weights are missing, ValueError where they are
-    damaged or describe anything but a GPT-2.
+    It is a Classifier where a classifier's head is among the weights. The three dropout rates of
+    config.json become one, that of the residual stream. Raises FileNotFoundError where config.json
+    or the weights are missing, ValueError where they are damaged or describe anything but a GPT-2.
     """
     directory = Path(path)
+    config, tensors = _read_config(directory), _read_weights(directory)
     with torch.device("meta"):
-        model = GPT(_read_config(directory))
-    tensors = _read_weights(directory)
+        head = tensors.get(CLASSES)
+        model = GPT(config) if head is None else Classifier(config, n_labels=head.size(0))
     _check_shapes(directory, tensors, model)
     model.load_state_dict(tensors, assign=True)
     return model
@@ -75,19 +78,20 @@ def load_pretrained(path: str | PathLike[str]) -> GPT:
 def published_weights(model: GPT) -> dict[str, Tensor]:
     """Return the weights of a GPT-2 under their published names and in that orientation.
 
-    The head is the token embedding and is not among them.
+    A language model's head is the token embedding and is not among them; a classifier's is.
     """
-    return {
-        f"transformer.{name}": (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-        for name, tensor in gpt2_weights(model).items()
-    }
+    published = {}
+    for name, tensor in gpt2_weights(model).items():
+        there = SCORE if name == CLASSES else f"transformer.{name}"
+        published[there] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
+    return published
 
 
 def gpt2_weights(model: GPT) -> dict[str, Tensor]:
     """Return the weights of a GPT-2 on the CPU; a bias that the model lacks is zero."""
     weights = {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}
     for name, tensor in list(weights.items()):
-        if name.endswith(".weight") and name not in EMBEDDINGS:
+        if name.endswith(".weight") and name not in WITHOUT_BIAS:
             weights.setdefault(f"{name.removesuffix('weight')}bias", torch.zeros(tensor.size(0)))
     return weights
 
@@ -208,7 +212,7 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in _weight_paths(directory):
         for name, tensor in _read_tensors(path).items():
-            name = name.removeprefix("transformer.")
+            name = CLASSES if name == SCORE else name.removeprefix("transformer.")
             if not name.endswith(CAUSAL_MASKS):
                 tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
                 tensors[name] = torch.empty(tensor.shape).copy_(tensor)

@@ -49,18 +49,25 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
 
 
 def write_tokenizer(
-    tokenizer: Tokenizer, directory: Path, block_size: int, chat_template: str | None = None
+    tokenizer: Tokenizer,
+    directory: Path,
+    block_size: int,
+    chat_template: str | None = None,
+    *,
+    framed: bool = False,
 ) -> None:
     """Write the files with which AutoTokenizer encodes as the tokenizer does.
 
     Special tokens in a text are text, as with us, unless there is a chat template: it writes turn
-    markers into the text. Raises ValueError where the merges cannot be told from the table.
+    markers into the text. With `framed`, texts stand between two `<|endoftext|>`, also where they
+    are cut, and shorter ones are padded on the right. Raises ValueError where the merges cannot be
+    told from the table.
     """
     vocab = {token: i for i, token in enumerate(spellings(tokenizer))}
     merges = [f"{spell(a)} {spell(b)}" for a, b in merges_of(tokenizer)]
     _write_json(directory / VOCAB, vocab)
     (directory / MERGES).write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    _write_json(directory / TOKENIZER, _tokenizer_json(tokenizer, vocab, merges))
+    _write_json(directory / TOKENIZER, _tokenizer_json(tokenizer, vocab, merges, framed))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
@@ -71,7 +78,20 @@ def write_tokenizer(
     }
     if chat_template is not None:
         config["chat_template"] = chat_template
+    if framed:
+        pad_token = spellings(tokenizer)[padding_id(tokenizer)]
+        config |= {"pad_token": pad_token, "padding_side": "right"}
     _write_json(directory / "tokenizer_config.json", config)
+
+
+def padding_id(tokenizer: Tokenizer) -> int:
+    """Return an id that no text gives, other than `<|endoftext|>`.
+
+    A classifier in transformers reads the class at the last token that is not this one. It is the
+    last reserved id, or where none is left, as in GPT-2's table, that of a byte that UTF-8 lacks.
+    """
+    reserved = [i for token, i in tokenizer.special_tokens.items() if token in RESERVED]
+    return reserved[-1] if reserved else tokenizer.token_bytes().index(b"\xff")
 
 
 def merges_of(tokenizer: Tokenizer) -> list[Merge]:
@@ -141,7 +161,8 @@ class _Files:
         by_id = sorted(self.vocab, key=lambda token: self.vocab[token])
         if [self.vocab[token] for token in by_id] != list(range(len(by_id))):
             raise _refused(self.path, "does not number its tokens from 0 up without a gap")
-        ordinary = [token for token in by_id if token not in self.special_tokens]
+        special = self.special_tokens - byte_of.keys()  # a byte may pad: see padding_id
+        ordinary = [token for token in by_id if token not in special]
         merged = [a + b for a, b in self.merges]
         if set(ordinary) != {*byte_of, *merged} or by_id[: len(ordinary)] != ordinary:
             raise _refused(
@@ -202,7 +223,7 @@ def _pairs(path: Path, merges: list[Any]) -> list[tuple[str, str]]:
 
 
 def _tokenizer_json(
-    tokenizer: Tokenizer, vocab: Mapping[str, int], merges: list[str]
+    tokenizer: Tokenizer, vocab: Mapping[str, int], merges: list[str], framed: bool
 ) -> dict[str, Any]:
     pattern = tokenizer.record()["pattern"]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
@@ -222,7 +243,7 @@ def _tokenizer_json(
         "pre_tokenizer": cut
         if plain
         else {"type": "Sequence", "pretokenizers": [{**split, "invert": False}, cut]},
-        "post_processor": {**byte_level, "use_regex": True},
+        "post_processor": _frame(tokenizer.eot_id) if framed else {**byte_level, "use_regex": True},
         "decoder": {**byte_level, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -232,6 +253,19 @@ def _tokenizer_json(
             "vocab": vocab,
             "merges": merges,
         },
+    }
+
+
+def _frame(eot_id: int) -> dict[str, Any]:
+    """Return what puts `<|endoftext|>` before a text and after it, and after a second one."""
+    end = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
+    first, second = ({"Sequence": {"id": text, "type_id": 0}} for text in "AB")
+    special_token = {"id": END_OF_TEXT, "ids": [eot_id], "tokens": [END_OF_TEXT]}
+    return {
+        "type": "TemplateProcessing",
+        "single": [end, first, end],
+        "pair": [end, first, end, second, end],
+        "special_tokens": {END_OF_TEXT: special_token},
     }
 
 

@@ -12,28 +12,41 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from nanogpt.checkpoint import init_model, record, weights_sha256, write_checkpoint
+from nanogpt.checkpoint import (
+    init_model,
+    load_checkpoint,
+    record,
+    weights_sha256,
+    write_checkpoint,
+)
+from nanogpt.classifier import Classifier, class_probabilities, encode_text
 from nanogpt.export import main, replacing
 from nanogpt.generation import generate
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.pretrained import load_pretrained
 from nanogpt.prompts import Message, find_template
-from nanogpt.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer
+from nanogpt.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer, gpt2_tokenizer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        pipeline,
+    )
 
 SMALL: dict[str, Any] = {"block_size": 64, "n_layer": 3, "n_head": 4, "n_embd": 48}
+LABELS = ["ham", "spam", "né <b>"]
 PROMPT = "def main(argv):\r\n    return 'é😀' <|endoftext|>"
 
 Write = Callable[..., Path]
 
 
-def random_model(config: GPTConfig) -> GPT:
+def random_model(config: GPTConfig, labels: list[str] | None = None) -> GPT:
     """A model whose every tensor, biases and norms too, is random."""
     torch.manual_seed(0)
-    model = GPT(config)
+    model = GPT(config) if labels is None else Classifier(config, len(labels))
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
@@ -47,13 +60,13 @@ def write(tmp_path: Path) -> Write:
         tokenizer: Tokenizer | None = None, *, stage: str = "pretrain", **changes: Any
     ) -> Path:
         tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
-        template = changes.pop("template", None)
+        template, labels = changes.pop("template", None), changes.pop("labels", None)
         config = GPTConfig(**{**SMALL, "vocab_size": tokenizer.vocab_size, **changes})
-        weights = random_model(config).state_dict()
+        weights = random_model(config, labels).state_dict()
         content = {
             "global_step": 1,
             "state_dict": {f"model.{name}": tensor for name, tensor in weights.items()},
-            "nanogpt": record(stage, config, tokenizer, template=template),
+            "nanogpt": record(stage, config, tokenizer, template=template, labels=labels),
         }
         write_checkpoint(content, tmp_path / "last.ckpt")
         return tmp_path / "last.ckpt"
@@ -158,7 +171,6 @@ def test_a_template_travels_as_a_chat_template(name: str, write: Write, tmp_path
         ({"position": "rotary"}, "has position=rotary, which the published GPT-2"),
         ({"norm": "rmsnorm", "bias": False}, "has norm=rmsnorm, which"),
         ({"activation": "relu2", "qk_norm": True}, "has activation=relu2, qk_norm=True, which"),
-        ({"stage": "classify"}, "is a classifier; only language models"),
     ],
 )
 @pytest.mark.parametrize("format_", ["hf", "gguf"])
@@ -221,6 +233,116 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         fail()
     assert out.read_bytes() == b"GGUF, old"
     assert list(tmp_path.iterdir()) == [out]
+
+
+# Classifiers
+
+
+def gpt2() -> Tokenizer:
+    try:
+        return gpt2_tokenizer()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+each_tokenizer = pytest.mark.parametrize("make_tokenizer", [byte_tokenizer, small_bpe, gpt2])
+TEXTS = [
+    "",
+    "spam",
+    " \r\n\t ",
+    "a<|endoftext|>b<|reserved_15|> ",
+    "ÿ! 😀👩‍👩‍👧 naïve é 　\x00",
+    "Win £1000 now!!! " * 40,
+    "!",
+    "x" * 62,
+]
+
+
+@pytest.mark.parametrize(
+    ("make_tokenizer", "bias"),
+    [(byte_tokenizer, True), (byte_tokenizer, False), (small_bpe, True), (gpt2, True)],
+)
+def test_a_pipeline_gives_our_probabilities(
+    make_tokenizer: Callable[[], Tokenizer], bias: bool, write: Write, tmp_path: Path
+) -> None:
+    checkpoint = write(make_tokenizer(), stage="classify", labels=LABELS, bias=bias)
+    assert export(checkpoint, tmp_path / "out") == 0
+    ours = load_checkpoint(checkpoint)
+    assert isinstance(ours.model, Classifier)
+    expected = class_probabilities(ours.model, ours.tokenizer, TEXTS)
+    there: Any = pipeline("text-classification", model=str(tmp_path / "out"), device="cpu")
+    for batch_size in (1, 3, 8):
+        found = there(TEXTS, top_k=None, truncation=True, batch_size=batch_size)
+        by_label = [{row["label"]: row["score"] for row in rows} for rows in found]
+        scores = torch.tensor([[rows[label] for label in LABELS] for rows in by_label])
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+
+
+@each_tokenizer
+def test_texts_are_framed_cut_and_padded_on_the_right(
+    make_tokenizer: Callable[[], Tokenizer], write: Write, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer()
+    export(write(tokenizer, labels=LABELS), tmp_path / "out")
+    there = AutoTokenizer.from_pretrained(tmp_path / "out")
+    batch = there(TEXTS, truncation=True, padding=True)
+    assert batch.keys() == {"input_ids", "attention_mask"}
+    for text, ids, mask in zip(TEXTS, batch["input_ids"], batch["attention_mask"], strict=True):
+        expected, _ = encode_text(tokenizer, text, SMALL["block_size"])
+        n_padding = len(ids) - len(expected)
+        assert ids == expected + [there.pad_token_id] * n_padding, text
+        assert mask == [1] * len(expected) + [0] * n_padding
+    assert all(there.pad_token_id not in tokenizer.encode(text) for text in TEXTS)
+
+
+def test_a_classifier_names_its_classes(write: Write, tmp_path: Path) -> None:
+    export(write(labels=LABELS), tmp_path / "out")
+    theirs: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert type(theirs).__name__ == "GPT2ForSequenceClassification"
+    assert theirs.config.num_labels == 3
+    assert theirs.config.id2label == dict(enumerate(LABELS))
+    assert theirs.config.label2id == {"ham": 0, "spam": 1, "né <b>": 2}
+
+
+@pytest.mark.parametrize("by_transformers", [False, True])
+@each_tokenizer
+def test_a_classifier_reads_back_bit_for_bit(
+    make_tokenizer: Callable[[], Tokenizer], by_transformers: bool, write: Write, tmp_path: Path
+) -> None:
+    checkpoint, out = write(make_tokenizer(), labels=LABELS), tmp_path / "out"
+    export(checkpoint, out)
+    if by_transformers:
+        model: Any = AutoModelForSequenceClassification.from_pretrained(out)
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        out = tmp_path / "saved"
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    ours, back = load_checkpoint(checkpoint), load_pretrained(out)
+    assert isinstance(back, Classifier)
+    assert weights_sha256(back) == weights_sha256(ours.model)
+    start = init_model(out)
+    assert weights_sha256(start.model) == weights_sha256(init_model(checkpoint).model)
+    assert start.tokenizer.fingerprint == ours.tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("format_", "changes", "message"),
+    [
+        ("gguf", {}, "is a classifier, which GGUF has no place for; pass --format hf"),
+        ("hf", {"norm": "rmsnorm", "bias": False}, "has norm=rmsnorm, which the published GPT-2"),
+    ],
+)
+def test_a_classifier_that_the_format_lacks_is_refused(
+    format_: str,
+    changes: dict[str, Any],
+    message: str,
+    write: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert export(write(labels=LABELS, **changes), tmp_path / "out", "--format", format_) == 1
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt"]
 
 
 # GGUF
