@@ -14,6 +14,8 @@
     order.py       which row the training sees at which step: a pure function
     windows.py     rows of a stream as inputs and targets
     module.py      the Lightning data module: batches for every rank, step by step
+    labelled.py, sms_spam.py         examples with labels, a data set or kind of file each
+    splits.py, labelled_module.py    their splits without copies across, and their batches
 
 A new data set is one file here and one YAML in conf/data.
 """
