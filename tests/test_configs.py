@@ -15,6 +15,7 @@ import train
 from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Schedule
+from nanogpt.training.kinds import clear_other_budget
 from nanogpt.training.session import budget_steps
 
 ROOT = Path(__file__).parent.parent
@@ -141,5 +142,5 @@ def test_a_mistake_in_the_command_is_one_sentence(
 def test_a_typed_budget_clears_the_other_one(tmp_path: Path) -> None:
     typed = {"max_steps": 7}
     config = composed("stage=pretrain", "max_steps=7")
-    train.clear_other_budget(config, typed)
+    clear_other_budget(config, typed)
     assert (config["max_steps"], config["max_tokens"]) == (7, None)
