@@ -57,15 +57,13 @@ def check_exportable(checkpoint: Checkpoint, format_: str) -> None:
     config, path = checkpoint.config, checkpoint.path
     if checkpoint.labels is not None and format_ == "gguf":
         raise ValueError(f"{path} is a classifier, which GGUF has no place for; pass --format hf")
-    lacking = [
-        f"{key}={there}"
-        for key, value in GPT2_HAS.items()
-        if (there := getattr(config, key)) != value
-    ]
-    if lacking:
+    wanted = {key: value for key, value in GPT2_HAS.items() if getattr(config, key) != value}
+    if wanted:
+        found = ", ".join(f"{key}={getattr(config, key)}" for key in wanted)
+        switches = " ".join(f"model.{key}={value}".lower() for key, value in wanted.items())
         raise ValueError(
-            f"{path} has {', '.join(lacking)}, which the published GPT-2 and so its formats lack; "
-            f"export a model trained with model=gpt2_small, gpt2_medium, gpt2_large or gpt2_xl"
+            f"{path} has {found}, which the published GPT-2 and so its formats lack; "
+            f"export a model trained with {switches}, as model=gpt2_small has them"
         )
 
 
@@ -94,7 +92,10 @@ def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
             raise FileExistsError(f"{out} exists and is no export; pass another path")
         if not overwrite:
             raise FileExistsError(f"{out} exists; pass another path, or --overwrite")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{out} lies under a file; pass another path") from error
     temporary, old = (out.with_name(f".{out.name}.{ending}") for ending in ("tmp", "old"))
     try:
         _remove(temporary)

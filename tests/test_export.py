@@ -169,6 +169,7 @@ def test_a_template_travels_as_a_chat_template(name: str, write: Write, tmp_path
     ("changes", "message"),
     [
         ({"position": "rotary"}, "has position=rotary, which the published GPT-2"),
+        ({"qk_norm": True}, "export a model trained with model.qk_norm=false, as model=gpt2_small"),
         ({"norm": "rmsnorm", "bias": False}, "has norm=rmsnorm, which"),
         ({"activation": "relu2", "qk_norm": True}, "has activation=relu2, qk_norm=True, which"),
     ],
@@ -218,6 +219,14 @@ def test_what_is_no_export_is_never_overwritten(
     assert export(checkpoint, tmp_path / name, "--format", "gguf", "--overwrite") == 1
     assert "exists and is no export; pass another path" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["last.ckpt/out", "last.ckpt/new/out"])
+def test_a_path_under_a_file_is_refused(
+    name: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(write(), tmp_path / name) == 1
+    assert "lies under a file; pass another path" in capsys.readouterr().err
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
