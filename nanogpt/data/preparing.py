@@ -44,7 +44,7 @@ PATIENCE_S = 1.0
 COMMIT_EVERY_S = 5.0  # at most this much work is done again after a kill
 GZIP_WBITS = 31  # zlib's word for the gzip format
 DECODED_TOKENS = 2**18  # at a time
-GZIPPED_BYTES = 64 * 2**20  # the validation text is gzipped, for comparison, up to this size
+GZIPPED_BYTES = 16 * 2**20  # the validation text is gzipped, for comparison, up to this size
 
 MakeTokenizer = Callable[[Iterable[str]], Tokenizer]
 
