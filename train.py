@@ -312,7 +312,7 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
 
     node = dict(config["classify"])
     layers, weighted = node.pop("layers"), node.pop("class_weights")
-    noise = Noise(node.pop("recase"), node.pop("token_dropout"))  # what is left are the loss's
+    noise = Noise(**{key: node.pop(key) for key in ("recase", "token_split", "token_dropout")})
     block_size = config["model"]["block_size"] if init is None else init.config.block_size
     rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
     splits = build_labelled(config["data"]).splits()

@@ -10,10 +10,16 @@ import pytest
 import torch
 
 from nanogpt.data.labelled import LabelledTexts, read_examples
-from nanogpt.data.labelled_module import LabelledBatch, LabelledDataModule, Noise
+from nanogpt.data.labelled_module import LabelledBatch, LabelledDataModule, Noise, Speller
 from nanogpt.data.sms_spam import SmsSpam
 from nanogpt.data.splits import Example, class_weights, same_text, split
-from nanogpt.tokenizer import byte_tokenizer
+from nanogpt.tokenizer import (
+    BPE_PATTERN,
+    END_OF_TEXT,
+    BytePairTokenizer,
+    bpe_tokenizer,
+    byte_tokenizer,
+)
 
 TOKENIZER = byte_tokenizer()
 EXPECTED = [Example('say "hi"', "yes"), Example("go, now", "no")]
@@ -236,7 +242,7 @@ def test_splits_that_cannot_be_are_one_sentence(
 # Batches
 
 BLOCK_SIZE = 12
-NO_NOISE, HALF = Noise(), Noise(recase=0.5, token_dropout=0.5)
+NO_NOISE, HALF = Noise(), Noise(recase=0.5, token_split=0.5, token_dropout=0.5)
 
 
 def module(
@@ -345,12 +351,46 @@ def test_recasing_writes_its_share_in_small_and_in_capital_letters() -> None:
         ["ONE TWO", "THREE"],
     ]
     rows = [np.array([0, i, 0]) for i in range(3)]
-    drawn = Counter(int(noise.ids(rows, (0, step, 0))[1]) for step in range(2000))
+    speller = Speller.of(TOKENIZER, BLOCK_SIZE)
+    drawn = Counter(int(noise.ids(rows, (0, step, 0), speller)[1]) for step in range(2000))
     assert drawn[0] / 2000 == pytest.approx(0.6, abs=0.05)
     assert drawn[1] / 2000 == pytest.approx(0.2, abs=0.05)
 
 
-@pytest.mark.parametrize("values", [{"recase": 1.5}, {"token_dropout": 1.0}])
+MERGED = bpe_tokenizer(["win now"] * 9, 300)  # "win" and " now" are a token each
+EOT = MERGED.eot_id
+
+
+def spelled(token_split: float, step: int = 0, block_size: int = 100) -> list[int]:
+    ids = np.array([EOT, *MERGED.encode("win now now"), EOT])
+    assert len(ids) == 5
+    speller = Speller.of(MERGED, block_size)
+    return Noise(token_split=token_split).ids([ids], (0, step, 0), speller).tolist()
+
+
+def test_a_split_token_is_spelled_by_the_ids_of_its_bytes() -> None:
+    assert spelled(1.0) == [EOT, *b"win now now", EOT]
+
+
+def test_tokens_are_split_in_their_share_and_keep_the_text() -> None:
+    rows = [spelled(0.25, step) for step in range(500)]
+    assert {MERGED.decode(row) for row in rows} == {"win now now"}
+    assert np.mean([row[1] < 256 for row in rows]) == pytest.approx(0.25, abs=0.06)
+    assert rows == [spelled(0.25, step) for step in range(500)]
+
+
+def test_a_text_too_long_when_split_keeps_its_end() -> None:
+    assert spelled(1.0, block_size=6) == [EOT, *b"win ", EOT]
+
+
+def test_tokens_of_a_table_in_any_order_are_split() -> None:
+    letters = [bytes([i]) for i in reversed(range(256))]
+    tokenizer = BytePairTokenizer("other", BPE_PATTERN, [*letters, b"ab"], [END_OF_TEXT])
+    row, both = np.array([257, 256, 257]), np.array([True, True, True])
+    assert Speller.of(tokenizer, 9).spell(row, both).tolist() == [257, 255 - 97, 255 - 98, 257]
+
+
+@pytest.mark.parametrize("values", [{"recase": 1.5}, {"token_split": -1}, {"token_dropout": 1.0}])
 def test_noise_that_cannot_be_is_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         Noise(**values)

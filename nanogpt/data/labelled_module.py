@@ -32,19 +32,43 @@ class LabelledBatch(TypedDict):
 
 
 @dataclass(frozen=True)
+class Speller:
+    """Spells tokens in single bytes, within rows of block_size ids."""
+
+    spellings: list[np.ndarray]  # of each id; a special token is spelled by itself
+    block_size: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, block_size: int) -> "Speller":
+        tokens = tokenizer.token_bytes()
+        id_of_byte = {token[0]: i for i, token in enumerate(tokens) if len(token) == 1}
+        spelled = ([id_of_byte[byte] for byte in token] for token in tokens)
+        return cls([np.array(ids or [i]) for i, ids in enumerate(spelled)], block_size)
+
+    def spell(self, ids: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """Return the ids with the chosen ones spelled; the last stays where a row gets too long."""
+        parts = [self.spellings[i] if c else [i] for i, c in zip(ids, chosen, strict=True)]
+        return np.append(np.concatenate(parts[:-1])[: self.block_size - 1], ids[-1])
+
+
+@dataclass(frozen=True)
 class Noise:
     """How training texts are varied, in other ways at every step.
 
-    `recase` is the share of texts written all in small or all in capital letters, and
-    `token_dropout` the share of tokens left out.
+    `recase` is the share of texts written all in small or all in capital letters, `token_split` the
+    share of tokens spelled in bytes, and `token_dropout` the share of what there then is left out.
     """
 
     recase: float = 0.0
+    token_split: float = 0.0
     token_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.recase <= 1:
-            raise ValueError(f"classify.recase={self.recase} is not a number from 0 to 1")
+        for name in ("recase", "token_split"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"classify.{name}={getattr(self, name)} is not a number from 0 to 1"
+                )
         if not 0 <= self.token_dropout < 1:
             raise ValueError(
                 f"classify.token_dropout={self.token_dropout} is not a number from 0 up to 1"
@@ -60,14 +84,21 @@ class Noise:
         )
         return [list(examples), small, capital]
 
-    def ids(self, writings: Sequence[np.ndarray], key: tuple[int, ...]) -> np.ndarray:
-        """Return the ids of one of a text's writings, some left out: a pure function of the key."""
-        if not (self.recase or self.token_dropout):
+    def ids(
+        self, writings: Sequence[np.ndarray], key: tuple[int, ...], speller: Speller
+    ) -> np.ndarray:
+        """Return the ids of one of a text's writings, some of them spelled and some left out.
+
+        It is a pure function of the key.
+        """
+        if not (self.recase or self.token_split or self.token_dropout):
             return writings[0]
         random = np.random.default_rng(key)
         place = random.random()
         which = 0 if place >= self.recase else 1 + int(place < self.recase / 2)
         ids = writings[which]
+        if self.token_split:
+            ids = speller.spell(ids, random.random(len(ids)) < self.token_split)
         kept = random.random(len(ids)) >= self.token_dropout
         kept[0] = kept[-1] = True
         return ids[kept]
@@ -133,6 +164,7 @@ class LabelledDataModule(StepDataModule):
         self.val_texts = EncodedTexts.of(splits.val, labels, tokenizer, block_size)
         self.class_weights = np.array(class_weights)
         self.noise = noise
+        self.speller = Speller.of(tokenizer, block_size)
         self.seed = seed
         self.order = RowOrder(len(splits.train), seed, splits.fingerprint)
         n_cut = self.train_texts.n_cut + self.val_texts.n_cut
@@ -149,6 +181,7 @@ class LabelledDataModule(StepDataModule):
             self.order,
             share,
             self.noise,
+            self.speller,
             self.seed,
         )
 
@@ -182,13 +215,14 @@ class _LabelledSteps(Dataset[list[LabelledBatch]]):
     order: RowOrder
     share: Share
     noise: Noise
+    speller: Speller
     seed: int
 
     def __getitem__(self, step: int) -> list[LabelledBatch]:
         examples = self.order.rows_of_step(step, self.share.rows_per_step)
         seed = self.seed % 2**64
         rows = [
-            self.noise.ids(self.writings[i], (seed, step, place))
+            self.noise.ids(self.writings[i], (seed, step, place), self.speller)
             for place, i in enumerate(examples)
         ]
         labels = self.labels[examples]
