@@ -27,6 +27,7 @@ OPTIONS = (
     "model.n_head=2",
     "model.n_embd=16",
     "model.zero_init=false",
+    "model.dropout=0",
     "tokens_per_step=128",
     "max_steps=12",
     "threads=1",
@@ -136,7 +137,7 @@ def test_two_ranks_reach_what_one_does(tiny: list[str], tmp_path: Path, command:
     runs = [losses(tmp_path / "runs" / name) for name in ("one", "two")]
     for one, other in zip(*runs, strict=True):
         for a, b in zip(one, other, strict=True):
-            assert a == b == "" or abs(float(a) - float(b)) < 1e-5
+            assert a == b == "" or abs(float(a) - float(b)) < 1e-4  # sums in another order
 
 
 def test_a_head_on_a_frozen_model_leaves_the_model_as_it_was(
