@@ -1,0 +1,118 @@
+"""One line of JSON for each request and event, with the request's id and without its text."""
+
+import json
+import logging
+import re
+import secrets
+import sys
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.api import errors
+from serving.api.metrics import Metrics
+
+access = logging.getLogger("nanogpt.access")
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON; `extra={"fields": {...}}` adds fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, timezone.utc)
+        line: dict[str, Any] = {
+            "time": moment.isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def configure() -> None:
+    """Send all logging of this process to standard error as JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for name in ("httpx", "sse_starlette", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class RequestLog:
+    """Give a request its id, answer what nobody caught, and count and log the end of it.
+
+    Routes add to `scope["state"]["log"]` what they know: model, tokens, finish reason.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope))
+        state = scope.setdefault("state", {})
+        state.update(request_id=request_id, log={})
+        status, began = 0, time.monotonic()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        self.metrics.open += 1
+        try:
+            await self._caught(scope, receive, send_with_id, lambda: status != 0)
+        finally:
+            self.metrics.open -= 1
+            seconds = time.monotonic() - began
+            self.metrics.count(scope["method"], _route(scope), status, seconds)
+            self._log(scope, status, seconds)
+
+    async def _caught(self, scope: Scope, receive: Receive, send: Send, started: Any) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except Exception as error:
+            response = errors.of_any(error).response()
+            if not started():
+                await response(scope, receive, send)
+
+    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+        state = scope["state"]
+        fields = {
+            "request_id": state["request_id"],
+            "method": scope["method"],
+            "path": scope["path"][:200],
+            "status": status,
+            "duration_ms": round(seconds * 1e3, 1),
+            "client": (scope.get("client") or ("",))[0],
+            "key": state.get("key", "")[:8],
+            **state["log"],
+        }
+        quiet = scope["path"] in ("/health", "/ready", "/metrics") and status < 400
+        level = logging.DEBUG if quiet else logging.INFO
+        access.log(
+            level, "%s %s %d", scope["method"], fields["path"], status, extra={"fields": fields}
+        )
+
+
+def _request_id(headers: Headers) -> str:
+    """Return the client's id for the request where it is harmless, else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if _SANE_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+
+
+def _route(scope: Scope) -> str:
+    """Return the route's pattern, so that there are only so many labels of a metric."""
+    return getattr(scope.get("route"), "path", "unknown")
