@@ -32,6 +32,7 @@ class Settings:
     """
 
     models: str = "runs"
+    runs_dir: str = "runs"  # where a run's name is looked up
     default_model: str | None = None  # null: the newest
     device: str = "auto"
     dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
@@ -50,8 +51,8 @@ class SamplingParams:
     """How tokens are chosen. A temperature of 0 takes the likeliest; seed and place key the draw.
 
     Narrowed in this order: penalties and bias, temperature, top_k, top_p, min_p. With `logprobs`
-    each token comes with its log-probability and with those of that many likeliest tokens (0 or
-    more): of the model itself, before penalties, bias and temperature.
+    each token comes with its log-probability and with those of that many likeliest tokens (0 to
+    20): of the model itself, before penalties, bias and temperature.
     """
 
     max_tokens: int
@@ -65,7 +66,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # over prompt and answer
     logit_bias: dict[int, float] = field(default_factory=dict)
     stop_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False  # never draw one of stop_ids
+    ignore_eos: bool = False  # go on after stop_ids, as if there were none
     logprobs: int | None = None
 
 
@@ -135,7 +136,9 @@ class Hello:
 class Tokens:
     """The next tokens of an answer. A token that ends it (stop_ids) is not among them.
 
-    Where asked for: each token's log-probability, and the likeliest tokens in its place.
+    Where asked for: each token's log-probability, and the likeliest tokens in its place. The first
+    ones say how much of the prompt was not computed again, as a stop string may end the answer
+    before there is a Finished.
     """
 
     request_id: str
@@ -143,6 +146,7 @@ class Tokens:
     logprobs: list[float] | None = None
     top_ids: list[list[int]] | None = None
     top_logprobs: list[list[float]] | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True)
