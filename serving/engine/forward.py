@@ -2,13 +2,15 @@
 
 A step computes rows: one for each sequence that writes, many for one that is read in. A row's
 result depends on its own sequence only, bit for bit. Matrix products give a row the same bits
-whatever stands beside it once there are enough rows (`smallest_batch` finds how many; below, on
-CPUs in fp32, other kernels are used). Attention is computed for each sequence apart, over its own
+whatever stands beside it where the number of rows is a multiple of what `row_multiple` finds (CPU
+kernels in fp32 compute by fours and divide rows among threads; what is left over goes another way).
+Attention is computed for each sequence apart, over its own
 context rounded up to whole blocks, so that reading and writing a token add in the same order.
 
 Shapes: R rows, C channels, H heads, D head size, T context, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,8 +23,10 @@ from nanogpt.classifier import Classifier
 from nanogpt.model import GPT, NORM_EPSILON, Block, rotary_angles, rotate
 
 CONTEXT_BLOCK = 64  # tokens; attention reads whole blocks
-LARGEST_PROBE = 64  # rows
-PROBES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32)
+MULTIPLES = (1, 2, 4, 8, 16, 32)  # of rows
+PROBES = (1, 2, 3, 4, 5, 7, 8, 13)  # how many of a multiple are tried
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,19 +56,32 @@ class Forward:
         self.head: Callable[[Tensor], Tensor] = model.head
         if int8:
             self.model, self.head = with_int8_weights(model)
-        self.min_rows = self._smallest_batch()
+        every = torch.arange(self.config.block_size, device=self.device)
+        self.rotations = rotary_angles(every, self.config.n_embd // self.config.n_head)
+        self.row_multiple = self._row_multiple()
 
-    def _smallest_batch(self) -> int:
-        first, row = self.model.h[0], self.model.wte.weight[0]
+    def _row_multiple(self) -> int:
+        first, row = self.model.h[0], self.model.wte.weight[0].to(self.dtype)
         assert isinstance(first, Block)
-        wide = row.repeat(4)
         maps: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
             (first.attn.c_attn, row),
+            (first.attn.c_proj, row),
             (first.mlp.c_fc, row),
-            (first.mlp.c_proj, wide),
+            (first.mlp.c_proj, row.repeat(4)),
             (self.head, row),
+            *((self._gathering(n), row) for n in {CONTEXT_BLOCK, self.config.block_size}),
         ]
-        return max(smallest_batch(linear, like) for linear, like in maps)
+        return max(row_multiple(compute, like) for compute, like in maps)
+
+    def _gathering(self, n_context: int) -> Callable[[Tensor], Tensor]:
+        """Return attention over some context as a function of queries (R, C)."""
+        n_head = self.config.n_head
+        head_size = self.config.n_embd // n_head
+        generator = torch.Generator().manual_seed(1)
+        random = torch.randn(2, n_head, n_context, head_size, generator=generator)
+        keys, values = random.to(self.cache)  # (H, T, D) each
+        hidden = torch.zeros(1, n_context, dtype=torch.bool, device=self.device)
+        return lambda x: gather(x.view(-1, n_head, head_size), keys, values, hidden).flatten(1)
 
     @torch.inference_mode()
     def hidden_states(self, spans: list[Span]) -> Tensor:
@@ -78,8 +95,7 @@ class Forward:
         if self.config.position == "learned":
             x = x + self._padded(self.model.wpe(positions).to(self.dtype))
         else:
-            head_size = self.config.n_embd // self.config.n_head
-            rotation = rotary_angles(F.pad(positions, (0, len(x) - len(ids))), head_size)
+            rotation = self.rotations[:, F.pad(positions, (0, len(x) - len(ids)))]
         for layer, block in enumerate(self.model.h):
             assert isinstance(block, Block)
             qkv = self._qkv(block, block.ln_1(x), rotation)
@@ -121,16 +137,9 @@ class Forward:
         y = torch.zeros_like(q)
         for piece in pieces:
             keys, values = self.cache[layer, :, piece.slot, :, : piece.n_context]  # (H, T, D) each
-            y[piece.rows] = self._gather(q[piece.rows], keys, values, piece.hidden)
+            own, hidden = self._padded(q[piece.rows]), self._padded(piece.hidden)
+            y[piece.rows] = gather(own, keys, values, hidden)[: len(piece.hidden)]
         return y.flatten(1)
-
-    def _gather(self, q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
-        """Return softmax(q k^T / sqrt(D)) v (rows, H, D) of queries (rows, H, D)."""
-        n_rows = len(q)
-        q, hidden = self._padded(q).transpose(0, 1), self._padded(hidden)  # (H, rows, D)
-        scores = torch.bmm(q, keys.transpose(1, 2)).float() * q.size(-1) ** -0.5  # (H, rows, T)
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(values.dtype)
-        return torch.bmm(weights, values).transpose(0, 1)[:n_rows]
 
     def _pieces(self, spans: list[Span]) -> list[_Piece]:
         pieces, row = [], 0
@@ -147,24 +156,35 @@ class Forward:
         return pieces
 
     def _padded(self, x: Tensor) -> Tensor:
-        n_missing = self.min_rows - len(x)
-        return x if n_missing <= 0 else torch.cat((x, x.new_zeros(n_missing, *x.shape[1:])))
+        n_missing = -len(x) % self.row_multiple
+        return x if n_missing == 0 else torch.cat((x, x.new_zeros(n_missing, *x.shape[1:])))
 
     def _column(self, values: list[int]) -> Tensor:
         return torch.tensor(values, device=self.device)
 
 
-@torch.inference_mode()
-def smallest_batch(linear: Callable[[Tensor], Tensor], like: Tensor) -> int:
-    """Return how many rows it takes for a product to give a row the same bits in any batch.
+def gather(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v (R, H, D) of queries (R, H, D) over keys (H, T, D)."""
+    scores = torch.bmm(q.transpose(0, 1), keys.transpose(1, 2)).float()  # (H, R, T)
+    scores = (scores * q.size(-1) ** -0.5).masked_fill(hidden, -torch.inf)
+    return torch.bmm(scores.softmax(-1).to(values.dtype), values).transpose(0, 1)
 
-    Found by trying on rows such as `like` (C,): each size from there on agrees with a large one.
+
+@torch.inference_mode()
+def row_multiple(compute: Callable[[Tensor], Tensor], like: Tensor) -> int:
+    """Return the number of rows whose multiples all get the same bits from a computation.
+
+    Found by trying on rows such as `like` (C,).
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(LARGEST_PROBE, len(like), generator=generator).to(like)
-    among_many = linear(x)
-    differing = [n for n in PROBES if not linear(x[-n:]).equal(among_many[-n:])]
-    return min((n for n in PROBES if n > max(differing, default=0)), default=LARGEST_PROBE)
+    x = torch.randn(MULTIPLES[-1] * 4, len(like), generator=generator).to(like)
+    among_many = compute(x)
+    for multiple in MULTIPLES:
+        sizes = [multiple * n for n in PROBES if multiple * n <= len(x)]
+        if all(compute(x[-size:]).equal(among_many[-size:]) for size in sizes):
+            return multiple
+    log.warning("no number of rows makes rows the same in any batch: answers may differ")
+    return MULTIPLES[-1]
 
 
 class Int8Linear(nn.Module):

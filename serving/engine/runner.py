@@ -84,7 +84,7 @@ class Runner:
         return len(gone)
 
     def _isolated(self, compute: Callable, items: list, events: list[Event]) -> Iterator:
-        """Yield what `compute` makes of all items; where it raises, of each alone or its failure."""
+        """Yield what `compute` makes of all items; where it raises, of each alone, or a failure."""
         if not items:
             return
         try:

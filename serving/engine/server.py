@@ -13,9 +13,11 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from serving.engine.client import SECRET_VARIABLE, read_frame
 from serving.engine.engine import Engine
@@ -34,6 +36,7 @@ class Server:
         self.settings, self.address, self.secret = settings, address, secret
         self.engine = Engine(settings, self._tell)
         self.front_ends: set[asyncio.StreamWriter] = set()
+        self.talks: set[asyncio.Task[Any]] = set()
 
     async def serve(self) -> None:
         """Serve until the engine has drained."""
@@ -49,8 +52,10 @@ class Server:
         listening.close()
         for writer in list(self.front_ends):
             with suppress(ConnectionError):
-                await writer.drain()
+                await asyncio.wait_for(writer.drain(), 1)
             writer.close()
+        if self.talks:
+            await asyncio.wait(self.talks, timeout=1)
 
     async def _listen(self) -> asyncio.Server:
         kind, _, rest = self.address.partition(":")
@@ -63,6 +68,9 @@ class Server:
         return await asyncio.start_server(self._talk, host, int(port))
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.talks.add(task)
         try:
             await self._greet(reader, writer)
             while True:
@@ -73,6 +81,7 @@ class Server:
         except Exception:  # a frame that is none: this front end's fault alone
             log.exception("a front end was cut off")
         finally:
+            self.talks.discard(task)
             self.front_ends.discard(writer)
             self.engine.post(partial(self.engine.leave, writer))
             writer.close()
@@ -115,18 +124,19 @@ class Server:
         self.engine.post(self.engine.drain)
 
     def _end_with_parent(self) -> None:
-        sys.stdin.buffer.read()
+        while os.read(sys.stdin.fileno(), 1024):  # a raw read holds no lock when we exit
+            pass
         self._drain()
 
 
-async def _in_thread(work: "partial[None] | object", name: str) -> None:
-    """Run something in a thread of that name; raise what it raises."""
+async def _in_thread(work: Callable[[], None], name: str) -> None:
+    """Run something in a thread of that name that no exit waits for; raise what it raises."""
     loop, done = asyncio.get_running_loop(), asyncio.Event()
     raised: list[BaseException] = []
 
     def run() -> None:
         try:
-            work()  # type: ignore[operator]
+            work()
         except BaseException as error:
             raised.append(error)
         finally:
@@ -146,7 +156,10 @@ def main(address: str, settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     secret = os.environ.get(SECRET_VARIABLE, "")
-    asyncio.run(Server(settings, address, secret).serve())
+    try:
+        asyncio.run(Server(settings, address, secret).serve())
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has ended as asked
 
 
 if __name__ == "__main__":
