@@ -60,6 +60,7 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
         version=nanogpt.__version__,
         lifespan=_lifespan(settings, client),
         redirect_slashes=False,
+        strict_content_type=False,  # Body looks at it
         responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
     )
     errors.install(app)
@@ -70,6 +71,7 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
     app.add_middleware(Body, settings=settings)
     app.add_middleware(Admission, settings=settings)
     app.add_middleware(Auth, keys=ApiKeys(settings.api_keys), insecure=settings.insecure)
+    app.add_middleware(errors.CatchAll)
     app.add_middleware(
         Cors, origins=settings.cors_origins, private_network=settings.cors_private_network
     )

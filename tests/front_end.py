@@ -28,6 +28,12 @@ def generated(engine: FakeEngine) -> list[Generate]:
     return [message for message in engine.requests if isinstance(message, Generate)]
 
 
+def hang_up(engine: FakeEngine) -> None:
+    """Break an engine's connections, from the test's thread."""
+    assert engine._server is not None
+    engine._server.get_loop().call_soon_threadsafe(engine.hang_up)
+
+
 def eventually(true: Any, seconds: float = 10.0) -> bool:
     """Return whether something becomes true before long."""
     end = time.monotonic() + seconds
@@ -57,6 +63,7 @@ def serve(engine: FakeEngine, settings: ApiSettings | None = None) -> Iterator[s
                 await servers[0].serve([listening])
                 await starting
             await client.close()
+            await asyncio.sleep(0.01)  # for the engine to see it
 
     thread = threading.Thread(target=lambda: asyncio.run(run()))
     thread.start()

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.engine.client import EngineError
 from serving.engine.messages import FailureKind
@@ -85,6 +86,28 @@ def of_any(error: Exception) -> ApiError:
         return ApiError(499, "The client left.")  # for the log: nobody reads it
     log.error("a request failed", exc_info=error)
     return ApiError(500, "The server failed on this request; its log says why.")
+
+
+class CatchAll:
+    """Answer what nobody caught, before a header was sent."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def note_start(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note_start)
+        except Exception as error:
+            response = of_any(error).response()
+            if not started:
+                await response(scope, receive, send)
 
 
 def install(app: FastAPI) -> None:

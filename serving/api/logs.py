@@ -12,7 +12,6 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.api import errors
 from serving.api.metrics import Metrics
 
 access = logging.getLogger("nanogpt.access")
@@ -46,7 +45,7 @@ def configure() -> None:
 
 
 class RequestLog:
-    """Give a request its id, answer what nobody caught, and count and log the end of it.
+    """Give a request its id, and count and log the end of it.
 
     Routes add to `scope["state"]["log"]` what they know: model, tokens, finish reason.
     """
@@ -73,20 +72,12 @@ class RequestLog:
 
         self.metrics.open += 1
         try:
-            await self._caught(scope, receive, send_with_id, lambda: status != 0)
+            await self.app(scope, receive, send_with_id)
         finally:
             self.metrics.open -= 1
             seconds = time.monotonic() - began
             self.metrics.count(scope["method"], _route(scope), status, seconds)
             self._log(scope, status, seconds)
-
-    async def _caught(self, scope: Scope, receive: Receive, send: Send, started: Any) -> None:
-        try:
-            await self.app(scope, receive, send)
-        except Exception as error:
-            response = errors.of_any(error).response()
-            if not started():
-                await response(scope, receive, send)
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
         state = scope["state"]
