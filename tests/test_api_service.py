@@ -95,10 +95,10 @@ def test_a_request_is_logged_without_its_text(url: str, caplog: pytest.LogCaptur
 def test_prompts_are_logged_where_that_was_asked_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "nanogpt.access")
     with serve(FakeEngine(f"unix:{tmp_path}/e"), ApiSettings(log_prompts=True)) as url:
-        with caplog.at_level(logging.INFO, "nanogpt.access"):
-            httpx.post(f"{url}/v1/completions", json={"prompt": "a secret", "max_tokens": 1})
-            assert eventually(lambda: caplog.records)
+        httpx.post(f"{url}/v1/completions", json={"prompt": "a secret", "max_tokens": 1})
+        assert eventually(lambda: caplog.records)
     assert any(getattr(r, "fields", {}).get("prompts") == ["a secret"] for r in caplog.records)
 
 
