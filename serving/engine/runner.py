@@ -203,12 +203,15 @@ class Runner:
 
 
 def _tokens(sequence: Sequence, chosen: Chosen) -> Tokens:
+    is_first = len(sequence.ids) == sequence.n_prompt + 1
+    cached_tokens = sequence.n_cached if is_first else None
     if chosen.logprob is None:
-        return Tokens(sequence.request_id, [chosen.token])
+        return Tokens(sequence.request_id, [chosen.token], cached_tokens=cached_tokens)
     return Tokens(
         sequence.request_id,
         [chosen.token],
         [chosen.logprob],
         [chosen.top_ids],
         [chosen.top_logprobs],
+        cached_tokens,
     )
