@@ -13,7 +13,7 @@ Shapes: R rows, C channels, H heads, D head size, T context, V vocabulary.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,18 @@ class Span:
     slot: int
     start: int
     ids: list[int]
+
+
+class Computes(Protocol):
+    """What a runner asks of a forward pass."""
+
+    device: torch.device
+
+    def hidden_states(self, spans: list[Span]) -> Tensor: ...
+
+    def logits(self, hidden_states: Tensor) -> Tensor: ...
+
+    def class_probabilities(self, hidden_states: Tensor) -> Tensor: ...
 
 
 class _Piece(NamedTuple):

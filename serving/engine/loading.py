@@ -5,11 +5,13 @@ import os
 import time
 
 import torch
+from torch import Tensor
 
 from nanogpt.checkpoint import load_checkpoint
-from nanogpt.model import GPTConfig
+from nanogpt.model import GPT, GPTConfig
+from serving.engine import native
 from serving.engine.counters import Counters
-from serving.engine.forward import Forward
+from serving.engine.forward import Computes, Forward
 from serving.engine.messages import Settings
 from serving.engine.registry import Entry
 from serving.engine.runner import Runner
@@ -29,17 +31,26 @@ def load_runner(entry: Entry, settings: Settings, counters: Counters) -> Runner:
     dtype = choose_dtype(settings.dtype, device)
     checkpoint = load_checkpoint(entry.path, device=device)
     precision = torch.float32 if dtype == "fp32" else torch.bfloat16
-    model = checkpoint.model.requires_grad_(False).to(precision)
+    model = checkpoint.model.requires_grad_(False)
     slots = Slots(
         checkpoint.config,
         count_slots(checkpoint.config, precision, settings, device),
         precision,
         device,
     )
-    forward = Forward(model, slots.cache, int8=dtype == "int8")
+    forward = make_forward(model, slots.cache, dtype)
     scheduler = Scheduler(slots, settings.chunk_tokens)
     log.info("loaded %s (%s) in %.1f s", entry.id, dtype, time.monotonic() - started)
     return Runner(entry.id, entry.revision, checkpoint, dtype, forward, scheduler, counters)
+
+
+def make_forward(model: GPT, cache: Tensor, dtype: str) -> Computes:
+    """Return the fastest forward pass that there is for a model here."""
+    if native.supported(model, dtype, cache.device):
+        forward = native.NativeForward(model, cache, dtype)
+        model.to("meta")  # its weights are packed: free the others
+        return forward
+    return Forward(model.to(cache.dtype), cache, int8=dtype == "int8")
 
 
 def choose_device(device: str) -> torch.device:

@@ -12,7 +12,7 @@ from torch import Tensor
 from nanogpt.checkpoint import Checkpoint
 from serving.engine import sampling
 from serving.engine.counters import Counters
-from serving.engine.forward import Forward, Span
+from serving.engine.forward import Computes, Span
 from serving.engine.messages import (
     Classified,
     Failed,
@@ -49,7 +49,7 @@ class Runner:
     revision: str
     checkpoint: Checkpoint
     dtype: str
-    forward: Forward
+    forward: Computes
     scheduler: Scheduler
     counters: Counters
     used: float = 0.0  # when it was asked last

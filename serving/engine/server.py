@@ -23,6 +23,7 @@ from serving.engine.client import SECRET_VARIABLE, read_frame
 from serving.engine.engine import Engine
 from serving.engine.messages import Hello, Message, Settings, to_frame
 from serving.engine.runner import Event
+from serving.logs import configure
 
 MAX_UNSENT_BYTES = 64 * 2**20  # a front end that does not read is cut off
 
@@ -154,7 +155,7 @@ def main(address: str, settings: Settings) -> None:
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    configure()
     secret = os.environ.get(SECRET_VARIABLE, "")
     try:
         asyncio.run(Server(settings, address, secret).serve())
