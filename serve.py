@@ -31,11 +31,15 @@ ROOT = Path(__file__).parent
 CONF = ROOT / "conf"
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
+composed: list[DictConfig] = []
+
 
 def main(arguments: Sequence[str]) -> int:
     """Compose the configuration and become the server; return the exit code where that fails."""
     try:
         compose()
+        for cfg in composed:  # none, where help was asked for
+            become_server(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     except KeyboardInterrupt:
         return INTERRUPTED
     except FileNotFoundError as error:
@@ -49,8 +53,12 @@ def main(arguments: Sequence[str]) -> int:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="serve")
 def compose(cfg: DictConfig) -> None:
+    """Keep what was composed; what fails in here, Hydra explains in its own way."""
+    composed.append(cfg)
+
+
+def become_server(config: Mapping[str, Any]) -> None:
     """Replace this process by the server, which has no use for Hydra."""
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     variables = to_variables(config)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     sys.stdout.flush()

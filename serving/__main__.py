@@ -107,11 +107,21 @@ def run(binding: Binding, settings: ApiSettings, listening: socket.socket) -> No
         if not server.started:
             raise OSError("the server could not start; its log says why")
         return
+    with shared_engine():
+        Multiprocess(config, [listening]).run()
+
+
+@contextlib.contextmanager
+def shared_engine() -> Iterator[None]:
+    """Let all front ends find one engine: the one that the environment names, or a new one."""
+    if os.environ.get(ENGINE_VARIABLE):
+        yield
+        return
     engine = EngineProcess(engine_settings(os.environ))
-    os.environ |= {ENGINE_VARIABLE: engine.address, SECRET_VARIABLE: engine.secret}
+    os.environ.update({ENGINE_VARIABLE: engine.address, SECRET_VARIABLE: engine.secret})
     engine.start()
     try:
-        Multiprocess(config, [listening]).run()
+        yield
     finally:
         engine.stop()
 

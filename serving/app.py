@@ -31,13 +31,14 @@ from serving.api.auth import ApiKeys, Auth
 from serving.api.cors import Cors
 from serving.api.front_end import FrontEnd, json_response
 from serving.api.limits import Admission, Body
-from serving.api.logs import RequestLog, configure
+from serving.api.logs import RequestLog
 from serving.api.metrics import Metrics
 from serving.api.models import Catalogue
 from serving.api.schemas import ErrorAnswer
 from serving.api.settings import ApiSettings
 from serving.engine.client import EngineClient, EngineProcess
 from serving.engine.messages import Settings
+from serving.logs import configure
 
 ENGINE_VARIABLE = "NANOGPT_ENGINE"
 STATIC = Path(__file__).parent / "static"

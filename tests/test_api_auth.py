@@ -79,7 +79,7 @@ def test_a_preflight_needs_no_key(url: str) -> None:
 
 def test_prefixes_are_reused_for_one_key_only(url: str, engine: FakeEngine) -> None:
     for key in (KEY, "sk-schlüssel"):
-        headers = {"X-API-Key": key.encode()}
+        headers = [(b"X-API-Key", key.encode())]
         httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, headers=headers)
     first, second = (request.cache_scope for request in generated(engine)[-2:])
     assert first

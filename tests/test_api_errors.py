@@ -84,7 +84,7 @@ def test_a_missing_content_type_is_json(url: str) -> None:
 def test_a_body_that_is_too_large_is_refused(url: str, chunked: bool) -> None:
     body = b'{"prompt": "' + b"x" * 2000 + b'"}'
     content = iter([body[:500], body[500:]]) if chunked else body
-    answer = httpx.post(f"{url}/v1/completions", content=content, headers=JSON)  # type: ignore[arg-type]
+    answer = httpx.post(f"{url}/v1/completions", content=content, headers=JSON)
     assert answer.status_code == 413
     error_of(answer)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serving.api.logs import JsonFormatter
 from serving.api.settings import ApiSettings
+from serving.logs import JsonFormatter
 from tests.fake_engine import FakeEngine
 from tests.front_end import eventually, hang_up, says, serve
 

@@ -1,13 +1,9 @@
-"""One line of JSON for each request and event, with the request's id and without its text."""
+"""One line of the log for each request, with the request's id and without its text."""
 
-import json
 import logging
 import re
 import secrets
-import sys
 import time
-from datetime import datetime, timezone
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,32 +12,6 @@ from serving.api.metrics import Metrics
 
 access = logging.getLogger("nanogpt.access")
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-
-class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON; `extra={"fields": {...}}` adds fields."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        moment = datetime.fromtimestamp(record.created, timezone.utc)
-        line: dict[str, Any] = {
-            "time": moment.isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-def configure() -> None:
-    """Send all logging of this process to standard error as JSON."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    for name in ("httpx", "sse_starlette", "asyncio"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class RequestLog:

@@ -24,6 +24,7 @@ typedef uint16_t bf16;
 enum Dtype { FP32 = 0, BF16 = 1, INT8 = 2 };
 constexpr int PANEL = 64;  // outputs
 constexpr int GROUP = 64;  // inputs that share an int8 scale
+constexpr int INPUT_BYTES = 32768;  // of a panel at a time: what the nearest cache holds
 constexpr float EPSILON = 1e-5f;
 
 extern "C" {
@@ -236,18 +237,6 @@ inline void tile8(const bf16* x, int64_t stride, const uint8_t* w, const bf16* s
 }
 #endif
 
-template <int M, class Finish>
-inline void finish_tile(v16 (&sums)[M][4], const Matrix& matrix, int row, int panel,
-                        const Finish& finish) {
-    for (int j = 0; j < 4; j++) {
-        const int n = panel * PANEL + 16 * j;
-        if (n >= matrix.n) return;
-        v16 bias = matrix.bias ? load(matrix.bias + n) : v16{};
-        for (int m = 0; m < M; m++) finish(row + m, n, sums[m][j] + bias);
-    }
-}
-
-// Call f.template operator()<M>(row) for tiles of at most `largest` rows.
 template <class F>
 inline void for_tiles(int rows, const F& f) {
     int row = 0;
@@ -277,58 +266,81 @@ struct Share {  // a thread's part of n things
     }
 };
 
-template <class Finish>
-void product(Dtype, const Matrix& matrix, const float* x, int rows, const Finish& finish) {
-    const Share share((matrix.n + PANEL - 1) / PANEL);
+// Add inputs [from, to) of a panel to the sums (R, 4) of all rows.
+
+void add_inputs(Dtype, const Matrix& matrix, int panel, const float* x, int rows, int from, int to,
+                v16* sums, bf16*) {
     const int k = matrix.k;
-    for (int panel = share.first; panel < share.last; panel++) {
-        const float* w = (const float*)matrix.weights + int64_t(panel) * PANEL * k;
-        for_tiles(rows, [&](auto m, int row) {
-            v16 sums[m()][4] = {};
-            tile<m()>(x + int64_t(row) * k, k, w, k, sums);
-            finish_tile<m()>(sums, matrix, row, panel, finish);
-        });
-    }
+    const float* w = (const float*)matrix.weights + (int64_t(panel) * k + from) * PANEL;
+    for_tiles(rows, [&](auto m, int row) {
+        auto& own = *(v16(*)[m()][4])(sums + row * 4);
+        v16 local[m()][4];
+        memcpy(local, own, sizeof local);
+        tile<m()>(x + int64_t(row) * k + from, k, w, to - from, local);
+        memcpy(own, local, sizeof local);
+    });
 }
 
-template <class Finish>
-void product(Dtype dtype, const Matrix& matrix, const bf16* x, int rows, const Finish& finish) {
+void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const bf16* x, int rows, int from,
+                int to, v16* sums, bf16* wide) {
 #ifdef NARROW
-    const Share share((matrix.n + PANEL - 1) / PANEL);
     const int k = matrix.k;
-    std::vector<bf16> wide(dtype == INT8 && rows > 2 ? int64_t(PANEL) * k : 0);
-    for (int panel = share.first; panel < share.last; panel++) {
-        if (dtype == BF16) {
-            const bf16* w = (const bf16*)matrix.weights + int64_t(panel) * PANEL * k;
-            for_tiles(rows, [&](auto m, int row) {
-                v16 sums[m()][4] = {};
-                tile<m()>(x + int64_t(row) * k, k, w, k, sums);
-                finish_tile<m()>(sums, matrix, row, panel, finish);
-            });
-            continue;
-        }
-        const uint8_t* w = (const uint8_t*)matrix.weights + int64_t(panel) * PANEL * k;
-        const bf16* scales = matrix.scales + int64_t(panel) * PANEL * (k / GROUP);
-        if (rows > 2) {
-            const Widener widen;
-            for (int64_t i = 0; i < int64_t(PANEL) * k; i += 64) {
-                __m512i first, second;
-                widen(w + i, first, second);
-                _mm512_storeu_si512(wide.data() + i, first);
-                _mm512_storeu_si512(wide.data() + i + 32, second);
-            }
-        }
-        for_small_tiles(rows, [&](auto m, int row) {
-            v16 sums[m()][4] = {};
-            const bf16* own = x + int64_t(row) * k;
-            if (rows > 2)
-                tile8<m()>(own, k, wide.data(), scales, k, sums);
-            else
-                tile8<m()>(own, k, w, scales, k, sums);
-            finish_tile<m()>(sums, matrix, row, panel, finish);
+    const int64_t at = (int64_t(panel) * k + from) * PANEL;
+    if (dtype == BF16) {
+        const bf16* w = (const bf16*)matrix.weights + at;
+        for_tiles(rows, [&](auto m, int row) {
+            auto& own = *(v16(*)[m()][4])(sums + row * 4);
+            v16 local[m()][4];
+            memcpy(local, own, sizeof local);
+            tile<m()>(x + int64_t(row) * k + from, k, w, to - from, local);
+            memcpy(own, local, sizeof local);
         });
+        return;
     }
+    const uint8_t* w = (const uint8_t*)matrix.weights + at;
+    const bf16* scales = matrix.scales + (int64_t(panel) * k + from) / GROUP * PANEL;
+    const bool widened = rows > 2;
+    if (widened) {
+        const Widener widen;
+        for (int64_t i = 0; i < int64_t(to - from) * PANEL; i += 64) {
+            __m512i first, second;
+            widen(w + i, first, second);
+            _mm512_storeu_si512(wide + i, first);
+            _mm512_storeu_si512(wide + i + 32, second);
+        }
+    }
+    for_small_tiles(rows, [&](auto m, int row) {
+        auto& own = *(v16(*)[m()][4])(sums + row * 4);
+        v16 local[m()][4];
+        memcpy(local, own, sizeof local);
+        const bf16* inputs = x + int64_t(row) * k + from;
+        if (widened)
+            tile8<m()>(inputs, k, wide, scales, to - from, local);
+        else
+            tile8<m()>(inputs, k, w, scales, to - from, local);
+        memcpy(own, local, sizeof local);
+    });
 #endif
+}
+
+// Give `finish` the outputs of all rows, 16 at a time: this thread's share of the panels.
+template <class A, class Finish>
+void product(Dtype dtype, const Matrix& matrix, const A* x, int rows, const Finish& finish) {
+    const int block = rows <= 6 ? matrix.k : INPUT_BYTES / int(sizeof(A)) / PANEL;
+    const Share share((matrix.n + PANEL - 1) / PANEL);
+    std::vector<v16> sums(int64_t(rows) * 4);
+    std::vector<bf16> wide(dtype == INT8 && rows > 2 ? int64_t(PANEL) * block : 0);
+    for (int panel = share.first; panel < share.last; panel++) {
+        std::fill(sums.begin(), sums.end(), v16{});
+        for (int from = 0; from < matrix.k; from += block)
+            add_inputs(dtype, matrix, panel, x, rows, from, std::min(from + block, matrix.k),
+                       sums.data(), wide.data());
+        for (int r = 0; r < rows; r++)
+            for (int n = panel * PANEL, j = 0; j < 4 && n < matrix.n; j++, n += 16) {
+                v16 bias = matrix.bias ? load(matrix.bias + n) : v16{};
+                finish(r, n, sums[r * 4 + j] + bias);
+            }
+    }
 }
 
 // Attention of one row and head over the first n keys and values (n, D).
