@@ -80,6 +80,9 @@ inline void store(bf16* p, v16 x) {
 }
 
 inline float sum(v16 x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#endif
     for (int width = 8; width; width /= 2)
         for (int i = 0; i < width; i++) x[i] += x[i + width];
     return x[0];
@@ -343,35 +346,49 @@ void product(Dtype dtype, const Matrix& matrix, const A* x, int rows, const Fini
     }
 }
 
-// Attention of one row and head over the first n keys and values (n, D).
-template <class KV>
-void attend(const float* q, const KV* keys, const KV* values, int n, int d, float* scores,
-            float* y) {
+// Attention of one row and head over the first n keys and values (n, D); D is 16 * PARTS.
+template <int PARTS, class KV>
+void attend(const float* q, const KV* keys, const KV* values, int n, float* scores, float* y) {
+    constexpr int d = 16 * PARTS;
     const float scale = 1.0f / std::sqrt(float(d));
-    float largest = -INFINITY;
+    v16 query[PARTS], largest = all(-INFINITY), total{}, sums[PARTS] = {};
+    for (int j = 0; j < PARTS; j++) query[j] = load(q + 16 * j) * scale;
     for (int t = 0; t < n; t++) {
         v16 products{};
-        for (int i = 0; i < d; i += 16) products += load(q + i) * load(keys + int64_t(t) * d + i);
-        scores[t] = sum(products) * scale;
-        largest = scores[t] > largest || scores[t] != scores[t] ? scores[t] : largest;
+        for (int j = 0; j < PARTS; j++) products += query[j] * load(keys + t * d + 16 * j);
+        scores[t] = sum(products);
     }
     for (int t = n; t % 16; t++) scores[t] = -INFINITY;
-    v16 total{};
     for (int t = 0; t < n; t += 16) {
-        v16 s = load(scores + t), e = exponential(s - largest);
+        v16 s = load(scores + t);
+        largest = s > largest ? s : largest;
+    }
+    float top = largest[0];
+    for (int i = 1; i < 16; i++) top = std::max(top, float(largest[i]));
+    for (int t = 0; t < n; t += 16) {
+        v16 s = load(scores + t), e = exponential(s - top);
         e = s == -INFINITY ? v16{} : e;
         store(scores + t, e);
         total += e;
     }
     const float inverse = 1.0f / sum(total);
-    for (int i = 0; i < d; i += 64) {
-        const int parts = std::min(4, (d - i) / 16);
-        v16 sums[4] = {};
-        for (int t = 0; t < n; t++) {
-            const KV* v = values + int64_t(t) * d + i;
-            for (int j = 0; j < parts; j++) sums[j] += scores[t] * load(v + 16 * j);
-        }
-        for (int j = 0; j < parts; j++) store(y + i + 16 * j, sums[j] * inverse);
+    for (int t = 0; t < n; t++)
+        for (int j = 0; j < PARTS; j++) sums[j] += scores[t] * load(values + t * d + 16 * j);
+    for (int j = 0; j < PARTS; j++) store(y + 16 * j, sums[j] * inverse);
+}
+
+template <class KV>
+void attend(const float* q, const KV* keys, const KV* values, int n, int d, float* scores,
+            float* y) {
+    switch (d / 16) {
+        case 1: return attend<1>(q, keys, values, n, scores, y);
+        case 2: return attend<2>(q, keys, values, n, scores, y);
+        case 3: return attend<3>(q, keys, values, n, scores, y);
+        case 4: return attend<4>(q, keys, values, n, scores, y);
+        case 5: return attend<5>(q, keys, values, n, scores, y);
+        case 6: return attend<6>(q, keys, values, n, scores, y);
+        case 7: return attend<7>(q, keys, values, n, scores, y);
+        case 8: return attend<8>(q, keys, values, n, scores, y);
     }
 }
 

@@ -27,6 +27,7 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 DTYPES = {"fp32": 0, "bf16": 1, "int8": 2}
 PANEL = GROUP = 64
+HEAD_SIZES = range(16, 129, 16)
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ class NativeForward:
 def supported(model: GPT, dtype: str, device: torch.device) -> bool:
     """Return whether the kernels can be had here, and take this model in this precision."""
     config = model.config
-    fits = config.n_embd % PANEL == 0 and config.n_embd // config.n_head % 16 == 0
+    fits = config.n_embd % PANEL == 0 and config.n_embd // config.n_head in HEAD_SIZES
     if device.type != "cpu" or not fits or os.environ.get("NANOGPT_NO_KERNELS"):
         return False
     library = load_library()

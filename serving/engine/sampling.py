@@ -14,7 +14,7 @@ from torch import Tensor
 
 from serving.engine.messages import MIN_LOGPROB, SamplingParams
 
-CANDIDATES = 256  # likeliest tokens that are sorted; more only where they are not enough
+CANDIDATES = (256, 4096)  # likeliest tokens that are sorted; more only where they do not suffice
 MAX_TOP = 20  # likeliest tokens that can be asked for
 _WORD = 2**64 - 1
 
@@ -39,7 +39,8 @@ class Draw:
     def narrows(self) -> bool:
         """Whether only some of the tokens can be drawn."""
         p = self.params
-        return p.top_k is not None or p.top_p is not None or p.min_p is not None
+        few = p.top_k is not None or (p.top_p is not None and p.top_p < 1)
+        return few or bool(p.min_p)
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ class NotFinite(ValueError):
 @torch.inference_mode()
 def choose(logits: Tensor, draws: list[Draw]) -> list[Chosen | NotFinite]:
     """Return the token of each row of logits (R, V) float32, or why there is none."""
-    likeliest = logits.amax(-1)
-    finite = (likeliest.isfinite() & ~logits.isneginf().all(-1)).tolist()
+    finite = logits.amax(-1).isfinite().tolist()  # false for any that is not a number, too
     adjusted = _adjusted(logits, draws)
     tokens = adjusted.argmax(-1)
     drawn = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
@@ -164,10 +164,13 @@ def _inverse(sums: Tensor, draws: list[Draw]) -> Tensor:
 
 def _draw_narrowed(logits: Tensor, draws: list[Draw]) -> Tensor:
     weights = _weights(logits, draws)
-    few = min(CANDIDATES, logits.size(-1))
-    tokens, enough = _draw_from(weights, few, draws)
-    for i in (~enough).nonzero()[:, 0].tolist():  # seldom: a flat distribution
-        tokens[i] = _draw_from(weights[i : i + 1], logits.size(-1), draws[i : i + 1])[0][0]
+    tokens = torch.zeros(len(draws), dtype=torch.int64, device=logits.device)
+    rows = list(range(len(draws)))
+    for n in (*CANDIDATES, logits.size(-1)):
+        if rows and n <= logits.size(-1):
+            of_rows, enough = _draw_from(weights[rows], n, [draws[i] for i in rows])
+            tokens[rows] = of_rows
+            rows = [i for i, done in zip(rows, enough.tolist(), strict=True) if not done]
     return tokens
 
 
@@ -188,7 +191,7 @@ def _draw_from(weights: Tensor, n: int, draws: list[Draw]) -> tuple[Tensor, Tens
     total = torch.where(top_k == n_vocab, all_sums[:, -1:], within)
     kept = (ranks < top_k) & ((sums - w < top_p * total) | (ranks == 0)) & (w >= min_p * w[:, :1])
     tail = (sums[:, -1:] >= top_p * total) & (top_p < 1) | (w[:, -1:] < min_p)
-    enough = (top_k <= n) | (top_k == n_vocab) & tail
+    enough = (top_k <= n) | (top_k == n_vocab) & tail  # at n = n_vocab always
     places = _inverse(torch.where(kept, w, 0).cumsum(-1, dtype=torch.float64), draws)
     return best.indices.gather(-1, places[:, None])[:, 0], enough[:, 0]
 
