@@ -56,7 +56,6 @@ class Cors:
             "Access-Control-Allow-Methods": METHODS,
             "Access-Control-Allow-Headers": asked.get("access-control-request-headers", "*"),
             "Access-Control-Max-Age": str(MAX_AGE_S),
-            "Allow": METHODS,
         }
         if self.private_network and "access-control-request-private-network" in asked:
             headers["Access-Control-Allow-Private-Network"] = "true"

@@ -16,10 +16,14 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Integer = Annotated[StrictInt, BeforeValidator(_whole)]
+Whole = BeforeValidator(_whole)  # after the limits, or the OpenAPI document lacks these
+Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**64), Whole]
+Count = Annotated[StrictInt, Field(ge=1), Whole]
+FromZero = Annotated[StrictInt, Field(ge=0), Whole]
+TopK = Annotated[StrictInt, Field(ge=-1), Whole]
+Logprobs = Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS), Whole]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
-Logprobs = Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 Stop = Annotated[StrictStr, Field(max_length=256)]
@@ -53,17 +57,17 @@ class SamplingRequest(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: StrictStr | None = None
-    max_tokens: Annotated[Integer, Field(ge=0)] | None = None
+    max_tokens: FromZero | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Integer, Field(ge=-1)] | None = None  # 0 and -1: off
+    top_k: TopK | None = None  # 0 and -1: off
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
     logit_bias: dict[StrictStr, Bias] | None = None
-    seed: Annotated[Integer, Field(ge=-(2**63), lt=2**64)] | None = None
-    n: Annotated[Integer, Field(ge=1)] | None = None
+    seed: Seed | None = None
+    n: Count | None = None
     stop: Stop | list[Stop] | None = None
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: StrictBool | None = None
@@ -114,7 +118,7 @@ class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[Integer, Field(ge=0)] | None = None
+    max_completion_tokens: FromZero | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Logprobs | None = None
     response_format: ResponseFormat | None = None
@@ -148,6 +152,6 @@ class PredictRequest(BaseModel):
 
     model: StrictStr | None = None
     input_data: StrictStr
-    max_tokens: Annotated[Integer, Field(ge=1)] | None = None
+    max_tokens: Count | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    seed: Annotated[Integer, Field(ge=-(2**63), lt=2**64)] | None = None
+    seed: Seed | None = None

@@ -37,7 +37,7 @@ async def ready(request: Request) -> Response:
     return json_response({"status": "ready", "models": len(front.client.models())})
 
 
-@router.get("/metrics")
+@router.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Return the counters for Prometheus."""
     text = front_end(request).metrics.render(await _stats(request))

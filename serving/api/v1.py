@@ -20,6 +20,8 @@ from serving.engine.messages import Generate, Score
 
 DEFAULT_COMPLETION_TOKENS = 16  # the OpenAI API's
 
+STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
 router = APIRouter()
 
 
@@ -49,7 +51,7 @@ async def model(request: Request, model_id: str) -> Response:
     return json_response({**describe(front.catalogue.find(model_id)), **about})
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", responses=STREAMS)
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
     front = front_end(request)
@@ -83,7 +85,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     return await _answer(request, body, model, choices, form)
 
 
-@router.post("/completions")
+@router.post("/completions", responses=STREAMS)
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue one text or several."""
     front = front_end(request)
