@@ -125,6 +125,15 @@ def test_a_next_turn_reads_only_what_is_new(checkpoint: Path) -> None:
     assert again.said == Asked(checkpoint).one(generate("b", turn)).said
 
 
+def test_equal_prompts_are_read_once(checkpoint: Path) -> None:
+    asked = Asked(checkpoint)
+    asked.one(generate("warm", [1]))
+    answers = asked.all([generate(f"{i}", list(b"y" * 100)) for i in range(3)])
+    cached = [a.end.cached_tokens for a in answers.values() if isinstance(a.end, Finished)]
+    assert cached == [0, 99, 99]
+    assert len({tuple(a.ids) for a in answers.values()}) == 1
+
+
 def test_prefixes_are_not_shared_between_scopes(checkpoint: Path) -> None:
     asked = Asked(checkpoint)
     asked.one(generate("a", list(b"x" * 100), scope="alice"))

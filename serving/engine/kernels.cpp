@@ -326,14 +326,16 @@ void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const bf16* x, int
 #endif
 }
 
-// Give `finish` the outputs of all rows, 16 at a time: this thread's share of the panels.
+// Give `finish` the outputs of all rows, 16 at a time. Threads take panels as they come: one that
+// the system puts aside holds up the others by a panel.
 template <class A, class Finish>
 void product(Dtype dtype, const Matrix& matrix, const A* x, int rows, const Finish& finish) {
     const int block = rows <= 6 ? matrix.k : INPUT_BYTES / int(sizeof(A)) / PANEL;
-    const Share share((matrix.n + PANEL - 1) / PANEL);
+    const int panels = (matrix.n + PANEL - 1) / PANEL;
     std::vector<v16> sums(int64_t(rows) * 4);
     std::vector<bf16> wide(dtype == INT8 && rows > 2 ? int64_t(PANEL) * block : 0);
-    for (int panel = share.first; panel < share.last; panel++) {
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int panel = 0; panel < panels; panel++) {
         std::fill(sums.begin(), sums.end(), v16{});
         for (int from = 0; from < matrix.k; from += block)
             add_inputs(dtype, matrix, panel, x, rows, from, std::min(from + block, matrix.k),

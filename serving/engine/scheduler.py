@@ -78,17 +78,32 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def admit(self) -> None:
-        """Give free slots to those who wait."""
-        while self.waiting:
-            first = self.waiting[0]
-            prompt = first.ids if first.aim == "write" else first.ids[:0]  # others read all
-            taken = self.slots.acquire(prompt, first.scope)
-            if taken is None:
+        """Give free slots to those who wait, but for who can soon use what another reads in."""
+        for sequence in list(self.waiting):
+            if self.slots.n_used == len(self.slots.slots):
                 return
-            first.slot, first.n_cached = taken
-            first.n_read = first.n_cached
-            first.admitted = time.monotonic()
-            self.running.append(self.waiting.popleft())
+            if self._is_being_read(sequence):
+                continue
+            prompt = sequence.ids if sequence.aim == "write" else sequence.ids[:0]  # all is read
+            taken = self.slots.acquire(prompt, sequence.scope)
+            assert taken is not None
+            sequence.slot, sequence.n_cached = taken
+            sequence.n_read = sequence.n_cached
+            sequence.admitted = time.monotonic()
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+
+    def _is_being_read(self, sequence: Sequence) -> bool:
+        """Return whether a prompt's first tokens are another's that is read in at the moment."""
+        wanted = sequence.ids[: self.chunk_tokens]
+        return sequence.aim == "write" and any(
+            len(other.ids) == other.n_prompt > other.n_read
+            and other.aim == "write"
+            and other.scope == sequence.scope
+            and other.n_prompt > self.chunk_tokens
+            and other.ids[: self.chunk_tokens] == wanted
+            for other in self.running
+        )
 
     def plan(self) -> list[tuple[Sequence, Span]]:
         """Return what the next step reads, sequence by sequence."""
