@@ -12,7 +12,9 @@ WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY nanogpt nanogpt
 COPY serving serving
-RUN pip install --no-cache-dir "torch>=2.9,<2.14" --index-url "$TORCH_INDEX" \
+# g++ compiles the engine's kernels when it starts
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/* \
+ && pip install --no-cache-dir "torch>=2.9,<2.14" --index-url "$TORCH_INDEX" \
  && pip install --no-cache-dir -e . \
  && useradd --create-home --uid 1000 nanogpt
 

@@ -162,6 +162,12 @@ def test_a_model_is_found_by_alias_and_by_default(client: openai.OpenAI) -> None
     assert [ask(client, model=name).model for name in ("run/tiny", "tiny.ckpt", "")] == ["tiny"] * 3
 
 
+def test_models_are_listed_and_described(client: openai.OpenAI) -> None:
+    (listed,) = client.models.list().data
+    assert listed.id == "tiny"
+    assert client.models.retrieve("tiny.ckpt").id == "tiny"
+
+
 def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         ask(client, model="../../etc/passwd")

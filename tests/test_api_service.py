@@ -4,12 +4,14 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
 from serving.api.settings import ApiSettings
+from serving.engine.messages import Describe
 from serving.logs import JsonFormatter
 from tests.fake_engine import FakeEngine
 from tests.front_end import eventually, hang_up, says, serve
@@ -107,3 +109,12 @@ def test_a_log_line_is_one_line_whatever_it_quotes() -> None:
     line = JsonFormatter().format(record)
     assert len(line.splitlines()) == 1
     assert json.loads(line)["message"] == "a\nb\u2028c"
+
+
+def test_a_model_is_described_once_for_all_who_ask_at_once(tmp_path: Path) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("a"))
+    with serve(engine) as url, ThreadPoolExecutor(8) as pool:
+        body = {"prompt": "x"}
+        asked = [pool.submit(httpx.post, f"{url}/v1/completions", json=body) for _ in range(8)]
+        assert {future.result().status_code for future in asked} == {200}
+    assert sum(isinstance(message, Describe) for message in engine.requests) == 1

@@ -84,7 +84,7 @@ class Catalogue:
     def __init__(self, client: EngineClient, *, lenient: bool) -> None:
         self.client = client
         self.lenient = lenient  # an unknown name is the default model's
-        self._built: dict[str, asyncio.Task[ServedModel]] = {}
+        self._built: dict[str, tuple[str, asyncio.Task[ServedModel]]] = {}  # revision, model
 
     def find(self, name: str | None) -> ModelInfo:
         """Return what the engine tells of the model of a name; the default one without a name."""
@@ -94,12 +94,15 @@ class Catalogue:
     async def load(self, name: str | None) -> ServedModel:
         """Return the model of a name, ready for use."""
         info = self.find(name)
-        details = await self.client.details(info)
-        task = self._built.get(info.id)
-        if task is None or (task.done() and _is_stale(task, details)):
-            task = asyncio.create_task(asyncio.to_thread(_build, info, details))
-            self._built[info.id] = task
+        revision, task = self._built.get(info.id, ("", None))
+        if task is None or revision != info.revision or _has_failed(task):
+            task = asyncio.create_task(self._build(info))  # one for all who ask meanwhile
+            self._built[info.id] = info.revision, task
         return await asyncio.shield(task)
+
+    async def _build(self, info: ModelInfo) -> ServedModel:
+        details = await self.client.details(info)
+        return await asyncio.to_thread(_build, info, details)
 
 
 def describe(info: ModelInfo) -> dict[str, Any]:
@@ -147,5 +150,5 @@ def _build(info: ModelInfo, details: ModelDetails) -> ServedModel:
     return ServedModel(info, details, tokenizer, template, tokenizer.token_bytes())
 
 
-def _is_stale(task: "asyncio.Task[ServedModel]", details: ModelDetails) -> bool:
-    return task.exception() is not None or task.result().details.revision != details.revision
+def _has_failed(task: "asyncio.Task[ServedModel]") -> bool:
+    return task.done() and task.exception() is not None

@@ -1,5 +1,6 @@
 """The OpenAI API: models, chat completions and completions."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import Sequence
@@ -10,13 +11,13 @@ from fastapi import APIRouter, Request, Response
 from serving.api.chat import ChatFormat
 from serving.api.completions import CompletionFormat
 from serving.api.errors import ApiError
-from serving.api.front_end import FrontEnd, front_end, json_response
+from serving.api.front_end import FrontEnd, front_end, json_response, unless_left
 from serving.api.generation import Choice, echo_of
 from serving.api.models import ServedModel, describe
 from serving.api.sampling import params_of, room_for
 from serving.api.schemas import ChatRequest, CompletionRequest, SamplingRequest
 from serving.api.stream import Format
-from serving.engine.messages import Generate, Score
+from serving.engine.messages import Generate, Score, Scored
 
 DEFAULT_COMPLETION_TOKENS = 16  # the OpenAI API's
 
@@ -92,9 +93,11 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     model = await _language_model(request, body)
     if body.suffix:
         raise ApiError(400, "suffix is not supported: these models only continue.", param="suffix")
+    prompts = await _prompts(front, body, model)
+    scores = await _scores(request, body, model, [ids for ids, _ in prompts])
     choices: list[Choice] = []
-    for ids, text in await _prompts(front, body, model):
-        choices += await _continuations(request, body, model, ids, text, len(choices))
+    for (ids, text), scored in zip(prompts, scores, strict=True):
+        choices += _continuations(request, body, model, ids, text, scored, len(choices))
     form = CompletionFormat(
         _head("cmpl", model),
         len(choices),
@@ -118,12 +121,13 @@ async def _answer(
     return await front.answer(request, body, choices, form)
 
 
-async def _continuations(
+def _continuations(
     request: Request,
     body: CompletionRequest,
     model: ServedModel,
     ids: list[int],
     text: str,
+    scored: Scored | None,
     first_index: int,
 ) -> list[Choice]:
     """Return the `n` answers wanted to one prompt."""
@@ -136,10 +140,6 @@ async def _continuations(
         stop_ids=[model.tokenizer.eot_id],
         logprobs=body.logprobs,
     )
-    scored = None
-    if body.echo and body.logprobs is not None:
-        score = Score(front.client.new_id(), model.id, ids, body.logprobs)
-        scored = await front.client.score(score)
     stops = _stops(front, body)
     return [
         Choice(
@@ -151,6 +151,21 @@ async def _continuations(
         )
         for index, p in enumerate(params, first_index)
     ]
+
+
+async def _scores(
+    request: Request, body: CompletionRequest, model: ServedModel, prompts: list[list[int]]
+) -> Sequence[Scored | None]:
+    """Return the log-probabilities of each prompt's own tokens, where they are echoed."""
+    if not body.echo or body.logprobs is None:
+        return [None] * len(prompts)
+    client, top = front_end(request).client, body.logprobs
+    asked = [Score(client.new_id(), model.id, ids, top) for ids in prompts]
+
+    async def answered() -> list[Scored]:
+        return await asyncio.gather(*map(client.score, asked))
+
+    return await unless_left(request, answered())
 
 
 async def _prompts(
