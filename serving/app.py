@@ -42,6 +42,11 @@ from serving.logs import configure
 
 ENGINE_VARIABLE = "NANOGPT_ENGINE"
 STATIC = Path(__file__).parent / "static"
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 log = logging.getLogger("nanogpt.server")
 
@@ -97,7 +102,7 @@ def _add_routes(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         if (STATIC / "index.html").is_file():
-            return FileResponse(STATIC / "index.html")
+            return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)
         return json_response({"name": "nanogpt", "api": "/v1", "documentation": "/docs"})
 
 

@@ -1,10 +1,42 @@
-"""Chat completions: how a conversation's answer is written."""
+"""Chat completions: how a conversation is answered, and how that is written."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from fastapi import APIRouter, Request, Response
+
+from serving.api.errors import ApiError
+from serving.api.front_end import front_end
 from serving.api.generation import Piece, Token
-from serving.api.stream import TEXT, TextFrames, frame
+from serving.api.sampling import params_of, room_for
+from serving.api.schemas import ChatRequest
+from serving.api.stream import STREAMS, TEXT, TextFrames, answer_head, frame
+
+router = APIRouter()
+
+
+@router.post("/chat/completions", responses=STREAMS)
+async def chat_completions(request: Request, body: ChatRequest) -> Response:
+    """Answer a conversation."""
+    _check_format(body)
+    front = front_end(request)
+    model = await front.language_model(request, body)
+    ids = await model.encode_chat(body.messages)
+    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    params = params_of(
+        body,
+        model,
+        max_tokens=room_for(ids, wanted, model, "messages"),
+        stop_ids=model.template.stop_ids(model.tokenizer),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    stops = [*body.stops, *model.template.stop_texts]
+    choices = [
+        front.choice(request, model, ids, p, stops, index=index) for index, p in enumerate(params)
+    ]
+    head = answer_head("chatcmpl", model)
+    form = ChatFormat(head, len(choices), model.token_bytes, with_logprobs=body.logprobs is True)
+    return await front.answer(request, body, choices, form)
 
 
 class ChatFormat:
@@ -89,3 +121,10 @@ class ChatFormat:
         raw = self._token_bytes[token_id]
         text = raw.decode("utf-8", "replace")
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
+
+def _check_format(body: ChatRequest) -> None:
+    if body.response_format and body.response_format.type != "text":
+        kind = body.response_format.type[:40]
+        message = f"response_format {kind!r} is not supported; use text."
+        raise ApiError(400, message, param="response_format")

@@ -1,10 +1,52 @@
-"""Completions of a text: how they are written."""
+"""Completions of texts: how they are continued, and how that is written."""
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from serving.api.generation import Piece, Token
-from serving.api.stream import TEXT, TextFrames, frame
+from fastapi import APIRouter, Request, Response
+
+from serving.api.errors import ApiError
+from serving.api.front_end import front_end, unless_left
+from serving.api.generation import Choice, Piece, Token, echo_of
+from serving.api.models import ServedModel
+from serving.api.sampling import params_of, room_for
+from serving.api.schemas import CompletionRequest
+from serving.api.stream import STREAMS, TEXT, TextFrames, answer_head, frame
+from serving.engine.messages import Score, Scored
+
+DEFAULT_TOKENS = 16  # the OpenAI API's
+
+router = APIRouter()
+
+
+@dataclass
+class Prompt:
+    """What is to be continued; `scored` where its own tokens' log-probabilities are echoed."""
+
+    ids: list[int]
+    text: str
+    scored: Scored | None = None
+
+
+@router.post("/completions", responses=STREAMS)
+async def completions(request: Request, body: CompletionRequest) -> Response:
+    """Continue one text or several."""
+    if body.suffix:
+        raise ApiError(400, "suffix is not supported: these models only continue.", param="suffix")
+    front = front_end(request)
+    model = await front.language_model(request, body)
+    prompts = await _prompts(body, model, front.settings.max_prompts)
+    if body.echo and body.logprobs is not None:
+        await unless_left(request, _score(request, model, prompts, body.logprobs))
+    choices: list[Choice] = []
+    for prompt in prompts:
+        choices += _continuations(request, body, model, prompt, len(choices))
+    head = answer_head("cmpl", model)
+    with_logprobs = body.logprobs is not None
+    form = CompletionFormat(head, len(choices), model.token_bytes, with_logprobs=with_logprobs)
+    return await front.answer(request, body, choices, form)
 
 
 class CompletionFormat:
@@ -91,3 +133,53 @@ class CompletionFormat:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+async def _prompts(body: CompletionRequest, model: ServedModel, most: int) -> list[Prompt]:
+    """Return the prompts, one or several: a text begins a document, ids are as given."""
+    given: Any = "" if body.prompt is None else body.prompt
+    several = isinstance(given, list) and not (given and isinstance(given[0], int))
+    prompts = given if several else [given]
+    if not 1 <= len(prompts) <= most:
+        message = f"There are {len(prompts)} prompts; give 1 to {most} of them."
+        raise ApiError(400, message, param="prompt")
+    return [await _prompt(prompt, model) for prompt in prompts]
+
+
+async def _prompt(given: str | list[int], model: ServedModel) -> Prompt:
+    if isinstance(given, str):
+        return Prompt(await model.encode_document(given), given)
+    model.check_ids(given, "prompt")
+    return Prompt(given or [model.tokenizer.eot_id], model.tokenizer.decode(given))
+
+
+async def _score(request: Request, model: ServedModel, prompts: Sequence[Prompt], top: int) -> None:
+    """Ask for the log-probabilities of the prompts' own tokens, side by side."""
+    client = front_end(request).client
+    asked = [Score(client.new_id(), model.id, prompt.ids, top) for prompt in prompts]
+    scores = await asyncio.gather(*map(client.score, asked))
+    for prompt, scored in zip(prompts, scores, strict=True):
+        prompt.scored = scored
+
+
+def _continuations(
+    request: Request, body: CompletionRequest, model: ServedModel, prompt: Prompt, first_index: int
+) -> list[Choice]:
+    """Return the `n` answers wanted to one prompt."""
+    wanted = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+    params = params_of(
+        body,
+        model,
+        max_tokens=room_for(prompt.ids, wanted, model, "prompt"),
+        stop_ids=[model.tokenizer.eot_id],
+        logprobs=body.logprobs,
+    )
+    choices = []
+    for index, p in enumerate(params, first_index):
+        said = (index, prompt.text, prompt.ids, model.token_bytes, prompt.scored)
+        echo = echo_of(*said) if body.echo else None
+        choice = front_end(request).choice(
+            request, model, prompt.ids, p, body.stops, index=index, echo=echo
+        )
+        choices.append(choice)
+    return choices

@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
+from serving.api.errors import ApiError
 from serving.api.generation import Choice, Generation, Piece
 from serving.api.metrics import Metrics
-from serving.api.models import Catalogue
+from serving.api.models import Catalogue, ServedModel
 from serving.api.schemas import SamplingRequest
 from serving.api.settings import ApiSettings
 from serving.api.stream import EventStream, Format, to_json
 from serving.engine.client import EngineClient
+from serving.engine.messages import Generate, SamplingParams
 
 FIRST_PIECE_S = 10.0  # a stream's status waits so long for the first token, to be an error's yet
 
@@ -32,12 +34,51 @@ class FrontEnd:
     began: float
     draining: bool = False
 
+    async def language_model(self, request: Request, body: SamplingRequest) -> ServedModel:
+        """Return the model that is asked to generate.
+
+        Raises ApiError for a classifier, and for more answers or stop strings than are allowed.
+        """
+        for param, wanted, most, what in (
+            ("n", body.n or 1, self.settings.max_n, "answers"),
+            ("stop", len(body.stops), self.settings.max_stops, "stop strings"),
+        ):
+            if wanted > most:
+                message = f"{wanted} {what} are too many; ask for at most {most}."
+                raise ApiError(400, message, param=param)
+        model = await self.catalogue.load(body.model)
+        request.state.log["model"] = model.id
+        model.check_generates()
+        return model
+
+    def choice(
+        self,
+        request: Request,
+        model: ServedModel,
+        ids: list[int],
+        params: SamplingParams,
+        stops: Sequence[str] = (),
+        *,
+        index: int = 0,
+        echo: Piece | None = None,
+    ) -> Choice:
+        """Return one answer, to be generated."""
+        if self.settings.log_prompts:
+            request.state.log.setdefault("prompts", {})[index] = model.tokenizer.decode(ids)
+        generate = Generate(self.client.new_id(), model.id, ids, params, request.state.key)
+        return Choice(index, generate, model.token_bytes, stops, echo)
+
+    def generation(self, choices: Sequence[Choice]) -> Generation:
+        """Start to generate answers; whoever asked closes it."""
+        generation = Generation(self.client, choices)
+        generation.start(queue_s=self.settings.queue_s, request_s=self.settings.request_s)
+        return generation
+
     async def answer(
         self, request: Request, body: SamplingRequest, choices: Sequence[Choice], form: Format
     ) -> Response:
         """Generate, and answer with a stream or with one object, as was asked for."""
-        generation = Generation(self.client, choices)
-        generation.start(queue_s=self.settings.queue_s, request_s=self.settings.request_s)
+        generation = self.generation(choices)
         streams = False
         try:
             if body.stream:

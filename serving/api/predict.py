@@ -7,7 +7,6 @@ from fastapi import APIRouter, Request, Response
 
 from serving.api.errors import ApiError
 from serving.api.front_end import collected, front_end, json_response, unless_left
-from serving.api.generation import Choice, Generation
 from serving.api.models import ServedModel
 from serving.api.sampling import params_of, room_for
 from serving.api.schemas import (
@@ -18,7 +17,7 @@ from serving.api.schemas import (
     SamplingRequest,
     TokenizeRequest,
 )
-from serving.engine.messages import Classified, Classify, Generate
+from serving.engine.messages import Classified, Classify
 
 PREDICTED_TOKENS = 100
 
@@ -117,10 +116,8 @@ async def _answer(request: Request, model: ServedModel, body: PredictRequest) ->
         stop_ids=template.stop_ids(model.tokenizer) if template else [model.tokenizer.eot_id],
         logprobs=None,
     )
-    generate = Generate(front.client.new_id(), model.id, ids, params[0], request.state.key)
     stops = template.stop_texts if template else ()
-    generation = Generation(front.client, [Choice(0, generate, model.token_bytes, stops)])
-    generation.start(queue_s=front.settings.queue_s, request_s=front.settings.request_s)
+    generation = front.generation([front.choice(request, model, ids, params[0], stops)])
     try:
         return (await unless_left(request, collected(generation)))[0].text
     finally:

@@ -27,6 +27,7 @@ TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 Stop = Annotated[StrictStr, Field(max_length=256)]
+Name = Annotated[StrictStr, Field(max_length=256)]
 Prompt = StrictStr | list[StrictStr] | list[TokenId] | list[list[TokenId]]
 
 
@@ -56,7 +57,7 @@ class SamplingRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    model: StrictStr | None = None
+    model: Name | None = None
     max_tokens: FromZero | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
@@ -77,7 +78,8 @@ class SamplingRequest(BaseModel):
     @property
     def stops(self) -> list[str]:
         """The stop strings."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [stop for stop in given if stop]
 
     @property
     def include_usage(self) -> bool:
@@ -127,7 +129,7 @@ class ChatRequest(SamplingRequest):
 class TokenizeRequest(BaseModel):
     """POST /tokenize: a text (`prompt`, or `content` as llama.cpp has it), or a conversation."""
 
-    model: StrictStr | None = None
+    model: Name | None = None
     prompt: StrictStr | None = None
     content: StrictStr | None = None
     messages: list[ChatMessage] | None = None
@@ -136,21 +138,21 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """POST /detokenize."""
 
-    model: StrictStr | None = None
+    model: Name | None = None
     tokens: list[TokenId]
 
 
 class ClassifyRequest(BaseModel):
     """POST /classify: one text or several."""
 
-    model: StrictStr | None = None
+    model: Name | None = None
     input: StrictStr | list[StrictStr]
 
 
 class PredictRequest(BaseModel):
     """POST /predict: a text to label, or to answer."""
 
-    model: StrictStr | None = None
+    model: Name | None = None
     input_data: StrictStr
     max_tokens: Count | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None

@@ -7,6 +7,8 @@ one, a ping reads as an empty event (openai/openai-python, `_streaming.py`).
 
 import json
 import logging
+import secrets
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -18,9 +20,11 @@ from starlette.types import Receive, Scope, Send
 
 from serving.api.errors import ApiError
 from serving.api.generation import Generation, Piece
+from serving.api.models import ServedModel
 
 DONE = b"data: [DONE]\n\n"
 PING_S = 15
+STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 TEXT = "\x00text\x00"  # where the text goes in a chunk that TextFrames renders
 
 log = logging.getLogger(__name__)
@@ -93,6 +97,17 @@ async def events(generation: Generation, form: Format, include_usage: bool) -> A
     except ApiError as error:
         yield frame(error.content())
     yield DONE
+
+
+def answer_head(prefix: str, model: ServedModel) -> dict[str, Any]:
+    """Return what every object of an answer begins with."""
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": "",  # the format's
+        "created": int(time.time()),
+        "model": model.id,
+        "system_fingerprint": model.fingerprint,
+    }
 
 
 def frame(content: dict[str, Any]) -> bytes:

@@ -24,7 +24,7 @@ from nanogpt.model import GPT, Block, rotary_angles
 from serving.engine.forward import Span
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 DTYPES = {"fp32": 0, "bf16": 1, "int8": 2}
 PANEL = GROUP = 64
 HEAD_SIZES = range(16, 129, 16)
@@ -199,20 +199,27 @@ def load_library() -> ctypes.CDLL | None:
     path = _cache_dir() / f"kernels-{_fingerprint(compiler)}.so"
     if not path.exists() and not _compile(compiler, path):
         return None
-    return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # torch came with another OpenMP
+        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(path))
 
 
 def _compile(compiler: str, path: Path) -> bool:
+    """Compile the kernels; linked without OpenMP, they use torch's, and its threads."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
-    os.close(handle)
-    command = [compiler, *FLAGS, str(SOURCE), "-o", temporary]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        os.unlink(temporary)
-        log.warning("the kernels do not compile, torch's are used: %s", done.stderr[-500:])
-        return False
-    os.replace(temporary, path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        unlinked, linked = f"{directory}/kernels.o", f"{directory}/kernels.so"
+        for command in (
+            [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", unlinked],
+            [compiler, "-shared", unlinked, "-o", linked],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                log.warning("no kernels, torch's are used: %s", done.stderr[-500:])
+                return False
+        os.replace(linked, path)
     return True
 
 
