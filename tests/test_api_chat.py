@@ -1,13 +1,17 @@
 """Chat completions, asked for with the client that they are made for."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
-from nanogpt.prompts import Message, find_template
+from nanogpt import prompts
+from nanogpt.prompts import find_template
 from nanogpt.tokenizer import byte_tokenizer
+from serving.engine.messages import Generate, Message
 from tests.fake_engine import FakeEngine
 from tests.front_end import generated, says, serve
 
@@ -47,7 +51,7 @@ def test_an_answer_has_text_reason_and_usage(client: openai.OpenAI) -> None:
 
 def test_the_prompt_is_the_template_s_own_ids(client: openai.OpenAI, engine: FakeEngine) -> None:
     ask(client, messages=[{"role": "system", "content": "Be brief."}, *HELLO])
-    said = [Message("system", "Be brief."), Message("user", "Hello")]
+    said = [prompts.Message("system", "Be brief."), prompts.Message("user", "Hello")]
     plain = find_template("plain").encode(byte_tokenizer(), said, add_generation_prompt=True)
     assert generated(engine)[-1].prompt_ids == plain.ids
 
@@ -212,3 +216,22 @@ def test_the_raw_response_names_the_request(client: openai.OpenAI) -> None:
         extra_headers={"X-Request-ID": "mine-1"},
     )
     assert raw.headers["x-request-id"] == "mine-1"
+
+
+def test_a_trailing_slash_lists_the_models_too(url: str) -> None:
+    assert httpx.get(f"{url}/v1/models/").json() == httpx.get(f"{url}/v1/models").json()
+
+
+def test_the_client_comes_again_when_the_server_was_busy(tmp_path: Path) -> None:
+    engine = BusyOnce(f"unix:{tmp_path}/e", reply=says("now"))
+    with serve(engine) as url, openai.OpenAI(base_url=url, api_key="none") as client:
+        assert ask(client).choices[0].message.content == "now"
+
+
+class BusyOnce(FakeEngine):
+    """An engine whose queue is full for the first request."""
+
+    def _receive(self, message: Message, writer: asyncio.StreamWriter) -> None:
+        is_first = isinstance(message, Generate) and not generated(self)
+        self.failure = ("overloaded", "The queue is full.") if is_first else None
+        super()._receive(message, writer)

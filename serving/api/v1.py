@@ -21,6 +21,8 @@ async def models(request: Request) -> Response:
 @router.get("/models/{model_id:path}")
 async def model(request: Request, model_id: str) -> Response:
     """Describe a model, which is loaded for it."""
+    if not model_id:
+        return await models(request)
     front = front_end(request)
     served = await front.catalogue.load(model_id)
     details = served.details
