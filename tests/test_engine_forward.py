@@ -1,5 +1,6 @@
 """The engine's forward passes: the model's logits, and rows that do not see each other."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,3 +74,12 @@ def test_states_do_not_depend_on_how_a_text_is_cut(
 
 def test_shapes_that_the_kernels_do_not_take_are_computed_by_torch() -> None:
     assert isinstance(forward("fp32", n_embd=96), Forward)
+
+
+def test_without_a_compiler_there_are_no_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.load_library.__wrapped__() is None
+    assert not list((tmp_path / "nanogpt").iterdir())

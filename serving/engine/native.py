@@ -208,7 +208,6 @@ def load_library() -> ctypes.CDLL | None:
 
 def _compile(compiler: str, path: Path) -> bool:
     """Compile the kernels; linked without OpenMP, they use torch's, and its threads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         unlinked, linked = f"{directory}/kernels.o", f"{directory}/kernels.so"
         for command in (
@@ -235,5 +234,13 @@ def _fingerprint(compiler: str) -> str:
 
 
 def _cache_dir() -> Path:
+    """Return where compiled kernels are kept, or a new directory where nothing can be."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "nanogpt"
+    directory = Path(base) / "nanogpt"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK):
+            return directory
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="nanogpt-"))
