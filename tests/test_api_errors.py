@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from nanogpt.tokenizer import ByteTokenizer
 from serving.api.settings import ApiSettings
 from serving.engine.client import EngineClient
 from tests.fake_engine import FakeEngine
@@ -113,6 +114,25 @@ def test_what_nobody_foresaw_is_an_error_object_that_tells_nothing(
     assert answer.status_code == 500
     assert answer.headers["x-should-retry"] == "false"
     assert "secret" not in error_of(answer)["message"]
+
+
+def test_a_text_that_breaks_the_tokenizer_fails_alone(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = ByteTokenizer.encode
+
+    def broken(self: ByteTokenizer, text: str) -> list[int]:
+        if "poison" in text:
+            raise RuntimeError("broken")
+        return encode(self, text)
+
+    monkeypatch.setattr(ByteTokenizer, "encode", broken)
+    poisoned, other = (
+        httpx.post(f"{url}/v1/completions", json={"prompt": text}) for text in ("poison", "x")
+    )
+    assert poisoned.status_code == 500
+    error_of(poisoned)
+    assert other.status_code == 200
 
 
 def test_a_preflight_allows_the_headers_that_were_asked_for(url: str) -> None:

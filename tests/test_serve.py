@@ -29,6 +29,7 @@ from tests.fake_engine import FakeEngine
 from tests.front_end import eventually, generated, says
 
 ROOT = Path(__file__).parent.parent
+POSIX = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
 
 def composed(*overrides: str) -> dict[str, str]:
@@ -128,17 +129,17 @@ def test_a_mistake_is_one_sentence(
 @contextlib.contextmanager
 def running(engine: FakeEngine) -> Iterator[None]:
     """Run an engine in a thread."""
-    started, ended = threading.Event(), threading.Event()
+    began, ended = threading.Event(), threading.Event()
 
     async def run() -> None:
         async with engine:
-            started.set()
+            began.set()
             while not ended.is_set():
                 await asyncio.sleep(0.01)
 
     thread = threading.Thread(target=lambda: asyncio.run(run()))
     thread.start()
-    assert started.wait(10)
+    assert began.wait(10)
     try:
         yield
     finally:
@@ -152,37 +153,60 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@contextlib.contextmanager
+def started(engine: FakeEngine, **variables: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run a server of its own before an engine; give its address and process."""
+    port = free_port()
+    environment = {
+        **os.environ,
+        ENGINE_VARIABLE: f"unix:{engine.path}",
+        "NANOGPT_PORT": str(port),
+        "PYTHONPATH": str(ROOT),
+        **variables,
+    }
+    with running(engine):
+        server = subprocess.Popen([sys.executable, "-m", "serving"], env=environment)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            assert eventually(lambda: answers(f"{url}/ready"), 60)
+            yield url, server
+        finally:
+            server.kill()
+            server.wait()
+
+
+def streamed(url: str, server: subprocess.Popen[bytes], max_tokens: int) -> list[str]:
+    """Return the lines of a stream, during which the server is told to end."""
+    body = {"max_tokens": max_tokens, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        server.send_signal(signal.SIGTERM)
+        return [first, *(line for line in lines if line)]
+
+
+@POSIX
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_server_told_to_end_finishes_its_answers_and_ends_with_0(
     tmp_path: Path, workers: int
 ) -> None:
     engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 100), delay_s=0.01)
-    port = free_port()
-    variables = {
-        **os.environ,
-        ENGINE_VARIABLE: f"unix:{tmp_path}/e",
-        "NANOGPT_PORT": str(port),
-        "NANOGPT_WORKERS": str(workers),
-        "PYTHONPATH": str(ROOT),
-    }
-    with running(engine):
-        server = subprocess.Popen([sys.executable, "-m", "serving"], env=variables)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            assert eventually(lambda: answers(f"{url}/ready"), 60)
-            body = {"max_tokens": 100, "stream": True}
-            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
-                lines = answer.iter_lines()
-                next(lines)
-                server.send_signal(signal.SIGTERM)
-                rest = [line for line in lines if line]
-            assert rest[-1] == "data: [DONE]"
-            assert server.wait(30) == 0
-        finally:
-            server.kill()
-            server.wait()
+    with started(engine, NANOGPT_WORKERS=str(workers)) as (url, server):
+        lines = streamed(url, server, 100)
+        assert server.wait(30) == 0
+    assert lines[-1] == "data: [DONE]"
+    assert not any('"error"' in line for line in lines)
     assert len(generated(engine)) == 1
+
+
+@POSIX
+def test_an_answer_that_outlasts_the_drain_is_told_so(tmp_path: Path) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 900), delay_s=0.02)
+    with started(engine, NANOGPT_DRAIN_S="0.5") as (url, server):
+        lines = streamed(url, server, 900)
+        assert server.wait(15) == 0
+    assert '"error"' in lines[-2]
+    assert lines[-1] == "data: [DONE]"
 
 
 def answers(url: str) -> bool:
