@@ -202,7 +202,7 @@ def test_a_front_end_that_leaves_takes_its_requests_along(checkpoint: Path) -> N
 def neighbours(checkpoint: Path) -> tuple[Asked, list[Generate], dict[str, tuple[object, ...]]]:
     """Return an engine, four requests, the second of which begins with 255, and their answers."""
     requests = [
-        generate(f"r{i}", [first, *range(40)], temperature=1.0, logprobs=1, max_tokens=12)
+        generate(f"r{i}", [first, *range(40)], seed=i, temperature=1.0, logprobs=1, max_tokens=12)
         for i, first in enumerate([1, 255, 2, 3])
     ]
     undisturbed = {key: answer.said for key, answer in Asked(checkpoint).all(requests).items()}
@@ -271,7 +271,7 @@ def test_a_sampler_that_raises_fails_alone(
     choose = sampling.choose
 
     def raising(logits: Any, draws: Any) -> Any:
-        if any(draw.prompt_ids[0] == 255 for draw in draws):
+        if any(draw.params.seed == 1 for draw in draws):
             raise RuntimeError("injected")
         return choose(logits, draws)
 

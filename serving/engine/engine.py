@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from nanogpt.classifier import encode_text
 from serving.engine.counters import Counters
 from serving.engine.loading import load_runner
 from serving.engine.messages import (
@@ -23,7 +22,6 @@ from serving.engine.messages import (
     FailureKind,
     Generate,
     Message,
-    ModelDetails,
     ModelInfo,
     Models,
     Request,
@@ -32,22 +30,15 @@ from serving.engine.messages import (
     Stats,
 )
 from serving.engine.registry import Entry, Registry
+from serving.engine.requests import Refused, details, sequences
 from serving.engine.runner import Event, Runner
-from serving.engine.scheduler import Sequence, Texts
+from serving.engine.scheduler import Sequence
 
 IDLE_S = 0.5  # how often an idle engine looks up
 RETRY_S = 30.0  # how long a checkpoint that did not load is not tried again
 
 log = logging.getLogger(__name__)
 Tell = Callable[[list[Event]], None]
-
-
-class Refused(Exception):
-    """A request that is not taken; `kind` says why."""
-
-    def __init__(self, kind: FailureKind, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 class Engine:
@@ -175,27 +166,9 @@ class Engine:
     def _begin(self, runner: Runner, client: object, request: Request) -> None:
         runner.used = time.monotonic()
         if isinstance(request, Describe):
-            self._events.append(Event(client, _details(runner, request.request_id)))
-        elif isinstance(request, Generate):
-            _check_prompt(request.prompt_ids, runner, room=1)
-            runner.scheduler.waiting.append(
-                Sequence(
-                    request.request_id,
-                    client,
-                    "write",
-                    list(request.prompt_ids),
-                    len(request.prompt_ids),
-                    scope=request.cache_scope,
-                    request=request,
-                )
-            )
-        elif isinstance(request, Score):
-            _check_prompt(request.prompt_ids, runner, room=0)
-            ids, id_ = list(request.prompt_ids), request.request_id
-            scored = Sequence(id_, client, "score", ids, len(ids), scope=id_, top=request.top)
-            runner.scheduler.waiting.append(scored)
-        elif isinstance(request, Classify):
-            runner.scheduler.waiting.extend(_texts(runner, client, request))
+            self._events.append(Event(client, details(runner, request.request_id)))
+        else:
+            runner.scheduler.waiting.extend(sequences(runner, client, request))
 
     def _load_next(self) -> None:
         """Begin to load a model that is waited for, when there is room for one more."""
@@ -298,57 +271,3 @@ class Engine:
             dtype=newest.dtype if newest else self.settings.dtype,
             threads=torch.get_num_threads(),
         )
-
-
-def _check_prompt(ids: list[int], runner: Runner, room: int) -> None:
-    config = runner.checkpoint.config
-    if not ids:
-        raise Refused("invalid", "The prompt is empty; it needs at least one token.")
-    if min(ids) < 0 or max(ids) >= config.vocab_size:
-        what = f"The prompt has token ids from {min(ids)} to {max(ids)}"
-        raise Refused("invalid", f"{what}; the model knows 0 to {config.vocab_size - 1}.")
-    if len(ids) + room > config.block_size:
-        what = f"The model's context is {config.block_size} tokens and the prompt has {len(ids)}"
-        raise Refused("context_length", f"{what}; shorten it.")
-
-
-def _texts(runner: Runner, client: object, request: Classify) -> list[Sequence]:
-    about = runner.checkpoint
-    if about.labels is None:
-        raise Refused("invalid", f"The model {runner.id} was not trained to classify.")
-    if not request.texts:
-        raise Refused("invalid", "There is no text to classify.")
-    texts = Texts([[] for _ in request.texts])
-    block_size = about.config.block_size
-    rows = [encode_text(about.tokenizer, text, block_size)[0] for text in request.texts]
-    return [
-        Sequence(
-            request.request_id,
-            client,
-            "classify",
-            ids,
-            len(ids),
-            scope=request.request_id,
-            texts=texts,
-            n_text=n,
-        )
-        for n, ids in enumerate(rows)
-    ]
-
-
-def _details(runner: Runner, request_id: str) -> ModelDetails:
-    about = runner.checkpoint
-    return ModelDetails(
-        request_id,
-        id=runner.id,
-        revision=runner.revision,
-        stage=about.stage,
-        step=about.step,
-        block_size=about.config.block_size,
-        vocab_size=about.config.vocab_size,
-        n_params=about.model.num_parameters(),
-        dtype=runner.dtype,
-        tokenizer=about.tokenizer.record(),
-        template=about.template,
-        labels=about.labels,
-    )

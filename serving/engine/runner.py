@@ -76,9 +76,9 @@ class Runner:
             events += self._write(sequence, chosen)
         return events
 
-    def forget(self, wanted: Callable[[Sequence], bool]) -> int:
-        """Drop the sequences that are no longer wanted; return how many there were."""
-        gone = [s for s in [*self.scheduler.running, *self.scheduler.waiting] if wanted(s)]
+    def forget(self, unwanted: Callable[[Sequence], bool]) -> int:
+        """Drop the sequences that nobody waits for; return how many there were."""
+        gone = [s for s in [*self.scheduler.running, *self.scheduler.waiting] if unwanted(s)]
         for sequence in gone:
             self.scheduler.remove(sequence)
         return len(gone)
@@ -92,7 +92,8 @@ class Runner:
         except Exception as error:
             if len(items) > 1:
                 for item in items:
-                    yield from self._isolated(compute, [item], events)
+                    if item[0].slot is not None:  # else it fell with another text of its request
+                        yield from self._isolated(compute, [item], events)
             else:
                 log.exception("a request failed")
                 events.append(self._fail(items[0][0], error))

@@ -21,7 +21,10 @@ _WORD = 2**64 - 1
 
 @dataclass(frozen=True)
 class Draw:
-    """What a row is drawn by: its parameters, where its token will stand, and what came before."""
+    """What a row is drawn by: its parameters, where its token will stand, and what came before.
+
+    The tokens before matter to penalties only.
+    """
 
     params: SamplingParams
     position: int

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from serving.engine.forward import Span
@@ -56,8 +56,11 @@ class Sequence:
     def draw(self) -> Draw:
         """What the next token is drawn by."""
         assert self.request is not None
+        draw = Draw(self.request.params, len(self.ids))
+        if not draw.adjusts:
+            return draw
         prompt, answer = self.ids[: self.n_prompt], self.ids[self.n_prompt :]
-        return Draw(self.request.params, len(self.ids), prompt, answer)
+        return replace(draw, prompt_ids=prompt, answer_ids=answer)
 
 
 class Scheduler:
