@@ -402,70 +402,101 @@ void rotate(float* x, int d, const float* cosine, const float* sine) {
     }
 }
 
-template <class A>  // of activations, keys and values: float or bf16
+// One layer's keys and values, (S, H, T, D) each.
+template <class A>
+struct Cache {
+    A *keys, *values;
+    int64_t lane;  // of a slot's head
+    Cache(const Model& model, int layer) {
+        const int64_t d = model.n_embd / model.n_head, slots = int64_t(model.n_slots);
+        lane = model.block_size * d;
+        keys = (A*)model.cache + 2 * layer * slots * model.n_head * lane;
+        values = keys + slots * model.n_head * lane;
+    }
+};
+
+// Finish a row's query, key and value of a head (qkv as c_attn left it) and store the latter two.
+template <class A>
+void remember(const Model& model, const Cache<A>& cache, int slot, int position, int h, float* q) {
+    const int c = model.n_embd, d = c / model.n_head;
+    float *k = q + c, *v = q + 2 * c;
+    if (model.qk_norm) {
+        normalize(q, d, Norm{}, model.rms_norm, q);
+        normalize(k, d, Norm{}, model.rms_norm, k);
+    }
+    if (model.rotations) {
+        const float* cosine = model.rotations + int64_t(position) * (d / 2);
+        const float* sine = cosine + int64_t(model.block_size) * (d / 2);
+        rotate(q, d, cosine, sine);
+        rotate(k, d, cosine, sine);
+    }
+    const int64_t at = (int64_t(slot) * model.n_head + h) * cache.lane + int64_t(position) * d;
+    for (int i = 0; i < d; i += 16) {
+        store(cache.keys + at + i, load(k + i));
+        store(cache.values + at + i, load(v + i));
+    }
+}
+
+// A is the type of activations, keys and values: float or bf16. Threads wait for each other where
+// a barrier says so; few rows are normalised by every thread for itself, which is quicker.
+template <class A>
 void forward(const Model& model, int rows, const int32_t* slots, const int32_t* positions,
              float* x, float* states) {
     const int c = model.n_embd, heads = model.n_head, d = c / heads;
     const Dtype dtype = Dtype(model.dtype);
-    const bool rms = model.rms_norm;
-    const int64_t lane = int64_t(model.block_size) * d;  // of a slot's head
-    std::unique_ptr<A[]> normed(new A[int64_t(rows) * c]), wide(new A[int64_t(rows) * 4 * c]);
-    std::unique_ptr<float[]> qkv(new float[int64_t(rows) * 3 * c]);
+    const bool few = rows <= 8;
+    std::vector<char> seen(model.n_slots);
+    bool apart = true;  // no row attends to another of this step
+    for (int r = 0; r < rows; r++) apart = apart && !seen[slots[r]]++;
+    const int64_t n = int64_t(rows) * c;
+    std::unique_ptr<A[]> shared(new A[n]), gathered(new A[n]), wide(new A[4 * n]);
+    std::unique_ptr<float[]> qkv(new float[3 * n]);
 #pragma omp parallel num_threads(model.n_threads)
     {
-        std::vector<float> scores(model.block_size + 16), gathered(d);
-        const Share own(rows), pairs(rows * heads);
+        std::vector<float> scores(model.block_size + 16), sums(d);
+        std::vector<A> own(few ? n : 0);
+        A* normed = few ? own.data() : shared.get();
+        const Share share(rows), pairs(rows * heads);
+        auto norm = [&](const Norm& norm) {
+            for (int r = few ? 0 : share.first; r < (few ? rows : share.last); r++)
+                normalize(x + int64_t(r) * c, c, norm, model.rms_norm, normed + int64_t(r) * c);
+            if (!few) {
+#pragma omp barrier
+            }
+        };
+        auto add = [&](int r, int n, v16 y) {
+            float* at = x + int64_t(r) * c + n;
+            store(at, load(at) + y);
+        };
         for (int l = 0; l < model.n_layer; l++) {
             const Layer& layer = model.layers[l];
-            A* keys = (A*)model.cache + int64_t(2 * l) * model.n_slots * heads * lane;
-            A* values = keys + int64_t(model.n_slots) * heads * lane;
-            for (int r = own.first; r < own.last; r++)
-                normalize(x + int64_t(r) * c, c, layer.ln_1, rms, &normed[int64_t(r) * c]);
-#pragma omp barrier
-            product(dtype, layer.c_attn, normed.get(), rows,
+            const Cache<A> cache(model, l);
+            norm(layer.ln_1);
+            product(dtype, layer.c_attn, normed, rows,
                     [&](int r, int n, v16 y) { store(&qkv[int64_t(r) * 3 * c + n], y); });
 #pragma omp barrier
-            for (int p = pairs.first; p < pairs.last; p++) {
-                const int r = p / heads, h = p % heads;
-                float* q = &qkv[int64_t(r) * 3 * c + h * d];
-                float *k = q + c, *v = q + 2 * c;
-                if (model.qk_norm) {
-                    normalize(q, d, Norm{}, rms, q);
-                    normalize(k, d, Norm{}, rms, k);
+            auto query = [&](int p) { return &qkv[int64_t(p / heads) * 3 * c + p % heads * d]; };
+            if (!apart) {
+                for (int p = pairs.first; p < pairs.last; p++) {
+                    const int r = p / heads;
+                    remember(model, cache, slots[r], positions[r], p % heads, query(p));
                 }
-                if (model.rotations) {
-                    const float* cosine = model.rotations + int64_t(positions[r]) * (d / 2);
-                    const float* sine = cosine + int64_t(model.block_size) * (d / 2);
-                    rotate(q, d, cosine, sine);
-                    rotate(k, d, cosine, sine);
-                }
-                const int64_t at = (int64_t(slots[r]) * heads + h) * lane + positions[r] * d;
-                for (int i = 0; i < d; i += 16) {
-                    store(keys + at + i, load(k + i));
-                    store(values + at + i, load(v + i));
-                }
-            }
 #pragma omp barrier
+            }
 #pragma omp for schedule(dynamic, 1)
             for (int p = 0; p < rows * heads; p++) {
                 const int r = p / heads, h = p % heads;
-                const int64_t at = (int64_t(slots[r]) * heads + h) * lane;
-                const float* q = &qkv[int64_t(r) * 3 * c + h * d];
-                attend(q, keys + at, values + at, positions[r] + 1, d, scores.data(),
-                       gathered.data());
+                if (apart) remember(model, cache, slots[r], positions[r], h, query(p));
+                const int64_t at = (int64_t(slots[r]) * heads + h) * cache.lane;
+                attend(query(p), cache.keys + at, cache.values + at, positions[r] + 1, d,
+                       scores.data(), sums.data());
                 for (int i = 0; i < d; i += 16)
-                    store(&normed[int64_t(r) * c + h * d + i], load(&gathered[i]));
+                    store(&gathered[int64_t(r) * c + h * d + i], load(&sums[i]));
             }
-            auto add = [&](int r, int n, v16 y) {
-                float* at = x + int64_t(r) * c + n;
-                store(at, load(at) + y);
-            };
-            product(dtype, layer.attn_proj, normed.get(), rows, add);
+            product(dtype, layer.attn_proj, gathered.get(), rows, add);
 #pragma omp barrier
-            for (int r = own.first; r < own.last; r++)
-                normalize(x + int64_t(r) * c, c, layer.ln_2, rms, &normed[int64_t(r) * c]);
-#pragma omp barrier
-            product(dtype, layer.c_fc, normed.get(), rows, [&](int r, int n, v16 y) {
+            norm(layer.ln_2);
+            product(dtype, layer.c_fc, normed, rows, [&](int r, int n, v16 y) {
                 v16 positive = y > 0.0f ? y : v16{};
                 store(&wide[int64_t(r) * 4 * c + n], model.relu2 ? positive * positive : gelu(y));
             });
@@ -473,8 +504,8 @@ void forward(const Model& model, int rows, const int32_t* slots, const int32_t* 
             product(dtype, layer.mlp_proj, wide.get(), rows, add);
 #pragma omp barrier
         }
-        for (int r = own.first; r < own.last; r++)
-            normalize(x + int64_t(r) * c, c, model.ln_f, rms, states + int64_t(r) * c);
+        for (int r = share.first; r < share.last; r++)
+            normalize(x + int64_t(r) * c, c, model.ln_f, model.rms_norm, states + int64_t(r) * c);
     }
 }
 
