@@ -125,3 +125,7 @@ def test_the_library_names_bring_neither_lightning_nor_hydra() -> None:
 
 def test_the_tokenizer_alone_brings_no_torch() -> None:
     assert "torch" not in modules_after("import nanogpt.tokenizer")
+
+
+def test_a_front_end_brings_neither_torch_nor_what_training_needs() -> None:
+    assert not modules_after("import serving.app") & {"torch", "lightning", "hydra", "omegaconf"}

@@ -34,10 +34,14 @@ def test_a_command_parses(command: str) -> None:
             overrides = [re.sub(r"=([^,]+),.*", r"=\1", word) for word in overrides[1:]]
         with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
             compose("train", overrides=overrides)
+    elif "serve.py" in words:
+        overrides = words[words.index("serve.py") + 1 :]
+        with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+            compose("serve", overrides=overrides)
     elif words[:2] == ["python", "-m"]:
         import_module(words[2]).parser().parse_args(words[3:])
     else:
-        assert words[0] in ("pip", "pytest")
+        assert words[0] in ("pip", "pytest", "curl", "uvicorn")
 
 
 @pytest.mark.parametrize("readme", READMES)

@@ -1,0 +1,120 @@
+"""Serve trained checkpoints: the OpenAI API and a web page.
+
+    python serve.py                             every run under runs/, on port 5001
+    python serve.py checkpoint=RUN dtype=int8   one checkpoint, run or directory of runs
+    python serve.py host=0.0.0.0 workers=2      with NANOGPT_API_KEYS set
+
+Every key is in conf/serve.yaml, with a comment.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and main() says it in one sentence
+
+import hydra
+import yaml
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from serving import environment
+from serving.api.settings import ApiSettings, Binding
+from serving.engine.messages import Settings
+
+ROOT = Path(__file__).parent
+CONF = ROOT / "conf"
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+
+composed: list[DictConfig] = []
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compose the configuration and become the server; return the exit code where that fails."""
+    try:
+        compose()
+        for cfg in composed:  # none, where help was asked for
+            become_server(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except FileNotFoundError as error:
+        print(f"serve.py: {error}", file=sys.stderr)
+        return FAILED
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        print(f"serve.py: {explain(error)}", file=sys.stderr)
+        return WRONG_USAGE
+    return 0
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="serve")
+def compose(cfg: DictConfig) -> None:
+    """Keep what was composed; what fails in here, Hydra explains in its own way."""
+    composed.append(cfg)
+
+
+def become_server(config: Mapping[str, Any]) -> None:
+    """Replace this process by the server, which has no use for Hydra."""
+    variables = to_variables(config)
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    sys.stdout.flush()
+    os.execve(
+        sys.executable,
+        [sys.executable, "-m", "serving"],
+        {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+
+
+def to_variables(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the configuration as the environment that `python -m serving` reads.
+
+    Raises ValueError for a value of the wrong kind, FileNotFoundError where no models are.
+    """
+    texts = {key: _text(value) for key, value in config.items()}
+    texts["models"] = str(find_models(config["checkpoint"], config["runs_dir"]))
+    variables = {f"{environment.PREFIX}{key.upper()}": text for key, text in texts.items()}
+    for kind in (Binding, ApiSettings, Settings):
+        environment.read(kind, variables)
+    return variables
+
+
+def find_models(checkpoint: str | None, runs_dir: str) -> Path:
+    """Return the file or directory with the models: a checkpoint, a run by name, or all runs."""
+    if checkpoint is None:
+        if Path(runs_dir).is_dir():
+            return Path(runs_dir)
+        raise FileNotFoundError(
+            f"there are no runs at {runs_dir}; python train.py makes one, or pass checkpoint=PATH"
+        )
+    for path in (Path(checkpoint), Path(runs_dir) / checkpoint):
+        if path.exists():
+            return path
+    raise FileNotFoundError(
+        f"there is no checkpoint {checkpoint!r}: neither a file, nor a run directory, "
+        f"nor a run under {runs_dir}; pass one of these"
+    )
+
+
+def explain(error: Exception) -> str:
+    """Return why the configuration does not compose, with the nearest right name."""
+    text = " ".join(str(error).split())
+    if unknown := re.search(r"(?:override|find) '([^'@]+)'", text):
+        known = list(yaml.safe_load((CONF / "serve.yaml").read_text(encoding="utf-8")))
+        near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"there is no key {unknown[1]}; {hint}every key is in conf/serve.yaml"
+    return re.sub(r"NANOGPT_(\w+)=", lambda name: f"{name[1].lower()}=", text)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

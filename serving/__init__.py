@@ -1,0 +1,1 @@
+"""Serve trained checkpoints: `engine` computes, `api` speaks HTTP, `app` joins the two."""

@@ -1,0 +1,1 @@
+"""The HTTP front end: the OpenAI API and its neighbours, without torch."""

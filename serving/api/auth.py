@@ -1,0 +1,93 @@
+"""Who may ask: API keys, and no one from other machines where there are none."""
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serving.api.errors import ApiError
+
+PUBLIC = {"/", "/health", "/ready"}
+PUBLIC_PREFIX = "/static/"  # the page's files
+
+
+class ApiKeys:
+    """The keys that open the API; only their hashes are kept."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys if key]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def identify(self, key: bytes) -> str | None:
+        """Return a name for the key that does not tell it, or None where it is not one of ours.
+
+        Takes as long for a right key as for a wrong one.
+        """
+        given = hashlib.sha256(key).digest()
+        known = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return given.hex()[:16] if any(known) else None
+
+
+class Auth:
+    """Let through what may be asked, and note whose key it is in `scope["state"]["key"]`."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, insecure: bool) -> None:
+        self.app = app
+        self.keys = keys
+        self.insecure = insecure
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not is_public(scope["path"]):
+            try:
+                scope.setdefault("state", {})["key"] = self._identify(scope)
+            except ApiError as error:
+                await error.response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _identify(self, scope: Scope) -> str:
+        if not self.keys:
+            if self.insecure or is_loopback(scope.get("server")):
+                return ""
+            raise ApiError(
+                403,
+                "This server has no API keys, so it answers its own machine only; "
+                "set NANOGPT_API_KEYS, or NANOGPT_INSECURE=true to answer anyone.",
+                code="no_api_keys",
+            )
+        given = _given_key(Headers(scope=scope))
+        name = self.keys.identify(given) if given else None
+        if name is None:
+            what = "Incorrect API key" if given else "No API key"
+            message = f"{what}; send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'."
+            headers = {"WWW-Authenticate": "Bearer"}
+            raise ApiError(401, message, code="invalid_api_key", headers=headers)
+        return name
+
+
+def is_public(path: str) -> bool:
+    """Return whether a path is answered without a key."""
+    return path in PUBLIC or path.startswith(PUBLIC_PREFIX)
+
+
+def is_loopback(server: tuple[str, int | None] | None) -> bool:
+    """Return whether a request came to an address that only this machine can reach."""
+    if server is None or server[1] is None:  # a Unix socket
+        return True
+    try:
+        return ipaddress.ip_address(server[0]).is_loopback
+    except ValueError:
+        return server[0] == "localhost"
+
+
+def _given_key(headers: Headers) -> bytes | None:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip().encode("latin-1")
+    key = headers.get("x-api-key", "")
+    return key.encode("latin-1") if key else None

@@ -1,0 +1,130 @@
+"""Chat completions: how a conversation is answered, and how that is written."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from serving.api.errors import ApiError
+from serving.api.front_end import front_end
+from serving.api.generation import Piece, Token
+from serving.api.sampling import params_of, room_for
+from serving.api.schemas import ChatRequest
+from serving.api.stream import STREAMS, TEXT, TextFrames, answer_head, frame
+
+router = APIRouter()
+
+
+@router.post("/chat/completions", responses=STREAMS)
+async def chat_completions(request: Request, body: ChatRequest) -> Response:
+    """Answer a conversation."""
+    _check_format(body)
+    front = front_end(request)
+    model = await front.language_model(request, body)
+    ids = await model.encode_chat(body.messages)
+    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    params = params_of(
+        body,
+        model,
+        max_tokens=room_for(ids, wanted, model, "messages"),
+        stop_ids=model.template.stop_ids(model.tokenizer),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    stops = [*body.stops, *model.template.stop_texts]
+    choices = [
+        front.choice(request, model, ids, p, stops, index=index) for index, p in enumerate(params)
+    ]
+    head = answer_head("chatcmpl", model)
+    form = ChatFormat(head, len(choices), model.token_bytes, with_logprobs=body.logprobs is True)
+    return await front.answer(request, body, choices, form)
+
+
+class ChatFormat:
+    """The objects of `/v1/chat/completions`; all of one answer share `head`: id, time, model."""
+
+    def __init__(
+        self,
+        head: dict[str, Any],
+        n: int,
+        token_bytes: Sequence[bytes],
+        *,
+        with_logprobs: bool,
+    ) -> None:
+        self._head = {**head, "object": "chat.completion"}
+        self._chunk_head = {**head, "object": "chat.completion.chunk"}
+        self._n = n
+        self._token_bytes = token_bytes
+        self._with_logprobs = with_logprobs
+        self._texts = [TextFrames(self._chunk(i, {"content": TEXT})) for i in range(n)]
+
+    def opening(self) -> bytes:
+        """Return a frame with the role for each answer."""
+        role = {"role": "assistant", "content": None}
+        return b"".join(frame(self._chunk(index, role)) for index in range(self._n))
+
+    def frames(self, piece: Piece) -> bytes:
+        """Return a frame with the text, and one with the reason why it ends."""
+        logprobs = self._logprobs(piece.tokens) if piece.tokens else None
+        content = b""
+        if piece.text and logprobs is None:
+            content = self._texts[piece.index].render(piece.text)
+        elif piece.text:
+            content = frame(self._chunk(piece.index, {"content": piece.text}, logprobs))
+        if piece.finish_reason is None and not (logprobs and not piece.text):
+            return content
+        rest = None if piece.text else logprobs  # tokens without text of their own
+        return content + frame(self._chunk(piece.index, {}, rest, piece.finish_reason))
+
+    def usage(self, usage: dict[str, Any]) -> bytes:
+        """Return the frame with the usage."""
+        return frame({**self._chunk_head, "choices": [], "usage": usage})
+
+    def whole(self, answers: list[Piece], usage: dict[str, Any]) -> dict[str, Any]:
+        """Return the answers as one object."""
+        found = [
+            {
+                "index": answer.index,
+                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "logprobs": self._logprobs(answer.tokens) if self._with_logprobs else None,
+                "finish_reason": answer.finish_reason,
+            }
+            for answer in answers
+        ]
+        return {**self._head, "choices": found, "usage": usage}
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+        return {**self._chunk_head, "choices": [choice]}
+
+    def _logprobs(self, tokens: list[Token]) -> dict[str, Any]:
+        content = [
+            {
+                **self._token(token.id, token.logprob),
+                "top_logprobs": [self._token(i, logprob) for i, logprob in token.top],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        raw = self._token_bytes[token_id]
+        text = raw.decode("utf-8", "replace")
+        return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
+
+def _check_format(body: ChatRequest) -> None:
+    if body.response_format and body.response_format.type != "text":
+        kind = body.response_format.type[:40]
+        message = f"response_format {kind!r} is not supported; use text."
+        raise ApiError(400, message, param="response_format")

@@ -1,0 +1,185 @@
+"""Completions of texts: how they are continued, and how that is written."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from serving.api.errors import ApiError
+from serving.api.front_end import front_end, unless_left
+from serving.api.generation import Choice, Piece, Token, echo_of
+from serving.api.models import ServedModel
+from serving.api.sampling import params_of, room_for
+from serving.api.schemas import CompletionRequest
+from serving.api.stream import STREAMS, TEXT, TextFrames, answer_head, frame
+from serving.engine.messages import Score, Scored
+
+DEFAULT_TOKENS = 16  # the OpenAI API's
+
+router = APIRouter()
+
+
+@dataclass
+class Prompt:
+    """What is to be continued; `scored` where its own tokens' log-probabilities are echoed."""
+
+    ids: list[int]
+    text: str
+    scored: Scored | None = None
+
+
+@router.post("/completions", responses=STREAMS)
+async def completions(request: Request, body: CompletionRequest) -> Response:
+    """Continue one text or several."""
+    if body.suffix:
+        raise ApiError(400, "suffix is not supported: these models only continue.", param="suffix")
+    front = front_end(request)
+    model = await front.language_model(request, body)
+    prompts = await _prompts(body, model, front.settings.max_prompts)
+    if body.echo and body.logprobs is not None:
+        await unless_left(request, _score(request, model, prompts, body.logprobs))
+    choices: list[Choice] = []
+    for prompt in prompts:
+        choices += _continuations(request, body, model, prompt, len(choices))
+    head = answer_head("cmpl", model)
+    with_logprobs = body.logprobs is not None
+    form = CompletionFormat(head, len(choices), model.token_bytes, with_logprobs=with_logprobs)
+    return await front.answer(request, body, choices, form)
+
+
+class CompletionFormat:
+    """The objects of `/v1/completions`; all of one answer share `head`: id, time, model."""
+
+    def __init__(
+        self,
+        head: dict[str, Any],
+        n: int,
+        token_bytes: Sequence[bytes],
+        *,
+        with_logprobs: bool,
+    ) -> None:
+        self._head = {**head, "object": "text_completion"}
+        self._token_bytes = token_bytes
+        self._with_logprobs = with_logprobs
+        self._texts = [TextFrames(self._chunk(i, TEXT)) for i in range(n)]
+
+    def opening(self) -> bytes:
+        """Return nothing: a completion begins with its text."""
+        return b""
+
+    def frames(self, piece: Piece) -> bytes:
+        """Return a frame with the text, and one with the reason why it ends."""
+        logprobs = self._logprobs(piece.tokens) if piece.tokens else None
+        if logprobs is not None:
+            content = frame(self._chunk(piece.index, piece.text, logprobs))
+        else:
+            content = self._texts[piece.index].render(piece.text) if piece.text else b""
+        if piece.finish_reason is None:
+            return content
+        return content + frame(self._chunk(piece.index, "", None, piece.finish_reason))
+
+    def usage(self, usage: dict[str, Any]) -> bytes:
+        """Return the frame with the usage."""
+        return frame({**self._head, "choices": [], "usage": usage})
+
+    def whole(self, answers: list[Piece], usage: dict[str, Any]) -> dict[str, Any]:
+        """Return the answers as one object."""
+        choices = [
+            self._choice(
+                answer.index,
+                answer.text,
+                self._logprobs(answer.tokens) if self._with_logprobs else None,
+                answer.finish_reason,
+            )
+            for answer in answers
+        ]
+        return {**self._head, "choices": choices, "usage": usage}
+
+    def _chunk(
+        self,
+        index: int,
+        text: str,
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:
+        return {**self._head, "choices": [self._choice(index, text, logprobs, finish_reason)]}
+
+    def _choice(
+        self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None
+    ) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _logprobs(self, tokens: list[Token]) -> dict[str, Any]:
+        return {
+            "tokens": [self._name(token.id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [self._top(token) for token in tokens],
+            "text_offset": [token.offset for token in tokens],
+        }
+
+    def _top(self, token: Token) -> dict[str, float] | None:
+        """Return the likeliest tokens and the chosen one; None where nothing is known."""
+        if token.logprob is None:
+            return None
+        top = {self._name(i): logprob for i, logprob in token.top}
+        return {**top, self._name(token.id): token.logprob}
+
+    def _name(self, token_id: int) -> str:
+        """Return a token's text, or its bytes where they are no text (`bytes:\\xe2\\x80`)."""
+        raw = self._token_bytes[token_id]
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+async def _prompts(body: CompletionRequest, model: ServedModel, most: int) -> list[Prompt]:
+    """Return the prompts, one or several: a text begins a document, ids are as given."""
+    given: Any = "" if body.prompt is None else body.prompt
+    several = isinstance(given, list) and not (given and isinstance(given[0], int))
+    prompts = given if several else [given]
+    if not 1 <= len(prompts) <= most:
+        message = f"There are {len(prompts)} prompts; give 1 to {most} of them."
+        raise ApiError(400, message, param="prompt")
+    return [await _prompt(prompt, model) for prompt in prompts]
+
+
+async def _prompt(given: str | list[int], model: ServedModel) -> Prompt:
+    if isinstance(given, str):
+        return Prompt(await model.encode_document(given), given)
+    model.check_ids(given, "prompt")
+    return Prompt(given or [model.tokenizer.eot_id], model.tokenizer.decode(given))
+
+
+async def _score(request: Request, model: ServedModel, prompts: Sequence[Prompt], top: int) -> None:
+    """Ask for the log-probabilities of the prompts' own tokens, side by side."""
+    client = front_end(request).client
+    asked = [Score(client.new_id(), model.id, prompt.ids, top) for prompt in prompts]
+    scores = await asyncio.gather(*map(client.score, asked))
+    for prompt, scored in zip(prompts, scores, strict=True):
+        prompt.scored = scored
+
+
+def _continuations(
+    request: Request, body: CompletionRequest, model: ServedModel, prompt: Prompt, first_index: int
+) -> list[Choice]:
+    """Return the `n` answers wanted to one prompt."""
+    wanted = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+    params = params_of(
+        body,
+        model,
+        max_tokens=room_for(prompt.ids, wanted, model, "prompt"),
+        stop_ids=[model.tokenizer.eot_id],
+        logprobs=body.logprobs,
+    )
+    choices = []
+    for index, p in enumerate(params, first_index):
+        said = (index, prompt.text, prompt.ids, model.token_bytes, prompt.scored)
+        echo = echo_of(*said) if body.echo else None
+        choice = front_end(request).choice(
+            request, model, prompt.ids, p, body.stops, index=index, echo=echo
+        )
+        choices.append(choice)
+    return choices

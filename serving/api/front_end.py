@@ -1,0 +1,151 @@
+"""What the routes of one front end share, and how they answer what is generated."""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+
+from serving.api.errors import ApiError
+from serving.api.generation import Choice, Generation, Piece
+from serving.api.metrics import Metrics
+from serving.api.models import Catalogue, ServedModel
+from serving.api.schemas import SamplingRequest
+from serving.api.settings import ApiSettings
+from serving.api.stream import EventStream, Format, to_json
+from serving.engine.client import EngineClient
+from serving.engine.messages import Generate, SamplingParams
+
+FIRST_PIECE_S = 10.0  # a stream's status waits so long for the first token, to be an error's yet
+
+T = TypeVar("T")
+
+
+@dataclass
+class FrontEnd:
+    """The engine's client and what goes with it."""
+
+    settings: ApiSettings
+    client: EngineClient
+    catalogue: Catalogue
+    metrics: Metrics
+    began: float
+    draining: bool = False
+
+    async def language_model(self, request: Request, body: SamplingRequest) -> ServedModel:
+        """Return the model that is asked to generate.
+
+        Raises ApiError for a classifier, and for more answers or stop strings than are allowed.
+        """
+        for param, wanted, most, what in (
+            ("n", body.n or 1, self.settings.max_n, "answers"),
+            ("stop", len(body.stops), self.settings.max_stops, "stop strings"),
+        ):
+            if wanted > most:
+                message = f"{wanted} {what} are too many; ask for at most {most}."
+                raise ApiError(400, message, param=param)
+        model = await self.catalogue.load(body.model)
+        request.state.log["model"] = model.id
+        model.check_generates()
+        return model
+
+    def choice(
+        self,
+        request: Request,
+        model: ServedModel,
+        ids: list[int],
+        params: SamplingParams,
+        stops: Sequence[str] = (),
+        *,
+        index: int = 0,
+        echo: Piece | None = None,
+    ) -> Choice:
+        """Return one answer, to be generated."""
+        if self.settings.log_prompts:
+            request.state.log.setdefault("prompts", {})[index] = model.tokenizer.decode(ids)
+        generate = Generate(self.client.new_id(), model.id, ids, params, request.state.key)
+        return Choice(index, generate, model.token_bytes, stops, echo)
+
+    def generation(self, choices: Sequence[Choice]) -> Generation:
+        """Start to generate answers; whoever asked closes it."""
+        generation = Generation(self.client, choices)
+        generation.start(queue_s=self.settings.queue_s, request_s=self.settings.request_s)
+        return generation
+
+    async def answer(
+        self, request: Request, body: SamplingRequest, choices: Sequence[Choice], form: Format
+    ) -> Response:
+        """Generate, and answer with a stream or with one object, as was asked for."""
+        generation = self.generation(choices)
+        streams = False
+        try:
+            if body.stream:
+                await unless_left(request, generation.wait_for_first(FIRST_PIECE_S))
+                streams = True
+                return EventStream(
+                    generation,
+                    form,
+                    include_usage=body.include_usage,
+                    write_s=self.settings.write_s,
+                    on_end=lambda: _note(request, generation),
+                )
+            answers = await unless_left(request, collected(generation))
+            return json_response(form.whole(answers, generation.usage()))
+        finally:
+            if not streams:
+                await generation.close()
+                _note(request, generation)
+
+
+def front_end(request: Request) -> FrontEnd:
+    """Return the front end that a request came to."""
+    found: FrontEnd = request.app.state.front_end
+    return found
+
+
+def json_response(content: Any) -> Response:
+    """Return an answer of 200."""
+    return Response(to_json(content), media_type="application/json")
+
+
+async def collected(generation: Generation) -> list[Piece]:
+    """Return whole answers."""
+    answers = [Piece(choice.index, "") for choice in generation.choices]
+    async for pieces in generation:
+        for piece in pieces:
+            answers[piece.index].add(piece)
+    return answers
+
+
+async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return what the work gives; raises ClientDisconnect as soon as the client has left."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _note(request: Request, generation: Generation) -> None:
+    """Tell the log what a generation came to."""
+    usage = generation.usage()
+    request.state.log.update(
+        prompt_tokens=usage["prompt_tokens"],
+        cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+        completion_tokens=usage["completion_tokens"],
+        tokens_per_second=usage["tokens_per_second"],
+        finish_reasons=[choice.finish_reason for choice in generation.choices],
+    )

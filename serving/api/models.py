@@ -1,0 +1,154 @@
+"""The models of the engine with their tokenizers and templates, as this front end uses them."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanogpt.prompts import Message, Template, find_template
+from nanogpt.tokenizer import Tokenizer, from_record
+from serving.api.errors import ApiError
+from serving.api.schemas import ChatMessage
+from serving.engine.client import EngineClient
+from serving.engine.messages import ModelDetails, ModelInfo
+
+LONG_CHARS = 10_000  # a text that takes milliseconds to encode is encoded in a thread
+ROLES = {"developer": "system", "tool": "user", "function": "user"}
+UNTAUGHT = "plain"  # the template of a model that was never taught one
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model of some revision; `token_bytes` has what each id stands for."""
+
+    info: ModelInfo
+    details: ModelDetails
+    tokenizer: Tokenizer
+    template: Template
+    token_bytes: list[bytes]
+
+    @property
+    def id(self) -> str:
+        """The id that answers name."""
+        return self.info.id
+
+    @property
+    def fingerprint(self) -> str:
+        """What the OpenAI API calls system_fingerprint: it changes with weights and precision."""
+        return f"fp_{self.info.revision[:10]}_{self.details.dtype}"
+
+    async def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        if len(text) > LONG_CHARS:
+            return await asyncio.to_thread(self.tokenizer.encode, text)
+        return self.tokenizer.encode(text)
+
+    async def encode_document(self, text: str) -> list[int]:
+        """Return the ids of a text as a document began in training: after the end of another."""
+        return [self.tokenizer.eot_id, *await self.encode(text)]
+
+    async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Return the ids of a conversation, the assistant's turn opened at its end."""
+        conversation = to_messages(messages)
+        encode = self.template.encode
+        if sum(len(message.content) for message in conversation) > LONG_CHARS:
+            encoded = await asyncio.to_thread(
+                encode, self.tokenizer, conversation, add_generation_prompt=True
+            )
+        else:
+            encoded = encode(self.tokenizer, conversation, add_generation_prompt=True)
+        return encoded.ids
+
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        """Raise ApiError for a token id that the model lacks."""
+        if ids and max(ids) >= self.details.vocab_size:
+            message = f"Token id {max(ids)} is not below vocab_size={self.details.vocab_size}."
+            raise ApiError(400, message, param=param)
+
+    def check_generates(self) -> None:
+        """Raise ApiError for a classifier."""
+        if self.details.labels is not None:
+            message = f"The model {self.id!r} is a classifier; ask POST /classify for its labels."
+            raise ApiError(400, message, param="model")
+
+    def check_classifies(self) -> None:
+        """Raise ApiError for a language model."""
+        if self.details.labels is None:
+            message = f"The model {self.id!r} has no labels; /classify needs a classifier."
+            raise ApiError(400, message, param="model")
+
+
+class Catalogue:
+    """The models by name, each with its tokenizer, which is rebuilt once for each revision."""
+
+    def __init__(self, client: EngineClient, *, lenient: bool) -> None:
+        self.client = client
+        self.lenient = lenient  # an unknown name is the default model's
+        self._built: dict[str, tuple[str, asyncio.Task[ServedModel]]] = {}  # revision, model
+
+    def find(self, name: str | None) -> ModelInfo:
+        """Return what the engine tells of the model of a name; the default one without a name."""
+        known = {n for model in self.client.models() for n in (model.id, *model.aliases)}
+        return self.client.find(None if self.lenient and name not in known else name)
+
+    async def load(self, name: str | None) -> ServedModel:
+        """Return the model of a name, ready for use."""
+        info = self.find(name)
+        revision, task = self._built.get(info.id, ("", None))
+        if task is None or revision != info.revision or _has_failed(task):
+            task = asyncio.create_task(self._build(info))  # one for all who ask meanwhile
+            self._built[info.id] = info.revision, task
+        return await asyncio.shield(task)
+
+    async def _build(self, info: ModelInfo) -> ServedModel:
+        details = await self.client.details(info)
+        return await asyncio.to_thread(_build, info, details)
+
+
+def describe(info: ModelInfo) -> dict[str, Any]:
+    """Return a model as `/v1/models` lists it."""
+    return {
+        "id": info.id,
+        "object": "model",
+        "created": info.created,
+        "owned_by": "nanogpt",
+        "aliases": info.aliases,
+        "default": info.default,
+        "loaded": info.loaded,
+    }
+
+
+def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Return a conversation as templates take it: what the system says is one message, the first.
+
+    Clients send several system messages, or one after others; a model was taught one at the start.
+    """
+    said = [(ROLES.get(m.role, m.role), _text(m)) for m in messages]
+    system = "\n\n".join(text for role, text in said if role == "system" and text)
+    turns = [Message(role, text) for role, text in said if role != "system"]
+    return [Message("system", system), *turns] if system or not turns else turns
+
+
+def _text(message: ChatMessage) -> str:
+    if not isinstance(message.content, list):
+        return message.content or ""
+    for part in message.content:
+        if part.type != "text" or part.text is None:
+            kind = part.type[:40]
+            raise ApiError(
+                400,
+                f"A message has a part of type {kind!r}; this server reads text only.",
+                param="messages",
+            )
+    return "".join(part.text or "" for part in message.content)
+
+
+def _build(info: ModelInfo, details: ModelDetails) -> ServedModel:
+    tokenizer = from_record(details.tokenizer)
+    tokenizer.encode("warm up")  # builds the table
+    template = find_template(details.template or UNTAUGHT)
+    return ServedModel(info, details, tokenizer, template, tokenizer.token_bytes())
+
+
+def _has_failed(task: "asyncio.Task[ServedModel]") -> bool:
+    return task.done() and task.exception() is not None

@@ -1,0 +1,124 @@
+"""Beside the OpenAI API: labels of texts, tokens of texts, and the oldest question of all."""
+
+import secrets
+import time
+
+from fastapi import APIRouter, Request, Response
+
+from serving.api.errors import ApiError
+from serving.api.front_end import collected, front_end, json_response, unless_left
+from serving.api.models import ServedModel
+from serving.api.sampling import params_of, room_for
+from serving.api.schemas import (
+    ChatMessage,
+    ClassifyRequest,
+    DetokenizeRequest,
+    PredictRequest,
+    SamplingRequest,
+    TokenizeRequest,
+)
+from serving.engine.messages import Classified, Classify
+
+PREDICTED_TOKENS = 100
+
+router = APIRouter()
+
+
+@router.post("/classify")
+async def classify(request: Request, body: ClassifyRequest) -> Response:
+    """Return the label of each text, and how probable each label is."""
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    model = await front_end(request).catalogue.load(body.model)
+    classified = await _classified(request, model, texts)
+    labels = model.details.labels or []
+    data = [
+        {
+            "index": index,
+            "label": labels[probabilities.index(max(probabilities))],
+            "probs": probabilities,
+            "num_classes": len(labels),
+            "probabilities": dict(zip(labels, probabilities, strict=True)),
+        }
+        for index, probabilities in enumerate(classified.probabilities)
+    ]
+    n = classified.n_tokens
+    return json_response(
+        {
+            "id": f"classify-{secrets.token_hex(12)}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": model.id,
+            "data": data,
+            "usage": {"prompt_tokens": n, "completion_tokens": 0, "total_tokens": n},
+        }
+    )
+
+
+@router.post("/predict")
+async def predict(request: Request, body: PredictRequest) -> Response:
+    """Return the label of a text, or a language model's answer to it."""
+    model = await front_end(request).catalogue.load(body.model)
+    request.state.log["model"] = model.id
+    if labels := model.details.labels:
+        probabilities = (await _classified(request, model, [body.input_data])).probabilities[0]
+        return json_response({"prediction": labels[probabilities.index(max(probabilities))]})
+    return json_response({"prediction": await _answer(request, model, body)})
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+    """Return the token ids of a text, or of a conversation with the assistant's turn opened."""
+    model = await front_end(request).catalogue.load(body.model)
+    text = body.content if body.prompt is None else body.prompt
+    if body.messages:
+        ids = await model.encode_chat(body.messages)
+    elif text is not None:
+        ids = await model.encode(text)
+    else:
+        raise ApiError(400, "Give a text as prompt, or messages.", param="prompt")
+    length = model.details.block_size
+    return json_response({"tokens": ids, "count": len(ids), "max_model_len": length})
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+    """Return the text of token ids."""
+    model = await front_end(request).catalogue.load(body.model)
+    model.check_ids(body.tokens, "tokens")
+    text = model.tokenizer.decode(body.tokens)
+    return json_response({"prompt": text, "content": text})
+
+
+async def _classified(request: Request, model: ServedModel, texts: list[str]) -> Classified:
+    front = front_end(request)
+    model.check_classifies()
+    if not 1 <= len(texts) <= front.settings.max_prompts:
+        message = f"There are {len(texts)} texts; give 1 to {front.settings.max_prompts} of them."
+        raise ApiError(400, message, param="input")
+    asked = Classify(front.client.new_id(), model.id, texts)
+    return await unless_left(request, front.client.classify(asked))
+
+
+async def _answer(request: Request, model: ServedModel, body: PredictRequest) -> str:
+    """Return what a model answers: to a message where it was taught to chat, else to a text."""
+    front = front_end(request)
+    template = model.template if model.details.template else None
+    if template:
+        ids = await model.encode_chat([ChatMessage(role="user", content=body.input_data)])
+    else:
+        ids = await model.encode_document(body.input_data)
+    wanted = PREDICTED_TOKENS if body.max_tokens is None else body.max_tokens
+    sampling = SamplingRequest(temperature=body.temperature, seed=body.seed)
+    params = params_of(
+        sampling,
+        model,
+        max_tokens=room_for(ids, wanted, model, "input_data"),
+        stop_ids=template.stop_ids(model.tokenizer) if template else [model.tokenizer.eot_id],
+        logprobs=None,
+    )
+    stops = template.stop_texts if template else ()
+    generation = front.generation([front.choice(request, model, ids, params[0], stops)])
+    try:
+        return (await unless_left(request, collected(generation)))[0].text
+    finally:
+        await generation.close()

@@ -1,0 +1,159 @@
+"""What the routes take. Unknown fields are passed over, and null is as good as absent.
+
+The OpenAI API's fields and ranges, and those of other servers for what it lacks: `top_k`, `min_p`,
+`repetition_penalty`, `stop_token_ids`, `ignore_eos`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+MAX_LOGPROBS = 20
+
+
+def _whole(value: Any) -> Any:
+    """Take 5.0 for 5, as JSON does."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)  # after the limits, or the OpenAPI document lacks these
+Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**64), Whole]
+Count = Annotated[StrictInt, Field(ge=1), Whole]
+FromZero = Annotated[StrictInt, Field(ge=0), Whole]
+TopK = Annotated[StrictInt, Field(ge=-1), Whole]
+Logprobs = Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS), Whole]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+Bias = Annotated[Number, Field(ge=-100, le=100)]
+Stop = Annotated[StrictStr, Field(max_length=256)]
+Name = Annotated[StrictStr, Field(max_length=256)]
+Prompt = StrictStr | list[StrictStr] | list[TokenId] | list[list[TokenId]]
+
+
+class ErrorObject(BaseModel):
+    """What was wrong; clients show `message` and act on `code`."""
+
+    message: StrictStr
+    type: StrictStr
+    param: StrictStr | None
+    code: StrictStr | None
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer that is not 2xx."""
+
+    error: ErrorObject
+
+
+class StreamOptions(BaseModel):
+    """How an answer is streamed."""
+
+    include_usage: StrictBool | None = None
+
+
+class SamplingRequest(BaseModel):
+    """What chat and completions share."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: Name | None = None
+    max_tokens: FromZero | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: TopK | None = None  # 0 and -1: off
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    logit_bias: dict[StrictStr, Bias] | None = None
+    seed: Seed | None = None
+    n: Count | None = None
+    stop: Stop | list[Stop] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: StrictBool | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [stop for stop in given if stop]
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionRequest(SamplingRequest):
+    """POST /v1/completions."""
+
+    prompt: Prompt | None = None
+    suffix: StrictStr | None = None
+    echo: StrictBool | None = None
+    logprobs: Logprobs | None = None
+
+
+class ContentPart(BaseModel):
+    """A piece of a message."""
+
+    type: StrictStr
+    text: StrictStr | None = None
+
+
+class ChatMessage(BaseModel):
+    """What one side says; null is nothing, as in a message of tool calls."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: StrictStr | list[ContentPart] | None = None
+
+
+class ResponseFormat(BaseModel):
+    """The form of an answer; text is all there is."""
+
+    type: StrictStr
+
+
+class ChatRequest(SamplingRequest):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: FromZero | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Logprobs | None = None
+    response_format: ResponseFormat | None = None
+
+
+class TokenizeRequest(BaseModel):
+    """POST /tokenize: a text (`prompt`, or `content` as llama.cpp has it), or a conversation."""
+
+    model: Name | None = None
+    prompt: StrictStr | None = None
+    content: StrictStr | None = None
+    messages: list[ChatMessage] | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize."""
+
+    model: Name | None = None
+    tokens: list[TokenId]
+
+
+class ClassifyRequest(BaseModel):
+    """POST /classify: one text or several."""
+
+    model: Name | None = None
+    input: StrictStr | list[StrictStr]
+
+
+class PredictRequest(BaseModel):
+    """POST /predict: a text to label, or to answer."""
+
+    model: Name | None = None
+    input_data: StrictStr
+    max_tokens: Count | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    seed: Seed | None = None

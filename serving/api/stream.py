@@ -1,0 +1,132 @@
+"""Server-sent events in the grammar that every client reads.
+
+`data: {...}` and a blank line; the first chunk of a chat has the role, then text, then a chunk with
+the finish reason and no text, the usage where it was asked for, and `[DONE]`. No `id:` lines: after
+one, a ping reads as an empty event (openai/openai-python, `_streaming.py`).
+"""
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import anyio
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import AppStatus, SendTimeoutError
+from starlette.types import Receive, Scope, Send
+
+from serving.api.errors import ApiError
+from serving.api.generation import Generation, Piece
+from serving.api.models import ServedModel
+
+DONE = b"data: [DONE]\n\n"
+PING_S = 15
+STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+TEXT = "\x00text\x00"  # where the text goes in a chunk that TextFrames renders
+
+log = logging.getLogger(__name__)
+AppStatus.disable_automatic_graceful_drain()  # open answers finish: see serving/app.py
+
+
+class Format(Protocol):
+    """How one of the two APIs writes an answer."""
+
+    def opening(self) -> bytes:
+        """Return the frames before any text."""
+        ...
+
+    def frames(self, piece: Piece) -> bytes:
+        """Return the frames of what an answer grew by."""
+        ...
+
+    def usage(self, usage: dict[str, Any]) -> bytes:
+        """Return the frame with the usage."""
+        ...
+
+    def whole(self, answers: list[Piece], usage: dict[str, Any]) -> dict[str, Any]:
+        """Return the answers as one object, not streamed."""
+        ...
+
+
+class EventStream(EventSourceResponse):
+    """A generation as it grows; whatever ends the stream closes the generation."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        form: Format,
+        *,
+        include_usage: bool,
+        write_s: float,
+        on_end: Callable[[], None],
+    ) -> None:
+        super().__init__(
+            events(generation, form, include_usage),
+            headers={"Cache-Control": "no-cache, no-transform"},
+            ping=PING_S,
+            ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
+            sep="\n",
+            send_timeout=write_s,
+        )
+        self.generation = generation
+        self.on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            log.warning("a client read too slowly; its connection is dropped")
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.generation.close()
+            self.on_end()
+
+
+async def events(generation: Generation, form: Format, include_usage: bool) -> AsyncIterator[bytes]:
+    """Yield the frames of a stream; a failure on the way is a frame too, before the end."""
+    yield form.opening()
+    try:
+        async with aclosing(generation.__aiter__()) as growth:  # type: ignore[type-var]
+            async for pieces in growth:
+                yield b"".join([form.frames(piece) for piece in pieces])
+        if include_usage:
+            yield form.usage(generation.usage())
+    except ApiError as error:
+        yield frame(error.content())
+    yield DONE
+
+
+def answer_head(prefix: str, model: ServedModel) -> dict[str, Any]:
+    """Return what every object of an answer begins with."""
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": "",  # the format's
+        "created": int(time.time()),
+        "model": model.id,
+        "system_fingerprint": model.fingerprint,
+    }
+
+
+def frame(content: dict[str, Any]) -> bytes:
+    """Return one event."""
+    return b"data: " + to_json(content) + b"\n\n"
+
+
+def to_json(content: Any) -> bytes:
+    """Return compact JSON; lone surrogates, which a client may have sent, as escapes."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode("utf-8", "backslashreplace")
+
+
+class TextFrames:
+    """Frames that differ in a text only: all else is rendered once."""
+
+    def __init__(self, chunk: dict[str, Any]) -> None:
+        self._before, self._after = frame(chunk).split(to_json(TEXT))
+
+    def render(self, text: str) -> bytes:
+        """Return the frame with this text."""
+        return self._before + to_json(text) + self._after

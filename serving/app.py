@@ -1,0 +1,188 @@
+"""The ASGI application: the routes, what stands before them, and the engine behind them.
+
+    uvicorn serving.app:create_app --factory
+
+configured by the environment: `NANOGPT_CHECKPOINT`, `NANOGPT_API_KEYS` and every other setting of
+`serving/api/settings.py` and `serving/engine/messages.py` (`NANOGPT_MAX_SLOTS`, ...). The engine
+is started as a process of its own, or found at `NANOGPT_ENGINE` where several front ends share it.
+"""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, Response
+from fastapi.staticfiles import StaticFiles
+
+import nanogpt
+from serving import environment
+from serving.api import errors, predict, service, v1
+from serving.api.auth import ApiKeys, Auth
+from serving.api.cors import Cors
+from serving.api.front_end import FrontEnd, json_response
+from serving.api.limits import Admission, Body
+from serving.api.logs import RequestLog
+from serving.api.metrics import Metrics
+from serving.api.models import Catalogue
+from serving.api.schemas import ErrorAnswer
+from serving.api.settings import ApiSettings
+from serving.engine.client import EngineClient, EngineProcess
+from serving.engine.messages import Settings
+from serving.logs import configure
+
+ENGINE_VARIABLE = "NANOGPT_ENGINE"
+STATIC = Path(__file__).parent / "static"
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+log = logging.getLogger("nanogpt.server")
+
+
+def create_app(settings: ApiSettings | None = None, client: EngineClient | None = None) -> FastAPI:
+    """Return the application; without arguments, one that the environment configures.
+
+    A `client` is used as it is; else the application starts an engine, or finds the one that
+    `NANOGPT_ENGINE` names, and ends with it.
+    """
+    if client is None:
+        configure()
+    if settings is None:
+        settings = environment.read(ApiSettings, os.environ)
+    app = FastAPI(
+        title="nanogpt",
+        version=nanogpt.__version__,
+        lifespan=_lifespan(settings, client),
+        redirect_slashes=False,
+        strict_content_type=False,  # Body looks at it
+        responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
+    )
+    errors.install(app)
+    _add_routes(app)
+    metrics = Metrics()
+    app.state.metrics = metrics
+    # The last added is the first to see a request.
+    app.add_middleware(Body, settings=settings)
+    app.add_middleware(Admission, settings=settings)
+    app.add_middleware(Auth, keys=ApiKeys(settings.api_keys), insecure=settings.insecure)
+    app.add_middleware(errors.CatchAll)
+    app.add_middleware(
+        Cors, origins=settings.cors_origins, private_network=settings.cors_private_network
+    )
+    app.add_middleware(RequestLog, metrics=metrics)
+    return app
+
+
+def engine_settings(variables: Mapping[str, str]) -> Settings:
+    """Return the engine's settings: its models are a checkpoint, or else all under runs_dir."""
+    models = variables.get("NANOGPT_CHECKPOINT") or variables.get("NANOGPT_RUNS_DIR") or "runs"
+    return environment.read(Settings, {"NANOGPT_MODELS": models, **variables})
+
+
+def _add_routes(app: FastAPI) -> None:
+    app.include_router(service.router)
+    for router in (v1.router, predict.router):
+        app.include_router(router, prefix="/v1")
+        app.include_router(router, include_in_schema=False)
+    if STATIC.is_dir():
+        app.mount("/static", StaticFiles(directory=STATIC), name="static")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        if (STATIC / "index.html").is_file():
+            return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)
+        return json_response({"name": "nanogpt", "api": "/v1", "documentation": "/docs"})
+
+
+def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with _engine(client) as engine:
+            front = FrontEnd(
+                settings=settings,
+                client=engine,
+                catalogue=Catalogue(engine, lenient=settings.unknown_model == "default"),
+                metrics=app.state.metrics,
+                began=time.time(),
+            )
+            app.state.front_end = front
+            gc.freeze()  # what was imported lives as long as the process
+            with _at_signal(lambda: _drain(front)):
+                yield
+
+    return lifespan
+
+
+@contextlib.asynccontextmanager
+async def _engine(client: EngineClient | None) -> AsyncIterator[EngineClient]:
+    """Give the client of an engine; an engine that was started here ends here."""
+    if client is not None:
+        yield client
+        return
+    process = None
+    address, secret = os.environ.get(ENGINE_VARIABLE), None
+    if not address:
+        process = EngineProcess(engine_settings(os.environ))
+        process.start()
+        address, secret = process.address, process.secret
+    client = EngineClient(address, secret)
+    connecting = asyncio.create_task(_connect(client))
+    try:
+        yield client
+    finally:
+        connecting.cancel()
+        await client.close()
+        if process is not None:
+            await asyncio.to_thread(process.stop)
+
+
+async def _connect(client: EngineClient) -> None:
+    await client.connect(None)
+    log.info("ready: %s", ", ".join(model.id for model in client.models()) or "no models yet")
+
+
+def _drain(front: FrontEnd) -> None:
+    """Take nothing new; what is open may go on for `drain_s`, then it is told that it failed."""
+    if front.draining:
+        return
+    front.draining = True
+    log.info("ending: open answers have %g s to finish", front.settings.drain_s)
+    loop = asyncio.get_running_loop()
+    loop.call_later(front.settings.drain_s, lambda: loop.create_task(front.client.close()))
+
+
+@contextlib.contextmanager
+def _at_signal(action: Callable[[], None]) -> Any:
+    """Do something when the process is asked to end, before its server does what it does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    asked = (signal.SIGTERM, signal.SIGINT)
+    former = {number: signal.getsignal(number) for number in asked}
+
+    def handle(number: int, stack: FrameType | None) -> None:
+        loop.call_soon_threadsafe(action)
+        handler = former[signal.Signals(number)]
+        if callable(handler):
+            handler(number, stack)
+
+    for number in asked:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,273 @@
+"""The engine: takes requests, loads models for them, and steps until all is answered.
+
+One thread calls `run`; others hand over work through `post`. Loading happens in a thread of its
+own, so that models that are at work do not wait for it.
+"""
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from serving.engine.counters import Counters
+from serving.engine.loading import load_runner
+from serving.engine.messages import (
+    AskStats,
+    Cancel,
+    Classify,
+    Describe,
+    Failed,
+    FailureKind,
+    Generate,
+    Message,
+    ModelInfo,
+    Models,
+    Request,
+    Score,
+    Settings,
+    Stats,
+)
+from serving.engine.registry import Entry, Registry
+from serving.engine.requests import Refused, details, sequences
+from serving.engine.runner import Event, Runner
+from serving.engine.scheduler import Sequence
+
+IDLE_S = 0.5  # how often an idle engine looks up
+RETRY_S = 30.0  # how long a checkpoint that did not load is not tried again
+
+log = logging.getLogger(__name__)
+Tell = Callable[[list[Event]], None]
+
+
+class Engine:
+    """All models and their sequences; what happens is told through `tell`, once per step."""
+
+    def __init__(self, settings: Settings, tell: Tell) -> None:
+        self.settings, self.tell = settings, tell
+        self.registry = Registry(settings.models, settings.runs_dir, settings.default_model)
+        self.counters = Counters()
+        self.runners: dict[str, Runner] = {}
+        self.retiring: list[Runner] = []  # older weights that finish what they began
+        self._waiting: dict[str, list[tuple[object, Request]]] = {}  # for a model to be loaded
+        self._loading: str | None = None
+        self._broken: dict[tuple[str, str], tuple[float, str]] = {}
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._loader = ThreadPoolExecutor(1, "load")
+        self._events: list[Event] = []
+        self._drain_until: float | None = None
+        self._ended = False
+
+    def post(self, work: Callable[[], None]) -> None:
+        """Have the engine's thread do something before its next step."""
+        self._inbox.put(work)
+
+    def run(self) -> None:
+        """Step until told to end."""
+        while not self._ended:
+            self.take_inbox(wait=self.idle)
+            self.step()
+            if self._drain_until is not None:
+                self._ended = self.idle or time.monotonic() > self._drain_until
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no sequence is left to compute."""
+        return all(r.scheduler.idle for r in self._all_runners()) and not self._waiting
+
+    def take_inbox(self, *, wait: bool) -> None:
+        """Do what was posted; with `wait`, until something is or a moment has passed."""
+        try:
+            work = self._inbox.get(timeout=IDLE_S) if wait else self._inbox.get_nowait()
+            while True:
+                work()
+                work = self._inbox.get_nowait()
+        except queue.Empty:
+            pass
+
+    def step(self) -> None:
+        """Let every model compute once, and tell what came of it."""
+        for runner in self._all_runners():
+            self._events += runner.step()
+        self.retiring = [runner for runner in self.retiring if not runner.scheduler.idle]
+        self._load_next()
+        if self._events:
+            events, self._events = self._events, []
+            self.tell(events)
+
+    def accept(self, client: object, message: Message) -> None:
+        """Take what a front end sent."""
+        if isinstance(message, Cancel):
+            self._cancel(lambda s: s.client is client and s.request_id == message.request_id)
+            self._forget_waiting(client, message.request_id)
+        elif isinstance(message, AskStats):
+            self._events.append(Event(client, self._stats(message.request_id)))
+        elif isinstance(message, Generate | Score | Classify | Describe):
+            self.counters.requests += 1
+            try:
+                self._accept(client, message)
+            except Refused as refused:
+                self._refuse(client, message.request_id, refused.kind, str(refused))
+
+    def leave(self, client: object) -> None:
+        """Drop all that a front end asked for: it is gone."""
+        self._cancel(lambda s: s.client is client)
+        self._forget_waiting(client, None)
+
+    def drain(self) -> None:
+        """Take nothing new; end when all is answered, or after `drain_s`."""
+        self._drain_until = time.monotonic() + self.settings.drain_s
+
+    def models(self) -> Models:
+        """Return the models that can be asked for."""
+        default = self.registry.default
+        infos = [
+            ModelInfo(
+                id=entry.id,
+                aliases=list(entry.aliases),
+                created=entry.created,
+                revision=entry.revision,
+                loaded=entry.id in self.runners,
+                default=default is not None and entry.id == default.id,
+            )
+            for entry in self.registry.entries
+        ]
+        return Models(infos)
+
+    def changed(self) -> None:
+        """Heed that the registry found other checkpoints: load newer weights of those in use."""
+        for entry in self.registry.entries:
+            runner = self.runners.get(entry.id)
+            if runner is not None and runner.revision != entry.revision:
+                self._waiting.setdefault(entry.id, [])
+        for gone in self.runners.keys() - {entry.id for entry in self.registry.entries}:
+            self.retiring.append(self.runners.pop(gone))
+
+    def _all_runners(self) -> list[Runner]:
+        return [*self.runners.values(), *self.retiring]
+
+    def _accept(self, client: object, request: Generate | Score | Classify | Describe) -> None:
+        if self._drain_until is not None:
+            raise Refused("unavailable", "The engine is shutting down.")
+        entry = self.registry.find(request.model)
+        if entry is None:
+            raise Refused("not_found", f"The model {request.model!r} does not exist.")
+        n_queued = sum(len(r.scheduler.waiting) for r in self._all_runners())
+        n_queued += sum(map(len, self._waiting.values()))
+        if n_queued >= self.settings.max_queue and not isinstance(request, Describe):
+            raise Refused("overloaded", f"The queue is full ({n_queued} requests wait).")
+        if runner := self.runners.get(entry.id):
+            self._begin(runner, client, request)
+        else:
+            self._waiting.setdefault(entry.id, []).append((client, request))
+
+    def _begin(self, runner: Runner, client: object, request: Request) -> None:
+        runner.used = time.monotonic()
+        if isinstance(request, Describe):
+            self._events.append(Event(client, details(runner, request.request_id)))
+        else:
+            runner.scheduler.waiting.extend(sequences(runner, client, request))
+
+    def _load_next(self) -> None:
+        """Begin to load a model that is waited for, when there is room for one more."""
+        if self._loading is not None or not self._waiting:
+            return
+        id_ = next(iter(self._waiting))
+        entry = next((e for e in self.registry.entries if e.id == id_), None)
+        if entry is None:
+            self._refuse_waiting(id_, "not_found", f"The model {id_!r} does not exist any more.")
+            return
+        when, why = self._broken.get((id_, entry.revision), (0.0, ""))
+        if why and time.monotonic() < when + RETRY_S:
+            self._refuse_waiting(id_, "internal", why)
+        elif id_ in self.runners or self._make_room():
+            self._loading = id_
+            self._loader.submit(self._load, entry)
+
+    def _make_room(self) -> bool:
+        """Evict the idle model that was asked longest ago, where there are too many."""
+        if len(self.runners) < self.settings.max_models:
+            return True
+        idle = [runner for runner in self.runners.values() if runner.scheduler.idle]
+        if idle:
+            oldest = min(idle, key=lambda runner: runner.used)
+            log.info("evicting %s", oldest.id)
+            del self.runners[oldest.id]
+        return bool(idle)
+
+    def _load(self, entry: Entry) -> None:
+        try:
+            runner = load_runner(entry, self.settings, self.counters)
+        except Exception as error:  # whatever a file can do to its reader
+            log.exception("could not load %s", entry.id)
+            self.post(partial(self._not_loaded, entry, str(error)))
+        else:
+            self.post(partial(self._loaded, runner))
+
+    def _loaded(self, runner: Runner) -> None:
+        self._loading = None
+        old = self.runners.get(runner.id)
+        if old is not None:
+            self.retiring.append(old)
+        self.runners[runner.id] = runner
+        runner.used = time.monotonic()
+        for client, request in self._waiting.pop(runner.id, []):
+            try:
+                self._begin(runner, client, request)
+            except Refused as refused:
+                self._refuse(client, request.request_id, refused.kind, str(refused))
+        self._events.append(Event(None, self.models()))
+
+    def _not_loaded(self, entry: Entry, why: str) -> None:
+        self._loading = None
+        self._broken[entry.id, entry.revision] = time.monotonic(), why
+        self._refuse_waiting(entry.id, "internal", f"{entry.id} could not be loaded: {why}")
+
+    def _refuse(self, client: object, request_id: str, kind: FailureKind, why: str) -> None:
+        self.counters.failed += 1
+        self._events.append(Event(client, Failed(request_id, kind, why)))
+
+    def _refuse_waiting(self, id_: str, kind: FailureKind, why: str) -> None:
+        for client, request in self._waiting.pop(id_, []):
+            self._refuse(client, request.request_id, kind, why)
+
+    def _cancel(self, unwanted: Callable[[Sequence], bool]) -> None:
+        for runner in self._all_runners():
+            self.counters.cancelled += runner.forget(unwanted)
+
+    def _forget_waiting(self, client: object, request_id: str | None) -> None:
+        for id_, waiting in self._waiting.items():
+            self._waiting[id_] = [
+                (c, request)
+                for c, request in waiting
+                if c is not client or request_id not in (None, request.request_id)
+            ]
+
+    def _stats(self, request_id: str) -> Stats:
+        import torch
+
+        runners, counted = self._all_runners(), self.counters
+        newest = max(self.runners.values(), key=lambda runner: runner.used, default=None)
+        return Stats(
+            request_id,
+            slots=sum(len(r.scheduler.slots.slots) for r in runners),
+            slots_used=sum(r.scheduler.slots.n_used for r in runners),
+            queued=sum(len(r.scheduler.waiting) for r in runners)
+            + sum(map(len, self._waiting.values())),
+            requests=counted.requests,
+            finished=counted.finished,
+            failed=counted.failed,
+            cancelled=counted.cancelled,
+            prompt_tokens=counted.prompt_tokens,
+            cached_tokens=counted.cached_tokens,
+            completion_tokens=counted.completion_tokens,
+            steps=counted.steps,
+            queue_s=counted.queue_s.histogram(),
+            first_token_s=counted.first_token_s.histogram(),
+            inter_token_s=counted.inter_token_s.histogram(),
+            device=str(newest.forward.device) if newest else self.settings.device,
+            dtype=newest.dtype if newest else self.settings.dtype,
+            threads=torch.get_num_threads(),
+        )

@@ -1,0 +1,92 @@
+"""Turn a checkpoint into a runner: its precision, its memory, its kernels."""
+
+import logging
+import os
+import time
+
+import torch
+from torch import Tensor
+
+from nanogpt.checkpoint import load_checkpoint
+from nanogpt.model import GPT, GPTConfig
+from serving.engine import native
+from serving.engine.counters import Counters
+from serving.engine.forward import Computes, Forward
+from serving.engine.messages import Settings
+from serving.engine.registry import Entry
+from serving.engine.runner import Runner
+from serving.engine.scheduler import Scheduler
+from serving.engine.slots import Slots, slot_bytes
+
+log = logging.getLogger(__name__)
+
+
+def load_runner(entry: Entry, settings: Settings, counters: Counters) -> Runner:
+    """Load an entry's checkpoint and make it ready to compute.
+
+    Raises ValueError or FileNotFoundError for a file that is none of ours.
+    """
+    started = time.monotonic()
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    checkpoint = load_checkpoint(entry.path, device=device)
+    precision = torch.float32 if dtype == "fp32" else torch.bfloat16
+    model = checkpoint.model.requires_grad_(False)
+    slots = Slots(
+        checkpoint.config,
+        count_slots(checkpoint.config, precision, settings, device),
+        precision,
+        device,
+    )
+    forward = make_forward(model, slots.cache, dtype)
+    scheduler = Scheduler(slots, settings.chunk_tokens)
+    log.info("loaded %s (%s) in %.1f s", entry.id, dtype, time.monotonic() - started)
+    return Runner(entry.id, entry.revision, checkpoint, dtype, forward, scheduler, counters)
+
+
+def make_forward(model: GPT, cache: Tensor, dtype: str) -> Computes:
+    """Return the fastest forward pass that there is for a model here."""
+    if native.supported(model, dtype, cache.device):
+        forward = native.NativeForward(model, cache, dtype)
+        model.to("meta")  # its weights are packed: free the others
+        return forward
+    return Forward(model.to(cache.dtype), cache, int8=dtype == "int8")
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device of a setting; `auto` is the GPU where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> str:
+    """Return fp32, bf16 or int8; `auto` is bf16 where the machine computes in it."""
+    if dtype != "auto":
+        return dtype
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        native = "AVX512" in capability and _has_flag("avx512_bf16")
+        return "bf16" if native else "fp32"
+    return "bf16"
+
+
+def count_slots(
+    config: GPTConfig, dtype: torch.dtype, settings: Settings, device: torch.device
+) -> int:
+    """Return how many sequences' keys and values the memory for them holds, at least one."""
+    if settings.cache_gb is not None:
+        budget = settings.cache_gb * 1e9
+    elif device.type == "cuda":
+        budget = torch.cuda.mem_get_info(device)[0] / 2
+    else:
+        budget = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
+    return max(1, min(settings.max_slots, int(budget // slot_bytes(config, dtype))))
+
+
+def _has_flag(flag: str) -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return flag in file.read()
+    except OSError:
+        return False

@@ -1,0 +1,246 @@
+"""The forward pass of `forward.py` in C++ (kernels.cpp), for CPUs: faster, and free of row sizes.
+
+The library is compiled once for each source and machine, with the C++ compiler there is; where
+there is none, or for shapes that the kernels do not take, `Forward` is used.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt.classifier import Classifier
+from nanogpt.model import GPT, Block, rotary_angles
+from serving.engine.forward import Span
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
+DTYPES = {"fp32": 0, "bf16": 1, "int8": 2}
+PANEL = GROUP = 64
+HEAD_SIZES = range(16, 129, 16)
+
+log = logging.getLogger(__name__)
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_int32),
+        ("k", ctypes.c_int32),
+    )
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("ln_1", _Norm),
+        ("ln_2", _Norm),
+        ("c_attn", _Matrix),
+        ("attn_proj", _Matrix),
+        ("c_fc", _Matrix),
+        ("mlp_proj", _Matrix),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("dtype", "n_layer", "n_head", "n_embd")),
+        *((name, ctypes.c_int32) for name in ("block_size", "n_slots", "rms_norm", "relu2")),
+        *((name, ctypes.c_int32) for name in ("qk_norm", "n_threads")),
+        ("layers", ctypes.POINTER(_Layer)),
+        ("ln_f", _Norm),
+        ("head", _Matrix),
+        ("rotations", ctypes.c_void_p),
+        ("cache", ctypes.c_void_p),
+    )
+
+
+class NativeForward:
+    """Compute states and logits of spans, with keys and values in `cache` (L, 2, S, H, T, D).
+
+    The model's float32 weights are packed anew, in `dtype`; the model itself is used no more.
+    """
+
+    def __init__(self, model: GPT, cache: Tensor, dtype: str) -> None:
+        library = load_library()
+        assert library is not None, "supported() was not asked"
+        self.library, self.config, self.cache = library, model.config, cache
+        self.device = cache.device
+        self._kept: list[Tensor] = []  # what the kernels point to
+        narrow = torch.float32 if dtype == "fp32" else torch.bfloat16
+        self.wte = model.wte.weight[: model.config.vocab_size].detach().to(narrow)
+        self.wpe = model.wpe.weight.detach() if model.config.position == "learned" else None
+        self.classes = deepcopy(model.classes) if isinstance(model, Classifier) else None
+        self._native = self._describe(model, DTYPES[dtype])
+
+    @torch.inference_mode()
+    def hidden_states(self, spans: list[Span]) -> Tensor:
+        """Read spans into their slots; return the normalised final states (R, C) of all rows."""
+        ids = torch.tensor([i for span in spans for i in span.ids])
+        places = [(s.slot, s.start + n) for s in spans for n in range(len(s.ids))]
+        slots, positions = torch.tensor(places, dtype=torch.int32).unbind(1)
+        slots, positions = slots.contiguous(), positions.contiguous()
+        x = self.wte[ids].float()  # (R, C)
+        if self.wpe is not None:
+            x += self.wpe[positions.long()]
+        states = torch.empty_like(x)
+        self.library.hidden_states(
+            ctypes.byref(self._native),
+            len(x),
+            *(ctypes.c_void_p(t.data_ptr()) for t in (slots, positions, x, states)),
+        )
+        return states
+
+    @torch.inference_mode()
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Return the logits (R, V) float32 of states (R, C)."""
+        states = hidden_states.contiguous()
+        out = torch.empty(len(states), self.config.vocab_size)
+        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (states, out))
+        self.library.logits(ctypes.byref(self._native), len(states), *pointers)
+        return out
+
+    @torch.inference_mode()
+    def class_probabilities(self, hidden_states: Tensor) -> Tensor:
+        """Return a classifier's probabilities (R, K) float32 of states (R, C)."""
+        assert self.classes is not None
+        return self.classes(hidden_states).softmax(-1)
+
+    def _describe(self, model: GPT, dtype: int) -> _Model:
+        config = model.config
+        rotations = None
+        if config.position == "rotary":
+            head_size = config.n_embd // config.n_head
+            rotations = self._keep(rotary_angles(torch.arange(config.block_size), head_size))
+        layers = (_Layer * config.n_layer)()
+        for layer, block in zip(layers, model.h, strict=True):
+            assert isinstance(block, Block)
+            layer.ln_1, layer.ln_2 = self._norm(block.ln_1), self._norm(block.ln_2)
+            layer.c_attn = self._matrix(block.attn.c_attn, dtype)
+            layer.attn_proj = self._matrix(block.attn.c_proj, dtype)
+            layer.c_fc = self._matrix(block.mlp.c_fc, dtype)
+            layer.mlp_proj = self._matrix(block.mlp.c_proj, dtype)
+        return _Model(
+            dtype=dtype,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            block_size=config.block_size,
+            n_slots=self.cache.size(2),
+            rms_norm=config.norm == "rmsnorm",
+            relu2=config.activation == "relu2",
+            qk_norm=config.qk_norm,
+            n_threads=torch.get_num_threads(),
+            layers=layers,
+            ln_f=self._norm(model.ln_f),
+            head=self._packed(model.wte.weight[: config.vocab_size], None, dtype),
+            rotations=rotations,
+            cache=self.cache.data_ptr(),
+        )
+
+    def _norm(self, norm: nn.Module) -> _Norm:
+        bias = getattr(norm, "bias", None)
+        assert isinstance(norm.weight, Tensor)
+        return _Norm(self._keep(norm.weight), None if bias is None else self._keep(bias))
+
+    def _matrix(self, linear: nn.Linear, dtype: int) -> _Matrix:
+        return self._packed(linear.weight, linear.bias, dtype)
+
+    def _packed(self, weight: Tensor, bias: Tensor | None, dtype: int) -> _Matrix:
+        n, k = weight.shape
+        n_whole = -(-n // PANEL) * PANEL
+        kinds = (torch.float32, torch.bfloat16, torch.uint8)
+        packed = torch.empty(n_whole * k, dtype=kinds[dtype])
+        scales = torch.empty(n_whole * (k // GROUP) if dtype == 2 else 0, dtype=torch.bfloat16)
+        weight = weight.detach().float().contiguous()
+        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, packed, scales))
+        self.library.pack(dtype, n, k, *pointers)
+        there = None if bias is None else self._keep(bias)
+        return _Matrix(self._keep(packed), self._keep(scales), there, n, k)
+
+    def _keep(self, tensor: Tensor) -> int:
+        if tensor.is_floating_point() and tensor.dtype != torch.bfloat16:
+            tensor = tensor.detach().float().contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def supported(model: GPT, dtype: str, device: torch.device) -> bool:
+    """Return whether the kernels can be had here, and take this model in this precision."""
+    config = model.config
+    fits = config.n_embd % PANEL == 0 and config.n_embd // config.n_head in HEAD_SIZES
+    if device.type != "cpu" or not fits or os.environ.get("NANOGPT_NO_KERNELS"):
+        return False
+    library = load_library()
+    return library is not None and bool(library.supports(DTYPES[dtype]))
+
+
+@lru_cache
+def load_library() -> ctypes.CDLL | None:
+    """Return the kernels, compiled if they are not yet, or None where that cannot be."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or platform.machine() != "x86_64":
+        return None
+    path = _cache_dir() / f"kernels-{_fingerprint(compiler)}.so"
+    if not path.exists() and not _compile(compiler, path):
+        return None
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # torch came with another OpenMP
+        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(path))
+
+
+def _compile(compiler: str, path: Path) -> bool:
+    """Compile the kernels; linked without OpenMP, they use torch's, and its threads."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        unlinked, linked = f"{directory}/kernels.o", f"{directory}/kernels.so"
+        for command in (
+            [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", unlinked],
+            [compiler, "-shared", unlinked, "-o", linked],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                log.warning("no kernels, torch's are used: %s", done.stderr[-500:])
+                return False
+        os.replace(linked, path)
+    return True
+
+
+def _fingerprint(compiler: str) -> str:
+    """Return a name for what is compiled: the source, how, by what, and for which processor."""
+    digest = hashlib.sha256(SOURCE.read_bytes())
+    try:
+        flags = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x[:5] == "flags"][:1]
+    except OSError:
+        flags = [platform.processor()]
+    digest.update(" ".join((compiler, *FLAGS, *flags)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _cache_dir() -> Path:
+    """Return where compiled kernels are kept, or a new directory where nothing can be."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(base) / "nanogpt"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK):
+            return directory
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="nanogpt-"))

@@ -1,0 +1,90 @@
+"""Turn requests into sequences, or refuse them before anything is computed."""
+
+from nanogpt.classifier import encode_text
+from serving.engine.messages import (
+    Classify,
+    FailureKind,
+    Generate,
+    ModelDetails,
+    Request,
+    Score,
+)
+from serving.engine.runner import Runner
+from serving.engine.scheduler import Sequence, Texts
+
+
+class Refused(Exception):
+    """A request that is not taken; `kind` says why."""
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def sequences(runner: Runner, client: object, request: Request) -> list[Sequence]:
+    """Return what a request asks the runner to compute; raises Refused where it cannot be."""
+    if isinstance(request, Classify):
+        return _texts(runner, client, request)
+    assert isinstance(request, Generate | Score)
+    id_, ids = request.request_id, list(request.prompt_ids)
+    if isinstance(request, Score):
+        _check_prompt(ids, runner, room=0)
+        return [Sequence(id_, client, "score", ids, len(ids), scope=id_, top=request.top)]
+    _check_prompt(ids, runner, room=1)
+    scope = request.cache_scope
+    return [Sequence(id_, client, "write", ids, len(ids), scope=scope, request=request)]
+
+
+def details(runner: Runner, request_id: str) -> ModelDetails:
+    """Return all that a front end needs to know of a model."""
+    about = runner.checkpoint
+    return ModelDetails(
+        request_id,
+        id=runner.id,
+        revision=runner.revision,
+        stage=about.stage,
+        step=about.step,
+        block_size=about.config.block_size,
+        vocab_size=about.config.vocab_size,
+        n_params=about.model.num_parameters(),
+        dtype=runner.dtype,
+        tokenizer=about.tokenizer.record(),
+        template=about.template,
+        labels=about.labels,
+    )
+
+
+def _check_prompt(ids: list[int], runner: Runner, room: int) -> None:
+    config = runner.checkpoint.config
+    if not ids:
+        raise Refused("invalid", "The prompt is empty; it needs at least one token.")
+    if min(ids) < 0 or max(ids) >= config.vocab_size:
+        what = f"The prompt has token ids from {min(ids)} to {max(ids)}"
+        raise Refused("invalid", f"{what}; the model knows 0 to {config.vocab_size - 1}.")
+    if len(ids) + room > config.block_size:
+        what = f"The model's context is {config.block_size} tokens and the prompt has {len(ids)}"
+        raise Refused("context_length", f"{what}; shorten it.")
+
+
+def _texts(runner: Runner, client: object, request: Classify) -> list[Sequence]:
+    about = runner.checkpoint
+    if about.labels is None:
+        raise Refused("invalid", f"The model {runner.id} was not trained to classify.")
+    if not request.texts:
+        raise Refused("invalid", "There is no text to classify.")
+    texts = Texts([[] for _ in request.texts])
+    block_size = about.config.block_size
+    rows = [encode_text(about.tokenizer, text, block_size)[0] for text in request.texts]
+    return [
+        Sequence(
+            request.request_id,
+            client,
+            "classify",
+            ids,
+            len(ids),
+            scope=request.request_id,
+            texts=texts,
+            n_text=n,
+        )
+        for n, ids in enumerate(rows)
+    ]

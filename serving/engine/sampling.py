@@ -1,0 +1,214 @@
+"""Choose the next token of every row of logits, each by its own parameters and its own numbers.
+
+Random numbers are a hash of (seed, position), so that a draw is the same in any company. What is
+computed for a row looks at that row alone, and rows that need less work are not held up by others.
+
+Shapes: R rows, V vocabulary, K candidates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from serving.engine.messages import MIN_LOGPROB, SamplingParams
+
+CANDIDATES = (256, 4096)  # likeliest tokens that are sorted; more only where they do not suffice
+MAX_TOP = 20  # likeliest tokens that can be asked for
+_WORD = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a row is drawn by: its parameters, where its token will stand, and what came before.
+
+    The tokens before matter to penalties only.
+    """
+
+    params: SamplingParams
+    position: int
+    prompt_ids: list[int] = field(default_factory=list)
+    answer_ids: list[int] = field(default_factory=list)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether penalties or bias change the logits."""
+        p = self.params
+        penalties = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1
+        return bool(p.logit_bias) or bool(penalties)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether only some of the tokens can be drawn."""
+        p = self.params
+        few = p.top_k is not None or (p.top_p is not None and p.top_p < 1)
+        return few or bool(p.min_p)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A row's token and, where asked for, its log-probability and the likeliest tokens'."""
+
+    token: int
+    logprob: float | None = None
+    top_ids: list[int] = field(default_factory=list)
+    top_logprobs: list[float] = field(default_factory=list)
+
+
+class NotFinite(ValueError):
+    """Logits hold not-a-number or infinity: nothing can be drawn from them."""
+
+
+@torch.inference_mode()
+def choose(logits: Tensor, draws: list[Draw]) -> list[Chosen | NotFinite]:
+    """Return the token of each row of logits (R, V) float32, or why there is none."""
+    finite = logits.amax(-1).isfinite().tolist()  # false for any that is not a number, too
+    adjusted = _adjusted(logits, draws)
+    tokens = adjusted.argmax(-1)
+    drawn = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
+    for rows in (
+        [i for i in drawn if not draws[i].narrows],
+        [i for i in drawn if draws[i].narrows],
+    ):
+        if rows:
+            pick = _draw_narrowed if draws[rows[0]].narrows else _draw_any
+            tokens[rows] = pick(adjusted[rows], [draws[i] for i in rows])
+    chosen = _with_logprobs(logits, tokens, draws)
+    return [
+        c if ok else NotFinite("the model's logits are not finite numbers")
+        for c, ok in zip(chosen, finite, strict=True)
+    ]
+
+
+def uniform(seed: int, position: int) -> float:
+    """Return the number in [0, 1) of a seed and a position: 53 bits of SplitMix64, twice.
+
+    "Fast Splittable Pseudorandom Number Generators" (Steele, Lea, Flood, 2014), section 5.
+
+    >>> uniform(1, 2) == uniform(1, 2) != uniform(1, 3)
+    True
+    """
+    return (_mixed(_mixed(seed) + position) >> 11) * 2.0**-53
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Return the logarithms (R, V) of the probabilities that logits (R, V) stand for."""
+    return logits.log_softmax(-1).clamp_min(MIN_LOGPROB)
+
+
+def likeliest(logprobs: Tensor, n: int) -> tuple[list[list[int]], list[list[float]]]:
+    """Return the n likeliest tokens of each row of log-probabilities (R, V), and theirs."""
+    best = logprobs.topk(min(n, logprobs.size(-1)))
+    return best.indices.tolist(), best.values.tolist()
+
+
+def _mixed(value: int) -> int:
+    """Return the SplitMix64 hash of a number."""
+    value = (value + 0x9E3779B97F4A7C15) & _WORD
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _WORD
+    return value ^ (value >> 31)
+
+
+def _adjusted(logits: Tensor, draws: list[Draw]) -> Tensor:
+    """Return logits with penalties and bias; the same ones where no row has any."""
+    if not any(draw.adjusts for draw in draws):
+        return logits
+    logits = logits.clone()
+    for row, draw in zip(logits, draws, strict=True):
+        if draw.adjusts:
+            _adjust(row, draw)
+    return logits
+
+
+def _adjust(row: Tensor, draw: Draw) -> None:
+    """Change one row (V,): repetition, frequency, presence, then bias.
+
+    Repetition divides what is positive and multiplies what is not (CTRL, section 4.1); the others
+    subtract, as the OpenAI API defines them.
+    """
+    p, device = draw.params, row.device
+    if p.repetition_penalty != 1:
+        seen = torch.tensor([*draw.prompt_ids, *draw.answer_ids], device=device).unique()
+        old = row[seen]
+        row[seen] = torch.where(old > 0, old / p.repetition_penalty, old * p.repetition_penalty)
+    if draw.answer_ids and (p.frequency_penalty or p.presence_penalty):
+        seen, counts = torch.tensor(draw.answer_ids, device=device).unique(return_counts=True)
+        row[seen] -= p.frequency_penalty * counts + p.presence_penalty
+    if p.logit_bias:
+        ids = torch.tensor(list(p.logit_bias), device=device)
+        row[ids] += torch.tensor(list(p.logit_bias.values()), device=device)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None].to(like.dtype)
+
+
+def _weights(logits: Tensor, draws: list[Draw]) -> Tensor:
+    """Return probabilities (R, V), the likeliest token's taken as 1."""
+    temperatures = _column([draw.params.temperature for draw in draws], logits)
+    return ((logits - logits.amax(-1, keepdim=True)) / temperatures).exp()
+
+
+def _draw_any(logits: Tensor, draws: list[Draw]) -> Tensor:
+    weights = _weights(logits, draws)
+    return _inverse(weights.cumsum(-1, dtype=torch.float64), draws)
+
+
+def _inverse(sums: Tensor, draws: list[Draw]) -> Tensor:
+    """Return where each row's number lies (R,) among the running sums of its weights (R, K)."""
+    numbers = [uniform(draw.params.seed, draw.position) for draw in draws]
+    total = sums[:, -1:].contiguous()
+    wanted = torch.tensor(numbers, dtype=sums.dtype, device=sums.device)[:, None] * total
+    wanted = torch.minimum(wanted, total.nextafter(torch.zeros_like(total)))  # it may round up
+    return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp_max(sums.size(-1) - 1)
+
+
+def _draw_narrowed(logits: Tensor, draws: list[Draw]) -> Tensor:
+    weights = _weights(logits, draws)
+    tokens = torch.zeros(len(draws), dtype=torch.int64, device=logits.device)
+    rows = list(range(len(draws)))
+    for n in (*CANDIDATES, logits.size(-1)):
+        if rows and n <= logits.size(-1):
+            of_rows, enough = _draw_from(weights[rows], n, [draws[i] for i in rows])
+            tokens[rows] = of_rows
+            rows = [i for i, done in zip(rows, enough.tolist(), strict=True) if not done]
+    return tokens
+
+
+def _draw_from(weights: Tensor, n: int, draws: list[Draw]) -> tuple[Tensor, Tensor]:
+    """Draw among the n likeliest, narrowed by top_k, top_p, min_p in this order.
+
+    Returns tokens (R,) and whether the n are sure to hold all that may be drawn (R,).
+    """
+    n_vocab = weights.size(-1)
+    best = weights.topk(n)
+    w, ranks = best.values, torch.arange(n, device=weights.device)
+    sums = w.cumsum(-1, dtype=torch.float64)
+    top_k = _column([d.params.top_k or n_vocab for d in draws], sums).clamp_max(n_vocab)
+    top_p = _column([1.0 if d.params.top_p is None else d.params.top_p for d in draws], sums)
+    min_p = _column([d.params.min_p or 0.0 for d in draws], sums)
+    all_sums = weights.cumsum(-1, dtype=torch.float64)  # a plain sum adds in another order alone
+    within = sums.gather(-1, top_k.long().clamp_max(n) - 1)
+    total = torch.where(top_k == n_vocab, all_sums[:, -1:], within)
+    kept = (ranks < top_k) & ((sums - w < top_p * total) | (ranks == 0)) & (w >= min_p * w[:, :1])
+    tail = (sums[:, -1:] >= top_p * total) & (top_p < 1) | (w[:, -1:] < min_p)
+    enough = (top_k <= n) | (top_k == n_vocab) & tail  # at n = n_vocab always
+    places = _inverse(torch.where(kept, w, 0).cumsum(-1, dtype=torch.float64), draws)
+    return best.indices.gather(-1, places[:, None])[:, 0], enough[:, 0]
+
+
+def _with_logprobs(logits: Tensor, tokens: Tensor, draws: list[Draw]) -> list[Chosen]:
+    ids = tokens.tolist()
+    chosen = [Chosen(token) for token in ids]
+    rows = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]
+    if not rows:
+        return chosen
+    logprobs = log_probabilities(logits[rows])
+    own = logprobs.gather(-1, tokens[rows][:, None])[:, 0].tolist()
+    top_ids, top = likeliest(logprobs, MAX_TOP)  # always as many: equal ones keep their order
+    for n, i in enumerate(rows):
+        asked = draws[i].params.logprobs or 0
+        chosen[i] = Chosen(ids[i], own[n], top_ids[n][:asked], top[n][:asked])
+    return chosen

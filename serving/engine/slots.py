@@ -1,0 +1,95 @@
+"""Where sequences lie in the KV cache, and which of their beginnings can be used again.
+
+Shapes: L layers, S slots, H heads, T time, D head size.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanogpt.model import GPTConfig
+
+
+@dataclass
+class Slot:
+    """One sequence's place: the tokens whose keys and values it holds, and who may use them."""
+
+    index: int
+    busy: bool = False
+    scope: str = ""
+    used: int = 0  # when it was last taken or given back; the order matters only
+    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+class Slots:
+    """The KV cache of a model (L, 2, S, H, T, D), allocated once, and who has which slot of it."""
+
+    def __init__(
+        self, config: GPTConfig, n_slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        head_size = config.n_embd // config.n_head
+        shape = (config.n_layer, 2, n_slots, config.n_head, config.block_size, head_size)
+        self.cache: Tensor = torch.zeros(shape, dtype=dtype, device=device)
+        self.slots = [Slot(i) for i in range(n_slots)]
+        self._clock = 0
+
+    @property
+    def n_used(self) -> int:
+        """How many slots are taken."""
+        return sum(slot.busy for slot in self.slots)
+
+    def acquire(self, prompt_ids: list[int], scope: str) -> tuple[Slot, int] | None:
+        """Take a slot for a prompt; return it and how many tokens it holds of the prompt already.
+
+        The longest common prefix with any slot of the same scope is used again, in place where
+        that slot is free and little would be lost, else as a copy. None when all are taken.
+        """
+        free = [slot for slot in self.slots if not slot.busy]
+        if not free:
+            return None
+        wanted = np.asarray(prompt_ids[:-1], np.int64)  # the last token is read for its logits
+        lengths = {s.index: _common(s.ids, wanted) for s in self.slots if s.scope == scope}
+        best = max(lengths, key=lambda i: (lengths[i], not self.slots[i].busy), default=0)
+        n_cached = lengths.get(best, 0)
+        source = self.slots[best]
+        if n_cached and not source.busy and 2 * n_cached >= len(source.ids):
+            slot = source
+        else:
+            slot = min(free, key=lambda s: (len(s.ids) > 0, s.used))
+            self._copy(source, slot, n_cached)
+        slot.busy, slot.scope, slot.ids = True, scope, wanted[:n_cached]
+        slot.used = self._tick()
+        return slot, n_cached
+
+    def hold(self, slot: Slot, ids: list[int]) -> None:
+        """Note the tokens whose keys and values are in a slot now."""
+        slot.ids = np.asarray(ids, np.int64)
+
+    def release(self, slot: Slot, *, clean: bool = True) -> None:
+        """Give a slot back; what it holds may be used again unless it is not `clean`."""
+        slot.busy, slot.used = False, self._tick()
+        if not clean:
+            slot.ids = slot.ids[:0]
+            self.cache[:, :, slot.index].zero_()  # not a number times nothing is not nothing
+
+    def _copy(self, source: Slot, target: Slot, n_tokens: int) -> None:
+        if n_tokens and source is not target:
+            kept = self.cache[:, :, source.index, :, :n_tokens]
+            self.cache[:, :, target.index, :, :n_tokens] = kept
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+
+def slot_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
+    """Return the memory of one slot's keys and values."""
+    return 2 * config.n_layer * config.block_size * config.n_embd * dtype.itemsize
+
+
+def _common(held: np.ndarray, wanted: np.ndarray) -> int:
+    n = min(len(held), len(wanted))
+    differs = held[:n] != wanted[:n]
+    return int(differs.argmax()) if differs.any() else n

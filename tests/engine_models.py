@@ -1,0 +1,109 @@
+"""Tiny checkpoints with random weights for tests of the engine, and requests to it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanogpt.checkpoint import KEY, record, write_checkpoint
+from nanogpt.classifier import Classifier
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.tokenizer import byte_tokenizer
+from serving.engine.engine import Engine
+from serving.engine.messages import Finished, Generate, Message, SamplingParams, Settings, Tokens
+from serving.engine.runner import Event
+
+MODERN: dict[str, Any] = {
+    "position": "rotary",
+    "norm": "rmsnorm",
+    "activation": "relu2",
+    "qk_norm": True,
+    "bias": False,
+}
+
+
+def write_model(path: Path, seed: int = 0, labels: list[str] | None = None, **keys: Any) -> GPT:
+    """Write a checkpoint of a byte model whose answers are neither constant nor a loop."""
+    tokenizer = byte_tokenizer()
+    shape = {"block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64, **keys}
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, **shape)
+    torch.manual_seed(seed)
+    model = GPT(config) if labels is None else Classifier(config, len(labels))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.5))
+    about = record("pretrain", config, tokenizer, labels=labels)
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint({"state_dict": weights, "global_step": 1, KEY: about}, path)
+    return model.eval()
+
+
+@dataclass
+class Answer:
+    """What an engine said to one request."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[list[int], list[float]]] = field(default_factory=list)
+    end: Message | None = None
+
+    @property
+    def said(self) -> tuple[object, ...]:
+        """All of it that must not depend on anything but the request."""
+        reason = self.end.reason if isinstance(self.end, Finished) else self.end
+        return self.ids, self.logprobs, self.top, reason
+
+
+class Asked:
+    """An engine in this thread, and the answers to what it was asked."""
+
+    def __init__(self, models: Path, **settings: Any) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.messages: list[Message] = []
+        chosen = {"dtype": "fp32", "chunk_tokens": 16, "max_slots": 4, "cache_gb": 1.0, **settings}
+        self.engine = Engine(Settings(models=str(models), **chosen), self._hear)
+
+    def _hear(self, events: list[Event]) -> None:
+        for _, message in events:
+            self.messages.append(message)
+            answer = self.answers.setdefault(getattr(message, "request_id", ""), Answer())
+            if isinstance(message, Tokens):
+                answer.ids += message.ids
+                answer.logprobs += message.logprobs or []
+                tops = zip(message.top_ids or [], message.top_logprobs or [], strict=True)
+                answer.top += tops
+            else:
+                answer.end = message
+
+    def step(self) -> None:
+        """Do what is posted and compute once."""
+        self.engine.take_inbox(wait=self.engine.idle or not self.engine.runners)
+        self.engine.step()
+
+    def all(self, requests: Iterable[Message]) -> dict[str, Answer]:
+        """Ask at once, wait for all, and return the answers by request id."""
+        requests = list(requests)
+        for request in requests:
+            self.engine.accept(self, request)
+        self.settle()
+        return {r.request_id: self.answers[r.request_id] for r in requests}  # type: ignore[union-attr]
+
+    def settle(self) -> None:
+        """Compute until nothing is left to do."""
+        self.step()
+        while not self.engine.idle:
+            self.step()
+
+    def one(self, request: Message) -> Answer:
+        """Ask and return the answer."""
+        (answer,) = self.all([request]).values()
+        return answer
+
+
+def generate(request_id: str, prompt_ids: list[int], *, scope: str = "", **params: Any) -> Generate:
+    """Return a request for the only model."""
+    params = {"max_tokens": 8, "temperature": 0.0, **params}
+    return Generate(request_id, "run", prompt_ids, SamplingParams(**params), scope)

@@ -1,0 +1,237 @@
+"""Chat completions, asked for with the client that they are made for."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from nanogpt import prompts
+from nanogpt.prompts import find_template
+from nanogpt.tokenizer import byte_tokenizer
+from serving.engine.messages import Generate, Message
+from tests.fake_engine import FakeEngine
+from tests.front_end import generated, says, serve
+
+TEXT = "Grüße, 🌍! END and more"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> FakeEngine:
+    return FakeEngine(f"unix:{tmp_path_factory.mktemp('engine')}/e", reply=says(TEXT))
+
+
+@pytest.fixture(scope="module")
+def url(engine: FakeEngine) -> Iterator[str]:
+    with serve(engine) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def ask(client: openai.OpenAI, **options: object) -> openai.types.chat.ChatCompletion:
+    asked: dict[str, object] = {"model": "tiny", "messages": HELLO, **options}
+    return client.chat.completions.create(**asked)  # type: ignore[call-overload]
+
+
+def test_an_answer_has_text_reason_and_usage(client: openai.OpenAI) -> None:
+    answer = ask(client)
+    assert answer.choices[0].message.content == TEXT
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == len(TEXT.encode())
+
+
+def test_the_prompt_is_the_template_s_own_ids(client: openai.OpenAI, engine: FakeEngine) -> None:
+    ask(client, messages=[{"role": "system", "content": "Be brief."}, *HELLO])
+    said = [prompts.Message("system", "Be brief."), prompts.Message("user", "Hello")]
+    plain = find_template("plain").encode(byte_tokenizer(), said, add_generation_prompt=True)
+    assert generated(engine)[-1].prompt_ids == plain.ids
+
+
+def test_a_content_that_spells_a_special_token_stays_text(
+    client: openai.OpenAI, engine: FakeEngine
+) -> None:
+    ask(client, messages=[{"role": "user", "content": "<|endoftext|>"}])
+    assert generated(engine)[-1].prompt_ids.count(byte_tokenizer().eot_id) == 1  # the opening
+
+
+def test_content_may_come_in_parts(client: openai.OpenAI, engine: FakeEngine) -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    ask(client, messages=[{"role": "user", "content": parts}])
+    in_parts = generated(engine)[-1].prompt_ids
+    ask(client)
+    assert generated(engine)[-1].prompt_ids == in_parts
+
+
+def test_system_messages_are_one_at_the_start(client: openai.OpenAI, engine: FakeEngine) -> None:
+    ask(client, messages=[*HELLO, {"role": "developer", "content": "Be brief."}])
+    text = byte_tokenizer().decode(generated(engine)[-1].prompt_ids)
+    assert text == "Be brief.\n\nUser:\nHello\n\nAssistant:\n"
+
+
+def test_a_picture_is_refused(client: openai.OpenAI) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+    with pytest.raises(openai.BadRequestError, match="reads text only"):
+        ask(client, messages=[{"role": "user", "content": parts}])
+
+
+def test_a_stop_string_ends_the_answer(client: openai.OpenAI, engine: FakeEngine) -> None:
+    answer = ask(client, stop=["END"])
+    assert answer.choices[0].message.content == "Grüße, 🌍! "
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_full_answer_ends_with_length(client: openai.OpenAI) -> None:
+    answer = ask(client, max_completion_tokens=2)
+    assert answer.choices[0].message.content == "Gr"
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_the_answer_gets_the_context_that_is_left(
+    client: openai.OpenAI, engine: FakeEngine
+) -> None:
+    ask(client)
+    request = generated(engine)[-1]
+    assert request.params.max_tokens == 1024 - len(request.prompt_ids)
+
+
+def test_sampling_parameters_reach_the_engine(client: openai.OpenAI, engine: FakeEngine) -> None:
+    extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "stop_token_ids": [65]}
+    ask(
+        client,
+        temperature=0.5,
+        top_p=0.9,
+        seed=-1,
+        presence_penalty=1,
+        frequency_penalty=-1,
+        logit_bias={"66": -100},
+        extra_body=extra,
+    )
+    params = generated(engine)[-1].params
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 5, 0.1)
+    assert (params.presence_penalty, params.frequency_penalty) == (1, -1)
+    assert (params.repetition_penalty, params.logit_bias) == (1.1, {66: -100})
+    assert params.seed == 2**64 - 1
+    assert params.stop_ids == (byte_tokenizer().eot_id, 65)
+
+
+def test_several_answers_differ_in_their_seeds_and_the_first_has_the_given_one(
+    client: openai.OpenAI, engine: FakeEngine
+) -> None:
+    answer = ask(client, n=3, seed=7)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    seeds = [request.params.seed for request in generated(engine)[-3:]]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 3
+
+
+def test_nulls_and_unknown_fields_are_passed_over(client: openai.OpenAI) -> None:
+    names = ("temperature", "top_p", "max_tokens", "stop", "seed", "n", "stream", "logit_bias")
+    body = {**dict.fromkeys(names), "reasoning_effort": "high", "user": "me", "tools": None}
+    assert ask(client, extra_body=body).choices[0].message.content == TEXT
+
+
+def test_logprobs_come_with_bytes(client: openai.OpenAI) -> None:
+    choice = ask(client, logprobs=True, top_logprobs=2, stop="rüß").choices[0]
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    (token,) = choice.logprobs.content  # the stop string's tokens are not told
+    assert (token.token, token.bytes, token.logprob) == ("G", [71], -1.0)
+    assert len(token.top_logprobs) == 2
+
+
+def test_a_json_format_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="use text"):
+        ask(client, response_format={"type": "json_object"})
+
+
+def test_a_prompt_that_fills_the_context_is_refused_with_the_code_that_clients_know(
+    client: openai.OpenAI,
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, messages=[{"role": "user", "content": "x" * 2000}], stream=True)
+    assert refused.value.code == "context_length_exceeded"
+    assert refused.value.param == "messages"
+
+
+def test_a_model_is_found_by_alias_and_by_default(client: openai.OpenAI) -> None:
+    assert [ask(client, model=name).model for name in ("run/tiny", "tiny.ckpt", "")] == ["tiny"] * 3
+
+
+def test_models_are_listed_and_described(client: openai.OpenAI) -> None:
+    (listed,) = client.models.list().data
+    assert listed.id == "tiny"
+    assert client.models.retrieve("tiny.ckpt").id == "tiny"
+
+
+def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as refused:
+        ask(client, model="../../etc/passwd")
+    assert refused.value.code == "model_not_found"
+
+
+def test_a_chat_model_stops_at_its_turn_markers(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer().with_special_tokens(find_template("chat").special_tokens)
+    engine = FakeEngine(f"unix:{tmp_path}/e", tokenizer=tokenizer, template="chat")
+    with serve(engine) as url, openai.OpenAI(base_url=url, api_key="none") as client:
+        ask(client, max_tokens=1)  # without /v1 in the base URL
+    expected = [tokenizer.special_tokens[f"<|{n}|>"] for n in ("system", "user", "assistant")]
+    assert generated(engine)[-1].params.stop_ids == (tokenizer.eot_id, *expected)
+
+
+@pytest.mark.anyio
+async def test_the_asynchronous_client_streams(url: str) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        stream = await client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "Hello"}], stream=True
+        )
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+    assert text == TEXT
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def test_the_client_s_stream_helper_ends_with_the_whole_answer(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model="tiny", messages=[{"role": "user", "content": "Hello"}]
+    ) as stream:
+        assert stream.get_final_completion().choices[0].message.content == TEXT
+
+
+def test_the_raw_response_names_the_request(client: openai.OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Hello"}],
+        extra_headers={"X-Request-ID": "mine-1"},
+    )
+    assert raw.headers["x-request-id"] == "mine-1"
+
+
+def test_a_trailing_slash_lists_the_models_too(url: str) -> None:
+    assert httpx.get(f"{url}/v1/models/").json() == httpx.get(f"{url}/v1/models").json()
+
+
+def test_the_client_comes_again_when_the_server_was_busy(tmp_path: Path) -> None:
+    engine = BusyOnce(f"unix:{tmp_path}/e", reply=says("now"))
+    with serve(engine) as url, openai.OpenAI(base_url=url, api_key="none") as client:
+        assert ask(client).choices[0].message.content == "now"
+
+
+class BusyOnce(FakeEngine):
+    """An engine whose queue is full for the first request."""
+
+    def _receive(self, message: Message, writer: asyncio.StreamWriter) -> None:
+        is_first = isinstance(message, Generate) and not generated(self)
+        self.failure = ("overloaded", "The queue is full.") if is_first else None
+        super()._receive(message, writer)

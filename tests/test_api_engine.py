@@ -1,0 +1,116 @@
+"""Front end and engine together, on a small random model: HTTP tells what the engine computes."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from nanogpt.checkpoint import load_checkpoint
+from nanogpt.generation import generate
+from tests.engine_models import write_model
+from tests.front_end import eventually
+from tests.test_serve import ROOT, answers, free_port
+
+PROMPT = [104, 101, 108, 108, 111]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    write_model(path / "one" / "checkpoints" / "last.ckpt")
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(runs: Path) -> Iterator[str]:
+    """A server started as a user would."""
+    port = free_port()
+    settings = ("dtype=fp32", "threads=1", "cache_gb=0.1", "drain_s=10")
+    command = [sys.executable, str(ROOT / "serve.py"), f"runs_dir={runs}", f"port={port}"]
+    server = subprocess.Popen([*command, *settings], env=os.environ)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        assert eventually(lambda: answers(f"{address}/ready"), 120)
+        yield address
+        server.terminate()
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_the_likeliest_tokens_are_those_of_generate(runs: Path, client: openai.OpenAI) -> None:
+    checkpoint = load_checkpoint(runs / "one")
+    expected = list(generate(checkpoint.model, PROMPT, max_new_tokens=20, temperature=0))
+    answer = client.completions.create(
+        model="one", prompt=PROMPT, max_tokens=20, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert answer.choices[0].text == checkpoint.tokenizer.decode(expected)
+
+
+def test_streamed_whole_and_second_answers_are_equal(client: openai.OpenAI) -> None:
+    asked = {"model": "one", "prompt": "hello", "max_tokens": 60, "seed": 3, "logprobs": 2}
+    first = client.completions.create(**asked).choices[0]  # type: ignore[call-overload]
+    again = client.completions.create(**asked).choices[0]  # type: ignore[call-overload]
+    stream = client.completions.create(**asked, stream=True)  # type: ignore[call-overload]
+    chunks = [chunk.choices[0] for chunk in stream]
+    assert again == first
+    assert "".join(chunk.text for chunk in chunks) == first.text
+    logprobs = [x for c in chunks if c.logprobs for x in c.logprobs.token_logprobs]
+    assert logprobs == first.logprobs.token_logprobs
+
+
+def test_a_second_turn_says_what_was_cached(client: openai.OpenAI) -> None:
+    text = "To be, or not to be, that is the question. " * 2
+    client.completions.create(model="one", prompt=text, max_tokens=1)
+    again = client.completions.create(model="one", prompt=text + "Whether", max_tokens=1)
+    assert again.usage is not None
+    assert again.usage.prompt_tokens_details is not None
+    assert (again.usage.prompt_tokens_details.cached_tokens or 0) > 0
+
+
+def test_an_echoed_prompt_is_scored_as_it_was_generated(client: openai.OpenAI) -> None:
+    asked = {"model": "one", "temperature": 0, "logprobs": 0}
+    made = client.completions.create(prompt=PROMPT, max_tokens=8, **asked)  # type: ignore[call-overload]
+    logprobs = made.choices[0].logprobs
+    ids = [*PROMPT, *map(byte_of, logprobs.tokens)]
+    scored = client.completions.create(prompt=ids, max_tokens=0, echo=True, **asked)  # type: ignore[call-overload]
+    n = len(logprobs.token_logprobs)
+    assert scored.choices[0].logprobs.token_logprobs[-n:] == pytest.approx(
+        logprobs.token_logprobs, abs=1e-4
+    )
+
+
+def byte_of(token: str) -> int:
+    """Return the id of a token of the byte tokenizer from its name."""
+    return int(token.removeprefix("bytes:\\x"), 16) if token.startswith("bytes:") else ord(token)
+
+
+def test_many_at_once_have_the_answers_they_have_alone(url: str) -> None:
+    bodies = [
+        {"prompt": f"text {i % 7}", "seed": i, "max_tokens": 10 + i, "temperature": i % 2}
+        for i in range(16)
+    ]
+
+    async def ask_all() -> list[str]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as asynchronous:
+            asked = [asynchronous.post("/v1/completions", json=body) for body in bodies]
+            return [a.json()["choices"][0]["text"] for a in await asyncio.gather(*asked)]
+
+    alone = [
+        httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+        for body in bodies
+    ]
+    assert asyncio.run(ask_all()) == alone

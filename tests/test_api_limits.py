@@ -1,0 +1,130 @@
+"""What is refused because there is too much of it, and what happens when the server ends."""
+
+import asyncio
+import concurrent.futures
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving.api.settings import ApiSettings
+from serving.engine.messages import Generate
+from tests.fake_engine import FakeEngine
+from tests.front_end import eventually, generated, says, serve
+
+SLOW = {"prompt": "x", "max_tokens": 900}
+
+
+class SilentEngine(FakeEngine):
+    """One whose queue is long."""
+
+    async def _generate(self, request: Generate, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(60)
+
+
+def slow_engine(tmp_path: Path) -> FakeEngine:
+    return FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 900), delay_s=0.01)
+
+
+def test_too_many_requests_at_once_are_told_to_come_again(tmp_path: Path) -> None:
+    engine = slow_engine(tmp_path)
+    with serve(engine, ApiSettings(max_open=1)) as url:
+        with httpx.stream("POST", f"{url}/v1/completions", json={**SLOW, "stream": True}) as first:
+            lines = first.iter_lines()  # kept: without it the stream is closed
+            next(lines)
+            second = httpx.post(f"{url}/v1/completions", json=SLOW)
+            health = httpx.get(f"{url}/health")
+        assert eventually(lambda: engine.cancelled)
+        assert eventually(
+            lambda: httpx.post(f"{url}/v1/completions", json={"max_tokens": 1}).status_code == 200
+        )
+    assert second.status_code == 503
+    assert int(second.headers["retry-after"]) >= 1
+    assert second.json()["error"]["code"] == "overloaded"
+    assert health.status_code == 200
+
+
+def test_one_key_cannot_take_all(tmp_path: Path) -> None:
+    settings = ApiSettings(api_keys=("a", "b"), max_open_per_key=1)
+    with serve(slow_engine(tmp_path), settings) as url:
+        mine, other = {"X-API-Key": "a"}, {"X-API-Key": "b"}
+        body = {**SLOW, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=mine) as first:
+            lines = first.iter_lines()  # kept: without it the stream is closed
+            next(lines)
+            second = httpx.post(f"{url}/v1/completions", json=SLOW, headers=mine)
+            third = httpx.post(f"{url}/v1/completions", json={"max_tokens": 1}, headers=other)
+    assert second.status_code == 429
+    assert second.headers["retry-after"]
+    assert second.json()["error"]["type"] == "rate_limit_error"
+    assert third.status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_waits_too_long_for_a_token_is_told_to_come_again(
+    tmp_path: Path, stream: bool
+) -> None:
+    engine = SilentEngine(f"unix:{tmp_path}/e")
+    with serve(engine, ApiSettings(queue_s=0.2)) as url:
+        answer = httpx.post(f"{url}/v1/completions", json={**SLOW, "stream": stream})
+        assert eventually(lambda: engine.cancelled)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"]
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(tmp_path: Path) -> None:
+    with serve(slow_engine(tmp_path), ApiSettings(body_s=0.2)) as url:
+        host, port = httpx.URL(url).host, httpx.URL(url).port
+        with socket.create_connection((host, port or 0), timeout=10) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 10\r\n\r\n{{"
+            connection.sendall(head.encode())
+            assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_open_answers_finish_when_the_server_ends(tmp_path: Path) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 50), delay_s=0.01)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with serve(engine) as url:
+            answer = pool.submit(httpx.post, f"{url}/v1/completions", json={"max_tokens": 50})
+            assert eventually(lambda: generated(engine))
+        assert answer.result().json()["choices"][0]["text"] == "x" * 50
+
+
+def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 900))
+    body = b'{"max_tokens": 900, "n": 8, "stream": true, "logprobs": 20}'  # some 10 MB of frames
+    with serve(engine, ApiSettings(write_s=0.3)) as url, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((httpx.URL(url).host, httpx.URL(url).port))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        assert eventually(lambda: generated(engine) and not engine._answering)
+        assert eventually(lambda: requests_open(url) == 1)
+
+
+def requests_open(url: str) -> int:
+    """Return how many requests are being answered, the question itself included."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    (figure,) = [line for line in lines if line.startswith("nanogpt_http_requests_open{")]
+    return int(figure.split()[-1])
+
+
+def test_two_hundred_clients_that_leave_leave_nothing_behind(tmp_path: Path) -> None:
+    engine = slow_engine(tmp_path)
+    with serve(engine) as url:
+        with concurrent.futures.ThreadPoolExecutor(20) as pool:
+            list(pool.map(lambda n: leave(url, n), range(200)))
+        assert eventually(lambda: not engine._answering, 30)
+        assert eventually(lambda: requests_open(url) == 1)
+
+
+def leave(url: str, n: int) -> None:
+    """Ask, streamed or not, and close the connection after a moment."""
+    host, port = httpx.URL(url).host, httpx.URL(url).port
+    body = f'{{"prompt": "x", "max_tokens": 900, "stream": {"true" if n % 2 else "false"}}}'
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, port or 0)) as connection:
+        connection.sendall((head + body).encode()[: 40 if n % 7 == 0 else None])
+        time.sleep(n % 5 / 50)

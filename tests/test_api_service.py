@@ -1,0 +1,120 @@
+"""Health, readiness, metrics, logs."""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving.api.settings import ApiSettings
+from serving.engine.messages import Describe
+from serving.logs import JsonFormatter
+from tests.fake_engine import FakeEngine
+from tests.front_end import eventually, hang_up, says, serve
+
+SAMPLE = re.compile(r'nanogpt_[a-z_]+(\{[a-z_]+="[^"]*"(,[a-z_]+="[^"]*")*\})? [0-9.e+-]+')
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serve(FakeEngine(f"unix:{tmp_path_factory.mktemp('engine')}/e", reply=says("a"))) as at:
+        yield at
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_it_is_well(url: str, path: str) -> None:
+    assert httpx.get(url + path).status_code == 200
+    assert httpx.head(url + path).status_code == 200
+
+
+def test_without_its_engine_the_server_lives_but_is_not_ready(tmp_path: Path) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e")
+    with serve(engine) as url:
+        assert engine._server is not None
+        engine._server.get_loop().call_soon_threadsafe(engine._server.close)
+        hang_up(engine)
+        assert eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        assert httpx.get(f"{url}/health").json() == {"status": "ok", "engine": "down"}
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x"})
+        assert "nanogpt_engine_up 0" in httpx.get(f"{url}/metrics").text
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"]
+
+
+def test_metrics_are_what_prometheus_reads(url: str) -> None:
+    httpx.post(f"{url}/v1/completions", json={"prompt": "x"})
+    answer = httpx.get(f"{url}/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    samples = [line for line in answer.text.splitlines() if not line.startswith("#")]
+    assert all(SAMPLE.fullmatch(line) for line in samples)
+    names = {line.split("{")[0].split(" ")[0] for line in samples}
+    for name in ("queued", "slots_used", "completion_tokens_total"):
+        assert f"nanogpt_engine_{name}" in names
+    assert "nanogpt_time_to_first_token_seconds_bucket" in names
+    assert "nanogpt_inter_token_seconds_count" in names
+    assert any('path="/completions",status="200"' in line for line in samples)
+
+
+def test_paths_that_nobody_serves_are_one_label(url: str) -> None:
+    httpx.get(f"{url}/one")
+    httpx.get(f"{url}/two")
+    text = httpx.get(f"{url}/metrics").text
+    assert 'path="unknown",status="404"' in text
+    assert "/one" not in text
+
+
+def test_the_index_lists_the_routes(url: str) -> None:
+    paths = {route["path"] for route in httpx.get(f"{url}/v1").json()["data"]}
+    assert {"/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/system_info"} <= paths
+
+
+def test_a_model_is_described(url: str) -> None:
+    about = httpx.get(f"{url}/v1/models/run/tiny").json()
+    assert (about["id"], about["max_model_len"], about["object"]) == ("tiny", 1024, "model")
+    assert isinstance(about["created"], int)
+
+
+def test_the_page_or_its_stead_is_at_the_root(url: str) -> None:
+    assert httpx.get(url).status_code == 200
+
+
+def test_a_request_is_logged_without_its_text(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "nanogpt.access"):
+        body = {"prompt": "a secret", "max_tokens": 1}
+        httpx.post(f"{url}/v1/completions", json=body, headers={"X-Request-ID": "mine"})
+        assert eventually(lambda: caplog.records)
+    lines = [JsonFormatter().format(r) for r in caplog.records if r.name == "nanogpt.access"]
+    line = json.loads(lines[-1])
+    assert (line["request_id"], line["status"], line["model"]) == ("mine", 200, "tiny")
+    assert (line["prompt_tokens"], line["completion_tokens"]) == (9, 1)
+    assert "secret" not in lines[-1]
+
+
+def test_prompts_are_logged_where_that_was_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "nanogpt.access")
+    with serve(FakeEngine(f"unix:{tmp_path}/e"), ApiSettings(log_prompts=True)) as url:
+        httpx.post(f"{url}/v1/completions", json={"prompt": "a secret", "max_tokens": 1})
+        assert eventually(lambda: caplog.records)
+    assert any(getattr(r, "fields", {}).get("prompts") == {0: "a secret"} for r in caplog.records)
+
+
+def test_a_log_line_is_one_line_whatever_it_quotes() -> None:
+    record = logging.LogRecord("x", logging.INFO, "", 0, "a\nb\u2028c", None, None)
+    line = JsonFormatter().format(record)
+    assert len(line.splitlines()) == 1
+    assert json.loads(line)["message"] == "a\nb\u2028c"
+
+
+def test_a_model_is_described_once_for_all_who_ask_at_once(tmp_path: Path) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("a"))
+    with serve(engine) as url, ThreadPoolExecutor(8) as pool:
+        body = {"prompt": "x"}
+        asked = [pool.submit(httpx.post, f"{url}/v1/completions", json=body) for _ in range(8)]
+        assert {future.result().status_code for future in asked} == {200}
+    assert sum(isinstance(message, Describe) for message in engine.requests) == 1

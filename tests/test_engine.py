@@ -1,0 +1,322 @@
+"""The engine: the same answers in any company, and nothing left behind."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanogpt.classifier import class_probabilities
+from nanogpt.generation import generate as generate_alone
+from nanogpt.tokenizer import byte_tokenizer
+from serving.engine import native
+from serving.engine.messages import (
+    Cancel,
+    Classified,
+    Classify,
+    Failed,
+    Finished,
+    Generate,
+    SamplingParams,
+    Score,
+    Scored,
+)
+from tests.engine_models import MODERN, Answer, Asked, generate, write_model
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "runs" / "run" / "checkpoints" / "last.ckpt"
+    write_model(path)
+    return path
+
+
+def random_requests(n: int, seed: int) -> list[Generate]:
+    rng = random.Random(seed)
+    openings = [[rng.randrange(256) for _ in range(rng.randint(1, 90))] for _ in range(4)]
+    return [
+        Generate(
+            f"r{i}",
+            "run",
+            rng.choice(openings) + [rng.randrange(256) for _ in range(rng.randint(1, 20))],
+            SamplingParams(
+                max_tokens=rng.randint(1, 24),
+                seed=rng.randrange(2**64),
+                temperature=rng.choice([0.0, 1.0, 1.0, 0.7]),
+                top_k=rng.choice([None, None, 5]),
+                top_p=rng.choice([None, None, 0.9]),
+                min_p=rng.choice([None, None, 0.05]),
+                frequency_penalty=rng.choice([0.0, 0.0, 0.5]),
+                repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
+                logit_bias=rng.choice([{}, {}, {65: 2.0}]),
+                logprobs=rng.choice([0, 3]),
+                stop_ids=(10,),
+            ),
+            rng.choice(["", "a"]),
+        )
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize("keys", [{}, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_an_answer_does_not_depend_on_its_company(
+    tmp_path: Path, kernels: str, dtype: str, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels == "torch":
+        monkeypatch.setattr(native, "load_library", lambda: None)
+    elif not (library := native.load_library()) or not library.supports(native.DTYPES[dtype]):
+        pytest.skip("no compiler, or no such kernels for this processor")
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    write_model(path, **keys)
+    requests = random_requests(24, seed=1)
+    alone: dict[str, Answer] = {}
+    engine = Asked(path, dtype=dtype)
+    for request in requests:  # each in a scope of its own: nothing to use again
+        alone |= engine.all([replace(request, cache_scope=request.request_id)])
+    together = Asked(path, dtype=dtype, max_slots=5)
+    together.one(generate("warm", [1]))
+    rng = random.Random(2)
+    for request in requests:
+        together.engine.accept(together, request)
+        for _ in range(rng.randint(0, 4)):
+            together.step()
+    together.settle()
+    for request in requests:
+        assert together.answers[request.request_id].said == alone[request.request_id].said
+    ends = [together.answers[r.request_id].end for r in requests]
+    assert any(end.cached_tokens for end in ends if isinstance(end, Finished))
+
+
+@pytest.mark.parametrize("keys", [{}, MODERN], ids=["gpt2", "modern"])
+def test_greedy_tokens_are_those_of_generate(tmp_path: Path, keys: dict[str, Any]) -> None:
+    path = tmp_path / "run" / "last.ckpt"
+    model = write_model(path, **keys)
+    prompt = list(b"It was a bright cold day in April, and the clocks were striking thirteen.")
+    expected = list(generate_alone(model, prompt, max_new_tokens=20, temperature=0))
+    assert Asked(path).one(generate("a", prompt, max_tokens=20)).ids == expected
+
+
+@pytest.mark.parametrize("keys", [{}, MODERN], ids=["gpt2", "modern"])
+def test_logprobs_are_those_of_the_model(tmp_path: Path, keys: dict[str, Any]) -> None:
+    path = tmp_path / "run" / "last.ckpt"
+    model = write_model(path, **keys)
+    prompt = list(b"The quick brown fox jumps over the lazy dog, as it does every day at noon.")
+    scored = Asked(path).one(Score("s", "run", prompt, top=2)).end
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt]))[0].log_softmax(-1)
+    assert isinstance(scored, Scored)
+    assert scored.logprobs[0] is None
+    own = expected[range(len(prompt) - 1), prompt[1:]]
+    torch.testing.assert_close(torch.tensor(scored.logprobs[1:]), own, atol=1e-4, rtol=1e-4)
+    assert scored.top_ids[1:] == expected[:-1].topk(2).indices.tolist()
+
+
+def test_a_next_turn_reads_only_what_is_new(checkpoint: Path) -> None:
+    asked = Asked(checkpoint)
+    first = asked.one(generate("a", list(b"x" * 100), max_tokens=30))
+    turn = [*b"x" * 100, *first.ids, *b"and then"]
+    again = asked.one(generate("b", turn))
+    assert isinstance(again.end, Finished)
+    assert again.end.cached_tokens == 129  # the last token written was never read
+    assert again.said == Asked(checkpoint).one(generate("b", turn)).said
+
+
+def test_equal_prompts_are_read_once(checkpoint: Path) -> None:
+    asked = Asked(checkpoint)
+    asked.one(generate("warm", [1]))
+    answers = asked.all([generate(f"{i}", list(b"y" * 100)) for i in range(3)])
+    cached = [a.end.cached_tokens for a in answers.values() if isinstance(a.end, Finished)]
+    assert cached == [0, 99, 99]
+    assert len({tuple(a.ids) for a in answers.values()}) == 1
+
+
+def test_prefixes_are_not_shared_between_scopes(checkpoint: Path) -> None:
+    asked = Asked(checkpoint)
+    asked.one(generate("a", list(b"x" * 100), scope="alice"))
+    end = asked.one(generate("b", list(b"x" * 100), scope="bob")).end
+    assert isinstance(end, Finished)
+    assert end.cached_tokens == 0
+
+
+def test_a_full_context_ends_an_answer(checkpoint: Path) -> None:
+    answer = Asked(checkpoint).one(generate("a", list(b"x" * 250), max_tokens=100))
+    assert len(answer.ids) == 6
+    assert isinstance(answer.end, Finished)
+    assert answer.end.reason == "length"
+
+
+def test_a_stop_id_ends_an_answer_and_is_not_part_of_it(checkpoint: Path) -> None:
+    ids = Asked(checkpoint).one(generate("a", [1, 2, 3])).ids
+    stop = ids[3]
+    answer = Asked(checkpoint).one(generate("a", [1, 2, 3], stop_ids=(stop,)))
+    assert answer.ids == ids[: ids.index(stop)]
+    assert isinstance(answer.end, Finished)
+    assert answer.end.reason == "stop"
+    assert (
+        Asked(checkpoint).one(generate("a", [1, 2, 3], stop_ids=(stop,), ignore_eos=True)).ids
+        == ids
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind"),
+    [([], "invalid"), ([9999], "invalid"), ([-1], "invalid"), ([1] * 256, "context_length")],
+)
+def test_a_bad_prompt_is_refused(checkpoint: Path, prompt: list[int], kind: str) -> None:
+    end = Asked(checkpoint).one(generate("a", prompt)).end
+    assert isinstance(end, Failed)
+    assert end.kind == kind
+
+
+def test_a_full_queue_refuses(checkpoint: Path) -> None:
+    asked = Asked(checkpoint, max_queue=2)
+    answers = asked.all([generate(f"{i}", [1]) for i in range(3)])
+    kinds = [a.end.kind if isinstance(a.end, Failed) else "done" for a in answers.values()]
+    assert kinds == ["done", "done", "overloaded"]
+
+
+def test_a_cancelled_request_frees_its_slot_at_once(checkpoint: Path) -> None:
+    asked = Asked(checkpoint, max_slots=1)
+    asked.one(generate("warm", [1]))
+    asked.engine.accept(asked, generate("a", [1], max_tokens=200))
+    asked.step()
+    asked.engine.accept(asked, Cancel("a"))
+    (runner,) = asked.engine.runners.values()
+    assert runner.scheduler.slots.n_used == 0
+
+
+def test_a_front_end_that_leaves_takes_its_requests_along(checkpoint: Path) -> None:
+    asked = Asked(checkpoint, max_slots=1)
+    asked.one(generate("warm", [1]))
+    for name in ("a", "b"):
+        asked.engine.accept("front end", generate(name, [1], max_tokens=200))
+    asked.step()
+    asked.engine.leave("front end")
+    assert asked.engine.idle
+
+
+def neighbours(checkpoint: Path) -> tuple[Asked, list[Generate], dict[str, tuple[object, ...]]]:
+    """Return an engine, four requests, the second of which begins with 255, and their answers."""
+    requests = [
+        generate(f"r{i}", [first, *range(40)], seed=i, temperature=1.0, logprobs=1, max_tokens=12)
+        for i, first in enumerate([1, 255, 2, 3])
+    ]
+    undisturbed = {key: answer.said for key, answer in Asked(checkpoint).all(requests).items()}
+    asked = Asked(checkpoint)
+    asked.one(generate("warm", [1]))
+    return asked, requests, undisturbed
+
+
+def check_only_the_second_failed(
+    answers: dict[str, Any], undisturbed: dict[str, tuple[object, ...]]
+) -> None:
+    for key, answer in answers.items():
+        if key == "r1":
+            assert isinstance(answer.end, Failed)
+            assert answer.end.kind == "internal"
+        else:
+            assert answer.said == undisturbed[key]
+
+
+def test_a_prompt_that_exhausts_memory_fails_alone(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, requests, undisturbed = neighbours(checkpoint)
+    (runner,) = asked.engine.runners.values()
+    read = runner.forward.hidden_states
+
+    def exhausted(spans: Any) -> Any:
+        if any(255 in span.ids for span in spans):
+            raise torch.OutOfMemoryError("injected")
+        return read(spans)
+
+    monkeypatch.setattr(runner.forward, "hidden_states", exhausted)
+    check_only_the_second_failed(asked.all(requests), undisturbed)
+
+
+def test_logits_that_are_not_numbers_fail_alone(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, requests, undisturbed = neighbours(checkpoint)
+    (runner,) = asked.engine.runners.values()
+    read = runner.forward.hidden_states
+
+    def poisoned(spans: Any) -> Any:
+        states, row = read(spans).clone(), 0
+        for span in spans:
+            if 255 in span.ids:
+                runner.scheduler.slots.cache[:, :, span.slot] = torch.nan
+                states[row : row + len(span.ids)] = torch.nan
+            row += len(span.ids)
+        return states
+
+    monkeypatch.setattr(runner.forward, "hidden_states", poisoned)
+    check_only_the_second_failed(asked.all(requests), undisturbed)
+    monkeypatch.undo()
+    asked.answers.clear()
+    again = {key: answer.said for key, answer in asked.all(requests).items()}
+    assert again == undisturbed  # the slot is clean again
+
+
+def test_a_sampler_that_raises_fails_alone(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, requests, undisturbed = neighbours(checkpoint)
+    from serving.engine import sampling
+
+    choose = sampling.choose
+
+    def raising(logits: Any, draws: Any) -> Any:
+        if any(draw.params.seed == 1 for draw in draws):
+            raise RuntimeError("injected")
+        return choose(logits, draws)
+
+    monkeypatch.setattr(sampling, "choose", raising)
+    check_only_the_second_failed(asked.all(requests), undisturbed)
+
+
+def test_classes_are_those_of_the_classifier(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "last.ckpt"
+    model = write_model(path, labels=["ham", "spam"])
+    texts = ["hello", "win a prize now " * 5]
+    end = Asked(path).one(Classify("c", "run", texts)).end
+    expected = class_probabilities(model, byte_tokenizer(), texts)  # type: ignore[arg-type]
+    assert isinstance(end, Classified)
+    torch.testing.assert_close(torch.tensor(end.probabilities), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_newer_weights_are_picked_up_without_dropping_a_request(checkpoint: Path) -> None:
+    asked = Asked(checkpoint.parent.parent)
+    old = asked.one(generate("old", [1, 2], max_tokens=30)).ids
+    asked.engine.accept(asked, generate("open", [1, 2], max_tokens=30))
+    asked.step()
+    write_model(checkpoint, seed=1)
+    assert asked.engine.registry.rescan()
+    asked.engine.changed()
+    asked.settle()
+    new = asked.one(generate("new", [1, 2], max_tokens=30)).ids
+    assert asked.answers["open"].ids == old
+    assert new == Asked(checkpoint).one(generate("new", [1, 2], max_tokens=30)).ids != old
+
+
+def test_the_least_used_model_makes_room(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_model(tmp_path / name / "checkpoints" / "last.ckpt")
+    asked = Asked(tmp_path, max_models=1)
+    for name in ("a", "b"):
+        asked.one(Generate(name, name, [1], SamplingParams(1)))
+    assert list(asked.engine.runners) == ["b"]
+
+
+def test_a_file_that_is_no_checkpoint_fails_its_requests(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "last.ckpt"
+    path.parent.mkdir()
+    path.write_bytes(b"nothing")
+    end = Asked(tmp_path).one(generate("a", [1])).end
+    assert isinstance(end, Failed)
+    assert end.kind == "internal"
+    assert "no readable checkpoint" in end.message

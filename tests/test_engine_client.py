@@ -1,0 +1,113 @@
+"""The client of the engine, and the frames between them."""
+
+import asyncio
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from serving.engine.client import EngineClient, EngineError
+from serving.engine.messages import (
+    LENGTH_BYTES,
+    Finished,
+    Generate,
+    Histogram,
+    Message,
+    ModelInfo,
+    Models,
+    SamplingParams,
+    Stats,
+    Tokens,
+    from_frame,
+    to_frame,
+)
+from tests.fake_engine import FakeEngine
+
+NONE = Histogram([0.1, 1.0], [1, 2, 3], 2.5)
+MESSAGES: list[Message] = [
+    Generate("a", "m", [1, 2], SamplingParams(5, seed=2**63, logit_bias={7: -1.5}, stop_ids=(3,))),
+    Tokens("a", [4], [-0.1], [[4, 5]], [[-0.1, -2.0]]),
+    Models([ModelInfo("m", ["n"], 3, "r", True, False)]),
+    Stats("s", 4, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8, NONE, NONE, NONE, "cpu", "fp32", 2),
+]
+
+
+def request(client: EngineClient, prompt: list[int], max_tokens: int = 4) -> Generate:
+    return Generate(client.new_id(), "tiny", prompt, SamplingParams(max_tokens))
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_a_message_survives_its_frame(message: Message) -> None:
+    assert from_frame(to_frame([message])[LENGTH_BYTES:]) == [message]
+
+
+def test_an_answer_comes_as_tokens_then_finished(tmp_path: Path) -> None:
+    async def run() -> None:
+        address = f"unix:{tmp_path}/e"
+        async with FakeEngine(address):
+            client = EngineClient(address)
+            await client.connect(5)
+            answers = [a async for a in client.generate(request(client, [7, 8]))]
+            ids = [i for a in answers if isinstance(a, Tokens) for i in a.ids]
+            assert ids == [7, 8, 7, 8]
+            assert isinstance(answers[-1], Finished)
+            await client.close()
+
+    asyncio.run(run())
+
+
+def test_closing_an_answer_cancels_it(tmp_path: Path) -> None:
+    async def run() -> None:
+        address = f"unix:{tmp_path}/e"
+        async with FakeEngine(address, delay_s=0.01) as engine:
+            client = EngineClient(address)
+            await client.connect(5)
+            asked = request(client, [7], max_tokens=1000)
+            async with aclosing(client.generate(asked)) as answers:
+                async for _ in answers:
+                    break
+            while not engine.cancelled:
+                await asyncio.sleep(0.01)
+            assert engine.cancelled == [asked.request_id]
+            await client.close()
+
+    asyncio.run(run())
+
+
+def test_a_refused_request_raises_its_kind(tmp_path: Path) -> None:
+    async def run() -> None:
+        address = f"unix:{tmp_path}/e"
+        async with FakeEngine(address, failure=("overloaded", "full")):
+            client = EngineClient(address)
+            await client.connect(5)
+            with pytest.raises(EngineError, match="full") as raised:
+                [a async for a in client.generate(request(client, [7]))]
+            assert raised.value.kind == "overloaded"
+            await client.close()
+
+    asyncio.run(run())
+
+
+def test_a_lost_engine_fails_open_requests_and_is_found_again(tmp_path: Path) -> None:
+    async def run() -> None:
+        address = f"unix:{tmp_path}/e"
+        client = EngineClient(address)
+        async with FakeEngine(address, delay_s=0.01) as engine:
+            await client.connect(5)
+            answers = client.generate(request(client, [7], 1000))
+            await anext(answers)
+            engine.hang_up()
+            with pytest.raises(EngineError) as raised:
+                [a async for a in answers]
+            assert raised.value.kind == "unavailable"
+        async with FakeEngine(address):
+            await client.connect(5)
+            assert (await client.details(client.find("tiny.ckpt"))).block_size == 1024
+        await client.close()
+
+    asyncio.run(run())
+
+
+def test_an_unknown_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="'gpt-9' does not exist"):
+        EngineClient("unix:/nowhere").find("gpt-9")

@@ -1,0 +1,85 @@
+"""The engine's forward passes: the model's logits, and rows that do not see each other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanogpt.model import GPT, GPTConfig
+from serving.engine import native
+from serving.engine.forward import Computes, Forward, Span
+from serving.engine.loading import make_forward
+from tests.engine_models import MODERN
+
+IDS = torch.randint(97, (150,), generator=torch.Generator().manual_seed(5)).tolist()
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.03}  # of the logits' deviation
+
+
+@pytest.fixture(params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(native, "load_library", lambda: None)
+    elif native.load_library() is None:
+        pytest.skip("there is no compiler")
+    return str(request.param)
+
+
+def model(**keys: Any) -> GPT:
+    torch.manual_seed(1)
+    shape = {"block_size": 160, "n_layer": 2, "n_head": 2, "n_embd": 128, **keys}
+    made = GPT(GPTConfig(vocab_size=97, **shape)).eval().requires_grad_(False)
+    for parameter in made.parameters():
+        parameter.copy_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.5))
+    return made
+
+
+def forward(dtype: str, **keys: Any) -> Computes:
+    made = model(**keys)
+    c = made.config
+    precision = torch.float32 if dtype == "fp32" else torch.bfloat16
+    shape = (c.n_layer, 2, 4, c.n_head, c.block_size, c.n_embd // c.n_head)
+    return make_forward(made, torch.zeros(shape, dtype=precision), dtype)
+
+
+def logits(computes: Computes, *spans: Span) -> Tensor:
+    return computes.logits(computes.hidden_states(list(spans)))
+
+
+@pytest.mark.parametrize("keys", [{}, MODERN, {"bias": False}], ids=["gpt2", "modern", "no bias"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_logits_are_the_models(kernels: str, dtype: str, keys: dict[str, Any]) -> None:
+    expected = model(**keys)(torch.tensor([IDS]))[0]
+    difference = logits(forward(dtype, **keys), Span(1, 0, IDS)) - expected
+    assert difference.std() < TOLERANCE[dtype] * expected.std()
+
+
+@pytest.mark.parametrize("keys", [{}, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("cuts", [[150], [64, 86], [1] * 150, [7] * 21 + [3]], ids=str)
+def test_states_do_not_depend_on_how_a_text_is_cut(
+    kernels: str, cuts: list[int], dtype: str, keys: dict[str, Any]
+) -> None:
+    computes = forward(dtype, **keys)
+    whole = computes.hidden_states([Span(0, 0, IDS)])
+    parts, start = [], 0
+    for n in cuts:
+        others = [Span(2, start, IDS[:n]), Span(3, 0, [5])]  # in the same step
+        own = Span(1, start, IDS[start : start + n])
+        parts.append(computes.hidden_states([others[0], own, others[1]])[n : 2 * n])
+        start += n
+    assert torch.cat(parts).equal(whole)
+
+
+def test_shapes_that_the_kernels_do_not_take_are_computed_by_torch() -> None:
+    assert isinstance(forward("fp32", n_embd=96), Forward)
+
+
+def test_without_a_compiler_there_are_no_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.load_library.__wrapped__() is None
+    assert not list((tmp_path / "nanogpt").iterdir())

@@ -1,0 +1,80 @@
+"""Which models there are, and what they are called."""
+
+from pathlib import Path
+
+import pytest
+
+from serving.engine.registry import Registry, find_entries, model_id
+
+
+def touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pretrain-gpt2_small-text", "pretrain-gpt2_small-text"),
+        ("Quick Start!", "quick-start"),
+        ("sweeps/lr/3", "sweeps-lr-3"),
+        ("gpt2-adamw", "gpt2-a-damw"),  # chat clients drop ids with "ada"
+        ("whisper-tts", "w-hisper-t-ts"),
+        ("o1-mini", "model-o1-mini"),
+        ("...", "model"),
+    ],
+)
+def test_ids_are_slugs_that_chat_clients_show(name: str, expected: str) -> None:
+    assert model_id(name) == expected
+
+
+def test_every_run_under_a_directory_is_a_model(tmp_path: Path) -> None:
+    touch(tmp_path / "a" / "checkpoints" / "last.ckpt")
+    touch(tmp_path / "a" / "checkpoints" / "step_000010.ckpt")
+    touch(tmp_path / "sweep" / "b" / "checkpoints" / "last.ckpt")
+    assert [entry.id for entry in find_entries(tmp_path)] == ["a", "sweep-b"]
+
+
+def test_a_run_and_its_file_have_the_run_s_name(tmp_path: Path) -> None:
+    path = touch(tmp_path / "my run" / "checkpoints" / "last.ckpt")
+    for models in (path, tmp_path / "my run"):
+        (entry,) = find_entries(models)
+        assert entry.id == "my-run"
+        assert {"my run", "my run.ckpt", "my run.pt", "my-run.pt"} <= set(entry.aliases)
+
+
+def test_a_run_is_found_by_its_name_under_runs_dir(tmp_path: Path) -> None:
+    touch(tmp_path / "a" / "checkpoints" / "last.ckpt")
+    assert [entry.id for entry in Registry("a", str(tmp_path)).entries] == ["a"]
+
+
+def test_equal_ids_are_numbered(tmp_path: Path) -> None:
+    for name in ("a b", "a-b", "a_b"):
+        touch(tmp_path / name / "checkpoints" / "last.ckpt")
+    assert [entry.id for entry in find_entries(tmp_path)] == ["a-b", "a-b-2", "a_b"]
+
+
+def test_names_are_keys_and_never_paths(tmp_path: Path) -> None:
+    path = touch(tmp_path / "runs" / "a" / "checkpoints" / "last.ckpt")
+    registry = Registry(str(tmp_path / "runs"))
+    for name in (str(path), "../runs/a", "a/checkpoints/last.ckpt", ""):
+        assert registry.find(name) is None
+    assert registry.find("a.pt") == registry.find("a") == registry.default
+
+
+def test_the_default_is_the_one_named(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        touch(tmp_path / name / "checkpoints" / "last.ckpt")
+    default = Registry(str(tmp_path), default="a.ckpt").default
+    assert default is not None
+    assert default.id == "a"
+
+
+def test_a_directory_may_fill_later(tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "runs"))
+    assert registry.default is None
+    touch(tmp_path / "runs" / "a" / "checkpoints" / "last.ckpt")
+    assert registry.rescan()
+    assert not registry.rescan()
+    assert registry.find("a")

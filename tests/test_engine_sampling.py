@@ -1,0 +1,103 @@
+"""Choosing tokens: the numbers, the narrowing, the penalties."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanogpt.generation import probabilities
+from serving.engine.messages import SamplingParams
+from serving.engine.sampling import Chosen, Draw, NotFinite, choose, uniform
+
+
+def draw(position: int = 0, answer: list[int] | None = None, **params: Any) -> Draw:
+    return Draw(SamplingParams(**{"max_tokens": 1, **params}), position, [], answer or [])
+
+
+def token(logits: Tensor, **params: Any) -> int:
+    (chosen,) = choose(logits[None], [draw(**params)])
+    assert isinstance(chosen, Chosen)
+    return chosen.token
+
+
+def test_the_numbers_are_even() -> None:
+    numbers = torch.tensor([uniform(seed, p) for seed in (0, 1, 2**64 - 1) for p in range(3000)])
+    assert 0 <= numbers.min() < numbers.max() < 1
+    shares = torch.histc(numbers.float(), 10, 0, 1) / len(numbers)
+    assert (shares - 0.1).abs().max() < 0.012  # four deviations
+
+
+@pytest.mark.parametrize(
+    "narrowing",
+    [{}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3}, {"top_k": 4, "top_p": 0.7, "min_p": 0.2}],
+    ids=str,
+)
+def test_tokens_are_drawn_as_often_as_generate_would(narrowing: dict[str, Any]) -> None:
+    logits = torch.tensor([1.0, 0.2, -0.5, 0.9, -2.0, 0.0, 0.95])
+    expected = probabilities(logits, temperature=0.8, **narrowing)
+    n = 6000
+    draws = [draw(i, temperature=0.8, seed=3, **narrowing) for i in range(n)]
+    chosen = choose(logits.expand(n, -1).contiguous(), draws)
+    tokens = torch.tensor([c.token for c in chosen if isinstance(c, Chosen)])
+    drawn = torch.bincount(tokens, minlength=7)
+    assert ((drawn > 0) == (expected > 0)).all()
+    assert (drawn / n - expected).abs().max() < 4 * math.sqrt(0.25 / n)
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.999])
+def test_a_flat_distribution_is_not_cut_short(top_p: float) -> None:
+    logits = torch.zeros(9000)
+    chosen = choose(logits.expand(400, -1), [draw(i, top_p=top_p) for i in range(400)])
+    tokens = {c.token for c in chosen if isinstance(c, Chosen)}
+    assert len(tokens) > 300  # some of 4500 or more, not of the first few
+
+
+def test_top_p_of_one_is_no_narrowing() -> None:
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    some = [token(logits, seed=seed, top_p=1.0, min_p=0.0) for seed in range(20)]
+    assert some == [token(logits, seed=seed) for seed in range(20)]
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert token(torch.tensor([0.0, 3.0, 2.0]), temperature=0.0, top_p=0.1) == 1
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, 0),
+        ({"presence_penalty": 0.5}, 1),  # 2.0 - 0.5 < 1.8
+        ({"frequency_penalty": 0.05}, 0),  # 2.0 - 3 * 0.05 > 1.8
+        ({"frequency_penalty": 0.1}, 1),  # 2.0 - 3 * 0.1 < 1.8
+        ({"repetition_penalty": 1.2}, 1),  # 2.0 / 1.2 < 1.8
+        ({"logit_bias": {2: 100.0}}, 2),
+        ({"logit_bias": {0: -100.0, 1: -100.0}}, 3),
+    ],
+    ids=str,
+)
+def test_penalties_and_bias_change_logits_as_defined(params: dict[str, Any], expected: int) -> None:
+    logits = torch.tensor([2.0, 1.8, -1.0, -0.5])
+    assert token(logits, temperature=0.0, answer=[0, 0, 0], **params) == expected
+
+
+def test_a_repeated_unlikely_token_becomes_less_likely() -> None:
+    logits = torch.tensor([-1.0, -1.1])
+    assert token(logits, temperature=0.0, answer=[0], repetition_penalty=1.2) == 1
+
+
+def test_logprobs_are_the_models_before_bias_and_temperature() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    (chosen,) = choose(logits, [draw(temperature=0.0, logprobs=2, logit_bias={2: 9.0})])
+    assert isinstance(chosen, Chosen)
+    expected = logits.log_softmax(-1)[0].tolist()
+    assert chosen == Chosen(2, expected[2], [0, 1], expected[:2])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_is_refused_alone(value: float) -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, value], [1.0, 0.0]])
+    first, second, third = choose(logits, [draw(temperature=t) for t in (0.0, 1.0, 0.0)])
+    assert isinstance(second, NotFinite)
+    assert (first, third) == (Chosen(1), Chosen(0))

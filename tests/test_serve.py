@@ -1,0 +1,218 @@
+"""serve.py: from the configuration to a server that ends as it should."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import serve
+from serving import environment
+from serving.__main__ import check_exposure
+from serving.api.settings import ApiSettings, Binding
+from serving.app import ENGINE_VARIABLE
+from serving.engine.messages import Settings
+from tests.fake_engine import FakeEngine
+from tests.front_end import eventually, generated, says
+
+ROOT = Path(__file__).parent.parent
+POSIX = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+
+
+def composed(*overrides: str) -> dict[str, str]:
+    """Return the environment that a command line amounts to."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        config = OmegaConf.to_container(compose("serve", overrides=list(overrides)), resolve=True)
+    assert isinstance(config, dict)
+    return serve.to_variables({str(key): value for key, value in config.items()})
+
+
+def test_the_configuration_s_defaults_are_the_settings_own(tmp_path: Path) -> None:
+    variables = composed(f"runs_dir={tmp_path}")
+    assert environment.read(ApiSettings, variables) == ApiSettings()
+    assert environment.read(Binding, variables) == Binding()
+    ours = Settings(models=str(tmp_path), runs_dir=str(tmp_path))
+    assert environment.read(Settings, variables) == ours
+
+
+def test_every_key_is_read_and_every_setting_has_a_key() -> None:
+    keys = set(yaml.safe_load((ROOT / "conf" / "serve.yaml").read_text())) - {"defaults", "hydra"}
+    settings = {field.name for kind in (Binding, ApiSettings, Settings) for field in fields(kind)}
+    assert keys - {"checkpoint"} == settings - {"models"}
+
+
+def test_what_is_typed_reaches_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    typed = ("checkpoint=mine", "api_keys=[a,b]", "max_open_per_key=3", "queue_s=5", "dtype=int8")
+    variables = composed(f"runs_dir={tmp_path}", *typed)
+    settings = environment.read(ApiSettings, variables)
+    assert settings.api_keys == ("a", "b")
+    assert (settings.max_open_per_key, settings.queue_s) == (3, 5.0)
+    engine = environment.read(Settings, variables)
+    assert (engine.models, engine.dtype) == (str(tmp_path / "mine"), "int8")
+
+
+def test_keys_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOGPT_API_KEYS", "one, two")
+    variables = composed(f"runs_dir={tmp_path}")
+    assert environment.read(ApiSettings, variables).api_keys == ("one", "two")
+
+
+def test_settings_survive_the_environment() -> None:
+    settings = ApiSettings(api_keys=("a",), insecure=True, max_open_per_key=2, write_s=1.5)
+    assert environment.read(ApiSettings, environment.write(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("NANOGPT_MAX_N", "many", "a whole number"),
+        ("NANOGPT_INSECURE", "perhaps", "true or false"),
+        ("NANOGPT_QUEUE_S", "long", "a number"),
+        ("NANOGPT_UNKNOWN_MODEL", "guess", "error or default"),
+    ],
+)
+def test_a_variable_of_the_wrong_kind_is_named(name: str, text: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}='{text}' is not {expected}"):
+        environment.read(ApiSettings, {name: text})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.org"])
+def test_other_machines_are_not_let_in_without_a_key(host: str) -> None:
+    with pytest.raises(ValueError, match="NANOGPT_API_KEYS"):
+        check_exposure(host, ApiSettings())
+    check_exposure(host, ApiSettings(api_keys=("a",)))
+    check_exposure(host, ApiSettings(insecure=True))
+    check_exposure("127.0.0.1", ApiSettings())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["prot=1"], 2, "there is no key prot; did you mean port?"),
+        (["max_n=many", "runs_dir=."], 2, "max_n='many' is not a whole number"),
+        (["checkpoint=nowhere"], 1, "there is no checkpoint 'nowhere'"),
+        (["runs_dir=nowhere"], 1, "there are no runs at nowhere"),
+        (["host=0.0.0.0", "runs_dir=."], 1, "host=0.0.0.0 lets other machines ask"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    tmp_path: Path, arguments: list[str], code: int, said: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "serve.py"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if not k.startswith("NANOGPT_")},
+        timeout=60,
+    )
+    assert done.returncode == code
+    assert done.stderr.startswith("serve.py: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@contextlib.contextmanager
+def running(engine: FakeEngine) -> Iterator[None]:
+    """Run an engine in a thread."""
+    began, ended = threading.Event(), threading.Event()
+
+    async def run() -> None:
+        async with engine:
+            began.set()
+            while not ended.is_set():
+                await asyncio.sleep(0.01)
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    assert began.wait(10)
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def started(engine: FakeEngine, **variables: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run a server of its own before an engine; give its address and process."""
+    port = free_port()
+    environment = {
+        **os.environ,
+        ENGINE_VARIABLE: f"unix:{engine.path}",
+        "NANOGPT_PORT": str(port),
+        "PYTHONPATH": str(ROOT),
+        **variables,
+    }
+    with running(engine):
+        server = subprocess.Popen([sys.executable, "-m", "serving"], env=environment)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            assert eventually(lambda: answers(f"{url}/ready"), 60)
+            yield url, server
+        finally:
+            server.kill()
+            server.wait()
+
+
+def streamed(url: str, server: subprocess.Popen[bytes], max_tokens: int) -> list[str]:
+    """Return the lines of a stream, during which the server is told to end."""
+    body = {"max_tokens": max_tokens, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        server.send_signal(signal.SIGTERM)
+        return [first, *(line for line in lines if line)]
+
+
+@POSIX
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_server_told_to_end_finishes_its_answers_and_ends_with_0(
+    tmp_path: Path, workers: int
+) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 100), delay_s=0.01)
+    with started(engine, NANOGPT_WORKERS=str(workers)) as (url, server):
+        lines = streamed(url, server, 100)
+        assert server.wait(30) == 0
+    assert lines[-1] == "data: [DONE]"
+    assert not any('"error"' in line for line in lines)
+    assert len(generated(engine)) == 1
+
+
+@POSIX
+def test_an_answer_that_outlasts_the_drain_is_told_so(tmp_path: Path) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 900), delay_s=0.02)
+    with started(engine, NANOGPT_DRAIN_S="0.5") as (url, server):
+        lines = streamed(url, server, 900)
+        assert server.wait(15) == 0
+    assert '"error"' in lines[-2]
+    assert lines[-1] == "data: [DONE]"
+
+
+def answers(url: str) -> bool:
+    """Return whether a server is there and well."""
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.TransportError:
+        time.sleep(0.1)
+        return False
