@@ -117,10 +117,11 @@ class Transformers(Program):
         model: Any = GPT2LMHeadModel(GPT2Config(n_positions=BLOCK_SIZE))
         model.load_state_dict(published_weights(new_model(weights)), strict=False)
         self.model = model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]).eval()
+        self.model.generation_config.eos_token_id = None  # all texts reach their full length
 
     def run(self, prompts: list[list[int]], n_new: int) -> tuple[float, float]:
         ids = torch.tensor(prompts)
-        greedily: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+        greedily: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
         greedily["attention_mask"] = torch.ones_like(ids)
         start = time.perf_counter()
         self.model.generate(ids, max_new_tokens=1, **greedily)
