@@ -24,7 +24,7 @@ CORE = {
 
 
 def sources() -> list[Path]:
-    files = [ROOT / name for name in ENTRY_POINTS if (ROOT / name).exists()]
+    files = [ROOT / name for name in sorted(ENTRY_POINTS) if (ROOT / name).exists()]
     return (
         files + sorted((ROOT / "nanogpt").rglob("*.py")) + sorted((ROOT / "serving").rglob("*.py"))
     )
