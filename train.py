@@ -221,7 +221,7 @@ def instruct(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
 
     from nanogpt.checkpoint import with_special_tokens
     from nanogpt.data.instruction_module import InstructionDataModule, pack_conversations
-    from nanogpt.data.instructions import text_of
+    from nanogpt.data.instructions import Instructions, text_of
     from nanogpt.data.module import split_step
     from nanogpt.model import GPT, GPTConfig
     from nanogpt.prompts import find_template
@@ -229,7 +229,12 @@ def instruct(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     template = find_template(config["instruct"]["template"])
     block_size = config["model"]["block_size"] if init is None else init.config.block_size
     rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
-    splits = build_conversations(config["data"]).splits()
+    splits = build_examples(
+        config["data"],
+        Instructions,
+        "stage=instruct learns from conversations and data={} has none",
+        "data=dolly, or data=instructions data.path=<a .jsonl of instructions and responses>",
+    ).splits()
     if init is None:
         make_tokenizer = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
         tokenizer = make_tokenizer(map(text_of, splits.train))
@@ -304,6 +309,7 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
 
     from nanogpt.checkpoint import record
     from nanogpt.classifier import Classifier, train_layers
+    from nanogpt.data.labelled import LabelledTexts
     from nanogpt.data.labelled_module import LabelledDataModule, Noise
     from nanogpt.data.module import split_step
     from nanogpt.data.splits import class_weights
@@ -315,7 +321,12 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     noise = Noise(**{key: node.pop(key) for key in ("recase", "token_split", "token_dropout")})
     block_size = config["model"]["block_size"] if init is None else init.config.block_size
     rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
-    splits = build_labelled(config["data"]).splits()
+    splits = build_examples(
+        config["data"],
+        LabelledTexts,
+        "stage=classify learns from labelled texts and data={} has no labels",
+        "data=sms_spam, or data=labelled data.path=<a .tsv, .csv or .jsonl file>",
+    ).splits()
     labels = splits.labels
     if init is None:
         make_tokenizer = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
@@ -402,29 +413,11 @@ def build_source(node: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return instantiate(leaf, _convert_="all"), preparing
 
 
-def build_conversations(node: Mapping[str, Any]) -> Any:
-    """Return the configured data set, where it is one of conversations."""
-    from nanogpt.data.instructions import Instructions
-
+def build_examples(node: Mapping[str, Any], kind: type, learns_from: str, instead: str) -> Any:
+    """Return the configured data set, where it is of the kind that a stage learns from."""
     source, _ = build_source(node)
-    if not isinstance(source, Instructions):
-        raise ValueError(
-            f"stage=instruct learns from conversations and data={source.name} has none; pass "
-            "data=dolly, or data=instructions data.path=<a .jsonl of instructions and responses>"
-        )
-    return source
-
-
-def build_labelled(node: Mapping[str, Any]) -> Any:
-    """Return the configured data set, where it is one of labelled texts."""
-    from nanogpt.data.labelled import LabelledTexts
-
-    source, _ = build_source(node)
-    if not isinstance(source, LabelledTexts):
-        raise ValueError(
-            f"stage=classify learns from labelled texts and data={source.name} has no labels; pass "
-            "data=sms_spam, or data=labelled data.path=<a .tsv, .csv or .jsonl file>"
-        )
+    if not isinstance(source, kind):
+        raise ValueError(f"{learns_from.format(source.name)}; pass {instead}")
     return source
 
 
