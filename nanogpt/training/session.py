@@ -323,7 +323,7 @@ class Session:
         summary = summarise(module, self.config, self.run.metrics_path, {**facts, **how})
         self.run.write_summary(summary)
         write_report(self.run.path)
-        tell(summary, self.run.path)
+        tell(summary, self.run.path, self.config["data"]["prompts"])
         return summary
 
     def _rewind(self, metrics: MetricsFile) -> None:

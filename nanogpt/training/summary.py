@@ -1,7 +1,8 @@
 """What a finished run amounts to: summary.json, and what is said at the end."""
 
 import logging
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def summarise(
     }
 
 
-def tell(summary: Mapping[str, Any], run_dir: Path) -> None:
-    """Say what was reached and what may come next."""
+def tell(summary: Mapping[str, Any], run_dir: Path, prompts: Sequence[str]) -> None:
+    """Say what was reached and what may come next, with the first of the data's prompts."""
     log.info(
         "finished: %s steps, %s tokens in %s, %s of it training (%s tokens/s, MFU %s)",
         summary["steps"],
@@ -57,7 +58,8 @@ def tell(summary: Mapping[str, Any], run_dir: Path) -> None:
     )
     log.info("%s", reached(summary))
     log.info("report: %s", run_dir / "report.html")
-    log.info("next:\n%s", "\n".join(f"  {command}" for command in next_commands(summary, run_dir)))
+    commands = next_commands(summary["stage"], run_dir, next(filter(None, prompts), "The"))
+    log.info("next:\n%s", "\n".join(f"  {command}" for command in commands))
 
 
 def reached(summary: Mapping[str, Any]) -> str:
@@ -75,20 +77,22 @@ def reached(summary: Mapping[str, Any]) -> str:
     return f"validation loss {summary['val_loss']:.4f}{per_byte}{beside}"
 
 
-def next_commands(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
+def next_commands(stage: str, run_dir: Path, prompt: str) -> list[str]:
     """Return what may be done with the run, or after it."""
-    if summary["stage"] == "classify":
+    if stage == "classify":
         return [
             f"python -m nanogpt.evaluate {run_dir} --task classify --data YOUR_FILE",
             "python train.py stage=classify data=labelled data.path=YOUR_FILE    # own classes",
         ]
-    if summary["stage"] == "instruct":
-        return [
-            f'python -m nanogpt.generate {run_dir} --prompt "Name three primary colors."',
-            "python train.py stage=instruct data=instructions data.path=YOUR_FILE.jsonl",
-        ]
+    commands = [
+        f"python -m nanogpt.generate {run_dir} --prompt {shlex.quote(prompt)}",
+        "python serve.py    # a page to write on, and the OpenAI API",
+    ]
+    if stage == "instruct":
+        own = "python train.py stage=instruct data=instructions data.path=YOUR_FILE.jsonl"
+        return [*commands, own]
     return [
-        f'python -m nanogpt.generate {run_dir} --prompt "def main("',
+        *commands,
         "python train.py data=text data.path=YOUR_FOLDER    # the same on your own text",
         "python train.py stage=pretrain model=gpt2_small    # GPT-2 small on FineWeb-Edu",
     ]
