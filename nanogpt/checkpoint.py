@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from nanogpt.classifier import Classifier
 from nanogpt.model import GPT, GPTConfig
@@ -156,7 +157,7 @@ def with_special_tokens(start: Checkpoint, names: Sequence[str]) -> Checkpoint:
 def _rebuilt(start: Checkpoint, weights: dict[str, torch.Tensor], **changes: Any) -> Checkpoint:
     """Return a checkpoint whose model has these weights and a changed configuration."""
     config = replace(start.config, **changes)
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         model = GPT(config)
     model.load_state_dict(weights, assign=True)
     return replace(start, model=model.train(start.model.training), config=config)
@@ -266,8 +267,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _without_weights(about: dict[str, Any]) -> GPT:
     """Return the model of a record, without memory for its weights: a Classifier with labels."""
     config, labels = GPTConfig(**about["model"]), about["labels"]
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         return GPT(config) if labels is None else Classifier(config, len(labels))
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out the drawing of weights: to draw none, torch imports its compiler for a second."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ == "normal_":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _check_content(path: Path, raw: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.model import GPT, GPTConfig
-from serving.engine import native
+from serving.engine import compiling, native
 from serving.engine.forward import Computes, Forward, Span
 from serving.engine.loading import make_forward
 from tests.engine_models import MODERN
@@ -81,5 +81,5 @@ def test_without_a_compiler_there_are_no_kernels(
 ) -> None:
     monkeypatch.setenv("CXX", "/bin/false")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native.load_library.__wrapped__() is None
+    assert compiling._compiled.__wrapped__() is None
     assert not list((tmp_path / "nanogpt").iterdir())

@@ -287,7 +287,7 @@ class EngineProcess:
         return code
 
     def _spawn(self) -> None:
-        command = [sys.executable, "-m", "serving.engine.server", self.address]
+        command = [sys.executable, "-m", "serving.engine", self.address]
         root = str(Path(__file__).parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {

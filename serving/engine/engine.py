@@ -65,17 +65,25 @@ class Engine:
 
     def run(self) -> None:
         """Step until told to end."""
+        if len(self.registry.entries) == 1:  # it will be asked for
+            self._waiting.setdefault(self.registry.entries[0].id, [])
+            self._load_next()
         while not self._ended:
-            self.take_inbox(wait=self.idle)
+            self.take_inbox(wait=not self.computes)
             self.step()
             if self._drain_until is not None:
                 self._ended = self.idle or time.monotonic() > self._drain_until
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     @property
+    def computes(self) -> bool:
+        """Whether a step would compute anything."""
+        return any(not runner.scheduler.idle for runner in self._all_runners())
+
+    @property
     def idle(self) -> bool:
-        """Whether no sequence is left to compute."""
-        return all(r.scheduler.idle for r in self._all_runners()) and not self._waiting
+        """Whether nothing is left to compute, nor to be loaded first."""
+        return not self.computes and not self._waiting
 
     def take_inbox(self, *, wait: bool) -> None:
         """Do what was posted; with `wait`, until something is or a moment has passed."""

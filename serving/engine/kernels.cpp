@@ -542,17 +542,18 @@ void pack(int32_t dtype, int32_t n, int32_t k, const float* weights, void* packe
 #pragma omp parallel for
     for (int p = 0; p < panels; p++) {
         const int64_t base = int64_t(p) * PANEL * k;
-        for (int j = 0; j < PANEL; j++) {
-            const int row = p * PANEL + j;
-            const float* w = row < n ? weights + int64_t(row) * k : nullptr;
-            if (dtype == FP32)
-                for (int i = 0; i < k; i++) ((float*)packed)[base + i * PANEL + j] = w ? w[i] : 0;
-            if (dtype == BF16)
-                for (int i = 0; i < k; i++)
-                    ((bf16*)packed)[base + i / 2 * 2 * PANEL + 2 * j + i % 2] =
-                        w ? rounded(w[i]) : 0;
-            if (dtype != INT8) continue;
-            for (int g = 0; g < k; g += GROUP) {
+        for (int g = 0; g < k; g += GROUP)
+            for (int j = 0; j < PANEL; j++) {
+                const int row = p * PANEL + j;
+                const float* w = row < n ? weights + int64_t(row) * k : nullptr;
+                if (dtype == FP32)
+                    for (int i = g; i < g + GROUP; i++)
+                        ((float*)packed)[base + i * PANEL + j] = w ? w[i] : 0;
+                if (dtype == BF16)
+                    for (int i = g; i < g + GROUP; i++)
+                        ((bf16*)packed)[base + i / 2 * 2 * PANEL + 2 * j + i % 2] =
+                            w ? rounded(w[i]) : 0;
+                if (dtype != INT8) continue;
                 float largest = 1e-12f;
                 for (int i = g; w && i < g + GROUP; i++) largest = std::max(largest, std::fabs(w[i]));
                 const bf16 bits = rounded(largest / 127);
@@ -569,7 +570,6 @@ void pack(int32_t dtype, int32_t n, int32_t k, const float* weights, void* packe
                     ((uint8_t*)packed)[base + i / 2 * 2 * PANEL + at] = byte;
                 }
             }
-        }
     }
 }
 

@@ -1,35 +1,23 @@
 """The forward pass of `forward.py` in C++ (kernels.cpp), for CPUs: faster, and free of row sizes.
 
-The library is compiled once for each source and machine, with the C++ compiler there is; where
-there is none, or for shapes that the kernels do not take, `Forward` is used.
+Where there is no compiler, or for shapes that the kernels do not take, `Forward` is used.
 """
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from copy import deepcopy
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from nanogpt.classifier import Classifier
 from nanogpt.model import GPT, Block, rotary_angles
+from serving.engine import compiling
 from serving.engine.forward import Span
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 DTYPES = {"fp32": 0, "bf16": 1, "int8": 2}
 PANEL = GROUP = 64
 HEAD_SIZES = range(16, 129, 16)
-
-log = logging.getLogger(__name__)
 
 
 class _Matrix(ctypes.Structure):
@@ -184,7 +172,7 @@ def supported(model: GPT, dtype: str, device: torch.device) -> bool:
     """Return whether the kernels can be had here, and take this model in this precision."""
     config = model.config
     fits = config.n_embd % PANEL == 0 and config.n_embd // config.n_head in HEAD_SIZES
-    if device.type != "cpu" or not fits or os.environ.get("NANOGPT_NO_KERNELS"):
+    if device.type != "cpu" or not fits:
         return False
     library = load_library()
     return library is not None and bool(library.supports(DTYPES[dtype]))
@@ -193,54 +181,11 @@ def supported(model: GPT, dtype: str, device: torch.device) -> bool:
 @lru_cache
 def load_library() -> ctypes.CDLL | None:
     """Return the kernels, compiled if they are not yet, or None where that cannot be."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or platform.machine() != "x86_64":
-        return None
-    path = _cache_dir() / f"kernels-{_fingerprint(compiler)}.so"
-    if not path.exists() and not _compile(compiler, path):
+    path = compiling.compiled_kernels()
+    if path is None:
         return None
     try:
         return ctypes.CDLL(str(path))
     except OSError:  # torch came with another OpenMP
         ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(path))
-
-
-def _compile(compiler: str, path: Path) -> bool:
-    """Compile the kernels; linked without OpenMP, they use torch's, and its threads."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        unlinked, linked = f"{directory}/kernels.o", f"{directory}/kernels.so"
-        for command in (
-            [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", unlinked],
-            [compiler, "-shared", unlinked, "-o", linked],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                log.warning("no kernels, torch's are used: %s", done.stderr[-500:])
-                return False
-        os.replace(linked, path)
-    return True
-
-
-def _fingerprint(compiler: str) -> str:
-    """Return a name for what is compiled: the source, how, by what, and for which processor."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
-    try:
-        flags = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x[:5] == "flags"][:1]
-    except OSError:
-        flags = [platform.processor()]
-    digest.update(" ".join((compiler, *FLAGS, *flags)).encode())
-    return digest.hexdigest()[:16]
-
-
-def _cache_dir() -> Path:
-    """Return where compiled kernels are kept, or a new directory where nothing can be."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(base) / "nanogpt"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if os.access(directory, os.W_OK):
-            return directory
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="nanogpt-"))

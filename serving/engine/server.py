@@ -1,13 +1,10 @@
 """The engine's process: one thread computes, the other talks to front ends.
 
-    python -m serving.engine.server unix:/tmp/engine.sock '{"models": "runs"}'
-
 Started by `EngineProcess`: it ends when its standard input does, and drains on SIGTERM.
 """
 
 import asyncio
 import hmac
-import json
 import logging
 import os
 import signal
@@ -21,9 +18,10 @@ from typing import Any
 
 from serving.engine.client import SECRET_VARIABLE, read_frame
 from serving.engine.engine import Engine
+from serving.engine.loading import choose_device
 from serving.engine.messages import Hello, Message, Settings, to_frame
+from serving.engine.native import load_library
 from serving.engine.runner import Event
-from serving.logs import configure
 
 MAX_UNSENT_BYTES = 64 * 2**20  # a front end that does not read is cut off
 
@@ -149,19 +147,16 @@ async def _in_thread(work: Callable[[], None], name: str) -> None:
         raise raised[0]
 
 
-def main(address: str, settings: Settings) -> None:
+def run(address: str, settings: Settings) -> None:
     """Run an engine until it is told to end."""
     import torch
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    configure()
+    if choose_device(settings.device).type == "cpu":
+        load_library()  # an engine that listens is ready
     secret = os.environ.get(SECRET_VARIABLE, "")
     try:
         asyncio.run(Server(settings, address, secret).serve())
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has ended as asked
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Settings(**json.loads(sys.argv[2])))

@@ -3,6 +3,7 @@
 Shapes: L layers, S slots, H heads, T time, D head size.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,7 +32,7 @@ class Slots:
     ) -> None:
         head_size = config.n_embd // config.n_head
         shape = (config.n_layer, 2, n_slots, config.n_head, config.block_size, head_size)
-        self.cache: Tensor = torch.zeros(shape, dtype=dtype, device=device)
+        self.cache = _zeros(shape, dtype, device)
         self.slots = [Slot(i) for i in range(n_slots)]
         self._clock = 0
 
@@ -87,6 +88,17 @@ class Slots:
 def slot_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
     """Return the memory of one slot's keys and values."""
     return 2 * config.n_layer * config.block_size * config.n_embd * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; in a CPU's memory the system gives their pages when they are written to.
+
+    torch would write to all of them at once: gigabytes, of which a quiet server needs little.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    n_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(n_bytes, np.uint8)).view(dtype).view(shape)
 
 
 def _common(held: np.ndarray, wanted: np.ndarray) -> int:

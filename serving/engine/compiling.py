@@ -1,0 +1,89 @@
+"""Compile the engine's kernels (kernels.cpp) once for each source, compiler and processor.
+
+Nothing of torch is needed: an engine compiles while it still imports that.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from functools import lru_cache
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-Wno-ignored-attributes")
+
+log = logging.getLogger(__name__)
+_one_at_a_time = threading.Lock()
+
+
+def compiled_kernels() -> Path | None:
+    """Return the library, compiled if it is not yet, or None where that cannot be.
+
+    With NANOGPT_NO_KERNELS set there is none.
+    """
+    with _one_at_a_time:
+        return _compiled()
+
+
+def begin() -> None:
+    """Begin to compile in a thread; who asks for the library waits for it."""
+    threading.Thread(target=compiled_kernels, name="compile", daemon=True).start()
+
+
+@lru_cache
+def _compiled() -> Path | None:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    unwanted = os.environ.get("NANOGPT_NO_KERNELS")
+    if compiler is None or unwanted or platform.machine() != "x86_64":
+        return None
+    path = _cache_dir() / f"kernels-{_fingerprint(compiler)}.so"
+    return path if path.exists() or _compile(compiler, path) else None
+
+
+def _compile(compiler: str, path: Path) -> bool:
+    """Compile the kernels; linked without OpenMP, they use torch's, and its threads."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        unlinked, linked = f"{directory}/kernels.o", f"{directory}/kernels.so"
+        for command in (
+            [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", unlinked],
+            [compiler, "-shared", unlinked, "-o", linked],
+        ):
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+            except OSError as error:
+                log.warning("no kernels, torch's are used: %s", error)
+                return False
+            if done.returncode:
+                log.warning("no kernels, torch's are used: %s", done.stderr[-500:])
+                return False
+        os.replace(linked, path)
+    return True
+
+
+def _fingerprint(compiler: str) -> str:
+    """Return a name for what is compiled: the source, how, by what, and for which processor."""
+    digest = hashlib.sha256(SOURCE.read_bytes())
+    try:
+        flags = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x[:5] == "flags"][:1]
+    except OSError:
+        flags = [platform.processor()]
+    digest.update(" ".join((compiler, *FLAGS, *flags)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _cache_dir() -> Path:
+    """Return where compiled kernels are kept, or a new directory where nothing can be."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(base) / "nanogpt"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK):
+            return directory
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="nanogpt-"))
