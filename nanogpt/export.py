@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
+from nanogpt.command import run_command
 from nanogpt.gguf_file import write_gguf
 from nanogpt.model import NORM_EPSILON, GPTConfig
 from nanogpt.pretrained import CONFIG, SAFETENSORS, published_weights
@@ -35,21 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.format == "hf" and options.dtype != "f32":
         parser().error("--dtype goes with --format gguf; a Hugging Face directory is in f32")
-    try:
-        with replacing(options.out, options.overwrite) as temporary:
-            checkpoint = load_checkpoint(options.checkpoint, runs_dir=options.runs_dir)
-            check_exportable(checkpoint, options.format)
-            if options.format == "hf":
-                write_huggingface(checkpoint, temporary)
-            else:
-                write_gguf(checkpoint, temporary, options.dtype)
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
-        print(f"nanogpt.export: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return run_command("nanogpt.export", partial(write, options), also=(SafetensorError,))
+
+
+def write(options: argparse.Namespace) -> None:
+    """Write the checkpoint in the format asked for; an export that fails leaves nothing."""
+    with replacing(options.out, options.overwrite) as temporary:
+        checkpoint = load_checkpoint(options.checkpoint, runs_dir=options.runs_dir)
+        check_exportable(checkpoint, options.format)
+        if options.format == "hf":
+            write_huggingface(checkpoint, temporary)
+        else:
+            write_gguf(checkpoint, temporary, options.dtype)
     print(f"{checkpoint.path}: {checkpoint.model.num_parameters():,} parameters to {options.out}")
-    return 0
 
 
 def check_exportable(checkpoint: Checkpoint, format_: str) -> None:

@@ -11,8 +11,10 @@ import codecs
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
+from nanogpt.command import run_command
 from nanogpt.generation import generate
 from nanogpt.prompts import Message, Template, find_template
 
@@ -20,27 +22,23 @@ from nanogpt.prompts import Message, Template, find_template
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     options = parser().parse_args(arguments)
-    try:
-        checkpoint = load_checkpoint(
-            options.checkpoint, device=options.device, runs_dir=options.runs_dir
-        )
-        prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-        if checkpoint.template is None or options.raw:
-            ids = completion(checkpoint, prompt, options)
-            _write(prompt)
-        else:
-            ids = reply(checkpoint, find_template(checkpoint.template), prompt, options)
-        for text in stream_text(checkpoint, ids):
-            _write(text)
-        _write("\n")
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # torch's, without CUDA
-        print(f"nanogpt.generate: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command("nanogpt.generate", partial(write, options))
+
+
+def write(options: argparse.Namespace) -> None:
+    """Write what the model says, as it says it."""
+    checkpoint = load_checkpoint(
+        options.checkpoint, device=options.device, runs_dir=options.runs_dir
+    )
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if checkpoint.template is None or options.raw:
+        ids = completion(checkpoint, prompt, options)
+        _write(prompt)
+    else:
+        ids = reply(checkpoint, find_template(checkpoint.template), prompt, options)
+    for text in stream_text(checkpoint, ids):
+        _write(text)
+    _write("\n")
 
 
 def completion(checkpoint: Checkpoint, prompt: str, options: argparse.Namespace) -> Iterator[int]:

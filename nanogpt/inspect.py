@@ -13,12 +13,14 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from nanogpt.command import run_command
 from nanogpt.data.corpus import Corpus, open_corpus, read_json
 from nanogpt.data.pretokenized import TokenShards, is_prepared
 from nanogpt.data.shards import REMEDY
@@ -37,24 +39,19 @@ BAR_WIDTH = 40
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     options = parser().parse_args(arguments)
-    try:
-        if options.path is None:
-            _print(*listing(options.data_dir))
-        else:
-            corpus = open_any(options.path, options.tokenizer)
-            _print(str(options.path), *facts(corpus.manifest))
-            _print(*histogram(corpus.train, corpus.tokenizer.eot_id))
-            _print(*samples(corpus, options.samples))
-            _print("", "not verified" if options.no_verify else verify(corpus))
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        sys.stdout.flush()
-        print(f"nanogpt.inspect: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command("nanogpt.inspect", partial(show, options))
+
+
+def show(options: argparse.Namespace) -> None:
+    """Print what a corpus holds, or which there are."""
+    if options.path is None:
+        _print(*listing(options.data_dir))
+    else:
+        corpus = open_any(options.path, options.tokenizer)
+        _print(str(options.path), *facts(corpus.manifest))
+        _print(*histogram(corpus.train, corpus.tokenizer.eot_id))
+        _print(*samples(corpus, options.samples))
+        _print("", "not verified" if options.no_verify else verify(corpus))
 
 
 def open_any(path: Path, tokenizer: str | None) -> Corpus:

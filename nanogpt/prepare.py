@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nanogpt.command import first_line, run_command
 from nanogpt.data.fineweb_edu import FineWebEdu
 from nanogpt.data.hub import HubDataset
 from nanogpt.data.preparing import MakeTokenizer, Preparation, prepare
@@ -45,19 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     options = parser().parse_args(arguments)
-    try:
-        if options.dataset in PUBLISHED:
-            path = fetch_pretrained(options.dataset, options.data_dir)
-            print(f"{path}: train from it with init_from={options.dataset}")
-        else:
-            _prepare_corpus(options)
-    except (ValueError, OSError) as error:
-        print(f"nanogpt.prepare: {as_options(str(error))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("nanogpt.prepare: stopped; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(
+        "nanogpt.prepare",
+        partial(prepare_dataset, options),
+        say=lambda error: as_options(first_line(error)),
+        interrupted="stopped; the same command continues",
+    )
+
+
+def prepare_dataset(options: argparse.Namespace) -> None:
+    """Prepare a corpus, or fetch published weights."""
+    if options.dataset in PUBLISHED:
+        path = fetch_pretrained(options.dataset, options.data_dir)
+        print(f"{path}: train from it with init_from={options.dataset}")
+    else:
+        _prepare_corpus(options)
 
 
 def _prepare_corpus(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt.classifier import Classifier
+from nanogpt.command import first_line
 from nanogpt.hub import check_reachable
 from nanogpt.model import GPT, NORM_EPSILON, PRESETS, GPTConfig
 from nanogpt.tokenizer_files import MERGES, VOCAB, read_json, read_tokenizer
@@ -132,10 +133,10 @@ def _fetch(name: str, directory: Path) -> None:
             try:
                 _download(repository, file, directory)
             except Exception as error:  # of the system or of an HTTP library, which one varies
-                why = str(error).strip().split("\n")[0]
+                why = f"{type(error).__name__}: {first_line(error)}"
                 raise ConnectionError(
-                    f"fetching {file} of {repository} broke off ({type(error).__name__}: {why}); "
-                    f"the same command continues it"
+                    f"fetching {file} of {repository} broke off ({why}); the same command "
+                    f"continues it"
                 ) from error
     if files := _unreadable(directory):
         raise ValueError(

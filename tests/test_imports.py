@@ -20,6 +20,7 @@ CORE = {
     "optim",
     "hub",
     "tokenizer_files",
+    "command",
 }
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from nanogpt.command import first_line
 from nanogpt.data.instructions import Instructions
 from nanogpt.hub import check_reachable
 
@@ -45,6 +46,6 @@ class Dolly(Instructions):
         except HfHubHTTPError as error:
             raise ConnectionError(
                 f"data={self.name}: {self.repository} at {self.revision} could not be fetched "
-                f"({str(error).strip().splitlines()[0]}); give the command again, or pass "
+                f"({first_line(error)}); give the command again, or pass "
                 "data.path=<a copy of the file>"
             ) from error

@@ -9,6 +9,7 @@ from typing import IO
 
 import numpy as np
 
+from nanogpt.command import first_line
 from nanogpt.data.shards import MAGIC_AND_VERSION, UINT16, Part, shard_part
 
 SUFFIXES = (".bin", ".npy")
@@ -115,8 +116,9 @@ def _npy_header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtype]
         else:
             shape, _, dtype = np.lib.format.read_array_header_2_0(file)
     except (ValueError, SyntaxError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} has a broken NumPy header ({reason}); {REMEDY}") from error
+        raise ValueError(
+            f"{path} has a broken NumPy header ({first_line(error)}); {REMEDY}"
+        ) from error
     return shape, dtype
 
 

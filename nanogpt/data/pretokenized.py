@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from nanogpt.command import first_line
 from nanogpt.data.corpus import Corpus, open_corpus
 from nanogpt.data.foreign import (
     SUFFIXES,
@@ -301,10 +302,9 @@ def _explained(repository: str, error: Exception) -> OSError | None:
         )
     of_the_way = isinstance(error, errors.HfHubHTTPError | ConnectionError | TimeoutError)
     if of_the_way or type(error).__module__.partition(".")[0] in TRANSPORTS:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return ConnectionError(
-            f"fetching {repository} broke off ({reason}); give the same command again, which goes "
-            f"on from what is here"
+            f"fetching {repository} broke off ({first_line(error)}); give the same command again, "
+            f"which goes on from what is here"
         )
     return None
 
