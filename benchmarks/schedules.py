@@ -1,0 +1,340 @@
+"""Whether an answer depends on its company: random schedules, each answer compared with its own.
+
+    python benchmarks/schedules.py CHECKPOINT [--schedules 200] [--dtype fp32 bf16 int8]
+        [--kernels native torch] [--first 0] [--json FILE]
+
+A schedule is up to 32 conversations that begin at random moments and are held at once, through an
+engine process and its client: prompts that share beginnings, from one token to nearly the whole
+context, next turns that continue an answer, several answers to one prompt, temperatures 0 and 1,
+every way to narrow and to penalise, log-probabilities, scored prompts, and readers that leave. Then
+each request is put to a new engine that computes nothing else. Tokens, log-probabilities (bit for
+bit) and the reason of the end must be the same; of an answer that nobody waited for, what came of
+it. Slots and chunks of the engine process change every few schedules. Exits with 1 at the first
+difference.
+"""
+
+import argparse
+import asyncio
+import inspect
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from nanogpt.checkpoint import Checkpoint, load_checkpoint
+from serving.engine import compiling, native
+from serving.engine.client import EngineClient, EngineProcess
+from serving.engine.engine import Engine
+from serving.engine.messages import (
+    Failed,
+    Finished,
+    Generate,
+    Message,
+    SamplingParams,
+    Score,
+    Scored,
+    Settings,
+    Tokens,
+)
+from serving.engine.runner import Event
+
+MOST_AT_ONCE = 32
+SCHEDULES_PER_ENGINE = 10
+SCOPES = ("", "", "", "another")
+PAUSE_S = 0.3  # conversations begin within this time
+
+
+@dataclass
+class Answer:
+    """What came of a request; `left` says that its reader did not wait for the rest."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[list[int], list[float]]] = field(default_factory=list)
+    end: str = ""
+    left: bool = False
+    cached_tokens: int = 0
+
+    def hear(self, message: Message) -> None:
+        """Take in one message of the engine."""
+        if isinstance(message, Tokens):
+            self.ids += message.ids
+            self.logprobs += message.logprobs or []
+            self.top += zip(message.top_ids or [], message.top_logprobs or [], strict=True)
+            self.cached_tokens += message.cached_tokens or 0
+        elif isinstance(message, Scored):
+            self.logprobs = [value or 0.0 for value in message.logprobs]
+            self.top = list(zip(message.top_ids, message.top_logprobs, strict=True))
+            self.end = "scored"
+        elif isinstance(message, Finished):
+            self.end = message.reason
+        elif isinstance(message, Failed):
+            self.end = f"failed: {message.message}"
+
+    def difference(self, alone: "Answer") -> str | None:
+        """Return what is not as in the answer to the same request alone, or None."""
+        n = len(self.ids) if self.left else None
+        for name in ("ids", "logprobs", "top"):
+            mine, right = getattr(self, name), getattr(alone, name)[:n]
+            if mine != right:
+                at = next((i for i, (a, b) in enumerate(zip(mine, right)) if a != b), "the end")  # noqa: B905
+                return f"{name} differ at {at}: {mine} alone {right}"
+        if not self.left and self.end != alone.end:
+            return f"the end is {self.end!r}, alone {alone.end!r}"
+        return None
+
+
+Asked = tuple[Generate | Score, Answer]
+
+
+@dataclass
+class Row:
+    """What the schedules of one precision and kind of kernels amounted to."""
+
+    dtype: str
+    kernels: str
+    schedules: int = 0
+    requests: int = 0
+    at_once: int = 0  # the most that were open at a time
+    left: int = 0
+    tokens: int = 0
+    cached_tokens: int = 0
+    with_logprobs: int = 0
+    differences: int = 0
+    seconds: float = 0.0
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    os.environ.setdefault("GOMP_SPINCOUNT", "300")  # engines in two processes share the cores
+    about = load_checkpoint(options.checkpoint)
+    rows = []
+    for kernels in options.kernels:
+        for dtype in options.dtype:
+            choose(kernels)
+            row, difference = check(about, dtype, kernels, options)
+            rows.append(row)
+            if difference:
+                print(difference)
+                break
+    show(rows)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    return int(any(row.differences for row in rows))
+
+
+def check(
+    about: Checkpoint, dtype: str, kernels: str, options: argparse.Namespace
+) -> tuple[Row, str | None]:
+    """Run schedules up to the first difference; return their counts, and what differed."""
+    row, started = Row(dtype, kernels), time.monotonic()
+    numbers = list(range(options.first, options.first + options.schedules))
+    for begin in range(0, len(numbers), SCHEDULES_PER_ENGINE):
+        some = numbers[begin : begin + SCHEDULES_PER_ENGINE]
+        rng = random.Random(f"engine {some[0]}")
+        settings = Settings(
+            models=str(about.path),
+            dtype=dtype,  # type: ignore[arg-type]
+            max_slots=rng.choice([3, 8, 32, 32]),
+            chunk_tokens=rng.choice([5, 16, 64, 64]),
+            cache_gb=1.0,
+            drain_s=1.0,
+        )
+        for number, asked, at_once in asyncio.run(run_schedules(some, settings, about)):
+            _count(row, asked, at_once)
+            for request, answer in asked:
+                if why := answer.difference(alone(request, settings)):
+                    row.differences += 1
+                    row.seconds = time.monotonic() - started
+                    what = f"schedule {number} of {settings}: {request}"
+                    return row, f"{dtype}, {kernels} kernels, {what}\n{why}"
+        log(f"{dtype} {kernels}: {row.schedules} schedules, {row.requests} requests the same")
+    row.seconds = time.monotonic() - started
+    return row, None
+
+
+async def run_schedules(
+    numbers: list[int], settings: Settings, about: Checkpoint
+) -> list[tuple[int, list[Asked], int]]:
+    """Hold the conversations of some schedules with one engine process."""
+    with tempfile.TemporaryDirectory() as directory:
+        process = EngineProcess(settings, directory)
+        process.start()
+        client = EngineClient(process.address, process.secret)
+        try:
+            await client.connect()
+            await client.details(client.find(None))  # loads the model
+            return [(n, *await Schedule(n, client, about).run()) for n in numbers]
+        finally:
+            await client.close()
+            await asyncio.to_thread(process.stop)
+
+
+class Schedule:
+    """The conversations of one number, which decides all that is asked."""
+
+    def __init__(self, number: int, client: EngineClient, about: Checkpoint) -> None:
+        self.rng = random.Random(number)
+        self.client, self.block_size = client, about.config.block_size
+        self.model = client.find(None).id
+        self.text = about.tokenizer.encode(inspect.getsource(argparse))
+        self.openings = [self._cut(self.rng.randint(1, self.block_size - 20)) for _ in range(4)]
+        self.asked: list[Asked] = []
+        self.room = asyncio.Semaphore(MOST_AT_ONCE)
+        self.open = self.most_open = 0
+
+    async def run(self) -> tuple[list[Asked], int]:
+        """Hold all conversations; return all requests and answers, and how many were open."""
+        n = self.rng.choice([1, 2, 4, 8, 16, 32, 32])
+        seeds = [self.rng.randrange(2**32) for _ in range(n)]
+        await asyncio.gather(*(self._converse(random.Random(seed)) for seed in seeds))
+        return self.asked, self.most_open
+
+    async def _converse(self, rng: random.Random) -> None:
+        await asyncio.sleep(rng.uniform(0, PAUSE_S))
+        prompt, scope = self._prompt(rng), rng.choice(SCOPES)
+        if rng.random() < 0.05:
+            await self._score(prompt, rng)
+            return
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            params = self._params(rng)
+            answers = [
+                self._ask(prompt, replace(params, seed=(params.seed + i) % 2**64), scope, rng)
+                for i in range(rng.choice([1, 1, 1, 1, 3]))
+            ]
+            said = await asyncio.gather(*answers)
+            prompt = [*prompt, *said[0].ids, *self._cut(rng.randint(1, 12), rng)]
+            if said[0].left or len(prompt) >= self.block_size:
+                return
+
+    async def _ask(
+        self, prompt: list[int], params: SamplingParams, scope: str, rng: random.Random
+    ) -> Answer:
+        request = Generate(self.client.new_id(), self.model, prompt, params, scope)
+        answer, leaves_after = Answer(), rng.randint(0, 12) if rng.random() < 0.15 else None
+        self.asked.append((request, answer))
+        async with self._place(), aclosing(self.client.generate(request)) as messages:
+            async for message in messages:
+                answer.hear(message)
+                if leaves_after is not None and len(answer.ids) >= leaves_after:
+                    answer.left = isinstance(message, Tokens)
+                    break
+        return answer
+
+    async def _score(self, prompt: list[int], rng: random.Random) -> None:
+        request = Score(self.client.new_id(), self.model, prompt, rng.randint(0, 5))
+        async with self._place():
+            scored = await self.client.score(request)
+        self.asked.append((request, Answer()))
+        self.asked[-1][1].hear(scored)
+
+    @asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        async with self.room:
+            self.open += 1
+            self.most_open = max(self.most_open, self.open)
+            try:
+                yield
+            finally:
+                self.open -= 1
+
+    def _cut(self, n: int, rng: random.Random | None = None) -> list[int]:
+        start = (rng or self.rng).randrange(len(self.text) - n)
+        return self.text[start : start + n]
+
+    def _prompt(self, rng: random.Random) -> list[int]:
+        kind = rng.random()
+        if kind < 0.1:
+            return self._cut(1, rng)
+        if kind < 0.2:
+            return self._cut(self.block_size - rng.randint(1, 20), rng)
+        if kind < 0.5:
+            return self._cut(rng.randint(2, self.block_size // 2), rng)
+        opening = rng.choice(self.openings)
+        return (opening + self._cut(rng.randint(1, 20), rng))[: self.block_size - 1]
+
+    def _params(self, rng: random.Random) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=rng.randint(1, 40),
+            seed=rng.randrange(2**64),
+            temperature=rng.choice([0.0, 1.0, 1.0, 0.7]),
+            top_k=rng.choice([None, None, 1, 5, 300]),
+            top_p=rng.choice([None, None, 0.9, 0.99]),
+            min_p=rng.choice([None, None, 0.05]),
+            presence_penalty=rng.choice([0.0, 0.0, 0.7]),
+            frequency_penalty=rng.choice([0.0, 0.0, 0.5]),
+            repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
+            logit_bias=rng.choice([{}, {}, {65: 2.0, 10: -100.0}]),
+            stop_ids=rng.choice([(), (0,), tuple(self._cut(2, rng))]),
+            ignore_eos=rng.random() < 0.2,
+            logprobs=rng.choice([None, 0, 1, 5, 20]),
+        )
+
+
+def alone(request: Generate | Score, settings: Settings) -> Answer:
+    """Return the answer of an engine that computes nothing else, before or after."""
+    answer = Answer()
+
+    def hear(events: list[Event]) -> None:
+        for event in events:
+            if getattr(event.message, "request_id", None) == request.request_id:
+                answer.hear(event.message)
+
+    settings = replace(settings, max_slots=1, chunk_tokens=64, drain_s=600.0)
+    engine = Engine(settings, hear)
+    engine.post(lambda: engine.accept(None, request))
+    engine.post(engine.drain)
+    engine.run()
+    return answer
+
+
+def choose(kernels: str) -> None:
+    """Have engines compute with our own kernels (native), or with torch's."""
+    os.environ["NANOGPT_NO_KERNELS"] = "1" if kernels == "torch" else ""
+    compiling._compiled.cache_clear()
+    native.load_library.cache_clear()
+
+
+def _count(row: Row, asked: list[Asked], at_once: int) -> None:
+    row.schedules += 1
+    row.requests += len(asked)
+    row.at_once = max(row.at_once, at_once)
+    for _, answer in asked:
+        row.left += answer.left
+        row.tokens += len(answer.ids)
+        row.cached_tokens += answer.cached_tokens
+        row.with_logprobs += bool(answer.logprobs)
+
+
+def show(rows: list[Row]) -> None:
+    columns = [name.replace("_", " ") for name in asdict(rows[0])]
+    print("|", " | ".join(columns), "|")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        cells = [f"{v:.0f}" if isinstance(v, float) else str(v) for v in asdict(row).values()]
+        print("|", " | ".join(cells), "|")
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--schedules", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="number of the first schedule")
+    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16", "int8"])
+    parser.add_argument("--kernels", nargs="+", default=["native"], choices=["native", "torch"])
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
