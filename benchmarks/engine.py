@@ -4,201 +4,186 @@
 
 All compute the same random GPT-2 of 124M parameters: greedily, after prompts of 32 random tokens.
 Ours are timed with its scheduler and sampler, in the mode where no answer depends on its company.
-Rounds alternate between programs; the best of each is shown, with the time to the first token, the
-share of the limit (bytes of weights and of keys and values that a step must read, over the read
-bandwidth measured in the same run) and the mean KL divergence of its distributions from the fp32
-model's on 256 tokens. transformers is the peer that the extra `dev` installs.
+Each program has a process of its own and they take turns. Shown are the fastest round, the time to
+the first token, the share of the limit (bytes of weights and of keys and values that a step must
+read, over the read bandwidth measured in the same run) and the mean KL divergence of its
+distributions from the fp32 model's on 256 tokens; then, for each peer, our fastest precision whose
+divergence is no larger, and by how much it is ahead, round by round. Last, a chat's second turn.
+
+Peers: pip install -e ".[peers]"; what is not installed is left out.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
+import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import engine_programs
 import torch
 from torch import Tensor
 
-from nanogpt.checkpoint import Checkpoint
+from nanogpt.checkpoint import KEY, record, write_checkpoint
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.pretrained import published_weights
-from nanogpt.tokenizer import byte_tokenizer
-from serving.engine.counters import Counters
-from serving.engine.forward import Span
-from serving.engine.loading import make_forward
-from serving.engine.messages import Generate, SamplingParams, Tokens
-from serving.engine.runner import Runner
-from serving.engine.scheduler import Scheduler, Sequence
-from serving.engine.slots import Slots
+from nanogpt.tokenizer import gpt2_tokenizer
 
 STREAMS = (1, 8, 32)
 PROMPT_TOKENS = 32
 KL_TOKENS = 256
-BLOCK_SIZE = 512  # room for what is measured; all else is GPT-2 small
-
-WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 2 / 64}  # with scales
+SAME_KL = 1e-9  # below it, two orders of the same float32 sums
+TURN = (850, 50, 20)  # tokens of a chat's first prompt, its answer, and what is then asked
 
 
 @dataclass
 class Result:
-    """What one program did with one number of streams."""
+    """What one program did with one number of streams; rounds in tokens per second."""
 
     program: str
     streams: int
-    tokens_per_s: float
-    first_token_s: float
-    share_of_limit: float | None = None
-    mean_kl: float | None = None
+    rounds: list[float] = field(default_factory=list)
+    first_token_s: float = float("inf")
+    share_of_limit: float = 0.0
+    mean_kl: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return max(self.rounds)
 
 
-class Program:
-    """Something that continues texts: `run` gives the seconds in all, and to the first token."""
+class Remote:
+    """A program in a process of its own, which sleeps while others have their turn."""
 
-    name: str
-    dtype: str
-
-    def run(self, prompts: list[list[int]], n_new: int) -> tuple[float, float]:
-        raise NotImplementedError
-
-    def log_probabilities(self, ids: list[int]) -> Tensor:
-        """Return log-probabilities (T, V) of what follows each of some tokens."""
-        raise NotImplementedError
-
-
-class Ours(Program):
-    """The engine's runner: the scheduler, the kernels and the sampler, without its process."""
-
-    def __init__(self, weights: dict[str, Tensor], dtype: str, temperature: float = 0.0) -> None:
-        self.name, self.dtype = f"nanogpt {dtype}", dtype
-        self.temperature = temperature
-        if temperature:
-            self.name += f" T={temperature:g}"
-        model = new_model(weights)
-        precision = torch.float32 if dtype == "fp32" else torch.bfloat16
-        slots = Slots(model.config, max(STREAMS), precision, torch.device("cpu"))
-        checkpoint = Checkpoint(
-            model, byte_tokenizer(), None, None, "pretrain", model.config, 0, Path("random")
+    def __init__(self, name: str, files: Path, threads: int) -> None:
+        self.name = name
+        here, there = multiprocessing.get_context("spawn").Pipe()
+        if name.startswith("nanogpt"):
+            os.environ["GOMP_SPINCOUNT"] = "300"  # as the engine's process has it
+        self.process = multiprocessing.get_context("spawn").Process(
+            target=_answer, args=(there, name, files, threads), daemon=True
         )
-        forward = make_forward(model, slots.cache, dtype)
-        self.runner = Runner("m", "1", checkpoint, dtype, forward, Scheduler(slots, 64), Counters())
+        self.process.start()
+        os.environ.pop("GOMP_SPINCOUNT", None)
+        self.connection = here
+        self.weight_bytes, self.kv_bytes = here.recv()
 
-    def run(self, prompts: list[list[int]], n_new: int) -> tuple[float, float]:
-        params = SamplingParams(n_new, temperature=self.temperature)
-        start = time.perf_counter()
-        for n, prompt in enumerate(prompts):
-            request = Generate(str(n), "m", prompt, params, cache_scope=str(start))
-            self.runner.scheduler.waiting.append(
-                Sequence(
-                    str(n), None, "write", list(prompt), len(prompt), str(start), request=request
-                )
-            )
-        first = 0.0
-        while not self.runner.scheduler.idle:
-            told = [e for e in self.runner.step() if isinstance(e.message, Tokens)]
-            if told and not first:
-                first = time.perf_counter() - start
-        return time.perf_counter() - start, first
-
-    def log_probabilities(self, ids: list[int]) -> Tensor:
-        states = self.runner.forward.hidden_states([Span(0, 0, ids)])
-        self.runner.scheduler.slots.slots[0].ids = self.runner.scheduler.slots.slots[0].ids[:0]
-        return self.runner.forward.logits(states).double().log_softmax(-1)
+    def __call__(self, method: str, *arguments: Any) -> Any:
+        """Return what a method of the program returns."""
+        self.connection.send((method, arguments))
+        return self.connection.recv()
 
 
-class Transformers(Program):
-    """Hugging Face's `generate`, a batch for all texts."""
-
-    def __init__(self, weights: dict[str, Tensor], dtype: str) -> None:
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        self.name, self.dtype = f"transformers {dtype}", dtype
-        model: Any = GPT2LMHeadModel(GPT2Config(n_positions=BLOCK_SIZE))
-        model.load_state_dict(published_weights(new_model(weights)), strict=False)
-        self.model = model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]).eval()
-        self.model.generation_config.eos_token_id = None  # all texts reach their full length
-
-    def run(self, prompts: list[list[int]], n_new: int) -> tuple[float, float]:
-        ids = torch.tensor(prompts)
-        greedily: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
-        greedily["attention_mask"] = torch.ones_like(ids)
-        start = time.perf_counter()
-        self.model.generate(ids, max_new_tokens=1, **greedily)
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        made = self.model.generate(ids, max_new_tokens=n_new, **greedily)
-        assert made.size(1) == ids.size(1) + n_new
-        return time.perf_counter() - start, first
-
-    @torch.no_grad()
-    def log_probabilities(self, ids: list[int]) -> Tensor:
-        return self.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+def _answer(connection: Connection, name: str, files: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    kind, keys = engine_programs.PROGRAMS[name]
+    program = kind(files, **keys)
+    connection.send((program.weight_bytes, program.kv_bytes))
+    while True:
+        method, arguments = connection.recv()
+        connection.send(getattr(program, method)(*arguments))
 
 
 def main() -> None:
     options = _parser().parse_args()
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    weights = GPT(GPTConfig(block_size=BLOCK_SIZE)).state_dict()
-    made: dict[str, Callable[[], Program]] = {
-        "transformers": lambda: Transformers(weights, "fp32"),
-        "transformers-bf16": lambda: Transformers(weights, "bf16"),
-        "fp32": lambda: Ours(weights, "fp32"),
-        "bf16": lambda: Ours(weights, "bf16"),
-        "int8": lambda: Ours(weights, "int8"),
-        "bf16-sampled": lambda: Ours(weights, "bf16", temperature=1.0),
-    }
-    programs = [made[name]() for name in options.programs or made]
-    bandwidth = read_bandwidth()
-    print(f"{options.threads} threads read {bandwidth / 1e9:.1f} GB/s")
-    results = measure(programs, options.new, options.rounds, options.streams)
-    kl = divergences(programs, new_model(weights))
-    for result in results:
-        program = next(p for p in programs if p.name == result.program)
-        limit = limit_tokens_per_s(program.dtype, result.streams, options.new, bandwidth)
-        result.share_of_limit = result.tokens_per_s / limit
-        result.mean_kl = kl[result.program]
-    show(results)
+    names = [n for n in engine_programs.PROGRAMS if n in (options.programs or [n])]
+    for name in [n for n in names if engine_programs.missing(n)]:
+        print(f"without {name}: {', '.join(engine_programs.missing(name))} is not installed")
+        names.remove(name)
+    with tempfile.TemporaryDirectory() as directory:
+        files = Path(directory)
+        reference = write_random(files / "model.ckpt")
+        engine_programs.write_files(names, files)
+        programs = [Remote(name, files, options.threads) for name in names]
+        bandwidth = read_bandwidth()
+        results = measure(programs, options.new, options.rounds, options.streams)
+        describe(results, programs, divergences(programs, reference), options.new, bandwidth)
+        turns = second_turns(programs, options.rounds)
+    print(f"{options.threads} threads read {bandwidth / 1e9:.1f} GB/s\n")
+    show(results, turns)
     if options.json:
-        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+        rows = [asdict(result) for result in results]
+        options.json.write_text(json.dumps({"results": rows, "second_turns": turns}, indent=1))
 
 
-def measure(programs: list[Program], n_new: int, rounds: int, streams: list[int]) -> list[Result]:
-    """Let the programs take turns; return the best of each for each number of streams."""
+def write_random(path: Path) -> GPT:
+    """Write a checkpoint of random weights; return the model."""
+    torch.manual_seed(0)
+    model, tokenizer = GPT(GPTConfig()), gpt2_tokenizer()
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    about = record("pretrain", model.config, tokenizer)
+    write_checkpoint({"state_dict": weights, "global_step": 0, KEY: about}, path)
+    return model.eval()
+
+
+def measure(programs: list[Remote], n_new: int, rounds: int, streams: list[int]) -> list[Result]:
+    """Let the programs take turns, in the other order every second round."""
     generator = torch.Generator().manual_seed(1)
-    results = []
+    results: list[Result] = []
     for n in streams:
         prompts = torch.randint(50257, (n, PROMPT_TOKENS), generator=generator).tolist()
-        times: dict[str, list[tuple[float, float]]] = {p.name: [] for p in programs}
+        of_program = {program.name: Result(program.name, n) for program in programs}
+        for program in programs:
+            program("run", prompts, 2)  # not counted
         for r in range(rounds):
             for program in programs if r % 2 else reversed(programs):
-                times[program.name].append(program.run(prompts, n_new))
-        for name, runs in times.items():
-            best, first = min(run[0] for run in runs), min(run[1] for run in runs)
-            results.append(Result(name, n, n * n_new / best, first))
+                seconds, first = program("run", prompts, n_new)
+                result = of_program[program.name]
+                result.rounds.append(n * n_new / seconds)
+                result.first_token_s = min(result.first_token_s, first)
+        results += of_program.values()
     return results
 
 
-def divergences(programs: list[Program], reference: GPT) -> dict[str, float]:
+def describe(
+    results: list[Result],
+    programs: list[Remote],
+    kl: dict[str, float],
+    n_new: int,
+    bandwidth: float,
+) -> None:
+    """Add to results their divergence and their share of what reading alone would allow."""
+    of_name = {program.name: program for program in programs}
+    for result in results:
+        limit = limit_tokens_per_s(of_name[result.program], result.streams, n_new, bandwidth)
+        result.share_of_limit = result.tokens_per_s / limit
+        result.mean_kl = kl[result.program]
+
+
+def divergences(programs: list[Remote], reference: GPT) -> dict[str, float]:
     """Return each program's mean KL divergence from the fp32 model's distributions."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(50257, (KL_TOKENS,), generator=generator)
     with torch.no_grad():
         right = reference(ids[None])[0].double().log_softmax(-1)
-    return {
-        p.name: float((right.exp() * (right - p.log_probabilities(ids.tolist()))).sum(-1).mean())
-        for p in programs
-    }
+    return {p.name: _divergence(right, p("log_probabilities", ids.tolist())) for p in programs}
 
 
-def limit_tokens_per_s(dtype: str, n: int, n_new: int, bandwidth: float) -> float:
+def second_turns(programs: list[Remote], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Return our seconds to the first token of a second turn, read anew and continued."""
+    generator = torch.Generator().manual_seed(3)
+    prompt, new = (torch.randint(50257, (n,), generator=generator).tolist() for n in TURN[::2])
+    ours = [p for p in programs if p.name.startswith("nanogpt") and "T=" not in p.name]
+    turns: dict[str, list[tuple[float, float]]] = {p.name: [] for p in ours}
+    for _ in range(rounds):
+        for program in ours:
+            turns[program.name].append(program("second_turn", prompt, TURN[1], new))
+    return turns
+
+
+def limit_tokens_per_s(program: Remote, n: int, n_new: int, bandwidth: float) -> float:
     """Return the tokens per second of n streams if reading were all there is to do."""
     config = GPTConfig()
     n_weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
     context = PROMPT_TOKENS + n_new / 2
-    per_token = 2 * config.n_layer * config.n_embd * (4 if dtype == "fp32" else 2)
-    return n * bandwidth / (n_weights * WEIGHT_BYTES[dtype] + n * context * per_token)
+    per_token = 2 * config.n_layer * config.n_embd * program.kv_bytes
+    return n * bandwidth / (n_weights * program.weight_bytes + n * context * per_token)
 
 
 def read_bandwidth() -> float:
@@ -208,20 +193,46 @@ def read_bandwidth() -> float:
     return values.numel() * 4 / best
 
 
-def new_model(weights: dict[str, Tensor]) -> GPT:
-    """Return a GPT with these weights."""
-    model = GPT(GPTConfig(block_size=BLOCK_SIZE))
-    model.load_state_dict(weights)
-    return model.eval().requires_grad_(False)
-
-
-def show(results: list[Result]) -> None:
-    print(f"{'':24}{'streams':>8}{'tokens/s':>10}{'first, ms':>11}{'of limit':>10}{'KL':>11}")
-    for r in sorted(results, key=lambda r: r.streams):
+def show(results: list[Result], turns: dict[str, list[tuple[float, float]]]) -> None:
+    print("| | streams | tokens/s | median | first token, ms | of the limit | mean KL |")
+    print("|---|---|---|---|---|---|---|")
+    for r in results:
+        median = statistics.median(r.rounds)
         print(
-            f"{r.program:24}{r.streams:8}{r.tokens_per_s:10.0f}{1e3 * r.first_token_s:11.0f}"
-            f"{100 * (r.share_of_limit or 0):9.0f}%{r.mean_kl:11.2e}"
+            f"| {r.program} | {r.streams} | {r.tokens_per_s:.0f} | {median:.0f}"
+            f" | {1e3 * r.first_token_s:.0f} | {100 * r.share_of_limit:.0f} % | {r.mean_kl:.1e} |"
         )
+    print("\n| peer | streams | ours, its KL no larger | times as fast (min to max) |")
+    print("|---|---|---|---|")
+    for peer in [r for r in results if not r.program.startswith("nanogpt")]:
+        print(f"| {peer.program} | {peer.streams} | {_lead(peer, results)} |")
+    print("\n| second turn | read anew, ms | continued, ms | ratio |")
+    print("|---|---|---|---|")
+    for name, rounds in turns.items():
+        cold, warm = (statistics.median(seconds) for seconds in zip(*rounds, strict=True))
+        print(f"| {name} | {1e3 * cold:.0f} | {1e3 * warm:.0f} | {warm / cold:.3f} |")
+
+
+def _lead(peer: Result, results: list[Result]) -> str:
+    """Return which of ours is as true as a peer and the fastest of those, and how far ahead."""
+    ours = [
+        r
+        for r in results
+        if r.program.startswith("nanogpt")
+        and "T=" not in r.program
+        and r.streams == peer.streams
+        and r.mean_kl <= max(peer.mean_kl, SAME_KL)
+    ]
+    if not ours:
+        return "none | -"
+    best = max(ours, key=lambda r: statistics.median(r.rounds))
+    ratios = [a / b for a, b in zip(best.rounds, peer.rounds, strict=True)]
+    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return f"{best.program.removeprefix('nanogpt ')} | {spread}"
+
+
+def _divergence(right: Tensor, other: Tensor) -> float:
+    return float((right.exp() * (right - other)).sum(-1).mean())
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -236,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--streams", type=int, nargs="*", default=list(STREAMS))
-    parser.add_argument("--programs", nargs="*", help="some only: fp32 bf16 int8 transformers ...")
+    parser.add_argument("--programs", nargs="*", choices=engine_programs.PROGRAMS, help="some only")
     parser.add_argument("--json", type=Path)
     return parser
 

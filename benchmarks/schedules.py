@@ -27,6 +27,8 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from serving.engine import compiling, native
 from serving.engine.client import EngineClient, EngineProcess
@@ -47,6 +49,7 @@ from serving.engine.runner import Event
 MOST_AT_ONCE = 32
 SCHEDULES_PER_ENGINE = 10
 SCOPES = ("", "", "", "another")
+N_THREADS = torch.get_num_threads()
 PAUSE_S = 0.3  # conversations begin within this time
 
 
@@ -297,6 +300,7 @@ def alone(request: Generate | Score, settings: Settings) -> Answer:
 def choose(kernels: str) -> None:
     """Have engines compute with our own kernels (native), or with torch's."""
     os.environ["NANOGPT_NO_KERNELS"] = "1" if kernels == "torch" else ""
+    torch.set_num_threads(1 if kernels == "native" else N_THREADS)  # ours add alike in any number
     compiling._compiled.cache_clear()
     native.load_library.cache_clear()
 
