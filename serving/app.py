@@ -16,20 +16,18 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, Response
-from fastapi.staticfiles import StaticFiles
+from fastapi.middleware.gzip import GZipMiddleware
 
 import nanogpt
 from serving import environment
-from serving.api import errors, predict, service, v1
+from serving.api import errors, pages, predict, runs, service, v1
 from serving.api.auth import ApiKeys, Auth
 from serving.api.cors import Cors
-from serving.api.front_end import FrontEnd, json_response
+from serving.api.front_end import FrontEnd
 from serving.api.limits import Admission, Body
 from serving.api.logs import RequestLog
 from serving.api.metrics import Metrics
@@ -41,12 +39,6 @@ from serving.engine.messages import Settings
 from serving.logs import configure
 
 ENGINE_VARIABLE = "NANOGPT_ENGINE"
-STATIC = Path(__file__).parent / "static"
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
 
 log = logging.getLogger("nanogpt.server")
 
@@ -76,7 +68,9 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
     # The last added is the first to see a request.
     app.add_middleware(Body, settings=settings)
     app.add_middleware(Admission, settings=settings)
-    app.add_middleware(Auth, keys=ApiKeys(settings.api_keys), insecure=settings.insecure)
+    app.state.api_keys = ApiKeys(settings.api_keys)
+    app.add_middleware(Auth, keys=app.state.api_keys, insecure=settings.insecure)
+    app.add_middleware(runs.KeyPage)
     app.add_middleware(errors.CatchAll)
     app.add_middleware(
         Cors, origins=settings.cors_origins, private_network=settings.cors_private_network
@@ -96,14 +90,9 @@ def _add_routes(app: FastAPI) -> None:
     for router in (v1.router, predict.router):
         app.include_router(router, prefix="/v1")
         app.include_router(router, include_in_schema=False)
-    if STATIC.is_dir():
-        app.mount("/static", StaticFiles(directory=STATIC), name="static")
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        if (STATIC / "index.html").is_file():
-            return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)
-        return json_response({"name": "nanogpt", "api": "/v1", "documentation": "/docs"})
+    app.include_router(pages.router)
+    app.include_router(runs.router)
+    app.mount("/static", GZipMiddleware(pages.PageFiles()), name="static")
 
 
 def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:

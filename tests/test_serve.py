@@ -42,7 +42,7 @@ def composed(*overrides: str) -> dict[str, str]:
 
 def test_the_configuration_s_defaults_are_the_settings_own(tmp_path: Path) -> None:
     variables = composed(f"runs_dir={tmp_path}")
-    assert environment.read(ApiSettings, variables) == ApiSettings()
+    assert environment.read(ApiSettings, variables) == ApiSettings(runs_dir=str(tmp_path))
     assert environment.read(Binding, variables) == Binding()
     ours = Settings(models=str(tmp_path), runs_dir=str(tmp_path))
     assert environment.read(Settings, variables) == ours

@@ -37,3 +37,4 @@ class ApiSettings:
     write_s: float = 60.0  # for a reader to take what was sent
     drain_s: float = 30.0  # for open answers to finish after SIGTERM
     log_prompts: bool = False
+    runs_dir: str = "runs"  # whose runs /runs shows

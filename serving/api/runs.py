@@ -1,0 +1,146 @@
+"""What was trained: the runs with their curves, each with its report.
+
+Runs tell paths and samples of private text, so other rules hold than for the API: without keys
+only this machine itself is answered, not through a proxy, and not for a page of another origin.
+"""
+
+import asyncio
+import html
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.api import run_files
+from serving.api.auth import is_loopback
+from serving.api.errors import ApiError
+from serving.api.front_end import front_end, json_response
+from serving.api.pages import HEADERS, STATIC
+from serving.api.run_files import Run
+from serving.engine.messages import ModelInfo
+
+FORWARDED = {"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip"}
+# A report brings its own style and pictures, and nothing in it runs or is sent anywhere.
+REPORT_HEADERS = {
+    **HEADERS,
+    "Content-Security-Policy": (
+        "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        "frame-ancestors 'self'"
+    ),
+}
+PLACE = "<!-- the runs -->"  # in runs.html
+
+router = APIRouter()
+
+
+@router.api_route("/runs", methods=["GET", "HEAD"], include_in_schema=False)
+async def page(request: Request) -> Response:
+    """Return the page of the runs: plain links to their reports, of which its script makes more."""
+    check_asker(request)
+    found = await _runs(request)
+    links = "".join(
+        f'<li><a href="{html.escape(_report_url(request, run) or "#")}">{html.escape(run.name)}</a>'
+        for run in found
+    )
+    return _document(f"<ul>{links}</ul>" if found else "", 200)
+
+
+@router.get("/v1/runs")
+async def runs(request: Request) -> Response:
+    """List the runs, the newest first, with their figures and curves."""
+    check_asker(request)
+    models = front_end(request).client.models()
+    listed = [
+        {
+            **run.describe(),
+            "model": _served_as(run.name, models),
+            "report": _report_url(request, run),
+        }
+        for run in await _runs(request)
+    ]
+    return json_response({"object": "list", "data": listed})
+
+
+@router.api_route("/runs/{name:path}/report.html", methods=["GET", "HEAD"], include_in_schema=False)
+async def report(request: Request, name: str) -> Response:
+    """Return a run's report, as a document without any rights."""
+    check_asker(request)
+    found = next((run for run in await _runs(request) if run.name == name), None)
+    if found is None or found.report_path is None:
+        raise ApiError(404, f"There is no run {name!r} with a report.", code="not_found")
+    return FileResponse(found.report_path, headers=REPORT_HEADERS)
+
+
+def check_asker(request: Request) -> None:
+    """Raise ApiError for those who, having no key, are not at this machine itself."""
+    if request.app.state.api_keys:
+        return  # Auth has seen one
+    headers = request.headers
+    host, origin = headers.get("host", ""), headers.get("origin", "")
+    # A name that someone lets lead here is not this machine's (DNS rebinding).
+    here = is_loopback(request.scope.get("server")) and is_loopback((_name(host), 0))
+    if not here or FORWARDED & set(headers):
+        message = "Without API keys the runs are shown to this machine only; set NANOGPT_API_KEYS."
+        raise ApiError(403, message, code="no_api_keys")
+    if origin and origin.partition("://")[2] != host:
+        raise ApiError(403, "The runs are not shown to pages of other origins.", code="origin")
+
+
+class KeyPage:
+    """Give a browser that may not see the runs their empty page, which asks for a key."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        wanted = scope["type"] == "http" and (scope["method"], scope["path"]) == ("GET", "/runs")
+        if not wanted or "text/html" not in Headers(scope=scope).get("accept", ""):
+            await self.app(scope, receive, send)
+            return
+        status = 0
+
+        async def send_unless_refused(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            if status not in (401, 403):
+                await send(message)
+
+        await self.app(scope, receive, send_unless_refused)
+        if status in (401, 403):
+            await _document("", status)(scope, receive, send)
+
+
+async def _runs(request: Request) -> list[Run]:
+    runs_dir = Path(front_end(request).settings.runs_dir)
+    return await asyncio.to_thread(run_files.find_runs, runs_dir)
+
+
+def _report_url(request: Request, run: Run) -> str | None:
+    """Return where a run's report is; what a browser opens has no headers, so a ticket is in it."""
+    if run.report_path is None:
+        return None
+    path = f"/runs/{run.name}/report.html"
+    keys = request.app.state.api_keys
+    return quote(path) + (f"?ticket={keys.ticket(path)}" if keys else "")
+
+
+def _served_as(name: str, models: Sequence[ModelInfo]) -> str | None:
+    """Return the id by which a run's model can be asked."""
+    return next((model.id for model in models if name in (model.id, *model.aliases)), None)
+
+
+def _name(host: str) -> str:
+    """Return the name or address in a Host header."""
+    with suppress(ValueError):
+        return urlsplit(f"//{host}").hostname or ""
+    return ""
+
+
+def _document(listed: str, status: int) -> HTMLResponse:
+    content = (STATIC / "runs.html").read_text(encoding="utf-8").replace(PLACE, listed)
+    return HTMLResponse(content, status, {**HEADERS, "Cache-Control": "no-store"})

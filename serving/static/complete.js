@@ -1,0 +1,298 @@
+// Completion: a text that the model continues in place, and what else each token could have been.
+//
+// Behind the text area lies a mirror of its text, in which tokens whose probabilities are known are
+// elements: they colour the text, and are found under the pointer or the caret.
+
+import { ask, stream } from "/static/api.js";
+import { announce, byId, debounced, h } from "/static/dom.js";
+import { failureText } from "/static/failures.js";
+import { model, modelId } from "/static/models.js";
+import { parameters } from "/static/sampling.js";
+import { load, save } from "/static/store.js";
+import { number, percent, t } from "/static/words.js";
+
+const NAME = "nanogpt.text";
+const TOP = 8; // likeliest tokens that are asked for
+const KEEP_PAUSE_MS = 500;
+
+let tokens = []; // { start, end, text, logprob, top }: places in the text, in order
+let before = null; // the text before the last continuation, for undo and again
+let running = null; // AbortController
+let inspected = null; // the token whose candidates are shown
+
+export function startComplete() {
+  field().value = load(NAME, "");
+  field().addEventListener("input", onInput);
+  field().addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      go();
+    }
+  });
+  field().addEventListener("keyup", (event) => event.key.startsWith("Arrow") && inspectCaret());
+  field().addEventListener("click", inspectCaret);
+  byId("editor").addEventListener("mousemove", inspectPointer);
+  byId("editor").addEventListener("mouseleave", () => inspect(null));
+  byId("go").addEventListener("click", go);
+  byId("complete-stop").addEventListener("click", () => running?.abort());
+  byId("complete-undo").addEventListener("click", undo);
+  byId("complete-again").addEventListener("click", () => undo() && go());
+  byId("complete-clear").addEventListener("click", clear);
+  byId("score").addEventListener("click", score);
+}
+
+/** Show everything anew; another model's probabilities are not this one's. */
+export function showComplete(isAnother) {
+  if (isAnother) tokens = [];
+  inspect(null);
+  render();
+}
+
+/** Stop what is running, or close the candidates; return whether there was either. */
+export function escapeComplete() {
+  const isAny = running !== null || inspected !== null;
+  running?.abort();
+  inspect(null);
+  return isAny;
+}
+
+const field = () => byId("complete-text");
+const keep = debounced(() => save(NAME, field().value), KEEP_PAUSE_MS);
+
+function onInput() {
+  const text = field().value;
+  // What was known of tokens holds up to the first change.
+  const same = tokens.findIndex(({ start, end, text: said }) => text.slice(start, end) !== said);
+  if (same >= 0) tokens.length = same;
+  inspect(null);
+  keep();
+  render();
+}
+
+async function go() {
+  if (running || !model() || model().labels) return;
+  before = { text: field().value, tokens: [...tokens] };
+  const began = performance.now();
+  let first = null;
+  let n = 0;
+  let finish = null;
+  const prompt = before.text;
+  await run(async (signal) => {
+    const body = { model: modelId(), prompt, logprobs: TOP, ...parameters() };
+    const usage = { stream_options: { include_usage: true } };
+    for await (const event of stream("/v1/completions", { ...body, ...usage }, signal)) {
+      const [choice] = event.choices;
+      if (choice?.finish_reason) finish = choice.finish_reason;
+      if (!choice?.logprobs) continue;
+      first ??= performance.now();
+      n += choice.logprobs.tokens.length;
+      add(choice.text, choice.logprobs);
+      const seconds = (performance.now() - first) / 1000;
+      tell([
+        t("tokens", { n: number(n) }),
+        n > 1 ? t("perSecond", { n: number((n - 1) / seconds) }) : "",
+        t("first", { n: number((first - began) / 1000, 2) }),
+      ]);
+    }
+  });
+  const facts = [byId("complete-meter").textContent];
+  if (n && finish === "length") facts.push(t("cutLength"));
+  if (n && finish === null) facts.push(t("stopped"));
+  tell(facts);
+  announce(field().value.slice(prompt.length));
+}
+
+/** Take in what a text grew by, and its tokens: their texts are told by where each begins. */
+function add(text, { text_offset, token_logprobs, top_logprobs }) {
+  const at = field().value.length;
+  const scroller = field().closest(".scroller");
+  const follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
+  field().value += text;
+  const characters = [...text]; // offsets count characters of Unicode
+  const [base] = text_offset;
+  let place = at;
+  text_offset.forEach((offset, i) => {
+    const end = text_offset[i + 1] ?? base + characters.length;
+    const said = characters.slice(offset - base, end - base).join("");
+    if (said && token_logprobs[i] !== null) {
+      const known = { logprob: token_logprobs[i], top: top_logprobs[i] };
+      tokens.push({ start: place, end: place + said.length, text: said, ...known });
+    }
+    place += said.length;
+  });
+  render();
+  if (follows) scroller.scrollTop = scroller.scrollHeight;
+}
+
+async function score() {
+  const text = field().value;
+  if (running || !text || !model() || model().labels) return;
+  await run(async (signal) => {
+    const wanted = { max_tokens: 0, echo: true, logprobs: TOP };
+    const { choices } = await ask("/v1/completions", { model: modelId(), prompt: text, ...wanted }, signal);
+    if (field().value !== text) return;
+    tokens = [];
+    field().value = "";
+    add(choices[0].text, choices[0].logprobs);
+    const known = tokens.reduce((sum, { logprob }) => sum + logprob, 0);
+    tell([t("tokens", { n: number(tokens.length) }), `${number(-known / tokens.length, 3)} nats`]);
+  });
+}
+
+/** Do what can be stopped and can fail, with the buttons showing so. */
+async function run(action) {
+  running = new AbortController();
+  byId("complete-failure").hidden = true;
+  tell([]);
+  inspect(null);
+  render();
+  try {
+    await action(running.signal);
+  } catch (error) {
+    if (error.name !== "AbortError") {
+      byId("complete-failure").textContent = failureText(error);
+      byId("complete-failure").hidden = false;
+    }
+  }
+  running = null;
+  keep();
+  render();
+}
+
+function undo() {
+  if (!before || running) return false;
+  field().value = before.text;
+  tokens = before.tokens;
+  before = null;
+  inspect(null);
+  keep();
+  render();
+  field().focus();
+  return true;
+}
+
+function clear() {
+  before = { text: field().value, tokens };
+  field().value = "";
+  tokens = [];
+  inspect(null);
+  keep();
+  render();
+  field().focus();
+}
+
+function tell(facts) {
+  byId("complete-meter").textContent = facts.filter(Boolean).join(" · ");
+}
+
+function render() {
+  const text = field().value;
+  const pieces = [];
+  let at = 0;
+  for (const token of tokens) {
+    if (token.start > at) pieces.push(text.slice(at, token.start));
+    pieces.push(tokenElement(token));
+    at = token.end;
+  }
+  // A last line end takes up room only where something follows it.
+  byId("mirror").replaceChildren(...pieces, `${text.slice(at)}\u200b`);
+  field().readOnly = running !== null;
+  byId("editor").setAttribute("aria-busy", String(running !== null));
+  byId("go").hidden = running !== null;
+  byId("complete-stop").hidden = running === null;
+  byId("complete-undo").disabled = byId("complete-again").disabled = !before || running !== null;
+  byId("score").disabled = running !== null || !text;
+}
+
+function tokenElement(token) {
+  token.element ??= h("span", { class: `token ${likeliness(token.logprob)}` }, token.text);
+  token.element.token = token;
+  return token.element;
+}
+
+/** Return a class for four steps of probability: over 1/2, over 1/8, over 1/64, below. */
+function likeliness(logprob) {
+  const halvings = -logprob / Math.LN2;
+  return ["sure", "likely", "open", "unlikely"][[1, 3, 6].filter((most) => halvings > most).length];
+}
+
+// What else a token could have been
+
+function inspectPointer(event) {
+  if (event.target.closest(".candidates")) return;
+  const there = document.elementsFromPoint(event.clientX, event.clientY);
+  const found = there.find((element) => element.token);
+  if (found) inspect(found.token);
+  else if (inspected && !isNear(event)) inspect(null);
+}
+
+/** Return whether the pointer is on its way from a token to its candidates. */
+function isNear({ clientX, clientY }) {
+  const { left, right, top, bottom } = byId("candidates").getBoundingClientRect();
+  return clientX > left - 24 && clientX < right + 24 && clientY > top - 32 && clientY < bottom + 24;
+}
+
+function inspectCaret() {
+  const { selectionStart: start, selectionEnd: end } = field();
+  const found = start === end && tokens.find((token) => token.start <= start && start < token.end);
+  inspect(found || null);
+}
+
+function inspect(token) {
+  if (running) token = null;
+  if (token === inspected) return;
+  inspected?.element?.classList.remove("inspected");
+  inspected = token;
+  const box = byId("candidates");
+  box.hidden = token === null;
+  if (token === null) return;
+  token.element.classList.add("inspected");
+  const ranked = Object.entries(token.top).sort((one, other) => other[1] - one[1]);
+  box.replaceChildren(h("p", { class: "note" }, t("candidates")), ...ranked.map(candidate));
+  place(box, token.element);
+}
+
+function candidate([text, logprob]) {
+  const fill = h("span", { class: "fill" });
+  fill.style.width = `${100 * Math.exp(logprob)}%`;
+  const isBytes = text.startsWith("bytes:");
+  const isTaken = text === inspected.text;
+  const shown = isBytes ? text.slice(6) : visible(text);
+  const label = t("take", { token: shown });
+  return h(
+    "button",
+    {
+      type: "button",
+      class: isTaken ? "candidate taken" : "candidate",
+      disabled: isBytes || isTaken,
+      title: label,
+      onclick: () => take(inspected, text),
+    },
+    h("code", {}, shown),
+    h("span", { class: "share" }, percent(Math.exp(logprob))),
+    h("span", { class: "track" }, fill),
+  );
+}
+
+/** Return a text in which blanks are seen. */
+const visible = (text) =>
+  text.replaceAll(" ", "·").replaceAll("\n", "↵").replaceAll("\t", "→") || "∅";
+
+/** Put another token in a token's place, and go on from there. */
+function take(token, text) {
+  const start = field().value.slice(0, token.start);
+  tokens = tokens.filter((other) => other.end <= token.start);
+  field().value = start + text;
+  inspect(null);
+  render();
+  field().focus();
+  go();
+}
+
+function place(box, element) {
+  const around = byId("editor").getBoundingClientRect();
+  const at = element.getClientRects()[0] ?? element.getBoundingClientRect();
+  const left = Math.min(at.left - around.left, around.width - box.offsetWidth - 4);
+  box.style.left = `${Math.max(left, 4)}px`;
+  box.style.top = `${at.bottom - around.top + 4}px`;
+}

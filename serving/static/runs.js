@@ -1,0 +1,160 @@
+// What was trained: a card for each run with its curves, its report, and the way to its model.
+
+import { ask } from "/static/api.js";
+import { byId, h, iconButton, svg } from "/static/dom.js";
+import { failureText } from "/static/failures.js";
+import { startShell } from "/static/shell.js";
+import { number, onLanguage, percent, t } from "/static/words.js";
+
+const LOOK_MS = 5_000; // between two looks at runs that may be training
+const WIDTH = 320;
+const HEIGHT = 120;
+const LEFT = 34; // where the numbers of the vertical axis end
+const BOTTOM = 104;
+const TOP = 8;
+const WARM_UP = 0.06; // the part of the steps whose losses set no limits, as in the reports
+const STATES = { finished: "finished", training: "training", stopped: "halted" };
+
+let runs = null;
+let before = "";
+
+async function look() {
+  let wait = LOOK_MS;
+  try {
+    runs = document.hidden && runs ? runs : (await ask("/v1/runs")).data;
+    byId("banner").hidden = true;
+    // The tickets of the addresses are new every time.
+    const now = JSON.stringify(runs, (name, value) => (name === "report" ? Boolean(value) : value));
+    if (now !== before) render();
+    before = now;
+  } catch (error) {
+    byId("banner").textContent = failureText(error);
+    byId("banner").hidden = false;
+    if (error.kind === "key") wait = null;
+  }
+  if (wait) setTimeout(look, wait);
+}
+
+function render() {
+  if (!runs) return;
+  const nothing = h("p", { class: "note" }, t("noRuns"));
+  byId("runs").replaceChildren(...(runs.length ? runs.map(card) : [nothing]));
+}
+
+function card(run) {
+  return h(
+    "article",
+    { class: "run" },
+    h("h2", {}, run.id),
+    facts(run),
+    figures(run.summary),
+    figure(run),
+    actions(run),
+  );
+}
+
+function facts({ stage, state, step, max_steps: most, updated }) {
+  const when = new Intl.DateTimeFormat(document.documentElement.lang, {
+    dateStyle: "medium",
+    timeStyle: "short",
+  }).format(updated * 1000);
+  const isOver = state === "finished" || !most;
+  const far = isOver
+    ? t("steps", { n: number(step) })
+    : t("stepOf", { n: number(step), most: number(most) });
+  const badge = h("span", { class: `badge ${state}` }, t(STATES[state]));
+  return h("p", { class: "facts" }, badge, ` ${[stage, far, when].filter(Boolean).join(" · ")}`);
+}
+
+function figures(summary) {
+  const shown = [
+    ["accuracy", summary.test_accuracy ?? summary.val_accuracy, percent],
+    ["valLoss", summary.val_loss, (value) => number(value, 3)],
+    ["bits", summary.val_bits_per_byte, (value) => number(value, 3)],
+    ["speed", summary.tokens_per_s, number],
+  ].filter(([, value]) => Number.isFinite(value));
+  return h(
+    "dl",
+    { class: "figures" },
+    shown.map(([name, value, tell]) => h("div", {}, h("dt", {}, t(name)), h("dd", {}, tell(value)))),
+  );
+}
+
+function figure({ curves, step }) {
+  const shown = [
+    ["trainLoss", curves["train/loss"], "series-0 faint"],
+    ["valLoss", curves["val/loss"], "series-1"],
+  ].filter(([, points]) => points?.length);
+  if (!shown.length) return "";
+  const told = shown.map(([name, points]) => `${t(name)} ${number(points.at(-1)[1], 3)}`);
+  const legend = shown.map(([name, points, look]) =>
+    h("span", {}, h("i", { class: look }), `${t(name)} ${number(points.at(-1)[1], 3)}`),
+  );
+  const drawn = draw(shown, step, t("curvesOf", { told: told.join(", ") }));
+  return h("figure", {}, drawn, h("figcaption", { class: "legend" }, legend));
+}
+
+function draw(shown, last, label) {
+  const [low, high] = limits(shown, last);
+  const x = (step) => LEFT + ((WIDTH - LEFT - 4) * step) / Math.max(last, 1);
+  const y = (value) => BOTTOM - ((BOTTOM - TOP) * (Math.min(value, high) - low)) / (high - low);
+  const ticks = [low, (low + high) / 2, high].flatMap((value) => [
+    svg("line", { class: "grid", x1: LEFT, x2: WIDTH - 4, y1: y(value), y2: y(value) }),
+    svg("text", { x: LEFT - 5, y: y(value) + 3.5, "text-anchor": "end" }, short(value)),
+  ]);
+  const steps = [0, last].map((step, i) =>
+    svg("text", { x: x(step), y: HEIGHT - 3, "text-anchor": i ? "end" : "start" }, number(step)),
+  );
+  const lines = shown.map(([, points, look]) => {
+    const places = points.map(([step, value]) => `${x(step).toFixed(1)} ${y(value).toFixed(1)}`);
+    const begin = places.length > 1 ? places.join("L") : `${places[0]}h.1`;
+    return svg("path", { class: look, d: `M${begin}`, "stroke-linecap": "round" });
+  });
+  const attributes = { class: "curve", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" };
+  return svg("svg", { ...attributes, "aria-label": label }, ...ticks, ...steps, ...lines);
+}
+
+/** Return the vertical limits; losses of the first steps fall from the sky and set none. */
+function limits(shown, last) {
+  const all = shown.flatMap(([, points]) => points);
+  const late = all.filter(([step]) => step >= WARM_UP * last);
+  const values = (late.length ? late : all).map(([, value]) => value);
+  const low = Math.min(...values);
+  const high = Math.max(...values);
+  const margin = 0.06 * (high - low) || 0.1;
+  return [Math.max(low - margin, 0), high + margin];
+}
+
+const short = (value) => number(value, value < 1 ? 2 : 1);
+
+function actions({ id, model, report, stage }) {
+  const box = h("div", { class: "actions" });
+  if (model) {
+    const words = t(stage === "instruct" ? "talk" : "tryIt");
+    const href = `/?model=${encodeURIComponent(model)}`;
+    box.append(h("a", { class: "button primary", href }, words));
+  }
+  if (report) {
+    const label = `${t("report")}: ${id}`;
+    const open = () => openReport(id);
+    box.append(h("button", { type: "button", "aria-label": label, onclick: open }, t("report")));
+  }
+  return box;
+}
+
+/** Show a report in a frame that may do nothing; its address is the newest, as tickets end. */
+function openReport(id) {
+  const { report } = runs.find((run) => run.id === id);
+  const dialog = byId("report");
+  const frame = h("iframe", { sandbox: "", src: report, title: `${t("report")}: ${id}` });
+  const close = iconButton("i-close", t("close"), () => dialog.close());
+  const tab = h("a", { class: "quiet", href: report, target: "_blank", rel: "noopener" }, t("inTab"));
+  const head = h("div", { class: "head" }, h("h2", { id: "report-title" }, id), tab, close);
+  dialog.replaceChildren(head, frame);
+  dialog.onclose = () => dialog.replaceChildren();
+  dialog.showModal();
+}
+
+startShell();
+onLanguage(render);
+look();

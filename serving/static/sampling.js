@@ -1,0 +1,134 @@
+// How tokens are chosen: the controls in the settings, kept for all conversations.
+
+import { forgetKey, hasKey } from "/static/api.js";
+import { byId, h, iconButton } from "/static/dom.js";
+import { load, save } from "/static/store.js";
+import { t } from "/static/words.js";
+
+const NAME = "nanogpt.sampling";
+// least, greatest and step of each, what it is at first, and the value at which it does nothing
+const FIELDS = {
+  temperature: [0, 2, 0.05, 0.8],
+  top_p: [0.01, 1, 0.01, 0.95, 1],
+  top_k: [0, 200, 1, 0, 0],
+  min_p: [0, 1, 0.01, 0, 0],
+  max_tokens: [1, 4096, 1, 256],
+  presence_penalty: [-2, 2, 0.1, 0, 0],
+  frequency_penalty: [-2, 2, 0.1, 0, 0],
+  repetition_penalty: [0.5, 2, 0.01, 1, 1],
+};
+const MOST_STOPS = 16;
+const MOST_STOP_CHARACTERS = 256;
+
+let chosen = sane(load(NAME, {}));
+
+/** Return the parameters for a request; those that change nothing are left out. */
+export function parameters() {
+  const wanted = {};
+  for (const [name, [, , , , neutral]] of Object.entries(FIELDS)) {
+    if (chosen[name] !== neutral) wanted[name] = chosen[name];
+  }
+  const stops = chosen.stop.split("\n").filter(Boolean).map((stop) => stop.replaceAll("\\n", "\n"));
+  if (stops.length) {
+    wanted.stop = stops.slice(0, MOST_STOPS).map((stop) => stop.slice(0, MOST_STOP_CHARACTERS));
+  }
+  if (chosen.seed !== null) wanted.seed = chosen.seed;
+  return wanted;
+}
+
+/** Return kept choices with everything that is missing or out of its limits put right. */
+function sane(kept) {
+  const right = {};
+  for (const [name, [least, greatest, step, first]] of Object.entries(FIELDS)) {
+    right[name] = within(kept?.[name] ?? first, least, greatest, step, first);
+  }
+  right.stop = typeof kept?.stop === "string" ? kept.stop : "";
+  const seed = kept?.seed ?? null;
+  right.seed = Number.isSafeInteger(seed) && seed >= 0 ? seed : null;
+  return right;
+}
+
+function within(value, least, greatest, step, otherwise) {
+  if (!Number.isFinite(value)) return otherwise;
+  const whole = step === 1 ? Math.round(value) : value;
+  return Math.min(Math.max(whole, least), greatest);
+}
+
+/** Build the settings: the system prompt where there is one, the controls, the key. */
+export function showSettings({ close, system }) {
+  const head = h("div", { class: "head" }, h("h2", {}, t("settings")), iconButton("i-close", t("close"), close));
+  const reset = h("button", { type: "button", class: "quiet", onclick: () => change({}, close, system) }, t("reset"));
+  const forget = () => {
+    forgetKey();
+    location.reload();
+  };
+  byId("settings").replaceChildren(
+    head,
+    system ? systemField(system) : "",
+    h("div", { class: "head" }, h("h3", {}, t("sampling")), reset),
+    ...Object.keys(FIELDS).map(control),
+    stopField(),
+    seedField(),
+    hasKey() ? h("button", { type: "button", class: "wide", onclick: forget }, t("forgetKey")) : "",
+  );
+}
+
+function change(values, close, system) {
+  chosen = sane(values);
+  save(NAME, chosen);
+  showSettings({ close, system });
+}
+
+function keep(name, value) {
+  chosen[name] = value;
+  save(NAME, chosen);
+}
+
+function control(name) {
+  const [min, max, step, first] = FIELDS[name];
+  const id = `sampling-${name}`;
+  const hint = t(`${name}Hint`);
+  const limits = { min, max, step, value: chosen[name], title: hint };
+  const field = h("input", { type: "number", id, inputmode: "decimal", ...limits });
+  const slider = h("input", { type: "range", "aria-label": t(name), ...limits });
+  const set = (value) => {
+    keep(name, within(value, min, max, step, first));
+    slider.value = chosen[name];
+  };
+  slider.addEventListener("input", () => {
+    set(slider.valueAsNumber);
+    field.value = chosen[name];
+  });
+  field.addEventListener("input", () => field.value !== "" && set(field.valueAsNumber));
+  field.addEventListener("change", () => {
+    set(field.valueAsNumber);
+    field.value = chosen[name];
+  });
+  const label = h("label", { for: id }, t(name), h("small", {}, hint));
+  return h("div", { class: "control" }, label, field, slider);
+}
+
+function stopField() {
+  const field = h("textarea", { id: "sampling-stop", rows: 2, spellcheck: "false" });
+  field.value = chosen.stop;
+  field.addEventListener("input", () => keep("stop", field.value));
+  return h("div", { class: "control tall" }, h("label", { for: field.id }, t("stopStrings")), field);
+}
+
+function seedField() {
+  const limits = { min: 0, max: Number.MAX_SAFE_INTEGER, step: 1, value: chosen.seed };
+  const field = h("input", { type: "number", id: "sampling-seed", ...limits });
+  field.addEventListener("change", () => {
+    keep("seed", sane({ seed: field.value === "" ? null : field.valueAsNumber }).seed);
+    field.value = chosen.seed ?? "";
+  });
+  const label = h("label", { for: field.id }, t("seed"), h("small", {}, t("seedHint")));
+  return h("div", { class: "control" }, label, field);
+}
+
+function systemField({ text, onChange }) {
+  const field = h("textarea", { id: "system-prompt", rows: 4, dir: "auto" });
+  field.value = text;
+  field.addEventListener("input", () => onChange(field.value));
+  return h("div", { class: "control tall" }, h("label", { for: field.id }, t("systemPrompt")), field);
+}

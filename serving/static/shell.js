@@ -1,0 +1,59 @@
+// What the pages share around their content: theme, language, and the dialog that asks for a key.
+
+import { onKeyNeeded } from "/static/api.js";
+import { byId } from "/static/dom.js";
+import { load, save } from "/static/store.js";
+import { language, onLanguage, setLanguage, t, translate } from "/static/words.js";
+
+const PAGE = "nanogpt.page"; // theme.js reads it before the first paint
+const THEMES = ["system", "light", "dark"];
+
+/** Make theme, language and key work, and say everything in the page's language. */
+export function startShell() {
+  translate(document);
+  onKeyNeeded(askForKey);
+  byId("language").addEventListener("click", () => {
+    setLanguage(language() === "zh" ? "en" : "zh");
+    choose({ language: language() });
+  });
+  byId("theme").addEventListener("click", () => {
+    const next = THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length];
+    choose({ theme: next });
+    showTheme();
+  });
+  onLanguage(showTheme);
+  showTheme();
+  addEventListener("storage", (event) => event.key === PAGE && showTheme());
+}
+
+const chosen = () => load(PAGE, {});
+const choose = (choice) => save(PAGE, { ...chosen(), ...choice });
+const theme = () => (THEMES.includes(chosen().theme) ? chosen().theme : "system");
+
+function showTheme() {
+  const name = theme();
+  if (name === "system") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = name;
+  const label = t("themeIs", { name: t(name) });
+  byId("theme").setAttribute("aria-label", label);
+  byId("theme").title = label;
+}
+
+/** Resolve to the key that is entered, or to null where the dialog is closed. */
+function askForKey(wasWrong) {
+  const dialog = byId("key-dialog");
+  const field = byId("key");
+  byId("key-wrong").hidden = !wasWrong;
+  field.value = "";
+  return new Promise((resolve) => {
+    dialog.returnValue = "";
+    byId("key-form").onsubmit = () => (dialog.returnValue = "given");
+    dialog.onclose = () => {
+      const key = field.value.trim();
+      field.value = "";
+      resolve(dialog.returnValue === "given" && key ? key : null);
+    };
+    dialog.showModal();
+    field.focus();
+  });
+}

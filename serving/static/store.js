@@ -1,0 +1,77 @@
+// What the browser keeps: conversations, each under a name of its own so that two tabs do not
+// overwrite each other's, and choices. Where it keeps nothing (full, forbidden) the page goes on.
+
+const CONVERSATION = "nanogpt.chat.";
+
+let onFull = () => {};
+const unsaved = new Map(); // what could not be kept lives as long as the page
+
+/** Call `action` when something could not be kept. */
+export function whenFull(action) {
+  onFull = action;
+}
+
+/** Return a kept value, or `missing`. */
+export function load(name, missing) {
+  if (unsaved.has(name)) return unsaved.get(name);
+  try {
+    return JSON.parse(localStorage.getItem(name)) ?? missing;
+  } catch {
+    return missing;
+  }
+}
+
+/** Keep a value. */
+export function save(name, value) {
+  try {
+    localStorage.setItem(name, JSON.stringify(value));
+    unsaved.delete(name);
+  } catch {
+    unsaved.set(name, value);
+    onFull();
+  }
+}
+
+/** Return the conversations, the newest first; what is no conversation of ours is passed over. */
+export function conversations() {
+  const names = new Set(unsaved.keys());
+  try {
+    for (let i = 0; i < localStorage.length; i++) names.add(localStorage.key(i));
+  } catch {
+    // only what is unsaved
+  }
+  return [...names]
+    .filter((name) => name.startsWith(CONVERSATION))
+    .map((name) => load(name, null))
+    .filter((found) => found?.id && Array.isArray(found.messages))
+    .sort((one, other) => other.updated - one.updated);
+}
+
+export const conversation = (id) => load(CONVERSATION + id, null);
+
+/** Return a conversation in which nothing has been said. It is kept when something is. */
+export function newConversation() {
+  const id = `${Date.now().toString(36)}${Math.random().toString(36).slice(2, 8)}`;
+  return { id, title: "", updated: Date.now(), system: "", from: 0, messages: [] };
+}
+
+export function keepConversation(found) {
+  save(CONVERSATION + found.id, found);
+}
+
+export function removeConversation(id) {
+  unsaved.delete(CONVERSATION + id);
+  try {
+    localStorage.removeItem(CONVERSATION + id);
+  } catch {
+    // there was nothing
+  }
+}
+
+/** Call `action(id)` when another tab has changed a conversation. */
+export function onConversationChanged(action) {
+  addEventListener("storage", (event) => {
+    if (event.key === null) action(null);
+    else if (event.key.startsWith(CONVERSATION)) action(event.key.slice(CONVERSATION.length));
+  });
+}
