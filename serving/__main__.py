@@ -79,7 +79,7 @@ def announce(binding: Binding, port: int, settings: ApiSettings) -> None:
     key = ' -H "Authorization: Bearer $NANOGPT_API_KEY"' if settings.api_keys else ""
     body = '{"messages": [{"role": "user", "content": "Hello"}]}'
     print(
-        f"{url}/v1\n"
+        f"{url}  the page; the API is at {url}/v1\n"
         f"  curl {url}/v1/chat/completions{key} -H \"Content-Type: application/json\" -d '{body}'\n"
         f'  openai.OpenAI(base_url="{url}/v1", api_key="{"..." if key else "none"}")',
         flush=True,

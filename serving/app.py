@@ -92,7 +92,7 @@ def _add_routes(app: FastAPI) -> None:
         app.include_router(router, include_in_schema=False)
     app.include_router(pages.router)
     app.include_router(runs.router)
-    app.mount("/static", GZipMiddleware(pages.PageFiles()), name="static")
+    app.mount("/static", GZipMiddleware(pages.PageFiles(), compresslevel=5), name="static")
 
 
 def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:

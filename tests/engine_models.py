@@ -24,7 +24,13 @@ MODERN: dict[str, Any] = {
 }
 
 
-def write_model(path: Path, seed: int = 0, labels: list[str] | None = None, **keys: Any) -> GPT:
+def write_model(
+    path: Path,
+    seed: int = 0,
+    labels: list[str] | None = None,
+    template: str | None = None,
+    **keys: Any,
+) -> GPT:
     """Write a checkpoint of a byte model whose answers are neither constant nor a loop."""
     tokenizer = byte_tokenizer()
     shape = {"block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64, **keys}
@@ -34,7 +40,7 @@ def write_model(path: Path, seed: int = 0, labels: list[str] | None = None, **ke
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.5))
-    about = record("pretrain", config, tokenizer, labels=labels)
+    about = record("pretrain", config, tokenizer, template=template, labels=labels)
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint({"state_dict": weights, "global_step": 1, KEY: about}, path)

@@ -45,7 +45,9 @@ def eventually(true: Any, seconds: float = 10.0) -> bool:
 
 
 @contextlib.contextmanager
-def serve(engine: FakeEngine, settings: ApiSettings | None = None) -> Iterator[str]:
+def serve(
+    engine: FakeEngine, settings: ApiSettings | None = None, port: int = 0
+) -> Iterator[str]:
     """Run engine and front end in a thread; give the server's address, without /v1."""
     started, address, servers = threading.Event(), [""], []
 
@@ -54,7 +56,8 @@ def serve(engine: FakeEngine, settings: ApiSettings | None = None) -> Iterator[s
         async with engine:
             await client.connect()
             with socket.socket() as listening:
-                listening.bind(("127.0.0.1", 0))
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listening.bind(("127.0.0.1", port))
                 address[0] = f"http://127.0.0.1:{listening.getsockname()[1]}"
                 app = create_app(settings or ApiSettings(), client)
                 config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5)

@@ -48,6 +48,7 @@ function start() {
 function showModel(found, isAnother) {
   if (isAnother) setMode(modeOf(found));
   document.title = `${found.id} · nanogpt`;
+  document.body.dataset.model = found.id;
   for (const button of byId("modes").children) {
     button.disabled = (button.dataset.mode === "classify") !== Boolean(found.labels);
   }

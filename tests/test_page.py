@@ -1,0 +1,204 @@
+"""The page on the real server: it opens as its model wants, everywhere, and stays at home."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serving.api.pages import STATIC
+from tests.engine_models import write_model
+from tests.front_end import eventually
+from tests.page import opened, real_server, send
+
+FIELD = {"base": "#complete-text", "chat": "#chat-text", "spam": "#classify-text"}
+MOST_BYTES = 100_000
+FIRST_TEXTAREA = """() => [...document.querySelectorAll("textarea")]
+    .find((field) => field.checkVisibility())?.id"""
+NAMELESS = """() => [...document.querySelectorAll("button, a, input, select, textarea")]
+    .filter((e) => e.checkVisibility())
+    .filter((e) => !(e.ariaLabel || e.innerText.trim() || [...(e.labels ?? [])].length))
+    .map((e) => e.outerHTML)"""
+TOO_WIDE = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    runs_dir = tmp_path_factory.mktemp("runs")
+    write_model(runs_dir / "base" / "last.ckpt", n_layer=1)
+    write_model(runs_dir / "chat" / "last.ckpt", template="chat", n_layer=1)
+    write_model(runs_dir / "spam" / "last.ckpt", labels=["ham", "spam"], n_layer=1)
+    with real_server(runs_dir, NANOGPT_DEFAULT_MODEL="chat") as address:
+        yield address
+
+
+@pytest.mark.parametrize("name", FIELD)
+def test_it_opens_in_the_mode_of_the_model(browser: Any, url: str, name: str) -> None:
+    with opened(browser, url, path=f"/?model={name}") as page:
+        page.wait_for_selector(FIELD[name])
+        assert page.evaluate(FIRST_TEXTAREA) == FIELD[name].removeprefix("#")
+
+
+def test_without_a_wish_it_opens_with_the_default_model(browser: Any, url: str) -> None:
+    with opened(browser, url) as page:
+        page.wait_for_selector("#chat-text")
+        assert page.input_value("#models") == "chat"
+
+
+def test_another_model_brings_its_mode(browser: Any, url: str) -> None:
+    with opened(browser, url) as page:
+        for name in ("spam", "base", "chat"):
+            page.select_option("#models", name)
+            page.wait_for_selector(FIELD[name])
+            assert f"model={name}" in page.url
+
+
+def test_a_chat_is_answered_and_stopping_it_frees_the_slot(browser: Any, url: str) -> None:
+    with opened(browser, url) as page:
+        page.fill("#chat-text", "Hello")
+        page.press("#chat-text", "Enter")
+        page.wait_for_selector(".theirs .facts:not(:empty)")
+        page.keyboard.press("Escape")
+        page.wait_for_selector(".theirs .icon-button")
+    engine = lambda: httpx.get(f"{url}/v1/system_info").json()["engine"]  # noqa: E731
+    assert eventually(lambda: engine()["slots_used"] == 0)
+
+
+def test_a_text_is_continued_in_place(browser: Any, url: str) -> None:
+    with opened(browser, url, path="/?model=base") as page:
+        page.fill("#complete-text", "def main(")
+        page.press("#complete-text", "Control+Enter")
+        page.wait_for_selector("#go:visible")
+        text = page.input_value("#complete-text")
+        assert text.startswith("def main(")
+        assert len(text) > 20
+        page.click("#complete-undo")
+        assert page.input_value("#complete-text") == "def main("
+
+
+def test_a_text_is_classified_while_it_is_written(browser: Any, url: str) -> None:
+    with opened(browser, url, path="/?model=spam") as page:
+        page.fill("#classify-text", "Win a prize")
+        page.wait_for_selector(".label")
+        asked = {"model": "spam", "input": "Win a prize"}
+        told = httpx.post(f"{url}/v1/classify", json=asked).json()["data"][0]
+        best = page.locator(".label").first
+        assert best.locator(".name").inner_text() == told["label"]
+        shown = float(best.locator(".share").inner_text().removesuffix("%")) / 100
+        assert shown == pytest.approx(max(told["probs"]), abs=0.0006)
+
+
+@pytest.mark.parametrize("path", ["/?model=base", "/?model=chat", "/?model=spam"])
+def test_a_phone_shows_all_of_it(browser: Any, url: str, path: str) -> None:
+    small = {"width": 360, "height": 640}
+    with opened(browser, url, path=path, viewport=small, has_touch=True) as page:
+        assert page.evaluate(TOO_WIDE) is False
+        page.click("#settings-button")
+        assert page.evaluate(TOO_WIDE) is False
+        assert page.locator("#settings").bounding_box()["x"] >= 0
+
+
+def test_on_a_phone_the_conversations_are_a_drawer(browser: Any, url: str) -> None:
+    with opened(browser, url, viewport={"width": 360, "height": 640}) as page:
+        assert not page.is_visible("#new-chat")
+        page.click("#menu")
+        page.click("#new-chat")
+        page.wait_for_selector("#new-chat", state="hidden")
+
+
+def test_a_dark_system_gives_a_dark_page_and_a_choice_is_kept(browser: Any, url: str) -> None:
+    brightness = "parseInt(getComputedStyle(document.body).backgroundColor.slice(4))"
+    with opened(browser, url, color_scheme="dark") as page:
+        assert page.evaluate(brightness) < 60
+        page.click("#theme")  # from the system's to light
+        assert page.evaluate(brightness) > 200
+        page.reload()
+        assert page.evaluate(brightness) > 200
+
+
+def test_it_speaks_chinese_to_a_chinese_browser_and_remembers_a_choice(
+    browser: Any, url: str
+) -> None:
+    with opened(browser, url, locale="zh-CN") as page:
+        assert page.inner_text("#new-chat") == "新对话"
+        assert page.get_attribute("html", "lang") == "zh"
+        page.click("#language")
+        assert page.inner_text("#new-chat") == "New conversation"
+        page.reload()
+        assert page.inner_text("#new-chat") == "New conversation"
+
+
+def test_every_word_is_there_in_both_languages() -> None:
+    words = (STATIC / "words.js").read_text(encoding="utf-8")
+    used = set()
+    for path in STATIC.iterdir():
+        text = path.read_text(encoding="utf-8")
+        for mark in ('data-t="', 'data-t-label="', 'data-t-placeholder="'):
+            used |= {part.partition('"')[0] for part in text.split(mark)[1:]}
+        if path.suffix == ".js":
+            used |= {part.partition('"')[0] for part in text.split('t("')[1:] if path.stem != "words"}
+    known = {line.split(":")[0].strip().strip('"') for line in words.splitlines() if ": [" in line}
+    assert {name for name in used if name.isidentifier()} <= known | {"id"}
+
+
+@pytest.mark.parametrize("path", ["/?model=base", "/?model=chat", "/?model=spam", "/runs"])
+def test_everything_that_can_be_used_has_a_name(browser: Any, url: str, path: str) -> None:
+    with opened(browser, url, path=path) as page:
+        if path != "/runs":
+            page.click("#settings-button")
+        assert page.evaluate(NAMELESS) == []
+
+
+def test_a_chat_needs_no_mouse(browser: Any, url: str) -> None:
+    with opened(browser, url) as page:
+        page.keyboard.type("Hello")
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector(".theirs .icon-button")
+        focused = "document.activeElement.getAttribute('aria-label') ?? document.activeElement.id"
+        assert page.evaluate(focused) == "Message"
+        page.keyboard.press("Shift+Tab")
+        assert page.evaluate(focused) == "Answer again"
+        page.keyboard.press("Enter")
+        page.wait_for_selector("text=2/2")
+
+
+def test_it_is_small_and_nothing_in_it_is_inline(browser: Any, url: str) -> None:
+    bodies: dict[str, bytes] = {}
+    with browser.new_page() as page:
+        page.on("response", lambda answer: bodies.setdefault(answer.url, answer.body()))
+        page.goto(f"{url}/?model=chat")
+        page.wait_for_selector("text=Talk to chat")
+        files = {at: body for at, body in bodies.items() if "/static/" in at or "/?" in at}
+    assert len(files) > 10
+    assert sum(map(len, files.values())) < MOST_BYTES
+    for document in ("index.html", "runs.html"):
+        text = (STATIC / document).read_text(encoding="utf-8")
+        assert "style=" not in text
+        assert "<script>" not in text
+        assert " on" not in text.replace(" one", "")
+
+
+def test_its_policy_allows_its_own_files_only(url: str) -> None:
+    for path in ("/", "/static/app.js", "/runs"):
+        policy = httpx.get(url + path).headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "script-src 'self'" in policy
+        assert "unsafe" not in policy
+
+
+def test_conversations_stay_in_the_browser_and_nothing_else_does(browser: Any, url: str) -> None:
+    with opened(browser, url) as page:
+        send(page, "Hello")
+        page.reload()
+        page.wait_for_selector(".theirs .icon-button")
+        assert page.inner_text(".mine .bubble") == "Hello"
+        kept = page.evaluate("Object.keys(localStorage)")
+        assert {name.partition(".chat.")[0] for name in kept} <= {"nanogpt", "nanogpt.last"}
+        assert page.context.cookies() == []
+
+
+def test_the_files_are_packed_for_the_way(url: str) -> None:
+    answer = httpx.get(f"{url}/static/style.css", headers={"Accept-Encoding": "gzip"})
+    assert answer.headers["content-encoding"] == "gzip"
+    assert answer.content == Path(STATIC / "style.css").read_bytes()
