@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -84,9 +85,10 @@ def _answer(connection: Connection, name: str, files: Path, threads: int) -> Non
     kind, keys = engine_programs.PROGRAMS[name]
     program = kind(files, **keys)
     connection.send((program.weight_bytes, program.kv_bytes))
-    while True:
-        method, arguments = connection.recv()
-        connection.send(getattr(program, method)(*arguments))
+    with suppress(EOFError):  # nobody asks any more
+        while True:
+            method, arguments = connection.recv()
+            connection.send(getattr(program, method)(*arguments))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import ctypes
 import importlib.util
 import json
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +145,9 @@ class LlamaCpp(Program):
     needs = ("llama_cpp", "gguf")
 
     def __init__(self, files: Path, dtype: str) -> None:
-        import llama_cpp
-
-        self.api = api = llama_cpp
+        self.api = api = _quiet_llama_cpp()
         self.weight_bytes = 4.0 if dtype == "fp32" else 34 / 32  # 32 numbers share a 2-byte scale
         self.kv_bytes = 2  # its default, and its fastest
-        self._quiet = api.llama_log_callback(lambda *_: None)
-        api.llama_log_set(self._quiet, ctypes.c_void_p(0))
         path = files / ("model.gguf" if dtype == "fp32" else "model-q8_0.gguf")
         self.model: Any = api.llama_model_load_from_file(
             str(path).encode(), api.llama_model_default_params()
@@ -281,13 +278,22 @@ def _write_hf(files: Path) -> None:
 
 
 def _write_gguf(files: Path) -> None:
-    import llama_cpp
-
+    llama_cpp = _quiet_llama_cpp()
     whole, small = files / "model.gguf", files / "model-q8_0.gguf"
     assert export([str(files / "model.ckpt"), str(whole), "--format", "gguf"]) == 0
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = Q8_0
     assert llama_cpp.llama_model_quantize(str(whole).encode(), str(small).encode(), params) == 0
+
+
+@lru_cache
+def _quiet_llama_cpp() -> Any:
+    """Return llama.cpp's functions, told not to write what they do."""
+    import llama_cpp
+
+    llama_cpp.say_nothing = llama_cpp.llama_log_callback(lambda *_: None)  # must not be collected
+    llama_cpp.llama_log_set(llama_cpp.say_nothing, ctypes.c_void_p(0))
+    return llama_cpp
 
 
 def _write_ct2(files: Path) -> None:
