@@ -212,30 +212,64 @@ def neighbours(checkpoint: Path) -> tuple[Asked, list[Generate], dict[str, tuple
 
 
 def check_only_the_second_failed(
-    answers: dict[str, Any], undisturbed: dict[str, tuple[object, ...]]
+    answers: dict[str, Any], undisturbed: dict[str, tuple[object, ...]], kind: str = "internal"
 ) -> None:
     for key, answer in answers.items():
         if key == "r1":
             assert isinstance(answer.end, Failed)
-            assert answer.end.kind == "internal"
+            assert answer.end.kind == kind
         else:
             assert answer.said == undisturbed[key]
 
 
-def test_a_prompt_that_exhausts_memory_fails_alone(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked, requests, undisturbed = neighbours(checkpoint)
+def exhaust_memory(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch, *, beyond: int, error: Exception
+) -> list[int]:
+    """Fail on more than `beyond` tokens of a text with 255 in it; return how many were read."""
     (runner,) = asked.engine.runners.values()
-    read = runner.forward.hidden_states
+    read, sizes = runner.forward.hidden_states, []
 
     def exhausted(spans: Any) -> Any:
-        if any(255 in span.ids for span in spans):
-            raise torch.OutOfMemoryError("injected")
+        (poisoned,) = [s for s in spans if s.slot == slot_of_255(runner)] or [None]
+        if poisoned is not None and len(poisoned.ids) > beyond:
+            raise error
+        sizes.append(0 if poisoned is None else len(poisoned.ids))
         return read(spans)
 
     monkeypatch.setattr(runner.forward, "hidden_states", exhausted)
-    check_only_the_second_failed(asked.all(requests), undisturbed)
+    return sizes
+
+
+def slot_of_255(runner: Any) -> int | None:
+    """Return the slot of the text that begins with 255."""
+    slots = [s.slot.index for s in runner.scheduler.running if s.ids[0] == 255]
+    return slots[0] if slots else None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("injected"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: not enough memory: injected"),
+    ],
+    ids=["gpu", "python", "cpu"],
+)
+def test_a_prompt_that_exhausts_memory_is_read_in_smaller_pieces(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    asked, requests, undisturbed = neighbours(checkpoint)
+    sizes = exhaust_memory(asked, monkeypatch, beyond=10, error=error)
+    assert {key: answer.said for key, answer in asked.all(requests).items()} == undisturbed
+    assert max(sizes) == 8
+
+
+def test_a_prompt_that_exhausts_memory_in_any_piece_fails_alone(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, requests, undisturbed = neighbours(checkpoint)
+    exhaust_memory(asked, monkeypatch, beyond=0, error=torch.OutOfMemoryError("injected"))
+    check_only_the_second_failed(asked.all(requests), undisturbed, kind="overloaded")
 
 
 def test_logits_that_are_not_numbers_fail_alone(

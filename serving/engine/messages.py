@@ -310,7 +310,7 @@ def settings_json(settings: Settings) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, SamplingParams | Histogram | ModelInfo):
-        return {f.name: getattr(value, f.name) for f in fields(value)}
+        return vars(value)
     if isinstance(value, list) and value and isinstance(value[0], ModelInfo):
         return [_plain(item) for item in value]
     return value

@@ -16,6 +16,7 @@ from serving.engine.forward import Computes, Span
 from serving.engine.messages import (
     Classified,
     Failed,
+    FailureKind,
     Finished,
     Message,
     Scored,
@@ -23,6 +24,8 @@ from serving.engine.messages import (
 )
 from serving.engine.sampling import Chosen
 from serving.engine.scheduler import Scheduler, Sequence
+
+LEAST_TOKENS = 8  # of a prompt that are read at a time where memory is short
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +104,12 @@ class Runner:
         yield from results
 
     def _read(self, plan: list[tuple[Sequence, Span]]) -> list[Read]:
-        states = self.forward.hidden_states([span for _, span in plan])
+        try:
+            states = self.forward.hidden_states([span for _, span in plan])
+        except Exception as error:
+            if len(plan) == 1 and is_out_of_memory(error) and self._read_less(*plan[0]):
+                return self._read([(s, self.scheduler.shortened(s, span)) for s, span in plan])
+            raise
         parts = states.split([len(span.ids) for _, span in plan])
         for sequence, span in plan:
             sequence.n_read += len(span.ids)
@@ -109,6 +117,19 @@ class Runner:
                 assert sequence.slot is not None
                 self.scheduler.slots.hold(sequence.slot, sequence.ids)  # others may use it now
         return [Read(sequence, part) for (sequence, _), part in zip(plan, parts, strict=True)]
+
+    def _read_less(self, sequence: Sequence, span: Span) -> bool:
+        """Halve what is read of a sequence at a time; return whether that could be done.
+
+        Its answer stays the same: states do not depend on how a text is cut.
+        """
+        if len(span.ids) <= LEAST_TOKENS:
+            return False
+        sequence.most_tokens = max(LEAST_TOKENS, len(span.ids) // 2)
+        log.warning("out of memory; reading %d tokens at a time", sequence.most_tokens)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return True
 
     def _choose(self, ready: list[Read]) -> list[tuple[Sequence, Chosen | Exception]]:
         logits = self.forward.logits(torch.cat([read.states for read in ready]))
@@ -163,7 +184,8 @@ class Runner:
         self.forget(lambda s: s.texts is not None and s.texts is sequence.texts)
         self.counters.failed += 1
         why = f"The answer could not be computed ({type(error).__name__}: {error})."
-        return Event(sequence.client, Failed(sequence.request_id, "internal", why))
+        kind: FailureKind = "overloaded" if is_out_of_memory(error) else "internal"
+        return Event(sequence.client, Failed(sequence.request_id, kind, why))
 
     def _score(self, reads: list[Read]) -> list[Event]:
         """Tell the prompt's log-probabilities when all of it is read."""
@@ -201,6 +223,13 @@ class Runner:
         self.scheduler.remove(sequence)
         self.counters.finished += 1
         self.counters.prompt_tokens += sequence.n_prompt
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory ran out, on a GPU or not."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
 
 
 def _tokens(sequence: Sequence, chosen: Chosen) -> Tokens:

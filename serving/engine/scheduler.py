@@ -41,6 +41,7 @@ class Sequence:
     slot: Slot | None = None
     n_read: int = 0
     n_cached: int = 0
+    most_tokens: int | None = None  # to read at a time, where memory did not suffice for more
     scores: list[tuple[float, list[int], list[float]]] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
@@ -115,10 +116,14 @@ class Scheduler:
         planned = [(s, _span(s, 1)) for s in writers]
         for sequence in self.running:
             if not sequence.writes and budget > 0:
-                span = _span(sequence, budget)
+                span = self.shortened(sequence, _span(sequence, budget))
                 planned.append((sequence, span))
                 budget -= len(span.ids)
         return planned
+
+    def shortened(self, sequence: Sequence, span: Span) -> Span:
+        """Return as much of a span as may be read of its sequence at a time."""
+        return replace(span, ids=span.ids[: sequence.most_tokens])
 
     def remove(self, sequence: Sequence, *, clean: bool = True) -> None:
         """Forget a sequence and free its slot, whose content may be used again if `clean`."""
