@@ -17,6 +17,7 @@ from uvicorn.supervisors import Multiprocess
 
 from serving import environment
 from serving.api.auth import is_loopback
+from serving.api.connection import Connection
 from serving.api.settings import ApiSettings, Binding
 from serving.app import ENGINE_VARIABLE, engine_settings
 from serving.engine.client import SECRET_VARIABLE, EngineProcess
@@ -95,6 +96,8 @@ def run(binding: Binding, settings: ApiSettings, listening: socket.socket) -> No
         port=binding.port,
         workers=binding.workers,
         backlog=BACKLOG,
+        http=Connection,
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

@@ -26,6 +26,7 @@ import nanogpt
 from serving import environment
 from serving.api import errors, pages, predict, runs, service, v1
 from serving.api.auth import ApiKeys, Auth
+from serving.api.connection import Door
 from serving.api.cors import Cors
 from serving.api.front_end import FrontEnd
 from serving.api.limits import Admission, Body
@@ -97,7 +98,7 @@ def _add_routes(app: FastAPI) -> None:
 
 def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Door]]:
         async with _engine(client) as engine:
             front = FrontEnd(
                 settings=settings,
@@ -109,7 +110,7 @@ def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:
             app.state.front_end = front
             gc.freeze()  # what was imported lives as long as the process
             with _at_signal(lambda: _drain(front)):
-                yield
+                yield {"door": Door(settings, app.state.metrics)}
 
     return lifespan
 

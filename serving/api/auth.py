@@ -5,6 +5,7 @@ import hmac
 import ipaddress
 import time
 from collections.abc import Iterable
+from functools import lru_cache
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers
@@ -100,10 +101,15 @@ def is_loopback(server: tuple[str, int | None] | None) -> bool:
     """Return whether a request came to an address that only this machine can reach."""
     if server is None or server[1] is None:  # a Unix socket
         return True
+    return _is_loopback(server[0])
+
+
+@lru_cache(maxsize=64)
+def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(server[0]).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return server[0] == "localhost"
+        return host == "localhost"
 
 
 def _given_key(headers: Headers) -> bytes | None:

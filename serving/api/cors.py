@@ -16,12 +16,28 @@ METHODS = "GET, POST, OPTIONS"
 MAX_AGE_S = 86_400
 
 
+class Origins:
+    """The origins whose pages may ask; `*` is all."""
+
+    def __init__(self, origins: Sequence[str]) -> None:
+        self._origins = set(origins)
+
+    def headers(self, origin: str) -> dict[str, str]:
+        """Return what an answer to a page of this origin says."""
+        exposed = {"Access-Control-Expose-Headers": EXPOSED}
+        if "*" in self._origins:
+            return {"Access-Control-Allow-Origin": "*", **exposed}
+        if origin in self._origins:
+            return {"Access-Control-Allow-Origin": origin, "Vary": "Origin", **exposed}
+        return {"Vary": "Origin"}
+
+
 class Cors:
     """Answer every OPTIONS, and put the headers on every other answer."""
 
     def __init__(self, app: ASGIApp, origins: Sequence[str], private_network: bool) -> None:
         self.app = app
-        self.origins = set(origins)
+        self.origins = Origins(origins)
         self.private_network = private_network
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -29,7 +45,7 @@ class Cors:
             await self.app(scope, receive, send)
             return
         asked = Headers(scope=scope)
-        allowed = self._allowed(asked)
+        allowed = self.origins.headers(asked.get("origin", ""))
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -41,15 +57,6 @@ class Cors:
             await preflight(scope, receive, send_with_headers)
         else:
             await self.app(scope, receive, send_with_headers)
-
-    def _allowed(self, asked: Headers) -> dict[str, str]:
-        exposed = {"Access-Control-Expose-Headers": EXPOSED}
-        if "*" in self.origins:
-            return {"Access-Control-Allow-Origin": "*", **exposed}
-        origin = asked.get("origin", "")
-        if origin in self.origins:
-            return {"Access-Control-Allow-Origin": origin, "Vary": "Origin", **exposed}
-        return {"Vary": "Origin"}
 
     def _preflight(self, asked: Headers) -> dict[str, str]:
         headers = {

@@ -1,7 +1,7 @@
 """Limits that hold before a request is read: how many are open, how large and slow a body is."""
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -10,14 +10,24 @@ from serving.api.errors import ApiError
 from serving.api.settings import ApiSettings
 
 
+def busy() -> ApiError:
+    """Return what a request is told that comes when too many are open."""
+    return ApiError(503, "The server is busy; try again in a moment.", code="overloaded")
+
+
 class Admission:
-    """Turn requests away at once when too many are open; only POST routes compute anything."""
+    """Turn requests away at once when too many are open; only POST routes compute anything.
+
+    Those let in begin one in each round of the event loop: of a thousand that come at once, the
+    many to be refused do not wait for the work of the few.
+    """
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self.app = app
         self.max_open = settings.max_open
         self.max_open_per_key = settings.max_open_per_key
         self.open: Counter[str] = Counter()
+        self._turns: deque[asyncio.Future[None]] = deque()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -29,6 +39,7 @@ class Admission:
             return
         self.open[key] += 1
         try:
+            await self._turn()
             await self.app(scope, receive, send)
         finally:
             self.open[key] -= 1
@@ -41,8 +52,24 @@ class Admission:
             message = f"This key has {n} requests open, as many as it may; wait for one to end."
             return ApiError(429, message, code="rate_limit_exceeded")
         if self.open.total() >= self.max_open:
-            return ApiError(503, "The server is busy; try again in a moment.", code="overloaded")
+            return busy()
         return None
+
+    async def _turn(self) -> None:
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
+        self._turns.append(turn)
+        if len(self._turns) == 1:
+            loop.call_soon(self._next)
+        await turn
+
+    def _next(self) -> None:
+        turn = self._turns[0]
+        if not turn.done():  # cancelled
+            turn.set_result(None)
+        self._turns.popleft()
+        if self._turns:
+            asyncio.get_running_loop().call_soon(self._next)
 
 
 class Body:

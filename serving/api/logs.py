@@ -28,7 +28,7 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(Headers(scope=scope))
+        request_id = new_request_id(Headers(scope=scope))
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, log={})
         status, began = 0, time.monotonic()
@@ -68,7 +68,7 @@ class RequestLog:
         )
 
 
-def _request_id(headers: Headers) -> str:
+def new_request_id(headers: Headers) -> str:
     """Return the client's id for the request where it is harmless, else a new one."""
     given = headers.get("x-request-id", "")
     return given if _SANE_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
