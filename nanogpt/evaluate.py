@@ -1,110 +1,109 @@
 """Measure checkpoints side by side.
 
-    python -m nanogpt.evaluate CHECKPOINT [CHECKPOINT ...] --task classify --data FILE [--json OUT]
+    python -m nanogpt.evaluate CHECKPOINT [CHECKPOINT ...] --task hellaswag [--data FILE]
+    python -m nanogpt.evaluate RUN --task perplexity --data TEXT --json scores.json
 
-CHECKPOINT is a .ckpt, a run directory, or the name of a run under runs/. A task is one function
-from a checkpoint and the options to figures by name; `TASKS` lists them.
+CHECKPOINT is a .ckpt, a run directory, or the name of a run under runs/. The figures come as a
+table, with standard errors and with what is published beside; `--json` and `--picture` write them
+to files, and those of a run's own checkpoints become part of its report.html. Tasks are scored in
+fp32. docs/EVALUATION.md says what every task does.
 """
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
-from nanogpt.classifier import Classifier, class_probabilities
-from nanogpt.data.labelled import read_examples
-from nanogpt.data.splits import Example
-from nanogpt.evaluation.classification import confusion_matrix, majority_class, scores
+from nanogpt.evaluation import processes
+from nanogpt.evaluation.picture import picture
+from nanogpt.evaluation.results import Row, keep, run_dir_of, table, write_rows
+from nanogpt.evaluation.scoring import BATCH_SIZE
+from nanogpt.evaluation.tasks import TASKS
 
-Results = dict[str, float]
-Row = dict[str, Any]  # {"checkpoint", "task", "results"}, as in the JSON file
+ONE_LINE = (ValueError, OSError, RuntimeError, AssertionError, ImportError)  # torch's among them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     options = parser().parse_args(arguments)
     try:
-        if options.json is not None and not options.json.parent.is_dir():
-            raise FileNotFoundError(f"--json {options.json}: there is no folder for it; make one")
+        check(options)
+        if options.processes > 1 and processes.world_size() == 1:
+            given = sys.argv[1:] if arguments is None else list(arguments)
+            return processes.launch(options.processes, given)
+        processes.join()
         rows = [row(reference, options) for reference in options.checkpoints]
-        print(table(rows))
-        if options.json is not None:
-            options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # torch's, without CUDA
-        print(f"nanogpt.evaluate: {str(error).splitlines()[0]}", file=sys.stderr)
+        if processes.rank() == 0:
+            tell(rows, options)
+    except ONE_LINE as error:
+        if processes.rank() == 0:
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"nanogpt.evaluate: {first_line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        processes.leave()
     return 0
 
 
+def check(options: argparse.Namespace) -> None:
+    """Raise for what cannot work, before anything is loaded."""
+    for option in ("json", "picture"):
+        path = getattr(options, option)
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"--{option} {path}: there is no folder for it; make one")
+    for option in ("limit", "batch_size", "max_new_tokens", "processes"):
+        value = getattr(options, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option.replace('_', '-')} {value} is not a number of at least 1")
+    several = max(options.processes, processes.world_size()) > 1
+    if several and not TASKS[options.task].shares_work:
+        raise ValueError(f"--task {options.task} runs in one process; leave --processes out")
+
+
 def row(reference: str, options: argparse.Namespace) -> Row:
-    """Return what a task makes of one checkpoint."""
-    checkpoint = load_checkpoint(reference, device=options.device, runs_dir=options.runs_dir)
-    results = TASKS[options.task](checkpoint, options)
-    return {"checkpoint": str(reference), "task": options.task, "results": results}
+    """Return what a task makes of one checkpoint, kept with the run that it is of."""
+    device = processes.device_of_rank(options.device)
+    checkpoint = load_checkpoint(reference, device=device, runs_dir=options.runs_dir)
+    results = TASKS[options.task].run(checkpoint, options)
+    new = {"checkpoint": str(reference), "task": options.task, "results": results}
+    run_dir = run_dir_of(checkpoint.path)
+    if run_dir is not None and processes.rank() == 0 and options.report:
+        add_to_report(run_dir, new, checkpoint, options)
+    return new
 
 
-def classify(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
-    """Score a classifier on a labelled file: accuracy, macro-F1, and the majority class beside."""
-    if options.data is None:
-        raise ValueError("--task classify needs --data FILE, a labelled .tsv, .csv or .jsonl file")
-    model, labels = checkpoint.model, checkpoint.labels
-    if labels is None or not isinstance(model, Classifier):
-        raise ValueError(
-            f"{checkpoint.path} is a language model (stage {checkpoint.stage}) and names no "
-            "classes; pass a checkpoint of stage=classify"
-        )
-    examples = read_examples(options.data, options.text_column, options.label_column)
-    numbers = class_numbers(examples, labels, options.data)
-    texts = [example.text for example in examples]
-    predicted = class_probabilities(model, checkpoint.tokenizer, texts).argmax(-1).tolist()
-    guessed = [majority_class(numbers)] * len(numbers)
-    results = scores(confusion_matrix(numbers, predicted, len(labels)))
-    beside = scores(confusion_matrix(numbers, guessed, len(labels)))
-    majority = {f"baseline_majority_{name}": value for name, value in beside.items()}
-    return {**results, **majority, "examples": float(len(examples))}
+def add_to_report(
+    run_dir: Path, new: Row, checkpoint: Checkpoint, options: argparse.Namespace
+) -> None:
+    """Write a row into a run's evaluations.json, and its report.html anew."""
+    about: dict[str, Any] = {
+        "step": checkpoint.step,
+        "data": None if options.data is None else options.data.name,
+        "limit": options.limit,
+    }
+    try:
+        keep(run_dir, {**new, "checkpoint": run_dir.name}, about)
+        if (run_dir / "report.html").is_file():  # of a finished run
+            from nanogpt.training.report import write_report
+
+            write_report(run_dir)
+    except OSError as error:
+        print(f"nanogpt.evaluate: {run_dir} is left as it was ({error})", file=sys.stderr)
 
 
-def class_numbers(examples: Sequence[Example], labels: Sequence[str], path: Path) -> list[int]:
-    """Return the number of each example's class among `labels`."""
-    unknown = sorted({example.label for example in examples} - set(labels))
-    if unknown:
-        raise ValueError(
-            f"{path} has the label {unknown[0]!r} and the checkpoint knows {', '.join(labels)}; "
-            "pass a file with these labels"
-        )
-    return [labels.index(example.label) for example in examples]
-
-
-TASKS: Mapping[str, Callable[[Checkpoint, argparse.Namespace], Results]] = {"classify": classify}
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Return the figures as text, a line per checkpoint."""
-    names = list(dict.fromkeys(name for row in rows for name in row["results"]))
-    cells = [["checkpoint", "task", *names]]
-    for one in rows:
-        figures = [_figure(one["results"].get(name)) for name in names]
-        cells.append([one["checkpoint"], one["task"], *figures])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    )
-
-
-def _figure(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.0f}" if value > 1 and value.is_integer() else f"{value:.4f}"
+def tell(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """Print the table, and write the files that were asked for."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(table(rows).encode(encoding, "replace").decode(encoding))
+    if options.json is not None:
+        write_rows(options.json, rows)
+    if options.picture is not None:
+        options.picture.write_text(picture(rows), encoding="utf-8")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -112,19 +111,41 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m nanogpt.evaluate", description="Measure checkpoints side by side."
     )
-    parser.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="a .ckpt, a run, or a run's name"
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="a .ckpt, a run, or a run's name")
+    add("--task", required=True, choices=sorted(TASKS))
+    add("--data", type=Path, help="what to score (default of benchmarks: the hub's file)")
+    add("--limit", type=int, metavar="N", help="score the first N examples or documents alone")
+    add("--json", type=Path, help="a file to write the figures to")
+    add("--picture", type=Path, metavar="FILE.svg", help="a file to draw the figures in")
+    add("--no-report", dest="report", action="store_false", help="leave the run's report as it is")
+    add("--device", default="cpu", choices=("cpu", "cuda", "mps"))
+    add("--batch-size", type=int, default=BATCH_SIZE, help="changes the speed alone (%(default)s)")
+    add("--processes", type=int, default=1, help="that share the work, on this machine")
+    add("--stride", type=int, help="perplexity: tokens scored per window (default: half a context)")
+    add("--text-column", default="text", help="classify, perplexity: of the file (default text)")
+    add("--label-column", default="label", help="classify: of the file (default label)")
+    add("--max-new-tokens", type=int, default=256, help="of a reply (default %(default)s)")
+    add("--judge-url", metavar="URL", help="judge: an OpenAI-compatible API, ending in /v1")
+    add("--judge-model", metavar="NAME", help="judge: the model there")
+    add(
+        "--judge-key",
+        metavar="KEY",
+        default=os.environ.get("OPENAI_API_KEY", ""),
+        help="judge: the key (default OPENAI_API_KEY)",
     )
-    parser.add_argument("--task", required=True, choices=sorted(TASKS))
-    parser.add_argument("--data", type=Path, help="the file to score")
-    parser.add_argument("--text-column", default="text", help="of the file (default text)")
-    parser.add_argument("--label-column", default="label", help="of the file (default label)")
-    parser.add_argument("--json", type=Path, help="a file to write the figures to")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
-    parser.add_argument(
+    add("--answers", type=Path, help="judge: where answers are kept (default: judge.jsonl)")
+    add("--harness-tasks", metavar="NAMES", help="harness: its tasks, with commas between")
+    add("--include-path", type=Path, metavar="DIR", help="harness: a folder of task files")
+    add(
         "--runs-dir",
         default=os.environ.get("NANOGPT_RUNS_DIR", "runs"),
         help="where runs lie (default runs, or NANOGPT_RUNS_DIR)",
+    )
+    add(
+        "--data-dir",
+        default=os.environ.get("NANOGPT_DATA_DIR", "data"),
+        help="where benchmarks are kept (default data, or NANOGPT_DATA_DIR)",
     )
     return parser
 

@@ -9,7 +9,8 @@ import torch
 
 from nanogpt.checkpoint import record, write_checkpoint
 from nanogpt.classifier import Classifier
-from nanogpt.evaluate import main, table
+from nanogpt.evaluate import main
+from nanogpt.evaluation.results import table
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
 
@@ -56,21 +57,29 @@ def test_it_scores_a_file_and_writes_the_rows(
     assert (row["checkpoint"], row["task"]) == (str(always_ham), "classify")
     assert row["results"] == {  # ham: 2 * 3 / (2 * 3 + 1), spam: 0
         "accuracy": 0.75,
+        "accuracy_stderr": 0.25,  # the deviation of 1, 1, 1, 0 is 1/2, over the root of 4
         "macro_f1": pytest.approx(3 / 7),
         "baseline_majority_accuracy": 0.75,
         "baseline_majority_macro_f1": pytest.approx(3 / 7),
         "examples": 4.0,
+        "confusion_ham_as_ham": 3.0,
+        "confusion_ham_as_spam": 0.0,
+        "confusion_spam_as_ham": 1.0,
+        "confusion_spam_as_spam": 0.0,
     }
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split()[:3] == ["checkpoint", "task", "accuracy"]
-    assert printed[1].split()[1:3] == ["classify", "0.7500"]
+    assert [line.split() for line in printed[2:4]] == [["ham", "3", "0"], ["spam", "1", "0"]]
+    assert printed[-3].split() == ["checkpoint", "task", "accuracy", "macro_f1", "examples"]
+    assert printed[-2].split()[1:5] == ["classify", "0.7500", "±", "0.2500"]
+    assert printed[-1].split() == ["majority", "(baseline)", "classify", "0.7500", "0.4286"]
 
 
 def test_several_checkpoints_are_rows_of_one_table(
     always_ham: Path, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(always_ham)] * 2 + ["--task", "classify", "--data", str(file)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown[-3:]] == [str(always_ham)] * 2 + ["majority"]
 
 
 def test_a_table_leaves_out_what_a_row_has_not() -> None:

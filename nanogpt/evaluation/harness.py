@@ -1,0 +1,155 @@
+"""Our checkpoints as a model of lm-evaluation-harness, so that any of its tasks runs on them.
+
+    pip install -e ".[eval]"
+    python -m nanogpt.evaluate RUN --task harness --harness-tasks arc_easy,lambada_openai
+
+or, for what only its own interface offers:
+
+    from nanogpt.evaluation.harness import HarnessModel
+    lm_eval.simple_evaluate(HarnessModel(load_checkpoint("RUN")), tasks=["arc_easy"])
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nanogpt.checkpoint import Checkpoint
+from nanogpt.evaluation.results import STDERR, Results
+from nanogpt.evaluation.scoring import BATCH_SIZE, Question, answer
+from nanogpt.generation import generate
+
+try:
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise ImportError(
+        f"--task harness needs lm-evaluation-harness ({error}); pip install 'nanogpt[eval]', that "
+        'is pip install -e ".[eval]" here'
+    ) from error
+
+MAX_NEW_TOKENS = 256  # where a task does not say
+
+
+class HarnessModel(TemplateLM):
+    """A checkpoint behind the harness's interface, with the log-likelihoods of our scorer."""
+
+    def __init__(self, checkpoint: Checkpoint, batch_size: int = BATCH_SIZE) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.batch_size = batch_size
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.checkpoint.tokenizer.eot_id
+
+    @property
+    def max_length(self) -> int:
+        return self.checkpoint.config.block_size
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.checkpoint.tokenizer.name
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        return self.checkpoint.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Answer the requests, those of one context together."""
+        places = defaultdict(list)
+        for place, (_, context, continuation) in enumerate(requests):
+            places[tuple(context)].append((place, continuation))
+        questions = [
+            Question(context, [continuation for _, continuation in asked])
+            for context, asked in places.items()
+        ]
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        answered = answer(self.checkpoint.model, questions, self.batch_size)
+        for asked, answers in zip(places.values(), answered, strict=True):
+            for (place, _), one in zip(asked, answers, strict=True):
+                found[place] = (one.log_likelihood, one.is_greedy)
+        return found
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihoods of whole texts, in the harness's own disjoint windows."""
+        sums = []
+        for request in requests:
+            (text,) = request.args
+            windows = map(
+                make_disjoint_window,
+                get_rolling_token_windows(
+                    self.tok_encode(text),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                ),
+            )
+            questions = [Question(context, [scored]) for context, scored in windows]
+            answers = answer(self.checkpoint.model, questions, self.batch_size)
+            sums.append(sum(one.log_likelihood for [one] in answers))
+        return sums
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Continue texts up to one of the strings that end them."""
+        return [self._continue(*request.args) for request in requests]
+
+    def _continue(self, context: str, options: dict[str, Any]) -> str:
+        until = options.get("until") or []
+        stops = [until] if isinstance(until, str) else list(until)
+        tokenizer, temperature = self.checkpoint.tokenizer, options.get("temperature") or 0.0
+        ids: list[int] = []
+        for token in generate(
+            self.checkpoint.model,
+            self.tok_encode(context) or [self.eot_token_id],
+            max_new_tokens=options.get("max_gen_toks", MAX_NEW_TOKENS),
+            temperature=temperature if options.get("do_sample") else 0.0,
+            stop_ids=[self.eot_token_id],
+            seed=0,
+        ):
+            ids.append(token)
+            if any(stop in tokenizer.decode(ids) for stop in stops):
+                break
+        text = tokenizer.decode(ids)
+        for stop in stops:
+            text = text.partition(stop)[0]
+        return text
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    tasks: Sequence[str],
+    *,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Results:
+    """Return the harness's figures as `<task>_<metric>`; raises ValueError for an unknown task."""
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise ValueError(
+            f"lm-evaluation-harness has no task {unknown[0]!r}; lm-eval ls tasks lists"
+        )
+    model: Any = HarnessModel(checkpoint, batch_size)
+    found = lm_eval.simple_evaluate(
+        model, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0
+    )
+    return flat(found["results"])
+
+
+def flat(found: dict[str, dict[str, Any]]) -> Results:
+    """Return figures by one name: `{"arc_easy": {"acc,none": 0.5}}` as `{"arc_easy_acc": 0.5}`."""
+    results: Results = {}
+    for task, figures in found.items():
+        for name, value in figures.items():
+            metric = name.partition(",")[0]
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                is_error = metric.endswith(STDERR)
+                results[f"{task}_{metric.removesuffix(STDERR)}{STDERR if is_error else ''}"] = value
+    return results

@@ -1,0 +1,173 @@
+"""Replies to instructions scored from 0 to 100 by another model, over any OpenAI-compatible API.
+
+    python -m nanogpt.evaluate RUN --task judge --data FILE.jsonl \\
+        --judge-url http://127.0.0.1:11434/v1 --judge-model llama3 [--answers FILE.jsonl]
+
+The judge sees instruction, reference and reply, and is to answer with a number alone. Every answer
+is written to `--answers` as it comes, word for word, with what was asked; the same command goes on
+after the last one. The key is read from --judge-key or OPENAI_API_KEY.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanogpt.checkpoint import Checkpoint, weights_sha256
+from nanogpt.evaluation.examples import read_rows
+from nanogpt.evaluation.instructions import Conversation, reply, template_of
+from nanogpt.evaluation.results import Results, mean_and_error
+
+ATTEMPTS = 3  # the later ones at a temperature, for the judge to find other words
+ANSWER_TOKENS = 32
+TIMEOUT_S = 120.0
+_NUMBER = re.compile(r"(?<![\d.,/-])\d{1,3}(?!\d|[.,]\d)")
+_OUT_OF = re.compile(r"\s*(/|out of)\s*100\b")
+PROMPT = """You are grading a reply to an instruction.
+
+Instruction:
+{instruction}
+
+A correct reply:
+{reference}
+
+The reply to grade:
+{reply}
+
+How good is the reply to grade, from 0 (useless) to 100 (as good as can be)? \
+Answer with one whole number and nothing else."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A model behind an OpenAI-compatible API."""
+
+    url: str
+    model: str
+    key: str = ""
+
+    def ask(self, prompt: str, temperature: float = 0.0) -> str:
+        """Return the judge's answer; raises ConnectionError, with the address, where none comes."""
+        address = f"{self.url.rstrip('/')}/chat/completions"
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": temperature,
+            "max_tokens": ANSWER_TOKENS,
+        }
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        try:
+            request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+                answered = json.load(response)
+        except urllib.error.HTTPError as error:
+            said = error.read(300).decode("utf-8", "replace").replace("\n", " ")
+            raise ConnectionError(
+                f"the judge at {address} refused with {error.code}: {said}"
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise ConnectionError(
+                f"the judge at {address} cannot be reached ({reason}); start it or mend --judge-url"
+            ) from error
+        except ValueError as error:
+            raise ConnectionError(
+                f"the judge at {address} did not answer in JSON ({error})"
+            ) from error
+        try:
+            return str(answered["choices"][0]["message"]["content"] or "")
+        except (LookupError, TypeError) as error:
+            raise ConnectionError(
+                f"the judge at {address} answered {str(answered)[:200]}, no chat completion"
+            ) from error
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    conversations: Sequence[Conversation],
+    judge: Judge,
+    answers_path: Path,
+    *,
+    max_new_tokens: int,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Results:
+    """Return the mean score of the replies; what was answered before is not asked again.
+
+    Raises ValueError where the judge does not give a number in three attempts at one reply; all of
+    its answers up to then are kept.
+    """
+    template = template_of(checkpoint)
+    weights = weights_sha256(checkpoint.model)
+    known = read_answers(answers_path)
+    scores = []
+    for number, messages in enumerate(conversations, start=1):
+        key = _key(weights, messages, max_new_tokens, judge.model)
+        if key not in known:
+            ids, _ = reply(checkpoint, template, messages[:-1], max_new_tokens)
+            said = template.until_stop(checkpoint.tokenizer.decode(ids))
+            known[key] = _score(judge, messages, said, key, answers_path)
+        scores.append(known[key])
+        tell(f"{number} of {len(conversations)}: {known[key]}")
+    return {**mean_and_error("score", np.array(scores)), "examples": len(scores)}
+
+
+def _score(judge: Judge, messages: Conversation, said: str, key: str, path: Path) -> int:
+    """Ask for the score of one reply, keeping every answer."""
+    asked = "\n\n".join(text for m in messages[:-1] for text in (m.content, m.context) if text)
+    prompt = PROMPT.format(instruction=asked, reference=messages[-1].content, reply=said)
+    answer = ""
+    for attempt in range(ATTEMPTS):
+        answer = judge.ask(prompt, temperature=float(attempt > 0))
+        score = read_score(answer)
+        record = {"key": key, "score": score, "answer": answer, "judge": judge.model}
+        _append(path, {**record, "reply": said, "prompt": prompt})
+        if score is not None:
+            return score
+    raise ValueError(
+        f"the judge {judge.model} gave no number from 0 to 100 in {ATTEMPTS} attempts (it said "
+        f"{answer[:80]!r}); its answers are in {path}: pass another --judge-model, and the same "
+        "command goes on from there"
+    )
+
+
+def read_score(answer: str) -> int | None:
+    """Return the one whole number from 0 to 100 in an answer, None for anything else.
+
+    `85`, `Score: 85`, `85/100` and `**85**` are 85; `8.5` and `between 70 and 80` are nothing.
+    """
+    found = {int(number) for number in _NUMBER.findall(_OUT_OF.sub("", answer))}
+    return found.pop() if len(found) == 1 and max(found) <= 100 else None
+
+
+def read_answers(path: Path) -> dict[str, int]:
+    """Return the scores that a file of answers has, by key; a torn last line counts for nothing."""
+    if not path.is_file():
+        return {}
+    text = path.read_bytes()
+    whole = text.rpartition(b"\n")[0]
+    if len(whole) + 1 < len(text):  # of a kill: the next answer begins a line of its own
+        os.truncate(path, len(whole) + 1 if whole else 0)
+    rows = [row for _, row in read_rows(path)]
+    return {row["key"]: row["score"] for row in rows if isinstance(row.get("score"), int)}
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _key(weights: str, messages: Conversation, max_new_tokens: int, judge_model: str) -> str:
+    said = [[m.role, m.content, m.context] for m in messages]
+    asked = json.dumps([weights, said, max_new_tokens, judge_model, PROMPT])
+    return hashlib.sha256(asked.encode()).hexdigest()

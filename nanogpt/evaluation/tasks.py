@@ -1,0 +1,241 @@
+"""The tasks of `python -m nanogpt.evaluate`: from a checkpoint and the options to figures."""
+
+import argparse
+import gzip
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanogpt.checkpoint import Checkpoint
+from nanogpt.classifier import Classifier, class_probabilities
+from nanogpt.data.corpus import MANIFEST, open_corpus
+from nanogpt.data.instructions import Conversation, Instructions
+from nanogpt.data.labelled import read_examples
+from nanogpt.data.pretokenized import TokenShards
+from nanogpt.data.splits import Example
+from nanogpt.data.text import TextFiles
+from nanogpt.evaluation import hellaswag, instructions, lambada, perplexity
+from nanogpt.evaluation.classification import confusion_matrix, majority_class, scores
+from nanogpt.evaluation.examples import Benchmark, find_benchmark
+from nanogpt.evaluation.judge import Judge
+from nanogpt.evaluation.judge import evaluate as ask_judge
+from nanogpt.evaluation.results import CONFUSION, Results, run_dir_of, with_published
+
+GZIP_BYTES = 64 * 2**20  # of a text, at most, are compressed for comparison
+MOST_CLASSES = 20  # of a confusion matrix that is printed
+SHARDS = (".bin", ".npy")
+
+
+@dataclass(frozen=True)
+class Task:
+    """How figures are made; `shares_work` where several processes are faster than one."""
+
+    run: Callable[[Checkpoint, argparse.Namespace], Results]
+    shares_work: bool = False
+
+
+def run_hellaswag(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
+    """Score HellaSwag, the published figures of GPT-2 beside."""
+    check_language_model(checkpoint)
+    items = hellaswag.read_items(data_of(options, hellaswag.BENCHMARK), options.limit)
+    results = hellaswag.evaluate(checkpoint.model, checkpoint.tokenizer, items, options.batch_size)
+    return with_published(results, hellaswag.PUBLISHED)
+
+
+def run_lambada(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
+    """Score the last words of LAMBADA."""
+    check_language_model(checkpoint)
+    passages = lambada.read_passages(data_of(options, lambada.BENCHMARK), options.limit)
+    return lambada.evaluate(checkpoint.model, checkpoint.tokenizer, passages, options.batch_size)
+
+
+def run_perplexity(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
+    """Score a text or prepared tokens, with what gzip needs beside."""
+    check_language_model(checkpoint)
+    path = data_of(options)
+    tokens = read_tokens(path, checkpoint, options)
+    results = perplexity.evaluate(
+        checkpoint.model,
+        checkpoint.tokenizer,
+        tokens.tolist(),
+        stride=options.stride,
+        batch_size=options.batch_size,
+    )
+    text = checkpoint.tokenizer.decode_bytes(tokens[:GZIP_BYTES].tolist())
+    if text and len(text) <= GZIP_BYTES:
+        bits = 8 * len(gzip.compress(text, 9, mtime=0)) / len(text)
+        results["baseline_gzip_bits_per_byte"] = bits
+    return results
+
+
+def run_classify(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
+    """Score a classifier on a labelled file: accuracy, macro-F1, and the majority class beside."""
+    path = data_of(options)
+    model, labels = checkpoint.model, checkpoint.labels
+    if labels is None or not isinstance(model, Classifier):
+        raise ValueError(
+            f"{checkpoint.path} is a language model (stage {checkpoint.stage}) and names no "
+            "classes; pass a checkpoint of stage=classify"
+        )
+    examples = read_examples(path, options.text_column, options.label_column)[: options.limit]
+    numbers = class_numbers(examples, labels, path)
+    texts = [example.text for example in examples]
+    predicted = class_probabilities(model, checkpoint.tokenizer, texts).argmax(-1).tolist()
+    confusion = confusion_matrix(numbers, predicted, len(labels))
+    guessed = confusion_matrix(numbers, [majority_class(numbers)] * len(numbers), len(labels))
+    if len(labels) <= MOST_CLASSES:
+        print(f"{checkpoint.path}\n{confusion_text(confusion, labels)}\n")
+    accuracy = scores(confusion)["accuracy"]
+    return {
+        **scores(confusion),
+        "accuracy_stderr": (accuracy * (1 - accuracy) / max(len(numbers) - 1, 1)) ** 0.5,
+        **{f"baseline_majority_{name}": value for name, value in scores(guessed).items()},
+        "examples": float(len(examples)),
+        **{
+            f"{CONFUSION}{label}_as_{other}": float(confusion[i, j])
+            for i, label in enumerate(labels)
+            for j, other in enumerate(labels)
+        },
+    }
+
+
+def run_instructions(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
+    """Measure the replies to an instruction set."""
+    return instructions.evaluate(
+        checkpoint,
+        read_conversations(options),
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+    )
+
+
+def run_judge(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
+    """Let another model score the replies to an instruction set."""
+    if options.judge_url is None or options.judge_model is None:
+        raise ValueError("--task judge needs --judge-url URL and --judge-model NAME")
+    path = options.answers
+    if path is None:
+        run_dir = run_dir_of(checkpoint.path)
+        path = (run_dir or checkpoint.path.parent) / "judge.jsonl"
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--answers {path}: there is no folder for it; make one")
+    conversations = read_conversations(options)
+    judge = Judge(options.judge_url, options.judge_model, options.judge_key)
+    tokens = options.max_new_tokens
+    return ask_judge(checkpoint, conversations, judge, path, max_new_tokens=tokens, tell=_progress)
+
+
+def run_harness(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
+    """Run tasks of lm-evaluation-harness in this process."""
+    from nanogpt.evaluation.harness import evaluate
+
+    check_language_model(checkpoint)
+    if not options.harness_tasks:
+        raise ValueError("--task harness needs --harness-tasks NAME[,NAME ...]")
+    return evaluate(
+        checkpoint,
+        options.harness_tasks.split(","),
+        include_path=options.include_path,
+        limit=options.limit,
+        batch_size=options.batch_size,
+    )
+
+
+TASKS: Mapping[str, Task] = {
+    "hellaswag": Task(run_hellaswag, shares_work=True),
+    "lambada": Task(run_lambada, shares_work=True),
+    "perplexity": Task(run_perplexity, shares_work=True),
+    "classify": Task(run_classify),
+    "instructions": Task(run_instructions),
+    "judge": Task(run_judge),
+    "harness": Task(run_harness),
+}
+
+
+def data_of(options: argparse.Namespace, benchmark: Benchmark | None = None) -> Path:
+    """Return the file to score: the one given, else a benchmark's own."""
+    if options.data is not None:
+        path: Path = options.data
+        return path
+    if benchmark is not None:
+        return find_benchmark(benchmark, options.data_dir)
+    what = {
+        "classify": "FILE, a labelled .tsv, .csv or .jsonl file",
+        "perplexity": "PATH, text (.txt .md .py .jsonl .parquet) or token shards",
+    }.get(options.task, "FILE, a .jsonl or .json file of instructions and responses")
+    raise ValueError(f"--task {options.task} needs --data {what}")
+
+
+def check_language_model(checkpoint: Checkpoint) -> None:
+    """Raise ValueError for a classifier, whose next tokens mean nothing."""
+    if checkpoint.labels is not None:
+        raise ValueError(
+            f"{checkpoint.path} is a classifier of {', '.join(checkpoint.labels)} and this task "
+            "scores language models; pass a checkpoint of stage=pretrain or instruct, or "
+            "--task classify"
+        )
+
+
+def read_tokens(path: Path, checkpoint: Checkpoint, options: argparse.Namespace) -> np.ndarray:
+    """Return the tokens to score: of texts, the documents'; of a corpus, those held out."""
+    tokenizer = checkpoint.tokenizer
+    if (path / MANIFEST).is_file():
+        corpus = open_corpus(path)
+        if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"{path} has tokens of {corpus.tokenizer.name} and {checkpoint.path} another "
+                f"tokenizer ({tokenizer.name}); pass the text itself"
+            )
+        return corpus.val.read(0, len(corpus.val))
+    if path.suffix in SHARDS or (path.is_dir() and any(map(path.glob, ("*.bin", "*.npy")))):
+        corpus = TokenShards(path).open(tokenizer, tokenizer.name)
+        parts = [corpus.val] if path.is_dir() else [corpus.train, corpus.val]
+        return np.concatenate([part.read(0, len(part)) for part in parts])
+    ids: list[int] = []
+    documents = TextFiles(path, text_column=options.text_column).documents()
+    for number, text in enumerate(documents):
+        if number == options.limit:
+            break
+        ids += [tokenizer.eot_id, *tokenizer.encode(text or "")]
+    return np.array(ids, dtype=np.int64)
+
+
+def read_conversations(options: argparse.Namespace) -> list[Conversation]:
+    """Return the conversations of an instruction set; raises ValueError where there are none."""
+    path = data_of(options)
+    try:
+        found = Instructions(path, max_examples=options.limit).conversations
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is no file; pass a .jsonl or .json file") from None
+    if not found:
+        raise ValueError(f"{path} has no conversations; pass instructions and responses")
+    return found
+
+
+def class_numbers(examples: Sequence[Example], labels: Sequence[str], path: Path) -> list[int]:
+    """Return the number of each example's class among `labels`."""
+    unknown = sorted({example.label for example in examples} - set(labels))
+    if unknown:
+        raise ValueError(
+            f"{path} has the label {unknown[0]!r} and the checkpoint knows {', '.join(labels)}; "
+            "pass a file with these labels"
+        )
+    return [labels.index(example.label) for example in examples]
+
+
+def confusion_text(confusion: np.ndarray, labels: Sequence[str]) -> str:
+    """Return a confusion matrix as text: a row per true class, a column per predicted one."""
+    cells = [["true \\ predicted", *labels]]
+    cells += [[label, *map(str, row)] for label, row in zip(labels, confusion, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in cells
+    )
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

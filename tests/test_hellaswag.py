@@ -1,0 +1,183 @@
+"""HellaSwag: equal to asking one ending at a time, whatever the batches; rows of both forms."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanogpt.evaluation import hellaswag
+from nanogpt.evaluation.hellaswag import Item, completion_question, harness_question, read_items
+from nanogpt.evaluation.scoring import Answer, Question, answer
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.tokenizer import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+ROW = {
+    "activity_label": "Baking cookies",
+    "ctx": "A female chef stands in a kitchen. she",
+    "ctx_a": "A female chef stands in a kitchen.",
+    "ctx_b": "she",
+    "endings": ["bakes.", "opens the oven door.", "sings a song", "leaves"],
+    "label": 1,
+}
+
+
+def new_model(block_size: int = 256, **switches: Any) -> GPT:
+    torch.manual_seed(0)
+    config = GPTConfig(block_size, TOKENIZER.vocab_size, n_layer=2, n_head=2, n_embd=32, **switches)
+    model = GPT(config).eval()
+    with torch.no_grad():  # far from uniform
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+@torch.no_grad()
+def reference(model: GPT, question: Question) -> list[float]:
+    """Score one ending at a time, in a plain forward over context and ending."""
+    found = []
+    for ending in question.continuations:
+        ids = torch.tensor([[*question.context, *ending]])
+        losses = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:], reduction="none")
+        found.append(-float(losses[len(question.context) - 1 :].double().sum()))
+    return found
+
+
+def questions() -> list[Question]:
+    endings = [["is red", "is", "was very late for it", "x"], ["a", "bb", "ccc", "dddd"]]
+    return [
+        Question(
+            TOKENIZER.encode("the sky " * n), [TOKENIZER.encode(f" {e}") for e in endings[n % 2]]
+        )
+        for n in range(1, 12)
+    ]
+
+
+@pytest.mark.parametrize(
+    "switches", [{}, {"position": "rotary", "norm": "rmsnorm", "activation": "relu2"}]
+)
+def test_shared_contexts_score_as_endings_do_alone(switches: dict[str, Any]) -> None:
+    model = new_model(**switches)
+    for question, answers in zip(questions(), answer(model, questions()), strict=True):
+        found = [one.log_likelihood for one in answers]
+        assert found == pytest.approx(reference(model, question), abs=1e-4)
+
+
+def test_any_batch_size_and_order_give_the_same_bits() -> None:
+    model, asked = new_model(), questions()
+    alone = [answer(model, [question])[0] for question in asked]
+    for batch_size in (1, 2, 3, 5, 8, 64):
+        assert answer(model, asked, batch_size) == alone
+    assert answer(model, asked[::-1]) == alone[::-1]
+
+
+def test_greedy_is_what_the_model_would_say() -> None:
+    model = new_model()
+    context = TOKENIZER.encode("abc")
+    best = int(model(torch.tensor([context]))[0, -1].argmax())
+    [[yes, no]] = answer(model, [Question(context, [[best], [best ^ 1]])])
+    assert (yes.is_greedy, no.is_greedy) == (True, False)
+
+
+def test_of_a_long_context_the_end_is_read() -> None:
+    model = new_model(block_size=16)
+    context, ending = list(range(30)), [1, 2, 3]
+    [[found]] = answer(model, [Question(context, [ending])])
+    kept = Question(context[-14:], [ending])  # the last token of an ending is not read
+    assert found.log_likelihood == pytest.approx(reference(model, kept)[0], abs=1e-5)
+
+
+def test_an_ending_longer_than_the_context_is_scored_in_pieces() -> None:
+    model = new_model(block_size=8)
+    ending = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    [[found]] = answer(model, [Question([0], [ending])])
+    pieces = [
+        Question([0], [[1, 2, 3, 4]]),
+        Question([0, 1, 2, 3, 4], [[5, 6, 7, 8]]),
+        Question([2, 3, 4, 5, 6, 7, 8], [[9, 10]]),
+    ]
+    expected = sum(reference(model, piece)[0] for piece in pieces)
+    assert found.log_likelihood == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_two_styles_ask_what_their_sources_ask(tmp_path: Path) -> None:
+    [item] = read_items(write(tmp_path / "a.jsonl", ROW))
+    ours, harness = completion_question(TOKENIZER, item), harness_question(TOKENIZER, item)
+    assert TOKENIZER.decode(ours.context) == "A female chef stands in a kitchen. she"
+    assert TOKENIZER.decode(ours.continuations[1]) == " opens the oven door."
+    text = "Baking cookies: A female chef stands in a kitchen. She"
+    assert TOKENIZER.decode(harness.context) == text
+    assert TOKENIZER.decode(harness.continuations[1]) == " opens the oven door."
+
+
+def test_marks_of_wikihow_are_removed_for_the_harness(tmp_path: Path) -> None:
+    ctx = "[header] How to boil eggs [title] Take a pot. [step] Fill it."
+    row = {**ROW, "ctx": ctx, "ctx_a": ctx, "ctx_b": "", "activity_label": "Food"}
+    [item] = read_items(write(tmp_path / "a.jsonl", row))
+    question = harness_question(TOKENIZER, item)
+    assert TOKENIZER.decode(question.context) == "Food: How to boil eggs. Take a pot. Fill it."
+
+
+def test_a_row_without_its_parts_is_parted_after_the_last_sentence(tmp_path: Path) -> None:
+    short = {key: value for key, value in ROW.items() if key not in ("ctx_a", "ctx_b")}
+    items = read_items(write(tmp_path / "a.jsonl", short, {**short, "ctx": "She sits. He stands."}))
+    assert (items[0].ctx_a, items[0].ctx_b) == (ROW["ctx_a"], ROW["ctx_b"])
+    assert (items[1].ctx_a, items[1].ctx_b) == ("She sits. He stands.", "")
+
+
+def test_labels_are_numbers_or_the_hubs_digits(tmp_path: Path) -> None:
+    items = read_items(write(tmp_path / "a.jsonl", ROW, {**ROW, "label": "2"}))
+    assert [item.label for item in items] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"ctx": ', "line 2 is not JSON"),
+        ("[1]", "line 2 is no JSON object"),
+        (json.dumps({**ROW, "label": 4}), "line 2 has the label 4 and 0 to 3 are known"),
+        (json.dumps({**ROW, "label": ""}), "line 2 has no label, as the test split"),
+        (json.dumps({**ROW, "endings": ["a"]}), "line 2 has no list of 4 texts under 'endings'"),
+        (json.dumps({**ROW, "ctx": None}), "line 2 has no text under 'ctx'"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:
+    path = write(tmp_path / "a.jsonl", ROW)
+    path.write_text(f"{path.read_text()}{line}\n")
+    with pytest.raises(ValueError, match=message):
+        read_items(path)
+
+
+def test_the_scores_are_the_shares_of_right_endings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums prefer the short ending, the means over tokens the long one."""
+    item = Item("a", "b", "b", "", ("xx", "xxxxxxxx", "xx", "xx"), label=1)
+    likelihoods = [-4.0, -9.0, -5.0, -6.0]  # per token, the space before it counted: 4/3, 1, ...
+    found = [Answer(value, is_greedy=False) for value in likelihoods]
+    monkeypatch.setattr(hellaswag, "answer_on_all_ranks", lambda *_: [found])
+    results = hellaswag.evaluate(new_model(), TOKENIZER, [item])
+    assert (results["acc"], results["acc_norm"], results["acc_stderr"]) == (0.0, 1.0, 0.0)
+    assert (results["harness_acc"], results["harness_acc_norm"]) == (0.0, 1.0)
+
+
+@pytest.mark.skipif("NANOGPT_TEST_DATA" not in os.environ, reason="NANOGPT_TEST_DATA is not set")
+def test_all_endings_of_300_genuine_items_score_as_they_do_alone() -> None:
+    path = Path(os.environ["NANOGPT_TEST_DATA"]) / "hellaswag" / "hellaswag_val_300.jsonl"
+    items = read_items(path)
+    model = new_model(block_size=1024)
+    asked = [completion_question(TOKENIZER, item) for item in items]
+    differences = [
+        abs(one.log_likelihood - alone)
+        for question, answers in zip(asked, answer(model, asked), strict=True)
+        for one, alone in zip(answers, reference(model, question), strict=True)
+    ]
+    assert len(differences) == 1200
+    assert max(differences) <= 1e-4
