@@ -1,10 +1,14 @@
-"""How many streamed tokens per second one front end ships, before an engine that only counts.
+"""What HTTP costs: before an engine that only counts, and beside a real one.
 
     python benchmarks/front_end.py
+    python benchmarks/front_end.py --checkpoint RUN --rounds 5
 
-Three processes: an engine that sends a token to each of its streams in one frame, as fast as they
-are taken or at a given pace; the front end as `python -m serving` runs it; and benchmarks/load.py.
-Where the front end is behind, it puts several tokens into one piece (`pieces` beside `tokens`).
+The first tells how many streamed tokens per second one front end ships, of an engine that sends a
+token to each of its streams in one frame, as fast as they are taken or at a given pace. Where the
+front end is behind, it puts several tokens into one piece (`pieces` beside `tokens`).
+
+The second asks an engine the same requests straight through EngineClient and through HTTP, in
+turns, and tells the share of the engine's own throughput that HTTP leaves.
 """
 
 import argparse
@@ -13,15 +17,20 @@ import contextlib
 import json
 import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import aclosing
 from pathlib import Path
 
-from nanogpt.tokenizer import byte_tokenizer
-from serving.engine.client import read_frame
+import load
+
+from nanogpt.tokenizer import byte_tokenizer, from_record
+from serving.engine.client import SECRET_VARIABLE, EngineClient, EngineProcess, read_frame
 from serving.engine.messages import (
     Cancel,
     Describe,
@@ -31,43 +40,127 @@ from serving.engine.messages import (
     ModelDetails,
     ModelInfo,
     Models,
+    SamplingParams,
+    Settings,
     Tokens,
     to_frame,
 )
 
 ROOT = Path(__file__).parent.parent
 PORT = 5099
+URL = f"http://127.0.0.1:{PORT}"
 
 
 def main() -> int:
-    """Measure, and print the load's figures."""
+    """Measure, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=2000, help="of each stream")
     parser.add_argument("--tokens-per-s", type=int, default=0, help="of the engine; 0: no pause")
+    parser.add_argument("--checkpoint", help="ask a real engine with this model")
+    parser.add_argument("--dtype", default="auto", help="of the real engine")
+    parser.add_argument("--rounds", type=int, default=5, help="of each way to ask it")
     options = parser.parse_args()
+    if options.checkpoint:
+        print(json.dumps(share_of_engine(options), indent=2))
+        return 0
     with tempfile.TemporaryDirectory() as directory:
         address = f"{directory}/engine.sock"
         engine = multiprocessing.get_context("spawn").Process(
             target=count, args=(address, options.tokens_per_s), daemon=True
         )
         engine.start()
-        front = subprocess.Popen(
-            [sys.executable, "-m", "serving"],
-            env={**os.environ, "NANOGPT_ENGINE": f"unix:{address}", "NANOGPT_PORT": str(PORT)},
-            cwd=ROOT,
-        )
         try:
-            asyncio.run(_ready())
-            load = [sys.executable, str(ROOT / "benchmarks" / "load.py")]
-            load += [f"http://127.0.0.1:{PORT}/v1", "--concurrency", str(options.streams)]
-            load += ["--requests", str(options.streams), "--max-tokens", str(options.tokens)]
-            return subprocess.run(load).returncode
+            with front_end(f"unix:{address}"):
+                command = [sys.executable, str(ROOT / "benchmarks" / "load.py"), f"{URL}/v1"]
+                command += ["--concurrency", str(options.streams)]
+                command += ["--requests", str(options.streams), "--max-tokens", str(options.tokens)]
+                return subprocess.run(command).returncode
         finally:
-            front.terminate()
-            front.wait()
             engine.terminate()
             _print_cpu()
+
+
+def share_of_engine(options: argparse.Namespace) -> dict[str, object]:
+    """Return the tokens per second of each round, straight and through HTTP, and their ratio."""
+    settings = Settings(models=options.checkpoint, dtype=options.dtype)
+    engine = EngineProcess(settings)
+    engine.start()
+    asked = ["--concurrency", str(options.streams), "--requests", str(options.streams)]
+    asked += ["--max-tokens", str(options.tokens), "--ignore-eos"]
+    straight: list[float] = []
+    through_http: list[float] = []
+    try:
+        with front_end(engine.address, engine.secret):
+            for number in range(options.rounds + 1):
+                seeded = load.parser().parse_args([f"{URL}/v1", *asked, "--seed", str(number)])
+                if number % 2:
+                    through_http.append(_http_rate(seeded))
+                straight.append(asyncio.run(_straight_rate(engine, seeded)))
+                if not number % 2:
+                    through_http.append(_http_rate(seeded))
+    finally:
+        engine.stop()
+    straight, through_http = straight[1:], through_http[1:]  # the first round warms up
+    return {
+        "checkpoint": options.checkpoint,
+        "streams": options.streams,
+        "tokens": options.tokens,
+        "straight_tokens_per_s": straight,
+        "http_tokens_per_s": through_http,
+        "share": round(statistics.median(through_http) / statistics.median(straight), 3),
+    }
+
+
+@contextlib.contextmanager
+def front_end(engine: str, secret: str = "") -> Iterator[None]:
+    """Run a front end before the engine at an address."""
+    variables = {"NANOGPT_ENGINE": engine, SECRET_VARIABLE: secret, "NANOGPT_PORT": str(PORT)}
+    front = subprocess.Popen(
+        [sys.executable, "-m", "serving"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,  # a line for each request
+    )
+    try:
+        asyncio.run(_ready(front))
+        yield
+    finally:
+        front.terminate()
+        front.wait()
+
+
+def _http_rate(options: argparse.Namespace) -> float:
+    report = load.run(load.load(options))
+    assert report["statuses"] == {"200": options.requests}, report["statuses"]
+    return float(report["tokens_per_s"])
+
+
+async def _straight_rate(engine: EngineProcess, options: argparse.Namespace) -> float:
+    """Ask what load.py asks, without HTTP."""
+    client = EngineClient(engine.address, engine.secret)
+    await client.connect()
+    model = client.find(None)
+    tokenizer = from_record((await client.details(model)).tokenizer)
+    prompts = [
+        [tokenizer.eot_id, *tokenizer.encode(load.content_of(request)["prompt"])]
+        for request in load.requests(options, options.requests)
+    ]
+
+    async def one(seed: int, ids: list[int]) -> int:
+        params = SamplingParams(options.max_tokens, seed, ignore_eos=True)
+        n = 0
+        request = Generate(client.new_id(), model.id, ids, params)
+        async with aclosing(client.generate(request)) as events:
+            async for event in events:
+                n += len(event.ids) if isinstance(event, Tokens) else 0
+        return n
+
+    began = time.perf_counter()
+    counts = await asyncio.gather(*(one(seed, ids) for seed, ids in enumerate(prompts)))
+    seconds = time.perf_counter() - began
+    await client.close()
+    return round(sum(counts) / seconds, 1)
 
 
 def count(path: str, tokens_per_s: int) -> None:
@@ -122,15 +215,16 @@ async def _step(
         await asyncio.sleep(max(0, due - now))
 
 
-async def _ready() -> None:
-    while True:
+async def _ready(front: subprocess.Popen[bytes]) -> None:
+    while front.poll() is None:
         await asyncio.sleep(0.1)
         try:
-            answer = urllib.request.urlopen(f"http://127.0.0.1:{PORT}/ready", timeout=1)
+            answer = urllib.request.urlopen(f"{URL}/ready", timeout=1)
             if json.load(answer)["status"] == "ready":
                 return
         except OSError:
             continue
+    raise RuntimeError(f"the front end ended with code {front.returncode}; is {URL} taken?")
 
 
 def _print_cpu() -> None:

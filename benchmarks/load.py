@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mode, expected = burst, {"200", "429", "503"}
     elif options.disconnects:
         mode, expected = disconnects, {"0", "200"}
-    report = _run(mode(options))
+    report = run(mode(options))
     text = json.dumps(report, indent=2)
     print(text)
     if options.json:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def load(options: argparse.Namespace) -> dict[str, Any]:
     """Ask `options.requests` times, `options.concurrency` at a time, and return the figures."""
-    waiting = _requests(options, options.requests)
+    waiting = requests(options, options.requests)
     outcomes: list[Outcome] = []
 
     async def client() -> None:
@@ -101,7 +101,7 @@ async def burst(options: argparse.Namespace) -> dict[str, Any]:
 async def disconnects(options: argparse.Namespace) -> dict[str, Any]:
     """Leave `options.disconnects` times, and return what was there before and is there after."""
     chance = random.Random(options.seed)
-    waiting = _requests(options, options.disconnects)
+    waiting = requests(options, options.disconnects)
     outcomes: list[Outcome] = []
     rounds = [_metrics(options)]
 
@@ -170,6 +170,30 @@ async def ask(url: str, request: bytes, stay_s: float | None = None) -> Outcome:
     await asyncio.wait([ended], timeout=stay_s)
     transport.abort()
     return outcome
+
+
+def requests(options: argparse.Namespace, n: int) -> list[bytes]:
+    """Return requests that are the same for the same seed."""
+    chance = random.Random(options.seed)
+    return [_request(options, chance) for _ in range(n)]
+
+
+def content_of(request: bytes) -> Any:
+    """Return what a request asks, parsed."""
+    return json.loads(request.partition(b"\r\n\r\n")[2])
+
+
+def run(work: Any) -> Any:
+    """Run on the faster event loop where that is installed, as the server does."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    loop = uvloop.new_event_loop()
+    try:
+        return loop.run_until_complete(work)
+    finally:
+        loop.close()
 
 
 class _Exchange(asyncio.Protocol):
@@ -250,11 +274,6 @@ def _probe(url: str, ready: Event, over: Event, times: Any) -> None:
     times.send(found)
 
 
-def _requests(options: argparse.Namespace, n: int) -> list[bytes]:
-    chance = random.Random(options.seed)
-    return [_request(options, chance) for _ in range(n)]
-
-
 def _request(options: argparse.Namespace, chance: random.Random) -> bytes:
     text = " ".join(chance.choices(WORDS, k=options.prompt_words))
     prompt: dict[str, Any] = {"prompt": text}
@@ -315,19 +334,6 @@ def _spread(values: list[float]) -> dict[str, float] | None:
         return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 5)
 
     return {"p50": at(0.5), "p95": at(0.95), "p99": at(0.99), "max": round(ordered[-1], 5)}
-
-
-def _run(work: Any) -> Any:
-    """Run on the faster event loop where that is installed, as the server does."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(work)
-    loop = uvloop.new_event_loop()
-    try:
-        return loop.run_until_complete(work)
-    finally:
-        loop.close()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,7 +16,8 @@ from serving.logs import JsonFormatter
 from tests.fake_engine import FakeEngine
 from tests.front_end import eventually, hang_up, says, serve
 
-SAMPLE = re.compile(r'nanogpt_[a-z_]+(\{[a-z_]+="[^"]*"(,[a-z_]+="[^"]*")*\})? [0-9.e+-]+')
+LABELS = r'\{[a-z_]+="[^"]*"(,[a-z_]+="[^"]*")*\}'
+SAMPLE = re.compile(rf"(nanogpt|process)_[a-z_]+({LABELS})? [0-9.e+-]+")
 
 
 @pytest.fixture(scope="module")

@@ -4,15 +4,19 @@ Each of several front ends counts its own requests, told apart by `front_end`; t
 are the same at all of them.
 """
 
+import asyncio
 import os
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
+from pathlib import Path
 
 from serving.engine.messages import Histogram, Stats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+PROCESS = Path("/proc/self")  # of Linux
 DURATIONS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 COUNTERS = {
     "requests": "requests received",
@@ -64,9 +68,27 @@ class Metrics:
         lines += _histogram(
             "http_request_seconds", "arrival to the end of the answer", durations, me
         )
+        lines += _of_process(me)
         lines += _head("engine_up", "gauge", "whether the engine answers")
         lines.append(_line("engine_up", int(engine is not None)))
         return "\n".join([*lines, *(_of_engine(engine) if engine else []), ""])
+
+
+def _of_process(me: Mapping[str, str]) -> list[str]:
+    """Return what this process holds, where the system tells, by Prometheus's own names."""
+    lines = _head("front_end_tasks", "gauge", "tasks of the event loop")
+    with suppress(RuntimeError):  # no loop runs
+        lines.append(_line("front_end_tasks", len(asyncio.all_tasks()), me))
+    if PROCESS.is_dir():
+        pages = int((PROCESS / "statm").read_text().split()[1])
+        held = {
+            "resident_memory_bytes": pages * os.sysconf("SC_PAGE_SIZE"),
+            "open_fds": len(list((PROCESS / "fd").iterdir())),
+        }
+        for name, value in held.items():
+            lines.append(f"# TYPE process_{name} gauge")
+            lines.append(_line(name, value, me, prefix="process"))
+    return lines
 
 
 def _of_engine(stats: Stats) -> list[str]:
@@ -98,9 +120,11 @@ def _head(name: str, kind: str, text: str) -> list[str]:
     return [f"# HELP nanogpt_{name} {text}", f"# TYPE nanogpt_{name} {kind}"]
 
 
-def _line(name: str, value: float, labels: Mapping[str, str] | None = None) -> str:
+def _line(
+    name: str, value: float, labels: Mapping[str, str] | None = None, prefix: str = "nanogpt"
+) -> str:
     inside = ",".join(f'{key}="{_escaped(value)}"' for key, value in (labels or {}).items())
-    return f"nanogpt_{name}{{{inside}}} {value}" if inside else f"nanogpt_{name} {value}"
+    return f"{prefix}_{name}{{{inside}}} {value}" if inside else f"{prefix}_{name} {value}"
 
 
 def _escaped(text: str) -> str:
