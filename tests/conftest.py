@@ -74,7 +74,9 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def browser() -> Iterator[Any]:
     """A real browser, for tests of the page."""
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+    )
     if not path:
         pytest.skip("there is no Chromium here; on Debian: apt-get install chromium")
     with playwright.sync_playwright() as started:

@@ -15,7 +15,7 @@ from tests.front_end import eventually
 
 ROOT = Path(__file__).parent.parent
 SAYS = "article.theirs .text"
-DONE = "#chat-stop:not(:visible)"
+TIMEOUT_MS = 15_000
 
 
 @contextlib.contextmanager
@@ -26,6 +26,7 @@ def opened(browser: Any, url: str, *, path: str = "/", **context: Any) -> Iterat
     asked of another origin. What failed as a request is the server's answer, and no error here.
     """
     with contextlib.closing(browser.new_context(**{"locale": "en-US", **context})) as profile:
+        profile.set_default_timeout(TIMEOUT_MS)
         page = profile.new_page()
         wrong = watched(page, url)
         page.goto(url + path)

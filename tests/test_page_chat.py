@@ -1,0 +1,285 @@
+"""Chat in the page, before an engine that says what a test wrote down."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.engine.messages import Generate
+from tests.fake_engine import FakeEngine
+from tests.front_end import eventually, generated, says, serve
+from tests.page import answers, opened, send
+
+MARKDOWN = """# Title
+Some **bold** and *slanted* text, `code`, snake_case_name and 2 * 3 * 4.
+
+1. one
+2. two
+   - inner
+
+> quoted
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```python
+print("<b>")
+```
+[here](https://example.org/x) ~~gone~~
+"""
+
+
+def said(request: Generate) -> str:
+    """Return the prompt that a request carries."""
+    return bytes(token for token in request.prompt_ids if token < 256).decode()
+
+
+def counting(request: Generate) -> list[int]:
+    """Answer with the number of the user's turns."""
+    return list(f"Answer {said(request).count('### Instruction')}".encode())
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> FakeEngine:
+    return FakeEngine(f"unix:{tmp_path}/e", reply=counting, template="alpaca", stage="instruct")
+
+
+@pytest.fixture
+def url(engine: FakeEngine) -> Iterator[str]:
+    with serve(engine) as address:
+        yield address
+
+
+@pytest.fixture
+def page(browser: Any, url: str) -> Iterator[Any]:
+    with opened(browser, url, permissions=["clipboard-read", "clipboard-write"]) as found:
+        yield found
+
+
+def test_tokens_are_seen_as_they_arrive(page: Any, engine: FakeEngine) -> None:
+    engine.reply, engine.delay_s = says("abcdefghij" * 3), 0.05
+    page.fill("#chat-text", "Hello")
+    page.click("#send")
+    seen = set()
+    while page.is_visible("#chat-stop"):
+        seen.add("".join(answers(page)))
+        page.wait_for_timeout(30)
+    grown = [text for text in seen if text.startswith("abc")]
+    assert len(grown) > 5
+    assert answers(page) == ["abcdefghij" * 3]
+    assert "30 tokens" in page.inner_text(".theirs .facts")
+
+
+def test_stopping_keeps_what_is_there_and_frees_the_slot(page: Any, engine: FakeEngine) -> None:
+    engine.reply, engine.delay_s = says("x" * 900), 0.02
+    page.fill("#chat-text", "Hello")
+    page.press("#chat-text", "Enter")
+    page.wait_for_selector(".theirs .text:has-text('xxx')")
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".theirs .facts:has-text('stopped')")
+    assert eventually(lambda: engine.cancelled)
+    assert 3 <= len(answers(page)[0]) < 900
+
+
+def test_the_whole_conversation_is_sent_with_its_system_prompt(
+    page: Any, engine: FakeEngine
+) -> None:
+    page.click("#settings-button")
+    page.fill("#system-prompt", "Be brief.")
+    page.keyboard.press("Escape")
+    send(page, "One")
+    page.fill("#chat-text", "Two")
+    page.press("#chat-text", "Enter")
+    page.wait_for_selector("text=Answer 2")
+    prompt = said(generated(engine)[-1])
+    parts = ["Be brief.", "One", "Answer 1", "Two", "### Response:"]
+    places = [prompt.rindex(part) for part in parts]
+    assert places == sorted(places)
+
+
+def test_an_answer_again_is_another_version_of_it(page: Any, engine: FakeEngine) -> None:
+    send(page, "Hello")
+    engine.reply = says("Another")
+    page.click("[aria-label='Answer again']")
+    page.wait_for_selector("text=2/2")
+    assert answers(page) == ["Another"]
+    page.click("[aria-label='Earlier answer']")
+    assert answers(page) == ["Answer 1"]
+
+
+def test_a_message_is_edited_and_what_followed_it_is_replaced(page: Any) -> None:
+    send(page, "First")
+    send(page, "Second")
+    page.wait_for_selector("text=Answer 2")
+    page.locator(".mine").first.hover()
+    page.locator("[aria-label='Edit and send again']").first.click()
+    assert page.input_value("#chat-text") == "First"
+    page.fill("#chat-text", "Changed")
+    page.press("#chat-text", "Enter")
+    page.wait_for_selector("text=Changed")
+    page.wait_for_selector(".theirs .icon-button")
+    assert page.locator(".mine .bubble").all_inner_texts() == ["Changed"]
+    assert answers(page) == ["Answer 1"]
+
+
+def test_leaving_the_editing_changes_nothing(page: Any) -> None:
+    send(page, "First")
+    page.locator(".mine").hover()
+    page.click("[aria-label='Edit and send again']")
+    page.keyboard.press("Escape")
+    assert page.input_value("#chat-text") == ""
+    assert page.locator(".mine .bubble").all_inner_texts() == ["First"]
+
+
+def test_an_answer_is_copied_as_it_was_written(page: Any, engine: FakeEngine) -> None:
+    engine.reply = says("**bold** text")
+    send(page, "Hello")
+    page.click(".theirs [aria-label='Copy']")
+    page.wait_for_selector("#notice:has-text('Copied')")
+    assert page.evaluate("navigator.clipboard.readText()") == "**bold** text"
+
+
+def test_conversations_are_kept_opened_renamed_and_deleted(page: Any) -> None:
+    send(page, "About cats")
+    page.click("#new-chat")
+    assert page.locator("article").count() == 0
+    send(page, "About dogs")
+    page.reload()
+    names = page.locator("#conversation-list .name")
+    names.first.wait_for()
+    assert names.all_inner_texts() == ["About dogs", "About cats"]
+    names.nth(1).click()
+    assert page.inner_text(".mine .bubble") == "About cats"
+    names.nth(1).hover()
+    page.locator("[aria-label='Rename']").nth(1).click()
+    page.locator("#conversation-list input").fill("Felines")
+    page.keyboard.press("Enter")
+    assert "Felines" in names.all_inner_texts()
+    page.locator("#conversation-list li", has_text="Felines").hover()
+    page.locator("#conversation-list li", has_text="Felines").locator("[title='Delete']").click()
+    assert names.all_inner_texts() == ["About dogs"]
+    page.click("#notice button")
+    assert sorted(names.all_inner_texts()) == ["About dogs", "Felines"]
+
+
+def test_two_tabs_see_each_other_s_conversations(page: Any, url: str) -> None:
+    other = page.context.new_page()
+    other.goto(url)
+    other.wait_for_selector("body[data-model]", state="attached")
+    send(page, "From one tab")
+    send(other, "From the other")
+    for tab in (page, other):
+        tab.wait_for_selector("#conversation-list li:nth-child(2)")
+        titles = tab.locator("#conversation-list .name").all_inner_texts()
+        assert sorted(titles) == ["From one tab", "From the other"]
+
+
+def test_a_full_storage_is_told_and_the_conversation_goes_on(page: Any) -> None:
+    page.evaluate("""() => {
+        let size = 1 << 22;
+        while (size >= 1) {
+            try { localStorage.setItem(`filler${size}${Math.random()}`, "x".repeat(size)); }
+            catch { size >>= 1; }
+        }
+    }""")
+    send(page, "Hello")
+    page.wait_for_selector("#notice:has-text('storage is full')")
+    assert answers(page) == ["Answer 1"]
+    page.click("#new-chat")
+    page.click("#conversation-list .name:has-text('Hello')")
+    assert answers(page) == ["Answer 1"]
+
+
+def test_markdown_becomes_elements(page: Any, engine: FakeEngine) -> None:
+    engine.reply = says(MARKDOWN)
+    page.click("#settings-button")
+    page.fill("#sampling-max_tokens", "900")
+    send(page, "Hello")
+    found = page.locator(".theirs .text")
+    for selector, text in [
+        ("h3", "Title"),
+        ("strong", "bold"),
+        ("em", "slanted"),
+        ("p > code", "code"),
+        ("ol > li ul li", "inner"),
+        ("blockquote", "quoted"),
+        ("td >> nth=1", "2"),
+        ("pre code", 'print("<b>")'),
+        ("a[href='https://example.org/x']", "here"),
+        ("del", "gone"),
+    ]:
+        assert found.locator(selector).inner_text() == text
+    assert "snake_case_name and 2 * 3 * 4." in found.inner_text()
+
+
+def test_sampling_controls_are_sent_within_their_limits_and_reset(
+    page: Any, engine: FakeEngine
+) -> None:
+    page.click("#settings-button")
+    for name, value in {
+        "temperature": "0.3",
+        "top_p": "7",
+        "top_k": "40",
+        "min_p": "0.05",
+        "max_tokens": "12",
+        "presence_penalty": "0.5",
+        "frequency_penalty": "-9",
+        "repetition_penalty": "1.1",
+        "seed": "42",
+    }.items():
+        page.fill(f"#sampling-{name}", value)
+        page.press(f"#sampling-{name}", "Tab")
+    page.fill("#sampling-stop", "7\\n\n8")
+    send(page, "Hello")
+    params = generated(engine)[-1].params
+    assert (params.temperature, params.top_p, params.top_k) == (0.3, None, 40)  # 1 is left out
+    assert (params.min_p, params.max_tokens, params.seed) == (0.05, 12, 42)
+    assert (params.presence_penalty, params.frequency_penalty) == (0.5, -2.0)
+    assert params.repetition_penalty == 1.1
+    page.click("text=Reset")
+    page.click("[aria-label='Answer again']")
+    page.wait_for_selector("text=2/2")
+    params = generated(engine)[-1].params
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.8, 0.95, 256)
+    assert (params.top_k, params.frequency_penalty) == (None, 0.0)
+
+
+def test_a_stop_string_ends_an_answer(page: Any, engine: FakeEngine) -> None:
+    engine.reply = says("one STOP two")
+    page.click("#settings-button")
+    page.fill("#sampling-stop", "STOP")
+    send(page, "Hello")
+    assert answers(page) == ["one"]
+
+
+def test_the_tokens_of_the_conversation_are_counted(page: Any) -> None:
+    page.fill("#chat-text", "Hello")
+    page.wait_for_selector("#chat-meter:has-text('of 1,024 tokens')")
+
+
+def test_enter_that_ends_the_input_of_chinese_sends_nothing(page: Any) -> None:
+    page.fill("#chat-text", "你好")
+    composing = {"key": "Enter", "isComposing": True, "bubbles": True, "cancelable": True}
+    page.eval_on_selector(
+        "#chat-text", "(e, keys) => e.dispatchEvent(new KeyboardEvent('keydown', keys))", composing
+    )
+    assert page.locator("article").count() == 0
+    page.press("#chat-text", "Shift+Enter")
+    assert page.input_value("#chat-text") == "你好\n"
+
+
+def test_long_words_and_other_directions_stay_within_the_page(
+    page: Any, engine: FakeEngine
+) -> None:
+    engine.reply = says("W" * 400 + "\n\nשלום עולם\n\n`" + "c" * 300 + "`")
+    page.set_viewport_size({"width": 360, "height": 640})
+    page.click("#settings-button")
+    page.fill("#sampling-max_tokens", "900")
+    page.keyboard.press("Escape")
+    send(page, "u" * 300)
+    wide = "document.querySelector('#chat-scroller').scrollWidth - innerWidth"
+    assert page.evaluate(wide) <= 0
+    hebrew = page.locator(".theirs p", has_text="שלום")
+    assert hebrew.evaluate("e => getComputedStyle(e).direction") == "rtl"
