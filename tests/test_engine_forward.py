@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanogpt.model import GPT, GPTConfig
 from serving.engine import compiling, native
+from serving.engine import forward as forward_module
 from serving.engine.forward import Computes, Forward, Span
 from serving.engine.loading import make_forward
 from tests.engine_models import MODERN
@@ -17,10 +18,13 @@ IDS = torch.randint(97, (150,), generator=torch.Generator().manual_seed(5)).toli
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.03}  # of the logits' deviation
 
 
-@pytest.fixture(params=["native", "torch"])
+@pytest.fixture(params=["native", "torch", "tiles"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "torch":
+    """Compute with our kernels, with torch's, or with torch's as if rows differed in any number."""
+    if request.param != "native":
         monkeypatch.setattr(native, "load_library", lambda: None)
+        if request.param == "tiles":
+            monkeypatch.setattr(forward_module, "MULTIPLES", ())
     elif native.load_library() is None:
         pytest.skip("there is no compiler")
     return str(request.param)
@@ -35,12 +39,13 @@ def model(**keys: Any) -> GPT:
     return made
 
 
-def forward(dtype: str, **keys: Any) -> Computes:
+def forward(dtype: str, invariant: bool = True, **keys: Any) -> Computes:
     made = model(**keys)
     c = made.config
     precision = torch.float32 if dtype == "fp32" else torch.bfloat16
     shape = (c.n_layer, 2, 4, c.n_head, c.block_size, c.n_embd // c.n_head)
-    return make_forward(made, torch.zeros(shape, dtype=precision), dtype)
+    cache = torch.zeros(shape, dtype=precision)
+    return make_forward(made, cache, dtype, invariant=invariant)
 
 
 def logits(computes: Computes, *spans: Span) -> Tensor:
@@ -57,7 +62,11 @@ def test_logits_are_the_models(kernels: str, dtype: str, keys: dict[str, Any]) -
 
 @pytest.mark.parametrize("keys", [{}, MODERN], ids=["gpt2", "modern"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("cuts", [[150], [64, 86], [1] * 150, [7] * 21 + [3]], ids=str)
+@pytest.mark.parametrize(
+    "cuts",
+    [[150], [64, 86], [1] * 150, [7] * 21 + [3]],
+    ids=["whole", "halves", "tokens", "sevens"],
+)
 def test_states_do_not_depend_on_how_a_text_is_cut(
     kernels: str, cuts: list[int], dtype: str, keys: dict[str, Any]
 ) -> None:
@@ -74,6 +83,21 @@ def test_states_do_not_depend_on_how_a_text_is_cut(
 
 def test_shapes_that_the_kernels_do_not_take_are_computed_by_torch() -> None:
     assert isinstance(forward("fp32", n_embd=96), Forward)
+
+
+def test_rows_are_not_padded_where_they_may_depend_on_their_company(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "load_library", lambda: None)
+    monkeypatch.setattr(forward_module, "row_multiple", lambda compute, like: 4)
+    rows: list[int] = []
+    for invariant in (True, False):
+        computes = forward("fp32", invariant)
+        assert isinstance(computes, Forward)
+        hook = computes.model.ln_f.register_forward_hook(lambda *a: rows.append(len(a[1][0])))
+        computes.hidden_states([Span(0, 0, [1, 2, 3])])
+        hook.remove()
+    assert rows == [4, 3]
 
 
 def test_without_a_compiler_there_are_no_kernels(

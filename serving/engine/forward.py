@@ -4,16 +4,19 @@ A step computes rows: one for each sequence that writes, many for one that is re
 result depends on its own sequence only, bit for bit. Matrix products give a row the same bits
 whatever stands beside it where the number of rows is a multiple of what `row_multiple` finds (CPU
 kernels in fp32 compute by fours and divide rows among threads; what is left over goes another way).
-Attention is computed for each sequence apart, over its own
-context rounded up to whole blocks, so that reading and writing a token add in the same order.
+Where no number does (a GPU's library may choose another kernel for each), products are computed for
+the same number of rows at a time, always. Attention is computed for each sequence apart, over its
+own context rounded up to whole blocks, so that reading and writing a token add in the same order.
+
+On a GPU this is right by design but was not measured: each sequence's attention is a launch of its
+own in every layer, and CUDA graphs, which would hide that, are not used.
 
 Shapes: R rows, C channels, H heads, D head size, T context, V vocabulary.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +28,8 @@ from nanogpt.model import GPT, NORM_EPSILON, Block, rotary_angles, rotate
 CONTEXT_BLOCK = 64  # tokens; attention reads whole blocks
 MULTIPLES = (1, 2, 4, 8, 16, 32)  # of rows
 PROBES = (1, 2, 3, 4, 5, 7, 8, 13)  # how many of a multiple are tried
-
-log = logging.getLogger(__name__)
+PROBED_ROWS = 128
+TILE_ROWS = 32  # at a time where no multiple does
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,14 @@ class _Piece(NamedTuple):
 
 
 class Forward:
-    """Compute states and logits of spans, with keys and values in `cache` (L, 2, S, H, T, D)."""
+    """Compute states and logits of spans, with keys and values in `cache` (L, 2, S, H, T, D).
 
-    def __init__(self, model: GPT, cache: Tensor, *, int8: bool = False) -> None:
+    Unless `invariant`, rows are not padded: a row's bits may depend on how many there are.
+    """
+
+    def __init__(
+        self, model: GPT, cache: Tensor, *, int8: bool = False, invariant: bool = True
+    ) -> None:
         self.model, self.config, self.cache = model, model.config, cache
         self.device, self.dtype = cache.device, cache.dtype
         self.head: Callable[[Tensor], Tensor] = model.head
@@ -70,20 +78,32 @@ class Forward:
             self.model, self.head = with_int8_weights(model)
         every = torch.arange(self.config.block_size, device=self.device)
         self.rotations = rotary_angles(every, self.config.n_embd // self.config.n_head)
-        self.row_multiple = self._row_multiple()
+        self.gather = gather
+        self.row_multiple = self._row_multiple() if invariant else 1
 
     def _row_multiple(self) -> int:
+        """Return the number of rows that every product gets a multiple of."""
+        multiples = [row_multiple(compute, like) for compute, like in self._products()]
+        found = [multiple for multiple in multiples if multiple is not None]
+        if len(found) == len(multiples):
+            return max(found)
+        _each_linear(self.model, lambda linear: InTiles(linear, TILE_ROWS))
+        self.head, self.gather = InTiles(self.head, TILE_ROWS), gather_in_tiles
+        return TILE_ROWS
+
+    def _products(self) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
+        """Return one of each kind of product over rows, and what a row is like."""
         first, row = self.model.h[0], self.model.wte.weight[0].to(self.dtype)
         assert isinstance(first, Block)
-        maps: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
+        return [
             (first.attn.c_attn, row),
             (first.attn.c_proj, row),
             (first.mlp.c_fc, row),
             (first.mlp.c_proj, row.repeat(4)),
             (self.head, row),
+            *([(self.model.classes, row)] if isinstance(self.model, Classifier) else []),
             *((self._gathering(n), row) for n in {CONTEXT_BLOCK, self.config.block_size}),
         ]
-        return max(row_multiple(compute, like) for compute, like in maps)
 
     def _gathering(self, n_context: int) -> Callable[[Tensor], Tensor]:
         """Return attention over some context as a function of queries (R, C)."""
@@ -150,7 +170,7 @@ class Forward:
         for piece in pieces:
             keys, values = self.cache[layer, :, piece.slot, :, : piece.n_context]  # (H, T, D) each
             own, hidden = self._padded(q[piece.rows]), self._padded(piece.hidden)
-            y[piece.rows] = gather(own, keys, values, hidden)[: len(piece.hidden)]
+            y[piece.rows] = self.gather(own, keys, values, hidden)[: len(piece.hidden)]
         return y.flatten(1)
 
     def _pieces(self, spans: list[Span]) -> list[_Piece]:
@@ -182,21 +202,37 @@ def gather(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(-1).to(values.dtype), values).transpose(0, 1)
 
 
+def gather_in_tiles(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+    """Do as `gather` does, for TILE_ROWS queries at a time."""
+    tiles = zip(q.split(TILE_ROWS), hidden.split(TILE_ROWS), strict=True)
+    return torch.cat([gather(own, keys, values, unseen) for own, unseen in tiles])
+
+
+class InTiles(nn.Module):
+    """A computation over rows (R, C), R a multiple of n_rows, that gets n_rows at a time."""
+
+    def __init__(self, compute: Callable[[Tensor], Tensor], n_rows: int) -> None:
+        super().__init__()
+        self.compute, self.n_rows = compute, n_rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.compute(rows) for rows in x.split(self.n_rows)])
+
+
 @torch.inference_mode()
-def row_multiple(compute: Callable[[Tensor], Tensor], like: Tensor) -> int:
+def row_multiple(compute: Callable[[Tensor], Tensor], like: Tensor) -> int | None:
     """Return the number of rows whose multiples all get the same bits from a computation.
 
-    Found by trying on rows such as `like` (C,).
+    Found by trying on rows such as `like` (C,). None where there is no such number.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(MULTIPLES[-1] * 4, len(like), generator=generator).to(like)
+    x = torch.randn(PROBED_ROWS, len(like), generator=generator).to(like)
     among_many = compute(x)
     for multiple in MULTIPLES:
         sizes = [multiple * n for n in PROBES if multiple * n <= len(x)]
         if all(compute(x[-size:]).equal(among_many[-size:]) for size in sizes):
             return multiple
-    log.warning("no number of rows makes rows the same in any batch: answers may differ")
-    return MULTIPLES[-1]
+    return None
 
 
 class Int8Linear(nn.Module):
@@ -213,7 +249,10 @@ class Int8Linear(nn.Module):
         self.bias = None if bias is None else bias.detach().to(torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch._weight_int8pack_mm(x, self.weight, self.scales)
+        if x.is_cpu:
+            y = torch._weight_int8pack_mm(x, self.weight, self.scales)
+        else:
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scales
         return y if self.bias is None else y + self.bias
 
 
@@ -225,14 +264,14 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def with_int8_weights(model: GPT) -> tuple[GPT, Int8Linear]:
     """Replace the linear maps of a bfloat16 model's blocks; return it and its head as one more."""
-    for block in model.h:
-        assert isinstance(block, Block)
-        for module, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc")):
-            _replace(module, name)
-        _replace(block.mlp, "c_proj")
+    _each_linear(model, lambda linear: Int8Linear(linear.weight, linear.bias))
     return model, Int8Linear(model.wte.weight[: model.config.vocab_size], None)
 
 
-def _replace(module: nn.Module, name: str) -> None:
-    linear = getattr(module, name)
-    setattr(module, name, Int8Linear(linear.weight, linear.bias))
+def _each_linear(model: GPT, replaced: Callable[[Any], nn.Module]) -> None:
+    """Put others in the place of the linear maps of a model's blocks."""
+    for block in model.h:
+        assert isinstance(block, Block)
+        for module in (block.attn, block.mlp):
+            for name, linear in list(module.named_children()):
+                setattr(module, name, replaced(linear))

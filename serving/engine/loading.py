@@ -38,19 +38,22 @@ def load_runner(entry: Entry, settings: Settings, counters: Counters) -> Runner:
         precision,
         device,
     )
-    forward = make_forward(model, slots.cache, dtype)
+    forward = make_forward(model, slots.cache, dtype, invariant=settings.invariant)
     scheduler = Scheduler(slots, settings.chunk_tokens)
     log.info("loaded %s (%s) in %.1f s", entry.id, dtype, time.monotonic() - started)
     return Runner(entry.id, entry.revision, checkpoint, dtype, forward, scheduler, counters)
 
 
-def make_forward(model: GPT, cache: Tensor, dtype: str) -> Computes:
-    """Return the fastest forward pass that there is for a model here."""
+def make_forward(model: GPT, cache: Tensor, dtype: str, *, invariant: bool = True) -> Computes:
+    """Return the fastest forward pass that there is for a model here.
+
+    Our own kernels are `invariant` at no cost; others take longer for it.
+    """
     if native.supported(model, dtype, cache.device):
         forward = native.NativeForward(model, cache, dtype)
         model.to("meta")  # its weights are packed: free the others
         return forward
-    return Forward(model.to(cache.dtype), cache, int8=dtype == "int8")
+    return Forward(model.to(cache.dtype), cache, int8=dtype == "int8", invariant=invariant)
 
 
 def choose_device(device: str) -> torch.device:
@@ -61,14 +64,17 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> str:
-    """Return fp32, bf16 or int8; `auto` is bf16 where the machine computes in it."""
+    """Return fp32, bf16 or int8; `auto` is bf16 where the machine computes in it, else fp32."""
     if dtype != "auto":
         return dtype
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
         native = "AVX512" in capability and _has_flag("avx512_bf16")
         return "bf16" if native else "fp32"
-    return "bf16"
+    if device.type == "cuda":  # older GPUs only emulate it
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "fp32"
+    return "fp32"
 
 
 def count_slots(

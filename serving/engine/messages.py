@@ -37,6 +37,7 @@ class Settings:
     device: str = "auto"
     dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     threads: int | None = None  # null: all cores
+    invariant: bool = True  # an answer does not depend on its company
     max_slots: int = 32
     cache_gb: float | None = None  # null: a quarter of the memory
     max_queue: int = 256

@@ -63,6 +63,8 @@ class NotFinite(ValueError):
 @torch.inference_mode()
 def choose(logits: Tensor, draws: list[Draw]) -> list[Chosen | NotFinite]:
     """Return the token of each row of logits (R, V) float32, or why there is none."""
+    if logits.device.type == "mps":  # it has no float64
+        logits = logits.cpu()
     finite = logits.amax(-1).isfinite().tolist()  # false for any that is not a number, too
     adjusted = _adjusted(logits, draws)
     tokens = adjusted.argmax(-1)
