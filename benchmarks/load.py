@@ -304,7 +304,8 @@ def _metrics(options: argparse.Namespace) -> dict[str, float]:
     connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {options.key}"})
     lines = connection.getresponse().read().decode().splitlines()
     connection.close()
-    values = {line.split("{")[0].split(" ")[0]: float(line.split()[-1]) for line in lines if line}
+    samples = [line for line in lines if line and not line.startswith("#")]
+    values = {line.split("{")[0].split(" ")[0]: float(line.split()[-1]) for line in samples}
     return {name: values[metric] for name, metric in LEFT_BEHIND.items() if metric in values}
 
 

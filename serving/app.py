@@ -29,7 +29,7 @@ from serving.api.auth import ApiKeys, Auth
 from serving.api.connection import Door
 from serving.api.cors import Cors
 from serving.api.front_end import FrontEnd
-from serving.api.limits import Admission, Body
+from serving.api.limits import Admission, Arrivals, Body
 from serving.api.logs import RequestLog
 from serving.api.metrics import Metrics
 from serving.api.models import Catalogue
@@ -66,9 +66,10 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
     _add_routes(app)
     metrics = Metrics()
     app.state.metrics = metrics
+    app.state.door = Door(settings, metrics, Arrivals())
     # The last added is the first to see a request.
     app.add_middleware(Body, settings=settings)
-    app.add_middleware(Admission, settings=settings)
+    app.add_middleware(Admission, settings=settings, arrivals=app.state.door.arrivals)
     app.state.api_keys = ApiKeys(settings.api_keys)
     app.add_middleware(Auth, keys=app.state.api_keys, insecure=settings.insecure)
     app.add_middleware(runs.KeyPage)
@@ -110,7 +111,7 @@ def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:
             app.state.front_end = front
             gc.freeze()  # what was imported lives as long as the process
             with _at_signal(lambda: _drain(front)):
-                yield {"door": Door(settings, app.state.metrics)}
+                yield {"door": app.state.door}
 
     return lifespan
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import uvicorn
 
+from serving.api.connection import Connection
 from serving.api.settings import ApiSettings
 from serving.app import create_app
 from serving.engine.client import EngineClient
@@ -45,9 +46,7 @@ def eventually(true: Any, seconds: float = 10.0) -> bool:
 
 
 @contextlib.contextmanager
-def serve(
-    engine: FakeEngine, settings: ApiSettings | None = None, port: int = 0
-) -> Iterator[str]:
+def serve(engine: FakeEngine, settings: ApiSettings | None = None, port: int = 0) -> Iterator[str]:
     """Run engine and front end in a thread; give the server's address, without /v1."""
     started, address, servers = threading.Event(), [""], []
 
@@ -60,7 +59,9 @@ def serve(
                 listening.bind(("127.0.0.1", port))
                 address[0] = f"http://127.0.0.1:{listening.getsockname()[1]}"
                 app = create_app(settings or ApiSettings(), client)
-                config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5)
+                config = uvicorn.Config(
+                    app, http=Connection, log_config=None, timeout_graceful_shutdown=5
+                )
                 servers.append(uvicorn.Server(config))
                 starting = asyncio.create_task(_tell(servers[0], started))
                 await servers[0].serve([listening])

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serving.api.cors import Origins
 from serving.api.errors import ApiError
-from serving.api.limits import busy
+from serving.api.limits import Arrivals, busy
 from serving.api.logs import new_request_id
 from serving.api.metrics import Metrics
 from serving.api.settings import ApiSettings
@@ -29,8 +29,9 @@ log = logging.getLogger("nanogpt.access")
 class Door:
     """Answers of a front end to those who do not get in."""
 
-    def __init__(self, settings: ApiSettings, metrics: Metrics) -> None:
+    def __init__(self, settings: ApiSettings, metrics: Metrics, arrivals: Arrivals) -> None:
         self.settings = settings
+        self.arrivals = arrivals
         self._metrics = metrics
         self._origins = Origins(settings.cors_origins)
         self._n_refused = 0
@@ -79,6 +80,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._door.arrivals.n += 1
         self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:

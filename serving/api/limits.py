@@ -9,6 +9,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.api.errors import ApiError
 from serving.api.settings import ApiSettings
 
+PATIENCE_S = 0.1  # that those let in wait while others arrive
+
+
+class Arrivals:
+    """How many connections there were."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
 
 def busy() -> ApiError:
     """Return what a request is told that comes when too many are open."""
@@ -18,16 +27,20 @@ def busy() -> ApiError:
 class Admission:
     """Turn requests away at once when too many are open; only POST routes compute anything.
 
-    Those let in begin one in each round of the event loop: of a thousand that come at once, the
-    many to be refused do not wait for the work of the few.
+    Those let in begin one in each round of the event loop, and none while others arrive: of a
+    thousand that come at once, the many to be refused do not wait for the work of the few. (uvloop
+    accepts one connection in each round.)
     """
 
-    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+    def __init__(self, app: ASGIApp, settings: ApiSettings, arrivals: Arrivals) -> None:
         self.app = app
+        self.arrivals = arrivals
         self.max_open = settings.max_open
         self.max_open_per_key = settings.max_open_per_key
         self.open: Counter[str] = Counter()
         self._turns: deque[asyncio.Future[None]] = deque()
+        self._n_seen = 0  # of those who arrived
+        self._patience_ends = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -60,16 +73,19 @@ class Admission:
         turn: asyncio.Future[None] = loop.create_future()
         self._turns.append(turn)
         if len(self._turns) == 1:
-            loop.call_soon(self._next)
+            self._patience_ends = loop.time() + PATIENCE_S
+            loop.call_soon(self._next, loop)
         await turn
 
-    def _next(self) -> None:
-        turn = self._turns[0]
-        if not turn.done():  # cancelled
-            turn.set_result(None)
-        self._turns.popleft()
+    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
+        others = self.arrivals.n != self._n_seen and loop.time() < self._patience_ends
+        self._n_seen = self.arrivals.n
+        if not others:
+            turn = self._turns.popleft()
+            if not turn.done():  # cancelled
+                turn.set_result(None)
         if self._turns:
-            asyncio.get_running_loop().call_soon(self._next)
+            loop.call_soon(self._next, loop)
 
 
 class Body:

@@ -1,0 +1,126 @@
+"""What is answered before the application hears of it."""
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving.api.connection import MAX_HEAD_BYTES
+from serving.api.settings import ApiSettings
+from tests.fake_engine import FakeEngine
+from tests.front_end import eventually, generated, says, serve
+
+BODY = b'{"prompt": "x", "max_tokens": 900}'
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nOrigin: https://a.example\r\n"
+ASKED = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> FakeEngine:
+    return FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 900), delay_s=0.01)
+
+
+@pytest.fixture
+def url(engine: FakeEngine) -> Iterator[str]:
+    """A server with room for one request and half a second's patience."""
+    origins = ("https://a.example",)
+    with serve(engine, ApiSettings(max_open=1, body_s=0.5, cors_origins=origins)) as address:
+        yield address
+
+
+def connect(url: str) -> socket.socket:
+    return socket.create_connection((httpx.URL(url).host, httpx.URL(url).port or 0), timeout=10)
+
+
+def read(connection: socket.socket) -> bytes:
+    """Return what comes until the server closes the connection."""
+    parts = []
+    while part := connection.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def refusal_of(answer: bytes) -> tuple[int, dict[str, str], str]:
+    """Return status, headers and code of one answer with an error object."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert len(body) == int(headers["content-length"])
+    assert headers["x-request-id"]
+    return int(status.split()[1]), headers, error["code"]
+
+
+@pytest.fixture
+def full(url: str, engine: FakeEngine) -> Iterator[str]:
+    """The server while it is full."""
+    with connect(url) as first:
+        first.sendall(ASKED)
+        assert eventually(lambda: generated(engine))
+        yield url
+
+
+def test_a_request_to_a_full_server_is_refused_for_pages_too(full: str) -> None:
+    with connect(full) as second:
+        second.sendall(ASKED)
+        status, headers, code = refusal_of(second.recv(65536))
+    assert (status, code) == (503, "overloaded")
+    assert headers["retry-after"] == "1"
+    assert headers["access-control-allow-origin"] == "https://a.example"
+
+
+def test_a_refused_request_is_read_to_its_end(full: str) -> None:
+    with connect(full) as second:
+        second.sendall(ASKED[:-5])
+        second.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            second.recv(1)
+        second.settimeout(10)
+        second.sendall(ASKED[-5:])
+        assert refusal_of(second.recv(65536))[0] == 503
+
+
+def test_a_connection_outlives_a_refusal(full: str, engine: FakeEngine) -> None:
+    with httpx.Client(base_url=full) as client:
+        assert client.post("/v1/completions", json={}).status_code == 503
+        assert client.get("/health").status_code == 200
+        assert client.post("/v1/completions", json={}).status_code == 503
+    assert len(generated(engine)) == 1
+
+
+def test_a_client_that_waits_to_be_asked_for_its_body_is_refused_at_once(full: str) -> None:
+    with connect(full) as second:
+        second.sendall(HEAD + b"Content-Length: 9\r\nExpect: 100-continue\r\n\r\n")
+        assert refusal_of(read(second))[0] == 503
+
+
+def test_refusals_are_counted_and_logged_once(full: str, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        httpx.post(f"{full}/v1/completions", json={})
+    text = httpx.get(f"{full}/metrics").text
+    assert 'method="POST",path="refused",status="503"' in text
+    assert eventually(lambda: any("refused 3 requests" in r.message for r in caplog.records))
+
+
+def test_what_is_no_http_is_an_error_object(url: str) -> None:
+    with connect(url) as connection:
+        connection.sendall(b"hello\r\n\r\n")
+        status, _, code = refusal_of(read(connection))
+    assert (status, code) == (400, "invalid_http")
+
+
+def test_a_head_without_end_is_refused(url: str) -> None:
+    with connect(url) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nX: " + b"a" * MAX_HEAD_BYTES)
+        assert refusal_of(connection.recv(65536))[0] == 431
+
+
+@pytest.mark.parametrize("part", [b"", b"GET /health HT", ASKED[:-1]])
+def test_a_client_that_sends_nothing_more_is_not_waited_for(url: str, part: bytes) -> None:
+    with connect(url) as connection:
+        connection.sendall(part)
+        assert b" 200 " not in read(connection)
