@@ -16,7 +16,7 @@ KEY = "sk-schlüssel"
 
 @pytest.fixture
 def engine(tmp_path: Path) -> FakeEngine:
-    about = {"template": "alpaca", "stage": "instruct", "block_size": 256}
+    about: dict[str, Any] = {"template": "alpaca", "stage": "instruct", "block_size": 256}
     return FakeEngine(f"unix:{tmp_path}/e", reply=says("Fine."), **about)
 
 

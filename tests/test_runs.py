@@ -1,0 +1,238 @@
+"""The runs as the server tells them, and whom it tells."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serving.api.auth import ApiKeys
+from serving.api.run_files import MOST_POINTS, find_runs, thin
+from serving.api.settings import ApiSettings
+from tests.fake_engine import FakeEngine
+from tests.front_end import serve
+
+KEY = "sk-a-key"
+HEADER = "step,tokens,train/loss,val/loss,tokens_per_s"
+
+
+def write_run(run_dir: Path, *rows: str, summary: dict[str, Any] | None = None) -> Path:
+    """Write the files of a run, finished where there is a summary."""
+    run_dir.mkdir(parents=True)
+    (run_dir / "metrics.csv").write_text("\n".join([HEADER, *rows, ""]))
+    (run_dir / "config.yaml").write_text("stage: pretrain\nmax_steps: 20\n")
+    if summary is not None:
+        (run_dir / "summary.json").write_text(json.dumps(summary))
+        (run_dir / "report.html").write_text(f"<!doctype html><title>{run_dir.name}</title>")
+    return run_dir
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path) -> Path:
+    done = {"stage": "pretrain", "steps": 20, "val_loss": 2.5, "name": "tiny"}
+    write_run(tmp_path / "runs" / "tiny", "10,80,3.5,,9", "20,160,3.0,2.5,8", summary=done)
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> FakeEngine:
+    return FakeEngine(f"unix:{tmp_path}/e")
+
+
+@pytest.fixture
+def url(engine: FakeEngine, runs_dir: Path) -> Iterator[str]:
+    with serve(engine, ApiSettings(runs_dir=str(runs_dir))) as address:
+        yield address
+
+
+@pytest.fixture
+def locked(engine: FakeEngine, runs_dir: Path) -> Iterator[str]:
+    with serve(engine, ApiSettings(runs_dir=str(runs_dir), api_keys=(KEY,))) as address:
+        yield address
+
+
+def test_a_run_is_listed_with_its_curves_and_its_model(url: str) -> None:
+    (run,) = httpx.get(f"{url}/v1/runs").json()["data"]
+    assert (run["id"], run["state"], run["stage"], run["step"]) == (
+        "tiny",
+        "finished",
+        "pretrain",
+        20,
+    )
+    assert run["curves"] == {"train/loss": [[10, 3.5], [20, 3.0]], "val/loss": [[20, 2.5]]}
+    assert run["summary"]["val_loss"] == 2.5
+    assert run["model"] == "tiny"
+    assert run["report"] == "/runs/tiny/report.html"
+
+
+def test_a_report_is_a_document_without_rights(url: str) -> None:
+    answer = httpx.get(f"{url}/runs/tiny/report.html")
+    assert answer.text == "<!doctype html><title>tiny</title>"
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("sandbox; default-src 'none'")
+    assert "allow" not in policy
+    assert "script" not in policy
+
+
+def test_the_page_names_the_runs_even_without_its_script(url: str) -> None:
+    answer = httpx.get(f"{url}/runs")
+    assert '<a href="/runs/tiny/report.html">tiny</a>' in answer.text
+    assert answer.headers["cache-control"] == "no-store"
+
+
+def test_names_are_text_in_the_page(engine: FakeEngine, runs_dir: Path) -> None:
+    write_run(runs_dir / "<img src=x>&'", "1,8,3,,", summary={})
+    with serve(engine, ApiSettings(runs_dir=str(runs_dir))) as url:
+        text = httpx.get(f"{url}/runs").text
+    assert "<img" not in text
+    assert "&lt;img src=x&gt;&amp;&#x27;" in text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/runs/none/report.html",
+        "/runs/../secret/report.html",
+        "/runs/%2e%2e/secret/report.html",
+        "/runs/..%2fsecret/report.html",
+        "/runs//report.html",
+        "/runs/tiny/metrics.csv",
+    ],
+)
+def test_only_reports_of_listed_runs_are_given(url: str, runs_dir: Path, path: str) -> None:
+    (runs_dir.parent / "secret").mkdir()
+    (runs_dir.parent / "secret" / "report.html").write_text("secret")
+    raw = httpx.Request("GET", url)
+    raw.url = httpx.URL(url).copy_with(raw_path=path.encode())
+    with httpx.Client() as client:
+        answer = client.send(raw)
+    assert answer.status_code == 404
+    assert "error" in answer.json()
+
+
+def test_a_report_that_is_a_link_is_not_followed(url: str, runs_dir: Path) -> None:
+    run_dir = write_run(runs_dir / "linked", "1,8,3,,")
+    (run_dir / "report.html").symlink_to("/etc/passwd")
+    assert httpx.get(f"{url}/runs/linked/report.html").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/runs", "/v1/runs", "/runs/tiny/report.html"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-Forwarded-For": "192.0.2.1"},
+        {"Forwarded": "for=192.0.2.1"},
+        {"X-Real-IP": "192.0.2.1"},
+        {"Via": "1.1 proxy"},
+        {"Host": "evil.example"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+    ],
+)
+def test_without_keys_only_this_machine_itself_is_told(
+    url: str, path: str, headers: dict[str, str]
+) -> None:
+    assert httpx.get(url + path).status_code == 200
+    answer = httpx.get(url + path, headers=headers)
+    assert answer.status_code == 403
+    assert "tiny" not in answer.text
+
+
+@pytest.mark.parametrize("path", ["/runs", "/v1/runs", "/runs/tiny/report.html"])
+def test_with_keys_every_asker_needs_one(locked: str, path: str) -> None:
+    refused = httpx.get(locked + path)
+    assert refused.status_code == 401
+    assert "tiny" not in refused.text
+    forwarded = {"Authorization": f"Bearer {KEY}", "X-Forwarded-For": "192.0.2.1"}
+    assert httpx.get(locked + path, headers=forwarded).status_code == 200
+
+
+def test_a_browser_without_a_key_gets_the_page_that_asks_for_it(locked: str) -> None:
+    answer = httpx.get(f"{locked}/runs", headers={"Accept": "text/html,*/*;q=0.8"})
+    assert answer.status_code == 401
+    assert 'id="key-dialog"' in answer.text
+    assert "tiny" not in answer.text
+
+
+def test_a_ticket_opens_its_report_and_nothing_else(locked: str, runs_dir: Path) -> None:
+    write_run(runs_dir / "other", "1,8,3,,", summary={})
+    key = {"Authorization": f"Bearer {KEY}"}
+    listed = httpx.get(f"{locked}/v1/runs", headers=key).json()["data"]
+    reports = {run["id"]: run["report"] for run in listed}
+    assert httpx.get(locked + reports["tiny"]).status_code == 200
+    _, _, ticket = reports["tiny"].partition("?")
+    for path in ("/runs/other/report.html", "/v1/models", "/v1/runs", "/runs"):
+        assert httpx.get(f"{locked}{path}?{ticket}").status_code == 401
+    assert httpx.post(locked + reports["tiny"]).status_code == 401
+
+
+def test_a_ticket_ends_and_cannot_be_made_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ApiKeys([KEY])
+    ticket = keys.ticket("/a")
+    assert keys.admits("/a", ticket)
+    assert not keys.admits("/b", ticket)
+    assert not ApiKeys(["other"]).admits("/a", ticket)
+    assert not ApiKeys([]).admits("/a", ApiKeys([]).ticket("/a"))
+    longer = str(int(ticket.partition("-")[0]) + 1)
+    assert not keys.admits("/a", f"{longer}-{ticket.partition('-')[2]}")
+    later = time.time() + 3601
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert not keys.admits("/a", ticket)
+
+
+@pytest.mark.parametrize("ticket", ["", "-", "x-y", "9" * 99 + "-a", "٣-a", "1-\udcff"])
+def test_a_ticket_of_any_form_is_read_without_failing(ticket: str) -> None:
+    assert not ApiKeys([KEY]).admits("/a", ticket.encode("utf-8", "replace").decode())
+
+
+def test_a_torn_or_broken_run_is_told_as_far_as_it_can_be_read(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "torn", "1,8,3.5,,", "2,16,nan,,", "3,24,3.0,,", "4,3")
+    (run_dir / "summary.json").write_text('{"steps": 4, ')
+    (run_dir / "config.yaml").write_text("stage: [")
+    (run,) = find_runs(tmp_path)
+    assert run.curves == {"train/loss": [(1, 3.5), (3, 3.0)]}
+    assert (run.state, run.stage, run.step) == ("training", None, 3)
+
+
+def test_a_run_whose_files_rest_is_not_training(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "old", "5,40,3.5,,")
+    os.utime(run_dir / "metrics.csv", (1_700_000_000, 1_700_000_000))
+    (run,) = find_runs(tmp_path)
+    assert (run.state, run.step, run.max_steps) == ("stopped", 5, 20)
+
+
+def test_runs_of_sweeps_have_their_path_as_name_and_the_newest_is_first(tmp_path: Path) -> None:
+    for age, name in enumerate(("a", "sweep/0", "sweep/1")):
+        path = write_run(tmp_path / name, "1,8,3,,") / "metrics.csv"
+        os.utime(path, (1_700_000_000 - age, 1_700_000_000 - age))
+    assert [run.name for run in find_runs(tmp_path)] == ["a", "sweep/0", "sweep/1"]
+
+
+def test_a_directory_that_is_a_run_is_listed_by_its_name(tmp_path: Path) -> None:
+    write_run(tmp_path / "mine", "1,8,3,,")
+    assert [run.name for run in find_runs(tmp_path / "mine")] == ["mine"]
+
+
+def test_nowhere_there_are_no_runs(tmp_path: Path) -> None:
+    assert find_runs(tmp_path / "nowhere") == []
+
+
+def test_a_long_curve_keeps_its_spikes_and_its_end() -> None:
+    points = [(step, 1.0) for step in range(100_000)]
+    points[54_321] = (54_321, 9.0)
+    points[54_322] = (54_322, -9.0)
+    thinned = thin(points)
+    assert len(thinned) <= MOST_POINTS + 2
+    assert {(54_321, 9.0), (54_322, -9.0), points[-1]} <= set(thinned)
+    assert thinned == sorted(thinned)
+
+
+def test_what_changed_is_read_again(url: str, runs_dir: Path) -> None:
+    with (runs_dir / "tiny" / "metrics.csv").open("a") as file:
+        file.write("30,240,2.5,,7\n")
+    (run,) = httpx.get(f"{url}/v1/runs").json()["data"]
+    assert run["curves"]["train/loss"][-1] == [30, 2.5]

@@ -1,0 +1,108 @@
+"""The page of the runs in a real browser."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanogpt.training.report import write_report
+from serving.api.settings import ApiSettings
+from tests.fake_engine import FakeEngine
+from tests.front_end import serve
+from tests.page import opened
+from tests.test_runs import HEADER, KEY, write_run
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path) -> Path:
+    rows = [f"{step},{8 * step},{4 - step / 40},{4 - step / 50},9" for step in range(1, 40)]
+    done = {"stage": "pretrain", "steps": 39, "val_loss": 3.22, "name": "tiny"}
+    write_report(write_run(tmp_path / "runs" / "tiny", *rows, summary=done))
+    write_run(tmp_path / "runs" / "growing", "1,8,4.5,,9", "2,16,4.0,,9")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> FakeEngine:
+    return FakeEngine(f"unix:{tmp_path}/e")
+
+
+@pytest.fixture
+def url(engine: FakeEngine, runs_dir: Path) -> Iterator[str]:
+    with serve(engine, ApiSettings(runs_dir=str(runs_dir))) as address:
+        yield address
+
+
+def test_each_run_has_a_card_with_its_curves(browser: Any, url: str) -> None:
+    with opened(browser, url, path="/runs") as page:
+        card = page.locator(".run", has_text="tiny")
+        card.wait_for()
+        assert card.locator(".badge").inner_text() == "finished"
+        assert card.locator("svg.curve path").count() == 2
+        assert "validation loss 3.22" in card.locator("svg.curve").get_attribute("aria-label")
+        growing = page.locator(".run", has_text="growing")
+        assert "training" in growing.inner_text()
+        assert "step 2 of 20" in growing.inner_text()
+
+
+def test_a_run_that_trains_is_drawn_anew(browser: Any, url: str, runs_dir: Path) -> None:
+    with opened(browser, url, path="/runs") as page:
+        page.wait_for_selector("text=step 2 of 20")
+        text = "\n".join([HEADER, "1,8,4.5,,9", "3,24,3.5,,9", ""])
+        (runs_dir / "growing" / "metrics.csv").write_text(text)
+        page.wait_for_selector("text=step 3 of 20")
+
+
+def test_a_report_opens_in_a_frame_without_rights(browser: Any, url: str) -> None:
+    with opened(browser, url, path="/runs") as page:
+        page.click("[aria-label='Report: tiny']")
+        frame = page.frame_locator("#report iframe")
+        assert frame.locator("h1").inner_text() == "tiny"
+        assert page.get_attribute("#report iframe", "sandbox") == ""
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#report", state="hidden")
+
+
+def test_a_report_s_scripts_do_not_run(browser: Any, url: str, runs_dir: Path) -> None:
+    attack = "<script>document.title='ran'</script><img src=x onerror='document.title=`ran`'>"
+    (runs_dir / "tiny" / "report.html").write_text(f"<title>still</title>{attack}")
+    with browser.new_page() as page:
+        page.goto(f"{url}/runs/tiny/report.html")
+        page.wait_for_timeout(200)
+        assert page.title() == "still"
+
+
+def test_from_a_run_one_talks_to_its_model(browser: Any, url: str) -> None:
+    with opened(browser, url, path="/runs") as page:
+        page.click("text=Try it")
+        page.wait_for_selector("body[data-model='tiny']", state="attached")
+
+
+def test_with_a_key_the_runs_and_their_reports_are_shown(
+    browser: Any, engine: FakeEngine, runs_dir: Path
+) -> None:
+    settings = ApiSettings(runs_dir=str(runs_dir), api_keys=(KEY,))
+    with serve(engine, settings) as url, opened(browser, url, path="/runs") as page:
+        page.wait_for_selector("#key-dialog[open]")
+        page.fill("#key", KEY)
+        page.keyboard.press("Enter")
+        page.click("[aria-label='Report: tiny']")
+        assert page.frame_locator("#report iframe").locator("h1").inner_text() == "tiny"
+
+
+def test_a_phone_shows_the_runs(browser: Any, url: str) -> None:
+    with opened(browser, url, path="/runs", viewport={"width": 360, "height": 640}) as page:
+        page.wait_for_selector(".run")
+        wide = "document.querySelector('.scroller').scrollWidth - innerWidth"
+        assert page.evaluate(wide) <= 0
+
+
+def test_without_runs_it_says_how_to_make_one(
+    browser: Any, engine: FakeEngine, tmp_path: Path
+) -> None:
+    with (
+        serve(engine, ApiSettings(runs_dir=str(tmp_path / "none"))) as url,
+        opened(browser, url, path="/runs") as page,
+    ):
+        page.wait_for_selector("text=python train.py")
