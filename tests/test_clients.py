@@ -1,0 +1,277 @@
+"""Clients that people use, against the server: streams as LobeChat reads them, npm's, browsers'.
+
+The npm clients run where node and the packages are: in `NANOGPT_TEST_NPM`, a directory with
+
+    npm install openai @ai-sdk/openai-compatible ai
+"""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serving.api.settings import ApiSettings
+from tests.fake_engine import FakeEngine
+from tests.front_end import generated, hang_up, says, serve
+
+KEY = "sk-a-key"
+TEXT = "Grüße, 世界! 😀"
+CHAT = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "Hello"}],
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
+# What LobeChat sends beside it: an agent's parameters, and names that a server may not know.
+AGENT = {
+    "user": "someone",
+    "temperature": 0.7,
+    "top_p": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "enabledSearch": False,
+    "thinking": None,
+    "reasoning_effort": None,
+}
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> FakeEngine:
+    return FakeEngine(f"unix:{tmp_path}/e", reply=says(TEXT), template="alpaca")
+
+
+@pytest.fixture
+def url(engine: FakeEngine) -> Iterator[str]:
+    with serve(engine, ApiSettings(api_keys=(KEY,))) as address:
+        yield address
+
+
+# LobeChat
+
+
+def transform(chunk: dict[str, Any]) -> tuple[str, Any]:
+    """Return the event that LobeChat makes of a chunk, and what it carries.
+
+    Written from what its transform does (lobehub/lobe-chat, `streams/openai/openai.ts`): usage is
+    taken from a chunk without choices; with a finish reason a chunk's text wins, and the end is
+    lost; only the first choice is read.
+    """
+    if not chunk["choices"]:
+        return ("usage", chunk["usage"]) if chunk.get("usage") else ("data", None)
+    item = chunk["choices"][0]
+    content = item["delta"].get("content")
+    if item["finish_reason"]:
+        if isinstance(content, str) and content:
+            return "text", content
+        return ("usage", chunk["usage"]) if chunk.get("usage") else ("stop", item["finish_reason"])
+    return ("text", content) if isinstance(content, str) else ("data", content)
+
+
+def lobe_chat(url: str, **more: Any) -> list[tuple[str, Any]]:
+    """Return the events that LobeChat would see."""
+    headers = {"Authorization": f"Bearer {KEY}", "Accept": "*/*"}
+    body = {**CHAT, **AGENT, **more}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    lines = [line for line in answer.text.split("\n") if line.startswith("data: ")]
+    assert lines.pop() == "data: [DONE]"
+    return [transform(json.loads(line.removeprefix("data: "))) for line in lines]
+
+
+def test_lobe_chat_sees_text_then_the_end_then_the_usage(url: str) -> None:
+    events = lobe_chat(url)
+    assert [kind for kind, _ in events if kind != "text"] == ["data", "stop", "usage"]
+    assert "".join(carried for kind, carried in events if kind == "text") == TEXT
+    assert [kind for kind, _ in events][-2:] == ["stop", "usage"]
+    usage = events[-1][1]
+    assert {"prompt_tokens", "completion_tokens", "total_tokens"} <= set(usage)
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_lobe_chat_s_content_may_be_in_parts(url: str) -> None:
+    parts = [{"type": "text", "text": "Hello"}]
+    assert lobe_chat(url, messages=[{"role": "user", "content": parts}])[-1][0] == "usage"
+
+
+def test_lobe_chat_finds_words_for_each_error(engine: FakeEngine, url: str) -> None:
+    def code(expected: int, key: str = KEY, **more: Any) -> str:
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = httpx.post(f"{url}/v1/chat/completions", json={**CHAT, **more}, headers=headers)
+        assert answer.status_code == expected
+        return str(answer.json()["error"]["code"])
+
+    long = [{"role": "user", "content": "x" * 2000}]
+    assert code(401, key="wrong") == "invalid_api_key"
+    assert code(404, model="gpt-5-mini") == "model_not_found"
+    assert code(400, messages=long) == "context_length_exceeded"
+
+
+def test_lobe_chat_shows_an_error_on_the_way(engine: FakeEngine, url: str) -> None:
+    engine.reply, engine.delay_s = says("x" * 200), 0.02
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=CHAT, headers=headers) as answer:
+        lines = (line for line in answer.iter_lines() if line)
+        next(lines)
+        hang_up(engine)
+        *_, error, done = lines
+    assert json.loads(error.removeprefix("data: "))["error"]["message"]
+    assert done == "data: [DONE]"
+
+
+# npm
+
+SCRIPTS = {
+    "openai": """
+        import OpenAI from "openai";
+        const client = new OpenAI({ baseURL: process.env.URL, apiKey: process.env.KEY });
+        const models = await client.models.list();
+        const request = { model: models.data[0].id, messages: [{ role: "user", content: "Hi" }] };
+        const usage = { include_usage: true };
+        const stream = await client.chat.completions.create(
+            { ...request, stream: true, stream_options: usage });
+        let text = "", finish = null, tokens = null;
+        for await (const chunk of stream) {
+            text += chunk.choices[0]?.delta?.content ?? "";
+            finish = chunk.choices[0]?.finish_reason ?? finish;
+            tokens = chunk.usage?.completion_tokens ?? tokens;
+        }
+        const whole = await client.chat.completions.create(request);
+        const wrong = new OpenAI({ baseURL: process.env.URL, apiKey: "no", maxRetries: 0 });
+        const refused = await wrong.models.list().catch((e) => [e.constructor.name, e.code]);
+        const said = whole.choices[0].message.content;
+        console.log(JSON.stringify({ text, finish, tokens, said, refused }));
+    """,
+    "ai-sdk": """
+        import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
+        import { generateText, streamText } from "ai";
+        const settings = { name: "nanogpt", baseURL: process.env.URL, apiKey: process.env.KEY };
+        const model = createOpenAICompatible({ ...settings, includeUsage: true })("tiny");
+        const result = streamText({ model, prompt: "Hi" });
+        let text = "";
+        for await (const part of result.textStream) text += part;
+        const finish = await result.finishReason;
+        const tokens = (await result.usage).outputTokens;
+        const said = (await generateText({ model, prompt: "Hi" })).text;
+        const wrong = createOpenAICompatible({ ...settings, apiKey: "no" })("tiny");
+        const refused = await generateText({ model: wrong, prompt: "Hi", maxRetries: 0 })
+            .catch((e) => [e.name, JSON.parse(e.responseBody).error.code]);
+        console.log(JSON.stringify({ text, finish, tokens, said, refused }));
+    """,
+}
+REFUSED = {"openai": "AuthenticationError", "ai-sdk": "AI_APICallError"}
+N_TOKENS = len(TEXT.encode())  # of the byte tokenizer
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_npm_s_client_streams_answers_and_reads_errors(url: str, name: str) -> None:
+    folder = os.environ.get("NANOGPT_TEST_NPM", "")
+    node = shutil.which("node")
+    if not node or not (Path(folder) / "node_modules" / "openai").is_dir():
+        pytest.skip("NANOGPT_TEST_NPM names no directory with the npm clients, or node is missing")
+    done = subprocess.run(
+        [node, "--input-type=module", "--eval", SCRIPTS[name]],
+        env={**os.environ, "URL": f"{url}/v1", "KEY": KEY},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "text": TEXT,
+        "finish": "stop",
+        "tokens": N_TOKENS,
+        "said": TEXT,
+        "refused": [REFUSED[name], "invalid_api_key"],
+    }
+
+
+# Browsers
+
+# What the openai client sends from a page, on each request.
+STAINLESS = {
+    "x-stainless-arch": "unknown",
+    "x-stainless-lang": "js",
+    "x-stainless-os": "Unknown",
+    "x-stainless-package-version": "7.57.0",
+    "x-stainless-retry-count": "0",
+    "x-stainless-runtime": "browser:chrome",
+    "x-stainless-runtime-version": "1.2.3",
+    "x-stainless-timeout": "600",
+}
+ASK = """async ([url, headers, body]) => {
+    const answer = await fetch(`${url}/v1/chat/completions`,
+        { method: "POST", headers, body: JSON.stringify(body) });
+    const text = await answer.text();
+    return [answer.status, text, answer.headers.get("x-request-id")];
+}"""
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[str]:
+    """A page on another origin."""
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<!doctype html><title>Elsewhere</title>")
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_page_of_another_origin_may_ask_with_a_key(
+    browser: Any, elsewhere: str, url: str
+) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **STAINLESS}
+    with browser.new_page() as page:
+        page.goto(elsewhere)
+        status, text, request_id = page.evaluate(ASK, [url, headers, CHAT])
+        assert (status, text[-14:]) == (200, "data: [DONE]\n\n")
+        assert request_id.startswith("req-")
+        refused = {**headers, "Authorization": "Bearer wrong"}
+        status, text, _ = page.evaluate(ASK, [url, refused, CHAT])
+        assert (status, json.loads(text)["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_a_page_of_another_origin_is_not_shown_the_runs_of_a_server_without_keys(
+    browser: Any, elsewhere: str, engine: FakeEngine
+) -> None:
+    read = "(url) => fetch(url).then((answer) => answer.status)"
+    with serve(engine) as url, browser.new_page() as page:
+        page.goto(elsewhere)
+        assert page.evaluate(read, f"{url}/v1/models") == 200
+        assert page.evaluate(read, f"{url}/v1/runs") == 403
+
+
+def test_a_page_of_another_origin_cannot_frame_the_page(
+    browser: Any, elsewhere: str, engine: FakeEngine
+) -> None:
+    frame = (
+        "(url) => document.body.append(Object.assign(document.createElement('iframe'), {src: url}))"
+    )
+    with serve(engine) as url, browser.new_page() as page:
+        refusals: list[str] = []
+        page.on("console", lambda message: refusals.append(message.text))
+        page.goto(elsewhere)
+        page.evaluate(frame, url)
+        page.wait_for_timeout(500)
+        assert any("frame-ancestors" in text for text in refusals)
+        assert generated(engine) == []
