@@ -130,17 +130,34 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
 ) -> Results:
     """Return the harness's figures as `<task>_<metric>`; raises ValueError for an unknown task."""
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    unknown = [name for name in tasks if not manager.match_tasks([name])]
-    if unknown:
-        raise ValueError(
-            f"lm-evaluation-harness has no task {unknown[0]!r}; lm-eval ls tasks lists"
-        )
+    manager = find_tasks(tasks, include_path)
     model: Any = HarnessModel(checkpoint, batch_size)
     found = lm_eval.simple_evaluate(
         model, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0
     )
     return flat(found["results"])
+
+
+def find_tasks(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
+    """Return what knows the tasks: a folder of one's own, or with it all of the harness's.
+
+    Reading the thousands of files of the latter takes a while. Raises ValueError for a task that
+    neither has, and FileNotFoundError where there is no such folder.
+    """
+    if include_path is not None:
+        if not include_path.is_dir():
+            raise FileNotFoundError(f"--include-path {include_path} is no folder of task files")
+        own = TaskManager(include_path=str(include_path), include_defaults=False)
+        if all(own.match_tasks([name]) for name in tasks):
+            return own
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    for name in tasks:
+        if not manager.match_tasks([name]):
+            raise ValueError(
+                f"lm-evaluation-harness has no task {name!r}; `lm-eval ls tasks` lists them, "
+                "--include-path DIR adds some"
+            )
+    return manager
 
 
 def flat(found: dict[str, dict[str, Any]]) -> Results:

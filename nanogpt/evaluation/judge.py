@@ -55,6 +55,10 @@ class Judge:
     model: str
     key: str = ""
 
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"--judge-url {self.url!r} is no address; pass http://HOST:PORT/v1")
+
     def ask(self, prompt: str, temperature: float = 0.0) -> str:
         """Return the judge's answer; raises ConnectionError, with the address, where none comes."""
         address = f"{self.url.rstrip('/')}/chat/completions"

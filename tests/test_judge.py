@@ -1,0 +1,174 @@
+"""The judge: answers kept and not asked for again; silence and nonsense said in a sentence."""
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanogpt.checkpoint import record, write_checkpoint
+from nanogpt.evaluate import main
+from nanogpt.evaluation.judge import read_score
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.prompts import find_template
+from nanogpt.tokenizer import byte_tokenizer
+
+
+@dataclass
+class FakeJudge:
+    """An OpenAI-compatible endpoint that gives prepared answers, the last of them for ever."""
+
+    answers: list[str]
+    url: str = ""
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+
+
+@pytest.fixture
+def judge() -> Iterator[FakeJudge]:
+    fake = FakeJudge(["70"])
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            fake.asked.append(json.loads(body))
+            fake.keys.append(self.headers["Authorization"])
+            said = fake.answers.pop(0) if len(fake.answers) > 1 else fake.answers[0]
+            answer = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+            self.send_response(500 if said == "broken" else 200)
+            self.end_headers()
+            self.wfile.write(b"not JSON" if said == "no JSON" else answer)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    fake.url = f"http://127.0.0.1:{server.server_port}/v1"
+    yield fake
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, judge: FakeJudge) -> list[str]:
+    """The command on a model of random weights and three instructions."""
+    tokenizer = byte_tokenizer().with_special_tokens(find_template("chat").special_tokens)
+    torch.manual_seed(0)
+    config = GPTConfig(64, tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=8)
+    weights = {f"model.{name}": tensor for name, tensor in GPT(config).state_dict().items()}
+    about = record("instruct", config, tokenizer, template="chat")
+    write_checkpoint(
+        {"nanogpt": about, "state_dict": weights, "global_step": 1}, tmp_path / "a.ckpt"
+    )
+    rows = [{"instruction": f"Say {i}.", "response": f"{i}"} for i in range(3)]
+    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return [
+        *(str(tmp_path / "a.ckpt"), "--task", "judge", "--data", str(tmp_path / "data.jsonl")),
+        *("--judge-url", judge.url, "--judge-model", "fake", "--judge-key", "sk-mine"),
+        *("--json", str(tmp_path / "out.json"), "--max-new-tokens", "3"),
+    ]
+
+
+def answers(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "judge.jsonl").read_text().splitlines()]
+
+
+def test_replies_are_scored_and_answers_kept_word_for_word(
+    judge: FakeJudge, arguments: list[str], tmp_path: Path
+) -> None:
+    judge.answers = ["70", "Score: 80/100.", "**90**"]
+    assert main(arguments) == 0
+    [row] = json.loads((tmp_path / "out.json").read_text())
+    assert row["results"]["score"] == 80.0
+    assert row["results"]["score_stderr"] == pytest.approx(10 / 3**0.5)
+    assert [one["answer"] for one in answers(tmp_path)] == ["70", "Score: 80/100.", "**90**"]
+    assert judge.keys == ["Bearer sk-mine"] * 3
+    prompt = judge.asked[1]["messages"][0]["content"]
+    assert "Say 1." in prompt
+    assert answers(tmp_path)[1]["prompt"] == prompt
+
+
+def test_what_was_answered_is_not_asked_again(
+    judge: FakeJudge, arguments: list[str], tmp_path: Path
+) -> None:
+    assert main(arguments) == main(arguments) == 0
+    assert len(judge.asked) == 3
+    path = tmp_path / "judge.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])  # killed in the last line
+    assert main(arguments) == 0
+    assert len(judge.asked) == 4
+    assert path.read_bytes() == whole
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(arguments) == 1
+    [sentence] = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("nanogpt")
+    ]
+    return sentence
+
+
+def test_nonsense_ends_in_a_sentence_and_loses_nothing(
+    judge: FakeJudge, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge.answers = ["70", "a fine reply", "between 70 and 80", "a fine reply"]
+    assert "gave no number from 0 to 100 in 3 attempts" in fails(arguments, capsys)
+    assert [one["score"] for one in answers(tmp_path)] == [70, None, None, None]
+    judge.answers = ["50"]
+    assert main(arguments) == 0
+    assert [one["score"] for one in answers(tmp_path)] == [70, None, None, None, 50, 50]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"), [("broken", "refused with 500"), ("no JSON", "did not answer in JSON")]
+)
+def test_a_broken_judge_is_one_sentence(
+    answer: str,
+    message: str,
+    judge: FakeJudge,
+    arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    judge.answers = [answer]
+    assert message in fails(arguments, capsys)
+
+
+def test_a_judge_that_is_not_there_is_one_sentence(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments[arguments.index("--judge-url") + 1] = "http://127.0.0.1:9/v1"
+    assert "cannot be reached" in fails(arguments, capsys)
+    arguments[arguments.index("--judge-url") + 1] = "no address"
+    assert "'no address' is no address; pass http" in fails(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("85", 85),
+        (" 0\n", 0),
+        ("100", 100),
+        ("Score: 85.", 85),
+        ("85/100", 85),
+        ("85 out of 100", 85),
+        ("I give it 85, so: 85", 85),
+        ("101", None),
+        ("8.5", None),
+        ("-5", None),
+        ("between 70 and 80", None),
+        ("1000", None),
+        ("good", None),
+        ("", None),
+    ],
+)
+def test_a_score_is_one_whole_number(answer: str, score: int | None) -> None:
+    assert read_score(answer) == score

@@ -1,0 +1,247 @@
+"""Perplexity, LAMBADA, replies and the table: figures by hand, whatever the batches."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanogpt.checkpoint import Checkpoint, record, write_checkpoint
+from nanogpt.classifier import Classifier
+from nanogpt.evaluate import main
+from nanogpt.evaluation import instructions, lambada, perplexity
+from nanogpt.evaluation.picture import picture
+from nanogpt.evaluation.results import mean_and_error, table, with_published
+from nanogpt.evaluation.scoring import Question, encode_pair
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.prompts import Message, find_template
+from nanogpt.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+TEXT = "A text of no great length, with ümlauts.\n" * 9
+
+
+def new_model(tokenizer: Tokenizer = TOKENIZER, block_size: int = 32) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size, tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32)).eval()
+
+
+def uniform(tokenizer: Tokenizer) -> GPT:
+    """A model to which all tokens are equally likely."""
+    model = new_model(tokenizer)
+    with torch.no_grad():
+        model.wte.weight.zero_()
+    return model
+
+
+def saved(path: Path, model: GPT, stage: str = "pretrain", **about: Any) -> Path:
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    facts = record(stage, model.config, TOKENIZER, **about)
+    write_checkpoint({"nanogpt": facts, "state_dict": weights, "global_step": 3}, path)
+    return path
+
+
+def stream(tokenizer: Tokenizer, text: str = TEXT) -> list[int]:
+    return [tokenizer.eot_id, *tokenizer.encode(text)]
+
+
+@pytest.mark.parametrize("stride", [7, 16, 32])
+def test_a_uniform_model_needs_the_logarithm_of_its_vocabulary(stride: int) -> None:
+    for tokenizer in (TOKENIZER, bpe_tokenizer([TEXT], 300)):
+        tokens = stream(tokenizer)
+        results = perplexity.evaluate(uniform(tokenizer), tokenizer, tokens, stride=stride)
+        n_bytes = len(TEXT.encode())
+        bits = (len(tokens) - 1) * math.log2(tokenizer.vocab_size) / n_bytes
+        assert results["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+        assert results["perplexity"] == pytest.approx(tokenizer.vocab_size, rel=1e-5)
+        assert (results["tokens"], results["bytes"]) == (len(tokens) - 1, n_bytes)
+
+
+def test_bits_per_byte_do_not_depend_on_the_batches() -> None:
+    model, tokens = new_model(), stream(TOKENIZER)
+    found = [
+        perplexity.evaluate(model, TOKENIZER, tokens, batch_size=size) for size in (1, 3, 8, 100)
+    ]
+    assert found[1:] == found[:-1]
+
+
+@torch.no_grad()
+def test_with_a_stride_of_the_context_windows_are_those_of_validation() -> None:
+    model, tokens = new_model(), stream(TOKENIZER)
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, 32):
+        ids = torch.tensor(tokens[start : start + 33])
+        nats += float(F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="sum"))
+    results = perplexity.evaluate(model, TOKENIZER, tokens, stride=32)
+    assert results["loss"] == pytest.approx(nats / (len(tokens) - 1), abs=1e-6)
+
+
+def test_windows_slide_and_score_every_token_once() -> None:
+    assert perplexity.windows([0, 1, 2, 3, 4, 5], block_size=3, stride=2) == [
+        Question([0], [[1, 2]]),
+        Question([1, 2], [[3, 4]]),
+        Question([3, 4], [[5]]),
+    ]
+
+
+def test_the_error_of_a_mean_is_that_of_its_sample() -> None:
+    found = mean_and_error("x", np.array([1.0, 2.0, 3.0, 6.0]))  # variance 14 / 3
+    assert found == {"x": 3.0, "x_stderr": pytest.approx(math.sqrt(14 / 3 / 4))}
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "expected"),
+    [("ab", " c", ("ab", " c")), ("ab ", "c", ("ab", " c")), ("", "c", ("", "c"))],
+)
+def test_space_at_a_contexts_end_belongs_to_what_follows(
+    context: str, continuation: str, expected: tuple[str, str]
+) -> None:
+    ids, following = encode_pair(TOKENIZER, context, continuation)
+    assert (TOKENIZER.decode(ids), TOKENIZER.decode(following)) == expected
+    assert ids
+
+
+def test_the_last_word_is_asked_for_with_its_space() -> None:
+    question = lambada.question(TOKENIZER, "one two three")
+    assert TOKENIZER.decode(question.context) == "one two"
+    assert TOKENIZER.decode(question.continuations[0]) == " three"
+
+
+def test_a_uniform_models_last_words_by_hand() -> None:
+    found = lambada.evaluate(uniform(TOKENIZER), TOKENIZER, ["a bc", "a bcde"])
+    mean = (3 + 5) / 2 * math.log(TOKENIZER.vocab_size)
+    assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+    assert found["acc"] == 0.0
+
+
+def conversation(asked: str, said: str) -> tuple[Message, Message]:
+    return Message("user", asked), Message("assistant", said)
+
+
+def chat_model() -> Checkpoint:
+    tokenizer = TOKENIZER.with_special_tokens(find_template("chat").special_tokens)
+    model = new_model(tokenizer, block_size=64)
+    return Checkpoint(
+        model, tokenizer, "chat", None, "instruct", model.config, 0, Path("chat.ckpt")
+    )
+
+
+def test_the_loss_is_of_the_responses_and_their_ends() -> None:
+    checkpoint = chat_model()
+    template = find_template("chat")
+    messages = conversation("Add 2 and 3.", "5")
+    ids, is_response = template.encode(checkpoint.tokenizer, messages)
+    logits = checkpoint.model(torch.tensor([ids[:-1]]))[0]
+    losses = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+    expected = losses[torch.tensor(is_response[1:])].mean()
+    found = instructions.response_loss(checkpoint, template, [messages])
+    assert found["loss"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_what_replies_are_like_is_told_beside_the_responses() -> None:
+    conversations = [conversation("Say a.", "aaaaaaaa"), conversation("Say b.", "bc")]
+    found = instructions.evaluate(chat_model(), conversations, max_new_tokens=4)
+    assert found["baseline_responses_reply_tokens"] == 5.0
+    assert found["baseline_responses_repetition"] == pytest.approx((4 / 5 + 0) / 2)
+    assert found["reply_tokens"] <= 4
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"), [([1, 2, 3, 4, 1, 2, 3, 4], 0.2), ([1] * 5, 0.5), ([1], 0)]
+)
+def test_repetition_is_the_share_of_runs_seen_before(ids: list[int], share: float) -> None:
+    assert instructions.repetition(ids) == pytest.approx(share)
+
+
+def test_published_figures_are_lines_of_their_own() -> None:
+    results = with_published({"acc": 0.3, "acc_stderr": 0.01}, {"gpt2_124M": {"acc": 0.2859}})
+    assert results["baseline_published_gpt2_124M_acc"] == 0.2859
+    told = table([{"checkpoint": "a", "task": "hellaswag", "results": results}]).splitlines()
+    assert told[1].split() == ["a", "hellaswag", "0.3000", "±", "0.0100"]
+    assert told[2].split() == ["gpt2", "124M", "(published)", "hellaswag", "0.2859"]
+
+
+def test_the_picture_tells_its_figures_in_words_too() -> None:
+    row = {"checkpoint": "<a>", "task": "lambada", "results": {"acc": 0.5, "acc_stderr": 0.1}}
+    drawn = picture([row])
+    assert drawn.startswith("<svg ")
+    assert "accuracy: &lt;a&gt; 0.5000 ± 0.1000" in drawn
+    assert drawn.count("<circle") == 1
+
+
+def test_a_text_is_scored_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    path = saved(tmp_path / "a.ckpt", uniform(TOKENIZER))
+    out = tmp_path / "out.json"
+    arguments = ["--task", "perplexity", "--data", str(tmp_path / "a.txt"), "--json", str(out)]
+    assert main([str(path), *arguments]) == 0
+    [row] = json.loads(out.read_text())
+    n_tokens, n_bytes = len(TEXT.encode()), len(TEXT.encode())
+    assert row["results"]["bits_per_byte"] == pytest.approx(math.log2(TOKENIZER.vocab_size))
+    assert (row["results"]["tokens"], row["results"]["bytes"]) == (n_tokens, n_bytes)
+    assert "baseline_gzip_bits_per_byte" in row["results"]
+    assert "gzip (baseline)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["hellaswag", "lambada", "perplexity"])
+def test_a_classifier_is_refused_in_one_sentence(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Classifier(new_model().config, 2)
+    path = saved(tmp_path / "c.ckpt", model, "classify", labels=["ham", "spam"])
+    assert main([str(path), "--task", task, "--data", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "is a classifier of ham, spam and this task scores language models" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "hellaswag", "--data", "nowhere.jsonl"], "nowhere.jsonl is no file"),
+        (["--task", "perplexity"], "--task perplexity needs --data PATH"),
+        (
+            ["--task", "perplexity", "--data", "a.txt", "--stride", "33"],
+            "--stride 33 is not from 1",
+        ),
+        (["--task", "hellaswag", "--batch-size", "0"], "--batch-size 0 is not a number"),
+        (["--task", "judge", "--processes", "2"], "--task judge runs in one process"),
+        (["--task", "judge"], "--task judge needs --judge-url URL"),
+        (["--task", "instructions", "--data", "a.jsonl"], "a.ckpt was not taught to reply"),
+        (["--task", "lambada", "--data", "a.txt"], "a.txt, line 1 is not JSON"),
+        (["--task", "lambada", "--picture", "no/a.svg"], "there is no folder for it"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "response": "b"}\n')
+    saved(tmp_path / "a.ckpt", new_model())
+    assert main(["a.ckpt", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_processes_share_the_work_and_give_the_same_figures(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    path = saved(tmp_path / "a.ckpt", new_model())
+    found = []
+    for n in ("1", "2"):
+        out = tmp_path / f"{n}.json"
+        arguments = ["--task", "perplexity", "--data", str(tmp_path / "a.txt"), "--json", str(out)]
+        assert main([str(path), *arguments, "--processes", n]) == 0
+        found.append(json.loads(out.read_text()))
+    assert found[0] == found[1]
