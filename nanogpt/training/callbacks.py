@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nanogpt.evaluation import hellaswag
 from nanogpt.generation import check_sampling, generate
 from nanogpt.prompts import Message, Template
 from nanogpt.tokenizer import Tokenizer
@@ -76,6 +77,36 @@ class Validation(Callback):
             pl_module.validated_at = step if tokens == self.tokens else -1
         for logger in trainer.loggers:
             logger.log_metrics({f"val/{k}": v for k, v in pl_module.validation.items()}, step)
+
+
+class HellaSwag(Callback):
+    """Score HellaSwag every n steps and at the end, each rank its share of the items.
+
+    In fp32, as `python -m nanogpt.evaluate` does: the last figures are those of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[hellaswag.Item],
+        tokenizer: Tokenizer,
+        *,
+        every_n_steps: int,
+    ) -> None:
+        self.items = items
+        self.tokenizer = tokenizer
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        assert isinstance(pl_module, StageModule)
+        step = trainer.global_step
+        if not is_due(step, self.every_n_steps, trainer):
+            return
+        with pl_module.off_the_clock():
+            pl_module.model.eval()
+            figures = hellaswag.completion_scores(pl_module.model, self.tokenizer, self.items)
+            pl_module.model.train()
+        for logger in trainer.loggers:
+            logger.log_metrics({f"hellaswag/{k}": v for k, v in figures.items()}, step)
 
 
 class Samples(Callback):

@@ -37,6 +37,8 @@ KINDS = {
     "callbacks.validation.every_n_steps": (COUNT,),
     "callbacks.validation.tokens": ("null", COUNT),
     "callbacks.validation.final_tokens": ("null", COUNT),
+    "callbacks.hellaswag.every_n_steps": ("null", COUNT),
+    "callbacks.hellaswag.limit": ("null", COUNT),
     "callbacks.checkpoint.every_n_steps": (COUNT,),
     "callbacks.checkpoint.keep": ("0", COUNT),
     "callbacks.samples.every_n_steps": (COUNT,),

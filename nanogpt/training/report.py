@@ -7,14 +7,17 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from nanogpt.evaluation.hellaswag import PUBLISHED
+from nanogpt.evaluation.results import Row, read_kept
 from nanogpt.training.charts import Chart, Points, Series, draw
 from nanogpt.training.classes import TOLD_OF_CLASSES, classes_section, share
+from nanogpt.training.evaluations import evaluations_section
 from nanogpt.training.metrics import read_metrics
 from nanogpt.training.page import details, document, escape, pre, section
 from nanogpt.training.progress import duration, percent
@@ -45,6 +48,7 @@ class RunFiles:
     samples: list[tuple[int, str]]
     summary: dict[str, Any]
     log: list[str]
+    evaluations: list[Row] = field(default_factory=list)
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunFiles":
@@ -59,6 +63,7 @@ class RunFiles:
             samples=_samples(_text(run_dir / "samples.txt")),
             summary=summary,
             log=_text(run_dir / "train.log").splitlines(),
+            evaluations=read_kept(run_dir),
         )
 
     def figure(self, key: str, column: str | None = None) -> float | None:
@@ -117,6 +122,8 @@ def curves(run: RunFiles) -> str:
     ]
     bits = [curve("val/bits_per_byte", "validation", colour=1)]
     accuracy = [curve("val/accuracy", "validation", colour=1)]
+    endings = [curve("hellaswag/acc", "acc"), curve("hellaswag/acc_norm", "acc_norm", colour=1)]
+    gpt2 = PUBLISHED["gpt2_124M"]["acc_norm"]
     rate, norm = [curve("learning_rate")], [curve("train/grad_norm")]
     speed = [curve("tokens_per_s")]
     mfu = [curve("mfu")] if run.figure("mfu") else []  # 0 where the device's peak is unknown
@@ -124,6 +131,14 @@ def curves(run: RunFiles) -> str:
         Chart("Loss", "nats" if "val/accuracy" in run.metrics else "nats per token", loss),
         Chart("Bits per byte", "of validation text", bits, reference=reference),
         Chart("Accuracy", "of validation examples", accuracy, share, percent=True),
+        Chart(
+            "HellaSwag",
+            "of the items",
+            endings,
+            share,
+            reference=(f"GPT-2 124M, published: acc_norm {share(gpt2)}", gpt2),
+            percent=True,
+        ),
         Chart("Learning rate", "", rate, "{:.3g}".format, from_zero=True),
         Chart("Gradient norm", "before clipping", norm, "{:.3g}".format),
         Chart("Throughput", "tokens per second", speed, "{:,.0f}".format, from_zero=True),
@@ -140,6 +155,11 @@ def curves(run: RunFiles) -> str:
 def classes(run: RunFiles) -> str:
     """Tell how a classifier does on the test examples."""
     return classes_section(run.summary)
+
+
+def evaluations(run: RunFiles) -> str:
+    """Show what `python -m nanogpt.evaluate` found of the run's checkpoints."""
+    return evaluations_section(run.evaluations)
 
 
 def samples(run: RunFiles) -> str:
@@ -195,6 +215,7 @@ SECTIONS: tuple[Callable[[RunFiles], str], ...] = (
     headline,
     classes,
     curves,
+    evaluations,
     samples,
     reproduce,
     environment,

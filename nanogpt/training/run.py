@@ -129,6 +129,7 @@ class RunDirectory:
         self.samples_path = path / "samples.txt"
         self.summary_path = path / "summary.json"
         self.report_path = path / "report.html"
+        self.evaluations_path = path / "evaluations.json"
         self.checkpoints_dir = path / "checkpoints"
         self.last_checkpoint = self.checkpoints_dir / "last.ckpt"
 

@@ -29,12 +29,21 @@ from nanogpt.checkpoint import (
     with_block_size,
     with_dropout,
 )
+from nanogpt.evaluation import hellaswag
+from nanogpt.evaluation.examples import find_benchmark
 from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Schedule
 from nanogpt.prompts import Template, find_template
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.training.callbacks import Figures, Samples, StopSignals, Validation, cut_samples
+from nanogpt.training.callbacks import (
+    Figures,
+    HellaSwag,
+    Samples,
+    StopSignals,
+    Validation,
+    cut_samples,
+)
 from nanogpt.training.checkpointing import AtomicCheckpointIO, Checkpointing
 from nanogpt.training.launch import Ranks, join, leave_with_launcher, on_rank_zero, resolve_device
 from nanogpt.training.loggers import extra_logger
@@ -78,6 +87,7 @@ class Session:
             **{key: config["callbacks"]["samples"][key] for key in SAMPLING}
         )  # now, not when the first sample is due
         self.resume_step = 0  # of the checkpoint that the run continues from
+        self.benchmark: list[list[hellaswag.Item]] = []  # HellaSwag's items, where they are scored
         if config["trainer"][
             "deterministic"
         ]:  # read by cuBLAS at the first product, which we probe
@@ -99,6 +109,8 @@ class Session:
                 self._stack.callback(log_to(self.run.log_path))
                 for line in changed:
                     log.debug("changed: %s", line)
+            if self.finished is None:
+                self.benchmark = on_rank_zero(lambda: hellaswag_items(self.config))
             self._stack = self._stack.pop_all()
         if self.finished is not None:
             log.info(
@@ -341,9 +353,11 @@ class Session:
         """Return the checkpoint callback and those that come before it, in their order."""
         wanted = self.config["callbacks"]
         validation, checkpoint = dict(wanted["validation"]), dict(wanted["checkpoint"])
+        every_n_steps = wanted["hellaswag"]["every_n_steps"]
         return Checkpointing(self.run.checkpoints_dir, metrics, **checkpoint), [
             Figures(wanted["log_every_n_steps"]),
             Validation(validation_batches, **validation),
+            *(HellaSwag(items, tokenizer, every_n_steps=every_n_steps) for items in self.benchmark),
             Samples(
                 self.run.samples_path,
                 tokenizer,
@@ -386,6 +400,25 @@ class Session:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+
+
+def hellaswag_items(config: Mapping[str, Any]) -> list[list[hellaswag.Item]]:
+    """Return the items that are to be scored while training, as a list of one; else none.
+
+    Read before anything is prepared. Raises ValueError for a stage whose model does not write.
+    """
+    wanted = config["callbacks"]["hellaswag"]
+    if wanted["every_n_steps"] is None:
+        return []
+    if config["stage"] == "classify":
+        raise ValueError(
+            "callbacks.hellaswag scores language models and stage=classify trains none; "
+            "pass callbacks.hellaswag.every_n_steps=null"
+        )
+    path = wanted["path"]
+    if path is None:
+        path = find_benchmark(hellaswag.BENCHMARK, config["data_dir"])
+    return [hellaswag.read_items(path, wanted["limit"])]
 
 
 def shorten(start: Checkpoint, block_size: int, typed: Mapping[str, Any]) -> Checkpoint:

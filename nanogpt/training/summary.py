@@ -12,6 +12,8 @@ from nanogpt.training.metrics import read_metrics
 from nanogpt.training.module import StageModule
 from nanogpt.training.progress import duration, percent
 
+IN_SUMMARY = ("val/", "hellaswag/")  # columns of metrics.csv
+
 log = logging.getLogger("nanogpt")
 
 
@@ -35,7 +37,7 @@ def summarise(
         "tokens_per_s": tokens_per_s,
         "mfu": module.mfu(tokens_per_s),
         "train_loss": last["train/loss"],
-        **{name.replace("/", "_"): v for name, v in last.items() if name.startswith("val/")},
+        **{name.replace("/", "_"): v for name, v in last.items() if name.startswith(IN_SUMMARY)},
         **facts,
         **module.measure(),
         "n_params": module.model.num_parameters(),
