@@ -2,14 +2,17 @@
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
+import torch
 
 from nanogpt.checkpoint import load_checkpoint
 from nanogpt.generation import generate
@@ -18,12 +21,39 @@ from tests.front_end import eventually
 from tests.test_serve import ROOT, answers, free_port
 
 PROMPT = [104, 101, 108, 108, 111]
+LINUX = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc of Linux")
+
+
+class Gadget:
+    """What runs a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch pwned",)
+
+
+# What runs in readers that trust a checkpoint: pickle, and Lightning before 2.6.6.
+MALICIOUS: dict[str, dict[str, Any]] = {
+    "gadget": {"nanogpt": Gadget(), "state_dict": {}},
+    "instantiator": {
+        "hyper_parameters": {"command": "touch pwned"},
+        "hparams_name": "kwargs",
+        "_instantiator": "os.system",
+        "state_dict": {},
+    },
+    "class-path": {
+        "hyper_parameters": {"_class_path": "os.system", "command": "touch pwned"},
+        "state_dict": {},
+    },
+}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs")
     write_model(path / "one" / "checkpoints" / "last.ckpt")
+    for name, content in MALICIOUS.items():
+        (path / name / "checkpoints").mkdir(parents=True)
+        torch.save(content, path / name / "checkpoints" / "last.ckpt")
     return path
 
 
@@ -31,9 +61,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(runs: Path) -> Iterator[str]:
     """A server started as a user would."""
     port = free_port()
-    settings = ("dtype=fp32", "threads=1", "cache_gb=0.1", "drain_s=10")
+    settings = ("dtype=fp32", "threads=1", "cache_gb=0.1", "drain_s=10", "default_model=one")
     command = [sys.executable, str(ROOT / "serve.py"), f"runs_dir={runs}", f"port={port}"]
-    server = subprocess.Popen([*command, *settings], env=os.environ)
+    server = subprocess.Popen([*command, *settings], env=os.environ, cwd=runs)
     try:
         address = f"http://127.0.0.1:{port}"
         assert eventually(lambda: answers(f"{address}/ready"), 120)
@@ -91,6 +121,47 @@ def test_an_echoed_prompt_is_scored_as_it_was_generated(client: openai.OpenAI) -
     assert scored.choices[0].logprobs.token_logprobs[-n:] == pytest.approx(
         logprobs.token_logprobs, abs=1e-4
     )
+
+
+@pytest.mark.parametrize("model", MALICIOUS)
+def test_a_malicious_checkpoint_is_refused_and_runs_nothing(
+    url: str, runs: Path, model: str
+) -> None:
+    answer = httpx.post(f"{url}/v1/completions", json={"model": model, "prompt": "x"}, timeout=60)
+    assert answer.status_code >= 400
+    assert answer.json()["error"]["message"]
+    assert not (runs / "pwned").exists()
+    asked = {"model": "one", "prompt": "x", "max_tokens": 1}
+    assert httpx.post(f"{url}/v1/completions", json=asked, timeout=60).status_code == 200
+
+
+@LINUX
+def test_an_engine_that_is_killed_is_started_again(client: openai.OpenAI) -> None:
+    asked = {"model": "one", "prompt": PROMPT, "temperature": 0}
+    long = {"max_tokens": 240, "extra_body": {"ignore_eos": True}, "stream": True}
+    before = client.completions.create(**asked, max_tokens=5).choices[0].text  # type: ignore[call-overload]
+    with client.completions.create(**asked, **long) as stream:  # type: ignore[call-overload]
+        next(stream)
+        os.kill(engine_of(str(client.base_url)), signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="engine stopped"):
+            list(stream)
+    patient = client.with_options(max_retries=20)  # 503 with Retry-After, until it is there
+    after = patient.completions.create(**asked, max_tokens=5).choices[0].text  # type: ignore[call-overload]
+    assert after == before
+
+
+def engine_of(url: str) -> int:
+    """Return the process id of the engine that the server at a port started."""
+    port = httpx.URL(url).port
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (directory / "cmdline").read_bytes().split(b"\0")
+            environment = (directory / "environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended, or is another's
+            continue
+        if b"serving.engine" in command and f"NANOGPT_PORT={port}".encode() in environment:
+            return int(directory.name)
+    raise AssertionError(f"no engine of the server at port {port}")
 
 
 def byte_of(token: str) -> int:
