@@ -187,6 +187,21 @@ def test_a_chat_model_stops_at_its_turn_markers(tmp_path: Path) -> None:
     assert generated(engine)[-1].params.stop_ids == (tokenizer.eot_id, *expected)
 
 
+@pytest.mark.parametrize("name", prompts.TEMPLATES)
+def test_the_served_prompt_is_what_was_trained_on_up_to_the_reply(
+    tmp_path: Path, name: str
+) -> None:
+    template = find_template(name)
+    tokenizer = byte_tokenizer().with_special_tokens(template.special_tokens)
+    asked, reply = ("user", " What is <|user|>?\n"), ("assistant", "A word.")
+    trained = template.encode(tokenizer, [prompts.Message(*asked), prompts.Message(*reply)])
+    n = trained.is_response.index(True)
+    with serve(FakeEngine(f"unix:{tmp_path}/e", tokenizer=tokenizer, template=name)) as url:
+        body = {"messages": [{"role": asked[0], "content": asked[1]}]}
+        served = httpx.post(f"{url}/tokenize", json=body).json()["tokens"]
+    assert served == trained.ids[:n]
+
+
 @pytest.mark.anyio
 async def test_the_asynchronous_client_streams(url: str) -> None:
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
