@@ -1,4 +1,4 @@
-"""Classify SMS spam from random weights, over ten seeds of split and training.
+"""Classify SMS spam, from random weights if not said otherwise, over ten seeds.
 
     python benchmarks/sms_spam.py --data SMSSpamCollection [--seeds 10] [KEY=VALUE ...]
 
@@ -6,7 +6,7 @@ Every seed is one `python train.py stage=classify init_from=null data.path=... s
 balanced 70/10/20 split, the weights and the order of the data. No seed is chosen, and the settings
 in conf/stage/classify.yaml were fixed on validation splits of other seeds. The baselines learn from
 the same training texts and are tested on the same test texts. Further keys go to train.py, such as
-runs_dir=DIR; a seed that is finished is not run again.
+runs_dir=DIR or init_from=RUN; a seed that is finished is not run again.
 
 Published on a balanced split of the whole collection (Raschka, LLMs-from-scratch, chapter 6): GPT-2
 small with random weights 93.67 %, with OpenAI's weights 95.0 to 98.3 % by what is trained.
@@ -43,10 +43,11 @@ def main() -> int:
 def run(seed: int, options: argparse.Namespace) -> Summary:
     """Train and test one seed; return its summary."""
     name = f"sms_spam/seed-{seed}"
-    keys = [f"data.path={options.data}", f"seed={seed}", f"name={name}", *options.keys]
+    about = ["init_from=null", f"data.path={options.data}", f"seed={seed}", f"name={name}"]
+    keys = [*about, *options.keys]
     given = dict(key.split("=", 1) for key in keys)
     subprocess.run(
-        [sys.executable, str(TRAIN), "stage=classify", "init_from=null", *keys],
+        [sys.executable, str(TRAIN), "stage=classify", *(f"{k}={v}" for k, v in given.items())],
         check=True,
         stdout=subprocess.DEVNULL,
     )
