@@ -18,9 +18,9 @@ PANELS = {
     "terminated": "replies that end by themselves",
     "score": "judge's score, 0 to 100",
 }
-WIDTH, NAMES, ROOM = 720, 210, 150  # of the picture; left and right of the scale
-TITLE, ROW, GAP = 30, 24, 18
-NAME_CHARS = 28
+WIDTH, NAMES, ROOM = 740, 236, 144  # of the picture; left and right of the scale
+TITLE, ROW, GAP, EDGE = 30, 24, 18, 12
+NAME_CHARS = 32
 STYLE = """
 :root { --ink: #1b1f27; --muted: #5b6472; --grid: #e1e5ea; --accent: #1f5fd0; --page: #fff; }
 @media (prefers-color-scheme: dark) {
@@ -39,7 +39,7 @@ def picture(rows: Sequence[Row]) -> str:
 def draw(rows: Sequence[Row]) -> str:
     """Return an `<svg>` in the colours of the page around it: a panel per figure.
 
-    A checkpoint is a dot with its standard error, a baseline or a published figure a ring.
+    A checkpoint is a dot with a bar of one standard error, a baseline or a published figure a ring.
     """
     told = lines(rows)
     names = [name for name in PANELS if any(name in line.figures for line in told)]
@@ -55,9 +55,10 @@ def draw(rows: Sequence[Row]) -> str:
         )
         for name in names
     )
+    width = WIDTH + 2 * EDGE
     return (
-        f'<svg viewBox="0 0 {WIDTH} {max(y, 1):g}" role="img" aria-label="{html.escape(alt)}" '
-        f'font-size="13">{"".join(parts)}</svg>'
+        f'<svg viewBox="{-EDGE} 0 {width} {max(y, 1):g}" style="max-width: {width}px" role="img" '
+        f'aria-label="{html.escape(alt)}" font-size="13">{"".join(parts)}</svg>'
     )
 
 

@@ -1,6 +1,7 @@
 """What a report tells of a run's evaluations: a picture and a table for every task."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from nanogpt.evaluation.picture import draw
@@ -48,7 +49,7 @@ def _named(row: Row) -> Row:
     about: dict[str, Any] = row.get("about") or {}
     parts = [f"step {about['step']:,}"] if isinstance(about.get("step"), int) else []
     if about.get("data"):
-        parts.append(str(about["data"]))
+        parts.append(Path(str(about["data"])).stem)
     if about.get("limit"):
         parts.append(f"first {about['limit']}")
     return {**row, "checkpoint": ", ".join(parts) or row["checkpoint"]}
