@@ -9,6 +9,9 @@
 
 #include <immintrin.h>
 #include <omp.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -240,25 +243,22 @@ inline void tile8(const bf16* x, int64_t stride, const uint8_t* w, const bf16* s
 }
 #endif
 
+// Call f with rows in tiles of at most 6, as equal as can be: small ones wait for their own sums.
 template <class F>
 inline void for_tiles(int rows, const F& f) {
-    int row = 0;
-    for (; row + 6 <= rows; row += 6) f(std::integral_constant<int, 6>(), row);
-    switch (rows - row) {
-        case 5: f(std::integral_constant<int, 5>(), row); break;
-        case 4: f(std::integral_constant<int, 4>(), row); break;
-        case 3: f(std::integral_constant<int, 3>(), row); break;
-        case 2: f(std::integral_constant<int, 2>(), row); break;
-        case 1: f(std::integral_constant<int, 1>(), row); break;
+    const int tiles = (rows + 5) / 6;
+    for (int t = 0, row = 0; t < tiles; t++) {
+        const int size = (rows - row) / (tiles - t);
+        switch (size) {
+            case 6: f(std::integral_constant<int, 6>(), row); break;
+            case 5: f(std::integral_constant<int, 5>(), row); break;
+            case 4: f(std::integral_constant<int, 4>(), row); break;
+            case 3: f(std::integral_constant<int, 3>(), row); break;
+            case 2: f(std::integral_constant<int, 2>(), row); break;
+            case 1: f(std::integral_constant<int, 1>(), row); break;
+        }
+        row += size;
     }
-}
-
-template <class F>
-inline void for_small_tiles(int rows, const F& f) {
-    int row = 0;
-    for (; row + 3 <= rows; row += 3) f(std::integral_constant<int, 3>(), row);
-    if (rows - row == 2) f(std::integral_constant<int, 2>(), row);
-    if (rows - row == 1) f(std::integral_constant<int, 1>(), row);
 }
 
 struct Share {  // a thread's part of n things
@@ -312,16 +312,13 @@ void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const bf16* x, int
             _mm512_storeu_si512(wide + i + 32, second);
         }
     }
-    for_small_tiles(rows, [&](auto m, int row) {
+    for_tiles(rows, [&](auto m, int row) {
         auto& own = *(v16(*)[m()][4])(sums + row * 4);
-        v16 local[m()][4];
-        memcpy(local, own, sizeof local);
         const bf16* inputs = x + int64_t(row) * k + from;
         if (widened)
-            tile8<m()>(inputs, k, wide, scales, to - from, local);
-        else
-            tile8<m()>(inputs, k, w, scales, to - from, local);
-        memcpy(own, local, sizeof local);
+            tile8<m()>(inputs, k, wide, scales, to - from, own);
+        else if constexpr (m() <= 2)
+            tile8<m()>(inputs, k, w, scales, to - from, own);
     });
 #endif
 }
@@ -330,7 +327,8 @@ void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const bf16* x, int
 // the system puts aside holds up the others by a panel.
 template <class A, class Finish>
 void product(Dtype dtype, const Matrix& matrix, const A* x, int rows, const Finish& finish) {
-    const int block = rows <= 6 ? matrix.k : INPUT_BYTES / int(sizeof(A)) / PANEL;
+    const bool whole = rows <= (dtype == INT8 ? 2 : 6);  // a panel is read once, and not widened
+    const int block = whole ? matrix.k : INPUT_BYTES / int(sizeof(A)) / PANEL;
     const int panels = (matrix.n + PANEL - 1) / PANEL;
     std::vector<v16> sums(int64_t(rows) * 4);
     std::vector<bf16> wide(dtype == INT8 && rows > 2 ? int64_t(PANEL) * block : 0);
@@ -524,6 +522,15 @@ void head(const Model& model, int rows, const float* states, float* logits) {
     });
 }
 
+// Ask for large pages for memory that is not written yet: weights are read with fewer look-ups.
+void ask_for_large_pages(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = uintptr_t(1) << 21, begin = (uintptr_t(memory) + page - 1) & ~(page - 1);
+    const uintptr_t end = (uintptr_t(memory) + bytes) & ~(page - 1);
+    if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace
 
 extern "C" {
@@ -539,6 +546,8 @@ int32_t supports(int32_t dtype) {
 // Round and reorder weights (N, K) float32 into panels; `packed` holds whole ones, `scales` too.
 void pack(int32_t dtype, int32_t n, int32_t k, const float* weights, void* packed, bf16* scales) {
     const int panels = (n + PANEL - 1) / PANEL;
+    const int bytes = dtype == FP32 ? 4 : dtype == BF16 ? 2 : 1;
+    ask_for_large_pages(packed, int64_t(panels) * PANEL * k * bytes);
 #pragma omp parallel for
     for (int p = 0; p < panels; p++) {
         const int64_t base = int64_t(p) * PANEL * k;
