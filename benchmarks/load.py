@@ -53,7 +53,7 @@ class Outcome:
     gaps_s: list[float] = field(default_factory=list)  # between pieces of text
     pieces: int = 0  # of text
     tokens: int = 0  # as the usage says, or else the pieces
-    complete: bool = False  # a stream's [DONE] came, and no error
+    complete: bool = False  # a stream's end came, and no error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -226,7 +226,10 @@ class _Exchange(asyncio.Protocol):
 
     def _event(self, line: bytes, now: float) -> None:
         outcome = self.outcome
+        line = line.replace(b'": ', b'":')  # as some servers space it
         self.failed = self.failed or line.startswith(b'data: {"error"')
+        if b'"finish_reason":"' in line:
+            outcome.complete = not self.failed  # some servers send no [DONE]
         if b'"usage":{' in line:
             outcome.tokens = json.loads(line[6:])["usage"]["completion_tokens"]
         elif b'"content":"' in line or (b'"text":"' in line and b'"text":""' not in line):
