@@ -8,15 +8,16 @@ FROM python:3.12-slim
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
+# g++ compiles the engine's kernels when it starts
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/* \
+ && pip install --no-cache-dir "torch>=2.9,<2.14" --index-url "$TORCH_INDEX" \
+ && useradd --create-home --uid 1000 nanogpt
+
 WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY nanogpt nanogpt
 COPY serving serving
-# g++ compiles the engine's kernels when it starts
-RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/* \
- && pip install --no-cache-dir "torch>=2.9,<2.14" --index-url "$TORCH_INDEX" \
- && pip install --no-cache-dir -e . \
- && useradd --create-home --uid 1000 nanogpt
+RUN pip install --no-cache-dir -e .
 
 USER nanogpt
 ENV NANOGPT_HOST=0.0.0.0 NANOGPT_PORT=5001 PYTHONUNBUFFERED=1
