@@ -354,3 +354,17 @@ def test_a_file_that_is_no_checkpoint_fails_its_requests(tmp_path: Path) -> None
     assert isinstance(end, Failed)
     assert end.kind == "internal"
     assert "no readable checkpoint" in end.message
+
+
+def test_an_engine_that_loads_sleeps_until_it_has(checkpoint: Path) -> None:
+    asked = Asked(checkpoint)
+    asked.engine.accept(asked, generate("a", [1]))
+    assert not asked.engine.computes
+    assert not asked.engine.idle
+
+
+def test_the_only_model_is_loaded_before_it_is_asked_for(checkpoint: Path) -> None:
+    engine = Asked(checkpoint).engine
+    engine.post(engine.drain)
+    engine.run()
+    assert list(engine.runners) == ["run"]
