@@ -10,6 +10,7 @@ fp32. docs/EVALUATION.md says what every task does.
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.processes > 1 and processes.world_size() == 1:
             given = sys.argv[1:] if arguments is None else list(arguments)
             return processes.launch(options.processes, given)
+        if processes.rank() == 0:
+            show_progress()
         processes.join()
         rows = [row(reference, options) for reference in options.checkpoints]
         if processes.rank() == 0:
@@ -63,6 +66,13 @@ def check(options: argparse.Namespace) -> None:
     several = max(options.processes, processes.world_size()) > 1
     if several and not TASKS[options.task].shares_work:
         raise ValueError(f"--task {options.task} runs in one process; leave --processes out")
+
+
+def show_progress() -> None:
+    """Send the scorer's log to standard error."""
+    log = logging.getLogger("nanogpt.evaluation")
+    log.handlers = [logging.StreamHandler()]
+    log.setLevel(logging.INFO)
 
 
 def row(reference: str, options: argparse.Namespace) -> Row:

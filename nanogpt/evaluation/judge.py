@@ -11,11 +11,12 @@ after the last one. The key is read from --judge-key or OPENAI_API_KEY.
 import hashlib
 import http.client
 import json
+import logging
 import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from nanogpt.checkpoint import Checkpoint, weights_sha256
 from nanogpt.evaluation.examples import read_rows
 from nanogpt.evaluation.instructions import Conversation, reply, template_of
 from nanogpt.evaluation.results import Results, mean_and_error
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # the later ones at a temperature, for the judge to find other words
 ANSWER_TOKENS = 32
@@ -104,7 +107,6 @@ def evaluate(
     answers_path: Path,
     *,
     max_new_tokens: int,
-    tell: Callable[[str], None] = lambda line: None,
 ) -> Results:
     """Return the mean score of the replies; what was answered before is not asked again.
 
@@ -122,7 +124,7 @@ def evaluate(
             said = template.until_stop(checkpoint.tokenizer.decode(ids))
             known[key] = _score(judge, messages, said, key, answers_path)
         scores.append(known[key])
-        tell(f"{number} of {len(conversations)}: {known[key]}")
+        log.info("%s of %s: %s", number, len(conversations), known[key])
     return {**mean_and_error("score", np.array(scores)), "examples": len(scores)}
 
 

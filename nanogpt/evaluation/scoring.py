@@ -7,6 +7,8 @@ for every one of them. Logits are computed where a token is scored and nowhere e
 Shapes: B batch, T time, C channels, V vocabulary, N scored tokens.
 """
 
+import logging
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,9 @@ from nanogpt.tokenizer import Tokenizer
 BATCH_SIZE = 8  # questions of a forward
 ROW_MULTIPLE = 32  # of tokens: fewer go through other kernels, which add in another order
 LOGITS_ROWS = 128  # of V logits, held at a time
+PROGRESS_S = 10.0  # between lines of the log
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ def answer(
     assert not model.training, "dropout would change the answers"
     pieces = [piece for i, q in enumerate(questions) for piece in _pieces(i, q, model)]
     answers = [[Answer(0.0, True)] * len(q.continuations) for q in questions]
+    n_done, told = 0, time.monotonic()
     for batch in _batches(pieces, batch_size):
         for piece, found in zip(batch, _answer_batch(model, batch), strict=True):
             for place, new in zip(piece.places, found, strict=True):
@@ -62,6 +68,10 @@ def answer(
                 answers[piece.question][place] = Answer(
                     before.log_likelihood + new.log_likelihood, before.is_greedy and new.is_greedy
                 )
+        n_done += len(batch)
+        if time.monotonic() - told > PROGRESS_S:
+            told = time.monotonic()
+            log.info("scored %s of %s", f"{n_done:,}", f"{len(pieces):,}")
     return answers
 
 
@@ -217,4 +227,4 @@ def _score(model: GPT, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
         logits = model.head(part).float()  # (<= LOGITS_ROWS, V)
         found.append(-F.cross_entropy(logits, wanted, reduction="none"))
         hits.append(logits.argmax(-1) == wanted)
-    return torch.cat(found).double().cpu()[:n_scored], torch.cat(hits).cpu()[:n_scored]
+    return torch.cat(found).cpu().double()[:n_scored], torch.cat(hits).cpu()[:n_scored]

@@ -2,7 +2,6 @@
 
 import argparse
 import gzip
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +124,7 @@ def run_judge(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
     conversations = read_conversations(options)
     judge = Judge(options.judge_url, options.judge_model, options.judge_key)
     tokens = options.max_new_tokens
-    return ask_judge(checkpoint, conversations, judge, path, max_new_tokens=tokens, tell=_progress)
+    return ask_judge(checkpoint, conversations, judge, path, max_new_tokens=tokens)
 
 
 def run_harness(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
@@ -235,7 +234,3 @@ def confusion_text(confusion: np.ndarray, labels: Sequence[str]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in cells
     )
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
