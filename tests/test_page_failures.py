@@ -79,7 +79,7 @@ def test_where_no_key_is_needed_none_is_asked_for(browser: Any, url: str) -> Non
     ("kind", "said"),
     [
         ("overloaded", "The server is busy; try again in a moment."),
-        ("unavailable", "The engine is starting; try again in a moment."),
+        ("unavailable", "The engine is away; try again in a moment."),
         ("internal", "The server failed."),
         ("invalid", "The server does not take this."),
     ],

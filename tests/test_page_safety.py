@@ -67,7 +67,7 @@ def converse(page: Any, text: str) -> None:
     page.fill("#chat-text", text)
     page.press("#chat-text", "Enter")
     page.wait_for_selector("#send:visible")
-    page.wait_for_selector(".theirs .icon-button")
+    page.wait_for_selector(".theirs .icon-button, .theirs .failure")
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -154,7 +154,7 @@ def test_with_keys_every_asker_needs_one(locked: str, path: str) -> None:
 def test_a_browser_without_a_key_gets_the_page_that_asks_for_it(locked: str) -> None:
     answer = httpx.get(f"{locked}/runs", headers={"Accept": "text/html,*/*;q=0.8"})
     assert answer.status_code == 401
-    assert 'id="key-dialog"' in answer.text
+    assert 'src="/static/runs.js"' in answer.text
     assert "tiny" not in answer.text
 
 

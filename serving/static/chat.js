@@ -221,7 +221,9 @@ async function answer(conversation) {
   running = null;
   keep(conversation);
   if (conversation === shown) {
+    const follows = isAtEnd();
     render();
+    if (follows) scrollToEnd();
     meter();
   }
 }
@@ -258,34 +260,25 @@ async function read({ controller, version }, messages) {
   let first = null;
   let n = 0;
   const facts = (usage) => {
-    const seconds = (performance.now() - first) / 1000;
+    const now = performance.now();
+    const seconds = (now - (first ?? now)) / 1000;
     version.facts = {
       tokens: usage?.completion_tokens ?? n,
-      perSecond: n > 1 && seconds > 0 ? (n - 1) / seconds : (usage?.tokens_per_second ?? 0),
-      first: (first - began) / 1000,
-      model: body.model,
+      perSecond: usage?.tokens_per_second ?? (n > 1 && seconds ? (n - 1) / seconds : 0),
+      first: ((first ?? now) - began) / 1000,
     };
   };
-  try {
-    for await (const { choices, usage } of stream("/v1/chat/completions", body, controller.signal)) {
-      const [choice] = choices;
-      if (choice?.delta.content) {
-        first ??= performance.now();
-        n++;
-        version.text += choice.delta.content;
-        facts();
-        showSoon();
-      }
-      if (choice?.finish_reason) version.finish = choice.finish_reason;
-      if (usage) {
-        first ??= performance.now();
-        const { perSecond } = version.facts ?? {};
-        facts(usage);
-        version.facts.perSecond = perSecond || version.facts.perSecond;
-      }
+  for await (const { choices, usage } of stream("/v1/chat/completions", body, controller.signal)) {
+    const [choice] = choices;
+    if (choice?.delta.content) {
+      first ??= performance.now();
+      n++;
+      version.text += choice.delta.content;
+      facts();
+      showSoon();
     }
-  } finally {
-    if (version.text && !version.facts) facts();
+    if (choice?.finish_reason) version.finish = choice.finish_reason;
+    if (usage) facts(usage);
   }
 }
 
@@ -377,7 +370,7 @@ function answerBody(message, index) {
 function answerActions(message, version, isLast) {
   const actions = h("div", { class: "actions" });
   if (version.text) actions.append(copyButton(() => version.text));
-  if (isLast) actions.append(iconButton("i-again", t("again"), () => !running && answer(shown)));
+  if (isLast && !version.failure) actions.append(iconButton("i-again", t("again"), () => !running && answer(shown)));
   if (message.versions.length > 1) actions.append(...versionButtons(message));
   actions.append(h("span", { class: "note facts" }, factsText(version)));
   return actions;
@@ -448,13 +441,17 @@ function showSoon() {
 
 function showRunning() {
   const { element, facts, version } = running;
-  const scroller = byId("chat-scroller");
-  const follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_END;
+  const follows = isAtEnd();
   if (version.text) show(element, version.text);
   else element.replaceChildren(h("p", { class: "note waiting" }, t("thinking")));
   if (version.text && element.firstElementChild?.classList.contains("waiting")) element.firstChild.remove();
   facts.textContent = factsText(version);
   if (follows) scrollToEnd();
+}
+
+function isAtEnd() {
+  const { scrollHeight, scrollTop, clientHeight } = byId("chat-scroller");
+  return scrollHeight - scrollTop - clientHeight < NEAR_END;
 }
 
 function scrollToEnd() {

@@ -120,8 +120,7 @@ function add(text, { text_offset, token_logprobs, top_logprobs }) {
     }
     place += said.length;
   });
-  render();
-  if (follows) scroller.scrollTop = scroller.scrollHeight;
+  renderSoon(() => follows && (scroller.scrollTop = scroller.scrollHeight));
 }
 
 async function score() {
@@ -183,6 +182,16 @@ function clear() {
 
 function tell(facts) {
   byId("complete-meter").textContent = facts.filter(Boolean).join(" · ");
+}
+
+let awaited = 0; // a frame; tokens may come faster than these
+
+function renderSoon(after) {
+  cancelAnimationFrame(awaited);
+  awaited = requestAnimationFrame(() => {
+    render();
+    after();
+  });
 }
 
 function render() {

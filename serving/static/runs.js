@@ -55,8 +55,7 @@ function card(run) {
 
 function facts({ stage, state, step, max_steps: most, updated }) {
   const when = new Intl.DateTimeFormat(document.documentElement.lang, {
-    dateStyle: "medium",
-    timeStyle: "short",
+    ...{ month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" },
   }).format(updated * 1000);
   const isOver = state === "finished" || !most;
   const far = isOver

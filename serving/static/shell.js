@@ -1,7 +1,7 @@
 // What the pages share around their content: theme, language, and the dialog that asks for a key.
 
 import { onKeyNeeded } from "/static/api.js";
-import { byId } from "/static/dom.js";
+import { byId, h } from "/static/dom.js";
 import { load, save } from "/static/store.js";
 import { language, onLanguage, setLanguage, t, translate } from "/static/words.js";
 
@@ -10,6 +10,7 @@ const THEMES = ["system", "light", "dark"];
 
 /** Make theme, language and key work, and say everything in the page's language. */
 export function startShell() {
+  document.body.append(keyDialog());
   translate(document);
   onKeyNeeded(askForKey);
   byId("language").addEventListener("click", () => {
@@ -37,6 +38,21 @@ function showTheme() {
   const label = t("themeIs", { name: t(name) });
   byId("theme").setAttribute("aria-label", label);
   byId("theme").title = label;
+}
+
+function keyDialog() {
+  const words = (tag, name, attributes) => h(tag, { "data-t": name, ...attributes });
+  const field = { type: "password", id: "key", autocomplete: "off", required: true };
+  const form = h(
+    "form",
+    { method: "dialog", id: "key-form" },
+    words("h2", "keyTitle", { id: "key-title" }),
+    words("p", "keyWrong", { id: "key-wrong", class: "failure", role: "alert", hidden: true }),
+    h("label", {}, words("span", "key"), h("input", field)),
+    words("p", "keyKept", { class: "note" }),
+    h("div", { class: "actions" }, words("button", "keyGo", { type: "submit", class: "primary" })),
+  );
+  return h("dialog", { id: "key-dialog", "aria-labelledby": "key-title" }, form);
 }
 
 /** Resolve to the key that is entered, or to null where the dialog is closed. */

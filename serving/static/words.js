@@ -122,7 +122,7 @@ const WORDS = {
   "is.context": ["The text is longer than the model's context.", "内容超出了模型的上下文长度。"],
   "is.model": ["This model is gone.", "该模型已不存在。"],
   "is.busy": ["The server is busy; try again in a moment.", "服务器繁忙，请稍后再试。"],
-  "is.starting": ["The engine is starting; try again in a moment.", "引擎正在启动，请稍后再试。"],
+  "is.starting": ["The engine is away; try again in a moment.", "引擎暂不可用，请稍后再试。"],
   "is.invalid": ["The server does not take this.", "服务器不接受该请求。"],
   "is.failed": ["The server failed.", "服务器出错了。"],
   "is.offline": ["The server cannot be reached.", "无法连接服务器。"],
