@@ -206,6 +206,12 @@ def test_a_classifier_is_refused_in_one_sentence(
     [
         (["--task", "hellaswag", "--data", "nowhere.jsonl"], "nowhere.jsonl is no file"),
         (["--task", "perplexity"], "--task perplexity needs --data PATH"),
+        (["--task", "perplexity", "--data", "b.txt"], "--data b.txt does not exist; pass a file"),
+        (["--task", "perplexity", "--data", "a.jsonl"], "; pass --text-column NAME"),
+        (
+            ["--task", "judge", "--judge-url", "http://a", "--judge-model", "b"],
+            "judge needs --data",
+        ),
         (
             ["--task", "perplexity", "--data", "a.txt", "--stride", "33"],
             "--stride 33 is not from 1",
@@ -233,6 +239,31 @@ def test_what_cannot_be_is_one_sentence(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_folder_of_texts_is_one_stream(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.md"):
+        (tmp_path / name).write_text(TEXT)
+    path = saved(tmp_path / "a.ckpt", uniform(TOKENIZER))
+    out = tmp_path / "out.json"
+    arguments = ["--task", "perplexity", "--data", str(tmp_path), "--json", str(out)]
+    assert main([str(path), *arguments]) == 0
+    [row] = json.loads(out.read_text())
+    n_bytes = 2 * len(TEXT.encode())
+    assert (row["results"]["tokens"], row["results"]["bytes"]) == (n_bytes + 1, n_bytes)
+
+
+def test_shards_are_scored_whole_and_a_folders_validation_alone(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.ckpt", uniform(TOKENIZER))
+    for name, n_tokens in (("train.bin", 3000), ("val.bin", 50)):
+        (np.arange(n_tokens, dtype="<u2") % 200).tofile(tmp_path / name)
+    found = []
+    for data in (tmp_path, tmp_path / "val.bin"):
+        out = tmp_path / "out.json"
+        arguments = ["--task", "perplexity", "--data", str(data), "--json", str(out)]
+        assert main([str(path), *arguments]) == 0
+        found.append(json.loads(out.read_text())[0]["results"]["tokens"])
+    assert found == [49, 49]
 
 
 def test_processes_share_the_work_and_give_the_same_figures(tmp_path: Path) -> None:

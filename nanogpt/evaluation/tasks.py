@@ -2,8 +2,10 @@
 
 import argparse
 import gzip
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.classifier import Classifier, class_probabilities
 from nanogpt.data.corpus import MANIFEST, open_corpus
+from nanogpt.data.files import PASS_OVER
 from nanogpt.data.instructions import Conversation, Instructions
 from nanogpt.data.labelled import read_examples
 from nanogpt.data.pretokenized import TokenShards
@@ -189,29 +192,40 @@ def read_tokens(path: Path, checkpoint: Checkpoint, options: argparse.Namespace)
                 f"tokenizer ({tokenizer.name}); pass the text itself"
             )
         return corpus.val.read(0, len(corpus.val))
-    if path.suffix in SHARDS or (path.is_dir() and any(map(path.glob, ("*.bin", "*.npy")))):
-        corpus = TokenShards(path).open(tokenizer, tokenizer.name)
+    files = path.iterdir() if path.is_dir() else [path]
+    if any(file.suffix in SHARDS for file in files):
+        with in_this_commands_words():
+            corpus = TokenShards(path).open(tokenizer, tokenizer.name)
         parts = [corpus.val] if path.is_dir() else [corpus.train, corpus.val]
         return np.concatenate([part.read(0, len(part)) for part in parts])
     ids: list[int] = []
     documents = TextFiles(path, text_column=options.text_column).documents()
-    for number, text in enumerate(documents):
-        if number == options.limit:
-            break
-        ids += [tokenizer.eot_id, *tokenizer.encode(text or "")]
+    with in_this_commands_words():
+        for text in islice(documents, options.limit):
+            ids += [tokenizer.eot_id, *tokenizer.encode(text or "")]
     return np.array(ids, dtype=np.int64)
 
 
 def read_conversations(options: argparse.Namespace) -> list[Conversation]:
     """Return the conversations of an instruction set; raises ValueError where there are none."""
     path = data_of(options)
-    try:
+    with in_this_commands_words():
         found = Instructions(path, max_examples=options.limit).conversations
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is no file; pass a .jsonl or .json file") from None
     if not found:
         raise ValueError(f"{path} has no conversations; pass instructions and responses")
     return found
+
+
+@contextmanager
+def in_this_commands_words() -> Iterator[None]:
+    """Say what is wrong with data by the names of this command's options."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        text = str(error).replace("data.path=", "--data ").replace(f", {PASS_OVER}", "")
+        text = text.replace("data.text_column=", "--text-column ")
+        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+        raise kind(text) from error
 
 
 def class_numbers(examples: Sequence[Example], labels: Sequence[str], path: Path) -> list[int]:
