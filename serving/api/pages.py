@@ -22,7 +22,6 @@ POLICY = "; ".join(
 HEADERS = {
     "Cache-Control": "no-cache",  # kept, but asked for again: a new version is seen at once
     "Content-Security-Policy": POLICY,
-    "Cross-Origin-Opener-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
