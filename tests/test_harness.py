@@ -120,6 +120,7 @@ def test_a_task_in_process_gives_the_scores_of_our_harness_style(
     [theirs] = [row["results"] for row in json.loads(out.read_text())]
     assert main([*arguments, "--task", "hellaswag", "--data", str(items_path)]) == 0
     [ours] = [row["results"] for row in json.loads(out.read_text())]
+    assert theirs["local_hellaswag_examples"] == ours["examples"] == 12
     for name in ("acc", "acc_norm"):
         assert theirs[f"local_hellaswag_{name}"] == pytest.approx(ours[f"harness_{name}"])
 

@@ -165,7 +165,7 @@ def flat(found: dict[str, dict[str, Any]]) -> Results:
     results: Results = {}
     for task, figures in found.items():
         for name, value in figures.items():
-            metric = name.partition(",")[0]
+            metric = "examples" if name == "sample_len" else name.partition(",")[0]
             if isinstance(value, int | float) and not isinstance(value, bool):
                 is_error = metric.endswith(STDERR)
                 results[f"{task}_{metric.removesuffix(STDERR)}{STDERR if is_error else ''}"] = value
