@@ -187,6 +187,16 @@ def test_a_chat_model_stops_at_its_turn_markers(tmp_path: Path) -> None:
     assert generated(engine)[-1].params.stop_ids == (tokenizer.eot_id, *expected)
 
 
+def test_a_tokenizer_without_the_template_s_markers_is_told(tmp_path: Path) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e", tokenizer=byte_tokenizer(), template="chat")
+    with (
+        serve(engine) as url,
+        openai.OpenAI(base_url=url, api_key="none") as client,
+        pytest.raises(openai.BadRequestError, match=r"has no <\|user\|>"),
+    ):
+        ask(client)
+
+
 @pytest.mark.parametrize("name", prompts.TEMPLATES)
 def test_the_served_prompt_is_what_was_trained_on_up_to_the_reply(
     tmp_path: Path, name: str

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nanogpt.prompts import Message, Template, find_template
@@ -48,16 +49,20 @@ class ServedModel:
         return [self.tokenizer.eot_id, *await self.encode(text)]
 
     async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Return the ids of a conversation, the assistant's turn opened at its end."""
+        """Return the ids of a conversation, the assistant's turn opened at its end.
+
+        Raises ApiError where the template cannot hold it, or needs tokens that the model lacks.
+        """
         conversation = to_messages(messages)
-        encode = self.template.encode
-        if sum(len(message.content) for message in conversation) > LONG_CHARS:
-            encoded = await asyncio.to_thread(
-                encode, self.tokenizer, conversation, add_generation_prompt=True
-            )
-        else:
-            encoded = encode(self.tokenizer, conversation, add_generation_prompt=True)
-        return encoded.ids
+        encode = partial(
+            self.template.encode, self.tokenizer, conversation, add_generation_prompt=True
+        )
+        try:
+            if sum(len(message.content) for message in conversation) > LONG_CHARS:
+                return (await asyncio.to_thread(encode)).ids
+            return encode().ids
+        except ValueError as error:
+            raise ApiError(400, f"The messages cannot be written: {error}.") from error
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Raise ApiError for a token id that the model lacks."""
