@@ -179,6 +179,14 @@ def test_a_full_queue_refuses(checkpoint: Path) -> None:
     assert kinds == ["done", "done", "overloaded"]
 
 
+def test_who_finds_a_free_slot_does_not_count_as_queued(checkpoint: Path) -> None:
+    asked = Asked(checkpoint, max_slots=2, max_queue=1)
+    asked.one(generate("warm", [1]))
+    answers = asked.all([generate(f"{i}", [1]) for i in range(4)])
+    kinds = [a.end.kind if isinstance(a.end, Failed) else "done" for a in answers.values()]
+    assert kinds == ["done", "done", "done", "overloaded"]
+
+
 def test_a_cancelled_request_frees_its_slot_at_once(checkpoint: Path) -> None:
     asked = Asked(checkpoint, max_slots=1)
     asked.one(generate("warm", [1]))

@@ -162,7 +162,7 @@ class Engine:
         entry = self.registry.find(request.model)
         if entry is None:
             raise Refused("not_found", f"The model {request.model!r} does not exist.")
-        n_queued = sum(len(r.scheduler.waiting) for r in self._all_runners())
+        n_queued = sum(runner.scheduler.n_queued for runner in self._all_runners())
         n_queued += sum(map(len, self._waiting.values()))
         if n_queued >= self.settings.max_queue and not isinstance(request, Describe):
             raise Refused("overloaded", f"The queue is full ({n_queued} requests wait).")

@@ -81,6 +81,12 @@ class Scheduler:
         """Whether there is nothing to compute."""
         return not self.waiting and not self.running
 
+    @property
+    def n_queued(self) -> int:
+        """How many wait for a slot that is not free."""
+        n_free = len(self.slots.slots) - self.slots.n_used
+        return max(len(self.waiting) - n_free, 0)
+
     def admit(self) -> None:
         """Give free slots to those who wait, but for who can soon use what another reads in."""
         for sequence in list(self.waiting):
