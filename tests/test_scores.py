@@ -135,7 +135,7 @@ def test_the_loss_is_of_the_responses_and_their_ends() -> None:
     template = find_template("chat")
     messages = conversation("Add 2 and 3.", "5")
     ids, is_response = template.encode(checkpoint.tokenizer, messages)
-    logits = checkpoint.model(torch.tensor([ids[:-1]]))[0]
+    logits = checkpoint.model(torch.tensor([ids[:-1]]))[0].detach()
     losses = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
     expected = losses[torch.tensor(is_response[1:])].mean()
     found = instructions.response_loss(checkpoint, template, [messages])
