@@ -23,7 +23,10 @@ from nanogpt.model import GPT, rotary_angles
 from nanogpt.tokenizer import Tokenizer
 
 BATCH_SIZE = 8  # questions of a forward
-ROW_MULTIPLE = 32  # of tokens: fewer go through other kernels, which add in another order
+PRODUCT_ROWS = (
+    32  # tokens in a matrix product: what is left of a multiple is added in another order
+)
+ROW_MULTIPLE = 16  # tokens of a row; two make the products whole
 LOGITS_ROWS = 128  # of V logits, held at a time
 PROGRESS_S = 10.0  # between lines of the log
 
@@ -157,11 +160,11 @@ def _answer_batch(model: GPT, batch: Sequence[_Piece]) -> list[list[Answer]]:
     rows = [_Row(piece) for piece in batch]
     device = model.wte.weight.device
     n_tokens = _padded(batch[0].n_tokens)
+    empty: list[list[int]] = [[]] * (len(rows) * n_tokens % PRODUCT_ROWS > 0)
 
     def tensor(of_rows: list[list[int]], filling: int) -> Tensor:
-        return torch.tensor(
-            [[*row, *[filling] * (n_tokens - len(row))] for row in of_rows], device=device
-        )
+        whole = [[*row, *[filling] * (n_tokens - len(row))] for row in of_rows + empty]
+        return torch.tensor(whole, device=device)
 
     input_ids = tensor([row.input_ids for row in rows], 0)  # (B, T)
     if len(batch[0].continuations) == 1:
@@ -221,7 +224,7 @@ def branched_states(model: GPT, input_ids: Tensor, positions: Tensor, branches: 
 def _score(model: GPT, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return each target's log-probability (N,) float64, and whether none is likelier (N,)."""
     found, hits = [], []
-    n_scored, n_padding = len(targets), -len(targets) % ROW_MULTIPLE
+    n_scored, n_padding = len(targets), -len(targets) % PRODUCT_ROWS
     states, targets = F.pad(states, (0, 0, 0, n_padding)), F.pad(targets, (0, n_padding))
     for part, wanted in zip(states.split(LOGITS_ROWS), targets.split(LOGITS_ROWS), strict=True):
         logits = model.head(part).float()  # (<= LOGITS_ROWS, V)
