@@ -120,8 +120,8 @@ th, td {
 }
 th { font-weight: 500; color: var(--muted); white-space: nowrap; }
 tr:last-child > * { border-bottom: 0; }
-.numbers th, .numbers td { text-align: right; padding: 4px 2px 4px 16px; }
-.numbers th { white-space: normal; }
+.numbers th, .numbers td { text-align: right; padding: 4px 2px 4px 12px; }
+.numbers th { white-space: normal; overflow-wrap: normal; }
 .numbers td { white-space: nowrap; }
 details .card { border: 0; padding: 0; }
 @media print {
