@@ -41,7 +41,6 @@ function start() {
   addEventListener("keydown", onKey);
   addEventListener("online", watch);
   document.addEventListener("visibilitychange", () => document.hidden || watch());
-  setMode(mode);
   watch();
 }
 
@@ -110,6 +109,7 @@ let next;
 async function watch() {
   clearTimeout(next);
   const trouble = await look();
+  if (!document.body.dataset.mode) setMode(mode); // no model has said which, so as if one chats
   const isKeyless = trouble === t("keyNone"); // who closed the dialog is not asked again at once
   const button = h("button", { type: "button", onclick: watch }, t("tryAgain"));
   byId("banner").replaceChildren(trouble ?? "", isKeyless ? button : "");

@@ -75,6 +75,7 @@ async function go() {
   const began = performance.now();
   let first = null;
   let n = 0;
+  let nFirst = 0; // tokens of the first piece, which came in no time
   let finish = null;
   const prompt = before.text;
   await run(async (signal) => {
@@ -83,14 +84,18 @@ async function go() {
     for await (const event of stream("/v1/completions", { ...body, ...usage }, signal)) {
       const [choice] = event.choices;
       if (choice?.finish_reason) finish = choice.finish_reason;
-      if (!choice?.logprobs) continue;
-      first ??= performance.now();
-      n += choice.logprobs.tokens.length;
-      add(choice.text, choice.logprobs);
-      const seconds = (performance.now() - first) / 1000;
+      if (choice?.logprobs) {
+        first ??= performance.now();
+        n += choice.logprobs.tokens.length;
+        nFirst ||= n;
+        add(choice.text, choice.logprobs);
+      }
+      if (!n) continue;
+      const measured = n > nFirst ? ((n - nFirst) * 1000) / (performance.now() - first) : 0;
+      const perSecond = event.usage?.tokens_per_second ?? measured; // told at the end
       tell([
         t("tokens", { n: number(n) }),
-        n > 1 ? t("perSecond", { n: number((n - 1) / seconds) }) : "",
+        perSecond ? t("perSecond", { n: number(perSecond) }) : "",
         t("first", { n: number((first - began) / 1000, 2) }),
       ]);
     }
