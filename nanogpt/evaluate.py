@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
+from nanogpt.command import EXPECTED, first_line
 from nanogpt.evaluation import processes
 from nanogpt.evaluation.picture import picture
 from nanogpt.evaluation.results import Row, keep, run_dir_of, table, write_rows
 from nanogpt.evaluation.scoring import BATCH_SIZE
 from nanogpt.evaluation.tasks import TASKS
-
-ONE_LINE = (ValueError, OSError, RuntimeError, AssertionError, ImportError)  # torch's among them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,10 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = [row(reference, options) for reference in options.checkpoints]
         if processes.rank() == 0:
             tell(rows, options)
-    except ONE_LINE as error:
+    except EXPECTED as error:
         if processes.rank() == 0:
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(f"nanogpt.evaluate: {first_line}", file=sys.stderr)
+            print(f"nanogpt.evaluate: {first_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
