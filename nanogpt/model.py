@@ -255,20 +255,24 @@ class CausalSelfAttention(nn.Module):
         cache: Cache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        B, T, C = x.shape
-        H, dropout = self.config.n_head, self.config.dropout
-        q, k, v = self.c_attn(x).view(B, T, 3, H, C // H).unbind(2)  # (B, T, H, D) each
-        if self.config.qk_norm:
-            norm = F.rms_norm if self.config.norm == "rmsnorm" else F.layer_norm
-            q, k = norm(q, (C // H,), eps=NORM_EPSILON), norm(k, (C // H,), eps=NORM_EPSILON)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        dropout = self.config.dropout
+        q, k, v = (part.transpose(1, 2) for part in self.qkv(x, rotation))  # (B, H, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         y = causal_attention(q, k, v, dropout if self.training else 0.0, mask)  # (B, H, T, D)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = self.c_proj(y.transpose(1, 2).flatten(2))
         return F.dropout(y, dropout, self.training)
+
+    def qkv(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries, keys and values (..., H, D) of normalised states (..., C)."""
+        H = self.config.n_head
+        q, k, v = self.c_attn(x).unflatten(-1, (3, H, -1)).unbind(-3)
+        if self.config.qk_norm:
+            norm = F.rms_norm if self.config.norm == "rmsnorm" else F.layer_norm
+            q, k = (norm(part, part.shape[-1:], eps=NORM_EPSILON) for part in (q, k))
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        return q, k, v
 
 
 class MLP(nn.Module):

@@ -63,13 +63,22 @@ def questions() -> list[Question]:
 
 
 @pytest.mark.parametrize(
-    "switches", [{}, {"position": "rotary", "norm": "rmsnorm", "activation": "relu2"}]
+    "switches",
+    [{}, {"position": "rotary", "norm": "rmsnorm", "activation": "relu2", "qk_norm": True}],
 )
 def test_shared_contexts_score_as_endings_do_alone(switches: dict[str, Any]) -> None:
     model = new_model(**switches)
     for question, answers in zip(questions(), answer(model, questions()), strict=True):
         found = [one.log_likelihood for one in answers]
         assert found == pytest.approx(reference(model, question), abs=1e-4)
+
+
+def test_endings_that_begin_alike_score_as_they_do_alone() -> None:
+    model = new_model()
+    question = Question([1, 2, 3], [[5, 6, 7, 9], [5, 6, 8, 9], [5], [5, 6, 7, 9], [6, 6, 7, 9]])
+    [answers] = answer(model, [question])
+    found = [one.log_likelihood for one in answers]
+    assert found == pytest.approx(reference(model, question), abs=1e-5)
 
 
 def test_any_batch_size_and_order_give_the_same_bits() -> None:

@@ -1,10 +1,12 @@
 """How likely a model finds texts after others: the one scorer behind every task.
 
-A question is a context and continuations of it, in tokens. Its row is the context once and then all
-continuations, each of which sees the context and itself alone: the context is not computed again
-for every one of them. Logits are computed where a token is scored and nowhere else.
+A question is a context and continuations of it, in tokens. Its row is a tree: the context and what
+continuations begin with alike stand in it once, and each token sees those on its way back to the
+first. Logits, and the last block beyond its attention, are computed where something is scored and
+nowhere else; of padding there is attention alone.
 
-Shapes: B batch, T time, C channels, V vocabulary, N scored tokens.
+Shapes: B batch, T time, C channels, V vocabulary, R tokens of all rows, S scored places, N scored
+tokens.
 """
 
 import logging
@@ -14,19 +16,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanogpt.model import GPT, rotary_angles
+from nanogpt.model import GPT, Block, causal_attention, rotary_angles
 from nanogpt.tokenizer import Tokenizer
 
 BATCH_SIZE = 8  # questions of a forward
-PRODUCT_ROWS = (
-    32  # tokens in a matrix product: what is left of a multiple is added in another order
-)
-ROW_MULTIPLE = 16  # tokens of a row; two make the products whole
+PRODUCT_ROWS = 32  # in a matrix product: what is left of a multiple is added in another order
+ROW_MULTIPLE = 16  # tokens that a row's attention is padded to
 LOGITS_ROWS = 128  # of V logits, held at a time
 PROGRESS_S = 10.0  # between lines of the log
 
@@ -65,10 +66,11 @@ def answer(
     answers = [[Answer(0.0, True)] * len(q.continuations) for q in questions]
     n_done, told = 0, time.monotonic()
     for batch in _batches(pieces, batch_size):
-        for piece, found in zip(batch, _answer_batch(model, batch), strict=True):
-            for place, new in zip(piece.places, found, strict=True):
-                before = answers[piece.question][place]
-                answers[piece.question][place] = Answer(
+        for row, found in zip(batch, _answer_batch(model, batch), strict=True):
+            own = answers[row.piece.question]
+            for place, new in zip(row.piece.places, found, strict=True):
+                before = own[place]
+                own[place] = Answer(
                     before.log_likelihood + new.log_likelihood, before.is_greedy and new.is_greedy
                 )
         n_done += len(batch)
@@ -115,11 +117,6 @@ class _Piece:
     continuations: Sequence[Sequence[int]]
     places: Sequence[int]
 
-    @property
-    def n_tokens(self) -> int:
-        """The tokens of its row: nothing follows the last token of a continuation."""
-        return len(self.context) + sum(len(c) - 1 for c in self.continuations)
-
 
 def _pieces(number: int, question: Question, model: GPT) -> Iterator[_Piece]:
     """Yield a question whole where it fits, else every continuation apart."""
@@ -139,95 +136,115 @@ def _pieces(number: int, question: Question, model: GPT) -> Iterator[_Piece]:
             yield _Piece(number, before, [scored], [place])
 
 
-def _batches(pieces: Sequence[_Piece], batch_size: int) -> Iterator[list[_Piece]]:
-    """Yield pieces of one padded length together, the longest first.
+def _batches(pieces: Sequence[_Piece], batch_size: int) -> Iterator[list["_Row"]]:
+    """Yield rows of one padded length together, the longest first.
 
-    So a row's shape does not depend on its company, nor do, on a CPU, the bits of its answer.
+    So no computation of a row depends on its company, nor do, on a CPU, the bits of its answer.
     """
-    alike: dict[tuple[int, bool], list[_Piece]] = defaultdict(list)
+    alike: dict[tuple[int, bool], list[_Row]] = defaultdict(list)
     for piece in pieces:
-        alike[_padded(piece.n_tokens), len(piece.continuations) > 1].append(piece)
+        row = _Row(piece)
+        alike[row.padded, row.is_chain].append(row)
     for _, group in sorted(alike.items(), key=lambda item: item[0], reverse=True):
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]
 
 
-def _padded(n_tokens: int) -> int:
-    return -(-n_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
+class _Row:
+    """A piece as a tree: its tokens, the place before each, and where each target is scored."""
+
+    def __init__(self, piece: _Piece) -> None:
+        n = len(piece.context)
+        self.piece = piece
+        self.input_ids = list(piece.context)
+        self.parents = list(range(-1, n - 1))
+        self.targets: list[tuple[int, int]] = []  # place, token: of one continuation after another
+        places: dict[tuple[int, int], int] = {}  # of a token after a place
+        for continuation in piece.continuations:
+            place = n - 1
+            for token in continuation[:-1]:
+                self.targets.append((place, token))
+                if (place, token) not in places:
+                    places[place, token] = len(self.input_ids)
+                    self.input_ids.append(token)
+                    self.parents.append(place)
+                place = places[place, token]
+            self.targets.append((place, continuation[-1]))
+        self.is_chain = len(piece.continuations) == 1
+        self.padded = -(-len(self.input_ids) // ROW_MULTIPLE) * ROW_MULTIPLE
+
+    def mask(self) -> np.ndarray:
+        """Return which tokens each token sees (T, T), padding included: those before it, itself."""
+        mask = np.eye(self.padded, dtype=bool)
+        for place, parent in enumerate(self.parents[1:], start=1):
+            mask[place] |= mask[parent]
+        return mask
 
 
-def _answer_batch(model: GPT, batch: Sequence[_Piece]) -> list[list[Answer]]:
-    rows = [_Row(piece) for piece in batch]
-    device = model.wte.weight.device
-    n_tokens = _padded(batch[0].n_tokens)
-    empty: list[list[int]] = [[]] * (len(rows) * n_tokens % PRODUCT_ROWS > 0)
-
-    def tensor(of_rows: list[list[int]], filling: int) -> Tensor:
-        whole = [[*row, *[filling] * (n_tokens - len(row))] for row in of_rows + empty]
-        return torch.tensor(whole, device=device)
-
-    input_ids = tensor([row.input_ids for row in rows], 0)  # (B, T)
-    if len(batch[0].continuations) == 1:
-        states = model.hidden_states(input_ids[:, : model.config.block_size])
-    else:
-        positions = tensor([row.positions for row in rows], 0)
-        branches = tensor([row.branches for row in rows], -1)
-        states = branched_states(model, input_ids, positions, branches)
-    row_of = torch.tensor([i for i, row in enumerate(rows) for _ in row.targets], device=device)
-    scored = torch.tensor([place for row in rows for place in row.scored], device=device)
-    targets = torch.tensor([token for row in rows for token in row.targets], device=device)
-    log_likelihoods, hits = _score(model, states[row_of, scored], targets)
-    sizes = [len(c) for piece in batch for c in piece.continuations]
+def _answer_batch(model: GPT, rows: Sequence[_Row]) -> list[list[Answer]]:
+    places, targets, start = [], [], 0
+    for row in rows:
+        places += [start + place for place, _ in row.targets]
+        targets += [token for _, token in row.targets]
+        start += len(row.input_ids)
+    scored, of_target = torch.tensor(places).unique(return_inverse=True)
+    states = _scored_states(model, rows, scored)
+    log_likelihoods, hits = _score(model, states, of_target, torch.tensor(targets))
+    sizes = [len(c) for row in rows for c in row.piece.continuations]
     found = iter(
         Answer(float(part.sum()), bool(hit.all()))
         for part, hit in zip(log_likelihoods.split(sizes), hits.split(sizes), strict=True)
     )
-    return [[next(found) for _ in piece.continuations] for piece in batch]
+    return [[next(found) for _ in row.piece.continuations] for row in rows]
 
 
-class _Row:
-    """A piece as a row: tokens, their positions and branches, and where which token is scored."""
+def _scored_states(model: GPT, rows: Sequence[_Row], scored: Tensor) -> Tensor:
+    """Return the final states (S, C) at places among the rows' tokens, and some more of padding.
 
-    def __init__(self, piece: _Piece) -> None:
-        n = len(piece.context)
-        self.input_ids = list(piece.context)
-        self.positions = list(range(n))
-        self.branches = [0] * n  # the context's
-        self.scored: list[int] = []
-        self.targets: list[int] = []
-        for branch, continuation in enumerate(piece.continuations, start=1):
-            start = len(self.input_ids)
-            self.scored += [n - 1, *range(start, start + len(continuation) - 1)]
-            self.targets += continuation
-            self.input_ids += continuation[:-1]
-            self.positions += range(n, n + len(continuation) - 1)
-            self.branches += [branch] * (len(continuation) - 1)
-
-
-def branched_states(model: GPT, input_ids: Tensor, positions: Tensor, branches: Tensor) -> Tensor:
-    """Return the final states (B, T, C) of rows whose branches do not see each other.
-
-    `branches` (B, T) are 0 for the context that all of a row's branches continue.
+    Linear maps take all tokens of all rows as one list; attention takes padded rows.
     """
-    keys, queries = branches[:, None, None, :], branches[:, None, :, None]
-    mask = ((keys == queries) | (keys == 0)).tril()  # (B, 1, T, T)
-    x, rotation = model.wte(input_ids), None
+    device = model.wte.weight.device
+    masks = None if rows[0].is_chain else np.stack([row.mask() for row in rows])  # (B, T, T)
+    n_tokens = np.array([len(row.input_ids) for row in rows])
+    is_token = np.arange(rows[0].padded) < n_tokens[:, None]  # (B, T)
+    depths = np.nonzero(is_token)[1] if masks is None else masks.sum(2)[is_token] - 1
+
+    def whole(values: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        values = torch.as_tensor(values)
+        return F.pad(values, (0, -len(values) % PRODUCT_ROWS)).to(device)
+
+    places = torch.from_numpy((is_token.cumsum() - 1).reshape(is_token.shape)).to(device)
+    taken, scored = whole(np.flatnonzero(is_token)), whole(scored)
+    mask = None if masks is None else torch.from_numpy(masks[:, None]).to(device)
+    x, rotation = model.wte(whole([i for row in rows for i in row.input_ids])), None  # (R, C)
+    positions = whole(depths)
     if model.config.position == "learned":
         x = x + model.wpe(positions)
     else:
         rotation = rotary_angles(positions, model.config.n_embd // model.config.n_head)
     for block in model.h:
-        x = block(x, rotation, None, mask)
+        assert isinstance(block, Block)
+        qkv = block.attn.qkv(block.ln_1(x), rotation)  # (R, H, D) each
+        q, k, v = (part[places].transpose(1, 2) for part in qkv)  # (B, H, T, D)
+        y = causal_attention(q, k, v, 0.0, mask).transpose(1, 2).flatten(0, 1)[taken]
+        if block is model.h[-1]:
+            x, y = x[scored], y[scored]
+        x = x + block.attn.c_proj(y.flatten(1))
+        x = x + block.mlp(block.ln_2(x))
     return model.ln_f(x)
 
 
-def _score(model: GPT, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each target's log-probability (N,) float64, and whether none is likelier (N,)."""
-    found, hits = [], []
-    n_scored, n_padding = len(targets), -len(targets) % PRODUCT_ROWS
-    states, targets = F.pad(states, (0, 0, 0, n_padding)), F.pad(targets, (0, n_padding))
-    for part, wanted in zip(states.split(LOGITS_ROWS), targets.split(LOGITS_ROWS), strict=True):
-        logits = model.head(part).float()  # (<= LOGITS_ROWS, V)
-        found.append(-F.cross_entropy(logits, wanted, reduction="none"))
-        hits.append(logits.argmax(-1) == wanted)
-    return torch.cat(found).cpu().double()[:n_scored], torch.cat(hits).cpu()[:n_scored]
+def _score(model: GPT, states: Tensor, of_target: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each target's log-probability (N,) float64, and whether none is likelier (N,).
+
+    `of_target` (N,) says which of the states (S, C) each target (N,) is to follow.
+    """
+    found = torch.empty(len(targets), dtype=torch.float64)
+    hits = torch.empty(len(targets), dtype=torch.bool)
+    for start in range(0, len(states), LOGITS_ROWS):
+        logits = model.head(states[start : start + LOGITS_ROWS]).float()  # (<= LOGITS_ROWS, V)
+        own = (of_target // LOGITS_ROWS == start // LOGITS_ROWS).nonzero().flatten()
+        at, wanted = (of_target[own] - start).to(logits.device), targets[own].to(logits.device)
+        found[own] = (logits[at, wanted] - logits.logsumexp(-1)[at]).cpu().double()
+        hits[own] = (logits.argmax(-1)[at] == wanted).cpu()
+    return found, hits

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt.classifier import Classifier
-from nanogpt.model import GPT, NORM_EPSILON, Block, rotary_angles, rotate
+from nanogpt.model import GPT, Block, rotary_angles
 
 CONTEXT_BLOCK = 64  # tokens; attention reads whole blocks
 MULTIPLES = (1, 2, 4, 8, 16, 32)  # of rows
@@ -130,7 +130,7 @@ class Forward:
             rotation = self.rotations[:, F.pad(positions, (0, len(x) - len(ids)))]
         for layer, block in enumerate(self.model.h):
             assert isinstance(block, Block)
-            qkv = self._qkv(block, block.ln_1(x), rotation)
+            qkv = torch.stack(block.attn.qkv(block.ln_1(x), rotation))  # (3, R, H, D)
             x = x + block.attn.c_proj(self._attention(layer, qkv, slots, positions, pieces))
             x = x + block.mlp(block.ln_2(x))
         return self.model.ln_f(x)[: len(ids)]
@@ -146,18 +146,6 @@ class Forward:
         assert isinstance(self.model, Classifier)
         logits = self.model.classes(self._padded(hidden_states))[: len(hidden_states)]
         return logits.float().softmax(-1)
-
-    def _qkv(self, block: Block, x: Tensor, rotation: Tensor | None) -> Tensor:
-        """Return queries, keys and values (3, R, H, D)."""
-        config = self.config
-        head_size = config.n_embd // config.n_head
-        q, k, v = block.attn.c_attn(x).view(len(x), 3, config.n_head, head_size).unbind(1)
-        if config.qk_norm:
-            norm = F.rms_norm if config.norm == "rmsnorm" else F.layer_norm
-            q, k = norm(q, (head_size,), eps=NORM_EPSILON), norm(k, (head_size,), eps=NORM_EPSILON)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        return torch.stack((q, k, v))
 
     def _attention(
         self, layer: int, qkv: Tensor, slots: Tensor, positions: Tensor, pieces: list[_Piece]
