@@ -20,6 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from nanogpt.classifier import Classifier
+from nanogpt.disk import sync_directory
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.pretrained import PUBLISHED, fetch_pretrained, load_pretrained
 from nanogpt.tokenizer import Tokenizer, from_record, gpt2_tokenizer
@@ -346,16 +347,6 @@ def _disk_error(error: BaseException) -> OSError | None:
             return seen
         seen = seen.__cause__ or seen.__context__
     return None
-
-
-def sync_directory(directory: Path) -> None:
-    """Make a rename inside `directory` survive a power cut, where the system offers it."""
-    if os.name == "posix":
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def weights_sha256(model: GPT) -> str:

@@ -21,6 +21,7 @@ CORE = {
     "hub",
     "tokenizer_files",
     "command",
+    "disk",
 }
 
 

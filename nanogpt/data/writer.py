@@ -16,6 +16,7 @@ import numpy as np
 
 from nanogpt.data.shards import HEADER_BYTES, HEADER_INTS, MAGIC_AND_VERSION, REMEDY, Shard
 from nanogpt.data.source import file_sha256
+from nanogpt.disk import sync_directory
 
 JOURNAL = "journal.json"
 SPLITS = ("train", "val")
@@ -230,17 +231,7 @@ def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> 
         file.flush()
         os.fsync(file.fileno())
     os.replace(_partial(path), path)
-    _synchronise_names(path.parent)
-
-
-def _synchronise_names(directory: Path) -> None:
-    """Put the names of a folder's files on the disk, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync_directory(path.parent)
 
 
 def _partial(path: Path) -> Path:

@@ -9,7 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from nanogpt.checkpoint import read_checkpoint, sync_directory, write_checkpoint
+from nanogpt.checkpoint import read_checkpoint, write_checkpoint
+from nanogpt.disk import sync_directory
 from nanogpt.training.metrics import MetricsFile
 from nanogpt.training.module import StageModule, is_due
 
