@@ -38,7 +38,7 @@ from nanogpt.tokenizer import gpt2_tokenizer
 STREAMS = (1, 8, 32)
 PROMPT_TOKENS = 32
 KL_TOKENS = 256
-SAME_KL = 1e-9  # below it, two orders of the same float32 sums
+SAME_KL = 1e-12  # below it, two orders of the same float32 sums
 TURN = (850, 50, 20)  # tokens of a chat's first prompt, its answer, and what is then asked
 
 

@@ -19,7 +19,7 @@ from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.export import main as export
 from serving.engine.counters import Counters
 from serving.engine.forward import Span
-from serving.engine.loading import make_forward
+from serving.engine.loading import cache_dtype, make_forward
 from serving.engine.messages import Generate, SamplingParams, Tokens
 from serving.engine.runner import Runner
 from serving.engine.scheduler import Scheduler, Sequence
@@ -53,10 +53,9 @@ class Ours(Program):
     def __init__(self, files: Path, dtype: str, temperature: float = 0.0) -> None:
         about = load_checkpoint(files / "model.ckpt")
         self.temperature = temperature
-        self.weight_bytes = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 2 / 64}[dtype]  # with scales
-        self.kv_bytes = 4 if dtype == "fp32" else 2
-        precision = torch.float32 if dtype == "fp32" else torch.bfloat16
-        slots = Slots(about.config, MOST_STREAMS, precision, torch.device("cpu"))
+        sizes = {"fp32": 4.0, "fp24": 3.0, "bf16": 2.0, "int8": 1 + 2 / 64}  # with scales
+        self.weight_bytes, self.kv_bytes = sizes[dtype], cache_dtype(dtype).itemsize
+        slots = Slots(about.config, MOST_STREAMS, cache_dtype(dtype), torch.device("cpu"))
         forward = make_forward(about.model.requires_grad_(False), slots.cache, dtype)
         scheduler = Scheduler(slots, CHUNK_TOKENS)
         self.runner = Runner("m", "1", about, dtype, forward, scheduler, Counters())
@@ -252,6 +251,7 @@ PROGRAMS: dict[str, tuple[type[Program], dict[str, Any]]] = {
     "ctranslate2 fp32": (CTranslate2, {"dtype": "fp32"}),
     "ctranslate2 int8": (CTranslate2, {"dtype": "int8"}),
     "nanogpt fp32": (Ours, {"dtype": "fp32"}),
+    "nanogpt fp24": (Ours, {"dtype": "fp24"}),
     "nanogpt bf16": (Ours, {"dtype": "bf16"}),
     "nanogpt int8": (Ours, {"dtype": "int8"}),
     "nanogpt bf16 T=1": (Ours, {"dtype": "bf16", "temperature": 1.0}),

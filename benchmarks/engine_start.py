@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "int8"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "fp24", "bf16", "int8"))
     parser.add_argument("--json", type=Path)
     return parser
 

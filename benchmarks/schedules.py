@@ -1,6 +1,6 @@
 """Whether an answer depends on its company: random schedules, each answer compared with its own.
 
-    python benchmarks/schedules.py CHECKPOINT [--schedules 200] [--dtype fp32 bf16 int8]
+    python benchmarks/schedules.py CHECKPOINT [--schedules 200] [--dtype fp32 fp24 bf16 int8]
         [--kernels native torch] [--first 0] [--json FILE]
 
 A schedule is up to 32 conversations that begin at random moments and are held at once, through an
@@ -334,7 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--schedules", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="number of the first schedule")
-    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16", "int8"])
+    parser.add_argument("--dtype", nargs="+", default=["fp32", "fp24", "bf16", "int8"])
     parser.add_argument("--kernels", nargs="+", default=["native"], choices=["native", "torch"])
     parser.add_argument("--json", type=Path)
     return parser

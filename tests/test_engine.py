@@ -61,7 +61,7 @@ def random_requests(n: int, seed: int) -> list[Generate]:
 
 
 @pytest.mark.parametrize("keys", [{}, MODERN], ids=["gpt2", "modern"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp24", "bf16", "int8"])
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 def test_an_answer_does_not_depend_on_its_company(
     tmp_path: Path, kernels: str, dtype: str, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch

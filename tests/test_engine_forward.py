@@ -1,5 +1,7 @@
 """The engine's forward passes: the model's logits, and rows that do not see each other."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,12 @@ from torch import Tensor
 from nanogpt.model import GPT, GPTConfig
 from serving.engine import compiling, native
 from serving.engine import forward as forward_module
-from serving.engine.forward import Computes, Forward, Span
-from serving.engine.loading import make_forward
+from serving.engine.forward import Computes, Forward, Span, round_to_24_bits
+from serving.engine.loading import cache_dtype, make_forward
 from tests.engine_models import MODERN
 
 IDS = torch.randint(97, (150,), generator=torch.Generator().manual_seed(5)).tolist()
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.03}  # of the logits' deviation
+TOLERANCE = {"fp32": 1e-5, "fp24": 1e-4, "bf16": 0.02, "int8": 0.03}  # of the logits' deviation
 
 
 @pytest.fixture(params=["native", "torch", "tiles"])
@@ -42,9 +44,8 @@ def model(**keys: Any) -> GPT:
 def forward(dtype: str, invariant: bool = True, **keys: Any) -> Computes:
     made = model(**keys)
     c = made.config
-    precision = torch.float32 if dtype == "fp32" else torch.bfloat16
     shape = (c.n_layer, 2, 4, c.n_head, c.block_size, c.n_embd // c.n_head)
-    cache = torch.zeros(shape, dtype=precision)
+    cache = torch.zeros(shape, dtype=cache_dtype(dtype))
     return make_forward(made, cache, dtype, invariant=invariant)
 
 
@@ -53,7 +54,7 @@ def logits(computes: Computes, *spans: Span) -> Tensor:
 
 
 @pytest.mark.parametrize("keys", [{}, MODERN, {"bias": False}], ids=["gpt2", "modern", "no bias"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp24", "bf16", "int8"])
 def test_logits_are_the_models(kernels: str, dtype: str, keys: dict[str, Any]) -> None:
     expected = model(**keys)(torch.tensor([IDS]))[0]
     difference = logits(forward(dtype, **keys), Span(1, 0, IDS)) - expected
@@ -61,7 +62,7 @@ def test_logits_are_the_models(kernels: str, dtype: str, keys: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("keys", [{}, MODERN], ids=["gpt2", "modern"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp24", "bf16", "int8"])
 @pytest.mark.parametrize(
     "cuts",
     [[150], [64, 86], [1] * 150, [7] * 21 + [3]],
@@ -79,6 +80,16 @@ def test_states_do_not_depend_on_how_a_text_is_cut(
         parts.append(computes.hidden_states([others[0], own, others[1]])[n : 2 * n])
         start += n
     assert torch.cat(parts).equal(whole)
+
+
+def test_weights_of_24_bits_are_the_nearest_ones() -> None:
+    rounded = model(n_layer=1)
+    rows = rounded.wte.weight[:2]
+    unit = 2.0**-15  # between numbers from 1 to 2
+    rows[0, :4] = torch.tensor([1 + unit / 2, 1 + unit * 3 / 2, -1 - unit * 0.51, 0.1])
+    round_to_24_bits(rounded)
+    assert rows[0, :3].tolist() == [1.0, 1 + 2 * unit, -1 - unit]  # ties to even
+    assert 0 < abs(rows[0, 3].item() - 0.1) < 2.0**-20
 
 
 def test_shapes_that_the_kernels_do_not_take_are_computed_by_torch() -> None:
@@ -107,3 +118,34 @@ def test_without_a_compiler_there_are_no_kernels(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert compiling._compiled.__wrapped__() is None
     assert not list((tmp_path / "nanogpt").iterdir())
+
+
+EXHAUSTED = """
+import resource
+import torch
+from nanogpt.model import GPT, GPTConfig
+from serving.engine.forward import Span
+from serving.engine.loading import make_forward
+
+model = GPT(GPTConfig(65536, 97, n_layer=1, n_head=1, n_embd=64)).eval()
+computes = make_forward(model, torch.zeros(1, 2, 1, 1, 65536, 64), "fp32")
+before = computes.hidden_states([Span(0, 0, [1, 2, 3])])
+pages = int(open("/proc/self/statm").read().split()[0])
+whole = 65536 * 64 * 4  # bytes of a row of numbers for every token
+limit = pages * resource.getpagesize() + 6 * whole  # the kernels want 9 more than their input
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    computes.hidden_states([Span(0, 0, [1] * 65536)])
+except MemoryError as error:
+    print(error)
+assert computes.hidden_states([Span(0, 0, [1, 2, 3])]).equal(before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_where_memory_ends_the_kernels_say_so_and_go_on() -> None:
+    if native.load_library() is None:
+        pytest.skip("there is no compiler")
+    done = subprocess.run([sys.executable, "-c", EXHAUSTED], capture_output=True, text=True)
+    assert done.stdout == "there is no memory to compute 65536 rows\n", done.stderr
+    assert done.returncode == 0

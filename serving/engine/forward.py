@@ -256,6 +256,16 @@ def with_int8_weights(model: GPT) -> tuple[GPT, Int8Linear]:
     return model, Int8Linear(model.wte.weight[: model.config.vocab_size], None)
 
 
+@torch.no_grad()
+def round_to_24_bits(model: GPT) -> None:
+    """Leave a float32 model's matrices 15 bits of mantissa: to nearest, ties to even."""
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            bits = parameter.view(torch.int32)
+            bits += 0x7F + (bits >> 8 & 1)
+            bits &= ~0xFF
+
+
 def _each_linear(model: GPT, replaced: Callable[[Any], nn.Module]) -> None:
     """Put others in the place of the linear maps of a model's blocks."""
     for block in model.h:

@@ -2,8 +2,8 @@
 //
 // Weights lie in panels of 64 outputs. An output is added up over all inputs in one register lane,
 // first to last, so its bits depend on its own row alone; rows are only tiled to load weights less
-// often. Activations between products are float32, or bfloat16 where the weights are narrower
-// (their products are then exact and added in float32). One parallel region covers a whole step.
+// often. Activations between products are float32, or bfloat16 where the weights are bfloat16 or
+// int8 (their products are then exact and added in float32). One parallel region covers a step.
 //
 // Shapes: R rows, C channels, H heads, D head size, T context, N outputs, K inputs of a product.
 
@@ -18,16 +18,19 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <vector>
 
 typedef float v16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t bf16;
 
-enum Dtype { FP32 = 0, BF16 = 1, INT8 = 2 };
+enum Dtype { FP32 = 0, BF16 = 1, INT8 = 2, FP24 = 3 };
 constexpr int PANEL = 64;  // outputs
 constexpr int GROUP = 64;  // inputs that share an int8 scale
 constexpr int INPUT_BYTES = 32768;  // of a panel at a time: what the nearest cache holds
+constexpr int WIDENED_ABOVE = 2;  // rows: int8 weights are widened once for all
+constexpr int FEW = 8;            // rows that every thread normalises for itself, which is quicker
 constexpr float EPSILON = 1e-5f;
 
 extern "C" {
@@ -51,7 +54,7 @@ struct Model {
     Norm ln_f;
     Matrix head;
     const float* rotations;  // cosine, then sine (block_size, D / 2), or null
-    void* cache;             // (L, 2, S, H, T, D) float32, or bfloat16 with narrower weights
+    void* cache;             // (L, 2, S, H, T, D) of the type of activations
 };
 }
 
@@ -135,17 +138,36 @@ void normalize(const float* x, int n, Norm norm, bool rms, To* y) {
 
 // Products. A tile is M rows by 64 outputs: sums[M][4], each of 16 lanes.
 
-template <int M>
-inline void tile(const float* x, int64_t stride, const float* w, int k, v16 (&sums)[M][4]) {
-    for (int i = 0; i < k; i++, w += PANEL) {
-        v16 w0 = load(w), w1 = load(w + 16), w2 = load(w + 32), w3 = load(w + 48);
+// A panel's weights of one input. Where they have 24 bits, three of four stand in words of 32, whose
+// last 8 hold the fourth's bytes.
+struct Whole {
+    float weights[PANEL];
+    inline void read(v16 (&w)[4]) const {
+        for (int j = 0; j < 4; j++) w[j] = load(weights + 16 * j);
+    }
+};
+struct Cut {
+    uint32_t words[PANEL / 4 * 3];
+    inline void read(v16 (&w)[4]) const {
+        const i16 a = *(const i16*)words, b = *(const i16*)(words + 16), c = *(const i16*)(words + 32);
+        w[0] = (v16)(a & ~255), w[1] = (v16)(b & ~255), w[2] = (v16)(c & ~255);
+        w[3] = (v16)(a << 24 | (b << 16 & 255 << 16) | (c << 8 & 255 << 8));
+    }
+    void write(int n, uint32_t bits) {  // the others' before n = 48 and above
+        if (n < 48) words[n] = bits & ~255u;
+        else for (int j = 0; j < 3; j++) words[n - 48 + 16 * j] |= bits >> (24 - 8 * j) & 255;
+    }
+};
+
+template <int M, class Weights>
+inline void tile(const float* x, int64_t stride, const Weights* weights, int k, v16 (&sums)[M][4]) {
+    for (int i = 0; i < k; i++) {
+        v16 w[4];
+        weights[i].read(w);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
             v16 xi = all(x[m * stride + i]);
-            sums[m][0] += xi * w0;
-            sums[m][1] += xi * w1;
-            sums[m][2] += xi * w2;
-            sums[m][3] += xi * w3;
+            for (int j = 0; j < 4; j++) sums[m][j] += xi * w[j];
         }
     }
 }
@@ -271,17 +293,21 @@ struct Share {  // a thread's part of n things
 
 // Add inputs [from, to) of a panel to the sums (R, 4) of all rows.
 
-void add_inputs(Dtype, const Matrix& matrix, int panel, const float* x, int rows, int from, int to,
-                v16* sums, bf16*) {
+void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const float* x, int rows, int from,
+                int to, v16* sums, float*) {
     const int k = matrix.k;
-    const float* w = (const float*)matrix.weights + (int64_t(panel) * k + from) * PANEL;
-    for_tiles(rows, [&](auto m, int row) {
-        auto& own = *(v16(*)[m()][4])(sums + row * 4);
-        v16 local[m()][4];
-        memcpy(local, own, sizeof local);
-        tile<m()>(x + int64_t(row) * k + from, k, w, to - from, local);
-        memcpy(own, local, sizeof local);
-    });
+    const int64_t at = int64_t(panel) * k + from;
+    auto add = [&](const auto* w) {
+        for_tiles(rows, [&](auto m, int row) {
+            auto& own = *(v16(*)[m()][4])(sums + row * 4);
+            v16 local[m()][4];
+            memcpy(local, own, sizeof local);
+            tile<m()>(x + int64_t(row) * k + from, k, w, to - from, local);
+            memcpy(own, local, sizeof local);
+        });
+    };
+    if (dtype == FP32) return add((const Whole*)matrix.weights + at);
+    add((const Cut*)matrix.weights + at);
 }
 
 void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const bf16* x, int rows, int from,
@@ -302,7 +328,7 @@ void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const bf16* x, int
     }
     const uint8_t* w = (const uint8_t*)matrix.weights + at;
     const bf16* scales = matrix.scales + (int64_t(panel) * k + from) / GROUP * PANEL;
-    const bool widened = rows > 2;
+    const bool widened = rows > WIDENED_ABOVE;
     if (widened) {
         const Widener widen;
         for (int64_t i = 0; i < int64_t(to - from) * PANEL; i += 64) {
@@ -317,27 +343,46 @@ void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const bf16* x, int
         const bf16* inputs = x + int64_t(row) * k + from;
         if (widened)
             tile8<m()>(inputs, k, wide, scales, to - from, own);
-        else if constexpr (m() <= 2)
+        else if constexpr (m() <= WIDENED_ABOVE)
             tile8<m()>(inputs, k, w, scales, to - from, own);
     });
 #endif
 }
 
+// What a thread works with, had before threads begin: where memory ends, none of them fails.
+template <class A>
+struct Scratch {
+    std::vector<v16> sums;  // (R, 4)
+    std::vector<A> wide, normed;
+    std::vector<float> scores, gathered;
+    Scratch(const Model& model, int rows)
+        : sums(int64_t(rows) * 4), wide(INPUT_BYTES / sizeof(A)),
+          normed(rows <= FEW ? int64_t(rows) * model.n_embd : 0), scores(model.block_size + 16),
+          gathered(model.n_embd / model.n_head) {}
+};
+
+template <class A>
+std::vector<Scratch<A>> scratch_of_threads(const Model& model, int rows) {
+    std::vector<Scratch<A>> of_threads;
+    for (int t = 0; t < model.n_threads; t++) of_threads.emplace_back(model, rows);
+    return of_threads;
+}
+
 // Give `finish` the outputs of all rows, 16 at a time. Threads take panels as they come: one that
 // the system puts aside holds up the others by a panel.
 template <class A, class Finish>
-void product(Dtype dtype, const Matrix& matrix, const A* x, int rows, const Finish& finish) {
-    const bool whole = rows <= (dtype == INT8 ? 2 : 6);  // a panel is read once, and not widened
+void product(Dtype dtype, const Matrix& matrix, const A* x, int rows, Scratch<A>& scratch,
+             const Finish& finish) {
+    const bool whole = rows <= (dtype == INT8 ? WIDENED_ABOVE : 6);  // a panel is read once
     const int block = whole ? matrix.k : INPUT_BYTES / int(sizeof(A)) / PANEL;
     const int panels = (matrix.n + PANEL - 1) / PANEL;
-    std::vector<v16> sums(int64_t(rows) * 4);
-    std::vector<bf16> wide(dtype == INT8 && rows > 2 ? int64_t(PANEL) * block : 0);
+    std::vector<v16>& sums = scratch.sums;
 #pragma omp for schedule(dynamic, 1) nowait
     for (int panel = 0; panel < panels; panel++) {
         std::fill(sums.begin(), sums.end(), v16{});
         for (int from = 0; from < matrix.k; from += block)
             add_inputs(dtype, matrix, panel, x, rows, from, std::min(from + block, matrix.k),
-                       sums.data(), wide.data());
+                       sums.data(), scratch.wide.data());
         for (int r = 0; r < rows; r++)
             for (int n = panel * PANEL, j = 0; j < 4 && n < matrix.n; j++, n += 16) {
                 v16 bias = matrix.bias ? load(matrix.bias + n) : v16{};
@@ -436,24 +481,25 @@ void remember(const Model& model, const Cache<A>& cache, int slot, int position,
 }
 
 // A is the type of activations, keys and values: float or bf16. Threads wait for each other where
-// a barrier says so; few rows are normalised by every thread for itself, which is quicker.
+// a barrier says so.
 template <class A>
 void forward(const Model& model, int rows, const int32_t* slots, const int32_t* positions,
              float* x, float* states) {
     const int c = model.n_embd, heads = model.n_head, d = c / heads;
     const Dtype dtype = Dtype(model.dtype);
-    const bool few = rows <= 8;
+    const bool few = rows <= FEW;
     std::vector<char> seen(model.n_slots);
     bool apart = true;  // no row attends to another of this step
     for (int r = 0; r < rows; r++) apart = apart && !seen[slots[r]]++;
     const int64_t n = int64_t(rows) * c;
     std::unique_ptr<A[]> shared(new A[n]), gathered(new A[n]), wide(new A[4 * n]);
     std::unique_ptr<float[]> qkv(new float[3 * n]);
+    std::vector<Scratch<A>> of_threads = scratch_of_threads<A>(model, rows);
 #pragma omp parallel num_threads(model.n_threads)
     {
-        std::vector<float> scores(model.block_size + 16), sums(d);
-        std::vector<A> own(few ? n : 0);
-        A* normed = few ? own.data() : shared.get();
+        Scratch<A>& scratch = of_threads[omp_get_thread_num()];
+        A* normed = few ? scratch.normed.data() : shared.get();
+        float* gathered_head = scratch.gathered.data();
         const Share share(rows), pairs(rows * heads);
         auto norm = [&](const Norm& norm) {
             for (int r = few ? 0 : share.first; r < (few ? rows : share.last); r++)
@@ -470,7 +516,7 @@ void forward(const Model& model, int rows, const int32_t* slots, const int32_t* 
             const Layer& layer = model.layers[l];
             const Cache<A> cache(model, l);
             norm(layer.ln_1);
-            product(dtype, layer.c_attn, normed, rows,
+            product(dtype, layer.c_attn, normed, rows, scratch,
                     [&](int r, int n, v16 y) { store(&qkv[int64_t(r) * 3 * c + n], y); });
 #pragma omp barrier
             auto query = [&](int p) { return &qkv[int64_t(p / heads) * 3 * c + p % heads * d]; };
@@ -487,19 +533,19 @@ void forward(const Model& model, int rows, const int32_t* slots, const int32_t* 
                 if (apart) remember(model, cache, slots[r], positions[r], h, query(p));
                 const int64_t at = (int64_t(slots[r]) * heads + h) * cache.lane;
                 attend(query(p), cache.keys + at, cache.values + at, positions[r] + 1, d,
-                       scores.data(), sums.data());
+                       scratch.scores.data(), gathered_head);
                 for (int i = 0; i < d; i += 16)
-                    store(&gathered[int64_t(r) * c + h * d + i], load(&sums[i]));
+                    store(&gathered[int64_t(r) * c + h * d + i], load(gathered_head + i));
             }
-            product(dtype, layer.attn_proj, gathered.get(), rows, add);
+            product(dtype, layer.attn_proj, gathered.get(), rows, scratch, add);
 #pragma omp barrier
             norm(layer.ln_2);
-            product(dtype, layer.c_fc, normed, rows, [&](int r, int n, v16 y) {
+            product(dtype, layer.c_fc, normed, rows, scratch, [&](int r, int n, v16 y) {
                 v16 positive = y > 0.0f ? y : v16{};
                 store(&wide[int64_t(r) * 4 * c + n], model.relu2 ? positive * positive : gelu(y));
             });
 #pragma omp barrier
-            product(dtype, layer.mlp_proj, wide.get(), rows, add);
+            product(dtype, layer.mlp_proj, wide.get(), rows, scratch, add);
 #pragma omp barrier
         }
         for (int r = share.first; r < share.last; r++)
@@ -512,14 +558,16 @@ void head(const Model& model, int rows, const float* states, float* logits) {
     const int c = model.n_embd, n_vocab = model.head.n;
     std::unique_ptr<A[]> x(new A[int64_t(rows) * c]);
     for (int64_t i = 0; i < int64_t(rows) * c; i += 16) store(&x[i], load(states + i));
-#pragma omp parallel num_threads(model.n_threads)
-    product(Dtype(model.dtype), model.head, x.get(), rows, [&](int r, int n, v16 y) {
+    std::vector<Scratch<A>> of_threads = scratch_of_threads<A>(model, rows);
+    auto finish = [&](int r, int n, v16 y) {
         float* at = logits + int64_t(r) * n_vocab + n;
         if (n + 16 <= n_vocab)
             store(at, y);
         else
             for (int i = 0; i < n_vocab - n; i++) at[i] = y[i];
-    });
+    };
+#pragma omp parallel num_threads(model.n_threads)
+    product(Dtype(model.dtype), model.head, x.get(), rows, of_threads[omp_get_thread_num()], finish);
 }
 
 // Ask for large pages for memory that is not written yet: weights are read with fewer look-ups.
@@ -531,6 +579,17 @@ void ask_for_large_pages(void* memory, int64_t bytes) {
 #endif
 }
 
+// Return whether there was memory for `compute`, which otherwise has done nothing.
+template <class F>
+int32_t had_memory(const F& compute) {
+    try {
+        compute();
+        return 1;
+    } catch (const std::bad_alloc&) {
+        return 0;
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -539,14 +598,15 @@ int32_t supports(int32_t dtype) {
 #ifdef NARROW
     return 1;
 #else
-    return dtype == FP32;
+    return dtype == FP32 || dtype == FP24;
 #endif
 }
 
 // Round and reorder weights (N, K) float32 into panels; `packed` holds whole ones, `scales` too.
+// Weights for 24 bits come rounded.
 void pack(int32_t dtype, int32_t n, int32_t k, const float* weights, void* packed, bf16* scales) {
     const int panels = (n + PANEL - 1) / PANEL;
-    const int bytes = dtype == FP32 ? 4 : dtype == BF16 ? 2 : 1;
+    const int bytes = dtype == FP32 ? 4 : dtype == FP24 ? 3 : dtype == BF16 ? 2 : 1;
     ask_for_large_pages(packed, int64_t(panels) * PANEL * k * bytes);
 #pragma omp parallel for
     for (int p = 0; p < panels; p++) {
@@ -558,6 +618,11 @@ void pack(int32_t dtype, int32_t n, int32_t k, const float* weights, void* packe
                 if (dtype == FP32)
                     for (int i = g; i < g + GROUP; i++)
                         ((float*)packed)[base + i * PANEL + j] = w ? w[i] : 0;
+                for (int i = g; dtype == FP24 && i < g + GROUP; i++) {
+                    uint32_t bits = 0;
+                    if (w) memcpy(&bits, w + i, 4);
+                    ((Cut*)packed)[base / PANEL + i].write(j, bits);
+                }
                 if (dtype == BF16)
                     for (int i = g; i < g + GROUP; i++)
                         ((bf16*)packed)[base + i / 2 * 2 * PANEL + 2 * j + i % 2] =
@@ -583,19 +648,23 @@ void pack(int32_t dtype, int32_t n, int32_t k, const float* weights, void* packe
 }
 
 // Read rows of embedded tokens `x` (R, C), which is overwritten, into the cache; give their states.
-void hidden_states(const Model* model, int32_t rows, const int32_t* slots,
-                   const int32_t* positions, float* x, float* states) {
-    if (model->dtype == FP32)
-        forward<float>(*model, rows, slots, positions, x, states);
-    else
-        forward<bf16>(*model, rows, slots, positions, x, states);
+int32_t hidden_states(const Model* model, int32_t rows, const int32_t* slots,
+                      const int32_t* positions, float* x, float* states) {
+    return had_memory([&] {
+        if (model->dtype == FP32 || model->dtype == FP24)
+            forward<float>(*model, rows, slots, positions, x, states);
+        else
+            forward<bf16>(*model, rows, slots, positions, x, states);
+    });
 }
 
 // Give the logits (R, V) of states (R, C).
-void logits(const Model* model, int32_t rows, const float* states, float* out) {
-    if (model->dtype == FP32)
-        head<float>(*model, rows, states, out);
-    else
-        head<bf16>(*model, rows, states, out);
+int32_t logits(const Model* model, int32_t rows, const float* states, float* out) {
+    return had_memory([&] {
+        if (model->dtype == FP32 || model->dtype == FP24)
+            head<float>(*model, rows, states, out);
+        else
+            head<bf16>(*model, rows, states, out);
+    });
 }
 }

@@ -11,7 +11,7 @@ from nanogpt.checkpoint import load_checkpoint
 from nanogpt.model import GPT, GPTConfig
 from serving.engine import native
 from serving.engine.counters import Counters
-from serving.engine.forward import Computes, Forward
+from serving.engine.forward import Computes, Forward, round_to_24_bits
 from serving.engine.messages import Settings
 from serving.engine.registry import Entry
 from serving.engine.runner import Runner
@@ -30,7 +30,7 @@ def load_runner(entry: Entry, settings: Settings, counters: Counters) -> Runner:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     checkpoint = load_checkpoint(entry.path, device=device)
-    precision = torch.float32 if dtype == "fp32" else torch.bfloat16
+    precision = cache_dtype(dtype)
     model = checkpoint.model.requires_grad_(False)
     slots = Slots(
         checkpoint.config,
@@ -49,11 +49,18 @@ def make_forward(model: GPT, cache: Tensor, dtype: str, *, invariant: bool = Tru
 
     Our own kernels are `invariant` at no cost; others take longer for it.
     """
+    if dtype == "fp24":
+        round_to_24_bits(model)
     if native.supported(model, dtype, cache.device):
         forward = native.NativeForward(model, cache, dtype)
         model.to("meta")  # its weights are packed: free the others
         return forward
     return Forward(model.to(cache.dtype), cache, int8=dtype == "int8", invariant=invariant)
+
+
+def cache_dtype(dtype: str) -> torch.dtype:
+    """Return the precision of activations, keys and values for a precision of the weights."""
+    return torch.float32 if dtype in ("fp32", "fp24") else torch.bfloat16
 
 
 def choose_device(device: str) -> torch.device:
@@ -64,7 +71,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> str:
-    """Return fp32, bf16 or int8; `auto` is bf16 where the machine computes in it, else fp32."""
+    """Return the weights' precision; `auto` is bf16 where the machine computes in it, else fp32."""
     if dtype != "auto":
         return dtype
     if device.type == "cpu":

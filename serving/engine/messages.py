@@ -35,7 +35,7 @@ class Settings:
     runs_dir: str = "runs"  # where a run's name is looked up
     default_model: str | None = None  # null: the newest
     device: str = "auto"
-    dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    dtype: Literal["auto", "fp32", "fp24", "bf16", "int8"] = "auto"
     threads: int | None = None  # null: all cores
     invariant: bool = True  # an answer does not depend on its company
     max_slots: int = 32

@@ -6,6 +6,7 @@ Where there is no compiler, or for shapes that the kernels do not take, `Forward
 import ctypes
 from copy import deepcopy
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from nanogpt.model import GPT, Block, rotary_angles
 from serving.engine import compiling
 from serving.engine.forward import Span
 
-DTYPES = {"fp32": 0, "bf16": 1, "int8": 2}
+DTYPES = {"fp32": 0, "bf16": 1, "int8": 2, "fp24": 3}
+WEIGHT_BYTES = (4, 2, 1, 3)  # by the number of the dtype
 PANEL = GROUP = 64
 HEAD_SIZES = range(16, 129, 16)
 
@@ -70,8 +72,7 @@ class NativeForward:
         self.library, self.config, self.cache = library, model.config, cache
         self.device = cache.device
         self._kept: list[Tensor] = []  # what the kernels point to
-        narrow = torch.float32 if dtype == "fp32" else torch.bfloat16
-        self.wte = model.wte.weight[: model.config.vocab_size].detach().to(narrow)
+        self.wte = model.wte.weight[: model.config.vocab_size].detach().to(cache.dtype)
         self.wpe = model.wpe.weight.detach() if model.config.position == "learned" else None
         self.classes = deepcopy(model.classes) if isinstance(model, Classifier) else None
         self._native = self._describe(model, DTYPES[dtype])
@@ -87,11 +88,7 @@ class NativeForward:
         if self.wpe is not None:
             x += self.wpe[positions.long()]
         states = torch.empty_like(x)
-        self.library.hidden_states(
-            ctypes.byref(self._native),
-            len(x),
-            *(ctypes.c_void_p(t.data_ptr()) for t in (slots, positions, x, states)),
-        )
+        self._compute(self.library.hidden_states, slots, positions, x, states)
         return states
 
     @torch.inference_mode()
@@ -99,9 +96,13 @@ class NativeForward:
         """Return the logits (R, V) float32 of states (R, C)."""
         states = hidden_states.contiguous()
         out = torch.empty(len(states), self.config.vocab_size)
-        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (states, out))
-        self.library.logits(ctypes.byref(self._native), len(states), *pointers)
+        self._compute(self.library.logits, states, out)
         return out
+
+    def _compute(self, function: Any, *rows: Tensor) -> None:
+        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in rows)
+        if not function(ctypes.byref(self._native), len(rows[0]), *pointers):
+            raise MemoryError(f"there is no memory to compute {len(rows[0])} rows")
 
     @torch.inference_mode()
     def class_probabilities(self, hidden_states: Tensor) -> Tensor:
@@ -152,9 +153,9 @@ class NativeForward:
     def _packed(self, weight: Tensor, bias: Tensor | None, dtype: int) -> _Matrix:
         n, k = weight.shape
         n_whole = -(-n // PANEL) * PANEL
-        kinds = (torch.float32, torch.bfloat16, torch.uint8)
-        packed = torch.empty(n_whole * k, dtype=kinds[dtype])
-        scales = torch.empty(n_whole * (k // GROUP) if dtype == 2 else 0, dtype=torch.bfloat16)
+        packed = torch.empty(n_whole * k * WEIGHT_BYTES[dtype], dtype=torch.uint8)
+        n_scales = n_whole * (k // GROUP) if dtype == DTYPES["int8"] else 0
+        scales = torch.empty(n_scales, dtype=torch.bfloat16)
         weight = weight.detach().float().contiguous()
         pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, packed, scales))
         self.library.pack(dtype, n, k, *pointers)
