@@ -1,5 +1,9 @@
 """The cache of keys and values."""
 
+import resource
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,3 +19,16 @@ def test_a_new_cache_is_all_zeros(dtype: torch.dtype) -> None:
     assert cache.dtype == dtype
     assert cache.nbytes == 3 * slot_bytes(config, dtype)
     assert not cache.any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its memory as Linux tells it")
+def test_memory_is_taken_by_the_tokens_alone() -> None:
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    config = GPTConfig(block_size=1024, vocab_size=10, n_layer=4, n_head=4, n_embd=256)
+    before = resident()
+    cache = Slots(config, 32, torch.float32, torch.device("cpu")).cache  # 256 MiB
+    cache[:, :, 5, :, :16] = 1.0  # 16 tokens: 128 kiB
+    assert resident() - before < 8 * 2**20
