@@ -1,6 +1,6 @@
 """The cache of keys and values."""
 
-import resource
+import os
 import sys
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def test_a_new_cache_is_all_zeros(dtype: torch.dtype) -> None:
 def test_memory_is_taken_by_the_tokens_alone() -> None:
     def resident() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize()
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     config = GPTConfig(block_size=1024, vocab_size=10, n_layer=4, n_head=4, n_embd=256)
     before = resident()
