@@ -4,8 +4,8 @@
 
 Both score the same items, of build-nanogpt's style, with the same random GPT-2 of 124M parameters
 in fp32: theirs as its hellaswag.py does (one item at a time, context and ending in four whole rows
-that are padded to the longest, logits at all of their tokens); ours context once, logits at the
-endings alone, several items of like length at a time. The model's forward is the same code. Rounds
+that are padded to the longest, logits at all of their tokens); ours what endings share once, logits
+at the endings alone, several items of like length at a time. The model's code is the same. Rounds
 alternate; the median of the rounds' ratios and their range is what counts. Every difference of the
 log-likelihoods is shown too.
 """
