@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanogpt.evaluation import hellaswag
+from nanogpt.evaluation import hellaswag, scoring
 from nanogpt.evaluation.hellaswag import Item, completion_question, harness_question, read_items
 from nanogpt.evaluation.scoring import Answer, Question, answer
 from nanogpt.model import GPT, GPTConfig
@@ -79,6 +79,31 @@ def test_endings_that_begin_alike_score_as_they_do_alone() -> None:
     [answers] = answer(model, [question])
     found = [one.log_likelihood for one in answers]
     assert found == pytest.approx(reference(model, question), abs=1e-5)
+
+
+def test_many_continuations_of_one_context_are_several_rows(monkeypatch: Any) -> None:
+    monkeypatch.setattr(scoring, "TREE_TOKENS", 32)
+    model, read = new_model(), scoring._scored_states
+    lengths: list[int] = []
+
+    def noted(model: GPT, rows: Any, scored: Any) -> torch.Tensor:
+        lengths.extend(len(row.input_ids) for row in rows)
+        return read(model, rows, scored)
+
+    monkeypatch.setattr(scoring, "_scored_states", noted)
+    question = Question([1, 2, 3], [[n, n + 1, n + 2] * 2 for n in range(20)])
+    [answers] = answer(model, [question])
+    found = [one.log_likelihood for one in answers]
+    assert found == pytest.approx(reference(model, question), abs=1e-5)
+    assert lengths == [28] * 4  # the context, and five continuations without their ends
+
+
+def test_a_model_without_finite_likelihoods_is_refused() -> None:
+    model = new_model()
+    with torch.no_grad():
+        model.wte.weight[7] = torch.nan
+    with pytest.raises(ValueError, match="the model gives no finite likelihoods"):
+        answer(model, [Question([1, 2], [[3], [4]])])
 
 
 def test_any_batch_size_and_order_give_the_same_bits() -> None:

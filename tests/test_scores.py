@@ -216,6 +216,7 @@ def test_a_classifier_is_refused_in_one_sentence(
             ["--task", "perplexity", "--data", "a.txt", "--stride", "33"],
             "--stride 33 is not from 1",
         ),
+        (["--task", "perplexity", "--data", "a.bin", "--limit", "2"], "--limit counts documents"),
         (["--task", "hellaswag", "--batch-size", "0"], "--batch-size 0 is not a number"),
         (["--task", "judge", "--processes", "2"], "--task judge runs in one process"),
         (["--task", "judge"], "--task judge needs --judge-url URL"),
@@ -234,6 +235,7 @@ def test_what_cannot_be_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(TEXT)
     (tmp_path / "a.jsonl").write_text('{"instruction": "a", "response": "b"}\n')
+    (tmp_path / "a.bin").write_bytes(bytes(100))
     saved(tmp_path / "a.ckpt", new_model())
     assert main(["a.ckpt", *arguments]) == 1
     error = capsys.readouterr().err

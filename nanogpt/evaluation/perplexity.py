@@ -10,13 +10,12 @@ that bits per byte compare models of any tokenizer.
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 
 from nanogpt.evaluation.results import Results
-from nanogpt.evaluation.scoring import BATCH_SIZE, Question, answer_on_all_ranks
+from nanogpt.evaluation.scoring import BATCH_SIZE, Question, Tokens, answer_on_all_ranks
 from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer
 
@@ -24,7 +23,7 @@ from nanogpt.tokenizer import Tokenizer
 def evaluate(
     model: GPT,
     tokenizer: Tokenizer,
-    tokens: Sequence[int],
+    tokens: Tokens,
     *,
     stride: int | None = None,
     batch_size: int = BATCH_SIZE,
@@ -60,13 +59,12 @@ def evaluate(
     }
 
 
-def windows(tokens: Sequence[int], block_size: int, stride: int) -> list[Question]:
+def windows(tokens: Tokens, block_size: int, stride: int) -> list[Question]:
     """Return the windows of a stream; every token after the first is in one of them.
 
     >>> windows([0, 1, 2, 3, 4], block_size=3, stride=2)
     [Question([0], [[1, 2]]), Question([1, 2], [[3, 4]])]
     """
-    tokens = list(tokens)
     edges = [*range(1, len(tokens), stride), len(tokens)]
     return [
         Question(tokens[max(start + stride - 1 - block_size, 0) : start], [tokens[start:end]])
@@ -74,7 +72,7 @@ def windows(tokens: Sequence[int], block_size: int, stride: int) -> list[Questio
     ]
 
 
-def check_stream(tokens: Sequence[int], stride: int, block_size: int) -> None:
+def check_stream(tokens: Tokens, stride: int, block_size: int) -> None:
     """Raise ValueError where there is nothing to score, or no window of this stride."""
     if not 1 <= stride <= block_size:
         raise ValueError(

@@ -10,6 +10,7 @@ tokens.
 """
 
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -28,8 +29,11 @@ from nanogpt.tokenizer import Tokenizer
 BATCH_SIZE = 8  # questions of a forward
 PRODUCT_ROWS = 32  # in a matrix product: what is left of a multiple is added in another order
 ROW_MULTIPLE = 16  # tokens that a row's attention is padded to
+TREE_TOKENS = 1024  # of a row: what its attention holds grows with their square
 LOGITS_ROWS = 128  # of V logits, held at a time
 PROGRESS_S = 10.0  # between lines of the log
+
+Tokens = Sequence[int] | np.ndarray
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +42,8 @@ log = logging.getLogger(__name__)
 class Question:
     """A context of at least one token, and what may follow it."""
 
-    context: Sequence[int]
-    continuations: Sequence[Sequence[int]]
+    context: Tokens
+    continuations: Sequence[Tokens]
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def answer(
     of the context is not read; a continuation that is longer itself is scored to its end in pieces
     of half the model's context, each after as much as fits of what precedes it. The order of the
     questions and the size of the batches do not change the answers.
+
+    Raises ValueError where the model gives no finite likelihoods.
     """
     assert not model.training, "dropout would change the answers"
     pieces = [piece for i, q in enumerate(questions) for piece in _pieces(i, q, model)]
@@ -68,6 +74,11 @@ def answer(
     for batch in _batches(pieces, batch_size):
         for row, found in zip(batch, _answer_batch(model, batch), strict=True):
             own = answers[row.piece.question]
+            if not all(math.isfinite(new.log_likelihood) for new in found):
+                raise ValueError(
+                    "the model gives no finite likelihoods: its weights are damaged, or its "
+                    "training diverged; pass another checkpoint"
+                )
             for place, new in zip(row.piece.places, found, strict=True):
                 before = own[place]
                 own[place] = Answer(
@@ -113,27 +124,53 @@ class _Piece:
     """Part of a question that fits the model: continuations, and their places in the question."""
 
     question: int
-    context: Sequence[int]
-    continuations: Sequence[Sequence[int]]
+    context: Tokens
+    continuations: Sequence[Tokens]
     places: Sequence[int]
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether nothing branches: attention is plainly causal."""
+        return len(self.continuations) == 1
+
+    @property
+    def padded(self) -> int:
+        """The tokens that its row has at most, as a multiple of ROW_MULTIPLE."""
+        n_tokens = len(self.context) + sum(len(c) - 1 for c in self.continuations)
+        return -(-n_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def _pieces(number: int, question: Question, model: GPT) -> Iterator[_Piece]:
-    """Yield a question whole where it fits, else every continuation apart."""
+    """Yield continuations that fit together with their context, else each apart or in parts."""
     context, continuations = question.context, question.continuations
-    assert context, "there is nothing to begin from"
-    assert all(continuations), "there is nothing to score"
+    assert len(context), "there is nothing to begin from"
+    assert all(map(len, continuations)), "there is nothing to score"
     block_size = model.config.block_size
-    if len(context) + max(map(len, continuations)) - 1 <= block_size:
-        yield _Piece(number, context, continuations, range(len(continuations)))
-        return
+    together: list[int] = []
+    n_tokens = len(context)
     for place, continuation in enumerate(continuations):
-        text = [*context, *continuation]
-        step = len(continuation) if len(continuation) <= block_size else max(block_size // 2, 1)
-        for start in range(len(context), len(text), step):
-            scored = text[start : start + step]
-            before = text[max(start + len(scored) - 1 - block_size, 0) : start]
-            yield _Piece(number, before, [scored], [place])
+        if len(context) + len(continuation) - 1 > block_size:
+            yield from _parts(number, place, context, continuation, block_size)
+            continue
+        if together and n_tokens + len(continuation) - 1 > TREE_TOKENS:
+            yield _Piece(number, context, [continuations[i] for i in together], together)
+            together, n_tokens = [], len(context)
+        together.append(place)
+        n_tokens += len(continuation) - 1
+    if together:
+        yield _Piece(number, context, [continuations[i] for i in together], together)
+
+
+def _parts(
+    number: int, place: int, context: Tokens, continuation: Tokens, block_size: int
+) -> Iterator[_Piece]:
+    """Yield a continuation whole where it fits without its context, else in parts."""
+    text = [*context, *continuation]
+    step = len(continuation) if len(continuation) <= block_size else max(block_size // 2, 1)
+    for start in range(len(context), len(text), step):
+        scored = text[start : start + step]
+        before = text[max(start + len(scored) - 1 - block_size, 0) : start]
+        yield _Piece(number, before, [scored], [place])
 
 
 def _batches(pieces: Sequence[_Piece], batch_size: int) -> Iterator[list["_Row"]]:
@@ -141,13 +178,12 @@ def _batches(pieces: Sequence[_Piece], batch_size: int) -> Iterator[list["_Row"]
 
     So no computation of a row depends on its company, nor do, on a CPU, the bits of its answer.
     """
-    alike: dict[tuple[int, bool], list[_Row]] = defaultdict(list)
+    alike: dict[tuple[int, bool], list[_Piece]] = defaultdict(list)
     for piece in pieces:
-        row = _Row(piece)
-        alike[row.padded, row.is_chain].append(row)
+        alike[piece.padded, piece.is_chain].append(piece)
     for _, group in sorted(alike.items(), key=lambda item: item[0], reverse=True):
         for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
+            yield [_Row(piece) for piece in group[start : start + batch_size]]
 
 
 class _Row:
@@ -156,26 +192,25 @@ class _Row:
     def __init__(self, piece: _Piece) -> None:
         n = len(piece.context)
         self.piece = piece
-        self.input_ids = list(piece.context)
+        self.input_ids = list(map(int, piece.context))
         self.parents = list(range(-1, n - 1))
         self.targets: list[tuple[int, int]] = []  # place, token: of one continuation after another
         places: dict[tuple[int, int], int] = {}  # of a token after a place
         for continuation in piece.continuations:
             place = n - 1
-            for token in continuation[:-1]:
+            *inner, last = map(int, continuation)
+            for token in inner:
                 self.targets.append((place, token))
                 if (place, token) not in places:
                     places[place, token] = len(self.input_ids)
                     self.input_ids.append(token)
                     self.parents.append(place)
                 place = places[place, token]
-            self.targets.append((place, continuation[-1]))
-        self.is_chain = len(piece.continuations) == 1
-        self.padded = -(-len(self.input_ids) // ROW_MULTIPLE) * ROW_MULTIPLE
+            self.targets.append((place, last))
 
     def mask(self) -> np.ndarray:
         """Return which tokens each token sees (T, T), padding included: those before it, itself."""
-        mask = np.eye(self.padded, dtype=bool)
+        mask = np.eye(self.piece.padded, dtype=bool)
         for place, parent in enumerate(self.parents[1:], start=1):
             mask[place] |= mask[parent]
         return mask
@@ -204,9 +239,9 @@ def _scored_states(model: GPT, rows: Sequence[_Row], scored: Tensor) -> Tensor:
     Linear maps take all tokens of all rows as one list; attention takes padded rows.
     """
     device = model.wte.weight.device
-    masks = None if rows[0].is_chain else np.stack([row.mask() for row in rows])  # (B, T, T)
+    masks = None if rows[0].piece.is_chain else np.stack([row.mask() for row in rows])  # (B, T, T)
     n_tokens = np.array([len(row.input_ids) for row in rows])
-    is_token = np.arange(rows[0].padded) < n_tokens[:, None]  # (B, T)
+    is_token = np.arange(rows[0].piece.padded) < n_tokens[:, None]  # (B, T)
     depths = np.nonzero(is_token)[1] if masks is None else masks.sum(2)[is_token] - 1
 
     def whole(values: Sequence[int] | np.ndarray | Tensor) -> Tensor:

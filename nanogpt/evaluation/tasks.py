@@ -62,12 +62,12 @@ def run_perplexity(checkpoint: Checkpoint, options: argparse.Namespace) -> Resul
     results = perplexity.evaluate(
         checkpoint.model,
         checkpoint.tokenizer,
-        tokens.tolist(),
+        tokens,
         stride=options.stride,
         batch_size=options.batch_size,
     )
-    text = checkpoint.tokenizer.decode_bytes(tokens[:GZIP_BYTES].tolist())
-    if text and len(text) <= GZIP_BYTES:
+    if 0 < results["bytes"] <= GZIP_BYTES:
+        text = checkpoint.tokenizer.decode_bytes(tokens.tolist())
         bits = 8 * len(gzip.compress(text, 9, mtime=0)) / len(text)
         results["baseline_gzip_bits_per_byte"] = bits
     return results
@@ -184,7 +184,12 @@ def check_language_model(checkpoint: Checkpoint) -> None:
 def read_tokens(path: Path, checkpoint: Checkpoint, options: argparse.Namespace) -> np.ndarray:
     """Return the tokens to score: of texts, the documents'; of a corpus, those held out."""
     tokenizer = checkpoint.tokenizer
-    if (path / MANIFEST).is_file():
+    is_corpus = (path / MANIFEST).is_file()
+    files = path.iterdir() if path.is_dir() else [path]
+    are_shards = any(file.suffix in SHARDS for file in files)
+    if options.limit is not None and (is_corpus or are_shards):
+        raise ValueError(f"--limit counts documents and {path} holds tokens; leave it out")
+    if is_corpus:
         corpus = open_corpus(path)
         if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
             raise ValueError(
@@ -192,8 +197,7 @@ def read_tokens(path: Path, checkpoint: Checkpoint, options: argparse.Namespace)
                 f"tokenizer ({tokenizer.name}); pass the text itself"
             )
         return corpus.val.read(0, len(corpus.val))
-    files = path.iterdir() if path.is_dir() else [path]
-    if any(file.suffix in SHARDS for file in files):
+    if are_shards:
         with in_this_commands_words():
             corpus = TokenShards(path).open(tokenizer, tokenizer.name)
         parts = [corpus.val] if path.is_dir() else [corpus.train, corpus.val]
