@@ -3,10 +3,11 @@
     python -m nanogpt.evaluate CHECKPOINT [CHECKPOINT ...] --task hellaswag [--data FILE]
     python -m nanogpt.evaluate RUN --task perplexity --data TEXT --json scores.json
 
-CHECKPOINT is a .ckpt, a run directory, or the name of a run under runs/. The figures come as a
-table, with standard errors and with what is published beside; `--json` and `--picture` write them
-to files, and those of a run's own checkpoints become part of its report.html. Tasks are scored in
-fp32. docs/EVALUATION.md says what every task does.
+CHECKPOINT is a .ckpt, a run directory, the name of a run under runs/, a Hugging Face GPT-2's
+directory, or one of gpt2, gpt2-medium, gpt2-large and gpt2-xl. The figures come as a table, with
+standard errors and with what is published beside; `--json` and `--picture` write them to files, and
+those of a run's own checkpoints become part of its report.html. Tasks are scored in fp32.
+docs/EVALUATION.md says what every task does.
 """
 
 import argparse
@@ -17,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanogpt.checkpoint import Checkpoint, load_checkpoint
-from nanogpt.command import EXPECTED, first_line
+from nanogpt.checkpoint import Checkpoint, find_init_from, init_model, load_checkpoint
+from nanogpt.command import run_command
 from nanogpt.evaluation import processes
 from nanogpt.evaluation.picture import picture
 from nanogpt.evaluation.results import Row, keep, run_dir_of, table, write_rows
@@ -28,27 +29,20 @@ from nanogpt.evaluation.tasks import TASKS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    options = parser().parse_args(arguments)
-    try:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(given)
+    exit_code = 0
+
+    def work() -> None:
+        nonlocal exit_code
         check(options)
         if options.processes > 1 and processes.world_size() == 1:
-            given = sys.argv[1:] if arguments is None else list(arguments)
-            return processes.launch(options.processes, given)
-        if processes.rank() == 0:
-            show_progress()
-        processes.join()
-        rows = [row(reference, options) for reference in options.checkpoints]
-        if processes.rank() == 0:
-            tell(rows, options)
-    except EXPECTED as error:
-        if processes.rank() == 0:
-            print(f"nanogpt.evaluate: {first_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        processes.leave()
-    return 0
+            find_checkpoints(options)  # so that what is not there is said once
+            exit_code = processes.launch(options.processes, given)
+        else:
+            measure(options)
+
+    return run_command(processes.named("nanogpt.evaluate"), work) or exit_code
 
 
 def check(options: argparse.Namespace) -> None:
@@ -57,6 +51,8 @@ def check(options: argparse.Namespace) -> None:
         path = getattr(options, option)
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"--{option} {path}: there is no folder for it; make one")
+        if path is not None and path.is_dir():
+            raise IsADirectoryError(f"--{option} {path} is a folder; name a file")
     for option in ("limit", "batch_size", "max_new_tokens", "processes"):
         value = getattr(options, option)
         if value is not None and value < 1:
@@ -66,6 +62,31 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--task {options.task} runs in one process; leave --processes out")
 
 
+def find_checkpoints(options: argparse.Namespace) -> list[Path]:
+    """Return where the checkpoints lie, published ones fetched; raises where one is missing."""
+    with processes.rank_zero_first():
+        return [
+            find_init_from(reference, options.runs_dir, options.data_dir)
+            for reference in options.checkpoints
+        ]
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Score all checkpoints and tell the figures, also where a later one cannot be scored."""
+    if processes.rank() == 0:
+        show_progress()
+    processes.join()
+    rows: list[Row] = []
+    try:
+        paths = find_checkpoints(options)
+        for reference, path in zip(options.checkpoints, paths, strict=True):
+            rows.append(row(reference, path, options))
+    finally:
+        if rows and processes.rank() == 0:
+            tell(rows, options)
+        processes.leave()
+
+
 def show_progress() -> None:
     """Send the scorer's log to standard error."""
     log = logging.getLogger("nanogpt.evaluation")
@@ -73,10 +94,11 @@ def show_progress() -> None:
     log.setLevel(logging.INFO)
 
 
-def row(reference: str, options: argparse.Namespace) -> Row:
+def row(reference: str, path: Path, options: argparse.Namespace) -> Row:
     """Return what a task makes of one checkpoint, kept with the run that it is of."""
     device = processes.device_of_rank(options.device)
-    checkpoint = load_checkpoint(reference, device=device, runs_dir=options.runs_dir)
+    checkpoint = load_checkpoint(path, device=device) if path.is_file() else init_model(path)
+    checkpoint.model.to(device).eval()
     results = TASKS[options.task].run(checkpoint, options)
     new = {"checkpoint": str(reference), "task": options.task, "results": results}
     run_dir = run_dir_of(checkpoint.path)
@@ -91,8 +113,13 @@ def add_to_report(
     """Write a row into a run's evaluations.json, and its report.html anew."""
     about: dict[str, Any] = {
         "step": checkpoint.step,
-        "data": None if options.data is None else options.data.name,
+        "data": None if options.data is None else str(options.data.resolve()),
         "limit": options.limit,
+        **{
+            name: getattr(options, name)
+            for name in TASKS[options.task].reads
+            if getattr(options, name) != parser().get_default(name)
+        },
     }
     try:
         keep(run_dir, {**new, "checkpoint": run_dir.name}, about)
@@ -105,13 +132,13 @@ def add_to_report(
 
 
 def tell(rows: Sequence[Row], options: argparse.Namespace) -> None:
-    """Print the table, and write the files that were asked for."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(table(rows).encode(encoding, "replace").decode(encoding))
+    """Write the files that were asked for, and print the table."""
     if options.json is not None:
         write_rows(options.json, rows)
     if options.picture is not None:
         options.picture.write_text(picture(rows), encoding="utf-8")
+    encoding = sys.stdout.encoding or "utf-8"
+    print(table(rows).encode(encoding, "replace").decode(encoding))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -120,7 +147,12 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m nanogpt.evaluate", description="Measure checkpoints side by side."
     )
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="a .ckpt, a run, or a run's name")
+    add(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="a .ckpt, a run, a run's name, a Hugging Face directory, or gpt2 to gpt2-xl",
+    )
     add("--task", required=True, choices=sorted(TASKS))
     add("--data", type=Path, help="what to score (default of benchmarks: the hub's file)")
     add("--limit", type=int, metavar="N", help="score the first N examples or documents alone")

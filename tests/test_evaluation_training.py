@@ -74,7 +74,7 @@ def test_what_is_measured_of_a_run_is_in_its_report(
     assert not (run_dir / "evaluations.json").exists()
     assert main(arguments) == main(arguments) == 0  # the second takes the place of the first
     [kept] = json.loads((run_dir / "evaluations.json").read_text())
-    assert kept["about"] == {"step": 12, "data": "items.jsonl", "limit": None}
+    assert kept["about"] == {"step": 12, "data": str(items_path), "limit": None}
     report = (run_dir / "report.html").read_text()
     assert "Evaluations" in report
     assert "gpt2 124M (published)" in report

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from nanogpt.checkpoint import Checkpoint, record, write_checkpoint
 from nanogpt.classifier import Classifier
 from nanogpt.evaluate import main
-from nanogpt.evaluation import instructions, lambada, perplexity
+from nanogpt.evaluation import instructions, lambada, perplexity, processes
 from nanogpt.evaluation.picture import picture
-from nanogpt.evaluation.results import mean_and_error, table, with_published
+from nanogpt.evaluation.results import keep, mean_and_error, read_kept, table, with_published
 from nanogpt.evaluation.scoring import Question, encode_pair
+from nanogpt.export import main as export
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.prompts import Message, find_template
 from nanogpt.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer
@@ -223,6 +225,8 @@ def test_a_classifier_is_refused_in_one_sentence(
         (["--task", "instructions", "--data", "a.jsonl"], "a.ckpt was not taught to reply"),
         (["--task", "lambada", "--data", "a.txt"], "a.txt, line 1 is not JSON"),
         (["--task", "lambada", "--picture", "no/a.svg"], "there is no folder for it"),
+        (["--task", "lambada", "--json", "."], "--json . is a folder; name a file"),
+        (["nowhere", "--task", "lambada", "--data", "none"], "there is no checkpoint 'nowhere'"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(
@@ -278,3 +282,74 @@ def test_processes_share_the_work_and_give_the_same_figures(tmp_path: Path) -> N
         assert main([str(path), *arguments, "--processes", n]) == 0
         found.append(json.loads(out.read_text()))
     assert found[0] == found[1]
+
+
+def test_what_was_scored_before_a_failure_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    good = saved(tmp_path / "a.ckpt", uniform(TOKENIZER))
+    (tmp_path / "b.ckpt").write_bytes(b"no checkpoint")
+    out = tmp_path / "out.json"
+    data = ["--task", "perplexity", "--data", str(tmp_path / "a.txt"), "--json", str(out)]
+    assert main([str(good), str(tmp_path / "b.ckpt"), *data]) == 1
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1
+    assert "a.ckpt  perplexity" in said.out
+    assert [row["checkpoint"] for row in json.loads(out.read_text())] == [str(good)]
+
+
+def test_a_hugging_face_directory_is_scored_as_its_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    path = saved(tmp_path / "a.ckpt", new_model())
+    assert export([str(path), str(tmp_path / "hf"), "--format", "hf"]) == 0
+    out = tmp_path / "out.json"
+    data = ["--task", "perplexity", "--data", str(tmp_path / "a.txt"), "--json", str(out)]
+    assert main([str(path), str(tmp_path / "hf"), *data]) == 0
+    first, second = json.loads(out.read_text())
+    assert first["results"] == second["results"]
+
+
+def test_a_run_keeps_what_was_measured_with_other_options(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "config.yaml").write_text("stage: pretrain\n")
+    (tmp_path / "checkpoints").mkdir()
+    path = saved(tmp_path / "checkpoints" / "last.ckpt", uniform(TOKENIZER))
+    data = ["--task", "perplexity", "--data", str(tmp_path / "a.txt")]
+    for stride in ("8", "16", "8"):
+        assert main([str(path), *data, "--stride", stride]) == 0
+    kept = json.loads((tmp_path / "evaluations.json").read_text())
+    assert [row["about"]["stride"] for row in kept] == [16, 8]
+
+
+@pytest.mark.parametrize("text", ["5", "null", '[{"results": {}}]', "{", ""])
+def test_a_damaged_file_of_evaluations_is_begun_anew(tmp_path: Path, text: str) -> None:
+    (tmp_path / "evaluations.json").write_text(text)
+    assert read_kept(tmp_path) == []
+    keep(tmp_path, {"checkpoint": "a", "task": "b", "results": {}}, {})
+    assert len(read_kept(tmp_path)) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script stands for the processes")
+@pytest.mark.parametrize(
+    ("fails", "message", "code"),
+    [
+        ("echo 'process 1: no memory' >&2; exit 3", "process 1: no memory\n", 3),
+        ("kill -9 $$", "nanogpt.evaluate: process 1 was ended by signal 9\n", 137),
+    ],
+)
+def test_a_process_that_fails_alone_is_heard(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    fails: str,
+    message: str,
+    code: int,
+) -> None:
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\nif [ $RANK = 1 ]; then {fails}; fi\nexec sleep 60\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(processes.sys, "executable", str(script))
+    monkeypatch.setattr(processes, "WORD_S", 0.1)
+    assert processes.launch(2, []) == code
+    assert capfd.readouterr().err.lstrip() == message

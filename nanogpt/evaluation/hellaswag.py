@@ -109,7 +109,7 @@ def evaluate(
     """Return `acc`, `acc_norm` and their like of the harness, with standard errors."""
     results = completion_scores(model, tokenizer, items, batch_size)
     harness = [harness_question(tokenizer, item) for item in items]
-    characters = [[len(_plain(ending)) for ending in item.endings] for item in items]
+    characters = [[max(1, len(_plain(ending))) for ending in item.endings] for item in items]
     found = _scores(model, items, harness, characters, batch_size)
     results |= {f"harness_{name}": value for name, value in found.items()}
     chance = {f"baseline_chance_{name}": 1 / N_ENDINGS for name in results if "stderr" not in name}

@@ -8,13 +8,17 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import IO
 
 import torch
 import torch.distributed as dist
 
 POLL_S = 0.1
+WORD_S = 2.0  # in which process 0 may say itself what is wrong
 
 
 def rank() -> int:
@@ -39,6 +43,23 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Let the others do after rank zero what would disturb it, such as fetching a file."""
+    if rank() > 0 and dist.is_initialized():
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if rank() == 0 and dist.is_initialized():
+            dist.barrier()
+
+
+def named(command: str) -> str:
+    """Return what this process calls itself where it says what is wrong."""
+    return f"{command} (process {rank()} of {world_size()})" if rank() > 0 else command
+
+
 def device_of_rank(device: str) -> torch.device:
     """Return this process's device: of several GPUs, its own."""
     if device == "cuda" and world_size() > 1:
@@ -49,32 +70,52 @@ def device_of_rank(device: str) -> torch.device:
 def launch(n_processes: int, arguments: Sequence[str]) -> int:
     """Run this command in n processes of this machine; return the exit code.
 
-    The first that fails ends the others.
+    The first that fails ends the others. Process 0 speaks; what another says is shown where it
+    fails and process 0 does not within a moment.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     threads = max(1, (os.cpu_count() or 1) // n_processes)
-    processes = []
-    for number in range(n_processes):
-        environment = {
-            "OMP_NUM_THREADS": str(threads),
-            **os.environ,
-            "RANK": str(number),
-            "LOCAL_RANK": str(number),
-            "WORLD_SIZE": str(n_processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        command = [sys.executable, "-m", "nanogpt.evaluate", *arguments]
-        processes.append(subprocess.Popen(command, env=environment))
-    try:
-        while any(process.poll() is None for process in processes):
-            if failed := [p.returncode for p in processes if p.returncode]:
-                return int(failed[0])
-            time.sleep(POLL_S)
-    finally:
-        for process in processes:
-            process.terminate()
-            process.wait()
-    return max(process.returncode for process in processes)
+    with ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(n_processes)]
+        processes = []
+        for number in range(n_processes):
+            environment = {
+                "OMP_NUM_THREADS": str(threads),
+                **os.environ,
+                "RANK": str(number),
+                "LOCAL_RANK": str(number),
+                "WORLD_SIZE": str(n_processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            command = [sys.executable, "-m", "nanogpt.evaluate", *arguments]
+            errors = said[number] if number else None
+            processes.append(subprocess.Popen(command, env=environment, stderr=errors))
+        try:
+            return _wait(processes, said)
+        finally:
+            for process in processes:
+                process.terminate()
+                process.wait()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], said: Sequence[IO[str]]) -> int:
+    """Return 0 when all processes have ended well, or the exit code of the first that has not."""
+    while any(process.poll() is None for process in processes):
+        if any(process.returncode for process in processes):
+            break
+        time.sleep(POLL_S)
+    failed = [number for number, process in enumerate(processes) if process.poll()]
+    if not failed:
+        return 0
+    with suppress(subprocess.TimeoutExpired):
+        processes[0].wait(WORD_S)
+    if not processes[0].returncode:
+        said[failed[0]].seek(0)
+        sys.stderr.write(said[failed[0]].read())
+    code = processes[failed[0]].returncode
+    if code < 0:
+        print(f"nanogpt.evaluate: process {failed[0]} was ended by signal {-code}", file=sys.stderr)
+    return code if code > 0 else 128 - code

@@ -137,7 +137,7 @@ def run_dir_of(checkpoint_path: Path) -> Path | None:
 def keep(run_dir: Path, row: Row, about: Mapping[str, Any]) -> None:
     """Add a row to those of a run, in place of one about the same.
 
-    `about` says what was measured: the step, the data and how much of it.
+    `about` says what was measured: the step, the data and how much of it, and what the task reads.
     """
     new = {**row, "about": dict(about)}
     kept = [old for old in read_kept(run_dir) if not _same(old, new)]
@@ -150,7 +150,8 @@ def read_kept(run_dir: Path) -> list[Row]:
         rows = json.loads((run_dir / KEPT).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return []
-    return [row for row in rows if isinstance(row, dict) and "results" in row]
+    rows = rows if isinstance(rows, list) else []
+    return [row for row in rows if isinstance(row, dict) and {"task", "results"} <= row.keys()]
 
 
 def _same(a: Row, b: Row) -> bool:

@@ -24,6 +24,7 @@ from nanogpt.evaluation.classification import confusion_matrix, majority_class, 
 from nanogpt.evaluation.examples import Benchmark, find_benchmark
 from nanogpt.evaluation.judge import Judge
 from nanogpt.evaluation.judge import evaluate as ask_judge
+from nanogpt.evaluation.processes import rank_zero_first
 from nanogpt.evaluation.results import CONFUSION, Results, run_dir_of, with_published
 
 GZIP_BYTES = 64 * 2**20  # of a text, at most, are compressed for comparison
@@ -33,10 +34,14 @@ SHARDS = (".bin", ".npy")
 
 @dataclass(frozen=True)
 class Task:
-    """How figures are made; `shares_work` where several processes are faster than one."""
+    """How figures are made, `reads` being options that they depend on beside data and limit.
+
+    Of a task that `shares_work` several processes are faster than one.
+    """
 
     run: Callable[[Checkpoint, argparse.Namespace], Results]
     shares_work: bool = False
+    reads: tuple[str, ...] = ()
 
 
 def run_hellaswag(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
@@ -149,11 +154,11 @@ def run_harness(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
 TASKS: Mapping[str, Task] = {
     "hellaswag": Task(run_hellaswag, shares_work=True),
     "lambada": Task(run_lambada, shares_work=True),
-    "perplexity": Task(run_perplexity, shares_work=True),
-    "classify": Task(run_classify),
-    "instructions": Task(run_instructions),
-    "judge": Task(run_judge),
-    "harness": Task(run_harness),
+    "perplexity": Task(run_perplexity, shares_work=True, reads=("stride", "text_column")),
+    "classify": Task(run_classify, reads=("text_column", "label_column")),
+    "instructions": Task(run_instructions, reads=("max_new_tokens",)),
+    "judge": Task(run_judge, reads=("judge_model", "max_new_tokens")),
+    "harness": Task(run_harness, reads=("harness_tasks",)),
 }
 
 
@@ -163,7 +168,8 @@ def data_of(options: argparse.Namespace, benchmark: Benchmark | None = None) -> 
         path: Path = options.data
         return path
     if benchmark is not None:
-        return find_benchmark(benchmark, options.data_dir)
+        with rank_zero_first():
+            return find_benchmark(benchmark, options.data_dir)
     what = {
         "classify": "FILE, a labelled .tsv, .csv or .jsonl file",
         "perplexity": "PATH, text (.txt .md .py .jsonl .parquet) or token shards",

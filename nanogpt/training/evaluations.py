@@ -52,4 +52,6 @@ def _named(row: Row) -> Row:
         parts.append(Path(str(about["data"])).stem)
     if about.get("limit"):
         parts.append(f"first {about['limit']}")
+    said = ("step", "data", "limit")
+    parts += [f"{key.replace('_', ' ')} {about[key]}" for key in about if key not in said]
     return {**row, "checkpoint": ", ".join(parts) or row["checkpoint"]}
