@@ -8,8 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serving.api.connection import MAX_HEAD_BYTES
+from serving.api.connection import MAX_HEAD_BYTES, Connection
 from serving.api.settings import ApiSettings
+from tests import front_end
 from tests.fake_engine import FakeEngine
 from tests.front_end import eventually, generated, says, serve
 
@@ -124,3 +125,33 @@ def test_a_client_that_sends_nothing_more_is_not_waited_for(url: str, part: byte
     with connect(url) as connection:
         connection.sendall(part)
         assert b" 200 " not in read(connection)
+
+
+@pytest.fixture
+def lost(monkeypatch: pytest.MonkeyPatch) -> list[Connection]:
+    """The connections that the server has ended."""
+    ended: list[Connection] = []
+
+    class Watched(Connection):
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            ended.append(self)
+
+    monkeypatch.setattr(front_end, "Connection", Watched)
+    return ended
+
+
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_a_client_that_does_not_read_is_cut_off(
+    tmp_path: Path, lost: list[Connection], caplog: pytest.LogCaptureFixture, stream: str
+) -> None:
+    """Its answer is more than the system holds for it."""
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 900), step=50)
+    body = b'{"messages": [{"role": "user", "content": "x"}], "logprobs": true, "top_logprobs": 20'
+    body += b', "n": 8, "max_tokens": 900, "stream": %b}' % stream.encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-Request-ID: stuck\r\n"
+    with serve(engine, ApiSettings(write_s=0.2)) as url, connect(url) as stuck:
+        stuck.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert eventually(lambda: lost, 30)
+    (record,) = [r for r in caplog.records if "too slowly" in r.message]
+    assert record.__dict__["fields"] == {"request_id": "stuck"}

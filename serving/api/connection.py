@@ -67,7 +67,8 @@ class Connection(HttpToolsProtocol):
     """A connection that refuses what comes while the front end is full, too slowly, or as no HTTP.
 
     A request that is refused is read to its end all the same: an answer before that is lost to
-    clients that still write (the system resets their connection).
+    clients that still write (the system resets their connection). A client that does not take what
+    was sent is cut off: to close would be to wait for it.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -77,15 +78,26 @@ class Connection(HttpToolsProtocol):
         self._in_head = True
         self._refused = False
         self._late: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # writing pauses while anything is not taken
         self._door.arrivals.n += 1
         self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._arrived()
+        self._taken()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self._door.settings.write_s, self._is_unread)
+
+    def resume_writing(self) -> None:
+        self._taken()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         self._n_head_bytes += len(data) if self._in_head else 0
@@ -150,3 +162,14 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         else:  # the application waits for the body, and says so where it is late
             self._expect()
+
+    def _taken(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def _is_unread(self) -> None:
+        state = self.cycle.scope["state"] if self.cycle else {}
+        fields = {"request_id": state.get("request_id", "")}
+        log.warning("a client read too slowly; it is cut off", extra={"fields": fields})
+        self.transport.abort()

@@ -78,7 +78,8 @@ class EventStream(EventSourceResponse):
         try:
             await super().__call__(scope, receive, send)
         except SendTimeoutError:
-            log.warning("a client read too slowly; its connection is dropped")
+            fields = {"request_id": scope["state"]["request_id"]}
+            log.warning("a client read too slowly; its answer ends", extra={"fields": fields})
         finally:
             with anyio.CancelScope(shield=True):
                 await self.generation.close()
