@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -52,6 +53,7 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
     """
     if client is None:
         configure()
+        _end_with_parent()
     if settings is None:
         settings = environment.read(ApiSettings, os.environ)
     app = FastAPI(
@@ -144,6 +146,23 @@ async def _engine(client: EngineClient | None) -> AsyncIterator[EngineClient]:
 async def _connect(client: EngineClient) -> None:
     await client.connect(None)
     log.info("ready: %s", ", ".join(model.id for model in client.models()) or "no models yet")
+
+
+def _end_with_parent() -> None:
+    """Be told to end when the process that started this front end is gone, however it ended.
+
+    Else it would hold the port, with no engine behind it.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        log.error("the parent process is gone; this front end ends")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
 def _drain(front: FrontEnd) -> None:

@@ -209,6 +209,19 @@ def test_an_answer_that_outlasts_the_drain_is_told_so(tmp_path: Path) -> None:
     assert lines[-1] == "data: [DONE]"
 
 
+@POSIX
+def test_front_ends_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    with started(FakeEngine(f"unix:{tmp_path}/e"), NANOGPT_WORKERS="2") as (url, server):
+        server.kill()
+        assert eventually(lambda: not is_listening(url), 20)
+
+
+def is_listening(url: str) -> bool:
+    """Return whether anyone holds the port."""
+    with socket.socket() as probe:
+        return probe.connect_ex((httpx.URL(url).host, httpx.URL(url).port)) == 0
+
+
 def answers(url: str) -> bool:
     """Return whether a server is there and well."""
     try:
