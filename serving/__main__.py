@@ -21,6 +21,7 @@ from serving.api.connection import Connection
 from serving.api.settings import ApiSettings, Binding
 from serving.app import ENGINE_VARIABLE, engine_settings
 from serving.engine.client import SECRET_VARIABLE, EngineProcess
+from serving.logs import configure
 
 APP = "serving.app:create_app"
 BACKLOG = 2048  # connections that may wait to be accepted
@@ -30,6 +31,7 @@ FAILED, INTERRUPTED = 1, 130
 
 def main() -> int:
     """Serve until told to end; return the exit code."""
+    configure()
     # uvicorn raises the signal that ended it once more when all is done.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:

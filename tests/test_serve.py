@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -207,6 +208,15 @@ def test_an_answer_that_outlasts_the_drain_is_told_so(tmp_path: Path) -> None:
         assert server.wait(15) == 0
     assert '"error"' in lines[-2]
     assert lines[-1] == "data: [DONE]"
+
+
+@POSIX
+def test_every_process_logs_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with started(FakeEngine(f"unix:{tmp_path}/e"), NANOGPT_WORKERS="2") as (_, server):
+        server.terminate()
+        server.wait(30)
+    messages = [json.loads(line)["message"] for line in capfd.readouterr().err.splitlines()]
+    assert f"Started parent process [{server.pid}]" in messages
 
 
 @POSIX
