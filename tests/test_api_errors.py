@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from nanogpt.tokenizer import ByteTokenizer
+from serving.api.detokenizer import Detokenizer
 from serving.api.settings import ApiSettings
 from serving.engine.client import EngineClient
 from tests.fake_engine import FakeEngine
@@ -104,7 +105,7 @@ def test_a_message_of_an_unknown_role_is_refused(url: str) -> None:
 
 
 def test_what_nobody_foresaw_is_an_error_object_that_tells_nothing(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(self: EngineClient) -> None:
         raise RuntimeError("secret")
@@ -114,6 +115,26 @@ def test_what_nobody_foresaw_is_an_error_object_that_tells_nothing(
     assert answer.status_code == 500
     assert answer.headers["x-should-retry"] == "false"
     assert "secret" not in error_of(answer)["message"]
+    assert reasons_logged(caplog, answer.headers["x-request-id"]) == ["secret"]
+
+
+def reasons_logged(caplog: pytest.LogCaptureFixture, request_id: str) -> list[str]:
+    """Return the exceptions that the log tells of a request."""
+    records = [r for r in caplog.records if r.exc_info]
+    assert all(r.__dict__["fields"]["request_id"].startswith(request_id) for r in records)
+    return [str(r.exc_info[1]) for r in records if r.exc_info]
+
+
+def test_what_fails_while_an_answer_grows_is_logged_with_its_request(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: Detokenizer, ids: list[int]) -> str:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(Detokenizer, "feed", fail)
+    answer = httpx.post(f"{url}/v1/completions", json={}, headers={"X-Request-ID": "mine"})
+    assert answer.status_code == 500
+    assert reasons_logged(caplog, "mine") == ["secret"]
 
 
 def test_a_text_that_breaks_the_tokenizer_fails_alone(

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from serving.api.settings import ApiSettings
-from serving.engine.messages import Describe
+from serving.engine.messages import Classify, Describe, Generate, Score
 from serving.logs import JsonFormatter
 from tests.fake_engine import FakeEngine
 from tests.front_end import eventually, hang_up, says, serve
@@ -93,6 +94,26 @@ def test_a_request_is_logged_without_its_text(url: str, caplog: pytest.LogCaptur
     assert (line["request_id"], line["status"], line["model"]) == ("mine", 200, "tiny")
     assert (line["prompt_tokens"], line["completion_tokens"]) == (9, 1)
     assert "secret" not in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "labels"),
+    [
+        ("/v1/completions", {"prompt": "x", "echo": True, "logprobs": 1, "n": 2}, None),
+        ("/classify", {"input": "x"}, ["ham", "spam"]),
+    ],
+)
+def test_what_the_engine_is_asked_begins_with_the_id_of_the_request(
+    tmp_path: Path, path: str, body: dict[str, Any], labels: list[str] | None
+) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e", labels=labels)
+    with serve(engine) as url:
+        for _ in range(2):
+            httpx.post(url + path, json=body, headers={"X-Request-ID": "mine"}).raise_for_status()
+    asked = [m.request_id for m in engine.requests if isinstance(m, Generate | Score | Classify)]
+    assert asked
+    assert all(request_id.startswith("mine-") for request_id in asked)
+    assert len(set(asked)) == len(asked)
 
 
 def test_prompts_are_logged_where_that_was_asked_for(

@@ -305,7 +305,7 @@ def test_logits_that_are_not_numbers_fail_alone(
 
 
 def test_a_sampler_that_raises_fails_alone(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked, requests, undisturbed = neighbours(checkpoint)
     from serving.engine import sampling
@@ -319,6 +319,8 @@ def test_a_sampler_that_raises_fails_alone(
 
     monkeypatch.setattr(sampling, "choose", raising)
     check_only_the_second_failed(asked.all(requests), undisturbed)
+    (record,) = [r for r in caplog.records if r.message == "a request failed"]
+    assert record.__dict__["fields"] == {"request_id": "r1"}
 
 
 def test_classes_are_those_of_the_classifier(tmp_path: Path) -> None:

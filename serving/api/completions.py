@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -156,7 +157,8 @@ async def _prompt(given: str | list[int], model: ServedModel) -> Prompt:
 async def _score(request: Request, model: ServedModel, prompts: Sequence[Prompt], top: int) -> None:
     """Ask for the log-probabilities of the prompts' own tokens, side by side."""
     client = front_end(request).client
-    asked = [Score(client.new_id(), model.id, prompt.ids, top) for prompt in prompts]
+    new_id = partial(client.new_id, request.state.request_id)
+    asked = [Score(new_id(), model.id, prompt.ids, top) for prompt in prompts]
     scores = await asyncio.gather(*map(client.score, asked))
     for prompt, scored in zip(prompts, scores, strict=True):
         prompt.scored = scored

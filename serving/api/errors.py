@@ -76,7 +76,7 @@ def of_engine(error: EngineError) -> ApiError:
     return ApiError(status, str(error), param=param, code=code)
 
 
-def of_any(error: Exception) -> ApiError:
+def of_any(error: Exception, request_id: str) -> ApiError:
     """Return the answer for an exception; one that was not meant is logged, not told."""
     if isinstance(error, ApiError):
         return error
@@ -84,7 +84,7 @@ def of_any(error: Exception) -> ApiError:
         return of_engine(error)
     if isinstance(error, ClientDisconnect):
         return ApiError(499, "The client left.")  # for the log: nobody reads it
-    log.error("a request failed", exc_info=error)
+    log.error("a request failed", exc_info=error, extra={"fields": {"request_id": request_id}})
     return ApiError(500, "The server failed on this request; its log says why.")
 
 
@@ -105,7 +105,8 @@ class CatchAll:
         try:
             await self.app(scope, receive, note_start)
         except Exception as error:
-            response = of_any(error).response()
+            request_id = scope.get("state", {}).get("request_id", "")
+            response = of_any(error, request_id).response()
             if not started:
                 await response(scope, receive, send)
 
@@ -114,7 +115,7 @@ def install(app: FastAPI) -> None:
     """Make the app answer its exceptions so."""
 
     async def ours(request: Request, error: Exception) -> Response:
-        return of_any(error).response()
+        return of_any(error, request.state.request_id).response()
 
     async def of_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -65,7 +65,8 @@ class FrontEnd:
         """Return one answer, to be generated."""
         if self.settings.log_prompts:
             request.state.log.setdefault("prompts", {})[index] = model.tokenizer.decode(ids)
-        generate = Generate(self.client.new_id(), model.id, ids, params, request.state.key)
+        request_id = self.client.new_id(request.state.request_id)
+        generate = Generate(request_id, model.id, ids, params, request.state.key)
         return Choice(index, generate, model.token_bytes, stops, echo)
 
     def generation(self, choices: Sequence[Choice]) -> Generation:

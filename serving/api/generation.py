@@ -199,7 +199,7 @@ class Generation:
             self._open -= 1
             self._changed.set()
         except Exception as error:
-            self._fail(errors.of_any(error))
+            self._fail(errors.of_any(error, choice.request.request_id))
 
     def _put(self, piece: Piece) -> None:
         self._timers[0].cancel()

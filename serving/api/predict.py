@@ -95,7 +95,7 @@ async def _classified(request: Request, model: ServedModel, texts: list[str]) ->
     if not 1 <= len(texts) <= front.settings.max_prompts:
         message = f"There are {len(texts)} texts; give 1 to {front.settings.max_prompts} of them."
         raise ApiError(400, message, param="input")
-    asked = Classify(front.client.new_id(), model.id, texts)
+    asked = Classify(front.client.new_id(request.state.request_id), model.id, texts)
     return await unless_left(request, front.client.classify(asked))
 
 

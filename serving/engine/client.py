@@ -118,9 +118,9 @@ class EngineClient:
         there = f"there are {known}" if known else "there are none yet"
         raise EngineError("not_found", f"The model {name!r} does not exist; {there}.")
 
-    def new_id(self) -> str:
-        """Return a request id that no other front end uses."""
-        return f"{self._prefix}-{next(self._numbers)}"
+    def new_id(self, cause: str = "client") -> str:
+        """Return a request id that nobody else uses; it begins with the id of its cause."""
+        return f"{cause}-{self._prefix}-{next(self._numbers)}"
 
     async def details(self, model: ModelInfo) -> ModelDetails:
         """Return a model's tokenizer record, template and shape; asked once for each revision."""

@@ -98,7 +98,6 @@ class Runner:
                     if item[0].slot is not None:  # else it fell with another text of its request
                         yield from self._isolated(compute, [item], events)
             else:
-                log.exception("a request failed")
                 events.append(self._fail(items[0][0], error))
             return
         yield from results
@@ -126,7 +125,8 @@ class Runner:
         if len(span.ids) <= LEAST_TOKENS:
             return False
         sequence.most_tokens = max(LEAST_TOKENS, len(span.ids) // 2)
-        log.warning("out of memory; reading %d tokens at a time", sequence.most_tokens)
+        what = "out of memory; reading %d tokens at a time"
+        log.warning(what, sequence.most_tokens, extra=_fields(sequence))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return True
@@ -183,6 +183,7 @@ class Runner:
         self.scheduler.remove(sequence, clean=False)
         self.forget(lambda s: s.texts is not None and s.texts is sequence.texts)
         self.counters.failed += 1
+        log.error("a request failed", exc_info=error, extra=_fields(sequence))
         why = f"The answer could not be computed ({type(error).__name__}: {error})."
         kind: FailureKind = "overloaded" if is_out_of_memory(error) else "internal"
         return Event(sequence.client, Failed(sequence.request_id, kind, why))
@@ -230,6 +231,10 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+
+
+def _fields(sequence: Sequence) -> dict[str, dict[str, str]]:
+    return {"fields": {"request_id": sequence.request_id}}
 
 
 def _tokens(sequence: Sequence, chosen: Chosen) -> Tokens:
