@@ -1,4 +1,4 @@
-"""A small corpus and a small run, shared by the tests of training."""
+"""What tests share: a small corpus and a small run, a server, and a browser."""
 
 import os
 import shutil
@@ -68,6 +68,30 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path) -> Path:
+    """Where `url` looks for runs; there are none, but for tests that write some."""
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Any:
+    """An engine that echoes; tests of other answers have their own."""
+    from tests.fake_engine import FakeEngine
+
+    return FakeEngine(f"unix:{tmp_path}/e")
+
+
+@pytest.fixture
+def url(engine: Any, runs_dir: Path) -> Iterator[str]:
+    """A server before the engine, without keys."""
+    from serving.api.settings import ApiSettings
+    from tests.front_end import serve
+
+    with serve(engine, ApiSettings(runs_dir=str(runs_dir))) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")  # while it is open, no event loop of asyncio can run beside it

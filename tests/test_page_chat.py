@@ -8,7 +8,7 @@ import pytest
 
 from serving.engine.messages import Generate
 from tests.fake_engine import FakeEngine
-from tests.front_end import eventually, generated, says, serve
+from tests.front_end import eventually, generated, says
 from tests.page import answers, opened, send
 
 MARKDOWN = """# Title
@@ -44,12 +44,6 @@ def counting(request: Generate) -> list[int]:
 @pytest.fixture
 def engine(tmp_path: Path) -> FakeEngine:
     return FakeEngine(f"unix:{tmp_path}/e", reply=counting, template="alpaca", stage="instruct")
-
-
-@pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
-    with serve(engine) as address:
-        yield address
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """What the page says and does when something is wrong, and that nothing typed is lost by it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,6 @@ KEY = "sk-schlüssel"
 def engine(tmp_path: Path) -> FakeEngine:
     about: dict[str, Any] = {"template": "alpaca", "stage": "instruct", "block_size": 256}
     return FakeEngine(f"unix:{tmp_path}/e", reply=says("Fine."), **about)
-
-
-@pytest.fixture
-def url(engine: FakeEngine) -> Iterator[str]:
-    with serve(engine) as address:
-        yield address
 
 
 def test_a_key_is_asked_for_checked_and_kept_in_the_tab_only(

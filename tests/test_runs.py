@@ -39,17 +39,6 @@ def runs_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(f"unix:{tmp_path}/e")
-
-
-@pytest.fixture
-def url(engine: FakeEngine, runs_dir: Path) -> Iterator[str]:
-    with serve(engine, ApiSettings(runs_dir=str(runs_dir))) as address:
-        yield address
-
-
-@pytest.fixture
 def locked(engine: FakeEngine, runs_dir: Path) -> Iterator[str]:
     with serve(engine, ApiSettings(runs_dir=str(runs_dir), api_keys=(KEY,))) as address:
         yield address

@@ -1,6 +1,5 @@
 """The page of the runs in a real browser."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,6 @@ def runs_dir(tmp_path: Path) -> Path:
     write_report(write_run(tmp_path / "runs" / "tiny", *rows, summary=done))
     write_run(tmp_path / "runs" / "growing", "1,8,4.5,,9", "2,16,4.0,,9")
     return tmp_path / "runs"
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(f"unix:{tmp_path}/e")
-
-
-@pytest.fixture
-def url(engine: FakeEngine, runs_dir: Path) -> Iterator[str]:
-    with serve(engine, ApiSettings(runs_dir=str(runs_dir))) as address:
-        yield address
 
 
 def test_each_run_has_a_card_with_its_curves(browser: Any, url: str) -> None:
