@@ -1,5 +1,6 @@
 """The engine: the same answers in any company, and nothing left behind."""
 
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,12 @@ from serving.engine.messages import (
     Cancel,
     Classified,
     Classify,
+    Describe,
     Failed,
     Finished,
     Generate,
+    ModelDetails,
+    Models,
     SamplingParams,
     Score,
     Scored,
@@ -345,6 +349,24 @@ def test_newer_weights_are_picked_up_without_dropping_a_request(checkpoint: Path
     new = asked.one(generate("new", [1, 2], max_tokens=30)).ids
     assert asked.answers["open"].ids == old
     assert new == Asked(checkpoint).one(generate("new", [1, 2], max_tokens=30)).ids != old
+
+
+def test_new_weights_are_told_of_when_they_compute(checkpoint: Path) -> None:
+    asked = Asked(checkpoint.parent.parent)
+    asked.one(Describe("old", "run"))
+    before = asked.engine.models().models
+    write_model(checkpoint, seed=1)
+    os.utime(checkpoint, (1, 1))
+    asked.engine.registry.rescan()
+    asked.engine.changed()
+    assert asked.engine.models().models == before
+    asked.settle()
+    told = [m for m in asked.messages if isinstance(m, Models)]
+    (info,) = told[-1].models
+    described = asked.one(Describe("new", "run")).end
+    assert isinstance(described, ModelDetails)
+    assert info.revision == described.revision != before[0].revision
+    assert info.created == 1
 
 
 def test_the_least_used_model_makes_room(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class ServedModel:
     @property
     def fingerprint(self) -> str:
         """What the OpenAI API calls system_fingerprint: it changes with weights and precision."""
-        return f"fp_{self.info.revision[:10]}_{self.details.dtype}"
+        return f"fp_{self.details.revision[:10]}_{self.details.dtype}"
 
     async def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""

@@ -130,19 +130,7 @@ class Engine:
 
     def models(self) -> Models:
         """Return the models that can be asked for."""
-        default = self.registry.default
-        infos = [
-            ModelInfo(
-                id=entry.id,
-                aliases=list(entry.aliases),
-                created=entry.created,
-                revision=entry.revision,
-                loaded=entry.id in self.runners,
-                default=default is not None and entry.id == default.id,
-            )
-            for entry in self.registry.entries
-        ]
-        return Models(infos)
+        return Models([self._info(entry) for entry in self.registry.entries])
 
     def changed(self) -> None:
         """Heed that the registry found other checkpoints: load newer weights of those in use."""
@@ -152,9 +140,24 @@ class Engine:
                 self._waiting.setdefault(entry.id, [])
         for gone in self.runners.keys() - {entry.id for entry in self.registry.entries}:
             self.retiring.append(self.runners.pop(gone))
+        self._events.append(Event(None, self.models()))
 
     def _all_runners(self) -> list[Runner]:
         return [*self.runners.values(), *self.retiring]
+
+    def _info(self, entry: Entry) -> ModelInfo:
+        """Return what is told of a model: of the weights that compute, until newer ones do."""
+        runner = self.runners.get(entry.id)
+        weights = runner or entry
+        default = self.registry.default
+        return ModelInfo(
+            id=entry.id,
+            aliases=list(entry.aliases),
+            created=weights.created,
+            revision=weights.revision,
+            loaded=runner is not None,
+            default=default is not None and entry.id == default.id,
+        )
 
     def _accept(self, client: object, request: Generate | Score | Classify | Describe) -> None:
         if self._drain_until is not None:

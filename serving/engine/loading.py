@@ -41,7 +41,10 @@ def load_runner(entry: Entry, settings: Settings, counters: Counters) -> Runner:
     forward = make_forward(model, slots.cache, dtype, invariant=settings.invariant)
     scheduler = Scheduler(slots, settings.chunk_tokens)
     log.info("loaded %s (%s) in %.1f s", entry.id, dtype, time.monotonic() - started)
-    return Runner(entry.id, entry.revision, checkpoint, dtype, forward, scheduler, counters)
+    return Runner(
+        *(entry.id, entry.revision, checkpoint, dtype, forward, scheduler, counters),
+        created=entry.created,
+    )
 
 
 def make_forward(model: GPT, cache: Tensor, dtype: str, *, invariant: bool = True) -> Computes:

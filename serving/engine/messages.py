@@ -197,7 +197,10 @@ class Classified:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model that can be asked for, by its id or an alias; a new `revision` has new weights."""
+    """A model that can be asked for, by its id or an alias; a new `revision` has new weights.
+
+    While newer weights are loaded, `created` and `revision` are those of the weights that compute.
+    """
 
     id: str
     aliases: list[str]

@@ -55,6 +55,7 @@ class Runner:
     forward: Computes
     scheduler: Scheduler
     counters: Counters
+    created: int = 0  # seconds since 1970
     used: float = 0.0  # when it was asked last
 
     def step(self) -> list[Event]:

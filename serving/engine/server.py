@@ -117,7 +117,6 @@ class Server:
             await asyncio.sleep(self.settings.watch_s)
             if await asyncio.to_thread(self.engine.registry.rescan):
                 self.engine.post(self.engine.changed)
-                self._send([(None, to_frame([self.engine.models()]))])
 
     def _drain(self) -> None:
         self.engine.post(self.engine.drain)
