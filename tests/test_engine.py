@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from nanogpt.classifier import class_probabilities
 from nanogpt.generation import generate as generate_alone
 from nanogpt.tokenizer import byte_tokenizer
+from serving.engine import engine as engine_module
 from serving.engine import native
 from serving.engine.messages import (
     Cancel,
@@ -27,6 +29,7 @@ from serving.engine.messages import (
     Score,
     Scored,
 )
+from serving.engine.registry import Entry
 from tests.engine_models import MODERN, Answer, Asked, generate, write_model
 
 
@@ -367,6 +370,78 @@ def test_new_weights_are_told_of_when_they_compute(checkpoint: Path) -> None:
     assert isinstance(described, ModelDetails)
     assert info.revision == described.revision != before[0].revision
     assert info.created == 1
+
+
+def loads(monkeypatch: pytest.MonkeyPatch, *before: Callable[[], object]) -> list[Entry]:
+    """Have something happen before each of the next loads; return what was loaded, as it grows."""
+    load, loaded, next_ones = engine_module.load_runner, [], iter(before)
+
+    def observed(entry: Entry, *others: Any) -> Any:
+        loaded.append(entry)
+        next(next_ones, lambda: None)()
+        return load(entry, *others)
+
+    monkeypatch.setattr(engine_module, "load_runner", observed)
+    return loaded
+
+
+def newer(asked: Asked, path: Path, seed: int = 1) -> None:
+    """Replace a checkpoint, and have the engine see that."""
+    write_model(path, seed=seed)
+    asked.engine.registry.rescan()
+    asked.engine.post(asked.engine.changed)
+
+
+def fail() -> None:
+    raise RuntimeError("injected")
+
+
+def is_newest(asked: Asked) -> bool:
+    (runner,), (entry,) = asked.engine.runners.values(), asked.engine.registry.entries
+    return runner.revision == entry.revision
+
+
+def test_weights_that_come_while_others_are_loaded_are_loaded_next(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Asked(checkpoint)
+    loaded = loads(
+        monkeypatch,
+        lambda: newer(asked, checkpoint, seed=1),  # nothing is there yet
+        lambda: newer(asked, checkpoint, seed=2),  # it is waited for, as this is loaded
+    )
+    asked.one(generate("a", [1]))
+    assert len(loaded) == 3
+    assert is_newest(asked)
+
+
+def test_newer_weights_that_did_not_load_are_tried_again_later(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Asked(checkpoint)
+    asked.one(generate("old", [1]))
+    loaded = loads(monkeypatch, fail)
+    newer(asked, checkpoint)
+    for name in ("b", "c", "d"):
+        assert isinstance(asked.one(generate(name, [1])).end, Finished)
+    assert len(loaded) == 1
+    monkeypatch.setattr(engine_module, "RETRY_S", 0.0)
+    asked.one(generate("e", [1]))
+    assert is_newest(asked)
+
+
+def test_who_waits_for_a_broken_file_is_served_with_the_one_that_replaces_it(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Asked(checkpoint)
+
+    def replaced() -> None:
+        newer(asked, checkpoint)
+        fail()
+
+    loads(monkeypatch, replaced)
+    assert isinstance(asked.one(generate("a", [1])).end, Finished)
+    assert is_newest(asked)
 
 
 def test_the_least_used_model_makes_room(tmp_path: Path) -> None:

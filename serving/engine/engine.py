@@ -135,15 +135,19 @@ class Engine:
     def changed(self) -> None:
         """Heed that the registry found other checkpoints: load newer weights of those in use."""
         for entry in self.registry.entries:
-            runner = self.runners.get(entry.id)
-            if runner is not None and runner.revision != entry.revision:
-                self._waiting.setdefault(entry.id, [])
+            self._renew(entry)
         for gone in self.runners.keys() - {entry.id for entry in self.registry.entries}:
             self.retiring.append(self.runners.pop(gone))
         self._events.append(Event(None, self.models()))
 
     def _all_runners(self) -> list[Runner]:
         return [*self.runners.values(), *self.retiring]
+
+    def _renew(self, entry: Entry) -> None:
+        """Have newer weights loaded of a model in use, where there are some."""
+        runner = self.runners.get(entry.id)
+        if runner is not None and runner.revision != entry.revision:
+            self._waiting.setdefault(entry.id, [])
 
     def _info(self, entry: Entry) -> ModelInfo:
         """Return what is told of a model: of the weights that compute, until newer ones do."""
@@ -169,6 +173,7 @@ class Engine:
         n_queued += sum(map(len, self._waiting.values()))
         if n_queued >= self.settings.max_queue and not isinstance(request, Describe):
             raise Refused("overloaded", f"The queue is full ({n_queued} requests wait).")
+        self._renew(entry)  # again, where they did not load
         if runner := self.runners.get(entry.id):
             self._begin(runner, client, request)
         else:
@@ -229,12 +234,13 @@ class Engine:
                 self._begin(runner, client, request)
             except Refused as refused:
                 self._refuse(client, request.request_id, refused.kind, str(refused))
-        self._events.append(Event(None, self.models()))
+        self.changed()  # it may have, while this was loaded
 
     def _not_loaded(self, entry: Entry, why: str) -> None:
+        """Note why; who waits is refused, or served with newer weights that came meanwhile."""
         self._loading = None
+        why = f"{entry.id} could not be loaded: {why}"
         self._broken[entry.id, entry.revision] = time.monotonic(), why
-        self._refuse_waiting(entry.id, "internal", f"{entry.id} could not be loaded: {why}")
 
     def _refuse(self, client: object, request_id: str, kind: FailureKind, why: str) -> None:
         self.counters.failed += 1
