@@ -55,6 +55,27 @@ def test_equal_ids_are_numbered(tmp_path: Path) -> None:
     assert [entry.id for entry in find_entries(tmp_path)] == ["a-b", "a-b-2", "a_b"]
 
 
+@pytest.mark.parametrize(
+    ("runs", "name", "path"),
+    [
+        (("a/q", "q"), "q", "q"),
+        (("a/q", "q"), "q.ckpt", "q"),
+        (("a/q", "q"), "a/q", "a/q"),
+        (("A/Q Run", "Q Run"), "Q Run", "Q Run"),
+        (("a b", "a-b"), "a-b", "a-b"),
+        (("q", "q.pt"), "q.pt", "q.pt"),
+        (("a/q", "b/q"), "q", "a/q"),
+    ],
+)
+def test_a_name_is_one_model_s_only(
+    tmp_path: Path, runs: tuple[str, ...], name: str, path: str
+) -> None:
+    for run in runs:
+        touch(tmp_path / run / "checkpoints" / "last.ckpt")
+    named = [e.path for e in find_entries(tmp_path) if name == e.id or name in e.aliases]
+    assert named == [tmp_path / path / "checkpoints" / "last.ckpt"]
+
+
 def test_names_are_keys_and_never_paths(tmp_path: Path) -> None:
     path = touch(tmp_path / "runs" / "a" / "checkpoints" / "last.ckpt")
     registry = Registry(str(tmp_path / "runs"))

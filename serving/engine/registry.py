@@ -14,6 +14,8 @@ HIDDEN = (
 # Of models whose ids begin so, they change the parameters of requests.
 CHANGED = ("o1", "o3", "o4", "codex", "computer-use", "gpt-5")
 
+ENDINGS = ("", ".ckpt", ".pt")  # that a model's name may have
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -53,26 +55,23 @@ class Registry:
 
     def find(self, name: str) -> Entry | None:
         """Return the entry of an id or alias."""
-        by_id = [entry for entry in self.entries if name == entry.id]
-        by_alias = [entry for entry in self.entries if name in entry.aliases]
-        return next(iter(by_id + by_alias), None)
+        named = (entry for entry in self.entries if name == entry.id or name in entry.aliases)
+        return next(named, None)
 
 
 def find_entries(models: Path) -> list[Entry]:
     """Return an entry for each checkpoint: one file's, one run's, or those of all runs beneath.
 
-    A directory may be empty: runs are served as they appear.
+    A directory may be empty: runs are served as they appear. No two have an id or alias in common.
     """
     entries: list[Entry] = []
-    for path, name in sorted(_checkpoints(models), key=lambda found: found[1]):
+    # A name that can be an id is that run's id, not that of one with a similar name.
+    for path, name in sorted(_checkpoints(models), key=lambda f: (f[1] != model_id(f[1]), f[1])):
         try:
-            entry = _entry(path, name)
+            entries.append(_entry(path, name, {other.id for other in entries}))
         except FileNotFoundError:  # replaced or removed while we looked
             continue
-        taken = {other.id for other in entries}
-        ids = itertools.chain([entry.id], (f"{entry.id}-{n}" for n in itertools.count(2)))
-        entries.append(replace(entry, id=next(id_ for id_ in ids if id_ not in taken)))
-    return entries
+    return _told_apart(sorted(entries, key=lambda entry: entry.id))
 
 
 def model_id(name: str) -> str:
@@ -103,15 +102,30 @@ def _checkpoints(models: Path) -> Iterator[tuple[Path, str]]:
         yield path, name
 
 
-def _entry(path: Path, name: str) -> Entry:
+def _entry(path: Path, name: str, taken: set[str]) -> Entry:
+    """Return an entry whose aliases are all that it may be called, the best claims first."""
     status = path.stat()
     slug = model_id(name)
-    names = dict.fromkeys([name, name.rpartition("/")[2], slug])
-    aliases = [f"{n}{ending}" for n in names for ending in ("", ".ckpt", ".pt")]
+    ids = itertools.chain([slug], (f"{slug}-{n}" for n in itertools.count(2)))
+    id_ = next(id_ for id_ in ids if id_ not in taken)
+    names = ((id_, name), (name.rpartition("/")[2],))
     return Entry(
-        id=slug,
+        id=id_,
         path=path,
-        aliases=tuple(alias for alias in aliases if alias != slug),
+        aliases=tuple(f"{n}{ending}" for ns in names for ending in ENDINGS for n in ns),
         created=int(status.st_mtime),
         revision=f"{status.st_mtime_ns:x}-{status.st_size:x}",
     )
+
+
+def _told_apart(entries: list[Entry]) -> list[Entry]:
+    """Leave each name to the one entry with the best claim to it: where there is `q`, not `a/q`."""
+    owners: dict[str, str] = {}
+    for names in zip(*(entry.aliases for entry in entries), strict=True):
+        for entry, name in zip(entries, names, strict=True):
+            owners.setdefault(name, entry.id)
+    own: dict[str, list[str]] = {entry.id: [] for entry in entries}
+    for name, id_ in owners.items():
+        if name != id_:
+            own[id_].append(name)
+    return [replace(entry, aliases=tuple(own[entry.id])) for entry in entries]
