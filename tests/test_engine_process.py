@@ -11,6 +11,7 @@ import pytest
 
 from serving.engine.client import EngineClient, EngineError, EngineProcess
 from serving.engine.messages import Finished, Generate, SamplingParams, Settings, Tokens
+from serving.engine.server import Server
 from tests.engine_models import write_model
 
 
@@ -81,3 +82,26 @@ def test_a_front_end_without_the_secret_hears_nothing(process: EngineProcess) ->
         await stranger.close()
 
     asyncio.run(run())
+
+
+def test_the_watcher_outlives_a_look_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks: Iterator[OSError | bool] = iter([OSError("injected"), True])
+
+    def rescan() -> bool:
+        if isinstance(look := next(looks, False), OSError):
+            raise look
+        return look
+
+    async def run() -> None:
+        server = Server(Settings(str(tmp_path), watch_s=0.001), f"unix:{tmp_path}/e", "")
+        monkeypatch.setattr(server.engine.registry, "rescan", rescan)
+        changed = asyncio.Event()
+        monkeypatch.setattr(server.engine, "post", lambda work: changed.set())
+        watching = asyncio.create_task(server._watch())
+        await asyncio.wait_for(changed.wait(), 10)
+        watching.cancel()
+
+    asyncio.run(run())
+    assert "injected" in caplog.text

@@ -1,6 +1,8 @@
 """Which models there are, and what they are called."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +92,22 @@ def test_the_default_is_the_one_named(tmp_path: Path) -> None:
     default = Registry(str(tmp_path), default="a.ckpt").default
     assert default is not None
     assert default.id == "a"
+
+
+def test_a_directory_that_vanishes_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "gone", "z"):
+        touch(tmp_path / name / "checkpoints" / "last.ckpt")
+    listed = os.scandir
+
+    def vanishing(path: Any) -> Any:
+        if Path(path).name == "gone":
+            raise FileNotFoundError(path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert [entry.id for entry in find_entries(tmp_path)] == ["a", "z"]
 
 
 def test_a_directory_may_fill_later(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Which checkpoints there are to serve, and by which names they can be asked for."""
 
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -69,7 +70,7 @@ def find_entries(models: Path) -> list[Entry]:
     for path, name in sorted(_checkpoints(models), key=lambda f: (f[1] != model_id(f[1]), f[1])):
         try:
             entries.append(_entry(path, name, {other.id for other in entries}))
-        except FileNotFoundError:  # replaced or removed while we looked
+        except OSError:  # replaced or removed while we looked
             continue
     return _told_apart(sorted(entries, key=lambda entry: entry.id))
 
@@ -96,10 +97,12 @@ def _checkpoints(models: Path) -> Iterator[tuple[Path, str]]:
             name = (parent.parent if parent.name == "checkpoints" else parent).name
         yield models, name
         return
-    for path in models.rglob("last.ckpt"):
-        run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-        name = run.resolve().name if run == models else run.relative_to(models).as_posix()
-        yield path, name
+    for directory, _, files in os.walk(models):  # passes over what vanishes meanwhile
+        if "last.ckpt" in files:
+            path = Path(directory) / "last.ckpt"
+            run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+            name = run.resolve().name if run == models else run.relative_to(models).as_posix()
+            yield path, name
 
 
 def _entry(path: Path, name: str, taken: set[str]) -> Entry:

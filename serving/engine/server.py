@@ -115,8 +115,11 @@ class Server:
         """Look for new checkpoints now and then."""
         while True:
             await asyncio.sleep(self.settings.watch_s)
-            if await asyncio.to_thread(self.engine.registry.rescan):
-                self.engine.post(self.engine.changed)
+            try:
+                if await asyncio.to_thread(self.engine.registry.rescan):
+                    self.engine.post(self.engine.changed)
+            except OSError as error:
+                log.warning("could not look for new checkpoints: %s", error)
 
     def _drain(self) -> None:
         self.engine.post(self.engine.drain)
