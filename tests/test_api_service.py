@@ -10,8 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
 from serving.api.settings import ApiSettings
+from serving.app import create_app
+from serving.engine.client import EngineClient
 from serving.engine.messages import Classify, Describe, Generate, Score
 from serving.logs import JsonFormatter
 from tests.fake_engine import FakeEngine
@@ -45,6 +48,32 @@ def test_without_its_engine_the_server_lives_but_is_not_ready(tmp_path: Path) ->
         assert "nanogpt_engine_up 0" in httpx.get(f"{url}/metrics").text
     assert answer.status_code == 503
     assert answer.headers["retry-after"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/models", 503),
+        ("GET", "/v1/models/tiny", 503),
+        ("POST", "/v1/completions", 503),
+        ("POST", "/classify", 503),
+        ("GET", "/v1/runs", 200),
+        ("GET", "/v1/system_info", 200),
+        ("GET", "/health", 200),
+    ],
+)
+def test_while_the_engine_starts_models_are_not_there_yet(
+    tmp_path: Path, method: str, path: str, status: int
+) -> None:
+    settings = ApiSettings(runs_dir=str(tmp_path))
+    app = create_app(settings, EngineClient(f"unix:{tmp_path}/nowhere"))
+    with TestClient(app, "http://127.0.0.1") as client:
+        body = {"model": "tiny", "prompt": "x", "input": "x"} if method == "POST" else None
+        answer = client.request(method, path, json=body)
+    assert answer.status_code == status
+    if status == 503:
+        assert answer.json()["error"]["code"] == "unavailable"
+        assert answer.headers["retry-after"]
 
 
 def test_metrics_are_what_prometheus_reads(url: str) -> None:

@@ -109,5 +109,21 @@ def test_a_lost_engine_fails_open_requests_and_is_found_again(tmp_path: Path) ->
 
 
 def test_an_unknown_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="'gpt-9' does not exist"):
-        EngineClient("unix:/nowhere").find("gpt-9")
+    async def run() -> None:
+        address = f"unix:{tmp_path}/e"
+        async with FakeEngine(address):
+            client = EngineClient(address)
+            await client.connect(5)
+            with pytest.raises(EngineError, match="'gpt-9' does not exist"):
+                client.find("gpt-9")
+            await client.close()
+
+    asyncio.run(run())
+
+
+def test_no_model_is_unknown_before_the_engine_told_of_any() -> None:
+    client = EngineClient("unix:/nowhere")
+    for ask in (client.models, lambda: client.find("tiny"), lambda: client.find(None)):
+        with pytest.raises(EngineError) as raised:
+            ask()
+        assert raised.value.kind == "unavailable"

@@ -54,7 +54,8 @@ async def page(request: Request) -> Response:
 async def runs(request: Request) -> Response:
     """List the runs, the newest first, with their figures and curves."""
     check_asker(request)
-    models = front_end(request).client.models()
+    client = front_end(request).client
+    models = client.models() if client.connected else []
     listed = [
         {
             **run.describe(),

@@ -58,7 +58,7 @@ async def system_info(request: Request) -> Response:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "uptime_s": round(time.time() - front.began, 1),
-            "models": [model.id for model in front.client.models()],
+            "models": [model.id for model in front.client.models()] if stats else [],
             "engine": asdict(stats) if stats else None,
             "limits": {
                 "max_n": settings.max_n,

@@ -52,6 +52,7 @@ from serving.engine.messages import (
 SECRET_VARIABLE = "NANOGPT_ENGINE_SECRET"
 RECONNECT_S = 0.1
 RESTART_S = (0.1, 10.0)  # first and longest pause before a dead engine is started again
+STARTING = "The engine is starting; try again in a moment."
 START_S = 60.0  # torch takes seconds to import, on a busy machine many
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class EngineClient:
         self.address = address
         self.secret = os.environ.get(SECRET_VARIABLE, "") if secret is None else secret
         self._answers: dict[str, _Mailbox] = {}
-        self._models: list[ModelInfo] = []
+        self._models: list[ModelInfo] | None = None
         self._details: dict[tuple[str, str], ModelDetails] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._ready = asyncio.Event()
@@ -103,18 +104,24 @@ class EngineClient:
         return self._ready.is_set()
 
     def models(self) -> list[ModelInfo]:
-        """Return the models that the engine told of last."""
+        """Return the models that the engine told of last.
+
+        Raises EngineError("unavailable") until it has.
+        """
+        if self._models is None:
+            raise EngineError("unavailable", STARTING)
         return self._models
 
     def find(self, name: str | None) -> ModelInfo:
         """Return the model of an id or alias, or the default one for None and "".
 
-        Raises EngineError("not_found") for others.
+        Raises EngineError: "not_found" for others, "unavailable" as `models` does.
         """
-        for model in self._models:
+        models = self.models()
+        for model in models:
             if name == model.id or name in model.aliases or (not name and model.default):
                 return model
-        known = ", ".join(model.id for model in self._models)
+        known = ", ".join(model.id for model in models)
         there = f"there are {known}" if known else "there are none yet"
         raise EngineError("not_found", f"The model {name!r} does not exist; {there}.")
 
@@ -188,7 +195,7 @@ class EngineClient:
 
     def _send(self, request: Request) -> "_Mailbox":
         if self._writer is None or not self._ready.is_set():
-            raise EngineError("unavailable", "The engine is starting; try again in a moment.")
+            raise EngineError("unavailable", STARTING)
         mailbox = self._answers[request.request_id] = _Mailbox()
         self._writer.write(to_frame([request]))
         return mailbox
