@@ -242,8 +242,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is no readable checkpoint: {broken} is truncated or altered, or it is another "
             f"kind of file; {_alternative(path)}"
         )
+    raw = _unpickled(path)
+    _check_content(path, raw)
+    return raw
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself; its weights are neither read nor checked.
+
+    Raises ValueError where the file holds Python objects, or is not one of ours.
+    """
+    about: dict[str, Any] = _unpickled(path)[KEY]
+    return about
+
+
+def _unpickled(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint file, memory-mapped, unchecked but for its format."""
     try:
-        raw = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        raw: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} was refused: it holds Python objects, which can run code when loaded; "
@@ -261,7 +277,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} has checkpoint format {raw[KEY].get('format')!r} and this version reads "
             f"format {FORMAT}; use the version of nanogpt that wrote it ({raw[KEY].get('version')})"
         )
-    _check_content(path, raw)
     return raw
 
 

@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from starlette.testclient import TestClient
 from serving.api.settings import ApiSettings
 from serving.app import create_app
 from serving.engine.client import EngineClient
-from serving.engine.messages import Classify, Describe, Generate, Score
+from serving.engine.messages import Classify, Describe, Generate, ModelInfo, Score
 from serving.logs import JsonFormatter
 from tests.fake_engine import FakeEngine
 from tests.front_end import eventually, hang_up, says, serve
@@ -74,6 +75,25 @@ def test_while_the_engine_starts_models_are_not_there_yet(
     if status == 503:
         assert answer.json()["error"]["code"] == "unavailable"
         assert answer.headers["retry-after"]
+
+
+def test_who_names_no_model_has_texts_from_one_that_generates(tmp_path: Path) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("a"))
+    classifier = ModelInfo("spam", [], 2, "2", loaded=False, default=True)
+    engine.models = [
+        classifier,
+        replace(engine.models[0], default=False, default_to_generate=True),
+    ]
+    messages = [{"role": "user", "content": "x"}]
+    with serve(engine) as url:
+        told = [
+            httpx.post(f"{url}/v1/completions", json={"prompt": "x"}),
+            httpx.post(f"{url}/v1/chat/completions", json={"model": "", "messages": messages}),
+        ]
+        httpx.post(f"{url}/classify", json={"input": "x"})
+    assert [answer.json()["model"] for answer in told] == ["tiny", "tiny"]
+    described = [message.model for message in engine.requests if isinstance(message, Describe)]
+    assert described == ["tiny", "spam"]
 
 
 def test_metrics_are_what_prometheus_reads(url: str) -> None:

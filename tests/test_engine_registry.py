@@ -1,12 +1,14 @@
 """Which models there are, and what they are called."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serving.engine.registry import Registry, find_entries, model_id
+from serving.engine.registry import Entry, Registry, find_entries, model_id
+from tests.engine_models import write_model
 
 
 def touch(path: Path) -> Path:
@@ -92,6 +94,33 @@ def test_the_default_is_the_one_named(tmp_path: Path) -> None:
     default = Registry(str(tmp_path), default="a.ckpt").default
     assert default is not None
     assert default.id == "a"
+
+
+def test_the_default_to_generate_is_the_newest_that_can(tmp_path: Path) -> None:
+    kinds = {"older": None, "newer": None, "spam": ["ham", "spam"], "broken": None}
+    for seconds, (name, labels) in enumerate(kinds.items()):
+        path = tmp_path / name / "checkpoints" / "last.ckpt"
+        touch(path) if name == "broken" else write_model(path, labels=labels)
+        os.utime(path, (seconds, seconds))
+    registry = Registry(str(tmp_path))
+    assert (id_of(registry.default), id_of(registry.default_to_generate)) == ("broken", "newer")
+    shutil.rmtree(tmp_path / "newer")
+    registry.rescan()
+    assert id_of(registry.default_to_generate) == "older"
+    shutil.rmtree(tmp_path / "older")
+    registry.rescan()
+    assert registry.default_to_generate == registry.default
+
+
+def id_of(entry: Entry | None) -> str:
+    assert entry is not None
+    return entry.id
+
+
+def test_the_default_that_is_named_is_the_default_to_generate_too(tmp_path: Path) -> None:
+    write_model(tmp_path / "spam" / "checkpoints" / "last.ckpt", labels=["ham", "spam"])
+    write_model(tmp_path / "text" / "checkpoints" / "last.ckpt")
+    assert id_of(Registry(str(tmp_path), default="spam").default_to_generate) == "spam"
 
 
 def test_a_directory_that_vanishes_is_passed_over(

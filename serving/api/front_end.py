@@ -46,7 +46,7 @@ class FrontEnd:
             if wanted > most:
                 message = f"{wanted} {what} are too many; ask for at most {most}."
                 raise ApiError(400, message, param=param)
-        model = await self.catalogue.load(body.model)
+        model = await self.catalogue.load(body.model, to_generate=True)
         request.state.log["model"] = model.id
         model.check_generates()
         return model

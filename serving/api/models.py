@@ -91,14 +91,15 @@ class Catalogue:
         self.lenient = lenient  # an unknown name is the default model's
         self._built: dict[str, tuple[str, asyncio.Task[ServedModel]]] = {}  # revision, model
 
-    def find(self, name: str | None) -> ModelInfo:
+    def find(self, name: str | None, *, to_generate: bool = False) -> ModelInfo:
         """Return what the engine tells of the model of a name; the default one without a name."""
         known = {n for model in self.client.models() for n in (model.id, *model.aliases)}
-        return self.client.find(None if self.lenient and name not in known else name)
+        found = None if self.lenient and name not in known else name
+        return self.client.find(found, to_generate=to_generate)
 
-    async def load(self, name: str | None) -> ServedModel:
+    async def load(self, name: str | None, *, to_generate: bool = False) -> ServedModel:
         """Return the model of a name, ready for use."""
-        info = self.find(name)
+        info = self.find(name, to_generate=to_generate)
         revision, task = self._built.get(info.id, ("", None))
         if task is None or revision != info.revision or _has_failed(task):
             task = asyncio.create_task(self._build(info))  # one for all who ask meanwhile

@@ -112,15 +112,19 @@ class EngineClient:
             raise EngineError("unavailable", STARTING)
         return self._models
 
-    def find(self, name: str | None) -> ModelInfo:
+    def find(self, name: str | None, *, to_generate: bool = False) -> ModelInfo:
         """Return the model of an id or alias, or the default one for None and "".
 
         Raises EngineError: "not_found" for others, "unavailable" as `models` does.
         """
         models = self.models()
-        for model in models:
-            if name == model.id or name in model.aliases or (not name and model.default):
-                return model
+        if name:
+            found = [model for model in models if name in (model.id, *model.aliases)]
+        else:
+            generators = [m for m in models if to_generate and m.default_to_generate]
+            found = generators or [model for model in models if model.default]
+        if found:
+            return found[0]
         known = ", ".join(model.id for model in models)
         there = f"there are {known}" if known else "there are none yet"
         raise EngineError("not_found", f"The model {name!r} does not exist; {there}.")

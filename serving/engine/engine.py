@@ -153,7 +153,7 @@ class Engine:
         """Return what is told of a model: of the weights that compute, until newer ones do."""
         runner = self.runners.get(entry.id)
         weights = runner or entry
-        default = self.registry.default
+        default, generator = self.registry.default, self.registry.default_to_generate
         return ModelInfo(
             id=entry.id,
             aliases=list(entry.aliases),
@@ -161,6 +161,7 @@ class Engine:
             revision=weights.revision,
             loaded=runner is not None,
             default=default is not None and entry.id == default.id,
+            default_to_generate=generator is not None and entry.id == generator.id,
         )
 
     def _accept(self, client: object, request: Generate | Score | Classify | Describe) -> None:

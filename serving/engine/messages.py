@@ -33,7 +33,7 @@ class Settings:
 
     models: str = "runs"
     runs_dir: str = "runs"  # where a run's name is looked up
-    default_model: str | None = None  # null: the newest
+    default_model: str | None = None  # null: the newest; to generate, the newest that does
     device: str = "auto"
     dtype: Literal["auto", "fp32", "fp24", "bf16", "int8"] = "auto"
     threads: int | None = None  # null: all cores
@@ -207,7 +207,8 @@ class ModelInfo:
     created: int  # seconds since 1970
     revision: str
     loaded: bool
-    default: bool
+    default: bool  # of requests that name none
+    default_to_generate: bool = False  # of those for text, where another one is
 
 
 @dataclass(frozen=True)

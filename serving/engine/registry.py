@@ -5,7 +5,10 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+
+from nanogpt.checkpoint import read_record
 
 # Chat clients hide models whose ids contain these: they belong to other kinds of models.
 HIDDEN = (
@@ -39,12 +42,15 @@ class Registry:
         named = Path(runs_dir) / models
         self.models = named if named.exists() and not Path(models).exists() else Path(models)
         self.default_name = default
-        self.entries = find_entries(self.models)
+        self.entries: list[Entry] = []
+        self.default_to_generate: Entry | None = None
+        self.rescan()
 
     def rescan(self) -> bool:
         """Look again; return whether anything changed."""
         before = self.entries
         self.entries = find_entries(self.models)
+        self.default_to_generate = self._default_to_generate()
         return self.entries != before
 
     @property
@@ -53,6 +59,12 @@ class Registry:
         if self.default_name:
             return self.find(self.default_name)
         return max(self.entries, key=lambda entry: entry.created, default=None)
+
+    def _default_to_generate(self) -> Entry | None:
+        """Return what is the default for answers in text: not the newest where it classifies."""
+        newest = sorted(self.entries, key=lambda entry: entry.created, reverse=True)
+        generating = (entry for entry in newest if _generates(entry.path, entry.revision))
+        return self.default if self.default_name else next(generating, self.default)
 
     def find(self, name: str) -> Entry | None:
         """Return the entry of an id or alias."""
@@ -119,6 +131,15 @@ def _entry(path: Path, name: str, taken: set[str]) -> Entry:
         created=int(status.st_mtime),
         revision=f"{status.st_mtime_ns:x}-{status.st_size:x}",
     )
+
+
+@lru_cache(256)
+def _generates(path: Path, revision: str) -> bool:
+    """Return whether a file is a language model's, not a classifier's nor broken."""
+    try:
+        return read_record(path)["labels"] is None
+    except Exception:  # whatever a file can do to its reader: it is told when it is asked for
+        return False
 
 
 def _told_apart(entries: list[Entry]) -> list[Entry]:
