@@ -453,6 +453,60 @@ def test_the_least_used_model_makes_room(tmp_path: Path) -> None:
     assert list(asked.engine.runners) == ["b"]
 
 
+SLOT_BYTES = 2 * 2 * 256 * 64 * 4  # keys and values: 2 layers, 256 tokens, 64 channels in fp32
+
+
+def n_slots(asked: Asked) -> dict[str, int]:
+    return {id_: len(r.scheduler.slots.slots) for id_, r in asked.engine.runners.items()}
+
+
+def ask(asked: Asked, model: str) -> None:
+    asked.one(Generate(f"{model}'s", model, [1], SamplingParams(1)))
+
+
+@pytest.mark.parametrize(
+    ("names", "max_models", "held", "expected"),
+    [
+        ("a", 4, 8.5, {"a": 8}),
+        ("ab", 4, 8.5, {"a": 4, "b": 4}),
+        ("abc", 2, 8.5, {"b": 4, "c": 4}),
+        ("abc", 1, 8.5, {"c": 8}),
+        ("ab", 4, 100, {"a": 10, "b": 10}),
+        ("abc", 3, 2.5, {"b": 1, "c": 1}),  # at least one slot, for as many as have one
+        ("ab", 2, 0.5, {"b": 1}),
+    ],
+)
+def test_models_share_the_memory_for_keys_and_values(
+    tmp_path: Path, names: str, max_models: int, held: float, expected: dict[str, int]
+) -> None:
+    for name in names:
+        write_model(tmp_path / name / "checkpoints" / "last.ckpt")
+    cache_gb = held * SLOT_BYTES / 1e9
+    asked = Asked(tmp_path, max_models=max_models, max_slots=10, cache_gb=cache_gb)
+    for name in names:
+        ask(asked, name)
+    assert n_slots(asked) == expected
+
+
+def test_a_model_with_more_than_its_share_makes_room_when_it_is_idle(tmp_path: Path) -> None:
+    write_model(tmp_path / "a" / "checkpoints" / "last.ckpt")
+    asked = Asked(tmp_path, max_slots=10, cache_gb=8.5 * SLOT_BYTES / 1e9)
+    ask(asked, "a")
+    for name in ("b", "c"):
+        write_model(tmp_path / name / "checkpoints" / "last.ckpt")
+    asked.engine.registry.rescan()
+    asked.engine.accept(asked, Generate("long", "a", [1], SamplingParams(200, ignore_eos=True)))
+    asked.engine.accept(asked, Describe("b's", "b"))
+    asked.engine.step()
+    while "b" not in asked.engine.runners:
+        asked.engine.take_inbox(wait=True)
+    assert n_slots(asked) == {"a": 8, "b": 2}
+    asked.settle()
+    ask(asked, "b")
+    ask(asked, "c")
+    assert n_slots(asked) == {"b": 2, "c": 2}
+
+
 def test_a_file_that_is_no_checkpoint_fails_its_requests(tmp_path: Path) -> None:
     path = tmp_path / "run" / "last.ckpt"
     path.parent.mkdir()

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from serving.engine.counters import Counters
-from serving.engine.loading import load_runner
+from serving.engine.loading import all_cache_bytes, load_runner
 from serving.engine.messages import (
     AskStats,
     Cancel,
@@ -48,6 +48,7 @@ class Engine:
         self.settings, self.tell = settings, tell
         self.registry = Registry(settings.models, settings.runs_dir, settings.default_model)
         self.counters = Counters()
+        self.cache_bytes = all_cache_bytes(settings)
         self.runners: dict[str, Runner] = {}
         self.retiring: list[Runner] = []  # older weights that finish what they began
         self._waiting: dict[str, list[tuple[object, Request]]] = {}  # for a model to be loaded
@@ -192,7 +193,8 @@ class Engine:
         if self._loading is not None or not self._waiting:
             return
         id_ = next(iter(self._waiting))
-        entry = next((e for e in self.registry.entries if e.id == id_), None)
+        entries = self.registry.entries
+        entry = next((e for e in entries if e.id == id_), None)
         if entry is None:
             self._refuse_waiting(id_, "not_found", f"The model {id_!r} does not exist any more.")
             return
@@ -201,22 +203,25 @@ class Engine:
             self._refuse_waiting(id_, "internal", why)
         elif id_ in self.runners or self._make_room():
             self._loading = id_
-            self._loader.submit(self._load, entry)
+            n_models = min(self.settings.max_models, len(entries))
+            self._loader.submit(self._load, entry, self.cache_bytes / n_models)
 
     def _make_room(self) -> bool:
-        """Evict the idle model that was asked longest ago, where there are too many."""
-        if len(self.runners) < self.settings.max_models:
-            return True
-        idle = [runner for runner in self.runners.values() if runner.scheduler.idle]
+        """Return whether one more model may be loaded, after another is evicted if need be."""
+        return len(self.runners) < self.settings.max_models or self._evict()
+
+    def _evict(self, *, but: Runner | None = None) -> bool:
+        """Drop the idle model that was asked longest ago; return whether there was one."""
+        idle = [r for r in self.runners.values() if r.scheduler.idle and r is not but]
         if idle:
             oldest = min(idle, key=lambda runner: runner.used)
             log.info("evicting %s", oldest.id)
             del self.runners[oldest.id]
         return bool(idle)
 
-    def _load(self, entry: Entry) -> None:
+    def _load(self, entry: Entry, cache_bytes: float) -> None:
         try:
-            runner = load_runner(entry, self.settings, self.counters)
+            runner = load_runner(entry, self.settings, self.counters, cache_bytes)
         except Exception as error:  # whatever a file can do to its reader
             log.exception("could not load %s", entry.id)
             self.post(partial(self._not_loaded, entry, str(error)))
@@ -235,7 +240,13 @@ class Engine:
                 self._begin(runner, client, request)
             except Refused as refused:
                 self._refuse(client, request.request_id, refused.kind, str(refused))
+        while self._held_bytes() > self.cache_bytes and self._evict(but=runner):
+            pass  # models that were loaded when there were fewer have larger shares
         self.changed()  # it may have, while this was loaded
+
+    def _held_bytes(self) -> int:
+        """Return the memory of all keys and values, but those of weights that are replaced."""
+        return sum(runner.scheduler.slots.cache.nbytes for runner in self.runners.values())
 
     def _not_loaded(self, entry: Entry, why: str) -> None:
         """Note why; who waits is refused, or served with newer weights that came meanwhile."""

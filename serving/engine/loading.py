@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.checkpoint import load_checkpoint
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.model import GPT
 from serving.engine import native
 from serving.engine.counters import Counters
 from serving.engine.forward import Computes, Forward, round_to_24_bits
@@ -21,8 +21,10 @@ from serving.engine.slots import Slots, slot_bytes
 log = logging.getLogger(__name__)
 
 
-def load_runner(entry: Entry, settings: Settings, counters: Counters) -> Runner:
+def load_runner(entry: Entry, settings: Settings, counters: Counters, cache_bytes: float) -> Runner:
     """Load an entry's checkpoint and make it ready to compute.
+
+    It has as many slots, of `max_slots`, as `cache_bytes` hold: at least one.
 
     Raises ValueError or FileNotFoundError for a file that is none of ours.
     """
@@ -32,12 +34,9 @@ def load_runner(entry: Entry, settings: Settings, counters: Counters) -> Runner:
     checkpoint = load_checkpoint(entry.path, device=device)
     precision = cache_dtype(dtype)
     model = checkpoint.model.requires_grad_(False)
-    slots = Slots(
-        checkpoint.config,
-        count_slots(checkpoint.config, precision, settings, device),
-        precision,
-        device,
-    )
+    n_slots = int(cache_bytes // slot_bytes(checkpoint.config, precision))
+    n_slots = max(1, min(settings.max_slots, n_slots))
+    slots = Slots(checkpoint.config, n_slots, precision, device)
     forward = make_forward(model, slots.cache, dtype, invariant=settings.invariant)
     scheduler = Scheduler(slots, settings.chunk_tokens)
     log.info("loaded %s (%s) in %.1f s", entry.id, dtype, time.monotonic() - started)
@@ -87,17 +86,14 @@ def choose_dtype(dtype: str, device: torch.device) -> str:
     return "fp32"
 
 
-def count_slots(
-    config: GPTConfig, dtype: torch.dtype, settings: Settings, device: torch.device
-) -> int:
-    """Return how many sequences' keys and values the memory for them holds, at least one."""
+def all_cache_bytes(settings: Settings) -> float:
+    """Return the memory for the keys and values of all models, before any is loaded."""
+    device = choose_device(settings.device)
     if settings.cache_gb is not None:
-        budget = settings.cache_gb * 1e9
-    elif device.type == "cuda":
-        budget = torch.cuda.mem_get_info(device)[0] / 2
-    else:
-        budget = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
-    return max(1, min(settings.max_slots, int(budget // slot_bytes(config, dtype))))
+        return settings.cache_gb * 1e9
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
 
 
 def _has_flag(flag: str) -> bool:

@@ -27,8 +27,9 @@ FailureKind = Literal[
 class Settings:
     """What an engine process is started with; `models` is a `.ckpt`, a run, or a directory of runs.
 
-    `max_slots` sequences are computed at a time, fewer where `cache_gb` of keys and values do not
-    hold them; at most `max_queue` more may wait. `max_models` are kept in memory.
+    A model computes `max_slots` sequences at a time, fewer where its share of `cache_gb` does not
+    hold their keys and values; at most `max_queue` more may wait. `max_models` are kept in memory,
+    with equal shares; the one that was asked longest ago makes room.
     """
 
     models: str = "runs"
@@ -39,7 +40,7 @@ class Settings:
     threads: int | None = None  # null: all cores
     invariant: bool = True  # an answer does not depend on its company
     max_slots: int = 32
-    cache_gb: float | None = None  # null: a quarter of the memory
+    cache_gb: float | None = None  # of all models; null: a quarter of the memory
     max_queue: int = 256
     max_models: int = 4
     chunk_tokens: int = 64  # prompts are read in pieces of this many tokens
