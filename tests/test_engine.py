@@ -453,6 +453,20 @@ def test_the_least_used_model_makes_room(tmp_path: Path) -> None:
     assert list(asked.engine.runners) == ["b"]
 
 
+def test_newer_weights_are_no_use_of_a_model(tmp_path: Path) -> None:
+    for name in ("trained", "asked"):
+        write_model(tmp_path / name / "checkpoints" / "last.ckpt")
+    asked = Asked(tmp_path, max_models=2)
+    ask(asked, "trained")
+    ask(asked, "asked")
+    newer(asked, tmp_path / "trained" / "checkpoints" / "last.ckpt")
+    asked.settle()
+    write_model(tmp_path / "third" / "checkpoints" / "last.ckpt")
+    asked.engine.registry.rescan()
+    ask(asked, "third")
+    assert list(asked.engine.runners) == ["asked", "third"]
+
+
 SLOT_BYTES = 2 * 2 * 256 * 64 * 4  # keys and values: 2 layers, 256 tokens, 64 channels in fp32
 
 

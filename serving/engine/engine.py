@@ -231,10 +231,11 @@ class Engine:
     def _loaded(self, runner: Runner) -> None:
         self._loading = None
         old = self.runners.get(runner.id)
+        runner.used = time.monotonic()
         if old is not None:
             self.retiring.append(old)
+            runner.used = old.used  # nobody asked
         self.runners[runner.id] = runner
-        runner.used = time.monotonic()
         for client, request in self._waiting.pop(runner.id, []):
             try:
                 self._begin(runner, client, request)
