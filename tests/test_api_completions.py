@@ -109,7 +109,8 @@ def test_the_token_itself_is_among_the_likeliest(url: str) -> None:
         ({"n": True}, "n"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"repetition_penalty": 1e-45}, "repetition_penalty"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),
@@ -131,6 +132,15 @@ def test_a_value_out_of_range_is_refused_by_name(
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     assert error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"top_p": 0}, {"temperature": 1e-46}, {"repetition_penalty": 0.01}, {"top_k": 10**400}],
+    ids=lambda body: next(iter(body)),
+)
+def test_the_ends_of_a_range_are_in_it(url: str, body: dict[str, object]) -> None:
+    assert choice(url, prompt="hi", **body)["finish_reason"] == "stop"
 
 
 def test_a_whole_number_may_be_written_as_a_float(url: str) -> None:

@@ -64,6 +64,27 @@ def test_temperature_zero_takes_the_likeliest() -> None:
     assert token(torch.tensor([0.0, 3.0, 2.0]), temperature=0.0, top_p=0.1) == 1
 
 
+@pytest.mark.parametrize("temperature", [1e-46, 1e-40, 1e-6, 1e-5])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature: float) -> None:
+    logits = torch.tensor([0.0, 3.0, 2.0])
+    assert token(logits, temperature=temperature) == 1
+    assert token(logits, temperature=temperature, top_k=2) == 1
+
+
+@pytest.mark.parametrize(
+    "narrowing", [{"top_p": 0.0}, {"top_p": 5e-324}, {"min_p": 1.0}, {"top_k": 1}], ids=str
+)
+def test_the_narrowest_leaves_the_likeliest(narrowing: dict[str, Any]) -> None:
+    logits = torch.tensor([0.0, 0.3, 0.2])
+    assert {token(logits, seed=seed, **narrowing) for seed in range(20)} == {1}
+
+
+def test_a_top_k_beyond_the_vocabulary_is_all_of_it() -> None:
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    some = [token(logits, seed=seed, top_k=10**400) for seed in range(20)]
+    assert some == [token(logits, seed=seed, top_k=300) for seed in range(20)]
+
+
 @pytest.mark.parametrize(
     ("params", "expected"),
     [
@@ -101,3 +122,9 @@ def test_a_row_that_is_not_finite_is_refused_alone(value: float) -> None:
     first, second, third = choose(logits, [draw(temperature=t) for t in (0.0, 1.0, 0.0)])
     assert isinstance(second, NotFinite)
     assert (first, third) == (Chosen(1), Chosen(0))
+
+
+def test_a_penalty_that_leaves_no_finite_number_is_refused() -> None:
+    logits = torch.tensor([[2.0, 1.0]])
+    (refused,) = choose(logits, [draw(answer=[0], repetition_penalty=1e-45)])
+    assert isinstance(refused, NotFinite)

@@ -60,12 +60,12 @@ class SamplingRequest(BaseModel):
     model: Name | None = None
     max_tokens: FromZero | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None  # 0: the likeliest token
     top_k: TopK | None = None  # 0 and -1: off
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=10)] | None = None
     logit_bias: dict[StrictStr, Bias] | None = None
     seed: Seed | None = None
     n: Count | None = None

@@ -50,7 +50,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. A temperature of 0 takes the likeliest; seed and place key the draw.
+    """How tokens are chosen. A temperature near 0 takes the likeliest; seed and place key the draw.
 
     Narrowed in this order: penalties and bias, temperature, top_k, top_p, min_p. With `logprobs`
     each token comes with its log-probability and with those of that many likeliest tokens (0 to

@@ -16,6 +16,7 @@ from serving.engine.messages import MIN_LOGPROB, SamplingParams
 
 CANDIDATES = (256, 4096)  # likeliest tokens that are sorted; more only where they do not suffice
 MAX_TOP = 20  # likeliest tokens that can be asked for
+LEAST_TEMPERATURE = 1e-5  # below it the rounding of float32 logits decides: the likeliest is taken
 _WORD = 2**64 - 1
 
 
@@ -65,10 +66,10 @@ def choose(logits: Tensor, draws: list[Draw]) -> list[Chosen | NotFinite]:
     """Return the token of each row of logits (R, V) float32, or why there is none."""
     if logits.device.type == "mps":  # it has no float64
         logits = logits.cpu()
-    finite = logits.amax(-1).isfinite().tolist()  # false for any that is not a number, too
     adjusted = _adjusted(logits, draws)
+    finite = adjusted.amax(-1).isfinite().tolist()  # false for any that is not a number, too
     tokens = adjusted.argmax(-1)
-    drawn = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
+    drawn = [i for i, draw in enumerate(draws) if draw.params.temperature >= LEAST_TEMPERATURE]
     for rows in (
         [i for i in drawn if not draws[i].narrows],
         [i for i in drawn if draws[i].narrows],
@@ -188,7 +189,7 @@ def _draw_from(weights: Tensor, n: int, draws: list[Draw]) -> tuple[Tensor, Tens
     best = weights.topk(n)
     w, ranks = best.values, torch.arange(n, device=weights.device)
     sums = w.cumsum(-1, dtype=torch.float64)
-    top_k = _column([d.params.top_k or n_vocab for d in draws], sums).clamp_max(n_vocab)
+    top_k = _column([min(d.params.top_k or n_vocab, n_vocab) for d in draws], sums)
     top_p = _column([1.0 if d.params.top_p is None else d.params.top_p for d in draws], sums)
     min_p = _column([d.params.min_p or 0.0 for d in draws], sums)
     all_sums = weights.cumsum(-1, dtype=torch.float64)  # a plain sum adds in another order alone
