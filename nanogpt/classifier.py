@@ -86,8 +86,12 @@ def encode_text(tokenizer: Tokenizer, text: str, block_size: int) -> tuple[list[
     and always stands where the class is read.
     """
     ids = tokenizer.encode(text)
-    eot = tokenizer.eot_id
-    return [eot, *ids[: block_size - 2], eot], len(ids) > block_size - 2
+    return enclose(ids, tokenizer.eot_id, block_size), len(ids) > block_size - 2
+
+
+def enclose(ids: Sequence[int], eot_id: int, block_size: int) -> list[int]:
+    """Return a text's ids between two `<|endoftext|>`, cut to block_size."""
+    return [eot_id, *ids[: block_size - 2], eot_id]
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

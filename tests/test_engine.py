@@ -334,10 +334,32 @@ def test_classes_are_those_of_the_classifier(tmp_path: Path) -> None:
     path = tmp_path / "run" / "last.ckpt"
     model = write_model(path, labels=["ham", "spam"])
     texts = ["hello", "win a prize now " * 5]
-    end = Asked(path).one(Classify("c", "run", texts)).end
+    end = Asked(path).one(Classify("c", "run", [list(text.encode()) for text in texts])).end
     expected = class_probabilities(model, byte_tokenizer(), texts)  # type: ignore[arg-type]
     assert isinstance(end, Classified)
     torch.testing.assert_close(torch.tensor(end.probabilities), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ids", [[9999], [-1]])
+def test_a_text_of_unknown_tokens_is_not_classified(tmp_path: Path, ids: list[int]) -> None:
+    path = tmp_path / "run" / "last.ckpt"
+    write_model(path, labels=["ham", "spam"])
+    end = Asked(path).one(Classify("c", "run", [[1, 2], ids])).end
+    assert isinstance(end, Failed)
+    assert end.kind == "invalid"
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_request_that_cannot_be_taken_fails_alone(checkpoint: Path, loaded: bool) -> None:
+    asked = Asked(checkpoint)
+    if loaded:
+        asked.one(generate("warm", [1]))
+    broken: Any = generate("broken", [None])  # type: ignore[list-item]
+    answers = asked.all([broken, generate("whole", [1])])
+    end = answers["broken"].end
+    assert isinstance(end, Failed)
+    assert end.kind == "internal"
+    assert len(answers["whole"].ids) == 8
 
 
 def test_newer_weights_are_picked_up_without_dropping_a_request(checkpoint: Path) -> None:

@@ -42,6 +42,7 @@ class ServedModel:
         """Return the ids of a text."""
         if len(text) > LONG_CHARS:
             return await asyncio.to_thread(self.tokenizer.encode, text)
+        await asyncio.sleep(0)  # streams go on between the many texts of a request
         return self.tokenizer.encode(text)
 
     async def encode_document(self, text: str) -> list[int]:

@@ -95,7 +95,9 @@ async def _classified(request: Request, model: ServedModel, texts: list[str]) ->
     if not 1 <= len(texts) <= front.settings.max_prompts:
         message = f"There are {len(texts)} texts; give 1 to {front.settings.max_prompts} of them."
         raise ApiError(400, message, param="input")
-    asked = Classify(front.client.new_id(request.state.request_id), model.id, texts)
+    most = model.details.block_size  # tokens that are read
+    ids = [(await model.encode(text))[:most] for text in texts]
+    asked = Classify(front.client.new_id(request.state.request_id), model.id, ids)
     return await unless_left(request, front.client.classify(asked))
 
 

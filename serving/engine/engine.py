@@ -7,8 +7,9 @@ own, so that models that are at work do not wait for it.
 import logging
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 from serving.engine.counters import Counters
@@ -115,10 +116,8 @@ class Engine:
             self._events.append(Event(client, self._stats(message.request_id)))
         elif isinstance(message, Generate | Score | Classify | Describe):
             self.counters.requests += 1
-            try:
+            with self._refusing(client, message):
                 self._accept(client, message)
-            except Refused as refused:
-                self._refuse(client, message.request_id, refused.kind, str(refused))
 
     def leave(self, client: object) -> None:
         """Drop all that a front end asked for: it is gone."""
@@ -237,10 +236,8 @@ class Engine:
             runner.used = old.used  # nobody asked
         self.runners[runner.id] = runner
         for client, request in self._waiting.pop(runner.id, []):
-            try:
+            with self._refusing(client, request):
                 self._begin(runner, client, request)
-            except Refused as refused:
-                self._refuse(client, request.request_id, refused.kind, str(refused))
         while self._held_bytes() > self.cache_bytes and self._evict(but=runner):
             pass  # models that were loaded when there were fewer have larger shares
         self.changed()  # it may have, while this was loaded
@@ -254,6 +251,18 @@ class Engine:
         self._loading = None
         why = f"{entry.id} could not be loaded: {why}"
         self._broken[entry.id, entry.revision] = time.monotonic(), why
+
+    @contextmanager
+    def _refusing(self, client: object, request: Request) -> Iterator[None]:
+        """Tell who asked why a request is not taken; an error that nobody foresaw is its alone."""
+        try:
+            yield
+        except Refused as refused:
+            self._refuse(client, request.request_id, refused.kind, str(refused))
+        except Exception as error:
+            log.exception("%s could not be taken", request.request_id)
+            why = f"The request could not be taken ({type(error).__name__}: {error})."
+            self._refuse(client, request.request_id, "internal", why)
 
     def _refuse(self, client: object, request_id: str, kind: FailureKind, why: str) -> None:
         self.counters.failed += 1

@@ -105,11 +105,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Classify:
-    """Ask for the classes of texts; answered by Classified."""
+    """Ask for the classes of texts, each the ids it is encoded to; answered by Classified."""
 
     request_id: str
     model: str
-    texts: list[str]
+    texts: list[list[int]]
 
 
 @dataclass(frozen=True)

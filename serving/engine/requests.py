@@ -1,6 +1,6 @@
 """Turn requests into sequences, or refuse them before anything is computed."""
 
-from nanogpt.classifier import encode_text
+from nanogpt.classifier import enclose
 from serving.engine.messages import (
     Classify,
     FailureKind,
@@ -73,8 +73,10 @@ def _texts(runner: Runner, client: object, request: Classify) -> list[Sequence]:
     if not request.texts:
         raise Refused("invalid", "There is no text to classify.")
     texts = Texts([[] for _ in request.texts])
-    block_size = about.config.block_size
-    rows = [encode_text(about.tokenizer, text, block_size)[0] for text in request.texts]
+    eot_id, block_size = about.tokenizer.eot_id, about.config.block_size
+    rows = [enclose(ids, eot_id, block_size) for ids in request.texts]
+    for row in rows:
+        _check_prompt(row, runner, room=0)
     return [
         Sequence(
             request.request_id,
