@@ -146,7 +146,7 @@ class FakeEngine:
         if isinstance(message, Classify):
             labels = self.about["labels"] or []
             even = [1 / len(labels)] * len(labels)
-            return Classified(message.request_id, [even for _ in message.texts], 3)
+            return Classified(message.request_id, even, 3)
         if isinstance(message, AskStats):
             none = Histogram([1.0], [0, 0], 0.0)
             return Stats(

@@ -1,7 +1,9 @@
 """Beside the OpenAI API: labels of texts, tokens of texts, and the oldest question of all."""
 
+import asyncio
 import secrets
 import time
+from collections.abc import Awaitable, Sequence
 
 from fastapi import APIRouter, Request, Response
 
@@ -29,19 +31,19 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
     """Return the label of each text, and how probable each label is."""
     texts = [body.input] if isinstance(body.input, str) else body.input
     model = await front_end(request).catalogue.load(body.model)
-    classified = await _classified(request, model, texts)
+    answers = await _classified(request, model, texts)
     labels = model.details.labels or []
     data = [
         {
             "index": index,
-            "label": labels[probabilities.index(max(probabilities))],
-            "probs": probabilities,
+            "label": _likeliest(model, answer),
+            "probs": answer.probabilities,
             "num_classes": len(labels),
-            "probabilities": dict(zip(labels, probabilities, strict=True)),
+            "probabilities": dict(zip(labels, answer.probabilities, strict=True)),
         }
-        for index, probabilities in enumerate(classified.probabilities)
+        for index, answer in enumerate(answers)
     ]
-    n = classified.n_tokens
+    n = sum(answer.n_tokens for answer in answers)
     return json_response(
         {
             "id": f"classify-{secrets.token_hex(12)}",
@@ -59,9 +61,9 @@ async def predict(request: Request, body: PredictRequest) -> Response:
     """Return the label of a text, or a language model's answer to it."""
     model = await front_end(request).catalogue.load(body.model)
     request.state.log["model"] = model.id
-    if labels := model.details.labels:
-        probabilities = (await _classified(request, model, [body.input_data])).probabilities[0]
-        return json_response({"prediction": labels[probabilities.index(max(probabilities))]})
+    if model.details.labels:
+        (answer,) = await _classified(request, model, [body.input_data])
+        return json_response({"prediction": _likeliest(model, answer)})
     return json_response({"prediction": await _answer(request, model, body)})
 
 
@@ -89,7 +91,12 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     return json_response({"prompt": text, "content": text})
 
 
-async def _classified(request: Request, model: ServedModel, texts: list[str]) -> Classified:
+def _likeliest(model: ServedModel, answer: Classified) -> str:
+    assert model.details.labels is not None
+    return model.details.labels[answer.probabilities.index(max(answer.probabilities))]
+
+
+async def _classified(request: Request, model: ServedModel, texts: list[str]) -> list[Classified]:
     front = front_end(request)
     model.check_classifies()
     if not 1 <= len(texts) <= front.settings.max_prompts:
@@ -97,8 +104,13 @@ async def _classified(request: Request, model: ServedModel, texts: list[str]) ->
         raise ApiError(400, message, param="input")
     most = model.details.block_size  # tokens that are read
     ids = [(await model.encode(text))[:most] for text in texts]
-    asked = Classify(front.client.new_id(request.state.request_id), model.id, ids)
-    return await unless_left(request, front.client.classify(asked))
+    http_id = request.state.request_id
+    asked = [Classify(front.client.new_id(http_id), model.id, of_text) for of_text in ids]
+    return await unless_left(request, _gathered([front.client.classify(text) for text in asked]))
+
+
+async def _gathered(work: Sequence[Awaitable[Classified]]) -> list[Classified]:
+    return await asyncio.gather(*work)
 
 
 async def _answer(request: Request, model: ServedModel, body: PredictRequest) -> str:

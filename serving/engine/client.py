@@ -160,7 +160,7 @@ class EngineClient:
         return await self._ask(request, Scored)
 
     async def classify(self, request: Classify) -> Classified:
-        """Return the label probabilities of texts."""
+        """Return the label probabilities of a text."""
         return await self._ask(request, Classified)
 
     async def stats(self) -> Stats:

@@ -31,7 +31,7 @@ from serving.engine.messages import (
     Stats,
 )
 from serving.engine.registry import Entry, Registry
-from serving.engine.requests import Refused, details, sequences
+from serving.engine.requests import Refused, details, sequence
 from serving.engine.runner import Event, Runner
 from serving.engine.scheduler import Sequence
 
@@ -185,7 +185,7 @@ class Engine:
         if isinstance(request, Describe):
             self._events.append(Event(client, details(runner, request.request_id)))
         else:
-            runner.scheduler.waiting.extend(sequences(runner, client, request))
+            runner.scheduler.waiting.append(sequence(runner, client, request))
 
     def _load_next(self) -> None:
         """Begin to load a model that is waited for, when there is room for one more."""

@@ -105,11 +105,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Classify:
-    """Ask for the classes of texts, each the ids it is encoded to; answered by Classified."""
+    """Ask for the class of a text, given as ids; answered by Classified."""
 
     request_id: str
     model: str
-    texts: list[list[int]]
+    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -189,10 +189,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Classified:
-    """The probability of each label for each text, and how many tokens were read."""
+    """The probability of each label, and how many tokens were read."""
 
     request_id: str
-    probabilities: list[list[float]]
+    probabilities: list[float]
     n_tokens: int
 
 

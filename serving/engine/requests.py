@@ -10,7 +10,7 @@ from serving.engine.messages import (
     Score,
 )
 from serving.engine.runner import Runner
-from serving.engine.scheduler import Sequence, Texts
+from serving.engine.scheduler import Sequence
 
 
 class Refused(Exception):
@@ -21,18 +21,18 @@ class Refused(Exception):
         self.kind = kind
 
 
-def sequences(runner: Runner, client: object, request: Request) -> list[Sequence]:
+def sequence(runner: Runner, client: object, request: Request) -> Sequence:
     """Return what a request asks the runner to compute; raises Refused where it cannot be."""
     if isinstance(request, Classify):
-        return _texts(runner, client, request)
+        return _classify(runner, client, request)
     assert isinstance(request, Generate | Score)
     id_, ids = request.request_id, list(request.prompt_ids)
     if isinstance(request, Score):
         _check_prompt(ids, runner, room=0)
-        return [Sequence(id_, client, "score", ids, len(ids), scope=id_, top=request.top)]
+        return Sequence(id_, client, "score", ids, len(ids), scope=id_, top=request.top)
     _check_prompt(ids, runner, room=1)
     scope = request.cache_scope
-    return [Sequence(id_, client, "write", ids, len(ids), scope=scope, request=request)]
+    return Sequence(id_, client, "write", ids, len(ids), scope=scope, request=request)
 
 
 def details(runner: Runner, request_id: str) -> ModelDetails:
@@ -66,27 +66,11 @@ def _check_prompt(ids: list[int], runner: Runner, room: int) -> None:
         raise Refused("context_length", f"{what}; shorten it.")
 
 
-def _texts(runner: Runner, client: object, request: Classify) -> list[Sequence]:
+def _classify(runner: Runner, client: object, request: Classify) -> Sequence:
     about = runner.checkpoint
     if about.labels is None:
         raise Refused("invalid", f"The model {runner.id} was not trained to classify.")
-    if not request.texts:
-        raise Refused("invalid", "There is no text to classify.")
-    texts = Texts([[] for _ in request.texts])
-    eot_id, block_size = about.tokenizer.eot_id, about.config.block_size
-    rows = [enclose(ids, eot_id, block_size) for ids in request.texts]
-    for row in rows:
-        _check_prompt(row, runner, room=0)
-    return [
-        Sequence(
-            request.request_id,
-            client,
-            "classify",
-            ids,
-            len(ids),
-            scope=request.request_id,
-            texts=texts,
-            n_text=n,
-        )
-        for n, ids in enumerate(rows)
-    ]
+    ids = enclose(request.ids, about.tokenizer.eot_id, about.config.block_size)
+    _check_prompt(ids, runner, room=0)
+    id_ = request.request_id
+    return Sequence(id_, client, "classify", ids, len(ids), scope=id_)

@@ -96,8 +96,7 @@ class Runner:
         except Exception as error:
             if len(items) > 1:
                 for item in items:
-                    if item[0].slot is not None:  # else it fell with another text of its request
-                        yield from self._isolated(compute, [item], events)
+                    yield from self._isolated(compute, [item], events)
             else:
                 events.append(self._fail(items[0][0], error))
             return
@@ -182,7 +181,6 @@ class Runner:
 
     def _fail(self, sequence: Sequence, error: Exception) -> Event:
         self.scheduler.remove(sequence, clean=False)
-        self.forget(lambda s: s.texts is not None and s.texts is sequence.texts)
         self.counters.failed += 1
         log.error("a request failed", exc_info=error, extra=_fields(sequence))
         why = f"The answer could not be computed ({type(error).__name__}: {error})."
@@ -207,18 +205,11 @@ class Runner:
         return [Event(sequence.client, scored)]
 
     def _classify(self, reads: list[Read]) -> list[Event]:
-        """Tell the classes of a request's texts when the last of them is read."""
+        """Tell the class of a text that is read."""
         ((sequence, states),) = reads
-        texts = sequence.texts
-        assert texts is not None
-        texts.probabilities[sequence.n_text] = self.forward.class_probabilities(states[-1:])[
-            0
-        ].tolist()
-        texts.n_tokens += len(sequence.ids)
+        (probabilities,) = self.forward.class_probabilities(states[-1:]).tolist()
         self._end(sequence)
-        if not all(texts.probabilities):
-            return []
-        classified = Classified(sequence.request_id, texts.probabilities, texts.n_tokens)
+        classified = Classified(sequence.request_id, probabilities, sequence.n_prompt)
         return [Event(sequence.client, classified)]
 
     def _end(self, sequence: Sequence) -> None:

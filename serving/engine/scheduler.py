@@ -14,14 +14,6 @@ Aim = Literal["write", "score", "classify"]
 
 
 @dataclass(eq=False)
-class Texts:
-    """The texts of one request to classify, as far as they are read."""
-
-    probabilities: list[list[float]]
-    n_tokens: int = 0
-
-
-@dataclass(eq=False)
 class Sequence:
     """A request's tokens on their way through the engine.
 
@@ -35,8 +27,6 @@ class Sequence:
     n_prompt: int
     scope: str = ""
     request: Generate | None = None
-    texts: Texts | None = None
-    n_text: int = 0  # which of the texts this is
     top: int = 0  # likeliest tokens to tell with scores
     slot: Slot | None = None
     n_read: int = 0
