@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from serving.api.settings import ApiSettings
-from serving.engine.messages import Generate
+from serving.engine.messages import Classify, Describe, Generate, Message, Score
 from tests.fake_engine import FakeEngine
 from tests.front_end import eventually, generated, says, serve
 
@@ -22,6 +22,24 @@ class SilentEngine(FakeEngine):
 
     async def _generate(self, request: Generate, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(60)
+
+    def _answer(self, message: Message) -> Message | None:
+        return None if isinstance(message, Score | Classify) else super()._answer(message)
+
+
+class LoadingEngine(FakeEngine):
+    """One whose model is never loaded."""
+
+    def _answer(self, message: Message) -> Message | None:
+        return None if isinstance(message, Describe) else super()._answer(message)
+
+
+class StallingEngine(FakeEngine):
+    """One that classifies a single text, and then none."""
+
+    def _answer(self, message: Message) -> Message | None:
+        n = sum(isinstance(request, Classify) for request in self.requests)
+        return None if n > 1 else super()._answer(message)
 
 
 def slow_engine(tmp_path: Path) -> FakeEngine:
@@ -70,6 +88,60 @@ def test_a_request_that_waits_too_long_for_a_token_is_told_to_come_again(
     with serve(engine, ApiSettings(queue_s=0.2)) as url:
         answer = httpx.post(f"{url}/v1/completions", json={**SLOW, "stream": stream})
         assert eventually(lambda: engine.cancelled)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "labels"),
+    [
+        ("/classify", {"input": ["one", "two"]}, ["ham", "spam"]),
+        ("/predict", {"input_data": "one"}, ["ham", "spam"]),
+        ("/predict", {"input_data": "one"}, None),
+        ("/v1/completions", {"prompt": "x", "echo": True}, None),
+        ("/v1/completions", {"prompt": "x", "echo": True, "stream": True}, None),
+        ("/v1/completions", {"prompt": "x", "echo": True, "logprobs": 1}, None),
+    ],
+)
+def test_nothing_waits_longer_for_the_engine(
+    tmp_path: Path, path: str, body: dict[str, object], labels: list[str] | None
+) -> None:
+    engine = SilentEngine(f"unix:{tmp_path}/e", labels=labels)
+    with serve(engine, ApiSettings(queue_s=0.2)) as url:
+        answer = httpx.post(url + path, json=body)
+        asked = [m for m in engine.requests if isinstance(m, Generate | Score | Classify)]
+        assert eventually(lambda: len(engine.cancelled) == len(asked))
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize", "/v1/models/tiny"])
+def test_a_model_that_takes_long_to_load_is_not_waited_for(tmp_path: Path, path: str) -> None:
+    with serve(LoadingEngine(f"unix:{tmp_path}/e"), ApiSettings(queue_s=0.2)) as url:
+        method = "GET" if "models" in path else "POST"
+        answer = httpx.request(method, url + path, json={"prompt": "x"})
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"]
+
+
+@pytest.mark.parametrize("kind", [StallingEngine, SilentEngine, LoadingEngine])
+def test_an_answer_that_is_never_complete_is_not_waited_for(
+    tmp_path: Path, kind: type[FakeEngine]
+) -> None:
+    engine = kind(f"unix:{tmp_path}/e", labels=["ham", "spam"])
+    with serve(engine, ApiSettings(request_s=0.3)) as url:
+        answer = httpx.post(f"{url}/classify", json={"input": ["one", "two"]})
+    assert answer.status_code == 504
+    assert answer.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("body", [{}, {"echo": True}, {"echo": True, "stream": True}])
+def test_a_full_queue_is_told_before_a_stream_begins(
+    tmp_path: Path, body: dict[str, object]
+) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e", failure=("overloaded", "The queue is full."))
+    with serve(engine) as url:
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x", **body})
     assert answer.status_code == 503
     assert answer.headers["retry-after"]
 

@@ -1,15 +1,13 @@
 """Completions of texts: how they are continued, and how that is written."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from serving.api.errors import ApiError
-from serving.api.front_end import front_end, unless_left
+from serving.api.front_end import front_end
 from serving.api.generation import Choice, Piece, Token, echo_of
 from serving.api.models import ServedModel
 from serving.api.sampling import params_of, room_for
@@ -40,7 +38,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     model = await front.language_model(request, body)
     prompts = await _prompts(body, model, front.settings.max_prompts)
     if body.echo and body.logprobs is not None:
-        await unless_left(request, _score(request, model, prompts, body.logprobs))
+        await _score(request, model, prompts, body.logprobs)
     choices: list[Choice] = []
     for prompt in prompts:
         choices += _continuations(request, body, model, prompt, len(choices))
@@ -156,10 +154,9 @@ async def _prompt(given: str | list[int], model: ServedModel) -> Prompt:
 
 async def _score(request: Request, model: ServedModel, prompts: Sequence[Prompt], top: int) -> None:
     """Ask for the log-probabilities of the prompts' own tokens, side by side."""
-    client = front_end(request).client
-    new_id = partial(client.new_id, request.state.request_id)
-    asked = [Score(new_id(), model.id, prompt.ids, top) for prompt in prompts]
-    scores = await asyncio.gather(*map(client.score, asked))
+    front = front_end(request)
+    asked = [Score(front.new_id(request), model.id, prompt.ids, top) for prompt in prompts]
+    scores = await front.ask(request, [front.client.score(score) for score in asked])
     for prompt, scored in zip(prompts, scores, strict=True):
         prompt.scored = scored
 

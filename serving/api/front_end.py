@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
+from serving.api.deadlines import Deadlines
 from serving.api.errors import ApiError
 from serving.api.generation import Choice, Generation, Piece
 from serving.api.metrics import Metrics
@@ -46,10 +47,36 @@ class FrontEnd:
             if wanted > most:
                 message = f"{wanted} {what} are too many; ask for at most {most}."
                 raise ApiError(400, message, param=param)
-        model = await self.catalogue.load(body.model, to_generate=True)
-        request.state.log["model"] = model.id
+        model = await self.load(request, body.model, to_generate=True)
         model.check_generates()
         return model
+
+    async def load(
+        self, request: Request, name: str | None, *, to_generate: bool = False
+    ) -> ServedModel:
+        """Return the model of a name, ready for use; raises ApiError where it is not in time."""
+        model = await self.deadlines(request).soon(
+            self.catalogue.load(name, to_generate=to_generate)
+        )
+        request.state.log["model"] = model.id
+        return model
+
+    async def ask(self, request: Request, questions: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        """Return the engine's answers to questions asked side by side, within the deadlines."""
+        return await unless_left(request, self.deadlines(request).answers(questions))
+
+    def deadlines(self, request: Request) -> Deadlines:
+        """Return how long a request may wait."""
+        state = request.state
+        if not hasattr(state, "deadlines"):
+            limits = self.settings.queue_s, self.settings.request_s
+            state.deadlines = Deadlines(*limits, arrived=state.arrived)
+        deadlines: Deadlines = state.deadlines
+        return deadlines
+
+    def new_id(self, request: Request) -> str:
+        """Return an id for what the engine is asked, that tells the request's."""
+        return self.client.new_id(request.state.request_id)
 
     def choice(
         self,
@@ -65,21 +92,20 @@ class FrontEnd:
         """Return one answer, to be generated."""
         if self.settings.log_prompts:
             request.state.log.setdefault("prompts", {})[index] = model.tokenizer.decode(ids)
-        request_id = self.client.new_id(request.state.request_id)
-        generate = Generate(request_id, model.id, ids, params, request.state.key)
+        generate = Generate(self.new_id(request), model.id, ids, params, request.state.key)
         return Choice(index, generate, model.token_bytes, stops, echo)
 
-    def generation(self, choices: Sequence[Choice]) -> Generation:
+    def generation(self, request: Request, choices: Sequence[Choice]) -> Generation:
         """Start to generate answers; whoever asked closes it."""
         generation = Generation(self.client, choices)
-        generation.start(queue_s=self.settings.queue_s, request_s=self.settings.request_s)
+        generation.start(self.deadlines(request))
         return generation
 
     async def answer(
         self, request: Request, body: SamplingRequest, choices: Sequence[Choice], form: Format
     ) -> Response:
         """Generate, and answer with a stream or with one object, as was asked for."""
-        generation = self.generation(choices)
+        generation = self.generation(request, choices)
         streams = False
         try:
             if body.stream:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from serving.api import errors
+from serving.api.deadlines import Deadlines
 from serving.api.detokenizer import Detokenizer
 from serving.api.errors import ApiError
 from serving.engine.client import EngineClient
@@ -62,10 +63,10 @@ class Choice:
     ) -> None:
         self.index = index
         self.request = request
-        self.echo = echo
         self.cached_tokens = 0
         self.wait_s = 0.0  # for a slot
         self.finish_reason: str | None = None
+        self._echo = echo
         self._detokenizer = Detokenizer(token_bytes, stops)
         self._offset = len(echo.text) if echo else 0
         self._untold: list[Token] = []  # whose text is held back
@@ -95,7 +96,15 @@ class Choice:
         self.finish_reason = piece.finish_reason
         if self._untold:
             piece.tokens = self._told()
-        return piece
+        return self.after_echo(piece)
+
+    def after_echo(self, piece: Piece) -> Piece:
+        """Return a piece, what the answer begins with before it where it is the first."""
+        if self._echo is None:
+            return piece
+        first, self._echo = self._echo, None
+        first.add(piece)
+        return first
 
     def _with_logprobs(self, event: Tokens, n_before: int) -> list[Token]:
         offsets = [self._offset + start for start in self._detokenizer.starts[n_before:]]
@@ -126,17 +135,13 @@ class Generation:
         self._tasks: list[asyncio.Task[None]] = []
         self._timers: list[asyncio.TimerHandle] = []
 
-    def start(self, *, queue_s: float, request_s: float) -> None:
-        """Ask the engine; fail where nothing comes in `queue_s`, or not all in `request_s`."""
+    def start(self, deadlines: Deadlines) -> None:
+        """Ask the engine; fail where its first token or the last does not come in time."""
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._read(choice)) for choice in self.choices]
-        waited = f"The request waited for {queue_s:g} s without a token; try again in a moment."
-        late = ApiError(503, waited, code="overloaded")
-        message = f"The answer was not complete within {request_s:g} s; ask for fewer max_tokens."
-        slow = ApiError(504, message, code="timeout")
         self._timers = [
-            loop.call_later(queue_s, self._fail, late),
-            loop.call_later(request_s, self._fail, slow),
+            loop.call_later(deadlines.first_s, self._fail, deadlines.late()),
+            loop.call_later(deadlines.whole_s, self._fail, deadlines.slow()),
         ]
 
     async def wait_for_first(self, seconds: float) -> None:
@@ -186,8 +191,6 @@ class Generation:
 
     async def _read(self, choice: Choice) -> None:
         try:
-            if choice.echo:
-                self._put(choice.echo)
             if choice.request.params.max_tokens:
                 async with aclosing(self._client.generate(choice.request)) as events:
                     async for event in events:
@@ -195,7 +198,7 @@ class Generation:
                         if choice.finish_reason:
                             break
             else:
-                self._put(Piece(choice.index, "", finish_reason="length"))
+                self._put(choice.after_echo(Piece(choice.index, "", finish_reason="length")))
             self._open -= 1
             self._changed.set()
         except Exception as error:

@@ -30,8 +30,8 @@ class RequestLog:
             return
         request_id = new_request_id(Headers(scope=scope))
         state = scope.setdefault("state", {})
-        state.update(request_id=request_id, log={})
         status, began = 0, time.monotonic()
+        state.update(request_id=request_id, log={}, arrived=began)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status

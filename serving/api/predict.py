@@ -1,9 +1,7 @@
 """Beside the OpenAI API: labels of texts, tokens of texts, and the oldest question of all."""
 
-import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Sequence
 
 from fastapi import APIRouter, Request, Response
 
@@ -30,7 +28,7 @@ router = APIRouter()
 async def classify(request: Request, body: ClassifyRequest) -> Response:
     """Return the label of each text, and how probable each label is."""
     texts = [body.input] if isinstance(body.input, str) else body.input
-    model = await front_end(request).catalogue.load(body.model)
+    model = await front_end(request).load(request, body.model)
     answers = await _classified(request, model, texts)
     labels = model.details.labels or []
     data = [
@@ -59,8 +57,7 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
 @router.post("/predict")
 async def predict(request: Request, body: PredictRequest) -> Response:
     """Return the label of a text, or a language model's answer to it."""
-    model = await front_end(request).catalogue.load(body.model)
-    request.state.log["model"] = model.id
+    model = await front_end(request).load(request, body.model)
     if model.details.labels:
         (answer,) = await _classified(request, model, [body.input_data])
         return json_response({"prediction": _likeliest(model, answer)})
@@ -70,7 +67,7 @@ async def predict(request: Request, body: PredictRequest) -> Response:
 @router.post("/tokenize")
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """Return the token ids of a text, or of a conversation with the assistant's turn opened."""
-    model = await front_end(request).catalogue.load(body.model)
+    model = await front_end(request).load(request, body.model)
     text = body.content if body.prompt is None else body.prompt
     if body.messages:
         ids = await model.encode_chat(body.messages)
@@ -85,7 +82,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
 @router.post("/detokenize")
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     """Return the text of token ids."""
-    model = await front_end(request).catalogue.load(body.model)
+    model = await front_end(request).load(request, body.model)
     model.check_ids(body.tokens, "tokens")
     text = model.tokenizer.decode(body.tokens)
     return json_response({"prompt": text, "content": text})
@@ -104,13 +101,8 @@ async def _classified(request: Request, model: ServedModel, texts: list[str]) ->
         raise ApiError(400, message, param="input")
     most = model.details.block_size  # tokens that are read
     ids = [(await model.encode(text))[:most] for text in texts]
-    http_id = request.state.request_id
-    asked = [Classify(front.client.new_id(http_id), model.id, of_text) for of_text in ids]
-    return await unless_left(request, _gathered([front.client.classify(text) for text in asked]))
-
-
-async def _gathered(work: Sequence[Awaitable[Classified]]) -> list[Classified]:
-    return await asyncio.gather(*work)
+    asked = [Classify(front.new_id(request), model.id, of_text) for of_text in ids]
+    return await front.ask(request, [front.client.classify(text) for text in asked])
 
 
 async def _answer(request: Request, model: ServedModel, body: PredictRequest) -> str:
@@ -131,7 +123,8 @@ async def _answer(request: Request, model: ServedModel, body: PredictRequest) ->
         logprobs=None,
     )
     stops = template.stop_texts if template else ()
-    generation = front.generation([front.choice(request, model, ids, params[0], stops)])
+    choice = front.choice(request, model, ids, params[0], stops)
+    generation = front.generation(request, [choice])
     try:
         return (await unless_left(request, collected(generation)))[0].text
     finally:

@@ -32,8 +32,8 @@ class ApiSettings:
     max_prompts: int = 64
     max_stops: int = 16
     body_s: float = 30.0  # for a request's body to arrive
-    queue_s: float = 60.0  # from arrival to the first token
-    request_s: float = 600.0  # for a whole answer
+    queue_s: float = 60.0  # from arrival to the first token, score or class
+    request_s: float = 600.0  # from arrival to the end of the answer
     write_s: float = 60.0  # for a reader to take what was sent
     drain_s: float = 30.0  # for open answers to finish after SIGTERM
     log_prompts: bool = False

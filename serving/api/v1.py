@@ -24,7 +24,7 @@ async def model(request: Request, model_id: str) -> Response:
     if not model_id:
         return await models(request)
     front = front_end(request)
-    served = await front.catalogue.load(model_id)
+    served = await front.load(request, model_id)
     details = served.details
     about = {
         "stage": details.stage,
