@@ -135,6 +135,20 @@ def test_an_answer_that_is_never_complete_is_not_waited_for(
     assert answer.headers["x-should-retry"] == "false"
 
 
+@pytest.mark.parametrize(
+    ("prompts", "n", "status"), [(4, 2, 200), (5, 2, 400), (8, 1, 200), (9, 1, 400), (1, 9, 400)]
+)
+def test_a_request_with_more_answers_than_the_queue_holds_is_refused_for_good(
+    tmp_path: Path, prompts: int, n: int, status: int
+) -> None:
+    settings = ApiSettings(max_queue=8, max_n=9)
+    with serve(FakeEngine(f"unix:{tmp_path}/e"), settings) as url:
+        body = {"prompt": ["x"] * prompts, "n": n, "max_tokens": 1}
+        answer = httpx.post(f"{url}/v1/completions", json=body)
+    assert answer.status_code == status
+    assert "retry-after" not in answer.headers
+
+
 @pytest.mark.parametrize("body", [{}, {"echo": True}, {"echo": True, "stream": True}])
 def test_a_full_queue_is_told_before_a_stream_begins(
     tmp_path: Path, body: dict[str, object]

@@ -36,7 +36,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         raise ApiError(400, "suffix is not supported: these models only continue.", param="suffix")
     front = front_end(request)
     model = await front.language_model(request, body)
-    prompts = await _prompts(body, model, front.settings.max_prompts)
+    prompts = await _prompts(body, model, front.most_prompts(body.n or 1))
     if body.echo and body.logprobs is not None:
         await _score(request, model, prompts, body.logprobs)
     choices: list[Choice] = []
@@ -140,7 +140,8 @@ async def _prompts(body: CompletionRequest, model: ServedModel, most: int) -> li
     several = isinstance(given, list) and not (given and isinstance(given[0], int))
     prompts = given if several else [given]
     if not 1 <= len(prompts) <= most:
-        message = f"There are {len(prompts)} prompts; give 1 to {most} of them."
+        each = f", with n={body.n}" if body.n else ""
+        message = f"There are {len(prompts)} prompts{each}; give 1 to {most} of them."
         raise ApiError(400, message, param="prompt")
     return [await _prompt(prompt, model) for prompt in prompts]
 

@@ -41,7 +41,7 @@ class FrontEnd:
         Raises ApiError for a classifier, and for more answers or stop strings than are allowed.
         """
         for param, wanted, most, what in (
-            ("n", body.n or 1, self.settings.max_n, "answers"),
+            ("n", body.n or 1, min(self.settings.max_n, self.settings.max_queue), "answers"),
             ("stop", len(body.stops), self.settings.max_stops, "stop strings"),
         ):
             if wanted > most:
@@ -50,6 +50,10 @@ class FrontEnd:
         model = await self.load(request, body.model, to_generate=True)
         model.check_generates()
         return model
+
+    def most_prompts(self, n: int = 1) -> int:
+        """Return how many prompts, of `n` answers each, the engine could take at once."""
+        return min(self.settings.max_prompts, self.settings.max_queue // n)
 
     async def load(
         self, request: Request, name: str | None, *, to_generate: bool = False

@@ -96,8 +96,8 @@ def _likeliest(model: ServedModel, answer: Classified) -> str:
 async def _classified(request: Request, model: ServedModel, texts: list[str]) -> list[Classified]:
     front = front_end(request)
     model.check_classifies()
-    if not 1 <= len(texts) <= front.settings.max_prompts:
-        message = f"There are {len(texts)} texts; give 1 to {front.settings.max_prompts} of them."
+    if not 1 <= len(texts) <= front.most_prompts():
+        message = f"There are {len(texts)} texts; give 1 to {front.most_prompts()} of them."
         raise ApiError(400, message, param="input")
     most = model.details.block_size  # tokens that are read
     ids = [(await model.encode(text))[:most] for text in texts]

@@ -30,6 +30,7 @@ class ApiSettings:
     max_body_bytes: int = 2**20
     max_n: int = 8
     max_prompts: int = 64
+    max_queue: int = 256  # the engine's: all answers to one request fit into it
     max_stops: int = 16
     body_s: float = 30.0  # for a request's body to arrive
     queue_s: float = 60.0  # from arrival to the first token, score or class
