@@ -205,7 +205,7 @@ async def _step(
             frame.append(Tokens(request_id, [97 + counted[0] % 26]))
             if counted[0] == counted[1]:
                 del streams[request_id]
-                frame.append(Finished(request_id, "length", 1, counted[1], 0, 0.0, 0.0, 0.0))
+                frame.append(Finished(request_id, "length", 0, 0.0))
         if frame:
             writer.write(to_frame(frame))
             await writer.drain()

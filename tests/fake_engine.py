@@ -120,8 +120,7 @@ class FakeEngine:
             writer.write(to_frame([tokens(request, ids[start : start + self.step])]))
             await writer.drain()
             await asyncio.sleep(self.delay_s)
-        n_prompt = len(request.prompt_ids)
-        end = Finished(request.request_id, reason, n_prompt, len(ids), 0, 0.0, 0.01, 0.1)  # type: ignore[arg-type]
+        end = Finished(request.request_id, reason, 0, 0.0)  # type: ignore[arg-type]
         writer.write(to_frame([end]))
         self._answering.pop(request.request_id, None)
 

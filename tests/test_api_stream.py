@@ -10,7 +10,10 @@ import httpx
 import openai
 import pytest
 
+from nanogpt.tokenizer import byte_tokenizer
+from serving.api.generation import Choice
 from serving.api.settings import ApiSettings
+from serving.engine.messages import Cancel, Generate, SamplingParams, Tokens
 from tests.fake_engine import FakeEngine
 from tests.front_end import eventually, generated, hang_up, says, serve
 
@@ -161,3 +164,21 @@ def test_a_client_that_leaves_a_whole_answer_cancels_it(tmp_path: Path) -> None:
             httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.3)
         assert eventually(lambda: len(engine.cancelled) == 3)
     assert len(generated(engine)) == 3
+
+
+def test_an_answer_that_a_stop_string_ends_is_not_left(tmp_path: Path) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("one END" + "x" * 900), delay_s=0.01)
+    with serve(engine) as url:
+        body = {"prompt": "x", "max_tokens": 900, "stop": "END"}
+        answer = httpx.post(f"{url}/v1/completions", json=body).json()
+        assert eventually(lambda: engine.cancelled)
+    assert answer["choices"][0]["text"] == "one "
+    assert [m.reason for m in engine.requests if isinstance(m, Cancel)] == ["stop"]
+
+
+def test_an_answer_that_a_stop_string_ends_knows_how_long_it_waited() -> None:
+    request = Generate("a", "tiny", [1], SamplingParams(9))
+    choice = Choice(0, request, byte_tokenizer().token_bytes(), ["b"])
+    choice.take(Tokens("a", list(b"a"), cached_tokens=3, queue_s=1.5))
+    choice.take(Tokens("a", list(b"b")))
+    assert (choice.finish_reason, choice.cached_tokens, choice.wait_s) == ("stop", 3, 1.5)

@@ -28,6 +28,7 @@ from serving.engine.messages import (
     SamplingParams,
     Score,
     Scored,
+    Tokens,
 )
 from serving.engine.registry import Entry
 from tests.engine_models import MODERN, Answer, Asked, generate, write_model
@@ -202,6 +203,31 @@ def test_a_cancelled_request_frees_its_slot_at_once(checkpoint: Path) -> None:
     asked.engine.accept(asked, Cancel("a"))
     (runner,) = asked.engine.runners.values()
     assert runner.scheduler.slots.n_used == 0
+
+
+@pytest.mark.parametrize(("reason", "finished"), [("stop", 1), ("left", 0)])
+def test_an_answer_that_a_stop_string_ended_counts_as_finished(
+    checkpoint: Path, reason: Any, finished: int
+) -> None:
+    asked = Asked(checkpoint)
+    asked.one(generate("warm", [1]))
+    asked.engine.accept(asked, generate("a", [1], max_tokens=200))
+    asked.step()
+    asked.engine.accept(asked, Cancel("a", reason))
+    counted = asked.engine.counters
+    assert (counted.finished - 1, counted.cancelled) == (finished, 1 - finished)
+
+
+def test_the_first_tokens_tell_what_the_end_does(checkpoint: Path) -> None:
+    asked = Asked(checkpoint, max_slots=1)
+    asked.all([generate("a", [1, 2]), generate("b", [1, 2, 3])])
+    first, *others = [m for m in asked.messages if isinstance(m, Tokens) and m.request_id == "b"]
+    end = asked.answers["b"].end
+    assert isinstance(end, Finished)
+    assert (first.cached_tokens, first.queue_s) == (end.cached_tokens, end.queue_s)
+    assert end.cached_tokens == 2
+    assert end.queue_s > 0  # b waited for the slot of a
+    assert {(tokens.cached_tokens, tokens.queue_s) for tokens in others} == {(None, None)}
 
 
 def test_a_front_end_that_leaves_takes_its_requests_along(checkpoint: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from serving.engine.client import EngineClient, EngineError
 from serving.engine.messages import (
     LENGTH_BYTES,
+    Cancel,
     Finished,
     Generate,
     Histogram,
@@ -69,6 +70,28 @@ def test_closing_an_answer_cancels_it(tmp_path: Path) -> None:
             while not engine.cancelled:
                 await asyncio.sleep(0.01)
             assert engine.cancelled == [asked.request_id]
+            await client.close()
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_is_complete_is_not_left(tmp_path: Path) -> None:
+    async def run() -> None:
+        address = f"unix:{tmp_path}/e"
+        async with FakeEngine(address, delay_s=0.01) as engine:
+            client = EngineClient(address)
+            await client.connect(5)
+            asked = request(client, [7], max_tokens=1000)
+            async with aclosing(client.generate(asked)) as answers:
+                async for _ in answers:
+                    client.stop(asked.request_id)
+                    break
+            ended = [a async for a in client.generate(request(client, [7]))][-1]
+            assert isinstance(ended, Finished)
+            client.stop(ended.request_id)
+            await client.stats()  # all that was sent before has come
+            cancels = [message for message in engine.requests if isinstance(message, Cancel)]
+            assert cancels == [Cancel(asked.request_id, "stop")]
             await client.close()
 
     asyncio.run(run())

@@ -83,14 +83,13 @@ class Choice:
         if isinstance(event, Tokens):
             n_before = self._detokenizer.n_tokens
             piece.text = self._detokenizer.feed(event.ids)
-            if event.cached_tokens is not None:
-                self.cached_tokens = event.cached_tokens
             if event.logprobs is not None:
                 self._untold += self._with_logprobs(event, n_before)
         else:
-            self.cached_tokens, self.wait_s = event.cached_tokens, event.queue_s
             piece.text = self._detokenizer.finish()
             piece.finish_reason = event.reason
+        if event.cached_tokens is not None and event.queue_s is not None:
+            self.cached_tokens, self.wait_s = event.cached_tokens, event.queue_s
         if self._detokenizer.stopped:
             piece.finish_reason = "stop"
         self.finish_reason = piece.finish_reason
@@ -196,6 +195,7 @@ class Generation:
                     async for event in events:
                         self._put(choice.take(event))
                         if choice.finish_reason:
+                            self._client.stop(choice.request.request_id)
                             break
             else:
                 self._put(choice.after_echo(Piece(choice.index, "", finish_reason="length")))

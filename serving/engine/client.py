@@ -148,12 +148,17 @@ class EngineClient:
         """Yield an answer's tokens as they come, then Finished.
 
         Tokens that came while the reader was busy are one message. Closing the generator cancels
-        the request: iterate within `contextlib.aclosing`. Raises EngineError.
+        the request: iterate within `contextlib.aclosing`. Where a stop string ends the answer,
+        say so before (`stop`). Raises EngineError.
         """
         async with aclosing(self._stream(request)) as answers:
             async for answer in answers:
                 assert isinstance(answer, Tokens | Finished)
                 yield answer
+
+    def stop(self, request_id: str) -> None:
+        """Tell the engine that an answer is complete; nothing where the engine said so itself."""
+        self._cancel(Cancel(request_id, "stop"))
 
     async def score(self, request: Score) -> Scored:
         """Return the log-probabilities of a prompt's tokens."""
@@ -184,18 +189,21 @@ class EngineClient:
 
     async def _stream(self, request: Request) -> AsyncGenerator[Message, None]:
         mailbox = self._send(request)
-        ended = False
         try:
-            while not ended:
+            while request.request_id in self._answers:
                 answer = await mailbox.take()
-                ended = not isinstance(answer, Tokens)
+                if not isinstance(answer, Tokens):
+                    self._answers.pop(request.request_id, None)
                 if isinstance(answer, Failed):
                     raise EngineError(answer.kind, answer.message)
                 yield answer
         finally:
-            self._answers.pop(request.request_id, None)
-            if not ended and self._writer is not None:
-                self._writer.write(to_frame([Cancel(request.request_id)]))
+            self._cancel(Cancel(request.request_id))
+
+    def _cancel(self, cancel: Cancel) -> None:
+        """Have the engine forget a request that is open."""
+        if self._answers.pop(cancel.request_id, None) and self._writer is not None:
+            self._writer.write(to_frame([cancel]))
 
     def _send(self, request: Request) -> "_Mailbox":
         if self._writer is None or not self._ready.is_set():

@@ -110,7 +110,11 @@ class Engine:
     def accept(self, client: object, message: Message) -> None:
         """Take what a front end sent."""
         if isinstance(message, Cancel):
-            self._cancel(lambda s: s.client is client and s.request_id == message.request_id)
+            n = self._forget(lambda s: s.client is client and s.request_id == message.request_id)
+            if message.reason == "stop":
+                self.counters.finished += n
+            else:
+                self.counters.cancelled += n
             self._forget_waiting(client, message.request_id)
         elif isinstance(message, AskStats):
             self._events.append(Event(client, self._stats(message.request_id)))
@@ -121,7 +125,7 @@ class Engine:
 
     def leave(self, client: object) -> None:
         """Drop all that a front end asked for: it is gone."""
-        self._cancel(lambda s: s.client is client)
+        self.counters.cancelled += self._forget(lambda s: s.client is client)
         self._forget_waiting(client, None)
 
     def drain(self) -> None:
@@ -272,9 +276,8 @@ class Engine:
         for client, request in self._waiting.pop(id_, []):
             self._refuse(client, request.request_id, kind, why)
 
-    def _cancel(self, unwanted: Callable[[Sequence], bool]) -> None:
-        for runner in self._all_runners():
-            self.counters.cancelled += runner.forget(unwanted)
+    def _forget(self, unwanted: Callable[[Sequence], bool]) -> int:
+        return sum(runner.forget(unwanted) for runner in self._all_runners())
 
     def _forget_waiting(self, client: object, request_id: str | None) -> None:
         for id_, waiting in self._waiting.items():

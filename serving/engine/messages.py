@@ -88,9 +88,13 @@ class Generate:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Forget a request: nothing more is said of it."""
+    """Forget a request: nothing more is said of it.
+
+    `reason` is why: the client left, or a stop string ended the answer, which is complete.
+    """
 
     request_id: str
+    reason: Literal["left", "stop"] = "left"
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,8 @@ class Tokens:
     """The next tokens of an answer. A token that ends it (stop_ids) is not among them.
 
     Where asked for: each token's log-probability, and the likeliest tokens in its place. The first
-    ones say how much of the prompt was not computed again, as a stop string may end the answer
-    before there is a Finished.
+    ones say how much of the prompt was not computed again and how long it waited for a slot, as a
+    stop string may end the answer before there is a Finished.
     """
 
     request_id: str
@@ -149,23 +153,20 @@ class Tokens:
     top_ids: list[list[int]] | None = None
     top_logprobs: list[list[float]] | None = None
     cached_tokens: int | None = None
+    queue_s: float | None = None
 
 
 @dataclass(frozen=True)
 class Finished:
     """The end of an answer: "stop" after one of stop_ids, "length" at max_tokens or a full context.
 
-    Seconds: waiting for a slot, from arrival to the first token, from the first to the last.
+    There may have been no Tokens, so it says again what the first of them say.
     """
 
     request_id: str
     reason: Literal["stop", "length"]
-    prompt_tokens: int
-    completion_tokens: int
     cached_tokens: int
     queue_s: float
-    first_token_s: float
-    decode_s: float
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -158,7 +158,7 @@ class Runner:
             self.counters.inter_token_s.add(now - sequence.last_token)
         else:
             sequence.first_token = now
-            self.counters.queue_s.add(sequence.admitted - sequence.arrived)
+            self.counters.queue_s.add(sequence.queue_s)
             self.counters.first_token_s.add(now - sequence.arrived)
             self.counters.prompt_tokens += sequence.n_prompt
             self.counters.cached_tokens += sequence.n_cached
@@ -170,12 +170,8 @@ class Runner:
         finished = Finished(
             sequence.request_id,
             reason,  # type: ignore[arg-type]
-            prompt_tokens=sequence.n_prompt,
-            completion_tokens=len(sequence.ids) - sequence.n_prompt,
             cached_tokens=sequence.n_cached,
-            queue_s=sequence.admitted - sequence.arrived,
-            first_token_s=sequence.first_token - sequence.arrived,
-            decode_s=sequence.last_token - sequence.first_token,
+            queue_s=sequence.queue_s,
         )
         return Event(sequence.client, finished)
 
@@ -231,14 +227,13 @@ def _fields(sequence: Sequence) -> dict[str, dict[str, str]]:
 
 def _tokens(sequence: Sequence, chosen: Chosen) -> Tokens:
     is_first = len(sequence.ids) == sequence.n_prompt + 1
-    cached_tokens = sequence.n_cached if is_first else None
-    if chosen.logprob is None:
-        return Tokens(sequence.request_id, [chosen.token], cached_tokens=cached_tokens)
-    return Tokens(
+    tokens = Tokens(
         sequence.request_id,
         [chosen.token],
-        [chosen.logprob],
-        [chosen.top_ids],
-        [chosen.top_logprobs],
-        cached_tokens,
+        cached_tokens=sequence.n_cached if is_first else None,
+        queue_s=sequence.queue_s if is_first else None,
     )
+    if chosen.logprob is None:
+        return tokens
+    top_ids, top_logprobs = [chosen.top_ids], [chosen.top_logprobs]
+    return replace(tokens, logprobs=[chosen.logprob], top_ids=top_ids, top_logprobs=top_logprobs)

@@ -39,6 +39,11 @@ class Sequence:
     last_token: float = 0.0
 
     @property
+    def queue_s(self) -> float:
+        """How long it waited for a slot."""
+        return self.admitted - self.arrived
+
+    @property
     def writes(self) -> bool:
         """Whether all is read but the token that was written last."""
         return self.n_read == len(self.ids) - 1 and len(self.ids) > self.n_prompt
