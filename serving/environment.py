@@ -31,20 +31,6 @@ def read(kind: type[Settings], environment: Mapping[str, str]) -> Settings:
     return kind(**values)
 
 
-def write(settings: Any) -> dict[str, str]:
-    """Return the variables that give these settings again."""
-    return {
-        PREFIX + field.name.upper(): _text(getattr(settings, field.name))
-        for field in fields(settings)
-    }
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(value)
-    return "" if value is None else str(value)
-
-
 def _parsed(name: str, text: str, kind: Any) -> Any:
     kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     if type(None) in kinds and not text:
