@@ -1,0 +1,68 @@
+// The list of conversations: they are opened, renamed and removed here.
+
+import { byId, h, iconButton, notice } from "/static/dom.js";
+import * as store from "/static/store.js";
+import { t } from "/static/words.js";
+
+let chat;
+
+/** Let the list know the chat: { current(), answered(), open(conversation), stop() }. */
+export function startList(ofChat) {
+  chat = ofChat;
+}
+
+/** Show the list anew. */
+export function showList() {
+  byId("conversation-list").replaceChildren(...store.conversations().map(entry));
+}
+
+function entry(conversation) {
+  const title = conversation.title || t("untitled");
+  const isCurrent = conversation.id === chat.current().id;
+  const select = () => chat.open(isAnswered(conversation) ? chat.answered() : conversation);
+  const line = h("li", { class: isCurrent ? "current" : "" });
+  const name = h("button", { type: "button", class: "name", dir: "auto", onclick: select, title }, title);
+  if (isCurrent) name.setAttribute("aria-current", "true");
+  line.append(
+    name,
+    iconButton("i-edit", t("rename"), () => rename(line, conversation)),
+    iconButton("i-remove", t("remove"), () => remove(conversation)),
+  );
+  return line;
+}
+
+function rename(line, conversation) {
+  const field = h("input", { type: "text", "aria-label": t("rename"), maxlength: 200 });
+  field.value = conversation.title;
+  let isOver = false;
+  const end = (isMeant) => {
+    if (isOver) return;
+    isOver = true;
+    const current = chat.current();
+    const named = conversation.id === current.id ? current : conversation;
+    if (isMeant && field.value.trim()) named.title = field.value.trim();
+    store.keepConversation(named);
+    showList();
+  };
+  field.addEventListener("keydown", (event) => {
+    if (event.key === "Enter") end(true);
+    if (event.key === "Escape") end(false);
+    event.stopPropagation();
+  });
+  field.addEventListener("blur", () => end(true));
+  line.replaceChildren(field);
+  field.select();
+}
+
+function remove(conversation) {
+  if (isAnswered(conversation)) chat.stop();
+  store.removeConversation(conversation.id);
+  if (conversation.id === chat.current().id) chat.open(store.newConversation());
+  else showList();
+  notice(t("removed"), t("undo"), () => {
+    store.keepConversation(conversation);
+    chat.open(conversation);
+  });
+}
+
+const isAnswered = (conversation) => chat.answered()?.id === conversation.id;

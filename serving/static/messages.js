@@ -1,0 +1,117 @@
+// How the messages of a conversation are drawn, the one that is being written among them.
+//
+// What their buttons do is the chat's: `does` is { edit(index), again(), forget(), turn(message, by) }.
+
+import { copy, h, iconButton, notice } from "/static/dom.js";
+import { failureText } from "/static/failures.js";
+import { show } from "/static/markdown.js";
+import { model, modeOf } from "/static/models.js";
+import { number, t } from "/static/words.js";
+
+/** Return the elements of a conversation; `running` learns where its version is drawn. */
+export function drawn(conversation, running, does) {
+  const { messages } = conversation;
+  if (!messages.length) return [welcome()];
+  return messages.flatMap((message, index) => {
+    const line = index && index === conversation.from ? [h("p", { class: "line" }, t("forgotten"))] : [];
+    const isMine = message.role === "user";
+    const label = t(isMine ? "you" : "answer");
+    const body = isMine
+      ? userBody(message, index, does)
+      : answerBody(message, message === messages.at(-1), conversation, running, does);
+    return [...line, h("article", { class: isMine ? "mine" : "theirs", "aria-label": label }, body)];
+  });
+}
+
+/** Draw what has come of the version that is being written. */
+export function drawRunning({ element, facts, version }) {
+  if (version.text) show(element, version.text);
+  else element.replaceChildren(h("p", { class: "note waiting" }, t("thinking")));
+  if (version.text && element.firstElementChild?.classList.contains("waiting")) element.firstChild.remove();
+  facts.textContent = factsText(version);
+}
+
+function welcome() {
+  const name = model()?.id ?? "";
+  const isTaught = !model() || modeOf(model()) === "chat";
+  const more = isTaught ? [] : [h("p", { class: "note" }, t("chatUntaught"))];
+  return h("div", { class: "welcome" }, h("h1", {}, t("chatEmpty", { model: name })), ...more);
+}
+
+function userBody(message, index, does) {
+  const actions = h(
+    "div",
+    { class: "actions" },
+    copyButton(() => message.text),
+    iconButton("i-edit", t("edit"), () => does.edit(index)),
+  );
+  return [h("div", { class: "bubble", dir: "auto" }, message.text), actions];
+}
+
+function answerBody(message, isLast, conversation, running, does) {
+  const version = message.versions[message.shown] ?? { text: "" };
+  const text = h("div", { class: "text" });
+  if (running?.version === version) {
+    running.element = text;
+    running.facts = h("span", { class: "note facts" });
+    drawRunning(running);
+    return [text, h("div", { class: "actions" }, running.facts)];
+  }
+  show(text, version.text);
+  if (!version.text && version.finish) text.append(h("p", { class: "note" }, t("nothingSaid")));
+  const failure = version.failure ? [failureBox(version.failure, isLast, conversation, does)] : [];
+  return [text, ...failure, answerActions(message, version, isLast, does)];
+}
+
+function answerActions(message, version, isLast, does) {
+  const actions = h("div", { class: "actions" });
+  if (version.text) actions.append(copyButton(() => version.text));
+  if (isLast && !version.failure) actions.append(iconButton("i-again", t("again"), does.again));
+  if (message.versions.length > 1) actions.append(...versionButtons(message, does));
+  actions.append(h("span", { class: "note facts" }, factsText(version)));
+  return actions;
+}
+
+function versionButtons(message, does) {
+  const { versions, shown } = message;
+  const turn = (by) => () => does.turn(message, by);
+  return [
+    iconButton("i-left", t("earlier"), turn(-1), { disabled: shown === 0 }),
+    h("span", { class: "note" }, `${shown + 1}/${versions.length}`),
+    iconButton("i-right", t("later"), turn(1), { disabled: shown === versions.length - 1 }),
+  ];
+}
+
+function copyButton(text) {
+  return iconButton("i-copy", t("copy"), async () => {
+    await copy(text());
+    notice(t("copied"));
+  });
+}
+
+/** Return what a failure is called, and what can be done about it where it came last. */
+function failureBox(failure, isLast, conversation, does) {
+  const box = h("div", { class: "failure", role: "alert" }, h("p", {}, failureText(failure)));
+  if (!isLast) return box;
+  const button = (label, action) => h("button", { type: "button", onclick: action }, label);
+  const last = conversation.messages.length - 2;
+  const isLater = ({ role }, i) => role === "user" && i > conversation.from && i <= last;
+  if (failure.kind === "context" && conversation.messages.some(isLater)) {
+    box.append(button(t("forgetOldest"), does.forget));
+  } else if (failure.kind !== "context") {
+    box.append(button(t("tryAgain"), does.again));
+  }
+  return box;
+}
+
+function factsText({ facts, finish }) {
+  const told = [];
+  if (facts) {
+    told.push(t("tokens", { n: number(facts.tokens) }));
+    if (facts.perSecond) told.push(t("perSecond", { n: number(facts.perSecond, facts.perSecond < 10 ? 1 : 0) }));
+    told.push(t("first", { n: number(facts.first, 2) }));
+  }
+  if (finish === "length") told.push(t("cutLength"));
+  if (finish === "stopped") told.push(t("stopped"));
+  return told.join(" · ");
+}
