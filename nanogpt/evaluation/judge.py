@@ -33,8 +33,12 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 3  # the later ones at a temperature, for the judge to find other words
 ANSWER_TOKENS = 32
 TIMEOUT_S = 120.0
-_NUMBER = re.compile(r"(?<![\d.,/-])\d{1,3}(?!\d|[.,]\d)")
 _OUT_OF = re.compile(r"\s*(/|out of)\s*100\b")
+# a number that ends its line or its part of a sentence, but for the `1.` that begins a list
+_SCORE = re.compile(
+    r"(?<![\w.,/–-])(?!1[.)]\s+\w)(\d{1,3})(?:\s*%|\s+points?\b)?(?=[^\w\s/–-]*(?:\s*$|[.,;]\s))",
+    re.MULTILINE,
+)
 PROMPT = """You are grading a reply to an instruction.
 
 Instruction:
@@ -150,10 +154,13 @@ def _score(judge: Judge, messages: Conversation, said: str, key: str, path: Path
 def read_score(answer: str) -> int | None:
     """Return the one whole number from 0 to 100 in an answer, None for anything else.
 
-    `85`, `Score: 85`, `85/100` and `**85**` are 85; `8.5` and `between 70 and 80` are nothing.
+    `85`, `Score: 85`, `85/100` and `**85**` are 85; `8.5`, `8/10`, `70-80` and `2 mistakes` are
+    nothing.
     """
-    found = {int(number) for number in _NUMBER.findall(_OUT_OF.sub("", answer))}
-    return found.pop() if len(found) == 1 and max(found) <= 100 else None
+    text = _OUT_OF.sub(".", answer)
+    found = [int(match[1]) for match in _SCORE.finditer(text)]
+    is_one = len(set(found)) == 1 and len(found) == len(re.findall(r"\d+", text))
+    return found[0] if is_one and found[0] <= 100 else None
 
 
 def read_answers(path: Path) -> dict[str, int]:
