@@ -81,6 +81,58 @@ def answers(tmp_path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (tmp_path / "judge.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("end", ["\n", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"instruction": "a", "score": 1}\n{"instruction": "b", "score": 2}',
+        '{"key": "a", "response": "b"}',
+        '{"key": "mine", "score": 1}\n{"key": "mine", "score"',
+        f'{{"key": "{"0" * 64}", "score": "high"}}',
+        '[\n{"key": "a", "score": 1}\n]',
+        "a text of one's own",
+    ],
+)
+def test_a_file_of_something_else_is_refused_and_left_as_it_is(
+    text: str,
+    end: str,
+    arguments: list[str],
+    judge: FakeJudge,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text(text + end)
+    assert f"{path}, line 1 is no answer of a judge" in fails(
+        [*arguments, "--answers", str(path)], capsys
+    )
+    assert path.read_text() == text + end
+    assert not judge.asked
+
+
+def test_answers_without_a_last_newline_are_all_kept(
+    judge: FakeJudge, arguments: list[str], tmp_path: Path
+) -> None:
+    assert main(arguments) == 0
+    path = tmp_path / "judge.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])  # by an editor
+    assert main(arguments) == 0
+    assert len(judge.asked) == 3
+    assert path.read_bytes() == whole
+
+
+def test_a_torn_first_answer_is_asked_for_again(
+    judge: FakeJudge, arguments: list[str], tmp_path: Path
+) -> None:
+    assert main(arguments) == 0
+    path = tmp_path / "judge.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole.partition(b"\n")[0][:-5])
+    assert main(arguments) == 0
+    assert path.read_bytes() == whole
+
+
 def test_replies_are_scored_and_answers_kept_word_for_word(
     judge: FakeJudge, arguments: list[str], tmp_path: Path
 ) -> None:

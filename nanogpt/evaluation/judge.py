@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from nanogpt.checkpoint import Checkpoint, weights_sha256
-from nanogpt.evaluation.examples import read_rows
 from nanogpt.evaluation.instructions import Conversation, reply, template_of
 from nanogpt.evaluation.results import Results, mean_and_error
 
@@ -39,6 +38,7 @@ _SCORE = re.compile(
     r"(?<![\w.,/–-])(?!1[.)]\s+\w)(\d{1,3})(?:\s*%|\s+points?\b)?(?=[^\w\s/–-]*(?:\s*$|[.,;]\s))",
     re.MULTILINE,
 )
+_BEGINNING = re.compile(rb'\{"key": "[0-9a-f]{64}", "score": ')  # of every answer that is kept
 PROMPT = """You are grading a reply to an instruction.
 
 Instruction:
@@ -164,15 +164,45 @@ def read_score(answer: str) -> int | None:
 
 
 def read_answers(path: Path) -> dict[str, int]:
-    """Return the scores that a file of answers has, by key; a torn last line counts for nothing."""
+    """Return the scores that a file of answers has, by key, and make it end with a whole line.
+
+    What a kill left of a last line is cut off. Raises ValueError, and leaves the file as it is, for
+    one that has anything but answers.
+    """
     if not path.is_file():
         return {}
     text = path.read_bytes()
-    whole = text.rpartition(b"\n")[0]
-    if len(whole) + 1 < len(text):  # of a kill: the next answer begins a line of its own
-        os.truncate(path, len(whole) + 1 if whole else 0)
-    rows = [row for _, row in read_rows(path)]
-    return {row["key"]: row["score"] for row in rows if isinstance(row.get("score"), int)}
+    *lines, last = text.split(b"\n")
+    rows = [_row(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if last and (rows or _BEGINNING.match(last)) and _json(last) is None:
+        os.truncate(path, len(text) - len(last))
+    elif last.strip():
+        rows.append(_row(last, f"{path}, line {len(lines) + 1}"))
+        with path.open("ab") as file:
+            file.write(b"\n")
+    return {row["key"]: row["score"] for row in rows if row["score"] is not None}
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    """Return what `_score` has written; raises ValueError where it has not."""
+    row = _json(line)
+    if (
+        not isinstance(row, dict)
+        or not re.fullmatch("[0-9a-f]{64}", str(row.get("key")))
+        or not isinstance(row.get("score", ""), int | None)
+    ):
+        raise ValueError(
+            f"{where} is no answer of a judge; pass --answers FILE, a new file or one of answers"
+        )
+    return row
+
+
+def _json(line: bytes) -> Any:
+    """Return what a line says, None where it is not JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:
