@@ -39,10 +39,17 @@ def judge() -> Iterator[FakeJudge]:
             fake.asked.append(json.loads(body))
             fake.keys.append(self.headers["Authorization"])
             said = fake.answers.pop(0) if len(fake.answers) > 1 else fake.answers[0]
-            answer = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
-            self.send_response(500 if said == "broken" else 200)
+            echo = {"error": f"with {self.headers['Authorization']}"}
+            completion = {"choices": [{"message": {"content": said}}]}
+            answer = json.dumps(echo if said in ("broken", "other") else completion).encode()
+            self.send_response({"broken": 500, "moved": 302}.get(said, 200))
+            self.send_header("Location", f"{fake.url}/elsewhere")
             self.end_headers()
             self.wfile.write(b"not JSON" if said == "no JSON" else answer)
+
+        def do_GET(self) -> None:  # after a redirect
+            fake.keys.append(self.headers["Authorization"])
+            self.send_error(404)
 
         def log_message(self, *args: Any) -> None:
             pass
@@ -181,7 +188,12 @@ def test_nonsense_ends_in_a_sentence_and_loses_nothing(
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"), [("broken", "refused with 500"), ("no JSON", "did not answer in JSON")]
+    ("answer", "message"),
+    [
+        ("broken", "refused with 500"),
+        ("no JSON", "did not answer in JSON"),
+        ("other", "no chat completion"),
+    ],
 )
 def test_a_broken_judge_is_one_sentence(
     answer: str,
@@ -191,7 +203,44 @@ def test_a_broken_judge_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     judge.answers = [answer]
-    assert message in fails(arguments, capsys)
+    sentence = fails(arguments, capsys)
+    assert message in sentence
+    assert "sk-mine" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--judge-key", "sk-mi\nne", "has characters that no key has"),
+        ("--judge-key", "sk-mine…", "has characters that no key has"),
+        ("--judge-url", "no address", "'no address' is no address; pass http"),
+        ("--judge-url", "http://[::1", "'http://[::1' is no address; pass http"),
+        ("--judge-url", "http://127.0.0.1:port/v1", "is no address; pass http"),
+        ("--judge-url", "http:///v1", "is no address; pass http"),
+        ("--judge-url", "http://127.0.0.1:9/é", "cannot be asked; mend --judge-url"),
+    ],
+)
+def test_an_address_or_a_key_that_is_none_is_one_sentence(
+    option: str, value: str, message: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentence = fails([*arguments, option, value], capsys)
+    assert message in sentence
+    assert "sk-mi" not in sentence
+
+
+def test_the_white_space_around_a_key_is_no_part_of_it(
+    judge: FakeJudge, arguments: list[str]
+) -> None:
+    assert main([*arguments, "--judge-key", " sk-mine\r\n"]) == 0
+    assert judge.keys == ["Bearer sk-mine"] * 3
+
+
+def test_a_key_does_not_follow_a_redirect(
+    judge: FakeJudge, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge.answers = ["moved"]
+    assert "refused with 404" in fails(arguments, capsys)
+    assert judge.keys == ["Bearer sk-mine", None]
 
 
 def test_a_judge_that_is_not_there_is_one_sentence(
@@ -199,8 +248,6 @@ def test_a_judge_that_is_not_there_is_one_sentence(
 ) -> None:
     arguments[arguments.index("--judge-url") + 1] = "http://127.0.0.1:9/v1"
     assert "cannot be reached" in fails(arguments, capsys)
-    arguments[arguments.index("--judge-url") + 1] = "no address"
-    assert "'no address' is no address; pass http" in fails(arguments, capsys)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ import logging
 import os
 import re
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,48 +61,72 @@ class Judge:
 
     url: str
     model: str
-    key: str = ""
+    key: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
+        object.__setattr__(self, "key", self.key.strip())  # of a file's line end
+        if not _is_address(self.url):
             raise ValueError(f"--judge-url {self.url!r} is no address; pass http://HOST:PORT/v1")
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise ValueError(
+                "--judge-key (or OPENAI_API_KEY) has characters that no key has; copy it anew"
+            )
 
     def ask(self, prompt: str, temperature: float = 0.0) -> str:
         """Return the judge's answer; raises ConnectionError, with the address, where none comes."""
-        address = f"{self.url.rstrip('/')}/chat/completions"
+        request = self._request(prompt, temperature)
+        judge = f"the judge at {request.full_url}"
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+                text = response.read()
+        except urllib.error.HTTPError as error:
+            said = self._without_key(error.read().decode("utf-8", "replace"))[:300]
+            raise ConnectionError(f"{judge} refused with {error.code}: {said}") from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise ConnectionError(
+                f"{judge} cannot be reached ({reason}); start it or mend --judge-url"
+            ) from error
+        except ValueError as error:  # its text may quote a header
+            raise ConnectionError(f"{judge} cannot be asked; mend --judge-url") from error
+        try:
+            answered = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConnectionError(f"{judge} did not answer in JSON ({error})") from error
+        try:
+            return str(answered["choices"][0]["message"]["content"] or "")
+        except (LookupError, TypeError) as error:
+            said = self._without_key(str(answered))[:200]
+            raise ConnectionError(f"{judge} answered {said}, no chat completion") from error
+
+    def _request(self, prompt: str, temperature: float) -> urllib.request.Request:
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": temperature,
             "max_tokens": ANSWER_TOKENS,
         }
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        try:
-            request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-                answered = json.load(response)
-        except urllib.error.HTTPError as error:
-            said = error.read(300).decode("utf-8", "replace").replace("\n", " ")
-            raise ConnectionError(
-                f"the judge at {address} refused with {error.code}: {said}"
-            ) from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            raise ConnectionError(
-                f"the judge at {address} cannot be reached ({reason}); start it or mend --judge-url"
-            ) from error
-        except ValueError as error:
-            raise ConnectionError(
-                f"the judge at {address} did not answer in JSON ({error})"
-            ) from error
-        try:
-            return str(answered["choices"][0]["message"]["content"] or "")
-        except (LookupError, TypeError) as error:
-            raise ConnectionError(
-                f"the judge at {address} answered {str(answered)[:200]}, no chat completion"
-            ) from error
+        request = urllib.request.Request(
+            f"{self.url.rstrip('/')}/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        if self.key:  # for this address alone, whatever it redirects to
+            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
+        return request
+
+    def _without_key(self, said: str) -> str:
+        """Return a server's words in one line; some repeat what they were sent."""
+        line = " ".join(said.split())
+        return line.replace(self.key, "***") if self.key else line
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of brackets or a port
+        return False
 
 
 def evaluate(
