@@ -125,6 +125,30 @@ def test_a_task_in_process_gives_the_scores_of_our_harness_style(
         assert theirs[f"local_hellaswag_{name}"] == pytest.approx(ours[f"harness_{name}"])
 
 
+def test_figures_of_several_filters_keep_their_names() -> None:
+    from nanogpt.evaluation.harness import flat
+
+    found: dict[str, dict[str, Any]] = {
+        "gsm8k": {
+            "alias": "gsm8k",
+            "sample_len": 8,
+            "exact_match,strict-match": 0.25,
+            "exact_match_stderr,strict-match": 0.1,
+            "exact_match,flexible-extract": 0.5,
+            "exact_match_stderr,flexible-extract": "N/A",
+        },
+        "arc": {"acc,none": 0.75, "acc_stderr,none": 0.2},
+    }
+    assert flat(found) == {
+        "gsm8k_examples": 8,
+        "gsm8k_exact_match_strict-match": 0.25,
+        "gsm8k_exact_match_strict-match_stderr": 0.1,
+        "gsm8k_exact_match_flexible-extract": 0.5,
+        "arc_acc": 0.75,
+        "arc_acc_stderr": 0.2,
+    }
+
+
 def test_an_unknown_task_is_one_sentence(
     checkpoint_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -161,12 +161,18 @@ def find_tasks(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
 
 
 def flat(found: dict[str, dict[str, Any]]) -> Results:
-    """Return figures by one name: `{"arc_easy": {"acc,none": 0.5}}` as `{"arc_easy_acc": 0.5}`."""
+    """Return figures by one name, with that of their filter where they have one.
+
+    >>> flat({"arc": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "gsm8k": {"exact,strict": 0.2}})
+    {'arc_acc': 0.5, 'arc_acc_stderr': 0.1, 'gsm8k_exact_strict': 0.2}
+    """
     results: Results = {}
     for task, figures in found.items():
         for name, value in figures.items():
-            metric = "examples" if name == "sample_len" else name.partition(",")[0]
+            metric, _, filtered_by = name.partition(",")
+            parts = [task, "examples" if name == "sample_len" else metric.removesuffix(STDERR)]
+            if filtered_by not in ("", "none"):
+                parts.append(filtered_by)
             if isinstance(value, int | float) and not isinstance(value, bool):
-                is_error = metric.endswith(STDERR)
-                results[f"{task}_{metric.removesuffix(STDERR)}{STDERR if is_error else ''}"] = value
+                results["_".join(parts) + STDERR * metric.endswith(STDERR)] = value
     return results
