@@ -123,6 +123,24 @@ def test_a_task_in_process_gives_the_scores_of_our_harness_style(
     assert theirs["local_hellaswag_examples"] == ours["examples"] == 12
     for name in ("acc", "acc_norm"):
         assert theirs[f"local_hellaswag_{name}"] == pytest.approx(ours[f"harness_{name}"])
+        error = theirs[f"local_hellaswag_{name}_stderr"]
+        assert error == pytest.approx(ours[f"harness_{name}_stderr"])
+
+
+def test_a_figure_without_a_formula_for_its_error_is_resampled(
+    checkpoint_path: Path, items_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = TASK.format(path=items_path).replace("multiple_choice", "loglikelihood")
+    text = text.partition("doc_to_target")[0].replace("local_hellaswag", "words")
+    (tmp_path / "words.yaml").write_text(text + 'doc_to_target: "{{ctx_b}}"\n')
+    out = tmp_path / "out.json"
+    folder = ["--include-path", str(tmp_path), "--json", str(out)]
+    assert (
+        main([str(checkpoint_path), "--task", "harness", "--harness-tasks", "words", *folder]) == 0
+    )
+    [row] = json.loads(out.read_text())
+    assert row["results"]["words_perplexity_stderr"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == 2  # the table alone
 
 
 def test_figures_of_several_filters_keep_their_names() -> None:

@@ -9,8 +9,11 @@ or, for what only its own interface offers:
     lm_eval.simple_evaluate(HarnessModel(load_checkpoint("RUN")), tasks=["arc_easy"])
 """
 
+import os
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ except ImportError as error:
     ) from error
 
 MAX_NEW_TOKENS = 256  # where a task does not say
+RESAMPLES = 100  # where a standard error has no formula; those of means have one
 
 
 class HarnessModel(TemplateLM):
@@ -132,9 +136,11 @@ def evaluate(
     """Return the harness's figures as `<task>_<metric>`; raises ValueError for an unknown task."""
     manager = find_tasks(tasks, include_path)
     model: Any = HarnessModel(checkpoint, batch_size)
-    found = lm_eval.simple_evaluate(
-        model, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0
-    )
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # so few resamples are one worker's
+    with redirect_stdout(sys.stderr):  # standard output is the table's
+        found = lm_eval.simple_evaluate(
+            model, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=RESAMPLES
+        )
     return flat(found["results"])
 
 
