@@ -167,6 +167,40 @@ def test_figures_of_several_filters_keep_their_names() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "found", "broken", "message"),
+    [
+        ("items.jsonl", '{"activity_label"', '{oops, "activity_label"', "JSON parse error"),
+        ("local_hellaswag.yaml", "{{ctx_a}}", "{{ctx_a.no.thing}}", "has no attribute 'no'"),
+        ("local_hellaswag.yaml", "acc_norm}]", "acc_norm", "local_hellaswag.yaml cannot be read"),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_one_sentence(
+    name: str,
+    found: str,
+    broken: str,
+    message: str,
+    checkpoint_path: Path,
+    items_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from nanogpt.evaluation import harness
+
+    own = partial(harness.TaskManager, include_defaults=False)
+    monkeypatch.setattr(harness, "TaskManager", own)
+    path = tmp_path / name
+    path.write_text(path.read_text().replace(found, broken, 1))
+    folder = ["--include-path", str(tmp_path)]
+    asked = ["--task", "harness", "--harness-tasks", "local_hellaswag", *folder]
+    assert main([str(checkpoint_path), *asked]) == 1
+    [sentence] = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("nanogpt")
+    ]
+    assert message in sentence
+
+
 def test_an_unknown_task_is_one_sentence(
     checkpoint_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nanogpt.checkpoint import Checkpoint
+from nanogpt.command import first_line
 from nanogpt.evaluation.results import STDERR, Results
 from nanogpt.evaluation.scoring import BATCH_SIZE, Question, answer
 from nanogpt.generation import generate
@@ -133,15 +136,35 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Results:
-    """Return the harness's figures as `<task>_<metric>`; raises ValueError for an unknown task."""
+    """Return the harness's figures as `<task>_<metric>`.
+
+    Raises ValueError for an unknown task and for one that cannot be run.
+    """
     manager = find_tasks(tasks, include_path)
     model: Any = HarnessModel(checkpoint, batch_size)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # so few resamples are one worker's
-    with redirect_stdout(sys.stderr):  # standard output is the table's
-        found = lm_eval.simple_evaluate(
-            model, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=RESAMPLES
-        )
+    try:
+        with redirect_stdout(sys.stderr):  # standard output is the table's
+            found = lm_eval.simple_evaluate(
+                model,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=RESAMPLES,
+            )
+    except Exception as error:  # of the harness, datasets, jinja2 or a task's own code
+        raise ValueError(
+            f"lm-evaluation-harness could not run {','.join(tasks)} ({_cause(error)}); look at the "
+            "task files and their data"
+        ) from error
     return flat(found["results"])
+
+
+def _cause(error: BaseException) -> str:
+    """Return what has led to an error: datasets alone says that there was one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def find_tasks(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
@@ -160,10 +183,21 @@ def find_tasks(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
     for name in tasks:
         if not manager.match_tasks([name]):
             raise ValueError(
-                f"lm-evaluation-harness has no task {name!r}; `lm-eval ls tasks` lists them, "
-                "--include-path DIR adds some"
+                f"lm-evaluation-harness has no task {name!r}{_unreadable(include_path)}; "
+                "`lm-eval ls tasks` lists them, --include-path DIR adds some"
             )
     return manager
+
+
+def _unreadable(folder: Path | None) -> str:
+    """Return which task file of a folder is no YAML, which the harness passes over in silence."""
+    for path in [] if folder is None else sorted(folder.glob("**/*.yaml")):
+        try:
+            with path.open("rb") as file:
+                yaml.compose(file)
+        except (yaml.YAMLError, OSError) as error:
+            return f", and {path} cannot be read ({' '.join(str(error).split())})"
+    return ""
 
 
 def flat(found: dict[str, dict[str, Any]]) -> Results:
