@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from nanogpt.evaluation.results import Line, Row, figure, lines
 
-# figures that are worth a panel, and how they are called; others are facts or follow from these
+# how figures are called and in which order they come; then follow, under their own names, those
+# that have a standard error, such as those of the harness's tasks; the rest are facts
 PANELS = {
     "acc": "accuracy",
     "acc_norm": "accuracy, normalised by length",
@@ -31,8 +32,16 @@ svg { background: var(--page); font-family: system-ui, sans-serif; }
 
 
 def picture(rows: Sequence[Row]) -> str:
-    """Return an SVG document that stands alone, light or dark as its reader's screen."""
+    """Return an SVG document that stands alone, light or dark as its reader's screen.
+
+    Raises ValueError where there is nothing to draw.
+    """
     drawn = draw(rows)
+    if not drawn:
+        raise ValueError(
+            "there is nothing to draw, as no figure has a standard error; the table has them all: "
+            "leave --picture out, or score more than one example"
+        )
     return drawn.replace(">", f' xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style>', 1)
 
 
@@ -40,16 +49,19 @@ def draw(rows: Sequence[Row]) -> str:
     """Return an `<svg>` in the colours of the page around it: a panel per figure.
 
     A checkpoint is a dot with a bar of one standard error, a baseline or a published figure a ring.
+    Nothing is returned where there is nothing to draw.
     """
     told = lines(rows)
-    names = [name for name in PANELS if any(name in line.figures for line in told)]
+    names = _names(told)
+    if not names:
+        return ""
     parts, y = [], 6.0
     for name in names:
         of_panel = [line for line in told if name in line.figures]
         parts.append(_panel(name, of_panel, y))
         y += TITLE + ROW * len(of_panel) + GAP
     alt = "; ".join(
-        f"{PANELS[name]}: "
+        f"{_title(name)}: "
         + ", ".join(
             f"{line.who} {figure(*line.figures[name])}" for line in told if name in line.figures
         )
@@ -57,9 +69,23 @@ def draw(rows: Sequence[Row]) -> str:
     )
     width = WIDTH + 2 * EDGE
     return (
-        f'<svg viewBox="{-EDGE} 0 {width} {max(y, 1):g}" style="max-width: {width}px" role="img" '
+        f'<svg viewBox="{-EDGE} 0 {width} {y:g}" style="max-width: {width}px" role="img" '
         f'aria-label="{html.escape(alt)}" font-size="13">{"".join(parts)}</svg>'
     )
+
+
+def _names(told: Sequence[Line]) -> list[str]:
+    """Return the figures that have a panel, the known ones first."""
+    errors = [(name, error) for line in told for name, (_, error) in line.figures.items()]
+    names = {name for name, _ in errors}
+    uncertain = dict.fromkeys(name for name, error in errors if error is not None)
+    return [name for name in PANELS if name in names] + [
+        name for name in uncertain if name not in PANELS
+    ]
+
+
+def _title(name: str) -> str:
+    return PANELS.get(name, name.replace("_", " "))
 
 
 def _panel(name: str, told: Sequence[Line], top: float) -> str:
@@ -72,7 +98,7 @@ def _panel(name: str, told: Sequence[Line], top: float) -> str:
     def x_of(value: float) -> float:
         return NAMES + (WIDTH - NAMES - ROOM) * (value - low) / (high - low)
 
-    parts = [_text(0, top + 12, PANELS[name], "var(--ink)", weight=600)]
+    parts = [_text(0, top + 12, _title(name), "var(--ink)", weight=600)]
     for i, line in enumerate(told):
         y = top + TITLE + ROW * i + ROW / 2
         value, error = line.figures[name]

@@ -8,6 +8,8 @@ from nanogpt.evaluation.picture import draw
 from nanogpt.evaluation.results import Row, figure, lines
 from nanogpt.training.page import details, escape, section
 
+UNDRAWN = "<p>No figure has a standard error: there is nothing to draw.</p>"
+
 
 def evaluations_section(rows: Sequence[Row]) -> str:
     """Return the section of a run's rows, nothing where there are none."""
@@ -23,7 +25,7 @@ def evaluations_section(rows: Sequence[Row]) -> str:
 
 def _task(rows: Sequence[Row]) -> str:
     picture = f"<figure><figcaption><strong>{escape(rows[0]['task'])}</strong></figcaption>"
-    picture += f"{draw(rows)}</figure>"
+    picture += f"{draw(rows) or UNDRAWN}</figure>"
     return picture + details(f"{rows[0]['task']} in numbers", _table(rows))
 
 
