@@ -5,6 +5,7 @@ A run may be half written, or torn by a kill: what cannot be read is left out.
 
 import csv
 import json
+import os
 import math
 import time
 from collections.abc import Sequence
@@ -48,9 +49,11 @@ class Run:
 def find_runs(runs_dir: Path) -> list[Run]:
     """Return the runs under a directory, the newest first, at most 200."""
     found = []
-    for path in runs_dir.rglob("metrics.csv"):
-        with suppress(FileNotFoundError):  # removed while we looked
-            found.append((path.stat().st_mtime, path.parent))
+    for directory, _, files in os.walk(runs_dir):  # passes over what vanishes meanwhile
+        if "metrics.csv" in files:
+            path = Path(directory) / "metrics.csv"
+            with suppress(FileNotFoundError):
+                found.append((path.stat().st_mtime, path.parent))
     newest = sorted(found, key=lambda pair: pair[0], reverse=True)[:MOST_RUNS]
     return [_run(run_dir, runs_dir, updated) for updated, run_dir in newest]
 
