@@ -5,8 +5,8 @@ A run may be half written, or torn by a kill: what cannot be read is left out.
 
 import csv
 import json
-import os
 import math
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
