@@ -77,6 +77,18 @@ def test_stopping_keeps_what_is_there_and_frees_the_slot(page: Any, engine: Fake
     assert 3 <= len(answers(page)[0]) < 900
 
 
+def test_after_an_answer_in_another_conversation_one_can_send(
+    page: Any, engine: FakeEngine
+) -> None:
+    engine.reply, engine.delay_s = says("x" * 40), 0.02
+    page.fill("#chat-text", "Hello")
+    page.click("#send")
+    page.wait_for_selector(".theirs .text:has-text('xxx')")
+    page.click("#new-chat")
+    page.wait_for_selector("#chat-stop", state="hidden")
+    send(page, "Here")
+
+
 def test_the_whole_conversation_is_sent_with_its_system_prompt(
     page: Any, engine: FakeEngine
 ) -> None:

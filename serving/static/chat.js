@@ -169,6 +169,7 @@ async function answer(conversation) {
   }
   running = null;
   keep(conversation);
+  showButton();
   if (conversation === shown) {
     const follows = isAtEnd();
     render();
@@ -204,15 +205,20 @@ function render() {
   const follows = isGrowing && isAtEnd();
   log.setAttribute("aria-busy", String(isGrowing));
   log.replaceChildren(...drawn(shown, running, does));
+  showButton();
+  if (follows) scrollToEnd();
+}
+
+function showButton() {
   byId("send").hidden = running !== null;
   byId("chat-stop").hidden = running === null;
-  if (follows) scrollToEnd();
 }
 
 const does = {
   edit: (index) => !running && edit(index),
   again: () => !running && answer(shown),
   forget: () => {
+    if (running) return;
     shown.forgets = true;
     answer(shown);
   },
