@@ -82,9 +82,11 @@ def measure(options: argparse.Namespace) -> None:
         for reference, path in zip(options.checkpoints, paths, strict=True):
             rows.append(row(reference, path, options))
     finally:
-        if rows and processes.rank() == 0:
-            tell(rows, options)
-        processes.leave()
+        try:
+            if rows and processes.rank() == 0:
+                tell(rows, options)
+        finally:
+            processes.leave()
 
 
 def show_progress() -> None:
@@ -132,13 +134,13 @@ def add_to_report(
 
 
 def tell(rows: Sequence[Row], options: argparse.Namespace) -> None:
-    """Write the files that were asked for, and print the table."""
+    """Write the figures where that was asked for, print the table, and draw it."""
     if options.json is not None:
         write_rows(options.json, rows)
-    if options.picture is not None:
-        options.picture.write_text(picture(rows), encoding="utf-8")
     encoding = sys.stdout.encoding or "utf-8"
     print(table(rows).encode(encoding, "replace").decode(encoding))
+    if options.picture is not None:
+        options.picture.write_text(picture(rows), encoding="utf-8")
 
 
 def parser() -> argparse.ArgumentParser:

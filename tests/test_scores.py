@@ -299,6 +299,20 @@ def test_what_was_scored_before_a_failure_is_told(
     assert [row["checkpoint"] for row in json.loads(out.read_text())] == [str(good)]
 
 
+def test_the_table_is_there_where_nothing_can_be_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    path = saved(tmp_path / "a.ckpt", uniform(TOKENIZER))
+    monkeypatch.setattr(perplexity, "evaluate", lambda *_, **__: {"tokens": 3.0, "bytes": 0.0})
+    data = ["--task", "perplexity", "--data", str(tmp_path / "a.txt")]
+    assert main([str(path), *data, "--picture", str(tmp_path / "a.svg")]) == 1
+    said = capsys.readouterr()
+    assert "a.ckpt  perplexity" in said.out
+    assert len(said.err.splitlines()) == 1
+    assert not (tmp_path / "a.svg").exists()
+
+
 def test_a_hugging_face_directory_is_scored_as_its_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     path = saved(tmp_path / "a.ckpt", new_model())
