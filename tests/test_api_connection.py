@@ -153,5 +153,5 @@ def test_a_client_that_does_not_read_is_cut_off(
     with serve(engine, ApiSettings(write_s=0.2)) as url, connect(url) as stuck:
         stuck.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         assert eventually(lambda: lost, 30)
-    (record,) = [r for r in caplog.records if "too slowly" in r.message]
+    (record,) = [r for r in caplog.records if "it is cut off" in r.message]
     assert record.__dict__["fields"] == {"request_id": "stuck"}

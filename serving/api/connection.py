@@ -19,6 +19,7 @@ from serving.api.limits import Arrivals, busy
 from serving.api.logs import new_request_id
 from serving.api.metrics import Metrics
 from serving.api.settings import ApiSettings
+from serving.logs import of_request
 
 MAX_HEAD_BYTES = 2**16  # of a request line and its headers
 LOG_S = 1.0  # many refused at once are one line of the log
@@ -82,7 +83,6 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # writing pauses while anything is not taken
         self._door.arrivals.n += 1
         self._expect()
 
@@ -93,11 +93,15 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread = self.loop.call_later(self._door.settings.write_s, self._is_unread)
+        self._look_later()
 
     def resume_writing(self) -> None:
         self._taken()
         super().resume_writing()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._look_later()  # what is left of an answer does not pause the writing
 
     def data_received(self, data: bytes) -> None:
         self._n_head_bytes += len(data) if self._in_head else 0
@@ -112,6 +116,8 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._refused = False
+        if not self.transport.get_write_buffer_size():
+            self._taken()
         self._expect()
 
     def on_headers_complete(self) -> None:
@@ -163,13 +169,20 @@ class Connection(HttpToolsProtocol):
         else:  # the application waits for the body, and says so where it is late
             self._expect()
 
+    def _look_later(self) -> None:
+        if self._unread is None:
+            self._unread = self.loop.call_later(self._door.settings.write_s, self._look)
+
     def _taken(self) -> None:
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
 
-    def _is_unread(self) -> None:
+    def _look(self) -> None:
+        self._unread = None
+        if not self.transport.get_write_buffer_size():
+            return
         state = self.cycle.scope["state"] if self.cycle else {}
-        fields = {"request_id": state.get("request_id", "")}
-        log.warning("a client read too slowly; it is cut off", extra={"fields": fields})
+        extra = of_request(state.get("request_id", ""))
+        log.warning("a client read too slowly; it is cut off", extra=extra)
         self.transport.abort()
