@@ -570,6 +570,21 @@ def test_a_model_with_more_than_its_share_makes_room_when_it_is_idle(tmp_path: P
     assert n_slots(asked) == {"b": 2, "c": 2}
 
 
+def test_newer_weights_of_an_evicted_model_are_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {name: tmp_path / name / "checkpoints" / "last.ckpt" for name in "ab"}
+    for path in paths.values():
+        write_model(path)
+    asked = Asked(tmp_path, max_models=2, cache_gb=0.5 * SLOT_BYTES / 1e9)
+    ask(asked, "a")
+    loaded = loads(monkeypatch, lambda: newer(asked, paths["a"]))
+    ask(asked, "b")
+    asked.settle()
+    assert [entry.id for entry in loaded] == ["b"]
+    assert list(asked.engine.runners) == ["b"]
+
+
 def test_a_file_that_is_no_checkpoint_fails_its_requests(tmp_path: Path) -> None:
     path = tmp_path / "run" / "last.ckpt"
     path.parent.mkdir()

@@ -34,6 +34,7 @@ from serving.engine.registry import Entry, Registry
 from serving.engine.requests import Refused, details, sequence
 from serving.engine.runner import Event, Runner
 from serving.engine.scheduler import Sequence
+from serving.logs import of_request
 
 IDLE_S = 0.5  # how often an idle engine looks up
 RETRY_S = 30.0  # how long a checkpoint that did not load is not tried again
@@ -134,7 +135,9 @@ class Engine:
 
     def models(self) -> Models:
         """Return the models that can be asked for."""
-        return Models([self._info(entry) for entry in self.registry.entries])
+        defaults = self.registry.default, self.registry.default_to_generate
+        default, to_generate = (entry.id if entry else None for entry in defaults)
+        return Models([self._info(e, default, to_generate) for e in self.registry.entries])
 
     def changed(self) -> None:
         """Heed that the registry found other checkpoints: load newer weights of those in use."""
@@ -153,19 +156,18 @@ class Engine:
         if runner is not None and runner.revision != entry.revision:
             self._waiting.setdefault(entry.id, [])
 
-    def _info(self, entry: Entry) -> ModelInfo:
+    def _info(self, entry: Entry, default: str | None, to_generate: str | None) -> ModelInfo:
         """Return what is told of a model: of the weights that compute, until newer ones do."""
         runner = self.runners.get(entry.id)
         weights = runner or entry
-        default, generator = self.registry.default, self.registry.default_to_generate
         return ModelInfo(
             id=entry.id,
             aliases=list(entry.aliases),
             created=weights.created,
             revision=weights.revision,
             loaded=runner is not None,
-            default=default is not None and entry.id == default.id,
-            default_to_generate=generator is not None and entry.id == generator.id,
+            default=entry.id == default,
+            default_to_generate=entry.id == to_generate,
         )
 
     def _accept(self, client: object, request: Generate | Score | Classify | Describe) -> None:
@@ -220,6 +222,8 @@ class Engine:
             oldest = min(idle, key=lambda runner: runner.used)
             log.info("evicting %s", oldest.id)
             del self.runners[oldest.id]
+            if self._waiting.get(oldest.id) == []:
+                del self._waiting[oldest.id]  # nobody asks for its newer weights
         return bool(idle)
 
     def _load(self, entry: Entry, cache_bytes: float) -> None:
@@ -264,7 +268,7 @@ class Engine:
         except Refused as refused:
             self._refuse(client, request.request_id, refused.kind, str(refused))
         except Exception as error:
-            log.exception("%s could not be taken", request.request_id)
+            log.exception("a request was not taken", extra=of_request(request.request_id))
             why = f"The request could not be taken ({type(error).__name__}: {error})."
             self._refuse(client, request.request_id, "internal", why)
 
