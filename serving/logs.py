@@ -24,6 +24,11 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+def of_request(request_id: str) -> dict[str, dict[str, str]]:
+    """Return a log line's `extra` that says which request it is about."""
+    return {"fields": {"request_id": request_id}}
+
+
 def configure() -> None:
     """Send all logging of this process to standard error as JSON."""
     handler = logging.StreamHandler(sys.stderr)

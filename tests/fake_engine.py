@@ -66,7 +66,9 @@ class FakeEngine:
             "labels": labels,
             "stage": stage,
         }
-        self.models = [ModelInfo("tiny", ["run/tiny", "tiny.ckpt"], 1_700_000_000, "1", True, True)]
+        self.models = [
+            ModelInfo("tiny", ["run/tiny", "tiny.ckpt"], 1_700_000_000, "1", True, True, True)
+        ]
         self.requests: list[Message] = []
         self.cancelled: list[str] = []
         self._answering: dict[str, asyncio.Task[None]] = {}

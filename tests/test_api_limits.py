@@ -108,8 +108,10 @@ def test_nothing_waits_longer_for_the_engine(
 ) -> None:
     engine = SilentEngine(f"unix:{tmp_path}/e", labels=labels)
     with serve(engine, ApiSettings(queue_s=0.2)) as url:
+        assert eventually(lambda: httpx.get(f"{url}/v1/models/tiny").status_code == 200)
         answer = httpx.post(url + path, json=body)
         asked = [m for m in engine.requests if isinstance(m, Generate | Score | Classify)]
+        assert asked
         assert eventually(lambda: len(engine.cancelled) == len(asked))
     assert answer.status_code == 503
     assert answer.headers["retry-after"]

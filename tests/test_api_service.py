@@ -79,7 +79,9 @@ def test_while_the_engine_starts_models_are_not_there_yet(
 
 def test_who_names_no_model_has_texts_from_one_that_generates(tmp_path: Path) -> None:
     engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("a"))
-    classifier = ModelInfo("spam", [], 2, "2", loaded=False, default=True)
+    classifier = ModelInfo(
+        "spam", [], 2, "2", loaded=False, default=True, default_to_generate=False
+    )
     engine.models = [
         classifier,
         replace(engine.models[0], default=False, default_to_generate=True),
@@ -91,6 +93,8 @@ def test_who_names_no_model_has_texts_from_one_that_generates(tmp_path: Path) ->
             httpx.post(f"{url}/v1/chat/completions", json={"model": "", "messages": messages}),
         ]
         httpx.post(f"{url}/classify", json={"input": "x"})
+        counted = httpx.post(f"{url}/tokenize", json={"messages": messages}).json()
+        assert counted["count"] == told[1].json()["usage"]["prompt_tokens"]
     assert [answer.json()["model"] for answer in told] == ["tiny", "tiny"]
     described = [message.model for message in engine.requests if isinstance(message, Describe)]
     assert described == ["tiny", "spam"]

@@ -28,7 +28,7 @@ NONE = Histogram([0.1, 1.0], [1, 2, 3], 2.5)
 MESSAGES: list[Message] = [
     Generate("a", "m", [1, 2], SamplingParams(5, seed=2**63, logit_bias={7: -1.5}, stop_ids=(3,))),
     Tokens("a", [4], [-0.1], [[4, 5]], [[-0.1, -2.0]]),
-    Models([ModelInfo("m", ["n"], 3, "r", True, False)]),
+    Models([ModelInfo("m", ["n"], 3, "r", True, False, False)]),
     Stats("s", 4, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8, NONE, NONE, NONE, "cpu", "fp32", 2),
 ]
 

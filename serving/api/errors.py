@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.engine.client import EngineError
 from serving.engine.messages import FailureKind
+from serving.logs import of_request
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def of_any(error: Exception, request_id: str) -> ApiError:
         return of_engine(error)
     if isinstance(error, ClientDisconnect):
         return ApiError(499, "The client left.")  # for the log: nobody reads it
-    log.error("a request failed", exc_info=error, extra={"fields": {"request_id": request_id}})
+    log.error("a request failed", exc_info=error, extra=of_request(request_id))
     return ApiError(500, "The server failed on this request; its log says why.")
 
 

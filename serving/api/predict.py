@@ -67,7 +67,8 @@ async def predict(request: Request, body: PredictRequest) -> Response:
 @router.post("/tokenize")
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """Return the token ids of a text, or of a conversation with the assistant's turn opened."""
-    model = await front_end(request).load(request, body.model)
+    chats = bool(body.messages)
+    model = await front_end(request).load(request, body.model, to_generate=chats)
     text = body.content if body.prompt is None else body.prompt
     if body.messages:
         ids = await model.encode_chat(body.messages)

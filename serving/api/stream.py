@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from serving.api.errors import ApiError
 from serving.api.generation import Generation, Piece
 from serving.api.models import ServedModel
+from serving.logs import of_request
 
 DONE = b"data: [DONE]\n\n"
 PING_S = 15
@@ -78,8 +79,8 @@ class EventStream(EventSourceResponse):
         try:
             await super().__call__(scope, receive, send)
         except SendTimeoutError:
-            fields = {"request_id": scope["state"]["request_id"]}
-            log.warning("a client read too slowly; its answer ends", extra={"fields": fields})
+            extra = of_request(scope["state"]["request_id"])
+            log.warning("a client read too slowly; its answer ends", extra=extra)
         finally:
             with anyio.CancelScope(shield=True):
                 await self.generation.close()

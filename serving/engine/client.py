@@ -121,8 +121,7 @@ class EngineClient:
         if name:
             found = [model for model in models if name in (model.id, *model.aliases)]
         else:
-            generators = [m for m in models if to_generate and m.default_to_generate]
-            found = generators or [model for model in models if model.default]
+            found = [m for m in models if (m.default_to_generate if to_generate else m.default)]
         if found:
             return found[0]
         known = ", ".join(model.id for model in models)

@@ -356,7 +356,8 @@ struct Scratch {
     std::vector<A> wide, normed;
     std::vector<float> scores, gathered;
     Scratch(const Model& model, int rows)
-        : sums(int64_t(rows) * 4), wide(INPUT_BYTES / sizeof(A)),
+        : sums(int64_t(rows) * 4),
+          wide(model.dtype == INT8 && rows > WIDENED_ABOVE ? INPUT_BYTES / sizeof(A) : 0),
           normed(rows <= FEW ? int64_t(rows) * model.n_embd : 0), scores(model.block_size + 16),
           gathered(model.n_embd / model.n_head) {}
 };

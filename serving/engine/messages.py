@@ -210,7 +210,7 @@ class ModelInfo:
     revision: str
     loaded: bool
     default: bool  # of requests that name none
-    default_to_generate: bool = False  # of those for text, where another one is
+    default_to_generate: bool  # of those for text
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -63,8 +64,13 @@ class Registry:
     def _default_to_generate(self) -> Entry | None:
         """Return what is the default for answers in text: not the newest where it classifies."""
         newest = sorted(self.entries, key=lambda entry: entry.created, reverse=True)
-        generating = (entry for entry in newest if _generates(entry.path, entry.revision))
-        return self.default if self.default_name else next(generating, self.default)
+        if self.default_name:
+            return self.default
+        for entry in newest:
+            with suppress(OSError):
+                if _generates(entry.path, entry.revision):
+                    return entry
+        return self.default
 
     def find(self, name: str) -> Entry | None:
         """Return the entry of an id or alias."""
@@ -138,6 +144,8 @@ def _generates(path: Path, revision: str) -> bool:
     """Return whether a file is a language model's, not a classifier's nor broken."""
     try:
         return read_record(path)["labels"] is None
+    except OSError:  # may pass, and is not remembered
+        raise
     except Exception:  # whatever a file can do to its reader: it is told when it is asked for
         return False
 

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from serving.engine.messages import (
 )
 from serving.engine.sampling import Chosen
 from serving.engine.scheduler import Scheduler, Sequence
+from serving.logs import of_request
 
 LEAST_TOKENS = 8  # of a prompt that are read at a time where memory is short
 
@@ -126,7 +127,7 @@ class Runner:
             return False
         sequence.most_tokens = max(LEAST_TOKENS, len(span.ids) // 2)
         what = "out of memory; reading %d tokens at a time"
-        log.warning(what, sequence.most_tokens, extra=_fields(sequence))
+        log.warning(what, sequence.most_tokens, extra=of_request(sequence.request_id))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return True
@@ -178,7 +179,7 @@ class Runner:
     def _fail(self, sequence: Sequence, error: Exception) -> Event:
         self.scheduler.remove(sequence, clean=False)
         self.counters.failed += 1
-        log.error("a request failed", exc_info=error, extra=_fields(sequence))
+        log.error("a request failed", exc_info=error, extra=of_request(sequence.request_id))
         why = f"The answer could not be computed ({type(error).__name__}: {error})."
         kind: FailureKind = "overloaded" if is_out_of_memory(error) else "internal"
         return Event(sequence.client, Failed(sequence.request_id, kind, why))
@@ -221,19 +222,15 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
 
 
-def _fields(sequence: Sequence) -> dict[str, dict[str, str]]:
-    return {"fields": {"request_id": sequence.request_id}}
-
-
 def _tokens(sequence: Sequence, chosen: Chosen) -> Tokens:
     is_first = len(sequence.ids) == sequence.n_prompt + 1
-    tokens = Tokens(
+    told = chosen.logprob is not None
+    return Tokens(
         sequence.request_id,
         [chosen.token],
+        logprobs=[chosen.logprob] if chosen.logprob is not None else None,
+        top_ids=[chosen.top_ids] if told else None,
+        top_logprobs=[chosen.top_logprobs] if told else None,
         cached_tokens=sequence.n_cached if is_first else None,
         queue_s=sequence.queue_s if is_first else None,
     )
-    if chosen.logprob is None:
-        return tokens
-    top_ids, top_logprobs = [chosen.top_ids], [chosen.top_logprobs]
-    return replace(tokens, logprobs=[chosen.logprob], top_ids=top_ids, top_logprobs=top_logprobs)
