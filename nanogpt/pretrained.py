@@ -124,7 +124,7 @@ def _fetch(name: str, directory: Path) -> None:
     check_reachable(
         f"the weights of {repository}",
         f"run python -m nanogpt.prepare {name} on a connected machine and copy its {directory} "
-        f"here, or pass init_from=PATH of a local Hugging Face directory",
+        f"here, or pass the path of a local Hugging Face directory",
     )
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / ".lock"):

@@ -338,7 +338,7 @@ def test_without_a_network_one_sentence_says_what_to_do(
     assert str(caught.value) == (
         "the weights of openai-community/gpt2-medium cannot be fetched: HF_HUB_OFFLINE is set; run "
         f"python -m nanogpt.prepare gpt2-medium on a connected machine and copy its "
-        f"{tmp_path / 'weights' / 'gpt2-medium'} here, or pass init_from=PATH of a local Hugging "
+        f"{tmp_path / 'weights' / 'gpt2-medium'} here, or pass the path of a local Hugging "
         "Face directory"
     )
 
