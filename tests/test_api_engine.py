@@ -138,11 +138,13 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(
 @LINUX
 def test_an_engine_that_is_killed_is_started_again(client: openai.OpenAI) -> None:
     asked = {"model": "one", "prompt": PROMPT, "temperature": 0}
-    long = {"max_tokens": 240, "extra_body": {"ignore_eos": True}, "stream": True}
+    # 64 answers of 240 tokens: the engine is still at work when it is killed
+    many = {**asked, "prompt": [PROMPT] * 8, "n": 8, "max_tokens": 240, "stream": True}
     before = client.completions.create(**asked, max_tokens=5).choices[0].text  # type: ignore[call-overload]
-    with client.completions.create(**asked, **long) as stream:  # type: ignore[call-overload]
+    engine = engine_of(str(client.base_url))
+    with client.completions.create(**many, extra_body={"ignore_eos": True}) as stream:  # type: ignore[call-overload]
         next(stream)
-        os.kill(engine_of(str(client.base_url)), signal.SIGKILL)
+        os.kill(engine, signal.SIGKILL)
         with pytest.raises(openai.APIError, match="engine stopped"):
             list(stream)
     patient = client.with_options(max_retries=20)  # 503 with Retry-After, until it is there
