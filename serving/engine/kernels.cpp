@@ -291,23 +291,28 @@ struct Share {  // a thread's part of n things
     }
 };
 
+// Add n inputs, of K in a row, to the sums (R, 4) of all rows.
+template <class A, class Weights>
+inline void add_tiles(const A* x, int k, const Weights* w, int rows, int n, v16* sums) {
+    for_tiles(rows, [&](auto m, int row) {
+        auto& own = *(v16(*)[m()][4])(sums + row * 4);
+        v16 local[m()][4];
+        memcpy(local, own, sizeof local);
+        tile<m()>(x + int64_t(row) * k, k, w, n, local);
+        memcpy(own, local, sizeof local);
+    });
+}
+
 // Add inputs [from, to) of a panel to the sums (R, 4) of all rows.
 
 void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const float* x, int rows, int from,
                 int to, v16* sums, float*) {
     const int k = matrix.k;
     const int64_t at = int64_t(panel) * k + from;
-    auto add = [&](const auto* w) {
-        for_tiles(rows, [&](auto m, int row) {
-            auto& own = *(v16(*)[m()][4])(sums + row * 4);
-            v16 local[m()][4];
-            memcpy(local, own, sizeof local);
-            tile<m()>(x + int64_t(row) * k + from, k, w, to - from, local);
-            memcpy(own, local, sizeof local);
-        });
-    };
-    if (dtype == FP32) return add((const Whole*)matrix.weights + at);
-    add((const Cut*)matrix.weights + at);
+    if (dtype == FP32)
+        add_tiles(x + from, k, (const Whole*)matrix.weights + at, rows, to - from, sums);
+    else
+        add_tiles(x + from, k, (const Cut*)matrix.weights + at, rows, to - from, sums);
 }
 
 void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const bf16* x, int rows, int from,
@@ -315,17 +320,8 @@ void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const bf16* x, int
 #ifdef NARROW
     const int k = matrix.k;
     const int64_t at = (int64_t(panel) * k + from) * PANEL;
-    if (dtype == BF16) {
-        const bf16* w = (const bf16*)matrix.weights + at;
-        for_tiles(rows, [&](auto m, int row) {
-            auto& own = *(v16(*)[m()][4])(sums + row * 4);
-            v16 local[m()][4];
-            memcpy(local, own, sizeof local);
-            tile<m()>(x + int64_t(row) * k + from, k, w, to - from, local);
-            memcpy(own, local, sizeof local);
-        });
-        return;
-    }
+    if (dtype == BF16)
+        return add_tiles(x + from, k, (const bf16*)matrix.weights + at, rows, to - from, sums);
     const uint8_t* w = (const uint8_t*)matrix.weights + at;
     const bf16* scales = matrix.scales + (int64_t(panel) * k + from) / GROUP * PANEL;
     const bool widened = rows > WIDENED_ABOVE;
