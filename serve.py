@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and main() says it in one 
 
 import hydra
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,16 +31,18 @@ from serving.engine.messages import Settings
 ROOT = Path(__file__).parent
 CONF = ROOT / "conf"
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+SETTINGS = (Binding, ApiSettings, Settings)
 
-composed: list[DictConfig] = []
+composed: list[dict[str, Any]] = []
 
 
 def main(arguments: Sequence[str]) -> int:
     """Compose the configuration and become the server; return the exit code where that fails."""
     try:
+        environment.check_names(os.environ, *SETTINGS)
         compose()
-        for cfg in composed:  # none, where help was asked for
-            become_server(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        for config in composed:  # none for --help and --cfg
+            become_server(config)
     except KeyboardInterrupt:
         return INTERRUPTED
     except FileNotFoundError as error:
@@ -53,8 +56,16 @@ def main(arguments: Sequence[str]) -> int:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="serve")
 def compose(cfg: DictConfig) -> None:
-    """Keep what was composed; what fails in here, Hydra explains in its own way."""
-    composed.append(cfg)
+    """Keep the composed configuration; Hydra words what fails in here in its own way."""
+    typed = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    composed.append(config | from_environment(config.keys() - typed))
+
+
+def from_environment(keys: Iterable[str]) -> dict[str, str]:
+    """Return the text of each key's environment variable that is set: `NANOGPT_PORT` is `port`."""
+    variables = {key: environment.variable(key) for key in keys}
+    return {key: os.environ[name] for key, name in variables.items() if name in os.environ}
 
 
 def become_server(config: Mapping[str, Any]) -> None:
@@ -77,7 +88,7 @@ def to_variables(config: Mapping[str, Any]) -> dict[str, str]:
     texts = {key: _text(value) for key, value in config.items()}
     texts["models"] = str(find_models(config["checkpoint"], config["runs_dir"]))
     variables = {f"{environment.PREFIX}{key.upper()}": text for key, text in texts.items()}
-    for kind in (Binding, ApiSettings, Settings):
+    for kind in SETTINGS:
         environment.read(kind, variables)
     return variables
 

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
@@ -21,12 +21,13 @@ from serving.api.connection import Connection
 from serving.api.settings import ApiSettings, Binding
 from serving.app import ENGINE_VARIABLE, engine_settings
 from serving.engine.client import SECRET_VARIABLE, EngineProcess
+from serving.engine.messages import Settings
 from serving.logs import configure
 
 APP = "serving.app:create_app"
 BACKLOG = 2048  # connections that may wait to be accepted
 SLOW_START_S = 60  # a front end that answers its parent so late is not dead but busy
-FAILED, INTERRUPTED = 1, 130
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 
 def main() -> int:
@@ -35,8 +36,11 @@ def main() -> int:
     # uvicorn raises the signal that ended it once more when all is done.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
-        binding = environment.read(Binding, os.environ)
-        settings = environment.read(ApiSettings, os.environ)
+        binding, settings = read_settings(os.environ)
+    except ValueError as error:
+        print(f"serve.py: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    try:
         check_exposure(binding.host, settings)
         with listen(binding) as listening:
             announce(binding, listening.getsockname()[1], settings)
@@ -47,6 +51,25 @@ def main() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
+
+
+def read_settings(variables: Mapping[str, str]) -> tuple[Binding, ApiSettings]:
+    """Return the settings of the environment, the engine's checked too, before anything starts.
+
+    Raises ValueError for a variable that is no setting, for a value out of range, and for a device
+    or a default model that does not exist; only these two need torch.
+    """
+    environment.check_names(variables, Binding, ApiSettings, Settings)
+    engine = engine_settings(variables)
+    if engine.device not in ("auto", "cpu"):
+        from serving.engine.loading import check_device
+
+        check_device(engine.device)
+    if engine.default_model is not None:
+        from serving.engine.registry import Registry
+
+        Registry(engine.models, engine.runs_dir, engine.default_model).check_default()
+    return environment.read(Binding, variables), environment.read(ApiSettings, variables)
 
 
 def check_exposure(host: str, settings: ApiSettings) -> None:
@@ -77,9 +100,9 @@ def listen(binding: Binding) -> Iterator[socket.socket]:
 
 def announce(binding: Binding, port: int, settings: ApiSettings) -> None:
     """Print where the server is, and how to ask it."""
-    host = f"[{binding.host}]" if ":" in binding.host else binding.host
-    url = f"http://{host}:{port}"
-    key = ' -H "Authorization: Bearer $NANOGPT_API_KEY"' if settings.api_keys else ""
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(binding.host, binding.host)
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    key = ' -H "Authorization: Bearer YOUR_KEY"' if settings.api_keys else ""
     body = '{"messages": [{"role": "user", "content": "Hello"}]}'
     print(
         f"{url}  the page; the API is at {url}/v1\n"

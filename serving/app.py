@@ -35,7 +35,7 @@ from serving.api.logs import RequestLog
 from serving.api.metrics import Metrics
 from serving.api.models import Catalogue
 from serving.api.schemas import ErrorAnswer
-from serving.api.settings import ApiSettings
+from serving.api.settings import ApiSettings, Binding
 from serving.engine.client import EngineClient, EngineProcess
 from serving.engine.messages import Settings
 from serving.logs import configure
@@ -55,6 +55,7 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
         configure()
         _end_with_parent()
     if settings is None:
+        environment.check_names(os.environ, Binding, ApiSettings, Settings)
         settings = environment.read(ApiSettings, os.environ)
     app = FastAPI(
         title="nanogpt",

@@ -1,60 +1,59 @@
 """Settings as environment variables, so that any process manager can start a server.
 
-A field `max_open` is `NANOGPT_MAX_OPEN`; what is not set has its default.
+A field `max_open` is `NANOGPT_MAX_OPEN`; a field whose variable is not set has its default.
 """
 
-import types
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 PREFIX = "NANOGPT_"
-FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+# Variables that are no settings: of training, of tests, and of the server's own processes.
+OTHERS = {
+    *("NANOGPT_CHECKPOINT", "NANOGPT_DATA_DIR", "NANOGPT_SWEEP", "NANOGPT_LAUNCHER_PID"),
+    *("NANOGPT_ENGINE", "NANOGPT_ENGINE_SECRET", "NANOGPT_NO_KERNELS"),
+    *("NANOGPT_TEST_DATA", "NANOGPT_TEST_NPM"),
+}
 
 Settings = TypeVar("Settings")
 
 
 def read(kind: type[Settings], environment: Mapping[str, str]) -> Settings:
-    """Return settings of a kind from the environment.
+    """Return settings of a kind, a dataclass of pydantic, from the environment.
 
-    Raises ValueError for a variable whose text is not of its field's type.
+    An empty text is null where null is the default. Raises ValueError naming the first variable
+    whose text is not a value of its field.
 
     >>> read(ApiSettings, {"NANOGPT_API_KEYS": "one, two"}).api_keys
     ('one', 'two')
     """
-    types_by_name = get_type_hints(kind)
-    values = {}
+    values: dict[str, Any] = {}
     for field in fields(kind):  # type: ignore[arg-type]
-        name = PREFIX + field.name.upper()
-        if name in environment:
-            values[field.name] = _parsed(name, environment[name], types_by_name[field.name])
-    return kind(**values)
-
-
-def _parsed(name: str, text: str, kind: Any) -> Any:
-    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if type(None) in kinds and not text:
-        return None
-    kind = next(k for k in kinds if k is not type(None))
+        text = environment.get(variable(field.name))
+        if text is not None and not (text == "" and field.default is None):
+            values[field.name] = text
     try:
-        return _VALUES.get(get_origin(kind) or kind, _one_of)(text, kind)
-    except (ValueError, KeyError) as error:
-        choices = get_args(kind) if get_origin(kind) is Literal else ()
-        expected = " or ".join(choices) if choices else _WORDS.get(kind, "text")
-        raise ValueError(f"{name}={text!r} is not {expected}") from error
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = variable(str(first["loc"][0]))
+        reason = first["msg"].removeprefix("Input ")
+        raise ValueError(f"{name}={first['input']!r} {reason}") from error
 
 
-def _one_of(text: str, kind: Any) -> str:
-    if text not in get_args(kind):
-        raise ValueError
-    return text
+def check_names(environment: Iterable[str], *kinds: type) -> None:
+    """Raise ValueError for a variable `NANOGPT_*` that is none of the settings of these kinds."""
+    known = {variable(field.name) for kind in kinds for field in fields(kind)} | OTHERS
+    for name in sorted(environment):
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "conf/serve.yaml lists the settings"
+            raise ValueError(f"the environment variable {name} is no setting; {hint}")
 
 
-_VALUES = {
-    bool: lambda text, _: FLAGS[text.lower()],
-    int: lambda text, _: int(text),
-    float: lambda text, _: float(text),
-    str: lambda text, _: text,
-    tuple: lambda text, _: tuple(text.replace(",", " ").split()),
-}
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
+def variable(field: str) -> str:
+    """Return the name of a field's environment variable."""
+    return PREFIX + field.upper()

@@ -22,14 +22,16 @@ from omegaconf import OmegaConf
 
 import serve
 from serving import environment
-from serving.__main__ import check_exposure
+from serving.__main__ import announce, check_exposure
 from serving.api.settings import ApiSettings, Binding
-from serving.app import ENGINE_VARIABLE
+from serving.app import ENGINE_VARIABLE, create_app
 from serving.engine.messages import Settings
 from tests.fake_engine import FakeEngine
 from tests.front_end import eventually, generated, says
 
 ROOT = Path(__file__).parent.parent
+LIMITS_S = ("BODY", "QUEUE", "REQUEST", "WRITE")
+COUNTS = ("MAX_OPEN", "MAX_OPEN_PER_KEY", "MAX_BODY_BYTES", "MAX_N", "MAX_PROMPTS", "MAX_QUEUE")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
 
@@ -38,7 +40,9 @@ def composed(*overrides: str) -> dict[str, str]:
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         config = OmegaConf.to_container(compose("serve", overrides=list(overrides)), resolve=True)
     assert isinstance(config, dict)
-    return serve.to_variables({str(key): value for key, value in config.items()})
+    typed = {override.partition("=")[0] for override in overrides}
+    named = {str(key): value for key, value in config.items()}
+    return serve.to_variables(named | serve.from_environment(named.keys() - typed))
 
 
 def test_the_configuration_s_defaults_are_the_settings_own(tmp_path: Path) -> None:
@@ -86,15 +90,91 @@ def test_settings_of_every_kind_are_read_from_the_environment() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("NANOGPT_MAX_N", "many", "a whole number"),
-        ("NANOGPT_INSECURE", "perhaps", "true or false"),
-        ("NANOGPT_QUEUE_S", "long", "a number"),
-        ("NANOGPT_UNKNOWN_MODEL", "guess", "error or default"),
+        ("NANOGPT_MAX_N", "many", "a valid integer"),
+        ("NANOGPT_INSECURE", "perhaps", "a valid boolean"),
+        ("NANOGPT_QUEUE_S", "long", "a valid number"),
+        ("NANOGPT_UNKNOWN_MODEL", "guess", "'error' or 'default'"),
     ],
 )
 def test_a_variable_of_the_wrong_kind_is_named(name: str, text: str, expected: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}='{text}' is not {expected}"):
+    with pytest.raises(ValueError, match=f"{name}='{text}' should be {expected}"):
         environment.read(ApiSettings, {name: text})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "text"),
+    [
+        *((Binding, "PORT", text) for text in ("-1", "65536", "5001.5")),
+        *((Binding, "WORKERS", text) for text in ("0", "-1")),
+        *((ApiSettings, f"{name}_S", text) for name in LIMITS_S for text in ("0", "nan", "inf")),
+        *((ApiSettings, name, "0") for name in COUNTS),
+        *((Settings, name, "0") for name in ("THREADS", "MAX_SLOTS", "CACHE_GB", "CHUNK_TOKENS")),
+        *((Settings, name, "0") for name in ("MAX_MODELS", "MAX_QUEUE", "WATCH_S")),
+        *((Settings, name, "-1") for name in ("CACHE_GB", "DRAIN_S", "THREADS")),
+        (Settings, "CACHE_GB", "inf"),
+        (Settings, "MAX_SLOTS", "9" * 30),
+    ],
+)
+def test_a_setting_out_of_range_is_named(kind: type, name: str, text: str) -> None:
+    with pytest.raises(ValueError, match=f"^NANOGPT_{name}='{text}' should be "):
+        environment.read(kind, {f"NANOGPT_{name}": text})
+
+
+def test_a_variable_that_is_no_setting_is_refused_with_the_nearest_name() -> None:
+    known = ["PATH", "NANOGPT_API_KEYS", "NANOGPT_CHECKPOINT", "NANOGPT_DATA_DIR"]
+    environment.check_names(known, ApiSettings)
+    with pytest.raises(ValueError, match=r"NANOGPT_API_KEY is no .*mean NANOGPT_API_KEYS"):
+        environment.check_names(["NANOGPT_API_KEY"], ApiSettings)
+
+
+@pytest.mark.parametrize("command", [[str(ROOT / "serve.py")], ["-m", "serving"]])
+def test_every_entry_point_refuses_an_unknown_variable(tmp_path: Path, command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NANOGPT_API_KEY": "secret"},
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "did you mean NANOGPT_API_KEYS?" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_factory_refuses_an_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOGPT_API_KEY", "secret")
+    with pytest.raises(ValueError, match="did you mean NANOGPT_API_KEYS"):
+        create_app()
+
+
+def test_a_variable_is_a_setting_unless_the_key_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("RUNS_DIR", str(tmp_path)), ("MAX_SLOTS", "8"), ("MAX_N", "3")):
+        monkeypatch.setenv(f"NANOGPT_{name}", text)
+    variables = composed("max_n=4")
+    assert environment.read(Settings, variables).max_slots == 8
+    assert environment.read(ApiSettings, variables).max_n == 4
+    assert environment.read(Settings, variables).models == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:5112/v1"),
+        ("0.0.0.0", "http://127.0.0.1:5112/v1"),
+        ("::", "http://[::1]:5112/v1"),
+        ("::1", "http://[::1]:5112/v1"),
+        ("localhost", "http://localhost:5112/v1"),
+    ],
+)
+def test_the_printed_address_can_be_opened(
+    capsys: pytest.CaptureFixture[str], host: str, address: str
+) -> None:
+    announce(Binding(host=host), 5112, ApiSettings())
+    assert address in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.org"])
@@ -110,7 +190,10 @@ def test_other_machines_are_not_let_in_without_a_key(host: str) -> None:
     ("arguments", "code", "said"),
     [
         (["prot=1"], 2, "there is no key prot; did you mean port?"),
-        (["max_n=many", "runs_dir=."], 2, "max_n='many' is not a whole number"),
+        (["max_n=many", "runs_dir=."], 2, "max_n='many' should be a valid integer"),
+        (["max_models=0", "runs_dir=."], 2, "max_models='0' should be greater than or equal to 1"),
+        (["default_model=nope", "runs_dir=."], 2, "default_model=nope is none of the models"),
+        (["device=cuda:77", "runs_dir=."], 2, "device=cuda:77 is not on this machine"),
         (["checkpoint=nowhere"], 1, "there is no checkpoint 'nowhere'"),
         (["runs_dir=nowhere"], 1, "there are no runs at nowhere"),
         (["host=0.0.0.0", "runs_dir=."], 1, "host=0.0.0.0 lets other machines ask"),

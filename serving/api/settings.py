@@ -1,16 +1,20 @@
-"""What the front ends are told: where they listen, keys, limits, and whom they answer."""
+"""Settings of the front ends: the address, API keys, limits, and which clients are answered."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from serving.engine.messages import Count, Seconds, SecondsOrZero, Words
 
 
 @dataclass(frozen=True)
 class Binding:
-    """Where the server listens, and in how many processes."""
+    """The address at which the server listens, and the number of its front ends."""
 
     host: str = "127.0.0.1"
-    port: int = 5001
-    workers: int = 1
+    port: Annotated[int, Field(ge=0, le=65535)] = 5001
+    workers: Count = 1
 
 
 @dataclass(frozen=True)
@@ -20,22 +24,22 @@ class ApiSettings:
     `max_open` requests are worked on at a time in this front end, `max_open_per_key` for one key.
     """
 
-    api_keys: tuple[str, ...] = ()
+    api_keys: Words = ()
     insecure: bool = False  # answer beyond loopback without a key
-    cors_origins: tuple[str, ...] = ("*",)
+    cors_origins: Words = ("*",)
     cors_private_network: bool = False  # let public pages reach this server in a private network
     unknown_model: Literal["error", "default"] = "error"
-    max_open: int = 288
-    max_open_per_key: int | None = None
-    max_body_bytes: int = 2**20
-    max_n: int = 8
-    max_prompts: int = 64
-    max_queue: int = 256  # the engine's: all answers to one request fit into it
-    max_stops: int = 16
-    body_s: float = 30.0  # for a request's body to arrive
-    queue_s: float = 60.0  # from arrival to the first token, score or class
-    request_s: float = 600.0  # from arrival to the end of the answer
-    write_s: float = 60.0  # for a reader to take what was sent
-    drain_s: float = 30.0  # for open answers to finish after SIGTERM
+    max_open: Count = 288
+    max_open_per_key: Count | None = None
+    max_body_bytes: Count = 2**20
+    max_n: Count = 8
+    max_prompts: Count = 64
+    max_queue: Count = 256  # the engine's: all answers to one request fit into it
+    max_stops: Count = 16
+    body_s: Seconds = 30.0  # for a request's body to arrive
+    queue_s: Seconds = 60.0  # from arrival to the first token, score or class
+    request_s: Seconds = 600.0  # from arrival to the end of the answer
+    write_s: Seconds = 60.0  # for a reader to take what was sent
+    drain_s: SecondsOrZero = 30.0  # for open answers to finish after SIGTERM
     log_prompts: bool = False
     runs_dir: str = "runs"  # whose runs /runs shows

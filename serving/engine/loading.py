@@ -72,6 +72,17 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError for a device that this machine does not have."""
+    available = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    available += [*(["cuda"] if gpus else []), *gpus]
+    if device != "auto" and device not in available:
+        raise ValueError(
+            f"device={device} is not on this machine; choose from auto, {', '.join(available)}"
+        )
+
+
 def choose_dtype(dtype: str, device: torch.device) -> str:
     """Return the weights' precision; `auto` is bf16 where the machine computes in it, else fp32."""
     if dtype != "auto":

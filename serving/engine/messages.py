@@ -7,7 +7,10 @@ name and its fields in order. Everything an engine step has to say to a front en
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+import pydantic.dataclasses
+from pydantic import BeforeValidator, Field
 
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 256 * 2**20  # a whole tokenizer table is a few MB
@@ -23,7 +26,16 @@ FailureKind = Literal[
 ]
 
 
-@dataclass(frozen=True)
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Seconds = Annotated[float, Field(gt=0, le=86_400 * 366, allow_inf_nan=False)]
+SecondsOrZero = Annotated[float, Field(ge=0, le=86_400 * 366, allow_inf_nan=False)]
+Words = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda v: v.replace(",", " ").split() if isinstance(v, str) else v),
+]
+
+
+@pydantic.dataclasses.dataclass(frozen=True)
 class Settings:
     """What an engine process is started with; `models` is a `.ckpt`, a run, or a directory of runs.
 
@@ -37,15 +49,17 @@ class Settings:
     default_model: str | None = None  # null: the newest; to generate, the newest that does
     device: str = "auto"
     dtype: Literal["auto", "fp32", "fp24", "bf16", "int8"] = "auto"
-    threads: int | None = None  # null: all cores
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None  # null: all cores
     invariant: bool = True  # an answer does not depend on its company
-    max_slots: int = 32
-    cache_gb: float | None = None  # of all models; null: a quarter of the memory
-    max_queue: int = 256
-    max_models: int = 4
-    chunk_tokens: int = 64  # prompts are read in pieces of this many tokens
-    watch_s: float = 2.0  # how often to look for new checkpoints
-    drain_s: float = 30.0  # how long open requests may take to finish on SIGTERM
+    max_slots: Annotated[int, Field(ge=1, le=65536)] = 32
+    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
+        None  # of all models; null: a quarter of the memory
+    )
+    max_queue: Count = 256
+    max_models: Count = 4
+    chunk_tokens: Count = 64  # prompts are read in pieces of this many tokens
+    watch_s: Seconds = 2.0  # how often to look for new checkpoints
+    drain_s: SecondsOrZero = 30.0  # how long open requests may take to finish on SIGTERM
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,14 @@ class Registry:
                     return entry
         return self.default
 
+    def check_default(self) -> None:
+        """Raise ValueError where the configured default is none of the models."""
+        if self.default_name and self.default is None:
+            ids = ", ".join(entry.id for entry in self.entries) or "none"
+            raise ValueError(
+                f"default_model={self.default_name} is none of the models ({ids}); pass one of them"
+            )
+
     def find(self, name: str) -> Entry | None:
         """Return the entry of an id or alias."""
         named = (entry for entry in self.entries if name == entry.id or name in entry.aliases)
