@@ -28,9 +28,10 @@ from serving import environment
 from serving.api import errors, pages, predict, runs, service, v1
 from serving.api.auth import ApiKeys, Auth
 from serving.api.connection import Door
-from serving.api.cors import Cors
+from serving.api.cors import Cors, Origins
 from serving.api.front_end import FrontEnd
 from serving.api.limits import Admission, Arrivals, Body
+from serving.api.local import LocalOnly
 from serving.api.logs import RequestLog
 from serving.api.metrics import Metrics
 from serving.api.models import Catalogue
@@ -71,17 +72,17 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
     _add_routes(app)
     metrics = Metrics()
     app.state.metrics = metrics
-    app.state.door = Door(settings, metrics, Arrivals())
+    origins = app.state.origins = Origins(settings)
+    app.state.door = Door(settings, metrics, Arrivals(), origins)
     # The last added is the first to see a request.
     app.add_middleware(Body, settings=settings)
     app.add_middleware(Admission, settings=settings, arrivals=app.state.door.arrivals)
     app.state.api_keys = ApiKeys(settings.api_keys)
-    app.add_middleware(Auth, keys=app.state.api_keys, insecure=settings.insecure)
+    app.add_middleware(Auth, keys=app.state.api_keys)
     app.add_middleware(runs.KeyPage)
     app.add_middleware(errors.CatchAll)
-    app.add_middleware(
-        Cors, origins=settings.cors_origins, private_network=settings.cors_private_network
-    )
+    app.add_middleware(Cors, origins=origins, private_network=settings.cors_private_network)
+    app.add_middleware(LocalOnly, settings=settings, origins=origins)
     app.add_middleware(RequestLog, metrics=metrics)
     return app
 

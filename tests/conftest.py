@@ -104,6 +104,7 @@ def browser() -> Iterator[Any]:
     if not path:
         pytest.skip("there is no Chromium here; on Debian: apt-get install chromium")
     with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        arguments = ["--no-sandbox", "--host-resolver-rules=MAP rebound.example 127.0.0.1"]
+        chromium = started.chromium.launch(executable_path=path, args=arguments)
         yield chromium
         chromium.close()

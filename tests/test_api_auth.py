@@ -5,9 +5,8 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.types import Message, Receive, Scope, Send
 
-from serving.api.auth import ApiKeys, Auth, is_loopback, is_public
+from serving.api.auth import ApiKeys, is_loopback, is_public
 from serving.api.settings import ApiSettings
 from tests.fake_engine import FakeEngine
 from tests.front_end import generated, serve
@@ -103,46 +102,6 @@ def test_a_path_that_only_looks_public_needs_a_key(url: str, path: str) -> None:
         answer = client.send(raw)
     assert answer.status_code in (401, 404)
     assert "tiny" not in answer.text
-
-
-async def _status(auth: Auth, server: tuple[str, int | None]) -> int:
-    scope: Scope = {
-        "type": "http",
-        "method": "GET",
-        "path": "/v1/models",
-        "headers": [],
-        "server": server,
-    }
-    statuses: list[int] = []
-
-    async def receive() -> Message:
-        return {"type": "http.request"}
-
-    async def send(message: Message) -> None:
-        statuses.append(message.get("status", 0))
-
-    await auth(scope, receive, send)
-    return statuses[0]
-
-
-async def _ok(scope: Scope, receive: Receive, send: Send) -> None:
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize(
-    ("host", "insecure", "status"),
-    [("127.0.0.1", False, 200), ("192.168.1.5", False, 403), ("192.168.1.5", True, 200)],
-)
-async def test_without_keys_only_this_machine_is_answered(
-    host: str, insecure: bool, status: int
-) -> None:
-    assert await _status(Auth(_ok, ApiKeys([]), insecure), (host, 5001)) == status
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,10 @@ from tests.fake_engine import FakeEngine
 from tests.front_end import eventually, generated, says, serve
 
 BODY = b'{"prompt": "x", "max_tokens": 900}'
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nOrigin: https://a.example\r\n"
+HEAD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nOrigin: https://a.example\r\n"
+    b"Content-Type: application/json\r\n"
+)
 ASKED = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 
 
@@ -149,7 +152,8 @@ def test_a_client_that_does_not_read_is_cut_off(
     engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 900), step=50)
     body = b'{"messages": [{"role": "user", "content": "x"}], "logprobs": true, "top_logprobs": 20'
     body += b', "n": 8, "max_tokens": 900, "stream": %b}' % stream.encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-Request-ID: stuck\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: stuck\r\n"
+    head += b"Content-Type: application/json\r\n"
     with serve(engine, ApiSettings(write_s=0.2)) as url, connect(url) as stuck:
         stuck.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         assert eventually(lambda: lost, 30)

@@ -16,6 +16,8 @@ from tests.front_end import eventually, generated, says, serve
 
 SLOW = {"prompt": "x", "max_tokens": 900}
 
+JSON = "Content-Type: application/json\r\n"
+
 
 class SilentEngine(FakeEngine):
     """One whose queue is long."""
@@ -166,8 +168,8 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(tmp_path: Path) -> None:
     with serve(slow_engine(tmp_path), ApiSettings(body_s=0.2)) as url:
         host, port = httpx.URL(url).host, httpx.URL(url).port
         with socket.create_connection((host, port or 0), timeout=10) as connection:
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 10\r\n\r\n{{"
-            connection.sendall(head.encode())
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\n{JSON}"
+            connection.sendall(f"{head}Content-Length: 10\r\n\r\n{{".encode())
             assert connection.recv(4096).startswith(b"HTTP/1.1 408")
 
 
@@ -186,7 +188,8 @@ def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:
     with serve(engine, ApiSettings(write_s=0.3)) as url, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect((httpx.URL(url).host, httpx.URL(url).port))
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{JSON}"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         assert eventually(lambda: generated(engine) and not engine._answering)
         assert eventually(lambda: requests_open(url) == 1)

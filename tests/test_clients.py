@@ -261,6 +261,40 @@ def test_a_page_of_another_origin_is_not_shown_the_runs_of_a_server_without_keys
         assert page.evaluate(read, f"{url}/v1/runs") == 403
 
 
+def test_a_host_name_that_is_rebound_to_loopback_reaches_nothing(
+    browser: Any, engine: FakeEngine
+) -> None:
+    """A public name that resolves to 127.0.0.1 is of the page's own origin to the browser."""
+    with serve(engine) as url, browser.new_page() as page:
+        rebound = url.replace("127.0.0.1", "rebound.example")
+        assert page.goto(rebound).status == 403
+        status, text, _ = page.evaluate(ASK, [rebound, {"Content-Type": "application/json"}, CHAT])
+        assert (status, json.loads(text)["error"]["code"]) == (403, "host_not_allowed")
+        assert generated(engine) == []
+
+
+def test_a_page_of_another_site_computes_and_reads_nothing(
+    browser: Any, elsewhere: str, engine: FakeEngine
+) -> None:
+    """Neither a request without a preflight, nor a form, an image or a script reaches a route."""
+    attack = """async (url) => {
+        const blob = new Blob(['{"prompt": "x"}']);
+        const options = { method: "POST", mode: "no-cors", body: blob };
+        await fetch(`${url}/v1/completions`, options).catch(() => 0);
+        const image = Object.assign(document.createElement("img"), { src: `${url}/v1/models` });
+        await new Promise((done) => { image.onerror = done; document.body.append(image); });
+        return fetch(`${url}/v1/models`).then((answer) => answer.text(), () => "refused");
+    }"""
+    with serve(engine) as url, browser.new_page() as page:
+        statuses: list[int] = []
+        page.on("response", lambda answer: statuses.append(answer.status))
+        page.goto(elsewhere.replace("127.0.0.1", "rebound.example"))
+        statuses.clear()
+        assert page.evaluate(attack, url) == "refused"
+        assert set(statuses) == {403}
+        assert generated(engine) == []
+
+
 def test_a_page_of_another_origin_cannot_frame_the_page(
     browser: Any, elsewhere: str, engine: FakeEngine
 ) -> None:

@@ -1,12 +1,13 @@
-"""Who may ask: API keys, and no one from other machines where there are none."""
+"""Authentication by API keys, and the names of loopback addresses."""
 
 import hashlib
 import hmac
 import ipaddress
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -54,12 +55,11 @@ class ApiKeys:
 
 
 class Auth:
-    """Let through what may be asked, and note whose key it is in `scope["state"]["key"]`."""
+    """Require a key where there are any; `scope["state"]["key"]` names the one given."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, insecure: bool) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self.app = app
         self.keys = keys
-        self.insecure = insecure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not is_public(scope["path"]):
@@ -72,14 +72,7 @@ class Auth:
 
     def _identify(self, scope: Scope) -> str:
         if not self.keys:
-            if self.insecure or is_loopback(scope.get("server")):
-                return ""
-            raise ApiError(
-                403,
-                "This server has no API keys, so it answers its own machine only; "
-                "set NANOGPT_API_KEYS, or NANOGPT_INSECURE=true to answer anyone.",
-                code="no_api_keys",
-            )
+            return ""
         if self.keys.admits(scope["path"], _given_ticket(scope)):
             return "ticket"
         given = _given_key(Headers(scope=scope))
@@ -110,6 +103,13 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def host_name(host: str) -> str:
+    """Return the name or address in a Host header, or in an origin after its `//`."""
+    with suppress(ValueError):
+        return urlsplit(f"//{host}").hostname or ""
+    return ""
 
 
 def _given_key(headers: Headers) -> bytes | None:

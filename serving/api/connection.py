@@ -30,11 +30,13 @@ log = logging.getLogger("nanogpt.access")
 class Door:
     """Answers of a front end to those who do not get in."""
 
-    def __init__(self, settings: ApiSettings, metrics: Metrics, arrivals: Arrivals) -> None:
+    def __init__(
+        self, settings: ApiSettings, metrics: Metrics, arrivals: Arrivals, origins: Origins
+    ) -> None:
         self.settings = settings
         self.arrivals = arrivals
         self._metrics = metrics
-        self._origins = Origins(settings.cors_origins)
+        self._origins = origins
         self._n_refused = 0
 
     def answer(self, method: str, error: ApiError, asked: Headers, *, close: bool) -> bytes:
@@ -44,6 +46,8 @@ class Door:
             "content-type": "application/json",
             "content-length": str(len(body)),
             "x-request-id": new_request_id(asked),
+            "vary": "Origin",
+            "cache-control": "no-store",
             **self._origins.headers(asked.get("origin", "")),
             **error.headers,
             **({"connection": "close"} if close else {}),

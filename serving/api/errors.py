@@ -67,7 +67,8 @@ class ApiError(Exception):
     def response(self) -> Response:
         """Return the answer; ASCII only, as a message may quote any text."""
         body = json.dumps(self.content())
-        return Response(body, self.status, self.headers, media_type="application/json")
+        headers = {"Cache-Control": "no-store", **self.headers}
+        return Response(body, self.status, headers, media_type="application/json")
 
 
 def of_engine(error: EngineError) -> ApiError:

@@ -7,9 +7,8 @@ only this machine itself is answered, not through a proxy, and not for a page of
 import asyncio
 import html
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse
@@ -17,14 +16,13 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api import run_files
-from serving.api.auth import is_loopback
 from serving.api.errors import ApiError
 from serving.api.front_end import front_end, json_response
+from serving.api.local import check_local
 from serving.api.pages import HEADERS, STATIC
 from serving.api.run_files import Run
 from serving.engine.messages import ModelInfo
 
-FORWARDED = {"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip"}
 # A report brings its own style and pictures, and nothing in it runs or is sent anywhere.
 REPORT_HEADERS = {
     **HEADERS,
@@ -78,18 +76,17 @@ async def report(request: Request, name: str) -> Response:
 
 
 def check_asker(request: Request) -> None:
-    """Raise ApiError for those who, having no key, are not at this machine itself."""
+    """Raise ApiError for a request without a key that is not of this machine and origin.
+
+    Holds with `insecure=true` too.
+    """
     if request.app.state.api_keys:
-        return  # Auth has seen one
-    headers = request.headers
-    host, origin = headers.get("host", ""), headers.get("origin", "")
-    # A name that someone lets lead here is not this machine's (DNS rebinding).
-    here = is_loopback(request.scope.get("server")) and is_loopback((_name(host), 0))
-    if not here or FORWARDED & set(headers):
-        message = "Without API keys the runs are shown to this machine only; set NANOGPT_API_KEYS."
-        raise ApiError(403, message, code="no_api_keys")
-    if origin and origin.partition("://")[2] != host:
-        raise ApiError(403, "The runs are not shown to pages of other origins.", code="origin")
+        return  # Auth has checked one
+    check_local(request.scope, front_end(request).settings, request.app.state.origins)
+    origin = request.headers.get("origin")
+    if origin and origin.partition("://")[2] != request.headers["host"]:
+        message = "The runs are not shown to pages of other origins."
+        raise ApiError(403, message, code="origin_not_allowed")
 
 
 class KeyPage:
@@ -133,13 +130,6 @@ def _report_url(request: Request, run: Run) -> str | None:
 def _served_as(name: str, models: Sequence[ModelInfo]) -> str | None:
     """Return the id by which a run's model can be asked."""
     return next((model.id for model in models if name in (model.id, *model.aliases)), None)
-
-
-def _name(host: str) -> str:
-    """Return the name or address in a Host header."""
-    with suppress(ValueError):
-        return urlsplit(f"//{host}").hostname or ""
-    return ""
 
 
 def _document(listed: str, status: int) -> HTMLResponse:

@@ -26,7 +26,8 @@ class ApiSettings:
 
     api_keys: Words = ()
     insecure: bool = False  # answer beyond loopback without a key
-    cors_origins: Words = ("*",)
+    allowed_hosts: Words = ()  # host names besides loopback's that are answered without a key
+    cors_origins: Words = ("auto",)  # auto: without keys loopback's, with keys any
     cors_private_network: bool = False  # let public pages reach this server in a private network
     unknown_model: Literal["error", "default"] = "error"
     max_open: Count = 288
