@@ -133,6 +133,19 @@ def test_a_next_turn_reads_only_what_is_new(checkpoint: Path) -> None:
     assert again.said == Asked(checkpoint).one(generate("b", turn)).said
 
 
+def test_chats_that_share_a_system_message_keep_their_contexts(checkpoint: Path) -> None:
+    asked = Asked(checkpoint)
+    system = list(b"You answer in one short sentence, and you say so when you do not know. " * 2)
+    chats = {name: [*system, *text] for name, text in [("a", b"Who?"), ("b", b"Where, then?")]}
+    for turn in range(3):
+        for name, context in chats.items():
+            answer = asked.one(generate(f"{name}{turn}", context, max_tokens=6))
+            assert isinstance(answer.end, Finished)
+            if turn:
+                assert answer.end.cached_tokens == len(context) - 4  # 3 are new, 1 was never read
+            chats[name] = [*context, *answer.ids, *b"Go!"]
+
+
 def test_equal_prompts_are_read_once(checkpoint: Path) -> None:
     asked = Asked(checkpoint)
     asked.one(generate("warm", [1]))

@@ -47,8 +47,9 @@ class Slots:
     def acquire(self, prompt_ids: list[int], scope: str) -> tuple[Slot, int] | None:
         """Take a slot for a prompt; return it and how many tokens it holds of the prompt already.
 
-        The longest common prefix with any slot of the same scope is used again, in place where
-        that slot is free and little would be lost, else as a copy. None when all are taken.
+        The longest common prefix with any slot of the same scope is used again: in place where the
+        slot is free and holds nothing else, else as a copy in another one, so that a conversation
+        does not lose its context to one that began alike. None when all are taken.
         """
         free = [slot for slot in self.slots if not slot.busy]
         if not free:
@@ -58,10 +59,10 @@ class Slots:
         best = max(lengths, key=lambda i: (lengths[i], not self.slots[i].busy), default=0)
         n_cached = lengths.get(best, 0)
         source = self.slots[best]
-        if n_cached and not source.busy and 2 * n_cached >= len(source.ids):
+        if n_cached and not source.busy and n_cached == len(source.ids):
             slot = source
         else:
-            slot = min(free, key=lambda s: (len(s.ids) > 0, s.used))
+            slot = min(free, key=self._value)
             self._copy(source, slot, n_cached)
         slot.busy, slot.scope, slot.ids = True, scope, wanted[:n_cached]
         slot.used = self._tick()
@@ -77,6 +78,14 @@ class Slots:
         if not clean:
             slot.ids = slot.ids[:0]
             self.cache[:, :, slot.index].zero_()  # not a number times nothing is not nothing
+
+    def _value(self, slot: Slot) -> tuple[bool, bool, int]:
+        """Return how much is lost with a slot's content: nothing, little, or what is used last."""
+        if not len(slot.ids):
+            return False, False, slot.used
+        later = (s for s in self.slots if s.scope == slot.scope and s.used > slot.used)
+        n_elsewhere = max((_common(slot.ids, other.ids) for other in later), default=0)
+        return True, 8 * (len(slot.ids) - n_elsewhere) > len(slot.ids), slot.used
 
     def _copy(self, source: Slot, target: Slot, n_tokens: int) -> None:
         if n_tokens and source is not target:
