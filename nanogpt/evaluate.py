@@ -173,8 +173,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--judge-key",
         metavar="KEY",
-        default=os.environ.get("OPENAI_API_KEY", ""),
-        help="judge: the key (default OPENAI_API_KEY)",
+        help="judge: the key (default OPENAI_API_KEY, for OpenAI's own address and loopback)",
     )
     add("--answers", type=Path, help="judge: where answers are kept (default: judge.jsonl)")
     add("--harness-tasks", metavar="NAMES", help="harness: its tasks, with commas between")

@@ -5,11 +5,13 @@
 
 The judge sees instruction, reference and reply, and is to answer with a number alone. Every answer
 is written to `--answers` as it comes, word for word, with what was asked; the same command goes on
-after the last one. The key is read from --judge-key or OPENAI_API_KEY.
+after the last one. The key is --judge-key, or OPENAI_API_KEY for the hosts that it is meant for.
 """
 
+import contextlib
 import hashlib
 import http.client
+import ipaddress
 import json
 import logging
 import os
@@ -119,6 +121,35 @@ class Judge:
         """Return a server's words in one line; some repeat what they were sent."""
         line = " ".join(said.split())
         return line.replace(self.key, "***") if self.key else line
+
+
+def environment_key(url: str) -> str:
+    """Return OPENAI_API_KEY where a judge's address may have it, else an empty key.
+
+    It goes to OpenAI's API or the host of OPENAI_BASE_URL, over TLS, and to loopback addresses;
+    another host would learn a key that was set for other programs.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "")
+    own = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+    if not key or not _is_address(url):
+        return ""
+    host, scheme = _host(url), urllib.parse.urlsplit(url).scheme
+    if _is_loopback(host) or (scheme == "https" and host == _host(own)):
+        return key
+    log.warning(
+        "OPENAI_API_KEY is not sent to %s; pass --judge-key KEY if it is meant for it", host
+    )
+    return ""
+
+
+def _host(url: str) -> str:
+    return urllib.parse.urlsplit(url).hostname or ""
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def _is_address(url: str) -> bool:

@@ -22,7 +22,7 @@ from nanogpt.data.text import TextFiles
 from nanogpt.evaluation import hellaswag, instructions, lambada, perplexity
 from nanogpt.evaluation.classification import confusion_matrix, majority_class, scores
 from nanogpt.evaluation.examples import Benchmark, find_benchmark
-from nanogpt.evaluation.judge import Judge
+from nanogpt.evaluation.judge import Judge, environment_key
 from nanogpt.evaluation.judge import evaluate as ask_judge
 from nanogpt.evaluation.processes import rank_zero_first
 from nanogpt.evaluation.results import CONFUSION, Results, run_dir_of, with_published
@@ -130,7 +130,10 @@ def run_judge(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--answers {path}: there is no folder for it; make one")
     conversations = read_conversations(options)
-    judge = Judge(options.judge_url, options.judge_model, options.judge_key)
+    key = options.judge_key
+    if key is None:
+        key = environment_key(options.judge_url)
+    judge = Judge(options.judge_url, options.judge_model, key)
     tokens = options.max_new_tokens
     return ask_judge(checkpoint, conversations, judge, path, max_new_tokens=tokens)
 
