@@ -50,6 +50,9 @@ GPT2_VOCAB_SIZE = 50257
 # A vocabulary is learnt from at most this much text: more changes little and costs memory.
 TRAINING_SAMPLE_BYTES = 256 * 2**20
 
+# BPE training is quadratic in the length of a word: longer ones are cut, for training only.
+MAX_WORD_CHARS = 1000
+
 # tiktoken panics (its regular expressions overflow their stack) on a run of about a million spaces.
 LONGEST_SPACE = 100_000
 _LONG_SPACE = re.compile(rf"(?<!\s)\s{{{LONGEST_SPACE}}}\s+")
@@ -381,6 +384,7 @@ def _train(texts: Iterable[str], n_tokens: int) -> "tokenizers.Tokenizer":
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(BPE_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{MAX_WORD_CHARS}}}"), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -19,6 +19,7 @@ from nanogpt.tokenizer import (
     END_OF_TEXT,
     GPT2_PATTERN,
     LONGEST_SPACE,
+    MAX_WORD_CHARS,
     RESERVED,
     BytePairTokenizer,
     ByteTokenizer,
@@ -194,10 +195,29 @@ def test_a_line_break_with_its_indentation_is_one_token() -> None:
     assert b":\n        " in tokenizer.token_bytes()
 
 
+def test_bpe_training_cuts_longer_words_alone() -> None:
+    for n_chars in (MAX_WORD_CHARS - 200, 4 * MAX_WORD_CHARS):
+        tokenizer = bpe_tokenizer(["ab" * (n_chars // 2), "ab" * (n_chars // 2)], 1000)
+        longest = max(map(len, tokenizer.token_bytes()))
+        assert longest == min(n_chars, MAX_WORD_CHARS)
+
+
+@pytest.mark.parametrize("character", ["a", "中", "=", "\n", " ", "7"])
+def test_bpe_is_trained_on_a_megabyte_without_a_break(character: str) -> None:
+    text = character * 1_200_000  # minutes or hours where time is quadratic in it
+    tokenizer = bpe_tokenizer([text], 300)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_bpe_encodes_a_megabyte_of_one_character() -> None:
     for character in (" ", "\n", "a", "1", "!"):
         text = character * 1_000_000 + "z"
         assert BPE.decode(BPE.encode(text)) == text
+
+
+def test_gpt2_encodes_a_megabyte_of_one_character(gpt2: Tokenizer) -> None:
+    for text in ("a" * 1_000_000, "中" * 300_000):
+        assert gpt2.decode(gpt2.encode(text)) == text
 
 
 def test_gpt2_encodes_as_tiktoken(gpt2: Tokenizer) -> None:
