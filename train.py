@@ -294,7 +294,6 @@ def language_module(
         max_steps=session.max_steps,
         tokens_per_step=config["tokens_per_step"],
         grad_clip=grad_clip,
-        seed=config["seed"],
         compiled=decisions.compile,
         record=about,
         token_bytes=[len(token) for token in tokenizer.token_bytes()],
@@ -351,7 +350,6 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
         max_steps=session.max_steps,
         tokens_per_step=config["tokens_per_step"],
         grad_clip=grad_clip,
-        seed=config["seed"],
         compiled=decisions.compile,
         record=record(
             "classify", model_config, tokenizer, labels=labels, init_from=session.init_from

@@ -114,7 +114,6 @@ def alternate(
         max_steps=max_steps,
         tokens_per_step=batches[0]["input_ids"].numel(),
         grad_clip=1.0,
-        seed=1,
         compiled=False,
         record={},
         token_bytes=[1] * config.vocab_size,
@@ -208,6 +207,7 @@ def _batches(config: GPTConfig, batch_size: int, n: int) -> list[dict[str, Any]]
             "input_ids": row[:, :-1].contiguous(),
             "targets": row[:, 1:].contiguous(),
             "step_targets": batch_size * config.block_size,
+            "row_seeds": torch.arange(batch_size),
         }
         for row in rows
     ]

@@ -5,7 +5,9 @@ Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any, Literal, Protocol
 
@@ -18,6 +20,7 @@ INIT_STD = 0.02
 ROTARY_BASE = 10_000.0
 WRITTEN_OUT_TOKENS = 256  # longest context for which the scores (B, H, T, T) are kept
 PADDED_FROM_TOKENS = 8192  # smallest vocabulary whose padding pays
+DROPOUT_SITES = 3  # of a layer: its attention weights and its two branches
 
 # "Language Models are Unsupervised Multitask Learners", table 2.
 PRESETS = {  # n_layer, n_head, n_embd
@@ -124,19 +127,29 @@ class GPT(nn.Module):
         return load_pretrained(path)
 
     def forward(
-        self, input_ids: Tensor, cache: Cache | None = None, documents: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        cache: Cache | None = None,
+        documents: Tensor | None = None,
+        row_seeds: Tensor | None = None,
     ) -> Tensor:
         """Return the logits (B, T, V) of the token that follows each of input_ids (B, T)."""
-        return self.head(self.hidden_states(input_ids, cache, documents))
+        return self.head(self.hidden_states(input_ids, cache, documents, row_seeds))
 
     def hidden_states(
-        self, input_ids: Tensor, cache: Cache | None = None, documents: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        cache: Cache | None = None,
+        documents: Tensor | None = None,
+        row_seeds: Tensor | None = None,
     ) -> Tensor:
         """Return the final, normalised states (B, T, C) of input_ids (B, T) int64.
 
-        With a cache, input_ids continue what it holds. Where rows are packed, documents (B, T)
-        int64 number the text that each token is of: attention stays among equal numbers, and
-        positions begin at 0 with each. Raises ValueError past block_size.
+        With a cache, input_ids continue what it holds, without dropout. Where rows are packed,
+        documents (B, T) int64 number the text that each token is of: attention stays among equal
+        numbers, and positions begin at 0 with each. In training, row_seeds (B,) int64 determine
+        what dropout drops of each row; by default they are drawn from torch's generator. Raises
+        ValueError past block_size.
         """
         assert cache is None or documents is None, "packed rows are not continued"
         config = self.config
@@ -157,9 +170,13 @@ class GPT(nn.Module):
             x = x + (self.wpe.weight[start:end] if documents is None else self.wpe(positions))
         else:
             rotation = rotary_angles(positions, config.n_embd // config.n_head)
-        x = F.dropout(x, config.dropout, self.training)
+        rate = config.dropout if self.training and cache is None else 0.0
+        if rate and row_seeds is None:
+            row_seeds = torch.randint(2**63 - 1, x.shape[:1], device=x.device)
+        dropout = RowDropout(rate, row_seeds)
+        x = dropout(x, DROPOUT_SITES * config.n_layer)
         for block in self.h:
-            x = block(x, rotation, cache, mask)
+            x = block(x, rotation, cache, mask, dropout)
         return self.ln_f(x)
 
     def head(self, hidden_states: Tensor) -> Tensor:
@@ -217,11 +234,59 @@ class TokenEmbedding(nn.Module):
         return F.linear(hidden_states, self.weight)[..., : self.vocab_size]
 
 
+class RowDropout:
+    """Dropout whose masks depend on each row's seed alone, however the rows are batched.
+
+    Of the n elements of a token, number i is dropped where the product of two odd 32-bit integers,
+    one hashed from the token and one from i, is among the smallest: products of random odd integers
+    are uniform and, in pairs, as good as independent (multiplicative hashing, Dietzfelbinger et
+    al., "A Reliable Randomized Algorithm for the Closest-Pair Problem", 1997). So a mask costs a
+    multiplication and a comparison per element, on any device, eager or compiled.
+    """
+
+    def __init__(self, rate: float, row_seeds: Tensor | None) -> None:
+        self.rate = rate
+        self.row_seeds = row_seeds  # (B,) int64, where the rate is above 0
+
+    def __call__(self, x: Tensor, site: int) -> Tensor:
+        """Drop elements of x (B, T, C) or (B, H, T, T) and scale the others to the same mean.
+
+        Every site of a model has masks of its own. Elements beyond a row's last token change none
+        of those before.
+        """
+        if not self.rate:
+            return x
+        B, H, T, n = (x if x.dim() == 4 else x[:, None]).shape
+        of_token = self._integers(2 * site, T * H).view(B, T, H).mT.contiguous()  # (B, H, T)
+        of_element = self._integers(2 * site + 1, n)  # (B, n)
+        products = of_token[..., None] * of_element[:, None, None]  # (B, H, T, n)
+        kept = products >= int(2**32 * self.rate) - 2**31
+        return x * kept.view_as(x) * (1 / (1 - self.rate))
+
+    def _integers(self, stream: int, n: int) -> Tensor:
+        """Return the first n odd integers (B, n) int32 of a stream of each row.
+
+        They are upper halves of SplitMix64 (Steele et al., 2014). Its shifts are arithmetic here,
+        which costs a bit or two of the 64.
+        """
+        assert self.row_seeds is not None
+        first = stream << 32
+        places = torch.arange(first, first + n, device=self.row_seeds.device)
+        z = self.row_seeds[:, None] + places * -0x61C8864680B583EB
+        z = (z ^ (z >> 30)) * -0x40A7B892E31B1A47
+        z = (z ^ (z >> 27)) * -0x6B2FB644ECCEEE15
+        return (z >> 32).int() | 1
+
+
+NO_DROPOUT = RowDropout(0.0, None)
+
+
 class Block(nn.Module):
     """Attention, then a perceptron, each on a normalised copy of the residual stream."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = make_norm(config)
@@ -233,9 +298,11 @@ class Block(nn.Module):
         rotation: Tensor | None,
         cache: Cache | None = None,
         mask: Tensor | None = None,
+        dropout: RowDropout = NO_DROPOUT,
     ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotation, cache, mask)
-        return x + self.mlp(self.ln_2(x))
+        site = DROPOUT_SITES * self.layer
+        x = x + dropout(self.attn(self.ln_1(x), rotation, cache, mask, dropout), site + 1)
+        return x + dropout(self.mlp(self.ln_2(x)), site + 2)
 
 
 class CausalSelfAttention(nn.Module):
@@ -254,14 +321,14 @@ class CausalSelfAttention(nn.Module):
         rotation: Tensor | None,
         cache: Cache | None = None,
         mask: Tensor | None = None,
+        dropout: RowDropout = NO_DROPOUT,
     ) -> Tensor:
-        dropout = self.config.dropout
         q, k, v = (part.transpose(1, 2) for part in self.qkv(x, rotation))  # (B, H, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = causal_attention(q, k, v, dropout if self.training else 0.0, mask)  # (B, H, T, D)
-        y = self.c_proj(y.transpose(1, 2).flatten(2))
-        return F.dropout(y, dropout, self.training)
+        drop = partial(dropout, site=DROPOUT_SITES * self.layer) if dropout.rate else None
+        y = causal_attention(q, k, v, mask, drop)  # (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
     def qkv(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries, keys and values (..., H, D) of normalised states (..., C)."""
@@ -288,7 +355,7 @@ class MLP(nn.Module):
         x = self.c_fc(x)  # (B, T, 4C)
         relu2 = self.config.activation == "relu2"
         x = F.relu(x).square() if relu2 else F.gelu(x, approximate="tanh")
-        return F.dropout(self.c_proj(x), self.config.dropout, self.training)
+        return self.c_proj(x)
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -299,34 +366,44 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Let each query (B, H, T, D) gather from the keys up to its own, the last one from all.
 
-    A mask (B, 1, T, T) of booleans says instead which keys each query gathers from.
+    A mask (B, 1, T, T) of booleans says instead which keys each query gathers from. `drop` is
+    applied to the attention weights (B, H, T, T), which are then kept for the backward: fused
+    kernels draw dropout of their own.
     """
+    if drop is not None:
+        return written_out_attention(q, k, v, mask, drop)
     n_queries, n_keys = q.size(2), k.size(2)
     if n_queries < n_keys:  # where is_causal would align the queries with the first keys
         if n_queries > 1:
             mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device)
             mask = mask.tril(n_keys - n_queries)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if q.is_cpu and q.dtype == torch.bfloat16 and n_keys <= WRITTEN_OUT_TOKENS:
-        return written_out_attention(q, k, v, dropout, mask)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
-    )
+        return written_out_attention(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 def written_out_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v over the past (B, H, T, D), as two batched products.
 
     On a CPU, in bfloat16 and for a short context, the fused kernel takes more than four times as
     long: 23 against 5 ms (forward and backward, B=16, H=4, T=128, D=64, one core of an AMD EPYC).
     """
-    H, T, D = q.shape[1:]
+    B, H, T, D = q.shape
     if mask is None:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     else:
@@ -334,7 +411,9 @@ def written_out_attention(
     hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
     keys = k.flatten(0, 1).transpose(1, 2)  # (B*H, D, T)
     scores = torch.baddbmm(hidden, q.flatten(0, 1), keys, alpha=D**-0.5)  # (B*H, T, T)
-    weights = F.dropout(scores.softmax(-1), dropout)
+    weights = scores.softmax(-1)
+    if drop is not None:
+        weights = drop(weights.view(B, H, T, T)).flatten(0, 1)
     return torch.bmm(weights, v.flatten(0, 1)).view(q.shape)
 
 

@@ -34,6 +34,7 @@ def batch(rows: list[list[int]], labels: list[int], **step: float) -> Batch:
         "input_ids": input_ids,
         "lengths": lengths,
         "labels": torch.tensor(labels),
+        "row_seeds": torch.arange(len(rows)),
         **whole,
         **step,
     }
@@ -47,7 +48,6 @@ def module(model: Classifier, loss: Loss) -> Any:
         max_steps=1,
         tokens_per_step=8,
         grad_clip=None,
-        seed=0,
         compiled=False,
         record={},
         loss=loss,

@@ -13,7 +13,7 @@ from nanogpt.checkpoint import load_checkpoint
 from nanogpt.classifier import Classifier
 from nanogpt.data.labelled import LabelledTexts
 from nanogpt.evaluate import main as evaluate
-from tests.test_train import KILLER, ROOT, Command, fit, metrics
+from tests.test_train import KILLER, ROOT, WITHOUT_AND_WITH_DROPOUT, Command, fit, metrics
 
 COLOURS = ("red", "green", "blue")
 OPTIONS = (
@@ -88,10 +88,14 @@ def test_the_checkpoint_scores_the_test_split_as_the_run_did(
         assert row["results"][name] == summary[f"test_{name}"]
 
 
-def test_every_micro_batch_gives_the_same_losses(tiny: list[str], tmp_path: Path) -> None:
+@WITHOUT_AND_WITH_DROPOUT
+def test_every_micro_batch_gives_the_same_losses(
+    dropout: float, tiny: list[str], tmp_path: Path
+) -> None:
     for micro_batch in (8, 2):
         fit(
             *tiny,
+            f"model.dropout={dropout}",
             "classify.class_weights=true",
             f"micro_batch={micro_batch}",
             f"name=m{micro_batch}",
@@ -129,11 +133,15 @@ def test_a_killed_run_continues_to_the_same_bits(
     assert losses(tmp_path / "runs" / "tiny") == losses(tmp_path / "runs" / "whole")
 
 
-def test_two_ranks_reach_what_one_does(tiny: list[str], tmp_path: Path, command: Command) -> None:
+@WITHOUT_AND_WITH_DROPOUT
+def test_two_ranks_reach_what_one_does(
+    dropout: float, tiny: list[str], tmp_path: Path, command: Command
+) -> None:
+    options = [*tiny, f"model.dropout={dropout}"]
     ranks = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
-    two = command(*tiny, "name=two", *ranks)
+    two = command(*options, "name=two", *ranks)
     assert two.returncode == 0, two.stderr
-    fit(*tiny, "name=one")
+    fit(*options, "name=one")
     runs = [losses(tmp_path / "runs" / name) for name in ("one", "two")]
     for one, other in zip(*runs, strict=True):
         for a, b in zip(one, other, strict=True):

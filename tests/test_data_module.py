@@ -60,6 +60,10 @@ def _rows(batches: list[Batch]) -> list[tuple[list[int], list[int]]]:
     ]
 
 
+def _seeds(batches: list[Batch]) -> list[int]:
+    return [seed for batch in batches for seed in batch["row_seeds"].tolist()]
+
+
 def _equal(one: list[Batch], other: list[Batch]) -> bool:
     return len(one) == len(other) and all(
         a["step_targets"] == b["step_targets"]
@@ -126,6 +130,7 @@ def test_split_over_ranks_and_micro_batches_changes_no_row(
     for step, expected in enumerate(whole):
         batches = [batch for rank in ranks for batch in rank[step]]
         assert _rows(batches) == _rows(expected)
+        assert _seeds(batches) == _seeds(expected)
         assert {batch["step_targets"] for batch in batches} == {expected[0]["step_targets"]}
 
 
@@ -139,6 +144,7 @@ def test_a_resumed_loader_goes_on_at_the_trainers_step(corpus: Corpus, workers: 
     assert len(loader) == 6
     assert len(resumed) == 4
     assert all(_equal(a, b) for a, b in zip(resumed, whole[2:], strict=True))
+    assert [_seeds(step) for step in resumed] == [_seeds(step) for step in whole[2:]]
 
 
 def test_the_step_is_read_when_the_loader_begins(corpus: Corpus) -> None:

@@ -24,6 +24,7 @@ from nanogpt.prompts import find_template
 
 ROOT = Path(__file__).parent.parent
 Command = Callable[..., subprocess.CompletedProcess[str]]
+WITHOUT_AND_WITH_DROPOUT = pytest.mark.parametrize("dropout", [0.0, 0.1])
 TINY = (
     "tokenizer=byte",
     "model.block_size=64",
@@ -173,10 +174,14 @@ def test_it_ends_after_the_passes_unless_a_budget_is_typed(
     assert json.loads((tmp_path / "runs/typed/summary.json").read_text())["steps"] == 9
 
 
-def test_every_micro_batch_gives_the_same_losses(tiny_run: list[str], tmp_path: Path) -> None:
+@WITHOUT_AND_WITH_DROPOUT
+def test_every_micro_batch_gives_the_same_losses(
+    dropout: float, tiny_run: list[str], tmp_path: Path
+) -> None:
     reached = []
+    options = [*tiny_run, f"model.dropout={dropout}"]
     for micro_batch in (4, 1):
-        fit(*tiny_run, f"micro_batch={micro_batch}", f"name=m{micro_batch}")
+        fit(*options, f"micro_batch={micro_batch}", f"name=m{micro_batch}")
         reached.append(figures(tmp_path / "runs" / f"m{micro_batch}", "train/loss"))
     for [one], [other] in zip(*reached, strict=True):
         assert abs(float(one) - float(other)) < 1e-5
@@ -199,13 +204,15 @@ def test_a_killed_run_continues_to_the_same_bits(tiny_run: list[str], tmp_path: 
     ).read_text()
 
 
+@WITHOUT_AND_WITH_DROPOUT
 def test_two_ranks_learn_the_same_as_one(
-    tiny_run: list[str], tmp_path: Path, command: Command
+    dropout: float, tiny_run: list[str], tmp_path: Path, command: Command
 ) -> None:
+    options = [*tiny_run, f"model.dropout={dropout}"]
     ranks = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
-    two = command(*tiny_run, "name=two", *ranks)
+    two = command(*options, "name=two", *ranks)
     assert two.returncode == 0, two.stderr
-    fit(*tiny_run, "name=one")
+    fit(*options, "name=one")
     for column in ("train/loss", "val/loss"):
         pairs = zip(*(figures(tmp_path / "runs" / n, column) for n in ("one", "two")), strict=True)
         for [a], [b] in pairs:

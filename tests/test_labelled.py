@@ -273,6 +273,12 @@ def texts_of(batches: list[LabelledBatch]) -> list[tuple[tuple[int, ...], int]]:
     ]
 
 
+def seeds_of(batches: list[LabelledBatch]) -> list[tuple[int, tuple[int, ...]]]:
+    """Return each row's seed, with its ids."""
+    seeds = [seed for batch in batches for seed in batch["row_seeds"].tolist()]
+    return sorted(zip(seeds, (ids for ids, _ in texts_of(batches)), strict=True))
+
+
 def test_a_micro_batch_is_as_wide_as_its_longest_text() -> None:
     for step in module(micro_batch=2).train_dataloader():
         for batch in step:
@@ -309,6 +315,7 @@ def test_no_split_of_a_step_changes_what_it_sees(
     for step, parts in zip(whole, zip(*ranks, strict=True), strict=True):
         batches = [batch for part in parts for batch in part]
         assert sorted(texts_of(step)) == sorted(texts_of(batches))
+        assert seeds_of(step) == seeds_of(batches)
         assert {b["step_targets"] for b in batches} == {step[0]["step_targets"]}
         assert {b["step_tokens"] for b in batches} == {step[0]["step_tokens"]}
 

@@ -1,7 +1,9 @@
 """The model is GPT-2, whatever is asked of it: padded, cached, copied, compiled."""
 
 import copy
+import itertools
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from nanogpt.generation import KVCache
 from nanogpt.model import (
     GPT,
     GPTConfig,
+    RowDropout,
     causal_attention,
     document_mask,
     rotary_angles,
@@ -180,8 +183,8 @@ def test_dropout_acts_in_training_only() -> None:
 def test_written_out_attention_is_the_fused_one() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 9, 8)
-    fused = causal_attention(q, k, v, dropout=0.0)
-    torch.testing.assert_close(written_out_attention(q, k, v, dropout=0.0), fused)
+    fused = causal_attention(q, k, v)
+    torch.testing.assert_close(written_out_attention(q, k, v), fused)
 
 
 @BOTH
@@ -210,14 +213,111 @@ def test_written_out_attention_keeps_to_documents_as_the_fused_does() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 9, 8)
     mask = document_mask(torch.tensor([[0] * 4 + [1] * 5, [0] * 8 + [1]]))
-    fused = causal_attention(q, k, v, dropout=0.0, mask=mask)
-    torch.testing.assert_close(written_out_attention(q, k, v, dropout=0.0, mask=mask), fused)
+    fused = causal_attention(q, k, v, mask=mask)
+    torch.testing.assert_close(written_out_attention(q, k, v, mask=mask), fused)
 
 
-def test_written_out_attention_drops_weights() -> None:
+def test_attention_sums_the_values_by_the_weights_that_are_not_dropped() -> None:
+    torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 9, 8)
-    first, second = (written_out_attention(q, k, v, dropout=0.5) for _ in range(2))
+    drop = partial(RowDropout(0.5, torch.tensor([1, 2])), site=0)
+    scores = (q @ k.mT / 8**0.5).masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -torch.inf)
+    torch.testing.assert_close(causal_attention(q, k, v, drop=drop), drop(scores.softmax(-1)) @ v)
+
+
+# Dropout
+
+SEEDS = torch.tensor([3, -5, 2**62])
+
+
+def dropped(rate: float, *shape: int, site: int = 0, seeds: Tensor = SEEDS) -> Tensor:
+    """Return where a mask of some shape (B, ...) is zero."""
+    kept = RowDropout(rate, seeds[: shape[0]])(torch.ones(shape), site)
+    assert torch.equal(kept.unique(), torch.tensor([0, 1 / (1 - rate)]))
+    return kept == 0
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_of_every_row_token_and_element(rate: float) -> None:
+    for shape in ((3, 300, 200), (3, 4, 120, 120)):
+        mask = dropped(rate, *shape).double()
+        deviation = (rate * (1 - rate)) ** 0.5
+        for dims in itertools.combinations(range(mask.dim()), mask.dim() - 1):
+            means = mask.mean(dims)
+            n = mask.numel() / len(means)
+            assert (means - rate).abs().max() < 5 * deviation / n**0.5
+            assert means.std() < 1.5 * deviation / n**0.5 or len(means) < 5
+
+
+def test_dropped_elements_are_independent() -> None:
+    mask = dropped(0.5, 3, 256, 256).double() * 2 - 1
+    n = 256
+    for first, second in (
+        (mask[0], mask[1]),  # rows
+        (mask[0, 1:], mask[0, :-1]),  # neighbouring tokens
+        (mask[0, :, 1:], mask[0, :, :-1]),  # neighbouring elements
+        (mask[0], dropped(0.5, 3, n, n, site=1)[0].double() * 2 - 1),  # sites
+        (mask[0], mask[0].T),
+        (mask[0, 1:, 1:] * mask[0, :-1, :-1], mask[0, 1:, :-1] * mask[0, :-1, 1:]),  # rectangles
+    ):
+        assert (first * second).mean().abs() < 4 / n
+
+
+def test_what_is_dropped_of_a_row_depends_on_its_seed_alone() -> None:
+    for shape in ((8, 6), (2, 8, 8)):
+        whole = dropped(0.5, 3, *shape)
+        for i in range(3):
+            assert torch.equal(dropped(0.5, 1, *shape, seeds=SEEDS[i : i + 1])[0], whole[i])
+
+
+def test_padding_changes_nothing_of_what_is_dropped_before_it() -> None:
+    assert torch.equal(dropped(0.5, 3, 8, 6)[:, :5], dropped(0.5, 3, 5, 6))
+    assert torch.equal(dropped(0.5, 3, 2, 8, 8)[..., :5, :5], dropped(0.5, 3, 2, 5, 5))
+
+
+@BOTH
+def test_a_row_is_dropped_from_alike_in_any_batch(config: GPTConfig) -> None:
+    model, ids = build(replace(config, dropout=0.5)).train(), some_ids(config, 3, 16)
+    whole = model(ids, row_seeds=SEEDS)
+    torch.testing.assert_close(model(ids[1:2], row_seeds=SEEDS[1:2])[0], whole[1])
+    torch.testing.assert_close(model(ids[:, :9], row_seeds=SEEDS), whole[:, :9])
+    assert not torch.allclose(model(ids, row_seeds=SEEDS + 1), whole)
+
+
+def test_without_seeds_dropout_follows_torchs_generator() -> None:
+    model, ids = build(replace(TINY, dropout=0.5)).train(), some_ids(TINY, 2, 16)
+    torch.manual_seed(1)
+    first, second = model(ids), model(ids)
+    torch.manual_seed(1)
+    assert torch.equal(model(ids), first)
     assert not torch.allclose(first, second)
+
+
+def test_a_cache_is_continued_without_dropout() -> None:
+    model, ids = build(replace(TINY, dropout=0.5)), some_ids(TINY, 1, 16)
+    expected = model(ids)
+    torch.testing.assert_close(model.train()(ids, KVCache.like(model)), expected)
+
+
+def test_every_part_of_the_model_has_masks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[int] = []
+    integers = RowDropout._integers
+
+    def noted(self: RowDropout, stream: int, n: int) -> Tensor:
+        streams.append(stream)
+        return integers(self, stream, n)
+
+    monkeypatch.setattr(RowDropout, "_integers", noted)
+    config = replace(TINY, dropout=0.5)
+    build(config).train()(some_ids(config, 1, 16))
+    assert len(streams) == len(set(streams)) == 2 * (3 * config.n_layer + 1)
+
+
+def test_a_compiled_model_drops_the_same() -> None:
+    torch.manual_seed(0)
+    model, ids = build(replace(TINY, dropout=0.5)).train(), some_ids(TINY, 3, 16)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, row_seeds=SEEDS), model(ids, row_seeds=SEEDS))
 
 
 @BOTH

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt.data.order import RowOrder, WindowedOrder, permute
+from nanogpt.data.order import RowOrder, WindowedOrder, permute, row_seeds
 
 SIZES = st.integers(1, 5000)
 
@@ -25,6 +25,12 @@ def test_permutation_is_a_bijection_of_a_million() -> None:
     seen = np.zeros(n, dtype=bool)
     seen[permute(np.arange(n), n, "key")] = True
     assert seen.all()
+
+
+def test_every_row_of_every_step_has_a_seed_of_its_own() -> None:
+    seeds = [row_seeds(seed, step, 4) for seed in (-1, 0, 2**63 - 1) for step in range(100)]
+    assert len(set(np.concatenate(seeds).tolist())) == 3 * 100 * 4
+    assert np.array_equal(row_seeds(0, 5, 9)[:4], row_seeds(0, 5, 4))
 
 
 @settings(deadline=None)

@@ -9,7 +9,6 @@ import torch
 
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Schedule, adamw
-from nanogpt.training.module import _step_seed
 from nanogpt.training.pretrain import PretrainModule, next_token_loss
 
 CONFIG = GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=4)
@@ -29,7 +28,6 @@ def module(token_bytes: list[int]) -> Any:
         max_steps=1,
         tokens_per_step=4,
         grad_clip=None,
-        seed=0,
         compiled=False,
         record={},
         token_bytes=token_bytes,
@@ -68,11 +66,3 @@ def test_evaluation_leaves_the_model_in_training_mode() -> None:
     built.model.train()
     built.evaluate([batch([1, 2, 3, 4])])
     assert built.model.training
-
-
-def test_every_step_and_rank_has_a_seed_of_its_own() -> None:
-    seeds = {
-        _step_seed(s, step, rank) for s in range(3) for step in range(100) for rank in range(4)
-    }
-    assert len(seeds) == 3 * 100 * 4
-    assert all(0 <= seed < 2**63 for seed in seeds)

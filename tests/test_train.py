@@ -24,6 +24,7 @@ from nanogpt.checkpoint import load_checkpoint, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 Command = Callable[..., subprocess.CompletedProcess[str]]
+WITHOUT_AND_WITH_DROPOUT = pytest.mark.parametrize("dropout", [0.0, 0.1])
 
 # Killed at the n-th call of a function, the process leaves as a power cut would.
 KILLER = """
@@ -99,13 +100,15 @@ def test_a_finished_run_says_so_and_changes_nothing(tiny_run: list[str], tmp_pat
     assert "already finished" in (tmp_path / "runs" / "tiny" / "train.log").read_text()
 
 
+@WITHOUT_AND_WITH_DROPOUT
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 def test_every_micro_batch_gives_the_same_losses(
-    optim: str, tiny_run: list[str], tmp_path: Path
+    optim: str, dropout: float, tiny_run: list[str], tmp_path: Path
 ) -> None:
     reached = []
+    options = [*tiny_run, f"optim={optim}", f"model.dropout={dropout}"]
     for micro_batch in (8, 4, 1):
-        fit(*tiny_run, f"optim={optim}", f"micro_batch={micro_batch}", f"name=m{micro_batch}")
+        fit(*options, f"micro_batch={micro_batch}", f"name=m{micro_batch}")
         reached.append(
             [float(v) for (v,) in metrics(tmp_path / "runs" / f"m{micro_batch}", "train/loss")]
         )
@@ -242,10 +245,14 @@ def test_a_list_on_the_command_line_names_a_run(
     assert len(list((tmp_path / "runs").glob("quickstart-nano-text-*/summary.json"))) == 1
 
 
-def test_the_same_first_gradient_for_every_micro_batch(tiny_run: list[str], tmp_path: Path) -> None:
+@WITHOUT_AND_WITH_DROPOUT
+def test_the_same_first_gradient_for_every_micro_batch(
+    dropout: float, tiny_run: list[str], tmp_path: Path
+) -> None:
     norms = []
+    options = [*tiny_run, "max_steps=1", f"model.dropout={dropout}"]
     for micro_batch in (8, 2):
-        fit(*tiny_run, "max_steps=1", f"micro_batch={micro_batch}", f"name=m{micro_batch}")
+        fit(*options, f"micro_batch={micro_batch}", f"name=m{micro_batch}")
         norms.append(float(metrics(tmp_path / "runs" / f"m{micro_batch}", "train/grad_norm")[0][0]))
     assert abs(norms[0] - norms[1]) < 1e-5
 
@@ -316,19 +323,15 @@ def test_a_signal_before_the_first_step_still_leaves_a_checkpoint(
     assert load_checkpoint("tiny", runs_dir=tmp_path / "runs").step == 1
 
 
+@WITHOUT_AND_WITH_DROPOUT
 def test_two_ranks_see_the_same_tokens_as_one(
-    tiny_run: list[str], tmp_path: Path, command: Command
+    dropout: float, tiny_run: list[str], tmp_path: Path, command: Command
 ) -> None:
-    two = command(
-        *tiny_run,
-        "name=two",
-        "optim=adamw",
-        "trainer=ddp",
-        "trainer.devices=2",
-        "trainer.accelerator=cpu",
-    )
+    options = [*tiny_run, "optim=adamw", f"model.dropout={dropout}"]
+    ranks = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+    two = command(*options, *ranks, "name=two")
     assert two.returncode == 0, two.stderr
-    fit(*tiny_run, "name=one", "optim=adamw")
+    fit(*options, "name=one")
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"one", "two"}
     for column in ("train/loss", "val/loss"):
         pairs = zip(
@@ -341,11 +344,13 @@ def test_two_ranks_see_the_same_tokens_as_one(
             assert a == "" or abs(float(a) - float(b)) < 1e-5
 
 
+@WITHOUT_AND_WITH_DROPOUT
 def test_a_run_continues_on_another_number_of_ranks(
-    tiny_run: list[str], tmp_path: Path, command: Command
+    dropout: float, tiny_run: list[str], tmp_path: Path, command: Command
 ) -> None:
     constant = [
         *tiny_run,
+        f"model.dropout={dropout}",
         "optim=adamw",
         "optim.schedule.kind=constant",
         "optim.schedule.warmup_steps=0",

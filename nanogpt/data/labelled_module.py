@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nanogpt.classifier import encode_text, pad
 from nanogpt.data.module import Share, StepDataModule
-from nanogpt.data.order import RowOrder
+from nanogpt.data.order import RowOrder, row_seeds
 from nanogpt.data.splits import Example, Splits
 from nanogpt.tokenizer import Tokenizer
 
@@ -21,7 +21,7 @@ VAL_BATCH_ROWS = 32  # whatever the training's micro-batch, so that it never cha
 log = logging.getLogger("nanogpt")
 
 
-class LabelledBatch(TypedDict):
+class LabelledBatch(TypedDict, total=False):
     """One forward's worth of texts, padded to the longest of them."""
 
     input_ids: Tensor  # (B, T) int64
@@ -29,6 +29,7 @@ class LabelledBatch(TypedDict):
     labels: Tensor  # (B,) int64
     step_targets: float  # the examples' class weights in the whole optimizer step, over all ranks
     step_tokens: int  # tokens that follow another, in the whole optimizer step
+    row_seeds: Tensor  # (B,) int64, in training: of (seed, step, row of the step) alone
 
 
 @dataclass(frozen=True)
@@ -225,12 +226,16 @@ class _LabelledSteps(Dataset[list[LabelledBatch]]):
             self.noise.ids(self.writings[i], (seed, step, place), self.speller)
             for place, i in enumerate(examples)
         ]
+        seeds = row_seeds(self.seed, step, len(rows))
         labels = self.labels[examples]
         step_targets = float(self.class_weights[labels].sum())
         step_tokens = sum(len(row) - 1 for row in rows)
         own = _by_length(self.share.own(np.arange(len(rows))), rows)
         return [
-            _batch([rows[i] for i in part], labels[part], step_targets, step_tokens)
+            {
+                **_batch([rows[i] for i in part], labels[part], step_targets, step_tokens),
+                "row_seeds": torch.from_numpy(seeds[part]),
+            }
             for part in self.share.micro_batches(own)
         ]
 

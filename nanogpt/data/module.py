@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nanogpt.data.corpus import Corpus
-from nanogpt.data.order import RowOrder, WindowedOrder
+from nanogpt.data.order import RowOrder, WindowedOrder, row_seeds
 from nanogpt.data.windows import Tokens, Windows
 
 Order = RowOrder | WindowedOrder
@@ -27,6 +27,7 @@ class Batch(TypedDict, total=False):
     targets: Tensor  # (B, T) int64
     step_targets: int  # scored in the whole optimizer step, over all ranks and micro-batches
     documents: Tensor  # (B, T) int64, where rows are packed: the number of each token's text
+    row_seeds: Tensor  # (B,) int64, in training: of (seed, step, row of the step) alone
 
 
 class Rows(Protocol):
@@ -231,10 +232,17 @@ class _StepBatches(Dataset[list[Batch]]):
     share: Share
 
     def __getitem__(self, step: int) -> list[Batch]:
-        rows = self.order.rows_of_step(step, self.share.rows_per_step)
+        n_rows = self.share.rows_per_step
+        rows = self.order.rows_of_step(step, n_rows)
+        seeds = row_seeds(self.order.seed, step, n_rows)
         step_targets = self.source.n_targets(rows)
-        own = self.share.micro_batches(self.share.own(rows))
-        return [_batch(self.source, micro_batch, step_targets) for micro_batch in own]
+        return [
+            {
+                **_batch(self.source, rows[part], step_targets),
+                "row_seeds": torch.from_numpy(seeds[part]),
+            }
+            for part in self.share.micro_batches(self.share.own(np.arange(n_rows)))
+        ]
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,17 @@ class WindowedOrder:
         return max((window * self.window_tokens - 1) // self.block_size, 0)
 
 
+def row_seeds(seed: int, step: int, n_rows: int) -> np.ndarray:
+    """Return a seed for each row of an optimizer step, over all ranks, (n_rows,) int64.
+
+    Whatever is random about a row, such as its dropout, follows from its seed, so that no split of
+    the step over ranks and micro-batches changes it.
+    """
+    key = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+    first = np.frombuffer(key[:8], dtype="<u8")
+    return _mix(first + np.arange(n_rows, dtype=np.uint64)).view(np.int64)
+
+
 def permute(positions: np.ndarray, n: int, key: str) -> np.ndarray:
     """Return where a keyed permutation of 0 .. n - 1 takes the positions, (N,) int64.
 

@@ -261,7 +261,7 @@ def _scored_states(model: GPT, rows: Sequence[_Row], scored: Tensor) -> Tensor:
         assert isinstance(block, Block)
         qkv = block.attn.qkv(block.ln_1(x), rotation)  # (R, H, D) each
         q, k, v = (part[places].transpose(1, 2) for part in qkv)  # (B, H, T, D)
-        y = causal_attention(q, k, v, 0.0, mask).transpose(1, 2).flatten(0, 1)[taken]
+        y = causal_attention(q, k, v, mask).transpose(1, 2).flatten(0, 1)[taken]
         if block is model.h[-1]:
             x, y = x[scored], y[scored]
         x = x + block.attn.c_proj(y.flatten(1))

@@ -3,8 +3,8 @@
 Optimization is manual, and one batch of the loader is one whole optimizer step of this rank: a list
 of micro-batches. So Lightning's batches, its global step and all intervals are optimizer steps,
 gradient accumulation is an ordinary loop, and losses are summed and divided by the scored tokens of
-the step over all ranks, which makes every split of a step over micro-batches and ranks give the
-same update.
+the step over all ranks, and dropout follows from a seed that the batch has for each row, which
+makes every split of a step over micro-batches and ranks give the same update.
 """
 
 import contextlib
@@ -23,7 +23,8 @@ from nanogpt.model import GPT
 from nanogpt.optim import Schedule, set_learning_rate
 from nanogpt.training.throughput import mfu
 
-Batch = dict[str, Any]  # the batch contract: input_ids (B, T), targets (B, T), step_targets
+# The batch contract: input_ids (B, T), targets (B, T), step_targets, row_seeds (B,).
+Batch = dict[str, Any]
 
 
 class StageModule(LightningModule):
@@ -43,7 +44,6 @@ class StageModule(LightningModule):
         max_steps: int,
         tokens_per_step: int,
         grad_clip: float | None,
-        seed: int,
         compiled: bool,
         record: dict[str, Any],
         flops_per_token: float = 0.0,
@@ -59,7 +59,6 @@ class StageModule(LightningModule):
         self.max_steps = max_steps
         self.tokens_per_step = tokens_per_step
         self.grad_clip = grad_clip
-        self.seed = seed
         self.record = record
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
@@ -99,7 +98,6 @@ class StageModule(LightningModule):
 
     def training_step(self, micro_batches: list[Batch], batch_idx: int) -> None:
         step = self.trainer.global_step
-        self._seed_dropout(step)
         optimizer: Any = self.optimizers()
         set_learning_rate(optimizer, self.schedule.factor(step, self.max_steps))
         losses = []
@@ -117,18 +115,6 @@ class StageModule(LightningModule):
     def _begin_timing(self) -> None:
         self._first_of_sitting, self._untimed = False, 1
         self._window_began = time.monotonic()
-
-    def _seed_dropout(self, step: int) -> None:
-        """Seed the generator that dropout draws from.
-
-        `torch.manual_seed` would visit backends that are not there: half a millisecond per step.
-        """
-        seed = _step_seed(self.seed, step, self.global_rank)
-        torch.random.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        elif self.device.type == "mps":
-            torch.mps.manual_seed(seed)
 
     def _without_reduction(self) -> contextlib.AbstractContextManager[None]:
         """Let ranks reduce gradients at the last micro-batch of a step only."""
@@ -244,16 +230,3 @@ class StageModule(LightningModule):
 def is_due(step: int, every_n_steps: int, trainer: Trainer) -> bool:
     """Return whether something of this interval happens at this step, as all does at the last."""
     return step % every_n_steps == 0 or step == trainer.max_steps
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of a step's dropout: a pure function, so no generator state is saved.
-
-    The mixing is splitmix64's finaliser (Steele, Lea, Flood 2014), which separates neighbouring
-    inputs.
-    """
-    mask = 2**64 - 1
-    z = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return (z ^ (z >> 31)) & (2**63 - 1)

@@ -13,10 +13,14 @@ from nanogpt.training.module import Batch, StageModule
 
 
 def next_token_loss(
-    model: GPT, input_ids: Tensor, targets: Tensor, documents: Tensor | None = None
+    model: GPT,
+    input_ids: Tensor,
+    targets: Tensor,
+    documents: Tensor | None = None,
+    row_seeds: Tensor | None = None,
 ) -> Tensor:
     """Return the summed cross-entropy in nats of targets (B, T), those of -100 left out."""
-    logits = model(input_ids, documents=documents)  # (B, T, V)
+    logits = model(input_ids, documents=documents, row_seeds=row_seeds)  # (B, T, V)
     return F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
     )
@@ -35,7 +39,13 @@ class PretrainModule(StageModule):
         self.loss = torch.compile(next_token_loss) if self.compiled else next_token_loss
 
     def summed_loss(self, batch: Batch) -> Tensor:
-        return self.loss(self.model, batch["input_ids"], batch["targets"], batch.get("documents"))
+        return self.loss(
+            self.model,
+            batch["input_ids"],
+            batch["targets"],
+            batch.get("documents"),
+            batch["row_seeds"],
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
