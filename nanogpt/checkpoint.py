@@ -8,6 +8,7 @@ code.
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import zipfile
@@ -20,7 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from nanogpt.classifier import Classifier
-from nanogpt.disk import sync_directory
+from nanogpt.disk import find_files, open_regular, sync_directory
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.pretrained import PUBLISHED, fetch_pretrained, load_pretrained
 from nanogpt.tokenizer import Tokenizer, from_record, gpt2_tokenizer
@@ -30,6 +31,9 @@ FORMAT = 1
 KEY = "nanogpt"
 RECORD_KEYS = {"format", "stage", "model", "tokenizer", "template", "labels", "version"}
 WEIGHTS_PREFIX = "model."
+MAX_SUMMARY_BYTES = 16 * 2**20
+
+log = logging.getLogger("nanogpt")
 
 
 @dataclass(frozen=True)
@@ -214,9 +218,9 @@ def find_checkpoint(reference: str | Path, runs_dir: str | Path = "runs") -> Pat
 
 def _latest_pretraining(runs_dir: Path) -> Path:
     finished = []
-    for summary in runs_dir.rglob("summary.json"):
+    for summary in find_files(runs_dir, "summary.json"):
         path = summary.parent / "checkpoints" / "last.ckpt"
-        if path.is_file() and json.loads(summary.read_text()).get("stage") == "pretrain":
+        if os.path.isfile(path) and _stage(summary) == "pretrain":
             finished.append((summary.stat().st_mtime_ns, path))
     if not finished:
         raise FileNotFoundError(
@@ -224,6 +228,16 @@ def _latest_pretraining(runs_dir: Path) -> Path:
             "pretrain first (python train.py) or pass init_from=PATH"
         )
     return max(finished)[1]
+
+
+def _stage(summary: Path) -> object:
+    """Return the stage of a summary, None with a warning for a damaged one."""
+    try:
+        with open_regular(summary, MAX_SUMMARY_BYTES) as file:
+            return json.load(file)["stage"]
+    except Exception as error:  # whatever a file can do to its reader
+        log.warning("skipping a run: %s is damaged (%s)", summary, type(error).__name__)
+        return None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

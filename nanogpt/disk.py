@@ -1,7 +1,14 @@
-"""What a power cut must not undo."""
+"""Files and directories: durable renames, bounded reads, the names of runs."""
 
 import os
-from pathlib import Path
+import stat
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import BinaryIO
+
+MAX_DEPTH = 32  # levels of directories below a directory of runs
 
 
 def sync_directory(directory: Path) -> None:
@@ -12,3 +19,42 @@ def sync_directory(directory: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def find_files(root: Path, name: str) -> Iterator[Path]:
+    """Yield every file called `name` under a directory.
+
+    Links to directories are not followed; directories that cannot be read, or that lie more than
+    MAX_DEPTH levels down, are skipped.
+    """
+    for directory, subdirectories, files in os.walk(root):
+        path = Path(directory)
+        if name in files:
+            yield path / name
+        if len(path.parts) - len(root.parts) >= MAX_DEPTH:
+            subdirectories.clear()
+
+
+@contextmanager
+def open_regular(path: Path, max_bytes: int) -> Iterator[BinaryIO]:
+    """Open a file for reading. Raises ValueError for more than `max_bytes` and for devices, FIFOs.
+
+    Opening a FIFO without O_NONBLOCK would block until somebody writes to it.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if status.st_size > max_bytes:
+            raise ValueError(f"{status.st_size:,} bytes; at most {max_bytes:,} are read")
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(handle)
+
+
+def display_name(path: PurePath) -> str:
+    """Return a path as text in NFC, with `/`; bytes that are not UTF-8 are written as `\\xe9`."""
+    text = os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+    return unicodedata.normalize("NFC", text)

@@ -77,6 +77,18 @@ def test_while_the_engine_starts_models_are_not_there_yet(
         assert answer.headers["retry-after"]
 
 
+def test_labels_come_from_a_classifier_where_the_default_is_none(tmp_path: Path) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e", labels=["ham", "spam"])
+    text = replace(engine.models[0], default_to_classify=False)
+    spam = ModelInfo("spam", [], 2, "2", True, False, False, default_to_classify=True)
+    engine.models = [text, spam]
+    with serve(engine) as url:
+        assert httpx.post(f"{url}/predict", json={"input_data": "x"}).status_code == 200
+        assert httpx.post(f"{url}/v1/classify", json={"input": "x"}).status_code == 200
+    described = [message.model for message in engine.requests if isinstance(message, Describe)]
+    assert described == ["spam"]
+
+
 def test_who_names_no_model_has_texts_from_one_that_generates(tmp_path: Path) -> None:
     engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("a"))
     classifier = ModelInfo(

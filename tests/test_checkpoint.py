@@ -181,6 +181,22 @@ def test_a_missing_checkpoint_says_where_it_looked(tmp_path: Path) -> None:
         find_checkpoint("nowhere", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{", b"\0" * 99, b"\xff", b'{"stage": "pretrain"', b"[" * 100_000]
+)
+def test_latest_skips_a_damaged_summary(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("whole", "damaged", "fifo"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "checkpoints" / "last.ckpt").touch()
+    (tmp_path / "whole" / "summary.json").write_text('{"stage": "pretrain"}')
+    (tmp_path / "damaged" / "summary.json").write_bytes(content)
+    os.mkfifo(tmp_path / "fifo" / "summary.json")
+    assert find_checkpoint("latest", tmp_path).parent.parent == tmp_path / "whole"
+    assert str(tmp_path / "damaged" / "summary.json") in caplog.text
+
+
 def test_latest_is_the_newest_finished_pretraining_run(tmp_path: Path, model: GPT) -> None:
     for i, (name, stage) in enumerate(
         [("old", "pretrain"), ("new", "pretrain"), ("c", "classify")]

@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
+from nanogpt.disk import MAX_DEPTH
 from serving.api.auth import ApiKeys
-from serving.api.run_files import MOST_POINTS, find_runs, thin
+from serving.api.run_files import MAX_POINTS, find_runs, thin
 from serving.api.settings import ApiSettings
 from tests.fake_engine import FakeEngine
 from tests.front_end import serve
@@ -178,13 +179,127 @@ def test_a_ticket_of_any_form_is_read_without_failing(ticket: str) -> None:
     assert not ApiKeys([KEY]).admits("/a", ticket.encode("utf-8", "replace").decode())
 
 
+DEEP = "a: " + "[" * 3000 + "]" * 3000
+MERGES = "a0: &a0 {k: 0}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 30)
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("summary.json", b"[]", "a list, not an object"),
+        ("summary.json", b"", "Expecting value"),
+        ("summary.json", b'{"a": "\xff"}', "utf-8"),
+        ("summary.json", b"[" * 100_000, "nested too deeply"),
+        ("config.yaml", DEEP.encode(), "nested too deeply"),
+        ("config.yaml", b"- 1", "not a mapping"),
+        ("config.yaml", b"\0" * 4096, "config.yaml cannot be read"),
+        ("config.yaml", b"# " * 2**18, "524,288 bytes; at most 262,144 are read"),
+        ("metrics.csv", b"step,train/loss\n1,2.5\n" + b"\0" * 200_000, "NUL bytes in line 3"),
+        ("metrics.csv", b"step,train/loss\n1,2.5\n2," + b"9" * 200_000, "field larger than"),
+    ],
+)
+def test_a_damaged_run_is_listed_with_the_reason_beside_whole_ones(
+    url: str,
+    runs_dir: Path,
+    file: str,
+    content: bytes,
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run_dir = write_run(runs_dir / "damaged", "1,8,2.5,,")
+    (run_dir / file).write_bytes(content)
+    for _ in range(2):
+        assert httpx.get(f"{url}/runs").status_code == 200
+        listed = httpx.get(f"{url}/v1/runs").json()["data"]
+    runs = {run["id"]: run for run in listed}
+    assert runs["tiny"]["state"] == "finished"
+    assert runs["damaged"]["state"] == "damaged"
+    assert file in runs["damaged"]["error"]
+    assert reason in runs["damaged"]["error"]
+    assert runs["damaged"]["curves"] == {"train/loss": [[1, 2.5]]}
+    assert caplog.text.count("damaged run") == 1
+
+
+def test_merge_keys_do_not_make_a_configuration_grow(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "merges", "1,8,2.5,,")
+    (run_dir / "config.yaml").write_text(f"{MERGES}stage: pretrain\n")
+    (run,) = find_runs(tmp_path)
+    assert (run.stage, run.error) == ("pretrain", None)
+
+
+@pytest.mark.parametrize("file", ["metrics.csv", "summary.json", "config.yaml", "report.html"])
+def test_what_is_no_file_spoils_its_own_run_only(tmp_path: Path, file: str) -> None:
+    for name in ("fifo", "loop", "dangling", "device", "whole"):
+        run_dir = write_run(tmp_path / name, "1,8,2.5,,", summary={"steps": 1})
+        if name != "whole":
+            (run_dir / file).unlink()
+    os.mkfifo(tmp_path / "fifo" / file)
+    (tmp_path / "loop" / file).symlink_to(file)
+    (tmp_path / "dangling" / file).symlink_to("nowhere")
+    (tmp_path / "device" / file).symlink_to("/dev/zero")
+    runs = {run.name: run for run in find_runs(tmp_path)}
+    assert runs["whole"].state == "finished"
+    for name in ("fifo", "loop", "dangling", "device"):
+        assert runs[name].state == ("finished" if file == "report.html" else "damaged")
+        assert (runs[name].report_path is None) == (file == "report.html")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"steps": "many"},
+        {"steps": 10**400},
+        {"steps": float("inf"), "stage": ["pretrain"]},
+        {"name": "\ud800", "stage": "x" * 10**6},
+    ],
+)
+def test_odd_values_of_a_summary_are_left_out(
+    url: str, runs_dir: Path, values: dict[str, Any]
+) -> None:
+    write_run(runs_dir / "odd", "7,8,2.5,,", summary=values)
+    answer = httpx.get(f"{url}/v1/runs")
+    assert len(answer.content) < 10_000
+    runs = {run["id"]: run for run in answer.json()["data"]}
+    assert runs["odd"]["step"] == 7
+    assert runs["odd"]["summary"]["train_loss"] == 2.5
+
+
+def test_a_name_that_is_not_utf8_is_listed_and_its_report_opens(url: str, runs_dir: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    os.rename(write_run(runs_dir / "cafe", "1,8,3,,", summary={}), runs_dir / name)
+    runs = {run["id"]: run for run in httpx.get(f"{url}/v1/runs").json()["data"]}
+    assert set(runs) == {"tiny", "caf\\xe9"}
+    assert httpx.get(url + runs["caf\\xe9"]["report"]).status_code == 200
+    assert httpx.get(f"{url}/runs").status_code == 200
+
+
+def test_directories_are_searched_to_a_limit(tmp_path: Path) -> None:
+    found, too_deep = "/".join("d" * MAX_DEPTH), "/".join("d" * (MAX_DEPTH + 1))
+    write_run(tmp_path / found, "1,8,3,,")
+    write_run(tmp_path / too_deep, "1,8,3,,")
+    assert [run.name for run in find_runs(tmp_path)] == [found]
+
+
+@pytest.mark.parametrize("seconds", [-1e9, 4e11])
+def test_a_date_that_cannot_be_shown_is_clamped(tmp_path: Path, seconds: float) -> None:
+    path = write_run(tmp_path / "odd", "1,8,3,,") / "metrics.csv"
+    os.utime(path, (seconds, seconds))
+    (run,) = find_runs(tmp_path)
+    assert 0 <= run.updated < 8.64e12
+
+
 def test_a_torn_or_broken_run_is_told_as_far_as_it_can_be_read(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "torn", "1,8,3.5,,", "2,16,nan,,", "3,24,3.0,,", "4,3")
     (run_dir / "summary.json").write_text('{"steps": 4, ')
     (run_dir / "config.yaml").write_text("stage: [")
     (run,) = find_runs(tmp_path)
     assert run.curves == {"train/loss": [(1, 3.5), (3, 3.0)]}
-    assert (run.state, run.stage, run.step) == ("training", None, 3)
+    assert (run.state, run.stage, run.step) == ("damaged", None, 3)
+    assert run.error is not None
+    assert "summary.json" in run.error
+    assert "config.yaml" in run.error
 
 
 def test_a_run_whose_files_rest_is_not_training(tmp_path: Path) -> None:
@@ -215,7 +330,7 @@ def test_a_long_curve_keeps_its_spikes_and_its_end() -> None:
     points[54_321] = (54_321, 9.0)
     points[54_322] = (54_322, -9.0)
     thinned = thin(points)
-    assert len(thinned) <= MOST_POINTS + 2
+    assert len(thinned) <= MAX_POINTS + 2
     assert {(54_321, 9.0), (54_322, -9.0), points[-1]} <= set(thinned)
     assert thinned == sorted(thinned)
 

@@ -17,7 +17,7 @@ from serving.api.schemas import SamplingRequest
 from serving.api.settings import ApiSettings
 from serving.api.stream import EventStream, Format, to_json
 from serving.engine.client import EngineClient
-from serving.engine.messages import Generate, SamplingParams
+from serving.engine.messages import Generate, SamplingParams, Task
 
 FIRST_PIECE_S = 10.0  # a stream's status waits so long for the first token, to be an error's yet
 
@@ -47,7 +47,7 @@ class FrontEnd:
             if wanted > most:
                 message = f"{wanted} {what} are too many; ask for at most {most}."
                 raise ApiError(400, message, param=param)
-        model = await self.load(request, body.model, to_generate=True)
+        model = await self.load(request, body.model, "generate")
         model.check_generates()
         return model
 
@@ -56,12 +56,10 @@ class FrontEnd:
         return min(self.settings.max_prompts, self.settings.max_queue // n)
 
     async def load(
-        self, request: Request, name: str | None, *, to_generate: bool = False
+        self, request: Request, name: str | None, task: Task | None = None
     ) -> ServedModel:
         """Return the model of a name, ready for use; raises ApiError where it is not in time."""
-        model = await self.deadlines(request).soon(
-            self.catalogue.load(name, to_generate=to_generate)
-        )
+        model = await self.deadlines(request).soon(self.catalogue.load(name, task))
         request.state.log["model"] = model.id
         return model
 

@@ -1,6 +1,7 @@
 """The models of the engine with their tokenizers and templates, as this front end uses them."""
 
 import asyncio
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from nanogpt.tokenizer import Tokenizer, from_record
 from serving.api.errors import ApiError
 from serving.api.schemas import ChatMessage
 from serving.engine.client import EngineClient
-from serving.engine.messages import ModelDetails, ModelInfo
+from serving.engine.messages import ModelDetails, ModelInfo, Task
 
 LONG_CHARS = 10_000  # a text that takes milliseconds to encode is encoded in a thread
 ROLES = {"developer": "system", "tool": "user", "function": "user"}
@@ -92,20 +93,21 @@ class Catalogue:
         self.lenient = lenient  # an unknown name is the default model's
         self._built: dict[str, tuple[str, asyncio.Task[ServedModel]]] = {}  # revision, model
 
-    def find(self, name: str | None, *, to_generate: bool = False) -> ModelInfo:
+    def find(self, name: str | None, task: Task | None = None) -> ModelInfo:
         """Return what the engine tells of the model of a name; the default one without a name."""
+        name = name and unicodedata.normalize("NFC", name)  # as the registry's names are
         known = {n for model in self.client.models() for n in (model.id, *model.aliases)}
         found = None if self.lenient and name not in known else name
-        return self.client.find(found, to_generate=to_generate)
+        return self.client.find(found, task)
 
-    async def load(self, name: str | None, *, to_generate: bool = False) -> ServedModel:
+    async def load(self, name: str | None, task: Task | None = None) -> ServedModel:
         """Return the model of a name, ready for use."""
-        info = self.find(name, to_generate=to_generate)
-        revision, task = self._built.get(info.id, ("", None))
-        if task is None or revision != info.revision or _has_failed(task):
-            task = asyncio.create_task(self._build(info))  # one for all who ask meanwhile
-            self._built[info.id] = info.revision, task
-        return await asyncio.shield(task)
+        info = self.find(name, task)
+        revision, building = self._built.get(info.id, ("", None))
+        if building is None or revision != info.revision or _has_failed(building):
+            building = asyncio.create_task(self._build(info))  # one for all who ask meanwhile
+            self._built[info.id] = info.revision, building
+        return await asyncio.shield(building)
 
     async def _build(self, info: ModelInfo) -> ServedModel:
         details = await self.client.details(info)
@@ -119,6 +121,7 @@ def describe(info: ModelInfo) -> dict[str, Any]:
         "object": "model",
         "created": info.created,
         "owned_by": "nanogpt",
+        "name": info.name or info.id,
         "aliases": info.aliases,
         "default": info.default,
         "loaded": info.loaded,

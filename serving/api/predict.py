@@ -28,7 +28,7 @@ router = APIRouter()
 async def classify(request: Request, body: ClassifyRequest) -> Response:
     """Return the label of each text, and how probable each label is."""
     texts = [body.input] if isinstance(body.input, str) else body.input
-    model = await front_end(request).load(request, body.model)
+    model = await front_end(request).load(request, body.model, "classify")
     answers = await _classified(request, model, texts)
     labels = model.details.labels or []
     data = [
@@ -57,7 +57,7 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
 @router.post("/predict")
 async def predict(request: Request, body: PredictRequest) -> Response:
     """Return the label of a text, or a language model's answer to it."""
-    model = await front_end(request).load(request, body.model)
+    model = await front_end(request).load(request, body.model, "classify")
     if model.details.labels:
         (answer,) = await _classified(request, model, [body.input_data])
         return json_response({"prediction": _likeliest(model, answer)})
@@ -68,7 +68,7 @@ async def predict(request: Request, body: PredictRequest) -> Response:
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """Return the token ids of a text, or of a conversation with the assistant's turn opened."""
     chats = bool(body.messages)
-    model = await front_end(request).load(request, body.model, to_generate=chats)
+    model = await front_end(request).load(request, body.model, "generate" if chats else None)
     text = body.content if body.prompt is None else body.prompt
     if body.messages:
         ids = await model.encode_chat(body.messages)

@@ -43,6 +43,7 @@ from serving.engine.messages import (
     Scored,
     Settings,
     Stats,
+    Task,
     Tokens,
     from_frame,
     settings_json,
@@ -112,8 +113,8 @@ class EngineClient:
             raise EngineError("unavailable", STARTING)
         return self._models
 
-    def find(self, name: str | None, *, to_generate: bool = False) -> ModelInfo:
-        """Return the model of an id or alias, or the default one for None and "".
+    def find(self, name: str | None, task: Task | None = None) -> ModelInfo:
+        """Return the model of an id or alias, or the default one for a task for None and "".
 
         Raises EngineError: "not_found" for others, "unavailable" as `models` does.
         """
@@ -121,7 +122,8 @@ class EngineClient:
         if name:
             found = [model for model in models if name in (model.id, *model.aliases)]
         else:
-            found = [m for m in models if (m.default_to_generate if to_generate else m.default)]
+            found = [m for m in models if task and getattr(m, f"default_to_{task}")]
+            found = found or [model for model in models if model.default]
         if found:
             return found[0]
         known = ", ".join(model.id for model in models)

@@ -135,9 +135,7 @@ class Engine:
 
     def models(self) -> Models:
         """Return the models that can be asked for."""
-        defaults = self.registry.default, self.registry.default_to_generate
-        default, to_generate = (entry.id if entry else None for entry in defaults)
-        return Models([self._info(e, default, to_generate) for e in self.registry.entries])
+        return Models([self._info(entry) for entry in self.registry.entries])
 
     def changed(self) -> None:
         """Heed that the registry found other checkpoints: load newer weights of those in use."""
@@ -156,7 +154,7 @@ class Engine:
         if runner is not None and runner.revision != entry.revision:
             self._waiting.setdefault(entry.id, [])
 
-    def _info(self, entry: Entry, default: str | None, to_generate: str | None) -> ModelInfo:
+    def _info(self, entry: Entry) -> ModelInfo:
         """Return what is told of a model: of the weights that compute, until newer ones do."""
         runner = self.runners.get(entry.id)
         weights = runner or entry
@@ -166,8 +164,10 @@ class Engine:
             created=weights.created,
             revision=weights.revision,
             loaded=runner is not None,
-            default=entry.id == default,
-            default_to_generate=entry.id == to_generate,
+            default=entry == self.registry.default,
+            default_to_generate=entry == self.registry.default_to_generate,
+            default_to_classify=entry == self.registry.default_to_classify,
+            name=entry.name,
         )
 
     def _accept(self, client: object, request: Generate | Score | Classify | Describe) -> None:

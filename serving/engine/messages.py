@@ -16,6 +16,7 @@ LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 256 * 2**20  # a whole tokenizer table is a few MB
 MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
 
+Task = Literal["generate", "classify"]
 FailureKind = Literal[
     "invalid",  # the request cannot be computed: 400
     "context_length",  # the prompt leaves no room for a token: 400
@@ -46,7 +47,7 @@ class Settings:
 
     models: str = "runs"
     runs_dir: str = "runs"  # where a run's name is looked up
-    default_model: str | None = None  # null: the newest; to generate, the newest that does
+    default_model: str | None = None  # null: the newest finished run that can do what is asked
     device: str = "auto"
     dtype: Literal["auto", "fp32", "fp24", "bf16", "int8"] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None  # null: all cores
@@ -225,6 +226,8 @@ class ModelInfo:
     loaded: bool
     default: bool  # of requests that name none
     default_to_generate: bool  # of those for text
+    default_to_classify: bool = False  # of those for labels
+    name: str = ""  # the run's own
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Which checkpoints there are to serve, and by which names they can be asked for."""
 
-import itertools
-import os
+import hashlib
+import json
 import re
+import stat
+import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from nanogpt.checkpoint import read_record
+from nanogpt.disk import display_name, find_files, open_regular
+from serving.engine.messages import Task
 
 # Chat clients hide models whose ids contain these: they belong to other kinds of models.
 HIDDEN = (
@@ -18,19 +22,38 @@ HIDDEN = (
 )
 # Of models whose ids begin so, they change the parameters of requests.
 CHANGED = ("o1", "o3", "o4", "codex", "computer-use", "gpt-5")
+_HIDDEN = re.compile("|".join(HIDDEN), re.IGNORECASE)
+# Names that read like the ids of others that were changed.
+_CHANGED = re.compile(
+    "|".join(
+        [
+            *(f"{word[0]}-{word[1:]}" for word in HIDDEN),
+            "-searching-",
+            *(f"^model-{word}" for word in CHANGED),
+        ]
+    ),
+    re.IGNORECASE,
+)
 
 ENDINGS = ("", ".ckpt", ".pt")  # that a model's name may have
+MAX_SUMMARY_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A checkpoint that can be loaded; another `revision` means the file has other weights."""
+    """A checkpoint that can be loaded; another `revision` means the file has other weights.
+
+    `rank` is 0 for a run without a summary, and for a finished one the number of digits of its
+    steps, at most 3: a trial of a few steps ranks below a training.
+    """
 
     id: str
+    name: str  # the run's own
     path: Path
     aliases: tuple[str, ...]
     created: int  # seconds since 1970
     revision: str
+    rank: int
 
 
 class Registry:
@@ -44,31 +67,28 @@ class Registry:
         self.models = named if named.exists() and not Path(models).exists() else Path(models)
         self.default_name = default
         self.entries: list[Entry] = []
+        self.default: Entry | None = None  # for requests that name no model
         self.default_to_generate: Entry | None = None
+        self.default_to_classify: Entry | None = None
         self.rescan()
 
     def rescan(self) -> bool:
         """Look again; return whether anything changed."""
         before = self.entries
         self.entries = find_entries(self.models)
-        self.default_to_generate = self._default_to_generate()
+        ranked = sorted(self.entries, key=lambda e: (e.rank, e.created), reverse=True)
+        self.default = (
+            self.find(self.default_name) if self.default_name else next(iter(ranked), None)
+        )
+        self.default_to_generate = self._default_to("generate", ranked)
+        self.default_to_classify = self._default_to("classify", ranked)
         return self.entries != before
 
-    @property
-    def default(self) -> Entry | None:
-        """The entry for requests that name none: the configured one, else the newest."""
-        if self.default_name:
-            return self.find(self.default_name)
-        return max(self.entries, key=lambda entry: entry.created, default=None)
-
-    def _default_to_generate(self) -> Entry | None:
-        """Return what is the default for answers in text: not the newest where it classifies."""
-        newest = sorted(self.entries, key=lambda entry: entry.created, reverse=True)
-        if self.default_name:
-            return self.default
-        for entry in newest:
+    def _default_to(self, task: Task, ranked: list[Entry]) -> Entry | None:
+        """Return the best ranked entry for a task; the default where it is configured or alone."""
+        for entry in [] if self.default_name else ranked:
             with suppress(OSError):
-                if _generates(entry.path, entry.revision):
+                if _task(entry.path, entry.revision) == task:
                     return entry
         return self.default
 
@@ -91,27 +111,45 @@ def find_entries(models: Path) -> list[Entry]:
 
     A directory may be empty: runs are served as they appear. No two have an id or alias in common.
     """
-    entries: list[Entry] = []
-    # A name that can be an id is that run's id, not that of one with a similar name.
-    for path, name in sorted(_checkpoints(models), key=lambda f: (f[1] != model_id(f[1]), f[1])):
-        try:
-            entries.append(_entry(path, name, {other.id for other in entries}))
-        except OSError:  # replaced or removed while we looked
-            continue
-    return _told_apart(sorted(entries, key=lambda entry: entry.id))
+    entries: dict[str, Entry] = {}
+    for path, name in sorted(_checkpoints(models), key=lambda found: (found[1], found[0])):
+        with suppress(OSError):  # replaced or removed meanwhile
+            entry = _entry(path, name)
+            if entry and entry.id in entries:  # of a directory whose name differs in its bytes only
+                entry = replace(entry, id=f"{entry.id}-{_hash(repr(path))}")
+            if entry:
+                entries[entry.id] = entry
+    return _told_apart(sorted(entries.values(), key=lambda entry: entry.id))
 
 
 def model_id(name: str) -> str:
-    """Return a name as an id that no chat client hides or treats as another model's.
+    """Return an id for a run's name that no chat client hides or treats as another model's.
 
-    >>> model_id("Pretrain GPT2/adamw"), model_id("o3")
-    ('pretrain-gpt2-a-damw', 'model-o3')
+    It depends on the name alone. Letters of every script are kept; where other characters are
+    lost, or the name reads like one that was changed here, a hash of the name tells ids apart.
+
+    >>> model_id("中文模型"), model_id("gpt2-adamw"), model_id("o3"), model_id("Quick Start!")
+    ('中文模型', 'gpt2-a-damw', 'model-o3', 'Quick-Start-5a9ed0')
     """
-    slug = re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-.") or "model"
-    for word in HIDDEN:
-        slug = slug.replace(word, f"{word[0]}-{word[1:]}")
-    slug = slug.replace("-search-", "-searching-")
-    return f"model-{slug}" if slug.startswith(CHANGED) else slug
+    name = unicodedata.normalize("NFC", name)
+    is_ambiguous = _legible(name) != name or _CHANGED.search(name)
+    return f"{_slug(name)}-{_hash(name)}" if is_ambiguous else _slug(name)
+
+
+def _slug(name: str) -> str:
+    slug = _HIDDEN.sub(lambda word: f"{word[0][0]}-{word[0][1:]}", _legible(name))
+    slug = re.sub("-search(?=-)", "-searching", slug, flags=re.IGNORECASE)
+    return f"model-{slug}" if slug.lower().startswith(CHANGED) else slug
+
+
+def _legible(name: str) -> str:
+    """Return the letters, marks and numbers of a name, `-` for what lies between."""
+    kept = (c if c in "._-" or unicodedata.category(c)[0] in "LMN" else " " for c in name)
+    return re.sub(" +", "-", "".join(kept)).strip("-.") or "model"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:6]
 
 
 def _checkpoints(models: Path) -> Iterator[tuple[Path, str]]:
@@ -121,41 +159,69 @@ def _checkpoints(models: Path) -> Iterator[tuple[Path, str]]:
         if name == "last":
             parent = models.resolve().parent
             name = (parent.parent if parent.name == "checkpoints" else parent).name
-        yield models, name
+        yield models, display_name(Path(name))
         return
-    for directory, _, files in os.walk(models):  # passes over what vanishes meanwhile
-        if "last.ckpt" in files:
-            path = Path(directory) / "last.ckpt"
-            run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-            name = run.resolve().name if run == models else run.relative_to(models).as_posix()
-            yield path, name
+    for path in find_files(models, "last.ckpt"):
+        run = _run_dir(path)
+        yield (
+            path,
+            display_name(Path(run.resolve().name) if run == models else run.relative_to(models)),
+        )
 
 
-def _entry(path: Path, name: str, taken: set[str]) -> Entry:
-    """Return an entry whose aliases are all that it may be called, the best claims first."""
+def _run_dir(path: Path) -> Path:
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
+def _entry(path: Path, name: str) -> Entry | None:
+    """Return an entry whose aliases are all that it may be called, the best claims first.
+
+    None for what is no file: reading a FIFO would block.
+    """
     status = path.stat()
-    slug = model_id(name)
-    ids = itertools.chain([slug], (f"{slug}-{n}" for n in itertools.count(2)))
-    id_ = next(id_ for id_ in ids if id_ not in taken)
-    names = ((id_, name), (name.rpartition("/")[2],))
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    id_ = model_id(name)
+    names = ((id_, name), (name.rpartition("/")[2],), (_slug(name).lower(),))
     return Entry(
         id=id_,
+        name=name,
         path=path,
         aliases=tuple(f"{n}{ending}" for ns in names for ending in ENDINGS for n in ns),
         created=int(status.st_mtime),
         revision=f"{status.st_mtime_ns:x}-{status.st_size:x}",
+        rank=_rank(_run_dir(path) / "summary.json"),
     )
 
 
-@lru_cache(256)
-def _generates(path: Path, revision: str) -> bool:
-    """Return whether a file is a language model's, not a classifier's nor broken."""
+def _rank(path: Path) -> int:
+    """Return the rank of a run by its summary: see Entry."""
     try:
-        return read_record(path)["labels"] is None
+        status = path.stat()
+    except OSError:
+        return 0
+    return _rank_once(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(1024)
+def _rank_once(path: Path, *version: int) -> int:
+    try:
+        with open_regular(path, MAX_SUMMARY_BYTES) as file:
+            steps = json.load(file).get("steps")
+    except Exception:  # whatever a file can do to its reader: the run counts as unfinished
+        return 0
+    return min(len(str(steps)), 3) if isinstance(steps, int) else 3
+
+
+@lru_cache(4096)
+def _task(path: Path, revision: str) -> Task | None:
+    """Return what a file's model is for, None for a broken file."""
+    try:
+        return "generate" if read_record(path)["labels"] is None else "classify"
     except OSError:  # may pass, and is not remembered
         raise
     except Exception:  # whatever a file can do to its reader: it is told when it is asked for
-        return False
+        return None
 
 
 def _told_apart(entries: list[Entry]) -> list[Entry]:
