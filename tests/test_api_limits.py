@@ -2,13 +2,19 @@
 
 import asyncio
 import concurrent.futures
+import json
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel, ValidationError
 
+from nanogpt.tokenizer import ByteTokenizer
+from serving.api import sampling, schemas, stream
+from serving.api.generation import Piece
 from serving.api.settings import ApiSettings
 from serving.engine.messages import Classify, Describe, Generate, Message, Score
 from tests.fake_engine import FakeEngine
@@ -219,3 +225,125 @@ def leave(url: str, n: int) -> None:
     with socket.create_connection((host, port or 0)) as connection:
         connection.sendall((head + body).encode()[: 40 if n % 7 == 0 else None])
         time.sleep(n % 5 / 50)
+
+
+# Values of one byte to a few: a body of 1 MB has room for hundreds of thousands of them.
+ELEMENTS: list[Any] = [{}, [], 1, 1.5, "", None, True, [[[]]], {"role": "user"}, [1], ["a"]]
+N_ELEMENTS = 50_000
+
+
+def list_fields() -> list[tuple[type[BaseModel], str]]:
+    """Return every field of every request that takes a list or a mapping."""
+    requests = [
+        m
+        for m in vars(schemas).values()
+        if isinstance(m, type) and m.__module__ == schemas.__name__
+    ]
+    return [
+        (model, name)
+        for model in requests
+        if issubclass(model, BaseModel)
+        for name, field in model.model_fields.items()
+        if "list[" in str(field.annotation) or "dict[" in str(field.annotation)
+    ]
+
+
+@pytest.mark.parametrize(("model", "name"), list_fields(), ids=str)
+@pytest.mark.parametrize("element", ELEMENTS, ids=str)
+def test_a_long_list_is_not_validated_element_by_element(
+    model: type[BaseModel], name: str, element: Any
+) -> None:
+    fields = {field: "x" for field, info in model.model_fields.items() if info.is_required()}
+    for value in ([element] * N_ELEMENTS, {str(i): element for i in range(N_ELEMENTS)}):
+        assert n_errors(model, {**fields, name: value}) < 5
+
+
+def n_errors(model: type[BaseModel], fields: dict[str, Any]) -> int:
+    try:
+        model.model_validate(fields)
+    except ValidationError as error:
+        return error.error_count()
+    return 0
+
+
+def test_a_text_that_cannot_fit_the_context_is_not_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = ByteTokenizer.encode
+    monkeypatch.setattr(
+        ByteTokenizer,
+        "encode",
+        lambda self, text: encoded.append(len(text)) or encode(self, text),  # type: ignore[func-returns-value]
+    )
+    text = "x" * 100_000
+    requests: dict[str, Any] = {
+        "/v1/completions": {"prompt": ["x", text]},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": text}]},
+        "/predict": {"input_data": text},
+    }
+    with serve(FakeEngine(f"unix:{tmp_path}/e")) as url:
+        for path, body in requests.items():
+            error = httpx.post(url + path, json=body).json()["error"]
+            assert error["code"] == "context_length_exceeded"
+    assert max(encoded) < len(text)
+
+
+def test_the_biases_of_many_prompts_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_read = 0
+
+    def counted(*arguments: Any) -> dict[int, float]:
+        nonlocal n_read
+        n_read += 1
+        return {65: 1.0}
+
+    monkeypatch.setattr(sampling, "_bias", counted)
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("a"))
+    body = {"prompt": ["x"] * 16, "n": 8, "logit_bias": {"65": 1}, "seed": 1}
+    with serve(engine) as url:
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+    assert n_read == 1
+    asked = [request.params for request in generated(engine)]
+    assert [params.logit_bias for params in asked] == [{65: 1.0}] * 128
+    assert len({params.seed for params in asked}) == 8  # of each prompt's answers
+
+
+def test_prompts_without_a_seed_have_different_ones(tmp_path: Path) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("a"))
+    with serve(engine) as url:
+        httpx.post(f"{url}/v1/completions", json={"prompt": ["x"] * 16, "n": 8})
+    assert len({request.params.seed for request in generated(engine)}) == 128
+
+
+class Slowest:
+    """Count the turns of the event loop while answers are rendered."""
+
+    def __init__(self) -> None:
+        self.head = {"object": "text_completion"}
+        self.rendered_at: list[int] = []
+        self.turns = 0
+
+    async def count(self) -> None:
+        while True:
+            self.turns += 1
+            await asyncio.sleep(0)
+
+    def choice(self, answer: Piece) -> dict[str, Any]:
+        self.rendered_at.append(self.turns)
+        return {"index": answer.index, "text": answer.text}
+
+
+def test_the_event_loop_runs_between_the_choices_of_an_answer() -> None:
+    async def render() -> tuple[Slowest, bytes]:
+        form = Slowest()
+        counting = asyncio.create_task(form.count())
+        content = await stream.whole(form, [Piece(i, "é") for i in range(8)], {"n": 8})  # type: ignore[arg-type]
+        counting.cancel()
+        return form, content
+
+    form, content = asyncio.run(render())
+    assert len(set(form.rendered_at)) == 8
+    choices = [{"index": i, "text": "é"} for i in range(8)]
+    assert json.loads(content) == {**form.head, "choices": choices, "usage": {"n": 8}}

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from serving.api.errors import ApiError
 from serving.api.front_end import front_end
 from serving.api.generation import Piece, Token
-from serving.api.sampling import params_of, room_for
+from serving.api.sampling import each, params_of, room_for
 from serving.api.schemas import ChatRequest
 from serving.api.stream import STREAMS, TEXT, TextFrames, answer_head, frame
 
@@ -21,18 +21,19 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     _check_format(body)
     front = front_end(request)
     model = await front.language_model(request, body)
-    ids = await model.encode_chat(body.messages)
+    ids = await model.encode_chat(body.messages, to_answer=True)
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    max_tokens = room_for(ids, wanted, model, "messages")
     params = params_of(
         body,
         model,
-        max_tokens=room_for(ids, wanted, model, "messages"),
         stop_ids=model.template.stop_ids(model.tokenizer),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     stops = [*body.stops, *model.template.stop_texts]
     choices = [
-        front.choice(request, model, ids, p, stops, index=index) for index, p in enumerate(params)
+        front.choice(request, model, ids, p, stops, index=index)
+        for index, p in enumerate(each(params, body, max_tokens))
     ]
     head = answer_head("chatcmpl", model)
     form = ChatFormat(head, len(choices), model.token_bytes, with_logprobs=body.logprobs is True)
@@ -50,7 +51,7 @@ class ChatFormat:
         *,
         with_logprobs: bool,
     ) -> None:
-        self._head = {**head, "object": "chat.completion"}
+        self.head = {**head, "object": "chat.completion"}
         self._chunk_head = {**head, "object": "chat.completion.chunk"}
         self._n = n
         self._token_bytes = token_bytes
@@ -79,18 +80,14 @@ class ChatFormat:
         """Return the frame with the usage."""
         return frame({**self._chunk_head, "choices": [], "usage": usage})
 
-    def whole(self, answers: list[Piece], usage: dict[str, Any]) -> dict[str, Any]:
-        """Return the answers as one object."""
-        found = [
-            {
-                "index": answer.index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                "logprobs": self._logprobs(answer.tokens) if self._with_logprobs else None,
-                "finish_reason": answer.finish_reason,
-            }
-            for answer in answers
-        ]
-        return {**self._head, "choices": found, "usage": usage}
+    def choice(self, answer: Piece) -> dict[str, Any]:
+        """Return a whole answer."""
+        return {
+            "index": answer.index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": self._logprobs(answer.tokens) if self._with_logprobs else None,
+            "finish_reason": answer.finish_reason,
+        }
 
     def _chunk(
         self,

@@ -1,5 +1,6 @@
 """Completions of texts: how they are continued, and how that is written."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from serving.api.errors import ApiError
 from serving.api.front_end import front_end
 from serving.api.generation import Choice, Piece, Token, echo_of
 from serving.api.models import ServedModel
-from serving.api.sampling import params_of, room_for
+from serving.api.sampling import each, params_of, room_for
 from serving.api.schemas import CompletionRequest
 from serving.api.stream import STREAMS, TEXT, TextFrames, answer_head, frame
 from serving.engine.messages import Score, Scored
@@ -22,11 +23,12 @@ router = APIRouter()
 
 @dataclass
 class Prompt:
-    """What is to be continued; `scored` where its own tokens' log-probabilities are echoed."""
+    """A text to continue by `max_tokens`; `echo` is what its answers begin with."""
 
     ids: list[int]
     text: str
-    scored: Scored | None = None
+    max_tokens: int
+    echo: Piece | None = None
 
 
 @router.post("/completions", responses=STREAMS)
@@ -37,11 +39,14 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     front = front_end(request)
     model = await front.language_model(request, body)
     prompts = await _prompts(body, model, front.most_prompts(body.n or 1))
-    if body.echo and body.logprobs is not None:
-        await _score(request, model, prompts, body.logprobs)
+    params = params_of(body, model, stop_ids=[model.tokenizer.eot_id], logprobs=body.logprobs)
+    if body.echo:
+        await _echo(request, body, model, prompts)
     choices: list[Choice] = []
     for prompt in prompts:
-        choices += _continuations(request, body, model, prompt, len(choices))
+        for p in each(params, body, prompt.max_tokens):
+            said = (request, model, prompt.ids, p, body.stops)
+            choices.append(front.choice(*said, index=len(choices), echo=prompt.echo))
     head = answer_head("cmpl", model)
     with_logprobs = body.logprobs is not None
     form = CompletionFormat(head, len(choices), model.token_bytes, with_logprobs=with_logprobs)
@@ -59,7 +64,7 @@ class CompletionFormat:
         *,
         with_logprobs: bool,
     ) -> None:
-        self._head = {**head, "object": "text_completion"}
+        self.head = {**head, "object": "text_completion"}
         self._token_bytes = token_bytes
         self._with_logprobs = with_logprobs
         self._texts = [TextFrames(self._chunk(i, TEXT)) for i in range(n)]
@@ -81,20 +86,12 @@ class CompletionFormat:
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         """Return the frame with the usage."""
-        return frame({**self._head, "choices": [], "usage": usage})
+        return frame({**self.head, "choices": [], "usage": usage})
 
-    def whole(self, answers: list[Piece], usage: dict[str, Any]) -> dict[str, Any]:
-        """Return the answers as one object."""
-        choices = [
-            self._choice(
-                answer.index,
-                answer.text,
-                self._logprobs(answer.tokens) if self._with_logprobs else None,
-                answer.finish_reason,
-            )
-            for answer in answers
-        ]
-        return {**self._head, "choices": choices, "usage": usage}
+    def choice(self, answer: Piece) -> dict[str, Any]:
+        """Return a whole answer."""
+        logprobs = self._logprobs(answer.tokens) if self._with_logprobs else None
+        return self._choice(answer.index, answer.text, logprobs, answer.finish_reason)
 
     def _chunk(
         self,
@@ -103,7 +100,7 @@ class CompletionFormat:
         logprobs: dict[str, Any] | None = None,
         finish_reason: str | None = None,
     ) -> dict[str, Any]:
-        return {**self._head, "choices": [self._choice(index, text, logprobs, finish_reason)]}
+        return {**self.head, "choices": [self._choice(index, text, logprobs, finish_reason)]}
 
     def _choice(
         self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None
@@ -135,51 +132,37 @@ class CompletionFormat:
 
 
 async def _prompts(body: CompletionRequest, model: ServedModel, most: int) -> list[Prompt]:
-    """Return the prompts, one or several: a text begins a document, ids are as given."""
+    """Return the prompts, one or several, as texts or as ids."""
     given: Any = "" if body.prompt is None else body.prompt
     several = isinstance(given, list) and not (given and isinstance(given[0], int))
     prompts = given if several else [given]
     if not 1 <= len(prompts) <= most:
-        each = f", with n={body.n}" if body.n else ""
-        message = f"There are {len(prompts)} prompts{each}; give 1 to {most} of them."
+        with_n = f", with n={body.n}" if body.n else ""
+        message = f"There are {len(prompts)} prompts{with_n}; give 1 to {most} of them."
         raise ApiError(400, message, param="prompt")
-    return [await _prompt(prompt, model) for prompt in prompts]
-
-
-async def _prompt(given: str | list[int], model: ServedModel) -> Prompt:
-    if isinstance(given, str):
-        return Prompt(await model.encode_document(given), given)
-    model.check_ids(given, "prompt")
-    return Prompt(given or [model.tokenizer.eot_id], model.tokenizer.decode(given))
-
-
-async def _score(request: Request, model: ServedModel, prompts: Sequence[Prompt], top: int) -> None:
-    """Ask for the log-probabilities of the prompts' own tokens, side by side."""
-    front = front_end(request)
-    asked = [Score(front.new_id(request), model.id, prompt.ids, top) for prompt in prompts]
-    scores = await front.ask(request, [front.client.score(score) for score in asked])
-    for prompt, scored in zip(prompts, scores, strict=True):
-        prompt.scored = scored
-
-
-def _continuations(
-    request: Request, body: CompletionRequest, model: ServedModel, prompt: Prompt, first_index: int
-) -> list[Choice]:
-    """Return the `n` answers wanted to one prompt."""
     wanted = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-    params = params_of(
-        body,
-        model,
-        max_tokens=room_for(prompt.ids, wanted, model, "prompt"),
-        stop_ids=[model.tokenizer.eot_id],
-        logprobs=body.logprobs,
-    )
-    choices = []
-    for index, p in enumerate(params, first_index):
-        said = (index, prompt.text, prompt.ids, model.token_bytes, prompt.scored)
-        echo = echo_of(*said) if body.echo else None
-        choice = front_end(request).choice(
-            request, model, prompt.ids, p, body.stops, index=index, echo=echo
-        )
-        choices.append(choice)
-    return choices
+    return [await _prompt(prompt, wanted, model) for prompt in prompts]
+
+
+async def _prompt(given: str | list[int], wanted: int, model: ServedModel) -> Prompt:
+    if isinstance(given, str):
+        model.check_chars(len(given), "prompt")
+        ids = await model.encode_document(given)
+        return Prompt(ids, given, room_for(ids, wanted, model, "prompt"))
+    room = room_for(given, wanted, model, "prompt")
+    model.check_ids(given, "prompt")
+    return Prompt(given or [model.tokenizer.eot_id], model.tokenizer.decode(given), room)
+
+
+async def _echo(
+    request: Request, body: CompletionRequest, model: ServedModel, prompts: Sequence[Prompt]
+) -> None:
+    """Let answers begin with their prompts, with log-probabilities where they were requested."""
+    front, top = front_end(request), body.logprobs
+    scores: Sequence[Scored | None] = [None] * len(prompts)
+    if top is not None:
+        asked = [Score(front.new_id(request), model.id, prompt.ids, top) for prompt in prompts]
+        scores = await front.ask(request, [front.client.score(score) for score in asked])
+    for prompt, scored in zip(prompts, scores, strict=True):
+        prompt.echo = echo_of(prompt.text, prompt.ids, model.token_bytes, scored)
+        await asyncio.sleep(0)

@@ -23,6 +23,7 @@ from serving.logs import of_request
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
+MAX_MESSAGE_CHARS = 1000  # of a message, which may quote the request
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 OF_ENGINE: dict[FailureKind, tuple[int, str | None]] = {
     "invalid": (400, None),
@@ -46,6 +47,8 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = f"{message[:MAX_MESSAGE_CHARS]}..."
         super().__init__(message)
         self.status = status
         self.param = param

@@ -15,7 +15,7 @@ from serving.api.metrics import Metrics
 from serving.api.models import Catalogue, ServedModel
 from serving.api.schemas import SamplingRequest
 from serving.api.settings import ApiSettings
-from serving.api.stream import EventStream, Format, to_json
+from serving.api.stream import EventStream, Format, to_json, whole
 from serving.engine.client import EngineClient
 from serving.engine.messages import Generate, SamplingParams, Task
 
@@ -121,7 +121,8 @@ class FrontEnd:
                     on_end=lambda: _note(request, generation),
                 )
             answers = await unless_left(request, collected(generation))
-            return json_response(form.whole(answers, generation.usage()))
+            content = await whole(form, answers, generation.usage())
+            return Response(content, media_type="application/json")
         finally:
             if not streams:
                 await generation.close()

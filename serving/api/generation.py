@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from serving.api import errors
@@ -50,7 +50,7 @@ class Piece:
 class Choice:
     """One answer: what is asked of the engine, and the text of what came.
 
-    `echo` is what the answer begins with, of the prompt.
+    `echo` is what the answer begins with, of the prompt; several answers may share it.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Choice:
         self.cached_tokens = 0
         self.wait_s = 0.0  # for a slot
         self.finish_reason: str | None = None
-        self._echo = echo
+        self._echo = replace(echo, index=index, tokens=[*echo.tokens]) if echo else None
         self._detokenizer = Detokenizer(token_bytes, stops)
         self._offset = len(echo.text) if echo else 0
         self._untold: list[Token] = []  # whose text is held back
@@ -216,15 +216,15 @@ class Generation:
 
 
 def echo_of(
-    index: int, text: str, ids: Sequence[int], token_bytes: Sequence[bytes], scored: Scored | None
+    text: str, ids: Sequence[int], token_bytes: Sequence[bytes], scored: Scored | None
 ) -> Piece:
     """Return what an answer to a prompt begins with, and how likely it was where that is known."""
     if scored is None:
-        return Piece(index, text)
+        return Piece(0, text)
     measure = Detokenizer(token_bytes)
     measure.feed(ids)
     scores = (scored.logprobs, scored.top_ids, scored.top_logprobs)
-    return Piece(index, text, tokens_of(ids, measure.starts, *scores))
+    return Piece(0, text, tokens_of(ids, measure.starts, *scores))
 
 
 def tokens_of(

@@ -15,6 +15,7 @@ from serving.engine.client import EngineClient
 from serving.engine.messages import ModelDetails, ModelInfo, Task
 
 LONG_CHARS = 10_000  # a text that takes milliseconds to encode is encoded in a thread
+MESSAGE_CHARS = 50  # whose encoding takes as long as the scaffold of a message
 ROLES = {"developer": "system", "tool": "user", "function": "user"}
 UNTAUGHT = "plain"  # the template of a model that was never taught one
 
@@ -28,6 +29,7 @@ class ServedModel:
     tokenizer: Tokenizer
     template: Template
     token_bytes: list[bytes]
+    max_chars: int  # of a text whose tokens can fit the context
 
     @property
     def id(self) -> str:
@@ -50,21 +52,42 @@ class ServedModel:
         """Return the ids of a text as a document began in training: after the end of another."""
         return [self.tokenizer.eot_id, *await self.encode(text)]
 
-    async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[ChatMessage], *, to_answer: bool = False
+    ) -> list[int]:
         """Return the ids of a conversation, the assistant's turn opened at its end.
 
-        Raises ApiError where the template cannot hold it, or needs tokens that the model lacks.
+        Raises ApiError where the template cannot hold it, where it needs tokens that the model
+        lacks, and with `to_answer` for a conversation that cannot fit the context.
         """
         conversation = to_messages(messages)
+        n_chars = sum(len(message.content) for message in conversation)
+        if to_answer:
+            self.check_chars(n_chars, "messages")
         encode = partial(
             self.template.encode, self.tokenizer, conversation, add_generation_prompt=True
         )
         try:
-            if sum(len(message.content) for message in conversation) > LONG_CHARS:
+            if n_chars + MESSAGE_CHARS * len(conversation) > LONG_CHARS:
                 return (await asyncio.to_thread(encode)).ids
             return encode().ids
         except ValueError as error:
             raise ApiError(400, f"The messages cannot be written: {error}.") from error
+
+    def check_chars(self, n_chars: int, param: str) -> None:
+        """Raise ApiError for a text that cannot fit the context, before it is encoded."""
+        if n_chars > self.max_chars:
+            raise self.too_long(f"more than {self.details.block_size}", param)
+
+    def too_long(self, n_tokens: str, param: str) -> ApiError:
+        """Return the error of a prompt that leaves no room for an answer."""
+        return ApiError(
+            400,
+            f"The prompt has {n_tokens} tokens, and the context of {self.id!r} is "
+            f"{self.details.block_size} tokens, at least one of them for the answer; shorten it.",
+            param=param,
+            code="context_length_exceeded",
+        )
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Raise ApiError for a token id that the model lacks."""
@@ -157,7 +180,9 @@ def _build(info: ModelInfo, details: ModelDetails) -> ServedModel:
     tokenizer = from_record(details.tokenizer)
     tokenizer.encode("warm up")  # builds the table
     template = find_template(details.template or UNTAUGHT)
-    return ServedModel(info, details, tokenizer, template, tokenizer.token_bytes())
+    token_bytes = tokenizer.token_bytes()
+    max_chars = details.block_size * max(map(len, token_bytes))
+    return ServedModel(info, details, tokenizer, template, token_bytes, max_chars)
 
 
 def _has_failed(task: "asyncio.Task[ServedModel]") -> bool:

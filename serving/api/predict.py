@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from serving.api.errors import ApiError
 from serving.api.front_end import collected, front_end, json_response, unless_left
 from serving.api.models import ServedModel
-from serving.api.sampling import params_of, room_for
+from serving.api.sampling import each, params_of, room_for
 from serving.api.schemas import (
     ChatMessage,
     ClassifyRequest,
@@ -110,21 +110,23 @@ async def _answer(request: Request, model: ServedModel, body: PredictRequest) ->
     """Return what a model answers: to a message where it was taught to chat, else to a text."""
     front = front_end(request)
     template = model.template if model.details.template else None
+    model.check_chars(len(body.input_data), "input_data")
     if template:
         ids = await model.encode_chat([ChatMessage(role="user", content=body.input_data)])
     else:
         ids = await model.encode_document(body.input_data)
     wanted = PREDICTED_TOKENS if body.max_tokens is None else body.max_tokens
+    max_tokens = room_for(ids, wanted, model, "input_data")
     sampling = SamplingRequest(temperature=body.temperature, seed=body.seed)
     params = params_of(
         sampling,
         model,
-        max_tokens=room_for(ids, wanted, model, "input_data"),
         stop_ids=template.stop_ids(model.tokenizer) if template else [model.tokenizer.eot_id],
         logprobs=None,
     )
+    (params,) = each(params, sampling, max_tokens)
     stops = template.stop_texts if template else ()
-    choice = front.choice(request, model, ids, params[0], stops)
+    choice = front.choice(request, model, ids, params, stops)
     generation = front.generation(request, [choice])
     try:
         return (await unless_left(request, collected(generation)))[0].text

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from serving.api.errors import ApiError
 from serving.api.models import ServedModel
@@ -13,38 +14,34 @@ MASK = 2**64 - 1
 
 
 def params_of(
-    body: SamplingRequest,
-    model: ServedModel,
-    *,
-    max_tokens: int,
-    stop_ids: Sequence[int],
-    logprobs: int | None,
-) -> list[SamplingParams]:
-    """Return the parameters of each of `n` answers, which differ in the seed.
+    body: SamplingRequest, model: ServedModel, *, stop_ids: Sequence[int], logprobs: int | None
+) -> SamplingParams:
+    """Return what all answers to a request share; `each` adds their number of tokens and seeds.
 
     Raises ApiError for ids that the model lacks.
     """
     own_stops = body.stop_token_ids or []
     model.check_ids(own_stops, "stop_token_ids")
-    bias = _bias(body.logit_bias or {}, model)
-    return [
-        SamplingParams(
-            max_tokens=max_tokens,
-            seed=seed,
-            temperature=_given(body.temperature, 1.0),
-            top_k=body.top_k if body.top_k is not None and body.top_k > 0 else None,
-            top_p=body.top_p,
-            min_p=body.min_p,
-            presence_penalty=_given(body.presence_penalty, 0.0),
-            frequency_penalty=_given(body.frequency_penalty, 0.0),
-            repetition_penalty=_given(body.repetition_penalty, 1.0),
-            logit_bias=bias,
-            stop_ids=tuple(dict.fromkeys([*stop_ids, *own_stops])),
-            ignore_eos=bool(body.ignore_eos),
-            logprobs=logprobs,
-        )
-        for seed in seeds(body.seed, 1 if body.n is None else body.n)
-    ]
+    return SamplingParams(
+        max_tokens=0,
+        temperature=_given(body.temperature, 1.0),
+        top_k=body.top_k if body.top_k is not None and body.top_k > 0 else None,
+        top_p=body.top_p,
+        min_p=body.min_p,
+        presence_penalty=_given(body.presence_penalty, 0.0),
+        frequency_penalty=_given(body.frequency_penalty, 0.0),
+        repetition_penalty=_given(body.repetition_penalty, 1.0),
+        logit_bias=_bias(body.logit_bias or {}, model),
+        stop_ids=tuple(dict.fromkeys([*stop_ids, *own_stops])),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+    )
+
+
+def each(params: SamplingParams, body: SamplingRequest, max_tokens: int) -> list[SamplingParams]:
+    """Return the parameters of each of `n` answers to a prompt, which differ in the seed."""
+    n = 1 if body.n is None else body.n
+    return [replace(params, max_tokens=max_tokens, seed=seed) for seed in seeds(body.seed, n)]
 
 
 def room_for(ids: Sequence[int], wanted: int | None, model: ServedModel, param: str) -> int:
@@ -56,13 +53,7 @@ def room_for(ids: Sequence[int], wanted: int | None, model: ServedModel, param: 
     if wanted == 0 and room >= 0:
         return 0
     if room < 1:
-        raise ApiError(
-            400,
-            f"The prompt has {len(ids)} tokens, and the context of {model.id!r} is "
-            f"{model.details.block_size} tokens, at least one of them for the answer; shorten it.",
-            param=param,
-            code="context_length_exceeded",
-        )
+        raise model.too_long(f"{len(ids)}", param)
     return room if wanted is None else min(wanted, room)
 
 

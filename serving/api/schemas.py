@@ -4,11 +4,30 @@ The OpenAI API's fields and ranges, and those of other servers for what it lacks
 `repetition_penalty`, `stop_token_ids`, `ignore_eos`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    Tag,
+)
+from pydantic_core import PydanticCustomError
 
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_IDS = 2**18
+MAX_ITEMS = 2048  # of other lists; the server's settings may allow fewer
+
+T = TypeVar("T")
+# The length is checked before the elements, and the first invalid element ends the validation: a
+# body has room for hundreds of thousands of them, each an error of its own.
+Items = Annotated[list[T], Field(max_length=MAX_ITEMS, fail_fast=True)]
 
 
 def _whole(value: Any) -> Any:
@@ -28,7 +47,32 @@ Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 Stop = Annotated[StrictStr, Field(max_length=256)]
 Name = Annotated[StrictStr, Field(max_length=256)]
-Prompt = StrictStr | list[StrictStr] | list[TokenId] | list[list[TokenId]]
+Ids = Annotated[list[TokenId], Field(max_length=MAX_IDS, fail_fast=True)]
+
+
+def _prompt_kind(value: Any) -> str:
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, list):
+        return "id_lists"
+    if isinstance(first, str):
+        return "texts"
+    return "ids" if isinstance(value, list) else "text"
+
+
+Prompt = Annotated[
+    Annotated[StrictStr, Tag("text")]
+    | Annotated[Items[StrictStr], Tag("texts")]
+    | Annotated[Ids, Tag("ids")]
+    | Annotated[Items[Ids], Tag("id_lists")],
+    Discriminator(_prompt_kind),
+]
+
+
+def _few_biases(value: Any) -> Any:
+    """Check the number of biases before each is validated."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise PydanticCustomError("too_long", f"More than {MAX_BIASES} tokens are too many")
+    return value
 
 
 class ErrorObject(BaseModel):
@@ -66,11 +110,11 @@ class SamplingRequest(BaseModel):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=10)] | None = None
-    logit_bias: dict[StrictStr, Bias] | None = None
+    logit_bias: Annotated[dict[StrictStr, Bias], BeforeValidator(_few_biases)] | None = None
     seed: Seed | None = None
     n: Count | None = None
-    stop: Stop | list[Stop] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: Stop | Items[Stop] | None = None
+    stop_token_ids: Items[TokenId] | None = None
     ignore_eos: StrictBool | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -107,7 +151,7 @@ class ChatMessage(BaseModel):
     """What one side says; null is nothing, as in a message of tool calls."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: StrictStr | list[ContentPart] | None = None
+    content: StrictStr | Items[ContentPart] | None = None
 
 
 class ResponseFormat(BaseModel):
@@ -119,7 +163,7 @@ class ResponseFormat(BaseModel):
 class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     max_completion_tokens: FromZero | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Logprobs | None = None
@@ -132,21 +176,21 @@ class TokenizeRequest(BaseModel):
     model: Name | None = None
     prompt: StrictStr | None = None
     content: StrictStr | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Items[ChatMessage] | None = None
 
 
 class DetokenizeRequest(BaseModel):
     """POST /detokenize."""
 
     model: Name | None = None
-    tokens: list[TokenId]
+    tokens: Ids
 
 
 class ClassifyRequest(BaseModel):
     """POST /classify: one text or several."""
 
     model: Name | None = None
-    input: StrictStr | list[StrictStr]
+    input: StrictStr | Items[StrictStr]
 
 
 class PredictRequest(BaseModel):

@@ -5,11 +5,12 @@ the finish reason and no text, the usage where it was asked for, and `[DONE]`. N
 one, a ping reads as an empty event (openai/openai-python, `_streaming.py`).
 """
 
+import asyncio
 import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from serving.logs import of_request
 
 DONE = b"data: [DONE]\n\n"
 PING_S = 15
+LONG_BYTES = 10_000  # frames that take about a millisecond to render
 STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 TEXT = "\x00text\x00"  # where the text goes in a chunk that TextFrames renders
 
@@ -33,7 +35,9 @@ AppStatus.disable_automatic_graceful_drain()  # open answers finish: see serving
 
 
 class Format(Protocol):
-    """How one of the two APIs writes an answer."""
+    """How one of the two APIs writes an answer; `head` begins the object of a whole one."""
+
+    head: dict[str, Any]
 
     def opening(self) -> bytes:
         """Return the frames before any text."""
@@ -47,8 +51,8 @@ class Format(Protocol):
         """Return the frame with the usage."""
         ...
 
-    def whole(self, answers: list[Piece], usage: dict[str, Any]) -> dict[str, Any]:
-        """Return the answers as one object, not streamed."""
+    def choice(self, answer: Piece) -> dict[str, Any]:
+        """Return a whole answer, not streamed."""
         ...
 
 
@@ -93,12 +97,27 @@ async def events(generation: Generation, form: Format, include_usage: bool) -> A
     try:
         async with aclosing(generation.__aiter__()) as growth:  # type: ignore[type-var]
             async for pieces in growth:
-                yield b"".join([form.frames(piece) for piece in pieces])
+                frames = []
+                for piece in pieces:
+                    frames.append(form.frames(piece))
+                    if len(frames[-1]) > LONG_BYTES:
+                        await asyncio.sleep(0)
+                yield b"".join(frames)
         if include_usage:
             yield form.usage(generation.usage())
     except ApiError as error:
         yield frame(error.content())
     yield DONE
+
+
+async def whole(form: Format, answers: Sequence[Piece], usage: dict[str, Any]) -> bytes:
+    """Return answers as one JSON object; the event loop runs between two of them."""
+    before, after = to_json({**form.head, "choices": [TEXT], "usage": usage}).split(to_json(TEXT))
+    choices = []
+    for answer in answers:
+        choices.append(to_json(form.choice(answer)))
+        await asyncio.sleep(0)
+    return before + b",".join(choices) + after
 
 
 def answer_head(prefix: str, model: ServedModel) -> dict[str, Any]:
