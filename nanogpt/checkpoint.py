@@ -6,9 +6,11 @@ the file's `state_dict` under `model.`. Everything is of plain types, so that it
 code.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import pickle
 import zipfile
@@ -31,6 +33,7 @@ FORMAT = 1
 KEY = "nanogpt"
 RECORD_KEYS = {"format", "stage", "model", "tokenizer", "template", "labels", "version"}
 WEIGHTS_PREFIX = "model."
+LAST = "last.ckpt"
 MAX_SUMMARY_BYTES = 16 * 2**20
 
 log = logging.getLogger("nanogpt")
@@ -244,21 +247,45 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint file, memory-mapped, after checking every byte of it.
 
     Raises ValueError in one sentence where the file is truncated or altered (the archive's CRC-32
-    sums), holds Python objects, or is not one of ours.
+    sums), holds Python objects, or is not one of ours; it names an intact file where there is one.
     """
+    try:
+        return verify_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_alternative(path)}") from error
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint file as `read_checkpoint` does, which adds what to do."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError):
         broken = "its directory"
     if broken:
         raise ValueError(
             f"{path} is no readable checkpoint: {broken} is truncated or altered, or it is another "
-            f"kind of file; {_alternative(path)}"
+            f"kind of file"
         )
     raw = _unpickled(path)
     _check_content(path, raw)
     return raw
+
+
+def step_checkpoints(directory: Path) -> dict[int, Path]:
+    """Return the files `step_<number>.ckpt` of a directory by their number, ascending."""
+    numbered = {path.stem.removeprefix("step_"): path for path in directory.glob("step_*.ckpt")}
+    found = {int(n): path for n, path in numbered.items() if n.isdecimal() and path.is_file()}
+    return dict(sorted(found.items()))
+
+
+def checkpoints_of(directory: Path) -> list[Path]:
+    """Return the checkpoints of a run, the newest first; two names of one file are `last.ckpt`."""
+    last, steps = directory / LAST, list(step_checkpoints(directory).values())[::-1]
+    if not last.is_file():
+        return steps
+    twins = [path for path in steps if path.samefile(last)]
+    return [last if path in twins else path for path in steps] if twins else [last, *steps]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -280,7 +307,7 @@ def _unpickled(path: Path) -> dict[str, Any]:
             f"only checkpoints of plain values and tensors are read"
         ) from error
     except RuntimeError as error:
-        raise ValueError(f"{path} is no PyTorch file; {_alternative(path)}") from error
+        raise ValueError(f"{path} is no PyTorch file") from error
     if not isinstance(raw, dict) or not isinstance(raw.get(KEY), dict):
         raise ValueError(
             f"{path} is not a checkpoint of this project (no key {KEY!r}); "
@@ -317,7 +344,7 @@ def _check_content(path: Path, raw: dict[str, Any]) -> None:
     """Raise ValueError where the record is not whole, or the weights are not those of its model."""
     missing = {"state_dict", "global_step"} - raw.keys() | RECORD_KEYS - raw[KEY].keys()
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; {_alternative(path)}")
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
     try:
         expected = _without_weights(raw[KEY]).state_dict()
     except TypeError as error:
@@ -330,14 +357,20 @@ def _check_content(path: Path, raw: dict[str, Any]) -> None:
         )
         if there != wanted:
             raise ValueError(
-                f"{path} has {there} for {name} where the model it records has {wanted}; "
-                f"{_alternative(path)}"
+                f"{path} has {there} for {name} where the model it records has {wanted}"
             )
 
 
 def _alternative(path: Path) -> str:
-    others = [p for p in sorted(path.parent.glob("step_*.ckpt")) if not p.samefile(path)]
-    return f"an older one is {others[-1]}: copy it over" if others else "use another checkpoint"
+    """Return what to do about a damaged checkpoint: the newest older file that verifies."""
+    steps = step_checkpoints(path.parent)
+    below = next((n for n, other in steps.items() if path.name == other.name), math.inf)
+    for number, other in reversed(steps.items()):
+        if number < below and not other.samefile(path):
+            with contextlib.suppress(ValueError, OSError):
+                verify_checkpoint(other)
+                return f"an older one is {other}: copy it over"
+    return "use another checkpoint"
 
 
 def write_checkpoint(content: dict[str, Any], path: Path) -> str:

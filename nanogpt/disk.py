@@ -11,6 +11,30 @@ from typing import BinaryIO
 MAX_DEPTH = 32  # levels of directories below a directory of runs
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: a reader, also after a power cut, finds the old or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with naming(path), temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in a failed write's error (a full disk), where the system leaves it out."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def sync_directory(directory: Path) -> None:
     """Put the names of a folder's files on the disk, where the system can: a rename then lasts."""
     if os.name == "posix":

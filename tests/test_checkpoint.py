@@ -16,10 +16,12 @@ import torch
 import nanogpt.checkpoint
 from nanogpt.checkpoint import (
     Checkpoint,
+    checkpoints_of,
     find_checkpoint,
     load_checkpoint,
     read_checkpoint,
     record,
+    step_checkpoints,
     weights_sha256,
     with_special_tokens,
     write_checkpoint,
@@ -116,6 +118,35 @@ def test_the_other_name_of_the_same_file_is_no_alternative(path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="use another checkpoint"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("newest_is_intact", [True, False])
+def test_the_file_that_is_recommended_verifies_and_is_the_newest_by_number(
+    path: Path, newest_is_intact: bool
+) -> None:
+    older, newest = path.parent / "step_999999.ckpt", path.parent / "step_1000000.ckpt"
+    older.write_bytes(path.read_bytes())
+    newest.write_bytes(path.read_bytes() if newest_is_intact else b"torn")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=(newest if newest_is_intact else older).name):
+        read_checkpoint(path)
+
+
+def test_a_step_of_another_form_is_no_checkpoint_of_a_step(tmp_path: Path) -> None:
+    for name in ("step_2.ckpt", "step_000010.ckpt", "step_best.ckpt", "step_3.ckpt.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / "step_000011.ckpt").symlink_to(tmp_path / "gone")
+    assert list(step_checkpoints(tmp_path)) == [2, 10]
+
+
+def test_a_file_with_two_names_is_one_checkpoint(tmp_path: Path) -> None:
+    for number in (4, 8, 12):
+        (tmp_path / f"step_{number:06d}.ckpt").touch()
+    assert [p.stem for p in checkpoints_of(tmp_path)] == [f"step_{n:06d}" for n in (12, 8, 4)]
+    os.link(tmp_path / "step_000008.ckpt", tmp_path / "last.ckpt")
+    assert [p.stem for p in checkpoints_of(tmp_path)] == ["step_000012", "last", "step_000004"]
+    (tmp_path / "step_000008.ckpt").unlink()
+    assert [p.stem for p in checkpoints_of(tmp_path)] == ["last", "step_000012", "step_000004"]
 
 
 class Malicious:

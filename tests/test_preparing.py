@@ -336,6 +336,48 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(
     assert _bytes_of(directory) == _bytes_of(whole.directory)
 
 
+KILLED_AFTER_COMMIT = """
+import os, signal, sys
+from pathlib import Path
+from nanogpt.data import preparing, tokenizing, writer
+from nanogpt.data.preparing import Preparation, prepare
+from nanogpt.data.text import TextFiles
+from nanogpt.tokenizer import byte_tokenizer
+
+tokenizing.BATCH_CHARS, preparing.COMMIT_EVERY_S = 20_000, 0.0
+folder, commits_to_come = Path(sys.argv[1]), int(sys.argv[2])
+write_json = writer.write_json
+
+def dying(path: Path, *args: object) -> None:
+    global commits_to_come
+    write_json(path, *args)
+    commits_to_come -= path.name == writer.JOURNAL
+    if not commits_to_come:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+writer.write_json = dying
+prepare(Preparation(TextFiles(folder / "text.jsonl"), byte_tokenizer, "byte", folder))
+"""
+
+
+@pytest.mark.parametrize("n_commits", [1, 2, 4])
+def test_killed_after_a_commit_it_continues_with_all_that_was_counted(
+    tmp_path: Path, n_commits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizing, "BATCH_CHARS", 20_000)
+    lines = (json.dumps({"text": f"Document {i} is about {i * i}. " * 40}) for i in range(400))
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    source = TextFiles(tmp_path / "text.jsonl")
+    whole = _prepare(source, tmp_path / "whole")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AFTER_COMMIT, str(tmp_path), str(n_commits)],
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert _bytes_of(_prepare(source, tmp_path).directory) == _bytes_of(whole.directory)
+
+
 def test_a_lost_unfinished_shard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparing, "COMMIT_EVERY_S", 0.0)
     monkeypatch.setattr(tokenizing, "BATCH_CHARS", 100)

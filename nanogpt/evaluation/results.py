@@ -8,13 +8,14 @@ reaches; `who` begins with `published_` where it was not measured here. What beg
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from nanogpt.disk import write_atomically
 
 Results = dict[str, float]
 Row = dict[str, Any]  # {"checkpoint", "task", "results"}, as in the JSON file
@@ -122,9 +123,7 @@ def figure(value: float | None, error: float | None = None) -> str:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as JSON, the file as a whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, (json.dumps(rows, indent=2) + "\n").encode())
 
 
 def run_dir_of(checkpoint_path: Path) -> Path | None:

@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nanogpt.disk import write_atomically
 from nanogpt.evaluation import hellaswag
 from nanogpt.generation import check_sampling, generate
 from nanogpt.prompts import Message, Template
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.training.checkpointing import Checkpointing
 from nanogpt.training.module import Batch, StageModule, is_due
-from nanogpt.training.run import write_atomically
 
 
 class Figures(Callback):
@@ -244,11 +244,11 @@ class StopSignals(Callback):
 
 
 def cut_samples(path: Path, step: int) -> None:
-    """Drop from samples.txt what was written after `step`."""
+    """Drop from samples.txt what was written after `step`; the rest need not be text."""
     if not path.is_file():
         return
-    text = path.read_text(encoding="utf-8")
-    for heading in re.finditer(r"^=== step (\d+) ===$", text, re.MULTILINE):
+    content = path.read_bytes()
+    for heading in re.finditer(rb"^=== step (\d{1,18}) ===$", content, re.MULTILINE):
         if int(heading[1]) > step:
-            write_atomically(path, text[: heading.start()].encode())
+            write_atomically(path, content[: heading.start()])
             return

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from nanogpt.checkpoint import read_checkpoint, write_checkpoint
+from nanogpt.checkpoint import LAST, read_checkpoint, step_checkpoints, write_checkpoint
 from nanogpt.disk import sync_directory
 from nanogpt.training.metrics import MetricsFile
 from nanogpt.training.module import StageModule, is_due
@@ -72,7 +72,7 @@ class Checkpointing(Callback):
                 self.metrics.flush()
             trainer.save_checkpoint(path)
             if trainer.is_global_zero:
-                link_atomically(path, self.directory / "last.ckpt")
+                link_atomically(path, self.directory / LAST)
                 self._remove_old(step)
             self.saved_step = step
 
@@ -84,13 +84,11 @@ class Checkpointing(Callback):
             self.best = (loss, step)
 
     def _remove_old(self, step: int) -> None:
-        steps = sorted(
-            int(path.stem.removeprefix("step_")) for path in self.directory.glob("step_*.ckpt")
-        )
+        steps = step_checkpoints(self.directory)
         newest = [s for s in steps if s <= step][-self.keep :] if self.keep else []
         best = [self.best[1]] if self.best else []
         for old in set(steps) - set(newest) - set(best):
-            (self.directory / f"step_{old:06d}.ckpt").unlink()
+            steps[old].unlink()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": list(self.best) if self.best else None}

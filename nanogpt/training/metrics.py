@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from nanogpt.training.run import naming, write_atomically
+from nanogpt.disk import naming, write_atomically
 
 COLUMNS = (
     "step",

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from nanogpt.disk import write_atomically
 from nanogpt.evaluation.hellaswag import PUBLISHED
 from nanogpt.evaluation.results import Row, read_kept
 from nanogpt.training.charts import Chart, Points, Series, draw
@@ -21,7 +22,6 @@ from nanogpt.training.evaluations import evaluations_section
 from nanogpt.training.metrics import read_metrics
 from nanogpt.training.page import details, document, escape, pre, section
 from nanogpt.training.progress import duration, percent
-from nanogpt.training.run import write_atomically
 
 MOST_SAMPLES = 24
 MOST_TABLE_ROWS = 40

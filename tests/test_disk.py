@@ -1,0 +1,112 @@
+"""The order in which files reach the disk: contents, then names, then what counts on them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanogpt.checkpoint import write_checkpoint
+from nanogpt.data.writer import CorpusWriter, Tokenized
+from nanogpt.disk import write_atomically
+from nanogpt.training.checkpointing import link_atomically
+
+HEADER_BYTES, TOKEN_BYTES = 1024, 2
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
+    """Record ("fsync", name, size of the file by then) and ("rename", old, new)."""
+    made: list[tuple[Any, ...]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recording_fsync(handle: int) -> None:
+        status = os.fstat(handle)
+        [path] = [p for p in (tmp_path, *tmp_path.iterdir()) if p.stat().st_ino == status.st_ino]
+        made.append(("fsync", "." if path == tmp_path else path.name, status.st_size))
+        fsync(handle)
+
+    def recording_replace(old: Path, new: Path) -> None:
+        made.append(("rename", Path(old).name, Path(new).name))
+        replace(old, new)
+
+    monkeypatch.setattr("os.fsync", recording_fsync)
+    monkeypatch.setattr("os.replace", recording_replace)
+    return made
+
+
+def without_sizes_of_directories(calls: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    return [call[:2] if call[:2] == ("fsync", ".") else call for call in calls]
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_return(
+    calls: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    write_atomically(tmp_path / "config.yaml", b"seed: 1\n")
+    assert without_sizes_of_directories(calls) == [
+        ("fsync", ".config.yaml.tmp", 8),
+        ("rename", ".config.yaml.tmp", "config.yaml"),
+        ("fsync", "."),
+    ]
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_name_and_its_name_before_the_return(
+    calls: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    path = tmp_path / "step_000001.ckpt"
+    write_checkpoint({"global_step": 1}, path)
+    assert without_sizes_of_directories(calls) == [
+        ("fsync", ".step_000001.ckpt.tmp", path.stat().st_size),
+        ("rename", ".step_000001.ckpt.tmp", "step_000001.ckpt"),
+        ("fsync", "."),
+    ]
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_the_second_name_of_a_checkpoint_is_on_the_disk_before_the_return(
+    calls: list[tuple[Any, ...]],
+    tmp_path: Path,
+    hard_links: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("not supported")
+
+    if not hard_links:
+        monkeypatch.setattr("os.link", refuse)
+    (tmp_path / "step_000001.ckpt").write_bytes(b"content")
+    link_atomically(tmp_path / "step_000001.ckpt", tmp_path / "last.ckpt")
+    copied = [] if hard_links else [("fsync", ".last.ckpt.tmp", len(b"content"))]
+    assert without_sizes_of_directories(calls) == [
+        *copied,
+        ("rename", ".last.ckpt.tmp", "last.ckpt"),
+        ("fsync", "."),
+    ]
+
+
+def tokens(n: int) -> Tokenized:
+    return Tokenized(np.arange(n, dtype=np.uint32), 1, n)
+
+
+def test_shards_are_on_the_disk_before_the_journal_that_counts_their_tokens(
+    calls: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    with CorpusWriter(tmp_path, np.dtype("<u2"), 100, {}) as writer:
+        writer.append({"train": tokens(30), "val": tokens(10)})
+        writer.commit()
+    journal = calls.index(("rename", "journal.json.partial", "journal.json"))
+    for name, n in (("train_000000.bin.partial", 30), ("val_000000.bin.partial", 10)):
+        assert ("fsync", name, HEADER_BYTES + TOKEN_BYTES * n) in calls[:journal]
+    assert without_sizes_of_directories(calls)[journal + 1] == ("fsync", ".")
+
+
+def test_a_finished_shard_is_on_the_disk_before_its_name(
+    calls: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    with CorpusWriter(tmp_path, np.dtype("<u2"), 100, {}) as writer:
+        writer.append({"train": tokens(100), "val": tokens(0)})
+    name = "train_000000.bin"
+    written = calls.index(("fsync", f"{name}.partial", HEADER_BYTES + TOKEN_BYTES * 100))
+    assert written < calls.index(("rename", f"{name}.partial", name))
