@@ -1,11 +1,15 @@
 """The pretraining loss and its validation figures, by hand."""
 
+import copy
+import logging
 import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Schedule, adamw
@@ -20,18 +24,18 @@ def uniform_model() -> GPT:
     return model
 
 
-def module(token_bytes: list[int]) -> Any:
-    built = PretrainModule(
-        uniform_model(),
-        make_optimizer=adamw,
-        schedule=Schedule(kind="constant"),
-        max_steps=1,
-        tokens_per_step=4,
-        grad_clip=None,
-        compiled=False,
-        record={},
-        token_bytes=token_bytes,
-    )
+def module(token_bytes: list[int], **options: Any) -> Any:
+    defaults: dict[str, Any] = {
+        "model": uniform_model(),
+        "make_optimizer": adamw,
+        "schedule": Schedule(kind="constant"),
+        "max_steps": 1,
+        "tokens_per_step": 4,
+        "grad_clip": None,
+        "compiled": False,
+        "record": {},
+    }
+    built = PretrainModule(token_bytes=token_bytes, **{**defaults, **options})
     strategy = SimpleNamespace(batch_to_device=lambda b: b, reduce=lambda t, reduce_op: t)
     precision = SimpleNamespace(forward_context=lambda: torch.autocast("cpu", enabled=False))
     trainer: Any = SimpleNamespace(strategy=strategy, precision_plugin=precision, world_size=1)
@@ -41,7 +45,12 @@ def module(token_bytes: list[int]) -> Any:
 
 def batch(targets: list[int]) -> dict[str, Any]:
     row = torch.tensor([targets])
-    return {"input_ids": row.clamp(min=0), "targets": row, "step_targets": 4}
+    return {
+        "input_ids": row.clamp(min=0),
+        "targets": row,
+        "step_targets": 4,
+        "row_seeds": torch.zeros(1, dtype=torch.int64),
+    }
 
 
 def test_the_loss_is_summed_over_scored_positions_only() -> None:
@@ -66,3 +75,41 @@ def test_evaluation_leaves_the_model_in_training_mode() -> None:
     built.model.train()
     built.evaluate([batch([1, 2, 3, 4])])
     assert built.model.training
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("grad_clip", [0.05, None, 1e6])
+def test_clipped_steps_are_those_of_torchs_own_clipping(grad_clip: float | None) -> None:
+    torch.manual_seed(0)
+    model = GPT(CONFIG)
+    reference = copy.deepcopy(model)
+    rows = [batch([1, 2, 3, 4]), batch([4, 0, 2, 1]), batch([3, 3, 1, 2])]
+
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.5)
+    norms = []
+    for row in rows:
+        (next_token_loss(reference, row["input_ids"], row["targets"]) / 4).backward()
+        largest = math.inf if grad_clip is None else grad_clip
+        norms.append(torch.nn.utils.clip_grad_norm_(reference.parameters(), largest).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert min(norms) > 0.05
+
+    def sgd(model: GPT) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": model.parameters(), "base_lr": 0.5}], lr=0.5)
+
+    trained = module([1] * 5, model=model, make_optimizer=sgd, grad_clip=grad_clip, max_steps=3)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    trainer = Trainer(
+        max_steps=3,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(trained, DataLoader([[row] for row in rows], batch_size=None))
+    assert trained.read_figures()["grad_norm"] == pytest.approx(norms[-1])
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
