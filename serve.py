@@ -24,6 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nanogpt.command import guard_output
 from serving import environment
 from serving.api.settings import ApiSettings, Binding
 from serving.engine.messages import Settings
@@ -38,6 +39,7 @@ composed: list[dict[str, Any]] = []
 
 def main(arguments: Sequence[str]) -> int:
     """Compose the configuration and become the server; return the exit code where that fails."""
+    guard_output()
     try:
         environment.check_names(os.environ, *SETTINGS)
         compose()

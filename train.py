@@ -39,6 +39,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nanogpt.command import guard_output
 from nanogpt.training.kinds import check_kinds, clear_other_budget, make_whole
 from nanogpt.training.run import flatten, run_name
 
@@ -58,6 +59,7 @@ failures: list[Exception] = []  # of the jobs of this command
 
 def main(arguments: Sequence[str]) -> int:
     """Run one job, a sweep, or with `--frozen FILE` one rank of a job; return the exit code."""
+    guard_output()
     os.environ["NANOGPT_SWEEP"] = sweep_name(arguments)  # for hydra.sweep.dir
     flags = [word for word in arguments if word in MULTIRUN]  # Hydra wants them first
     sys.argv[1:] = [*flags, *(word for word in arguments if word not in MULTIRUN)]

@@ -1,8 +1,12 @@
-"""What the commands `python -m nanogpt....` share: how they end."""
+"""What all commands share: output that cannot fail, and how they end."""
 
+import io
 import os
+import select
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 INTERRUPTED = 130
 
@@ -21,6 +25,65 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+class OutputClosedError(BrokenPipeError):
+    """The reader of a command's product has left."""
+
+
+def guard_output(*, raises: bool = False) -> None:
+    """Make standard output and standard error best-effort for the rest of the process.
+
+    The first error of a stream (its reader left, its disk is full, it is closed) redirects it to
+    the null device, for child processes too. With `raises`, for commands whose output is their
+    product, the first error of standard output is raised as well. Streams that were replaced, as
+    in a notebook, stay as they are.
+    """
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed descriptor of the three
+        os.set_inheritable(opened, True)
+    os.close(opened)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None or stream is getattr(sys, f"__{name}__"):
+            setattr(sys, name, _guarded(stream, descriptor, raises and name == "stdout"))
+
+
+def _guarded(stream: io.TextIOWrapper | None, descriptor: int, raises: bool) -> io.TextIOWrapper:
+    """Return a text stream like `stream`, that cannot fail, on its descriptor."""
+    settings: dict[str, Any] = {"line_buffering": descriptor == 2, "encoding": "utf-8"}
+    if stream is not None:
+        stream.flush()
+        settings = {
+            "line_buffering": stream.line_buffering or stream.write_through,
+            "encoding": stream.encoding,
+            "errors": stream.errors,
+        }
+    return io.TextIOWrapper(io.BufferedWriter(_BestEffortFile(descriptor, raises)), **settings)
+
+
+class _BestEffortFile(io.FileIO):
+    """A descriptor that the first error of a write redirects to the null device."""
+
+    def __init__(self, descriptor: int, raises: bool) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._raises = raises
+
+    def write(self, data: Any) -> int:
+        try:
+            while (n_bytes := super().write(data)) is None:  # a full pipe that does not block
+                select.select((), (self,), ())
+            return n_bytes
+        except OSError as error:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            if not self._raises:
+                return len(data)
+            if isinstance(error, BrokenPipeError):
+                raise OutputClosedError from error
+            raise OSError(
+                f"standard output cannot be written ({error.strerror}); direct it elsewhere"
+            ) from error
+
+
 def run_command(
     name: str,
     work: Callable[[], None],
@@ -32,15 +95,16 @@ def run_command(
     """Do a command's work and return its exit code; what goes wrong is said in one sentence.
 
     `say` words an error, `also` are kinds that bad input raises besides `EXPECTED`, and
-    `interrupted` is said on Ctrl+C. A reader who has seen enough of the output is no error.
+    `interrupted` is said on Ctrl+C. OutputClosedError ends the work early, which is no error.
     """
     try:
         work()
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OutputClosedError:
+        return 0
     except EXPECTED + also as error:
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         print(f"{name}: {say(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -6,6 +6,8 @@ import sys
 from datetime import datetime, timezone
 from typing import Any
 
+from nanogpt.command import guard_output
+
 
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON; `extra={"fields": {...}}` adds fields."""
@@ -30,7 +32,8 @@ def of_request(request_id: str) -> dict[str, dict[str, str]]:
 
 
 def configure() -> None:
-    """Send all logging of this process to standard error as JSON."""
+    """Send all logging of this process to standard error as JSON; output errors end nothing."""
+    guard_output()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -70,6 +70,22 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture(params=["closed", "full", "left"])
+def failing_output(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Options of subprocess under which neither output can be written.
+
+    The descriptors are closed, a full disk, or a pipe whose reader has left.
+    """
+    reader, writer = os.pipe()
+    os.close(reader)
+    if request.param == "full":
+        os.close(writer)
+        writer = os.open("/dev/full", os.O_WRONLY)
+    close = (lambda: os.closerange(1, 3)) if request.param == "closed" else None
+    yield {"stdout": writer, "stderr": writer, "preexec_fn": close}
+    os.close(writer)
+
+
 @pytest.fixture
 def runs_dir(tmp_path: Path) -> Path:
     """Where `url` looks for runs; there are none, but for tests that write some."""

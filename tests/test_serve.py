@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -244,8 +245,13 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(engine: FakeEngine, **variables: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Run a server of its own before an engine; give its address and process."""
+def started(
+    engine: FakeEngine, output: Mapping[str, Any] | None = None, **variables: str
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run a server of its own before an engine; give its address and process.
+
+    `output` are options of subprocess.
+    """
     port = free_port()
     environment = {
         **os.environ,
@@ -255,7 +261,8 @@ def started(engine: FakeEngine, **variables: str) -> Iterator[tuple[str, subproc
         **variables,
     }
     with running(engine):
-        server = subprocess.Popen([sys.executable, "-m", "serving"], env=environment)
+        command = [sys.executable, "-m", "serving"]
+        server = subprocess.Popen(command, env=environment, **(output or {}))
         try:
             url = f"http://127.0.0.1:{port}"
             assert eventually(lambda: answers(f"{url}/ready"), 60)
@@ -297,6 +304,18 @@ def test_an_answer_that_outlasts_the_drain_is_told_so(tmp_path: Path) -> None:
         assert server.wait(15) == 0
     assert '"error"' in lines[-2]
     assert lines[-1] == "data: [DONE]"
+
+
+@POSIX
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_server_outlives_its_output(
+    tmp_path: Path, failing_output: dict[str, Any], workers: int
+) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e")
+    with started(engine, failing_output, NANOGPT_WORKERS=str(workers)) as (url, server):
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 200
+        server.terminate()
+        assert server.wait(30) == 0
 
 
 @POSIX

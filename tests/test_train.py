@@ -23,6 +23,7 @@ import train
 from nanogpt.checkpoint import load_checkpoint, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
+POSIX = pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
 Command = Callable[..., subprocess.CompletedProcess[str]]
 WITHOUT_AND_WITH_DROPOUT = pytest.mark.parametrize("dropout", [0.0, 0.1])
 
@@ -285,6 +286,34 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
         fit(*tiny_run, *hot, "callbacks.checkpoint.every_n_steps=1")
     checkpoint = load_checkpoint("tiny", runs_dir=tmp_path / "runs")
     assert all(p.isfinite().all() for p in checkpoint.model.parameters())
+
+
+@POSIX
+def test_training_outlives_its_output(
+    tiny_run: list[str], tmp_path: Path, failing_output: dict[str, Any]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *tiny_run, "callbacks.progress_every_s=0"],
+        cwd=tmp_path, timeout=300, **failing_output,
+    )  # fmt: skip
+    run_dir = tmp_path / "runs" / "tiny"
+    assert done.returncode == 0
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 12
+    assert "finished: 12 steps" in (run_dir / "train.log").read_text()
+
+
+@POSIX
+@pytest.mark.parametrize("failing_output", ["closed", "left"], indirect=True)
+def test_two_ranks_outlive_their_output(
+    tiny_run: list[str], tmp_path: Path, failing_output: dict[str, Any]
+) -> None:
+    several = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *tiny_run, *several],
+        cwd=tmp_path, timeout=300, **failing_output,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert (tmp_path / "runs" / "tiny" / "summary.json").exists()
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
