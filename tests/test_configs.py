@@ -17,13 +17,7 @@ from nanogpt.model import GPTConfig
 from nanogpt.optim import Schedule
 from nanogpt.training.kinds import clear_other_budget
 from nanogpt.training.session import budget_steps
-
-ROOT = Path(__file__).parent.parent
-CONF = ROOT / "conf"
-
-
-def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+from tests.configs import CONF, ROOT, options
 
 
 def composed(*overrides: str) -> dict[str, Any]:

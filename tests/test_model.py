@@ -4,7 +4,6 @@ import copy
 import itertools
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from nanogpt.model import (
     rotate,
     written_out_attention,
 )
+from tests.configs import CONF, options
 
 TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=16)
 MODERN = replace(
@@ -35,7 +35,6 @@ MODERN = replace(
     qk_norm=True,
 )
 PADDED = replace(TINY, vocab_size=8200)
-CONF = Path(__file__).parent.parent / "conf" / "model"
 BOTH = pytest.mark.parametrize("config", [TINY, MODERN], ids=["gpt2", "modern"])
 
 
@@ -74,13 +73,13 @@ def test_published_sizes_are_exact(name: str, expected: int) -> None:
     ],
 )
 def test_presets_equal_their_files(preset: str, file: str) -> None:
-    values = yaml.safe_load((CONF / f"{file}.yaml").read_text())
+    values = yaml.safe_load((CONF / "model" / f"{file}.yaml").read_text())
     assert {**values, "vocab_size": 50257} == asdict(GPTConfig.preset(preset))
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_file_names_every_key_and_builds(path: Path) -> None:
-    values = yaml.safe_load(path.read_text())
+@pytest.mark.parametrize("file", options("model"))
+def test_every_file_names_every_key_and_builds(file: str) -> None:
+    values = yaml.safe_load((CONF / "model" / f"{file}.yaml").read_text())
     config = GPTConfig(vocab_size=300, **values)
     assert list(values) == [key for key in asdict(config) if key != "vocab_size"]
     with torch.device("meta"):
