@@ -2,14 +2,16 @@
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nanogpt import GPTConfig
 from nanogpt.training import bench
-from nanogpt.training.bench import Bench, Measurements, undisturbed
+from nanogpt.training.bench import Bench, Measured, Measurements, undisturbed
 
 CPU = torch.device("cpu")
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=2, n_embd=16)
@@ -21,8 +23,21 @@ def tiny_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(TINY, CPU, rows_per_rank=8, threads=1, local_world_size=1, data_dir=tmp_path)
 
 
-def fail() -> dict[str, float]:
+def fail() -> Measured:
     raise AssertionError("measured again")
+
+
+def sure(seconds: float) -> Measured:
+    return Measured({"a": seconds}, False)
+
+
+def record(figures: dict[str, Any]) -> dict[str, Any]:
+    """Return what the file holds of sure figures."""
+    return {"figures": figures, "provisional": False}
+
+
+RECORD = record({"a": 1.0})
+NO_FIGURES: list[Any] = ["fast", -1.0, 0.0, True, 10**400, float("nan"), float("inf"), [], {}]
 
 
 def test_rows_are_timed_in_seconds(tiny_bench: Bench) -> None:
@@ -44,7 +59,7 @@ def test_rows_grow_until_memory_is_full(tiny_bench: Bench, monkeypatch: pytest.M
     monkeypatch.setattr(tiny_bench, "_ballast", lambda model: None)
     monkeypatch.setattr(tiny_bench, "_seconds", seconds)
     trials = {str(rows): (rows, "bf16-mixed") for rows in (1, 2, 4, 8, 16)}
-    assert tiny_bench._time_until_full(trials) == {"1": 1.0, "2": 2.0, "4": 4.0}
+    assert tiny_bench._time_until_full(trials).figures == {"1": 1.0, "2": 2.0, "4": 4.0}
 
 
 def test_other_errors_of_a_trial_are_not_swallowed(
@@ -69,55 +84,173 @@ def test_measuring_leaves_threads_and_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+# Rounds
+
+
+class Clock:
+    """A clock that trials put forward, for a thread that has a share of a processor."""
+
+    def __init__(self, cpu_share: float = 1.0) -> None:
+        self.now, self.cpu_share = 0.0, cpu_share
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def thread_time(self) -> float:
+        return self.now * self.cpu_share
+
+    def trial(self, *seconds: float) -> Callable[[], float]:
+        """Return a trial that takes these seconds, one after another, then always the last."""
+        left = list(seconds)
+
+        def take() -> float:
+            taken = left.pop(0) if len(left) > 1 else left[0]
+            self.now += taken
+            return taken
+
+        return take
+
+
+def in_turn(
+    tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch, clock: Clock, *seconds: list[float]
+) -> Measured:
+    monkeypatch.setattr(bench, "time", clock)
+    trials = {name: clock.trial(*some) for name, some in zip("abc", seconds, strict=False)}
+    return tiny_bench._in_turn(trials, 10.0)
+
+
+def test_rivals_take_turns_and_the_best_of_each_counts(
+    tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, order = Clock(), []
+    monkeypatch.setattr(bench, "time", clock)
+
+    def noting(name: str, trial: Callable[[], float]) -> Callable[[], float]:
+        return lambda: order.append(name) or trial()  # type: ignore[func-returns-value]
+
+    trials = {"a": noting("a", clock.trial(3, 1, 1)), "b": noting("b", clock.trial(2, 2, 4))}
+    assert tiny_bench._in_turn(trials, 0.0) == Measured({"a": 1, "b": 2}, False)
+    assert order == ["a", "b"] * 3
+
+
+def test_rounds_go_on_for_the_time_that_there_is(
+    tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    in_turn(tiny_bench, monkeypatch, clock, [0.75], [0.25])
+    assert clock.now == 10
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cpu_share", "provisional"),
+    [
+        ([1.0, 1.0, 1.0], 1.0, False),
+        ([3.0, 1.05, 1.0], 1.0, False),  # warming up, and then twice the same
+        ([3.0, 2.0, 1.0], 1.0, True),
+        ([1.0, 1.2, 1.2], 1.0, True),
+        ([1.0, 1.0, 1.0], 0.9, False),
+        ([2.0, 2.0, 2.0], 0.5, True),  # always the same, beside another program
+    ],
+)
+def test_what_the_rounds_disagree_on_is_provisional(
+    seconds: list[float],
+    cpu_share: float,
+    provisional: bool,
+    tiny_bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "MAX_ROUNDS", 3)
+    clock = Clock(cpu_share)
+    assert in_turn(tiny_bench, monkeypatch, clock, [1.0], seconds).provisional is provisional
+
+
+# The file
+
+
 def test_measurement_is_taken_once(tmp_path: Path) -> None:
     path = tmp_path / "new" / "probes.json"
-    assert Measurements(path, "here").recall("key", lambda: {"a": 1.5}) == {"a": 1.5}
+    assert Measurements(path, "here").recall("key", lambda: sure(1.5)) == {"a": 1.5}
     assert Measurements(path, "here").recall("key", fail) == {"a": 1.5}
     assert [p.name for p in path.parent.iterdir()] == ["probes.json"]
 
 
-def test_another_machine_measures_for_itself(tmp_path: Path) -> None:
+def test_what_is_provisional_is_measured_again_by_the_next_run(tmp_path: Path) -> None:
     path = tmp_path / "probes.json"
-    Measurements(path, "here").recall("key", lambda: {"a": 1.0})
-    assert Measurements(path, "there").recall("key", lambda: {"a": 2.0}) == {"a": 2.0}
+    first = Measurements(path, "here")
+    assert first.recall("key", lambda: Measured({"a": 9.0}, True)) == {"a": 9.0}
+    assert first.recall("key", fail) == {"a": 9.0}
+    assert first.provisional
+    second = Measurements(path, "here")
+    assert second.recall("key", lambda: sure(1.0)) == {"a": 1.0}
+    assert not second.provisional
     assert Measurements(path, "here").recall("key", fail) == {"a": 1.0}
 
 
-def test_what_another_process_kept_meanwhile_stays(tmp_path: Path) -> None:
+def test_remeasuring_reads_nothing_and_replaces_what_was_stored(tmp_path: Path) -> None:
+    path = tmp_path / "probes.json"
+    Measurements(path, "here").recall("key", lambda: sure(9.0))
+    anew = Measurements(path, "here", remeasure=True)
+    assert anew.recall("key", lambda: sure(1.0)) == {"a": 1.0}
+    assert anew.recall("key", fail) == {"a": 1.0}
+    assert Measurements(path, "here").recall("key", fail) == {"a": 1.0}
+
+
+def test_another_machine_measures_for_itself(tmp_path: Path) -> None:
+    path = tmp_path / "probes.json"
+    Measurements(path, "here").recall("key", lambda: sure(1.0))
+    assert Measurements(path, "there").recall("key", lambda: sure(2.0)) == {"a": 2.0}
+    assert Measurements(path, "here").recall("key", fail) == {"a": 1.0}
+
+
+def test_what_another_process_stored_meanwhile_stays(tmp_path: Path) -> None:
     path = tmp_path / "probes.json"
 
-    def measure() -> dict[str, float]:
-        Measurements(path, "here").recall("theirs", lambda: {"a": 1.0})
-        return {"b": 2.0}
+    def measure() -> Measured:
+        Measurements(path, "here").recall("theirs", lambda: sure(1.0))
+        return sure(2.0)
 
     Measurements(path, "here").recall("ours", measure)
-    assert json.loads(path.read_text()) == {"here": {"theirs": {"a": 1.0}, "ours": {"b": 2.0}}}
+    assert json.loads(path.read_text()) == {"here": {"theirs": RECORD, "ours": record({"a": 2.0})}}
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
-        b'{"here": {"key"',
-        b"[1, 2]",
-        b'{"here": 1}',
-        b"\xff\xfe",
-        b'{"here": {"key": {}}}',
-        b'{"here": {"key": {"a": "fast"}}}',
-        b'{"here": {"key": {"a": -1}}}',
+        "",
+        '{"here": {"key"',
+        "[1, 2]",
+        "[" * 100_000,
+        '{"here": 1}',
+        '{"here": {"key": ' * 50_000,
+        "\xff\xfe",
+        json.dumps({"here": {"key": {"a": 1.0}}}),  # as earlier versions stored it
+        json.dumps({"here": {"key": record({})}}),
+        json.dumps({"here": {"key": record({"b": 1.0})}}),
+        json.dumps({"here": {"key": {**record({"a": 1.0}), "provisional": "no"}}}),
+        json.dumps({"here": {"key": {"figures": {"a": 1.0}}}}),
+        *(json.dumps({"here": {"key": record({"a": value})}}) for value in NO_FIGURES),
     ],
+    ids=range(21),
 )
-def test_damaged_file_is_measured_again_and_rewritten(tmp_path: Path, content: bytes) -> None:
+def test_damaged_file_is_measured_again_and_rewritten(tmp_path: Path, content: str) -> None:
     path = tmp_path / "probes.json"
-    path.write_bytes(content)
-    assert Measurements(path, "here").recall("key", lambda: {"a": 1.0}) == {"a": 1.0}
-    assert json.loads(path.read_text()) == {"here": {"key": {"a": 1.0}}}
+    path.write_bytes(content.encode("latin-1"))
+    assert Measurements(path, "here").recall("key", lambda: sure(1.0), ["a"]) == {"a": 1.0}
+    assert json.loads(path.read_text()) == {"here": {"key": RECORD}}
 
 
-def test_measurement_that_cannot_be_kept_is_used_all_the_same(
+def test_damage_of_one_record_leaves_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "probes.json"
+    deep = json.loads("[" * 900 + "]" * 900)  # can be read and not written
+    path.write_text(json.dumps({"here": {"good": RECORD, "bad": deep}, "there": deep}))
+    Measurements(path, "here").recall("key", lambda: sure(1.0))
+    assert json.loads(path.read_text()) == {"here": {"good": RECORD, "key": RECORD}}
+
+
+def test_measurement_that_cannot_be_stored_is_used_all_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
     measurements = Measurements(tmp_path / "file" / "probes.json", "here")
-    assert measurements.recall("key", lambda: {"a": 1.0}) == {"a": 1.0}
+    assert measurements.recall("key", lambda: sure(1.0)) == {"a": 1.0}
     assert "cannot be written" in caplog.text

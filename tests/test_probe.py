@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from nanogpt import GPTConfig
-from nanogpt.training import bench, probe, throughput
-from nanogpt.training.bench import Bench
+from nanogpt.training import bench, probe
+from nanogpt.training.bench import Bench, Measured
 from nanogpt.training.probe import Decisions, decide
 
 CPU, GPU, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
@@ -26,10 +27,10 @@ GIVEN: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "MEASURE_S", 0.02)
-    monkeypatch.setattr(throughput, "MEASURE_S", 0.02)
+    monkeypatch.setattr(bench, "PRODUCT_S", 0.02)
 
 
-class Measured(Bench):
+class Given(Bench):
     """A bench that is told its figures, for devices that are not here."""
 
     def __init__(
@@ -49,6 +50,9 @@ class Measured(Bench):
 
     def peak(self, precision: str) -> tuple[float, str]:
         return self.peaks[precision], "given"
+
+    def compare_products(self) -> dict[str, float]:
+        return self.peaks
 
     def time_precisions(self, rows: int) -> dict[str, float]:
         return self.precisions
@@ -70,20 +74,53 @@ def test_every_auto_is_decided_and_explained(tmp_path: Path) -> None:
     assert decisions.compile is False  # 100 steps of milliseconds
     assert decisions.peak_flops > 1e9
     named = [reason.split()[0] for reason in decisions.reasons]
-    assert named == ["precision", "micro_batch", "compile", "threads", "peak"]
+    assert named[:5] == ["precision", "micro_batch", "compile", "threads", "peak"]
 
 
 def test_second_call_measures_nothing_and_decides_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    all_agree(monkeypatch)
     first = decide_tiny(tmp_path, threads=1)
 
     def fail(*args: Any) -> Any:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(Bench, "_seconds", fail)
-    monkeypatch.setattr(bench, "peak_flops", fail)
+    monkeypatch.setattr(Bench, "_in_turn", fail)
     assert decide_tiny(tmp_path, threads=1) == first
+
+
+def test_what_rounds_disagree_on_is_said_and_measured_again_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "AGREEMENT", 0.0)  # nothing agrees
+    assert decide_tiny(tmp_path, threads=1).reasons[5].startswith("provisional: the rounds")
+    all_agree(monkeypatch)
+    assert len(decide_tiny(tmp_path, threads=1).reasons) == 5
+    stored = json.loads((tmp_path / "probes.json").read_text())
+    records = [record for machine in stored.values() for record in machine.values()]
+    assert {record["provisional"] for record in records} == {False}
+
+
+def test_remeasure_measures_everything_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_agree(monkeypatch)
+    decide_tiny(tmp_path, threads=1)
+    before = (tmp_path / "probes.json").read_text()
+    monkeypatch.setattr(Bench, "_in_turn", lambda self, trials, _: double(trials))
+    decisions = decide_tiny(tmp_path, threads=1, remeasure=True)
+    assert decisions.peak_flops == 2 * 1024**3 / 2.0
+    assert (tmp_path / "probes.json").read_text() != before
+
+
+def all_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "AGREEMENT", float("inf"))
+    monkeypatch.setattr(bench, "MIN_CPU_SHARE", 0.0)
+
+
+def double(trials: dict[str, Any]) -> Measured:
+    return Measured(dict.fromkeys(trials, 2.0), False)
 
 
 def test_given_values_are_taken_without_a_trial(
@@ -115,12 +152,12 @@ def test_large_model_is_not_built_on_a_cpu(tmp_path: Path, monkeypatch: pytest.M
     ("bf16_s", "choice"), [(0.5, "bf16-mixed"), (0.86, "bf16-mixed"), (0.88, "32-true")]
 )
 def test_bfloat16_must_be_worth_its_rounding(bf16_s: float, choice: str) -> None:
-    measured = Measured(precisions={"32-true": 1.0, "bf16-mixed": bf16_s})
+    measured = Given(precisions={"32-true": 1.0, "bf16-mixed": bf16_s})
     assert probe._choose_precision(measured)[0] == choice
 
 
 def test_cpu_without_bfloat16_products_is_not_tried() -> None:
-    measured = Measured(peaks={"32-true": 1e11, "bf16-mixed": 0.2e11})
+    measured = Given(peaks={"32-true": 1e11, "bf16-mixed": 0.2e11})
     choice, why = probe._choose_precision(measured)
     assert choice == "32-true"
     assert why == "matrix products in bfloat16 run 0.20 times as fast"
@@ -136,16 +173,16 @@ def test_gpu_precision_follows_its_generation(
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert probe._choose_precision(Measured(GPU))[0] == choice
+    assert probe._choose_precision(Given(GPU))[0] == choice
 
 
 def test_mps_trains_in_float32() -> None:
-    assert probe._choose_precision(Measured(MPS))[0] == "32-true"
+    assert probe._choose_precision(Given(MPS))[0] == "32-true"
 
 
 def test_fastest_micro_batch_wins() -> None:
     config = dataclasses.replace(TINY, block_size=128)  # 512 tokens are 4 rows
-    measured = Measured(config=config, rows={"16": 1.6, "4": 0.3})
+    measured = Given(config=config, rows={"16": 1.6, "4": 0.3})
     choice, why = probe._choose_micro_batch(measured, "32-true")
     assert choice == 4
     assert why == "the fastest of 4, 16 (1,707 tokens/s without the optimizer)"
@@ -153,18 +190,18 @@ def test_fastest_micro_batch_wins() -> None:
 
 def test_larger_micro_batch_wins_where_nearly_as_fast() -> None:
     config = dataclasses.replace(TINY, block_size=128)
-    measured = Measured(config=config, rows={"16": 1.22, "4": 0.3})
+    measured = Given(config=config, rows={"16": 1.22, "4": 0.3})
     assert probe._choose_micro_batch(measured, "32-true")[0] == 16
 
 
 def test_gpu_tries_divisors_by_doubling_up_to_a_bound() -> None:
     config = GPTConfig.preset("gpt2")
-    assert probe._candidates(Measured(GPU, config, 480)) == [1, 2, 4, 8, 16, 32]
-    assert probe._candidates(Measured(GPU, config, 12)) == [1, 2, 4, 12]
+    assert probe._candidates(Given(GPU, config, 480)) == [1, 2, 4, 8, 16, 32]
+    assert probe._candidates(Given(GPU, config, 12)) == [1, 2, 4, 12]
 
 
 def test_gpu_takes_one_row_where_nothing_fits() -> None:
-    choice, why = probe._choose_micro_batch(Measured(GPU), "bf16-mixed")
+    choice, why = probe._choose_micro_batch(Given(GPU), "bf16-mixed")
     assert choice == 1
     assert why == "the memory is too small even for this"
 
@@ -172,12 +209,12 @@ def test_gpu_takes_one_row_where_nothing_fits() -> None:
 def test_micro_batches_of_a_cpu_fit_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(TINY, block_size=128)
     monkeypatch.setattr(probe, "usable_memory_bytes", lambda: 2**60)
-    assert probe._candidates(Measured(config=config, rows_per_rank=64)) == [4, 16, 64]
+    assert probe._candidates(Given(config=config, rows_per_rank=64)) == [4, 16, 64]
     row_bytes = 128 * probe._bytes_per_token(config)
     monkeypatch.setattr(probe, "usable_memory_bytes", lambda: 4 * 16 * row_bytes)
-    assert probe._candidates(Measured(config=config, rows_per_rank=64)) == [4, 16]
+    assert probe._candidates(Given(config=config, rows_per_rank=64)) == [4, 16]
     monkeypatch.setattr(probe, "usable_memory_bytes", lambda: 1)
-    assert probe._candidates(Measured(config=config, rows_per_rank=64)) == [1]
+    assert probe._candidates(Given(config=config, rows_per_rank=64)) == [1]
 
 
 @pytest.mark.parametrize(("max_steps", "choice"), [(300, False), (400, True)])
@@ -185,7 +222,7 @@ def test_compile_only_where_it_saves_more_than_it_takes(
     monkeypatch: pytest.MonkeyPatch, max_steps: int, choice: bool
 ) -> None:
     monkeypatch.setattr(probe, "missing_for_compile", lambda device: None)
-    measured = Measured(rows={"4": 0.25})  # a second per step: 12 % of 333 s are 40 s
+    measured = Given(rows={"4": 0.25})  # a second per step: 12 % of 333 s are 40 s
     compiled, why = probe._choose_compile(measured, "32-true", 4, max_steps, False)
     assert compiled is choice
     assert why == f"would save about {0.12 * max_steps:.0f} s of the run and take 40 s"
@@ -207,7 +244,7 @@ def test_compile_stays_off_where_it_cannot_help(
     why: str,
 ) -> None:
     monkeypatch.setattr(probe, "missing_for_compile", lambda device: missing)
-    decision = probe._choose_compile(Measured(device), "32-true", 4, 10**9, deterministic)
+    decision = probe._choose_compile(Given(device), "32-true", 4, 10**9, deterministic)
     assert decision == (False, why)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from nanogpt import GPT, GPTConfig
 from nanogpt.training import throughput
-from nanogpt.training.throughput import flops_per_token, measured_flops, mfu, peak_flops
+from nanogpt.training.throughput import flops_per_token, make_product, mfu, peak_flops
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)  # named, never used
@@ -31,23 +31,20 @@ def test_mfu_divides_by_all_devices() -> None:
     assert mfu(8 * 463e3, flops, 989.4e12, n_devices=8) == pytest.approx(0.40, abs=2e-3)
 
 
-def test_cpu_peak_is_measured_and_leaves_the_random_state(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(throughput, "MEASURE_S", 0.05)
+def test_cpu_peak_is_measured_and_leaves_the_random_state() -> None:
     state = torch.get_rng_state()
-    value, source = peak_flops(CPU, torch.float32)
-    assert 1e9 < value < 1e14
-    assert source == "measured by a matrix product"
+    product = make_product(CPU, torch.float32)
+    rate = product.flops / product.seconds()
+    assert 1e9 < rate < 1e14
+    assert peak_flops(CPU, torch.float32, rate) == (rate, "measured by a matrix product")
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_measured_rate_is_that_of_a_product_timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "MEASURE_S", 0.05)
+def test_a_product_is_timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock) * 0.02)
-    # Calls of the clock: the end, the start, the stop; so one product takes one tick.
-    assert measured_flops(CPU, torch.float32) == pytest.approx(2 * 1024**3 / 0.02)
+    product = make_product(CPU, torch.float32)
+    assert product.flops / product.seconds() == pytest.approx(2 * 1024**3 / 0.02)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +63,7 @@ def test_measured_rate_is_that_of_a_product_timed_here(monkeypatch: pytest.Monke
 def test_listed_peak_counts_only_where_measurement_agrees(
     monkeypatch: pytest.MonkeyPatch, name: str, measured: float, expected: float
 ) -> None:
-    monkeypatch.setattr(throughput, "measured_flops", lambda device, dtype: measured)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
-    value, source = peak_flops(GPU, torch.bfloat16)
+    value, source = peak_flops(GPU, torch.bfloat16, measured)
     assert value == pytest.approx(expected)
     assert source.startswith("measured" if value == measured else "data sheet")

@@ -175,6 +175,17 @@ def test_a_grown_budget_continues_where_the_schedule_permits(
     assert grown["weights_sha256"] == whole["weights_sha256"]
 
 
+@pytest.mark.parametrize(("remeasure", "micro_batch"), [("false", 2), ("true", 8)])
+def test_a_continued_run_decides_again_where_it_remeasures(
+    remeasure: str, micro_batch: int, tiny_run: list[str], tmp_path: Path
+) -> None:
+    constant = [*tiny_run, "optim=adamw", "optim.schedule.kind=constant"]
+    fit(*constant, "max_steps=1", "micro_batch=2")
+    fit(*constant, "max_steps=2", f"remeasure={remeasure}")
+    config = OmegaConf.load(tmp_path / "runs" / "tiny" / "config.yaml")
+    assert config.resolved.micro_batch == micro_batch
+
+
 def test_a_cosine_does_not_let_the_budget_grow(tiny_run: list[str]) -> None:
     fit(*tiny_run, "optim=adamw", "max_steps=6")
     with pytest.raises(ValueError, match="max_steps: 6 is recorded, 10 was asked for"):

@@ -22,6 +22,7 @@ KINDS = {
     "micro_batch": ("auto", COUNT),
     "threads": ("auto", COUNT),
     "compile": ("auto", FLAG),
+    "remeasure": (FLAG,),
     "resume": (FLAG,),
     "overwrite": (FLAG,),
     "debug": (FLAG,),

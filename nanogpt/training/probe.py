@@ -1,4 +1,4 @@
-"""What `auto` becomes on this machine: measured once for a shape, kept in `probes.json`."""
+"""What `auto` becomes on this machine, measured for each shape and stored in `probes.json`."""
 
 import os
 from dataclasses import dataclass
@@ -51,12 +51,14 @@ def decide(
     compile: bool | str = "auto",
     micro_batch: int | str = "auto",
     threads: int | str = "auto",
+    remeasure: bool = False,
 ) -> Decisions:
     """Return what was given, and for each `auto` what is best on this machine.
 
     `rows_per_rank` are the rows of `block_size` tokens of one rank and optimizer step; a
     micro-batch divides them. Measures for seconds at the first call for a shape, later reads
-    `data_dir/probes.json`. Leaves random states and the number of threads as they were. Raises
+    `data_dir/probes.json`; measures again what the rounds disagreed on, as on a busy machine, and
+    everything with `remeasure`. Leaves random states and the number of threads as they were. Raises
     ValueError for a value that cannot be.
     """
     _check_given(precision, compile, micro_batch, threads, rows_per_rank)
@@ -65,7 +67,7 @@ def decide(
     else:
         threads, why_threads = int(threads), "as given"
     with undisturbed(device, threads):
-        bench = Bench(config, device, rows_per_rank, threads, local_world_size, data_dir)
+        bench = Bench(config, device, rows_per_rank, threads, local_world_size, data_dir, remeasure)
         if precision == "auto":
             precision, why_precision = _choose_precision(bench)
         else:
@@ -88,6 +90,11 @@ def decide(
         f"threads {threads}: {why_threads}",
         f"peak {peak / 1e12:.4g} TFLOP/s: {why_peak}",
     ]
+    if bench.stored.provisional:
+        reasons.append(
+            "provisional: the rounds of a measurement disagree, as on a busy machine; "
+            "the next run measures again"
+        )
     return Decisions(precision, compile, micro_batch, threads, peak, reasons)
 
 
@@ -109,7 +116,8 @@ def _choose_precision(bench: Bench) -> tuple[str, str]:
         return "32-true", "the GPU has no tensor cores"
     if bench.device.type != "cpu":
         return "32-true", f"the gain of others on {bench.device.type} is not known"
-    products = bench.peak("bf16-mixed")[0] / bench.peak("32-true")[0]
+    rates = bench.compare_products()
+    products = rates["bf16-mixed"] / rates["32-true"]
     if products < WORTH_BF16:
         return "32-true", f"matrix products in bfloat16 run {products:.2f} times as fast"
     rows = _candidates(bench)[0]
@@ -128,9 +136,9 @@ def _choose_micro_batch(bench: Bench, precision: str) -> tuple[int, str]:
     if bench.device.type not in ("cpu", "cuda"):
         return candidates[-1], f"the largest of at most {CPU_TOKENS[0]} tokens"
     timings = bench.time_rows(candidates, precision)
-    if not timings:
+    row_s = {rows: timings[str(rows)] / rows for rows in candidates if str(rows) in timings}
+    if not row_s:
         return candidates[0], "the memory is too small even for this"
-    row_s = {int(rows): seconds / int(rows) for rows, seconds in timings.items()}
     fastest_s = min(row_s.values())
     best = max(rows for rows in row_s if row_s[rows] <= WORTH_SMALLER * fastest_s)
     rate = bench.config.block_size / row_s[best]

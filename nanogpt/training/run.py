@@ -30,6 +30,7 @@ OPERATIONAL = (
     "compile",
     "micro_batch",
     "threads",
+    "remeasure",
     "data.workers",
     "data.prompts",
     "data.path",  # the corpus fingerprint stands for it

@@ -256,6 +256,7 @@ class Session:
             compile=self._setting("compile"),
             micro_batch=self._setting("micro_batch", rows_per_rank),
             threads=self._setting("threads"),
+            remeasure=config["remeasure"],
         )
         resolved = {
             "corpus": corpus_fingerprint,
@@ -273,10 +274,14 @@ class Session:
         return decisions, resolved
 
     def _setting(self, key: str, rows_per_rank: int = 0) -> Any:
-        """Return a setting as typed, else as the run began with it where that fits, else auto."""
+        """Return a setting as typed, else as the run began with it where that fits, else auto.
+
+        `remeasure` sets aside what the run began with, but for the precision: it is identity.
+        """
         value = self.config["trainer"][key] if key == "precision" else self.config[key]
         kept = self.recorded.get(key)
-        if value != "auto" or kept is None:
+        anew = self.config["remeasure"] and key != "precision"
+        if value != "auto" or kept is None or anew:
             return value
         fits = {
             "micro_batch": rows_per_rank % kept == 0 if key == "micro_batch" else True,

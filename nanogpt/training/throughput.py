@@ -2,13 +2,14 @@
 
 import time
 import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
 from nanogpt.model import GPTConfig
 
-MEASURE_S = 0.3
 # Sides of the measured product: large enough to reach the device's rate.
 GEMM_SIDE = {"cpu": 1024, "mps": 2048}
 GEMM_SIDE_GPU = 8192
@@ -41,34 +42,41 @@ def mfu(
     return tokens_per_s * flops_per_token / (peak_flops * n_devices)
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Return the device's arithmetic per second in `dtype` and where the figure comes from.
+class Product(NamedTuple):
+    """A square matrix product: what it takes in arithmetic, and a function that times one."""
 
-    Tables name some GPUs wrongly or with figures that no dense product can reach, so a product is
-    measured everywhere (about 0.3 s), and a table's value taken only where it agrees.
-    """
-    measured = measured_flops(device, dtype)
-    listed = _listed_flops(device, dtype)
-    low, high = BELIEVED_SHARE
-    if listed is not None and low * listed <= measured <= high * listed:
-        return listed, f"data sheet of {torch.cuda.get_device_name(device)}"
-    return measured, "measured by a matrix product"
+    flops: float
+    seconds: Callable[[], float]
 
 
-def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the best rate of a square matrix product over about 0.3 s."""
+def make_product(device: torch.device, dtype: torch.dtype) -> Product:
+    """Return a product of random matrices, large enough to reach the device's rate."""
     side = GEMM_SIDE.get(device.type, GEMM_SIDE_GPU)
     generator = torch.Generator(device).manual_seed(0)
     a = torch.rand(side, side, generator=generator, device=device).to(dtype)
     b = a.t().contiguous()
     out = torch.empty_like(a)
-    best_s = float("inf")
-    end = time.perf_counter() + MEASURE_S
-    while (start := time.perf_counter()) < end:
+
+    def seconds() -> float:
+        start = time.perf_counter()
         torch.mm(a, b, out=out)
         synchronize(device)
-        best_s = min(best_s, time.perf_counter() - start)
-    return 2 * side**3 / best_s
+        return time.perf_counter() - start
+
+    return Product(2 * side**3, seconds)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, measured: float) -> tuple[float, str]:
+    """Return the device's arithmetic per second in `dtype` and where the figure comes from.
+
+    Tables name some GPUs wrongly or with figures that no dense product can reach, so a table's
+    value is taken only where the measured rate agrees with it.
+    """
+    listed = _listed_flops(device, dtype)
+    low, high = BELIEVED_SHARE
+    if listed is not None and low * listed <= measured <= high * listed:
+        return listed, f"data sheet of {torch.cuda.get_device_name(device)}"
+    return measured, "measured by a matrix product"
 
 
 def synchronize(device: torch.device) -> None:
