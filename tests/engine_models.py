@@ -109,7 +109,9 @@ class Asked:
         return answer
 
 
-def generate(request_id: str, prompt_ids: list[int], *, scope: str = "", **params: Any) -> Generate:
+def generate(
+    request_id: str, prompt_ids: list[int], *, key: str = "", origin: str = "", **params: Any
+) -> Generate:
     """Return a request for the only model."""
     params = {"max_tokens": 8, "temperature": 0.0, **params}
-    return Generate(request_id, "run", prompt_ids, SamplingParams(**params), scope)
+    return Generate(request_id, "run", prompt_ids, SamplingParams(**params), key, origin)

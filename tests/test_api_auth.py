@@ -80,7 +80,7 @@ def test_prefixes_are_reused_for_one_key_only(url: str, engine: FakeEngine) -> N
     for key in (KEY, "sk-schlüssel"):
         headers = [(b"X-API-Key", key.encode())]
         httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, headers=headers)
-    first, second = (request.cache_scope for request in generated(engine)[-2:])
+    first, second = (request.key for request in generated(engine)[-2:])
     assert first
     assert second
     assert first != second

@@ -72,8 +72,9 @@ def test_too_many_requests_at_once_are_told_to_come_again(tmp_path: Path) -> Non
     assert health.status_code == 200
 
 
-def test_one_key_cannot_take_all(tmp_path: Path) -> None:
-    settings = ApiSettings(api_keys=("a", "b"), max_open_per_key=1)
+@pytest.mark.parametrize("limits", [{"max_open_per_key": 1}, {"max_open": 2}])
+def test_one_key_cannot_take_all(tmp_path: Path, limits: dict[str, int]) -> None:
+    settings = ApiSettings(api_keys=("a", "b"), **limits)  # type: ignore[arg-type]
     with serve(slow_engine(tmp_path), settings) as url:
         mine, other = {"X-API-Key": "a"}, {"X-API-Key": "b"}
         body = {**SLOW, "stream": True}

@@ -84,7 +84,7 @@ def test_an_answer_does_not_depend_on_its_company(
     alone: dict[str, Answer] = {}
     engine = Asked(path, dtype=dtype)
     for request in requests:  # each in a scope of its own: nothing to use again
-        alone |= engine.all([replace(request, cache_scope=request.request_id)])
+        alone |= engine.all([replace(request, key=request.request_id)])
     together = Asked(path, dtype=dtype, max_slots=5)
     together.one(generate("warm", [1]))
     rng = random.Random(2)
@@ -157,8 +157,8 @@ def test_equal_prompts_are_read_once(checkpoint: Path) -> None:
 
 def test_prefixes_are_not_shared_between_scopes(checkpoint: Path) -> None:
     asked = Asked(checkpoint)
-    asked.one(generate("a", list(b"x" * 100), scope="alice"))
-    end = asked.one(generate("b", list(b"x" * 100), scope="bob")).end
+    asked.one(generate("a", list(b"x" * 100), key="alice"))
+    end = asked.one(generate("b", list(b"x" * 100), key="bob")).end
     assert isinstance(end, Finished)
     assert end.cached_tokens == 0
 
@@ -620,3 +620,120 @@ def test_the_only_model_is_loaded_before_it_is_asked_for(checkpoint: Path) -> No
     engine.post(engine.drain)
     engine.run()
     assert list(engine.runners) == ["run"]
+
+
+def begun(asked: Asked, *requests: Any) -> None:
+    """Ask, and compute until every one of the requests that fit has begun to answer."""
+    for request in requests:
+        asked.engine.accept(asked, request)
+        asked.step()
+
+
+def hog(name: str, key: str = "hog", origin: str = "one", **params: Any) -> Generate:
+    """Return a request that goes on for long."""
+    params = {"max_tokens": 200, "ignore_eos": True, **params}
+    return generate(name, [ord(name[0]), *name.encode()], key=key, origin=origin, **params)
+
+
+def steps_to_end(asked: Asked, request: Any) -> int:
+    """Ask, and return how many steps the answer takes."""
+    asked.engine.accept(asked, request)
+    n = 0
+    while request.request_id not in asked.answers or not asked.answers[request.request_id].end:
+        asked.step()
+        n += 1
+    return n
+
+
+@pytest.mark.parametrize("labels", [("another", "two"), ("hog", "two")], ids=["key", "request"])
+def test_who_comes_later_waits_for_no_long_answer_of_another(
+    checkpoint: Path, labels: tuple[str, str]
+) -> None:
+    asked = Asked(checkpoint)
+    asked.one(generate("warm", [1]))
+    begun(asked, *[hog(f"{i} hog") for i in range(12)])
+    key, origin = labels
+    newcomer = generate("new", [7, 8, 9], key=key, origin=origin, max_tokens=2)
+    assert steps_to_end(asked, newcomer) <= 3
+    asked.settle()
+    alone = Asked(checkpoint).all([hog(f"{i} hog") for i in range(12)])
+    assert {n: asked.answers[n].said for n in alone} == {n: a.said for n, a in alone.items()}
+
+
+def test_a_long_prompt_of_another_key_is_read_in_turns_with_ones_own(checkpoint: Path) -> None:
+    asked = Asked(checkpoint)
+    asked.one(generate("warm", [1]))
+    long = [generate(f"{i}", [i] * 240, key="hog", origin="one") for i in range(3)]
+    begun(asked, *long)
+    newcomer = generate("new", [7] * 20, key="another", max_tokens=1)
+    assert steps_to_end(asked, newcomer) <= 4  # 2 pieces of it, and as many of others
+
+
+def test_a_request_is_read_before_the_many_prompts_of_another(checkpoint: Path) -> None:
+    asked = Asked(checkpoint)
+    asked.one(generate("warm", [1]))
+    begun(asked, *[generate(f"{i}", [i] * 240, origin="one") for i in range(3)])
+    newcomer = generate("new", [7] * 20, origin="two", max_tokens=1)
+    assert steps_to_end(asked, newcomer) <= 240 // 16 + 2  # after the prompt that is begun
+
+
+def test_a_slot_that_is_free_goes_to_the_key_with_the_fewest(checkpoint: Path) -> None:
+    asked = Asked(checkpoint, max_slots=2)
+    asked.one(generate("warm", [1]))
+    begun(asked, hog("a", "a", max_tokens=8), hog("b", "b"))
+    waiting = [hog("a later", "a"), hog("b later", "b"), hog("c", "c"), hog("d", "d")]
+    for request in waiting:
+        asked.engine.accept(asked, request)
+    while not asked.answers["a"].end:
+        asked.step()
+    asked.step()
+    (runner,) = asked.engine.runners.values()
+    assert [s.request_id for s in runner.scheduler.running] == ["b", "c"]
+
+
+def test_keys_take_turns_at_the_only_slot(checkpoint: Path) -> None:
+    asked = Asked(checkpoint, max_slots=1)
+    asked.one(generate("warm", [1]))
+    requests = [generate(f"a{i}", [1], key="a", origin=f"a{i}") for i in range(4)]
+    requests += [generate(f"b{i}", [1], key="b", origin=f"b{i}") for i in range(2)]
+    asked.all(requests)
+    ended = [m.request_id for m in asked.messages if isinstance(m, Finished)]
+    assert ended[1:] == ["a0", "b0", "a1", "b1", "a2", "a3"]
+
+
+def test_a_scored_prompt_that_made_room_is_scored_from_its_start(checkpoint: Path) -> None:
+    asked = Asked(checkpoint, max_slots=2)
+    score = Score("s", "run", list(range(90)), 2, "hog", "one")
+    alone = asked.one(score).end
+    begun(asked, hog("a"))
+    asked.answers["s"].end = None
+    begun(asked, score)
+    asked.step()
+    steps_to_end(asked, generate("new", [7], key="another", max_tokens=1))
+    (runner,) = asked.engine.runners.values()
+    assert [s.request_id for s in runner.scheduler.waiting] == ["s"]
+    asked.settle()
+    assert asked.answers["s"].end == alone
+
+
+def test_a_full_queue_takes_each_keys_share(checkpoint: Path) -> None:
+    asked = Asked(checkpoint, max_slots=1, max_queue=6)
+    asked.one(generate("warm", [1]))
+    begun(asked, hog("a", "hog"))
+    hogs = [hog(f"{i}", "hog") for i in range(7)]
+    others = [generate(f"other {i}", [1], key="other", max_tokens=1) for i in range(4)]
+    thirds = [generate(f"third {i}", [1], key="third", max_tokens=1) for i in range(3)]
+    for request in [*hogs, *others, *thirds]:
+        asked.engine.accept(asked, request)
+    asked.step()
+    refused = [n for n, a in asked.answers.items() if isinstance(a.end, Failed)]
+    assert refused == ["6", "other 3", "third 2"]
+
+
+def test_those_who_wait_for_a_model_count_to_their_keys_share(checkpoint: Path) -> None:
+    asked = Asked(checkpoint, max_queue=4)
+    requests = [hog(f"{i}", "hog", max_tokens=1) for i in range(5)]
+    requests += [generate(f"other {i}", [1], key="other", max_tokens=1) for i in range(3)]
+    asked.all(requests)
+    refused = [n for n, a in asked.answers.items() if isinstance(a.end, Failed)]
+    assert refused == ["4", "other 2"]

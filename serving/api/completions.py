@@ -161,7 +161,8 @@ async def _echo(
     front, top = front_end(request), body.logprobs
     scores: Sequence[Scored | None] = [None] * len(prompts)
     if top is not None:
-        asked = [Score(front.new_id(request), model.id, prompt.ids, top) for prompt in prompts]
+        labels = front.labels(request)
+        asked = [Score(front.new_id(request), model.id, p.ids, top, **labels) for p in prompts]
         scores = await front.ask(request, [front.client.score(score) for score in asked])
     for prompt, scored in zip(prompts, scores, strict=True):
         prompt.echo = echo_of(prompt.text, prompt.ids, model.token_bytes, scored)

@@ -80,6 +80,10 @@ class FrontEnd:
         """Return an id for what the engine is asked, that tells the request's."""
         return self.client.new_id(request.state.request_id)
 
+    def labels(self, request: Request) -> dict[str, str]:
+        """Return whose turn the engine's work for a request counts as: the key's hash, an id."""
+        return {"key": request.state.key, "origin": request.state.request_id}
+
     def choice(
         self,
         request: Request,
@@ -94,7 +98,8 @@ class FrontEnd:
         """Return one answer, to be generated."""
         if self.settings.log_prompts:
             request.state.log.setdefault("prompts", {})[index] = model.tokenizer.decode(ids)
-        generate = Generate(self.new_id(request), model.id, ids, params, request.state.key)
+        labels = self.labels(request)
+        generate = Generate(self.new_id(request), model.id, ids, params, **labels)
         return Choice(index, generate, model.token_bytes, stops, echo)
 
     def generation(self, request: Request, choices: Sequence[Choice]) -> Generation:

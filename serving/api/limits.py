@@ -37,6 +37,8 @@ class Admission:
         self.arrivals = arrivals
         self.max_open = settings.max_open
         self.max_open_per_key = settings.max_open_per_key
+        if self.max_open_per_key is None and len(settings.api_keys) > 1:
+            self.max_open_per_key = max(1, self.max_open * 3 // 4)  # none shuts the others out
         self.open: Counter[str] = Counter()
         self._turns: deque[asyncio.Future[None]] = deque()
         self._n_seen = 0  # of those who arrived

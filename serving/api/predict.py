@@ -102,7 +102,8 @@ async def _classified(request: Request, model: ServedModel, texts: list[str]) ->
         raise ApiError(400, message, param="input")
     most = model.details.block_size  # tokens that are read
     ids = [(await model.encode(text))[:most] for text in texts]
-    asked = [Classify(front.new_id(request), model.id, of_text) for of_text in ids]
+    labels = front.labels(request)
+    asked = [Classify(front.new_id(request), model.id, of_text, **labels) for of_text in ids]
     return await front.ask(request, [front.client.classify(text) for text in asked])
 
 

@@ -7,6 +7,7 @@ own, so that models that are at work do not wait for it.
 import logging
 import queue
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -176,15 +177,28 @@ class Engine:
         entry = self.registry.find(request.model)
         if entry is None:
             raise Refused("not_found", f"The model {request.model!r} does not exist.")
-        n_queued = sum(runner.scheduler.n_queued for runner in self._all_runners())
-        n_queued += sum(map(len, self._waiting.values()))
-        if n_queued >= self.settings.max_queue and not isinstance(request, Describe):
-            raise Refused("overloaded", f"The queue is full ({n_queued} requests wait).")
+        if not isinstance(request, Describe):
+            self._check_queue(request.key)
         self._renew(entry)  # again, where they did not load
         if runner := self.runners.get(entry.id):
             self._begin(runner, client, request)
         else:
             self._waiting.setdefault(entry.id, []).append((client, request))
+
+    def _check_queue(self, key: str) -> None:
+        """Refuse one request more of a key that has its share of a full queue.
+
+        Each key that waits has an equal share; one that is alone has all.
+        """
+        n_queued = sum(runner.scheduler.n_queued for runner in self._all_runners())
+        n_queued += sum(map(len, self._waiting.values()))
+        if n_queued < self.settings.max_queue:
+            return
+        unloaded = (r for waiting in self._waiting.values() for _, r in waiting)
+        keys = Counter(r.key for r in unloaded if not isinstance(r, Describe | AskStats))
+        keys.update(s.key for runner in self._all_runners() for s in runner.scheduler.waiting)
+        if keys[key] >= max(1, self.settings.max_queue // len({*keys, key})):
+            raise Refused("overloaded", f"The queue is full ({n_queued} requests wait).")
 
     def _begin(self, runner: Runner, client: object, request: Request) -> None:
         runner.used = time.monotonic()

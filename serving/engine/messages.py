@@ -91,14 +91,16 @@ class SamplingParams:
 class Generate:
     """Continue a prompt; answered by Tokens, then Finished, or by Failed.
 
-    Prefixes are only reused between requests of one `cache_scope`.
+    Requests with different `key` labels take turns, and reuse no prefixes of each other; `origin`
+    is the client's request that this one belongs to, and those of one key take turns, too.
     """
 
     request_id: str
     model: str
     prompt_ids: list[int]
     params: SamplingParams
-    cache_scope: str = ""
+    key: str = ""
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class Score:
     model: str
     prompt_ids: list[int]
     top: int = 0
+    key: str = ""
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,8 @@ class Classify:
     request_id: str
     model: str
     ids: list[int]
+    key: str = ""
+    origin: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Turn requests into sequences, or refuse them before anything is computed."""
 
+from typing import Any
+
 from nanogpt.classifier import enclose
 from serving.engine.messages import (
     Classify,
@@ -10,7 +12,7 @@ from serving.engine.messages import (
     Score,
 )
 from serving.engine.runner import Runner
-from serving.engine.scheduler import Sequence
+from serving.engine.scheduler import Aim, Sequence
 
 
 class Refused(Exception):
@@ -26,13 +28,12 @@ def sequence(runner: Runner, client: object, request: Request) -> Sequence:
     if isinstance(request, Classify):
         return _classify(runner, client, request)
     assert isinstance(request, Generate | Score)
-    id_, ids = request.request_id, list(request.prompt_ids)
+    ids = list(request.prompt_ids)
     if isinstance(request, Score):
         _check_prompt(ids, runner, room=0)
-        return Sequence(id_, client, "score", ids, len(ids), scope=id_, top=request.top)
+        return _sequence(client, request, "score", ids, top=request.top)
     _check_prompt(ids, runner, room=1)
-    scope = request.cache_scope
-    return Sequence(id_, client, "write", ids, len(ids), scope=scope, request=request)
+    return _sequence(client, request, "write", ids, scope=request.key, request=request)
 
 
 def details(runner: Runner, request_id: str) -> ModelDetails:
@@ -72,5 +73,13 @@ def _classify(runner: Runner, client: object, request: Classify) -> Sequence:
         raise Refused("invalid", f"The model {runner.id} was not trained to classify.")
     ids = enclose(request.ids, about.tokenizer.eot_id, about.config.block_size)
     _check_prompt(ids, runner, room=0)
-    id_ = request.request_id
-    return Sequence(id_, client, "classify", ids, len(ids), scope=id_)
+    return _sequence(client, request, "classify", ids)
+
+
+def _sequence(
+    client: object, asked: Generate | Score | Classify, aim: Aim, ids: list[int], **others: Any
+) -> Sequence:
+    """Return a sequence with its request's labels; its slot is its own unless a scope is given."""
+    id_ = asked.request_id
+    labels = {"scope": id_, "key": asked.key, "origin": asked.origin or id_}
+    return Sequence(id_, client, aim, ids, len(ids), **{**labels, **others})
