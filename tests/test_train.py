@@ -179,7 +179,8 @@ def test_a_grown_budget_continues_where_the_schedule_permits(
 def test_a_continued_run_decides_again_where_it_remeasures(
     remeasure: str, micro_batch: int, tiny_run: list[str], tmp_path: Path
 ) -> None:
-    constant = [*tiny_run, "optim=adamw", "optim.schedule.kind=constant"]
+    schedule = ["optim.schedule.kind=constant", "optim.schedule.warmup_steps=0"]
+    constant = [*tiny_run, "optim=adamw", *schedule]
     fit(*constant, "max_steps=1", "micro_batch=2")
     fit(*constant, "max_steps=2", f"remeasure={remeasure}")
     config = OmegaConf.load(tmp_path / "runs" / "tiny" / "config.yaml")
