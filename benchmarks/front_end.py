@@ -142,7 +142,7 @@ async def _straight_rate(engine: EngineProcess, options: argparse.Namespace) -> 
     model = client.find(None)
     tokenizer = from_record((await client.details(model)).tokenizer)
     prompts = [
-        [tokenizer.eot_id, *tokenizer.encode(load.content_of(request)["prompt"])]
+        tokenizer.encode_prompt(load.content_of(request)["prompt"])
         for request in load.requests(options, options.requests)
     ]
 

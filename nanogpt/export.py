@@ -144,7 +144,8 @@ def _write_language_model(checkpoint: Checkpoint, directory: Path) -> None:
     template = find_template(checkpoint.template) if checkpoint.template is not None else None
     jinja = template.jinja() if template is not None else None
     write_tokenizer(tokenizer, directory, config.block_size, jinja)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
+    ids = dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eot_id)
+    ids["bos_token_id"] = tokenizer.encode_prompt("")[0]  # of an empty prompt, there and here
     about = {"architectures": ["GPT2LMHeadModel"], **ids}
     _write_json(directory / CONFIG, {**_published_config(config), **about})
     ends = template.stop_ids(tokenizer) if template is not None else tokenizer.eot_id

@@ -43,10 +43,9 @@ def write(options: argparse.Namespace) -> None:
 
 
 def completion(checkpoint: Checkpoint, prompt: str, options: argparse.Namespace) -> Iterator[int]:
-    """Yield the ids that follow a prompt, up to the end of the text."""
+    """Yield the ids that follow a prompt, up to the end of the text; without one, of a document."""
     tokenizer = checkpoint.tokenizer
-    # Documents follow an end-of-text token in training, so a prompt that begins one does too.
-    ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+    ids = tokenizer.encode_prompt(prompt)
     return _generated(checkpoint, ids, [tokenizer.eot_id], options)
 
 
@@ -100,7 +99,11 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m nanogpt.generate", description="Stream a completion from a checkpoint."
     )
     parser.add_argument("checkpoint", help="a .ckpt, a run directory, or the name of a run")
-    parser.add_argument("--prompt", default="", help="the text to continue; - reads standard input")
+    parser.add_argument(
+        "--prompt",
+        default="",
+        help="the text to continue (default: begin a document); - reads standard input",
+    )
     parser.add_argument("--raw", action="store_true", help="continue the prompt as text anyway")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")

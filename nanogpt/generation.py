@@ -176,7 +176,7 @@ def _evaluating(model: GPT) -> Iterator[None]:
 
 def _check_prompt(input_ids: Sequence[int], vocab_size: int) -> None:
     if not len(input_ids):
-        raise ValueError("the prompt is empty; give at least one token, such as the end of text")
+        raise ValueError('the prompt is empty; tokenizer.encode_prompt("") begins a document')
     if min(input_ids) < 0 or max(input_ids) >= vocab_size:
         raise ValueError(
             f"the prompt has token ids from {min(input_ids)} to {max(input_ids)} but the model "

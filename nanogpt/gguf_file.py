@@ -82,7 +82,7 @@ def _check_pattern(checkpoint: Checkpoint) -> None:
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
-    """Add the tokens, and the rule that nothing is put before a text unasked."""
+    """Add the tokens, and whether a text begins with one of them."""
     types = _gguf().TokenType
     n_special = len(tokenizer.special_tokens)
     n_ordinary = tokenizer.vocab_size - n_special
@@ -92,9 +92,9 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
     writer.add_token_list(spellings(tokenizer))
     writer.add_token_types([types.NORMAL] * n_ordinary + [types.CONTROL] * n_special)
     writer.add_token_merges(merges or NO_MERGES)
-    writer.add_bos_token_id(tokenizer.eot_id)
+    writer.add_bos_token_id(tokenizer.encode_prompt("")[0])
     writer.add_eos_token_id(tokenizer.eot_id)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(tokenizer.bos_id is not None)
     writer.add_add_eos_token(False)
 
 

@@ -72,6 +72,7 @@ class Tokenizer(Protocol):
 
     name: str
     special_tokens: dict[str, int]
+    bos_token: str | None
 
     @property
     def vocab_size(self) -> int: ...
@@ -82,7 +83,12 @@ class Tokenizer(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
+    @property
+    def bos_id(self) -> int | None: ...
+
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_prompt(self, text: str) -> list[int]: ...
 
     def encode_parts(self, parts: Sequence[str | None]) -> np.ndarray: ...
 
@@ -146,10 +152,11 @@ def from_record(record: dict[str, Any]) -> Tokenizer:
     Raises ValueError where the record is not one of ours.
     """
     _check_record(record)
+    special_tokens, bos_token = record["special_tokens"], record.get("bos_token")
     if record["kind"] == "byte":
-        return ByteTokenizer(record["special_tokens"])
+        return ByteTokenizer(special_tokens, bos_token)
     tokens = [base64.b64decode(token) for token in record["tokens"]]
-    return BytePairTokenizer(record["name"], record["pattern"], tokens, record["special_tokens"])
+    return BytePairTokenizer(record["name"], record["pattern"], tokens, special_tokens, bos_token)
 
 
 class _Table:
@@ -158,11 +165,17 @@ class _Table:
     kind: str
 
     def __init__(
-        self, name: str, pattern: str, tokens: Sequence[bytes], special_tokens: Sequence[str]
+        self,
+        name: str,
+        pattern: str,
+        tokens: Sequence[bytes],
+        special_tokens: Sequence[str],
+        bos_token: str | None = None,
     ) -> None:
         self.name = name
         self.pattern = pattern
         self.special_tokens = {s: len(tokens) + i for i, s in enumerate(special_tokens)}
+        self.bos_token = bos_token
         self._token_bytes = [*tokens, *(b"" for _ in special_tokens)]
 
     @property
@@ -174,6 +187,22 @@ class _Table:
     def eot_id(self) -> int:
         """The id of `<|endoftext|>`, which precedes each document."""
         return self.special_tokens[END_OF_TEXT]
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins every text, None where the tokenizer declares none, as ours."""
+        return None if self.bos_token is None else self.special_tokens[self.bos_token]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids that a model reads of a text, after the `bos_id` where there is one.
+
+        An empty text begins a document: it is the `<|endoftext|>` before one, as in training.
+
+        >>> tokenizer.encode_prompt("a"), tokenizer.encode_prompt("")
+        ([97], [256])
+        """
+        begin = [] if self.bos_id is None else [self.bos_id]
+        return [*begin, *self.encode(text)] or [self.eot_id]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -206,6 +235,7 @@ class _Table:
             "pattern": self.pattern,
             "tokens": [base64.b64encode(token).decode() for token in tokens],
             "special_tokens": list(self.special_tokens),
+            **({} if self.bos_token is None else {"bos_token": self.bos_token}),
         }
 
     def with_special_tokens(self, names: Sequence[str]) -> "Tokenizer":
@@ -217,7 +247,7 @@ class _Table:
         >>> ByteTokenizer().with_special_tokens(["<|user|>"]).special_tokens["<|user|>"]
         257
         """
-        reserved = [token for token in self.special_tokens if token in RESERVED]
+        reserved = [t for t in self.special_tokens if t in RESERVED and t != self.bos_token]
         new = [name for name in names if name not in self.special_tokens]
         renamed = dict(zip(reserved, new, strict=False))
         special_tokens = [renamed.get(token, token) for token in self.special_tokens]
@@ -239,9 +269,13 @@ class ByteTokenizer(_Table):
 
     kind = "byte"
 
-    def __init__(self, special_tokens: Sequence[str] = (END_OF_TEXT, *RESERVED)) -> None:
+    def __init__(
+        self,
+        special_tokens: Sequence[str] = (END_OF_TEXT, *RESERVED),
+        bos_token: str | None = None,
+    ) -> None:
         tokens = [bytes([i]) for i in range(256)]
-        super().__init__("byte", "", tokens, special_tokens)
+        super().__init__("byte", "", tokens, special_tokens, bos_token)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the text."""
@@ -421,6 +455,8 @@ def _check_record(record: dict[str, Any]) -> None:
         raise _malformed("its tokens are not all strings")
     if END_OF_TEXT not in special_tokens or len(set(special_tokens)) != len(special_tokens):
         raise _malformed(f"its special tokens are not distinct names with {END_OF_TEXT} among them")
+    if record.get("bos_token", END_OF_TEXT) not in special_tokens:
+        raise _malformed("its 'bos_token' is not among its special tokens")
     try:
         tokens = [base64.b64decode(token, validate=True) for token in record["tokens"]]
     except ValueError as error:
@@ -431,7 +467,9 @@ def _check_record(record: dict[str, Any]) -> None:
         raise _malformed("its tokens lack some of the 256 bytes")
     if record["kind"] == "byte":
         n_reserved = len(special_tokens) - 1
-        if record != ByteTokenizer(special_tokens).record() or n_reserved < len(RESERVED):
+        if record != ByteTokenizer(
+            special_tokens, record.get("bos_token")
+        ).record() or n_reserved < len(RESERVED):
             raise _malformed("it says kind='byte' but is not the byte tokenizer's table")
     elif record["kind"] == "bpe":
         _check_pattern(record["pattern"])

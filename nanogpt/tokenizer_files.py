@@ -24,6 +24,7 @@ from nanogpt.tokenizer import (
 )
 
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
 GPT2_FINGERPRINT = "5ef7e0bf39ac26d0"  # of GPT-2's table, as gpt2_tokenizer() gives it
 
 Merge = tuple[bytes, bytes]
@@ -68,13 +69,15 @@ def write_tokenizer(
     _write_json(directory / VOCAB, vocab)
     (directory / MERGES).write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     _write_json(directory / TOKENIZER, _tokenizer_json(tokenizer, vocab, merges, framed))
+    bos_token = tokenizer.bos_token or END_OF_TEXT
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 would embed token_type_ids
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": chat_template is None,
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+        **dict.fromkeys(("eos_token", "unk_token"), END_OF_TEXT),
+        "bos_token": bos_token,
     }
     if chat_template is not None:
         config["chat_template"] = chat_template
@@ -136,6 +139,7 @@ class _Files:
     merges: list[tuple[str, str]]
     special_tokens: Set[str]
     pattern: str | None
+    bos_token: str | None = None
 
     def tokenizer(self) -> Tokenizer:
         tokens, special_tokens = self._table()
@@ -147,6 +151,7 @@ class _Files:
             "pattern": self.pattern or "",
             "tokens": [base64.b64encode(token).decode() for token in tokens],
             "special_tokens": special_tokens,
+            **({} if self.bos_token is None else {"bos_token": self.bos_token}),
         }
         if _is_gpt2(record):
             return from_record({**record, "name": "gpt2"})
@@ -196,8 +201,9 @@ def _read_tokenizer_json(path: Path) -> _Files:
             raise KeyError("type")
         added = {token["content"]: token["id"] for token in found.get("added_tokens", ())}
         merges = _pairs(path, model["merges"])
-        return _Files(path, {**model["vocab"], **added}, merges, added.keys(), pattern)
-    except (KeyError, TypeError, AttributeError) as error:
+        bos_token = _bos_token(found.get("post_processor") or {})
+        return _Files(path, {**model["vocab"], **added}, merges, added.keys(), pattern, bos_token)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise _refused(path, "is not a byte-level BPE without normalisation") from error
 
 
@@ -214,6 +220,15 @@ def _pattern(pre_tokenizer: Mapping[str, Any]) -> str | None:
     raise KeyError("pre_tokenizer")
 
 
+def _bos_token(post_processor: Mapping[str, Any]) -> str | None:
+    """Return the special token that is put before a text and not after it, None for none."""
+    for processor in [post_processor, *post_processor.get("processors", ())]:
+        if processor["type"] == "TemplateProcessing" and "SpecialToken" in processor["single"][0]:
+            first, *_, last = processor["single"]
+            return None if "SpecialToken" in last else str(first["SpecialToken"]["id"])
+    return None
+
+
 def _pairs(path: Path, merges: list[Any]) -> list[tuple[str, str]]:
     """Return merges, each "a b" or ["a", "b"], as pairs."""
     pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
@@ -226,8 +241,7 @@ def _tokenizer_json(
     tokenizer: Tokenizer, vocab: Mapping[str, int], merges: list[str], framed: bool
 ) -> dict[str, Any]:
     pattern = tokenizer.record()["pattern"]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    cut = {**byte_level, "use_regex": pattern == GPT2_PATTERN}
+    cut = {**BYTE_LEVEL, "use_regex": pattern == GPT2_PATTERN}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
     plain = pattern in (GPT2_PATTERN, "")
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -243,8 +257,8 @@ def _tokenizer_json(
         "pre_tokenizer": cut
         if plain
         else {"type": "Sequence", "pretokenizers": [{**split, "invert": False}, cut]},
-        "post_processor": _frame(tokenizer.eot_id) if framed else {**byte_level, "use_regex": True},
-        "decoder": {**byte_level, "use_regex": True},
+        "post_processor": _post_processor(tokenizer, framed),
+        "decoder": {**BYTE_LEVEL, "use_regex": True},
         "model": {
             "type": "BPE",
             **dict.fromkeys(("dropout", "unk_token")),
@@ -256,16 +270,20 @@ def _tokenizer_json(
     }
 
 
-def _frame(eot_id: int) -> dict[str, Any]:
-    """Return what puts `<|endoftext|>` before a text and after it, and after a second one."""
-    end = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
+def _post_processor(tokenizer: Tokenizer, framed: bool) -> dict[str, Any]:
+    """Return what puts special tokens around a text: `<|endoftext|>` on both sides, or a BOS."""
+    token = END_OF_TEXT if framed else tokenizer.bos_token
+    if token is None:
+        return {**BYTE_LEVEL, "use_regex": True}
+    special = {"SpecialToken": {"id": token, "type_id": 0}}
+    end = [special] if framed else []
     first, second = ({"Sequence": {"id": text, "type_id": 0}} for text in "AB")
-    special_token = {"id": END_OF_TEXT, "ids": [eot_id], "tokens": [END_OF_TEXT]}
+    ids = {"id": token, "ids": [tokenizer.special_tokens[token]], "tokens": [token]}
     return {
         "type": "TemplateProcessing",
-        "single": [end, first, end],
-        "pair": [end, first, end, second, end],
-        "special_tokens": {END_OF_TEXT: special_token},
+        "single": [special, first, *end],
+        "pair": [special, first, *end, second, *end],
+        "special_tokens": {token: ids},
     }
 
 

@@ -33,9 +33,20 @@ def choice(url: str, **body: object) -> Any:
     return complete(url, **body)["choices"][0]
 
 
-def test_a_text_begins_a_document(url: str, engine: FakeEngine) -> None:
+def test_a_text_is_read_as_it_is(url: str, engine: FakeEngine) -> None:
     assert choice(url, prompt="hi")["text"] == "aäb"
-    assert generated(engine)[-1].prompt_ids == [EOT, *b"hi"]
+    assert generated(engine)[-1].prompt_ids == [*b"hi"]
+
+
+@pytest.mark.parametrize("prompt", ["", [""], [[]], None])
+def test_an_empty_prompt_begins_a_document(url: str, engine: FakeEngine, prompt: object) -> None:
+    usage = complete(url, prompt=prompt)["usage"]
+    assert generated(engine)[-1].prompt_ids == [EOT]
+    assert usage["prompt_tokens"] == 1
+
+
+def test_an_empty_prompt_without_special_tokens_is_refused(url: str, engine: FakeEngine) -> None:
+    assert complete(url, prompt=["a", ""], add_special_tokens=False)["error"]["param"] == "prompt"
 
 
 def test_ids_are_taken_as_they_are(url: str, engine: FakeEngine) -> None:
@@ -52,7 +63,7 @@ def test_several_prompts_have_an_answer_each_in_their_order(url: str, prompt: ob
 
 def test_a_prompt_counts_once_however_many_answers_it_has(url: str) -> None:
     usage = complete(url, prompt=["x", "xyz"], n=2)["usage"]
-    assert usage["prompt_tokens"] == 2 + 4  # with the token that begins a document
+    assert usage["prompt_tokens"] == 1 + 3
     assert usage["completion_tokens"] == 4 * 4
 
 
@@ -76,9 +87,9 @@ def test_echo_puts_the_prompt_before_the_answer(url: str) -> None:
     found = choice(url, prompt="hi", echo=True, logprobs=1)
     assert found["text"] == "hiaäb"
     logprobs = found["logprobs"]
-    assert logprobs["tokens"] == ["", "h", "i", "a", "bytes:\\xc3", "bytes:\\xa4", "b"]
-    assert logprobs["token_logprobs"] == [None, *[-1.0] * 6]
-    assert logprobs["text_offset"] == [0, 0, 1, 2, 3, 3, 4]
+    assert logprobs["tokens"] == ["h", "i", "a", "bytes:\\xc3", "bytes:\\xa4", "b"]
+    assert logprobs["token_logprobs"] == [None, *[-1.0] * 5]
+    assert logprobs["text_offset"] == [0, 1, 2, 3, 3, 4]
     assert logprobs["top_logprobs"][0] is None
 
 
@@ -152,4 +163,4 @@ def test_lone_surrogates_are_read_as_replacement_characters(url: str, engine: Fa
     headers = {"Content-Type": "application/json"}
     answer = httpx.post(f"{url}/v1/completions", content=raw, headers=headers)
     assert answer.status_code == 200
-    assert generated(engine)[-1].prompt_ids == [EOT, *"\ufffd".encode()]
+    assert generated(engine)[-1].prompt_ids == [*"\ufffd".encode()]

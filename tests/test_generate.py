@@ -54,7 +54,7 @@ def test_a_model_that_was_taught_a_template_is_asked_with_it(
     assert main([str(tmp_path / "a.ckpt"), "--prompt", "Hi"]) == 0
     assert main([str(tmp_path / "a.ckpt"), "--prompt", "Hi", "--raw"]) == 0
     assert capsys.readouterr().out == "A\nHiA\n"
-    assert read == [[256, 258, 72, 105, 259], [256, 72, 105]]
+    assert read == [[256, 258, 72, 105, 259], [72, 105]]
 
 
 def test_temperature_zero_repeats_itself(path: str, capsys: pytest.CaptureFixture[str]) -> None:

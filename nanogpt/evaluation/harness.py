@@ -63,7 +63,9 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        return self.checkpoint.tokenizer.encode(string)
+        tokenizer = self.checkpoint.tokenizer
+        as_it_is = add_special_tokens is False or not string
+        return tokenizer.encode(string) if as_it_is else tokenizer.encode_prompt(string)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -91,7 +93,7 @@ class HarnessModel(TemplateLM):
             windows = map(
                 make_disjoint_window,
                 get_rolling_token_windows(
-                    self.tok_encode(text),
+                    self.tok_encode(text, add_special_tokens=False),
                     prefix_token=self.prefix_token_id,
                     max_seq_len=self.max_length,
                     context_len=1,
@@ -113,7 +115,7 @@ class HarnessModel(TemplateLM):
         ids: list[int] = []
         for token in generate(
             self.checkpoint.model,
-            self.tok_encode(context) or [self.eot_token_id],
+            tokenizer.encode_prompt(context),
             max_new_tokens=options.get("max_gen_toks", MAX_NEW_TOKENS),
             temperature=temperature if options.get("do_sample") else 0.0,
             stop_ids=[self.eot_token_id],

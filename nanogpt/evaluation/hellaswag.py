@@ -127,7 +127,7 @@ def completion_scores(
 
 def completion_question(tokenizer: Tokenizer, item: Item) -> Question:
     """Return an item as build-nanogpt asks it."""
-    context = tokenizer.encode(item.ctx) or [tokenizer.eot_id]
+    context = tokenizer.encode_prompt(item.ctx)
     return Question(context, [tokenizer.encode(f" {ending}") for ending in item.endings])
 
 

@@ -109,14 +109,16 @@ def encode_pair(
     """Return the ids of a context and of what follows it, as lm-evaluation-harness cuts them.
 
     White space at the end of the context goes over to the continuation. Both are encoded as one
-    text, and what exceeds the context's own ids is the continuation's. The end of text stands for
-    an empty context.
+    text, and what exceeds the context's own ids is the continuation's. An empty context begins a
+    document.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
-    ids = tokenizer.encode(stripped)
-    whole = tokenizer.encode(stripped + continuation)
-    return ids or [tokenizer.eot_id], whole[len(ids) :] or whole[-1:]
+    ids = tokenizer.encode_prompt(stripped)
+    if not stripped:
+        return ids, tokenizer.encode(continuation)
+    whole = tokenizer.encode_prompt(stripped + continuation)
+    return ids, whole[len(ids) :] or whole[-1:]
 
 
 @dataclass(frozen=True)

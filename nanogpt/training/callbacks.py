@@ -167,7 +167,7 @@ class Samples(Callback):
 
     def continuation(self, module: StageModule, prompt: str) -> str:
         """Return the prompt with its continuation; an empty prompt begins a document."""
-        ids = [self.tokenizer.eot_id, *self.tokenizer.encode(prompt)]
+        ids = self.tokenizer.encode_prompt(prompt)
         options: Any = self.options
         new_ids = generate(module.model, ids, stop_ids=[self.tokenizer.eot_id], **options)
         return prompt + self.tokenizer.decode(list(new_ids))

@@ -141,17 +141,22 @@ async def _prompts(body: CompletionRequest, model: ServedModel, most: int) -> li
         message = f"There are {len(prompts)} prompts{with_n}; give 1 to {most} of them."
         raise ApiError(400, message, param="prompt")
     wanted = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-    return [await _prompt(prompt, wanted, model) for prompt in prompts]
+    if body.add_special_tokens is False and not all(prompts):
+        raise ApiError(400, "A prompt is empty, and add_special_tokens is false.", param="prompt")
+    return [await _prompt(prompt, wanted, model, body.add_special_tokens) for prompt in prompts]
 
 
-async def _prompt(given: str | list[int], wanted: int, model: ServedModel) -> Prompt:
+async def _prompt(
+    given: str | list[int], wanted: int, model: ServedModel, add_special_tokens: bool | None
+) -> Prompt:
     if isinstance(given, str):
         model.check_chars(len(given), "prompt")
-        ids = await model.encode_document(given)
+        ids = await model.encode(given, add_special_tokens=add_special_tokens)
         return Prompt(ids, given, room_for(ids, wanted, model, "prompt"))
-    room = room_for(given, wanted, model, "prompt")
-    model.check_ids(given, "prompt")
-    return Prompt(given or [model.tokenizer.eot_id], model.tokenizer.decode(given), room)
+    ids = given or await model.encode("")
+    max_tokens = room_for(ids, wanted, model, "prompt")
+    model.check_ids(ids, "prompt")
+    return Prompt(ids, model.tokenizer.decode(ids), max_tokens)
 
 
 async def _echo(

@@ -41,16 +41,17 @@ class ServedModel:
         """What the OpenAI API calls system_fingerprint: it changes with weights and precision."""
         return f"fp_{self.details.revision[:10]}_{self.details.dtype}"
 
-    async def encode(self, text: str) -> list[int]:
-        """Return the ids of a text."""
-        if len(text) > LONG_CHARS:
-            return await asyncio.to_thread(self.tokenizer.encode, text)
-        await asyncio.sleep(0)  # streams go on between the many texts of a request
-        return self.tokenizer.encode(text)
+    async def encode(self, text: str, *, add_special_tokens: bool | None = True) -> list[int]:
+        """Return the ids that a model reads of a text, or those of the text alone.
 
-    async def encode_document(self, text: str) -> list[int]:
-        """Return the ids of a text as a document began in training: after the end of another."""
-        return [self.tokenizer.eot_id, *await self.encode(text)]
+        An empty text begins a document; see `Tokenizer.encode_prompt`.
+        """
+        alone = add_special_tokens is False
+        encode = self.tokenizer.encode if alone else self.tokenizer.encode_prompt
+        if len(text) > LONG_CHARS:
+            return await asyncio.to_thread(encode, text)
+        await asyncio.sleep(0)  # streams go on between the many texts of a request
+        return encode(text)
 
     async def encode_chat(
         self, messages: Sequence[ChatMessage], *, to_answer: bool = False

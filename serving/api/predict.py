@@ -73,7 +73,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     if body.messages:
         ids = await model.encode_chat(body.messages)
     elif text is not None:
-        ids = await model.encode(text)
+        ids = await model.encode(text, add_special_tokens=body.add_special_tokens)
     else:
         raise ApiError(400, "Give a text as prompt, or messages.", param="prompt")
     length = model.details.block_size
@@ -101,7 +101,7 @@ async def _classified(request: Request, model: ServedModel, texts: list[str]) ->
         message = f"There are {len(texts)} texts; give 1 to {front.most_prompts()} of them."
         raise ApiError(400, message, param="input")
     most = model.details.block_size  # tokens that are read
-    ids = [(await model.encode(text))[:most] for text in texts]
+    ids = [(await model.encode(text, add_special_tokens=False))[:most] for text in texts]
     labels = front.labels(request)
     asked = [Classify(front.new_id(request), model.id, of_text, **labels) for of_text in ids]
     return await front.ask(request, [front.client.classify(text) for text in asked])
@@ -115,7 +115,7 @@ async def _answer(request: Request, model: ServedModel, body: PredictRequest) ->
     if template:
         ids = await model.encode_chat([ChatMessage(role="user", content=body.input_data)])
     else:
-        ids = await model.encode_document(body.input_data)
+        ids = await model.encode(body.input_data)
     wanted = PREDICTED_TOKENS if body.max_tokens is None else body.max_tokens
     max_tokens = room_for(ids, wanted, model, "input_data")
     sampling = SamplingRequest(temperature=body.temperature, seed=body.seed)

@@ -137,6 +137,7 @@ class CompletionRequest(SamplingRequest):
     prompt: Prompt | None = None
     suffix: StrictStr | None = None
     echo: StrictBool | None = None
+    add_special_tokens: StrictBool | None = None  # false: the text alone, which may not be empty
     logprobs: Logprobs | None = None
 
 
@@ -176,6 +177,7 @@ class TokenizeRequest(BaseModel):
     model: Name | None = None
     prompt: StrictStr | None = None
     content: StrictStr | None = None
+    add_special_tokens: StrictBool | None = None  # of a text; false: the text alone
     messages: Items[ChatMessage] | None = None
 
 
