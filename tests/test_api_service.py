@@ -209,3 +209,14 @@ def test_a_model_is_described_once_for_all_who_ask_at_once(tmp_path: Path) -> No
         asked = [pool.submit(httpx.post, f"{url}/v1/completions", json=body) for _ in range(8)]
         assert {future.result().status_code for future in asked} == {200}
     assert sum(isinstance(message, Describe) for message in engine.requests) == 1
+
+
+def test_every_metric_is_described(tmp_path: Path) -> None:
+    with serve(FakeEngine(f"unix:{tmp_path}/e")) as url:
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+    described = [line.split()[2] for line in lines if line.startswith("# HELP ")]
+    typed = [line.split()[2] for line in lines if line.startswith("# TYPE ")]
+    assert described == typed
+    samples = {re.split("[{ ]", line)[0] for line in lines if not line.startswith("#")}
+    endings = re.compile("_(bucket|sum|count)$")
+    assert {endings.sub("", s) if s not in typed else s for s in samples} <= set(typed)

@@ -182,3 +182,35 @@ def test_an_answer_that_a_stop_string_ends_knows_how_long_it_waited() -> None:
     choice.take(Tokens("a", list(b"a"), cached_tokens=3, queue_s=1.5))
     choice.take(Tokens("a", list(b"b")))
     assert (choice.finish_reason, choice.cached_tokens, choice.wait_s) == ("stop", 3, 1.5)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\r"])
+def test_every_line_reader_reads_a_stream(url: str, path: str, separator: str) -> None:
+    text = f"a{separator}b"
+    body: dict[str, Any] = {"stream": True, **USAGE}
+    if path == "/v1/completions":
+        body |= {"prompt": f"{separator}={text}", "echo": True}
+        text = body["prompt"] + text
+    else:
+        body["messages"] = [{"role": "user", "content": f"={text}"}]
+    with httpx.stream("POST", url + path, json=body) as answer:
+        *lines, done = [line for line in answer.iter_lines() if line]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    said = [c["text"] if "text" in c else c["delta"].get("content") for c in choices]
+    assert "".join(filter(None, said)).startswith(text)
+    assert done == "data: [DONE]"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("logprobs", [None, True])
+def test_the_chunks_before_the_usage_say_that_it_is_not_there_yet(
+    url: str, path: str, logprobs: bool | None
+) -> None:
+    body = {**CHAT, "prompt": "x", "logprobs": logprobs and (1 if "chat" not in path else True)}
+    *chunks, last = events(httpx.post(url + path, json={**body, **USAGE}).text)
+    assert len(chunks) > 1
+    assert all("usage" in chunk and chunk["usage"] is None for chunk in chunks)
+    assert last["usage"]["total_tokens"] > 0
+    assert all("usage" not in chunk for chunk in events(httpx.post(url + path, json=body).text))

@@ -10,7 +10,7 @@ from serving.api.front_end import front_end
 from serving.api.generation import Piece, Token
 from serving.api.sampling import each, params_of, room_for
 from serving.api.schemas import ChatRequest
-from serving.api.stream import STREAMS, TEXT, TextFrames, answer_head, frame
+from serving.api.stream import STREAMS, TEXT, TextFrames, answer_head, chunk_head, frame
 
 router = APIRouter()
 
@@ -36,7 +36,13 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         for index, p in enumerate(each(params, body, max_tokens))
     ]
     head = answer_head("chatcmpl", model)
-    form = ChatFormat(head, len(choices), model.token_bytes, with_logprobs=body.logprobs is True)
+    form = ChatFormat(
+        head,
+        len(choices),
+        model.token_bytes,
+        with_logprobs=body.logprobs is True,
+        include_usage=body.include_usage,
+    )
     return await front.answer(request, body, choices, form)
 
 
@@ -50,9 +56,11 @@ class ChatFormat:
         token_bytes: Sequence[bytes],
         *,
         with_logprobs: bool,
+        include_usage: bool,
     ) -> None:
         self.head = {**head, "object": "chat.completion"}
-        self._chunk_head = {**head, "object": "chat.completion.chunk"}
+        chunk = {**head, "object": "chat.completion.chunk"}
+        self._chunk_head = chunk_head(chunk, include_usage)
         self._n = n
         self._token_bytes = token_bytes
         self._with_logprobs = with_logprobs

@@ -13,7 +13,7 @@ from serving.api.generation import Choice, Piece, Token, echo_of
 from serving.api.models import ServedModel
 from serving.api.sampling import each, params_of, room_for
 from serving.api.schemas import CompletionRequest
-from serving.api.stream import STREAMS, TEXT, TextFrames, answer_head, frame
+from serving.api.stream import STREAMS, TEXT, TextFrames, answer_head, chunk_head, frame
 from serving.engine.messages import Score, Scored
 
 DEFAULT_TOKENS = 16  # the OpenAI API's
@@ -48,8 +48,13 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
             said = (request, model, prompt.ids, p, body.stops)
             choices.append(front.choice(*said, index=len(choices), echo=prompt.echo))
     head = answer_head("cmpl", model)
-    with_logprobs = body.logprobs is not None
-    form = CompletionFormat(head, len(choices), model.token_bytes, with_logprobs=with_logprobs)
+    form = CompletionFormat(
+        head,
+        len(choices),
+        model.token_bytes,
+        with_logprobs=body.logprobs is not None,
+        include_usage=body.include_usage,
+    )
     return await front.answer(request, body, choices, form)
 
 
@@ -63,8 +68,10 @@ class CompletionFormat:
         token_bytes: Sequence[bytes],
         *,
         with_logprobs: bool,
+        include_usage: bool,
     ) -> None:
         self.head = {**head, "object": "text_completion"}
+        self._chunk_head = chunk_head(self.head, include_usage)
         self._token_bytes = token_bytes
         self._with_logprobs = with_logprobs
         self._texts = [TextFrames(self._chunk(i, TEXT)) for i in range(n)]
@@ -86,7 +93,7 @@ class CompletionFormat:
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         """Return the frame with the usage."""
-        return frame({**self.head, "choices": [], "usage": usage})
+        return frame({**self._chunk_head, "choices": [], "usage": usage})
 
     def choice(self, answer: Piece) -> dict[str, Any]:
         """Return a whole answer."""
@@ -100,7 +107,7 @@ class CompletionFormat:
         logprobs: dict[str, Any] | None = None,
         finish_reason: str | None = None,
     ) -> dict[str, Any]:
-        return {**self.head, "choices": [self._choice(index, text, logprobs, finish_reason)]}
+        return {**self._chunk_head, "choices": [self._choice(index, text, logprobs, finish_reason)]}
 
     def _choice(
         self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None

@@ -81,12 +81,13 @@ def _of_process(me: Mapping[str, str]) -> list[str]:
         lines.append(_line("front_end_tasks", len(asyncio.all_tasks()), me))
     if PROCESS.is_dir():
         pages = int((PROCESS / "statm").read_text().split()[1])
-        held = {
-            "resident_memory_bytes": pages * os.sysconf("SC_PAGE_SIZE"),
-            "open_fds": len(list((PROCESS / "fd").iterdir())),
-        }
-        for name, value in held.items():
-            lines.append(f"# TYPE process_{name} gauge")
+        n_bytes = pages * os.sysconf("SC_PAGE_SIZE")
+        n_open = len(list((PROCESS / "fd").iterdir()))
+        for name, value, text in (
+            ("resident_memory_bytes", n_bytes, "resident memory of the front end"),
+            ("open_fds", n_open, "open file descriptors of the front end"),
+        ):
+            lines += _head(name, "gauge", text, prefix="process")
             lines.append(_line(name, value, me, prefix="process"))
     return lines
 
@@ -116,8 +117,8 @@ def _histogram(name: str, text: str, data: Histogram, labels: Mapping[str, str])
     return [*_head(name, "histogram", text), *buckets, *ends]
 
 
-def _head(name: str, kind: str, text: str) -> list[str]:
-    return [f"# HELP nanogpt_{name} {text}", f"# TYPE nanogpt_{name} {kind}"]
+def _head(name: str, kind: str, text: str, prefix: str = "nanogpt") -> list[str]:
+    return [f"# HELP {prefix}_{name} {text}", f"# TYPE {prefix}_{name} {kind}"]
 
 
 def _line(

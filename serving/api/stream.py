@@ -28,6 +28,8 @@ DONE = b"data: [DONE]\n\n"
 PING_S = 15
 LONG_BYTES = 10_000  # frames that take about a millisecond to render
 STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+# str.splitlines, and so the line readers of httpx and requests, split at these too.
+LINE_SEPARATORS = {"\u2028": "\\u2028", "\u2029": "\\u2029", "\u0085": "\\u0085"}
 TEXT = "\x00text\x00"  # where the text goes in a chunk that TextFrames renders
 
 log = logging.getLogger(__name__)
@@ -131,14 +133,24 @@ def answer_head(prefix: str, model: ServedModel) -> dict[str, Any]:
     }
 
 
+def chunk_head(head: dict[str, Any], include_usage: bool) -> dict[str, Any]:
+    """Return what every chunk begins with; where the last one has the usage, the others name it."""
+    return {**head, "usage": None} if include_usage else head
+
+
 def frame(content: dict[str, Any]) -> bytes:
     """Return one event."""
     return b"data: " + to_json(content) + b"\n\n"
 
 
 def to_json(content: Any) -> bytes:
-    """Return compact JSON; lone surrogates, which a client may have sent, as escapes."""
+    """Return compact JSON on what every reader takes for one line.
+
+    Lone surrogates, which a client may have sent, and line separators are escaped.
+    """
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for separator, escape in LINE_SEPARATORS.items():
+        text = text.replace(separator, escape)
     return text.encode("utf-8", "backslashreplace")
 
 
