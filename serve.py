@@ -56,10 +56,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="serve")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="serve")
 def compose(cfg: DictConfig) -> None:
     """Keep the composed configuration; Hydra words what fails in here in its own way."""
-    typed = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
+    typed = {
+        override.lstrip("+").partition("=")[0] for override in HydraConfig.get().overrides.task
+    }
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     composed.append(config | from_environment(config.keys() - typed))
 

@@ -155,7 +155,12 @@ def test_a_variable_is_a_setting_unless_the_key_is_typed(
 ) -> None:
     for name, text in (("RUNS_DIR", str(tmp_path)), ("MAX_SLOTS", "8"), ("MAX_N", "3")):
         monkeypatch.setenv(f"NANOGPT_{name}", text)
-    variables = composed("max_n=4")
+    started: list[Any] = []
+    monkeypatch.setattr(serve, "become_server", lambda config: started.append(config))
+    monkeypatch.setattr(serve, "composed", [])
+    monkeypatch.setattr(sys, "argv", ["serve.py", "max_n=4"])
+    assert serve.main(["max_n=4"]) == 0
+    variables = serve.to_variables(started[0])
     assert environment.read(Settings, variables).max_slots == 8
     assert environment.read(ApiSettings, variables).max_n == 4
     assert environment.read(Settings, variables).models == str(tmp_path)
