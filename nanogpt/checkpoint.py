@@ -12,26 +12,26 @@ import json
 import logging
 import math
 import os
-import pickle
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
-from torch.overrides import TorchFunctionMode
 
+from nanogpt.archive import load_archive
 from nanogpt.classifier import Classifier
 from nanogpt.disk import find_files, open_regular, sync_directory
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.pretrained import PUBLISHED, fetch_pretrained, load_pretrained
+from nanogpt.prompts import TEMPLATES
+from nanogpt.record import FORMAT, check_record
 from nanogpt.tokenizer import Tokenizer, from_record, gpt2_tokenizer
 from nanogpt.tokenizer_files import read_tokenizer
+from nanogpt.weights import check_weights, model_without_weights
 
-FORMAT = 1
 KEY = "nanogpt"
-RECORD_KEYS = {"format", "stage", "model", "tokenizer", "template", "labels", "version"}
 WEIGHTS_PREFIX = "model."
 LAST = "last.ckpt"
 MAX_SUMMARY_BYTES = 16 * 2**20
@@ -89,19 +89,19 @@ def load_checkpoint(
     altered, of another project, or holds anything but plain values and tensors.
     """
     path = find_checkpoint(reference, runs_dir)
-    raw = read_checkpoint(path)
+    raw, config, tokenizer = _read_or_advise(path)
     about = raw[KEY]
-    model = _without_weights(about)
+    model = model_without_weights(config, about["labels"] and len(about["labels"]))
     model.to_empty(device="cpu")
     model.load_state_dict(model_weights(raw))
     return Checkpoint(
         model=model.to(device).eval(),
-        tokenizer=from_record(about["tokenizer"]),
+        tokenizer=tokenizer,
         template=about["template"],
         labels=about["labels"],
         stage=about["stage"],
         config=model.config,
-        step=int(raw["global_step"]),
+        step=raw["global_step"],
         path=path,
     )
 
@@ -165,8 +165,7 @@ def with_special_tokens(start: Checkpoint, names: Sequence[str]) -> Checkpoint:
 def _rebuilt(start: Checkpoint, weights: dict[str, torch.Tensor], **changes: Any) -> Checkpoint:
     """Return a checkpoint whose model has these weights and a changed configuration."""
     config = replace(start.config, **changes)
-    with torch.device("meta"), _Undrawn():
-        model = GPT(config)
+    model = model_without_weights(config)
     model.load_state_dict(weights, assign=True)
     return replace(start, model=model.train(start.model.training), config=config)
 
@@ -247,29 +246,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint file, memory-mapped, after checking every byte of it.
 
     Raises ValueError in one sentence where the file is truncated or altered (the archive's CRC-32
-    sums), holds Python objects, or is not one of ours; it names an intact file where there is one.
+    sums), holds Python objects, is not one of ours, or claims what it does not hold; it names an
+    intact file where there is one.
     """
-    try:
-        return verify_checkpoint(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; {_alternative(path)}") from error
+    return _read_or_advise(path).raw
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint file as `read_checkpoint` does, which adds what to do."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError):
-        broken = "its directory"
-    if broken:
-        raise ValueError(
-            f"{path} is no readable checkpoint: {broken} is truncated or altered, or it is another "
-            f"kind of file"
-        )
-    raw = _unpickled(path)
-    _check_content(path, raw)
-    return raw
+    return _read(path).raw
 
 
 def step_checkpoints(directory: Path) -> dict[int, Path]:
@@ -289,76 +274,65 @@ def checkpoints_of(directory: Path) -> list[Path]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of itself; its weights are neither read nor checked.
+    """Return the record of a checkpoint file; the bytes of its weights are not read.
 
-    Raises ValueError where the file holds Python objects, or is not one of ours.
+    Raises ValueError as `read_checkpoint`.
     """
-    about: dict[str, Any] = _unpickled(path)[KEY]
+    about: dict[str, Any] = _read(path, verify=False).raw[KEY]
     return about
 
 
-def _unpickled(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint file, memory-mapped, unchecked but for its format."""
+class _Content(NamedTuple):
+    raw: dict[str, Any]
+    config: GPTConfig
+    tokenizer: Tokenizer
+
+
+def _read_or_advise(path: Path) -> _Content:
     try:
-        raw: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} was refused: it holds Python objects, which can run code when loaded; "
-            f"only checkpoints of plain values and tensors are read"
-        ) from error
-    except RuntimeError as error:
-        raise ValueError(f"{path} is no PyTorch file") from error
+        return _read(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_alternative(path)}") from error
+
+
+def _read(path: Path, *, verify: bool = True) -> _Content:
+    """Return the content of a checkpoint file after checking all of it, but for Lightning's."""
+    try:
+        raw = load_archive(path, verify=verify)
+    except ValueError as error:
+        raise ValueError(f"{path} is no readable checkpoint: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get(KEY), dict):
         raise ValueError(
             f"{path} is not a checkpoint of this project (no key {KEY!r}); "
             "published GPT-2 weights are read with GPT.from_pretrained"
         )
-    if raw[KEY].get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has checkpoint format {raw[KEY].get('format')!r} and this version reads "
-            f"format {FORMAT}; use the version of nanogpt that wrote it ({raw[KEY].get('version')})"
-        )
-    return raw
-
-
-def _without_weights(about: dict[str, Any]) -> GPT:
-    """Return the model of a record, without memory for its weights: a Classifier with labels."""
-    config, labels = GPTConfig(**about["model"]), about["labels"]
-    with torch.device("meta"), _Undrawn():
-        return GPT(config) if labels is None else Classifier(config, len(labels))
-
-
-class _Undrawn(TorchFunctionMode):
-    """Leaves out the drawing of weights: to draw none, torch imports its compiler for a second."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func.__name__ == "normal_":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def _check_content(path: Path, raw: dict[str, Any]) -> None:
-    """Raise ValueError where the record is not whole, or the weights are not those of its model."""
-    missing = {"state_dict", "global_step"} - raw.keys() | RECORD_KEYS - raw[KEY].keys()
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
     try:
-        expected = _without_weights(raw[KEY]).state_dict()
+        return _checked(raw)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+
+
+def _checked(raw: dict[str, Any]) -> _Content:
+    """Return a checkpoint's content after checking all that is ours; raise ValueError else."""
+    about = raw[KEY]
+    check_record(raw, about)
+    labels = about["labels"]
+    try:
+        config = GPTConfig(**about["model"])
     except TypeError as error:
-        raise ValueError(f"{path} records a model that this version lacks: {error}") from error
-    weights = model_weights(raw)
-    for name in sorted(expected.keys() | weights.keys()):
-        there, wanted = (
-            tuple(tensors[name].shape) if name in tensors else "nothing"
-            for tensors in (weights, expected)
+        raise ValueError(f"records a model that this version lacks: {error}") from error
+    check_weights(model_weights(raw), config, None if labels is None else len(labels))
+    tokenizer = from_record(about["tokenizer"])
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"has a model with vocab_size={config.vocab_size} and a tokenizer with "
+            f"{tokenizer.vocab_size} ids"
         )
-        if there != wanted:
-            raise ValueError(
-                f"{path} has {there} for {name} where the model it records has {wanted}"
-            )
+    template = about["template"]
+    names = TEMPLATES[template].special_tokens if template else []
+    if missing := [name for name in names if name not in tokenizer.special_tokens]:
+        raise ValueError(f"has template={template} and a tokenizer without {', '.join(missing)}")
+    return _Content(raw, config, tokenizer)
 
 
 def _alternative(path: Path) -> str:

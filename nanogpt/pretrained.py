@@ -5,7 +5,7 @@ There, linear maps are stored input by output ("Conv1D"): the transpose of ours.
 
 import logging
 import os
-import pickle
+import zipfile
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanogpt.classifier import Classifier
+from nanogpt.archive import load_archive
 from nanogpt.command import first_line
 from nanogpt.hub import check_reachable
 from nanogpt.model import GPT, NORM_EPSILON, PRESETS, GPTConfig
+from nanogpt.record import are_tensors
 from nanogpt.tokenizer_files import MERGES, VOCAB, read_json, read_tokenizer
+from nanogpt.weights import check_weights, model_without_weights
 
 PUBLISHED = tuple(PRESETS)  # the names under which weights are fetched
 CONFIG = "config.json"
@@ -68,10 +70,12 @@ def load_pretrained(path: str | PathLike[str]) -> GPT:
     """
     directory = Path(path)
     config, tensors = _read_config(directory), _read_weights(directory)
-    with torch.device("meta"):
-        head = tensors.get(CLASSES)
-        model = GPT(config) if head is None else Classifier(config, n_labels=head.size(0))
-    _check_shapes(directory, tensors, model)
+    n_labels = max(1, *tensors[CLASSES].shape[:1]) if CLASSES in tensors else None
+    try:
+        check_weights(tensors, config, n_labels)
+    except ValueError as error:
+        raise ValueError(f"{directory} {error}, which its {CONFIG} describes") from error
+    model = model_without_weights(config, n_labels)
     model.load_state_dict(tensors, assign=True)
     return model
 
@@ -215,7 +219,9 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         for name, tensor in _read_tensors(path).items():
             name = CLASSES if name == SCORE else name.removeprefix("transformer.")
             if not name.endswith(CAUSAL_MASKS):
-                tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
+                if not tensor.is_floating_point():
+                    raise ValueError(f"{path} has {tensor.dtype} for {name}, not real numbers")
+                tensor = tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
                 tensors[name] = torch.empty(tensor.shape).copy_(tensor)
     head = tensors.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
@@ -231,13 +237,20 @@ def _weight_paths(directory: Path) -> list[Path]:
         if path.is_file():
             return [path]
         if index.is_file():
-            return [
-                directory / shard for shard in sorted(set(read_json(index)["weight_map"].values()))
-            ]
+            return [directory / shard for shard in _shards(index)]
     raise FileNotFoundError(
         f"{directory} holds neither {' nor '.join(WEIGHTS)}; "
         f"pass a directory in which a Hugging Face GPT-2 was saved"
     )
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files that an index lists."""
+    found = read_json(index).get("weight_map")
+    names = list(found.values()) if isinstance(found, dict) else []
+    if not names or not all(type(name) is str and Path(name).name == name for name in names):
+        raise ValueError(f"{index} lists no files of its directory; fetch it again")
+    return sorted(set(names))
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -246,29 +259,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        if zipfile.is_zipfile(path):
+            content = load_archive(path)
+        else:  # as PyTorch wrote before 1.6, and GPT-2 was published
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if are_tensors(content):
+            return dict(content)
+        raise ValueError("it holds other values")
+    except OSError:
+        raise
+    except Exception as error:  # whatever a file can do to its reader
         raise ValueError(
             f"{path} is truncated, damaged, or holds more than tensors; fetch it again"
         ) from error
-
-
-def _check_shapes(directory: Path, tensors: dict[str, Tensor], model: GPT) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing, extra = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
-    if missing or extra:
-        raise ValueError(
-            f"the weights in {directory} are not those of its config.json: "
-            f"missing {_some(missing)}; not known {_some(extra)}"
-        )
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(
-                f"{name} in {directory} has the shape {tuple(tensors[name].shape)} "
-                f"but its config.json says {shape}"
-            )
-
-
-def _some(names: list[str]) -> str:
-    listed = ", ".join(names[:3]) if names else "none"
-    return f"{listed} and {len(names) - 3} more" if len(names) > 3 else listed

@@ -47,6 +47,12 @@ BPE_PATTERN = "|".join(
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_VOCAB_SIZE = 50257
 
+# Of a tokenizer's record; BPE_PATTERN has some 200 characters, and a token of 64 KiB is nearly as
+# long as the longest runs of one letter that vocabularies were ever trained on.
+MAX_NAME_CHARS, MAX_TOKEN_BYTES = 2_000, 2**16
+_SURROGATE = re.compile("[\ud800-\udfff]")
+PATTERN_SAMPLE = "It's 1,234 words: naïve\n\n  \tif (x != 0) {\r\n 中文，テスト   🙂\u00a0..."
+
 # A vocabulary is learnt from at most this much text: more changes little and costs memory.
 TRAINING_SAMPLE_BYTES = 256 * 2**20
 
@@ -151,12 +157,25 @@ def from_record(record: dict[str, Any]) -> Tokenizer:
 
     Raises ValueError where the record is not one of ours.
     """
-    _check_record(record)
-    special_tokens, bos_token = record["special_tokens"], record.get("bos_token")
-    if record["kind"] == "byte":
-        return ByteTokenizer(special_tokens, bos_token)
-    tokens = [base64.b64decode(token) for token in record["tokens"]]
-    return BytePairTokenizer(record["name"], record["pattern"], tokens, special_tokens, bos_token)
+    _check_types(record)
+    kind, special_tokens = record["kind"], record["special_tokens"]
+    bos_token = record.get("bos_token")
+    try:
+        tokens = [base64.b64decode(token, validate=True) for token in record["tokens"]]
+    except ValueError as error:
+        raise _malformed("its tokens are not base64") from error
+    if kind == "byte":
+        tokenizer: Tokenizer = ByteTokenizer(special_tokens, bos_token)
+        if record != tokenizer.record() or len(special_tokens) <= len(RESERVED):
+            raise _malformed("it says kind='byte' but is not the byte tokenizer's table")
+    elif kind == "bpe":
+        _check_tokens(tokens)
+        _check_pattern(record["pattern"])
+        name, pattern = record["name"], record["pattern"]
+        tokenizer = BytePairTokenizer(name, pattern, tokens, special_tokens, bos_token)
+    else:
+        raise _malformed("its kind is neither 'byte' nor 'bpe'")
+    return tokenizer
 
 
 class _Table:
@@ -443,48 +462,52 @@ def byte_of_letter() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-def _check_record(record: dict[str, Any]) -> None:
+def _check_types(record: dict[str, Any]) -> None:
     fields = {"kind": str, "name": str, "pattern": str, "tokens": list, "special_tokens": list}
     if not isinstance(record, dict):
         raise _malformed(f"it is a {type(record).__name__}, not a dict")
     for field, type_ in fields.items():
-        if not isinstance(record.get(field), type_):
+        if type(record.get(field)) is not type_:
             raise _malformed(f"its {field!r} is not a {type_.__name__}")
     special_tokens = record["special_tokens"]
-    if not all(isinstance(s, str) for s in [*record["tokens"], *special_tokens]):
+    if not all(type(s) is str for s in (*record["tokens"], *special_tokens)):
         raise _malformed("its tokens are not all strings")
     if END_OF_TEXT not in special_tokens or len(set(special_tokens)) != len(special_tokens):
         raise _malformed(f"its special tokens are not distinct names with {END_OF_TEXT} among them")
     if record.get("bos_token", END_OF_TEXT) not in special_tokens:
         raise _malformed("its 'bos_token' is not among its special tokens")
-    try:
-        tokens = [base64.b64decode(token, validate=True) for token in record["tokens"]]
-    except ValueError as error:
-        raise _malformed("its tokens are not base64") from error
+    names = (record["name"], record["pattern"], *special_tokens)
+    if max(map(len, names)) > MAX_NAME_CHARS or any(map(_SURROGATE.search, names)):
+        raise _malformed(f"a name or its pattern is no text of at most {MAX_NAME_CHARS} characters")
+
+
+def _check_tokens(tokens: list[bytes]) -> None:
     if len(set(tokens)) != len(tokens) or b"" in tokens:
         raise _malformed("its tokens are not distinct and non-empty")
     if not {bytes([i]) for i in range(256)} <= set(tokens):
         raise _malformed("its tokens lack some of the 256 bytes")
-    if record["kind"] == "byte":
-        n_reserved = len(special_tokens) - 1
-        if record != ByteTokenizer(
-            special_tokens, record.get("bos_token")
-        ).record() or n_reserved < len(RESERVED):
-            raise _malformed("it says kind='byte' but is not the byte tokenizer's table")
-    elif record["kind"] == "bpe":
-        _check_pattern(record["pattern"])
-    else:
-        raise _malformed(f"its kind is {record['kind']!r}, not 'byte' or 'bpe'")
+    if max(map(len, tokens)) > MAX_TOKEN_BYTES:
+        raise _malformed(f"it has a token of more than {MAX_TOKEN_BYTES:,} bytes")
 
 
 def _check_pattern(pattern: str) -> None:
+    """Check that a pattern can be read and cuts a text without a rest."""
     import tiktoken
 
     ranks = {bytes([i]): i for i in range(256)}
     try:
-        tiktoken.Encoding("check", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        encoding = tiktoken.Encoding(
+            "check", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+        )
+        whole = encoding.encode_ordinary(PATTERN_SAMPLE) == list(PATTERN_SAMPLE.encode())
     except ValueError as error:
         raise _malformed("its pattern is not a regular expression") from error
+    except BaseException as error:  # of a panic in tiktoken, where an empty piece is cut
+        if type(error).__name__ != "PanicException":
+            raise
+        whole = False
+    if not whole:
+        raise _malformed("its pattern cuts texts into pieces that are not all of the text")
 
 
 def _malformed(found: str) -> ValueError:

@@ -18,6 +18,7 @@ from nanogpt.tokenizer import (
     GPT2_PATTERN,
     GPT2_VOCAB_SIZE,
     RESERVED,
+    BytePairTokenizer,
     Tokenizer,
     byte_of_letter,
     from_record,
@@ -121,9 +122,10 @@ def spell(token: bytes) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raise ValueError where it is none."""
+    text = _read_text(path)
     try:
-        found = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON; fetch it again") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} does not hold a JSON object; fetch it again")
@@ -145,24 +147,30 @@ class _Files:
         tokens, special_tokens = self._table()
         if self.pattern is None and tokens != [bytes([i]) for i in range(256)]:
             raise _refused(self.path, "does not cut texts into words")
+        is_gpt2 = self.bos_token is None and _is_gpt2(tokens, self.pattern)
+        kind = "byte" if self.pattern is None else "bpe"
         record = {
-            "kind": "byte" if self.pattern is None else "bpe",
-            "name": "byte" if self.pattern is None else "bpe",
+            "kind": kind,
+            "name": "gpt2" if is_gpt2 else kind,
             "pattern": self.pattern or "",
             "tokens": [base64.b64encode(token).decode() for token in tokens],
             "special_tokens": special_tokens,
             **({} if self.bos_token is None else {"bos_token": self.bos_token}),
         }
-        if _is_gpt2(record):
-            return from_record({**record, "name": "gpt2"})
-        tokenizer = from_record(record)
-        if [(spell(a), spell(b)) for a, b in merges_of(tokenizer)] != self.merges:
-            raise _refused(self.path, "merges pairs that lower ids do not lead to")
-        return tokenizer
+        try:
+            tokenizer = from_record(record)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        if is_gpt2 or [(spell(a), spell(b)) for a, b in merges_of(tokenizer)] == self.merges:
+            return tokenizer
+        raise _refused(self.path, "merges pairs that lower ids do not lead to")
 
     def _table(self) -> tuple[list[bytes], list[str]]:
         """Return the bytes of the ordinary tokens by id, and the special ones that follow them."""
         byte_of = byte_of_letter()
+        texts = (*self.vocab, *(token for pair in self.merges for token in pair))
+        if {*map(type, texts), *map(type, self.vocab.values())} != {str, int}:
+            raise _refused(self.path, "has tokens that are not texts, or ids that are not numbers")
         by_id = sorted(self.vocab, key=lambda token: self.vocab[token])
         if [self.vocab[token] for token in by_id] != list(range(len(by_id))):
             raise _refused(self.path, "does not number its tokens from 0 up without a gap")
@@ -182,11 +190,11 @@ class _Files:
         return [bytes(byte_of[letter] for letter in token) for token in ordinary], special_tokens
 
 
-def _is_gpt2(record: dict[str, Any]) -> bool:
+def _is_gpt2(tokens: list[bytes], pattern: str | None) -> bool:
     """Whether a table is GPT-2's, whatever its special tokens are."""
-    ends_texts = {**record, "name": "gpt2", "special_tokens": [END_OF_TEXT]}
-    of_size = len(record["tokens"]) == GPT2_VOCAB_SIZE - 1
-    return of_size and from_record(ends_texts).fingerprint == GPT2_FINGERPRINT
+    if pattern is None or len(tokens) != GPT2_VOCAB_SIZE - 1:
+        return False
+    return BytePairTokenizer("gpt2", pattern, tokens, [END_OF_TEXT]).fingerprint == GPT2_FINGERPRINT
 
 
 def _read_tokenizer_json(path: Path) -> _Files:

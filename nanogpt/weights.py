@@ -1,0 +1,74 @@
+"""The names and shapes of a model's weights, known before a model is built."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from nanogpt.classifier import Classifier
+from nanogpt.model import GPT, GPTConfig
+
+Shape = tuple[int, ...]
+
+
+def model_without_weights(config: GPTConfig, n_labels: int | None = None) -> GPT:
+    """Return a model without memory for its weights: a Classifier where there are labels."""
+    with torch.device("meta"), _Undrawn():
+        return GPT(config) if n_labels is None else Classifier(config, n_labels)
+
+
+def weight_shapes(config: GPTConfig, n_labels: int | None = None) -> Iterator[tuple[str, Shape]]:
+    """Yield the name and shape of each weight of a model; only its first layer is built."""
+    try:
+        model = model_without_weights(replace(config, n_layer=1), n_labels)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"has a model of a size that no tensor can have: {config}") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    layer = {name: shapes.pop(name) for name in list(shapes) if name.startswith("h.0.")}
+    yield from shapes.items()
+    for n in range(config.n_layer):
+        for name, shape in layer.items():
+            yield name.replace("0", str(n), 1), shape
+
+
+def check_weights(weights: Mapping[str, Tensor], config: GPTConfig, n_labels: int | None) -> None:
+    """Raise ValueError where weights are not those of a model: other names, shapes or numbers.
+
+    It takes time in proportion to the weights, however many layers `config` has.
+    """
+    expected = dict(islice(weight_shapes(config, n_labels), 2 * len(weights) + 100))
+    missing, unknown = sorted(expected.keys() - weights), sorted(weights.keys() - expected)
+    if missing or unknown:
+        raise ValueError(
+            f"has weights that are not those of its model: missing {_some(missing)}; "
+            f"not known {_some(unknown)}"
+        )
+    for name, shape in expected.items():
+        tensor = weights[name]
+        if tuple(tensor.shape) != shape:
+            found = tuple(tensor.shape)
+            raise ValueError(f"has {found} for {name} where its model has {shape}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"has {tensor.dtype} for {name} where numbers are floating-point")
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out the drawing of weights: to draw none, torch imports its compiler for a second."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ == "normal_":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _some(names: list[str]) -> str:
+    shown = [name[:80] if name.isprintable() else repr(name[:80]) for name in names[:3]]
+    listed = ", ".join(shown) if names else "none"
+    return f"{listed} and {len(names) - 3} more" if len(names) > 3 else listed
