@@ -167,6 +167,7 @@ def parser() -> argparse.ArgumentParser:
     add("--processes", type=int, default=1, help="that share the work, on this machine")
     add("--stride", type=int, help="perplexity: tokens scored per window (default: half a context)")
     add("--text-column", default="text", help="classify, perplexity: of the file (default text)")
+    add("--separator", help="perplexity: between documents of a plain text file")
     add("--label-column", default="label", help="classify: of the file (default label)")
     add("--max-new-tokens", type=int, default=256, help="of a reply (default %(default)s)")
     add("--judge-url", metavar="URL", help="judge: an OpenAI-compatible API, ending in /v1")

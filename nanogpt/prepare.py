@@ -37,7 +37,10 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "text": TextFiles,
 }
 # Options that only some sources have, under the names of their fields.
-OF_SOURCES = ("path", "text_column", "subset", "split", "revision", "val_fraction", "skip_bad")
+OF_SOURCES = (
+    *("path", "text_column", "separator"),
+    *("subset", "split", "revision", "val_fraction", "skip_bad"),
+)
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
@@ -162,6 +165,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--path", help="a file, folder or pattern of parquet, JSON Lines or text")
     add("--text-column", help="the column that holds the text (default text)")
+    add("--separator", help="between documents of a plain text file, such as '<|endoftext|>'")
     add("--subset", help="the configuration of a data set on the hub")
     add("--split", help="of a data set on the hub (default train)")
     add("--revision", help="of a data set on the hub (default main)")

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,12 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nanogpt.data.source
-from nanogpt.data import files
+from nanogpt.data import files, records
 from nanogpt.data.files import Reader
 from nanogpt.data.fineweb_edu import FineWebEdu
 from nanogpt.data.hub import HubDataset
+from nanogpt.data.instructions import Instructions
+from nanogpt.data.labelled import LabelledTexts
+from nanogpt.data.pretokenized import TokenShards
 from nanogpt.data.python_stdlib import PythonStdlib
-from nanogpt.data.source import Extent, files_fingerprint
+from nanogpt.data.source import Extent, Source, files_fingerprint
 from nanogpt.data.text import TextFiles
 from tests import hub_server
 from tests.hub_server import COMMIT, Hub
@@ -46,7 +51,7 @@ def damage_row_group(path: Path, group: int) -> None:
     path.write_bytes(data)
 
 
-def all_read(source: TextFiles) -> list[str | None]:
+def all_read(source: Source) -> list[str | None]:
     return list(source.documents())
 
 
@@ -130,6 +135,128 @@ def test_json_is_read_where_it_is_named(folder: Path) -> None:
     assert all_read(TextFiles(folder)) == IN_FOLDER
     assert all_read(TextFiles(folder / "d.json")) == ["by name"]
     assert all_read(TextFiles(f"{folder}/d.*")) == ["by name"]
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A folder with links of every kind: to a folder, to a file, to nothing, in a loop, hard."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/far.txt").write_text("far")
+    folder = tmp_path / "folder"
+    (folder / "b").mkdir(parents=True)
+    (folder / "b/near.txt").write_text("near")
+    (folder / "a_again.txt").symlink_to("b/near.txt")
+    (folder / "hard.txt").hardlink_to(folder / "b/near.txt")
+    (folder / "books").symlink_to(tmp_path / "elsewhere")
+    (folder / "gone.txt").symlink_to("nowhere.txt")
+    (folder / "self.txt").symlink_to("self.txt")
+    (folder / "b/up").symlink_to("..")
+    (folder / "b/up2").symlink_to("..")
+    (folder / "notes.pdf").write_bytes(b"%PDF")
+    os.mkfifo(folder / "pipe.txt")
+    return folder
+
+
+def test_a_folder_names_what_it_leaves_out(linked: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert all_read(TextFiles(linked)) == ["near"]
+    [line] = [record.getMessage() for record in caplog.records]
+    assert "3 linked folders" in line
+    assert "(b/up, b/up2, books)" in line
+    assert "2 dangling links (gone.txt, self.txt)" in line
+    assert "2 further names of the same files (a_again.txt, hard.txt)" in line
+    assert "1 pipes or devices (pipe.txt)" in line
+    assert "1 files of other kinds (notes.pdf)" in line
+
+
+def test_a_pattern_follows_links_and_reads_each_file_once(
+    linked: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert all_read(TextFiles(f"{linked}/**/*.txt")) == ["near", "far"]
+    assert "2 loops of links (b/up, b/up2)" in caplog.text
+    assert all_read(TextFiles(f"{linked}/b*/*.txt")) == ["near", "far"]
+    assert all_read(TextFiles(f"{linked}/books/*.txt")) == ["far"]
+
+
+def test_links_alone_are_named_in_the_error(linked: Path) -> None:
+    (linked / "b/near.txt").rename(linked / "b/near.pdf")
+    for name in ("a_again.txt", "hard.txt"):
+        (linked / name).unlink()
+    with pytest.raises(ValueError, match=r"holds no file that ends in .*3 linked folders"):
+        all_read(TextFiles(linked))
+    with pytest.raises(FileNotFoundError, match="is a pipe or a device"):
+        all_read(TextFiles(linked / "pipe.txt"))
+
+
+def test_an_empty_path_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("not meant")
+    monkeypatch.chdir(tmp_path)
+    hub = HubDataset("owner/name", path="")
+    for source in (TextFiles(""), hub, LabelledTexts(""), Instructions("")):
+        with pytest.raises(ValueError, match=r"needs data\.path=.*it is empty \(an unset variable"):
+            all_read(source)
+    with pytest.raises(ValueError, match="it is empty"):
+        TokenShards("").open(None, "byte")
+    assert all_read(TextFiles(".")) == ["not meant"]
+
+
+MARK = "<|endoftext|>"
+
+
+@pytest.mark.parametrize("buffer_bytes", [1, 2, 7, 2**20])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"one\n{MARK}\ntwo\n{MARK}\n", ["one", "two"]),
+        (f"{MARK}  one\r\n{MARK}{MARK}\n\n{MARK}zwei ä{MARK}", ["  one", "zwei ä"]),
+        ("<|endoftext|<|endoftext|>|>", ["<|endoftext|", "|>"]),
+        ("no marker\n", ["no marker"]),
+        (f"{MARK}\n {MARK}", []),
+    ],
+)
+def test_a_separator_cuts_documents_wherever_it_is_read(
+    text: str,
+    expected: list[str],
+    buffer_bytes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(files, "BUFFER_BYTES", buffer_bytes)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": f"x{MARK}y"}))
+    (tmp_path / "c.md").write_text("last")
+    source = TextFiles(tmp_path, separator=MARK)
+    whole = [*expected, f"x{MARK}y", "last"]
+    for skip in range(len(whole) + 1):
+        assert list(source.documents(skip)) == whole[skip:]
+
+
+def test_a_bad_document_costs_itself_only(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one--\xe9--three")
+    with pytest.raises(ValueError, match=r"a.txt, document 2 is not UTF-8 at byte 0 \(0xe9\)"):
+        all_read(TextFiles(tmp_path, separator="--"))
+    assert all_read(TextFiles(tmp_path, separator="--", skip_bad=True)) == ["one", None, "three"]
+
+
+def test_the_marker_is_named_once_where_no_separator_is_passed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"one{MARK}two")
+    source = TextFiles(tmp_path)
+    with caplog.at_level(logging.INFO):
+        assert all_read(source) == all_read(source) == [f"one{MARK}two"] * 2
+    [line] = [record.getMessage() for record in caplog.records]
+    assert re.search(r"a\.txt holds <\|endoftext\|>, which .*data\.separator", line)
+
+
+def test_the_separator_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a--b")
+    prints = {TextFiles(tmp_path, separator=s).fingerprint() for s in (None, "-", "--")}
+    assert len(prints) == 3
+    with pytest.raises(ValueError, match=r"data\.separator is empty"):
+        all_read(TextFiles(tmp_path, separator=""))
 
 
 def test_text_may_have_another_name(tmp_path: Path) -> None:
@@ -239,16 +366,21 @@ def test_extent_of_many_files_is_that_of_some(tmp_path: Path) -> None:
             "no.jsonl, line 3 .*'text'.*body.*data.text_column=",
         ),
         ("list.jsonl", b"[1]", "line 1 has no text under 'text'"),
-        ("number.jsonl", b'{"text": 1}', "line 1 has no text under 'text'"),
-        ("deep.jsonl", b"[" * 100_000, "line 1 is not one JSON record"),
-        ("cut.jsonl", b'{"text": "a"}\n{"text":', "cut.jsonl, line 2 is not one JSON record"),
+        ("number.jsonl", b'{"text": 1}', r"line 1 has no text under 'text' \(a number is there"),
+        ("null.jsonl", b'{"text": null}', r"under 'text' \(null is there\); write records such as"),
+        ("array.json", b'[\n{"text": "a"}]', "line 1 is not JSON .*write one record per line"),
+        ("zip.txt", b"PK\x03\x04\xff", "begins with the bytes 0x50 .*it is a zip archive"),
+        ("gzip.jsonl", gzip.compress(b"{}"), "line 1 begins with the bytes 0x1f 0x8b: it is gzip"),
+        ("utf16.txt", "ä".encode("utf-16"), "it is UTF-16 .*iconv -f UTF-16"),
+        ("deep.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("cut.jsonl", b'{"text": "a"}\n{"text":', "cut.jsonl, line 2 is not JSON"),
         (
             "cut.jsonl.gz",
             gzip.compress(b'{"text": "a"}\n', mtime=0)[:-9],
-            "cut.jsonl.gz is damaged after",
+            "cut.jsonl.gz, line 2 is damaged",
         ),
-        ("no.jsonl.gz", b"plain", "no.jsonl.gz is damaged after line 0"),
-        ("no.jsonl.zst", b"plain text", "no.jsonl.zst is damaged after line 0"),
+        ("no.jsonl.gz", b"plain", "no.jsonl.gz, line 1 is damaged"),
+        ("no.jsonl.zst", b"plain text", "no.jsonl.zst, line 1 is damaged"),
         ("no.parquet", b"plain", "no.parquet is not a whole parquet file"),
     ],
 )
@@ -306,7 +438,7 @@ def test_bad_lines_are_passed_over(tmp_path: Path) -> None:
 def test_a_line_without_end_is_not_read_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 2**20)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "' + "x" * 3 * 2**20 + '"}\n{"text": "b"}\n')
     with pytest.raises(ValueError, match="line 1 is longer than 1 MiB"):

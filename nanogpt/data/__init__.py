@@ -2,6 +2,7 @@
 
     source.py      what a data set is: an object that yields documents
     python_stdlib.py, text.py, hub.py, fineweb_edu.py, ...   one data set each
+    records.py     lines and records of files, and what is wrong with bad ones
     files.py       documents of parquet, JSON Lines and text files, here or on the hub
     preparing.py   prepare(): made once, continued after a kill, found again later
     tokenizing.py  documents split, batched, tokenized on all cores, in order

@@ -4,20 +4,29 @@ Memory stays bounded whatever the size of a file: parquet is read by a few rows 
 JSON Lines by the line. Only a plain text file, which is one document, is held whole.
 """
 
-import codecs
-import gzip
-import io
-import json
+import logging
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, repeat
-from typing import IO, Any
+from typing import Any
 
+from nanogpt.data.records import (
+    PASS_OVER,
+    BadRecord,
+    brief,
+    decoded,
+    is_damage,
+    is_remote,
+    lines,
+    open_file,
+    parsed,
+    text_under,
+)
 from nanogpt.data.source import Extent
+from nanogpt.tokenizer import END_OF_TEXT
 
 RECORDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 JSON = (".json", ".json.gz", ".json.zst")  # JSON Lines by another name, where they are asked for
@@ -25,11 +34,11 @@ TEXTS = (".txt", ".md", ".py")
 STRING_TYPES = ("string", "large_string", "string_view")  # of Arrow, dictionaries of them too
 BATCH_ROWS = 64  # of parquet, decoded together
 BUFFER_BYTES = 2**20  # of a parquet column or a plain text file, read together
-READ_AHEAD_BYTES = 8 * 2**20  # of a file on the hub, fetched by one request
-MAX_LINE_BYTES = 256 * 2**20  # a longer line is taken for a file of something else
 MEASURED_FILES = 16  # looked into for an estimate of all
 MEASURED_LINES = 200  # of each
-PASS_OVER = "or pass data.skip_bad=true to leave out what cannot be read"
+
+log = logging.getLogger(__name__)
+_marked_folders: set[str] = set()
 
 # Each record of a file is its text, or what is wrong with it
 Record = str | ValueError
@@ -40,11 +49,18 @@ class Reader:
     """Reads the documents of files one after the other.
 
     `text_column` names the text among the columns of parquet and the names of JSON records. What
-    cannot be read is a ValueError naming file and row or line, or None where `skip_bad`.
+    cannot be read is a ValueError naming file and row or line, or None where `skip_bad`. Plain text
+    files are one document each, or several where a `separator` stands between them; line breaks
+    beside it are no part of a document, and blank documents are left out.
     """
 
     text_column: str = "text"
     skip_bad: bool = False
+    separator: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.separator == "":
+            raise ValueError("data.separator is empty; pass the text between documents, or null")
 
     def documents(self, paths: Sequence[str], skip: int = 0) -> Iterator[str | None]:
         """Yield the documents after the first `skip`.
@@ -75,7 +91,7 @@ class Reader:
 
     def _records(self, path: str, skip: int) -> Iterator[Record]:
         if is_plain_text(path):
-            return islice(_text_records(path), skip, None)
+            return islice(self._text_records(path), skip, None)
         if path.lower().endswith(".parquet"):
             return self._parquet_records(path, skip)
         return self._json_records(path, skip)
@@ -83,15 +99,29 @@ class Reader:
     def _count(self, path: str) -> int:
         """Return the number of records, without reading their texts."""
         if is_plain_text(path):
-            return 1
+            return 1 if self.separator is None else sum(1 for _ in self._text_records(path))
         if not path.lower().endswith(".parquet"):
             with open_file(path) as raw:
-                return sum(1 for _ in _lines(raw, path))
+                return sum(1 for _ in lines(raw, path))
         try:
             with _opened_parquet(path) as parquet:
                 return int(parquet.metadata.num_rows)
         except _Unreadable:
             return 1
+
+    def _text_records(self, path: str) -> Iterator[Record]:
+        with open_file(path) as file:
+            pieces = iter(partial(file.read, BUFFER_BYTES), b"")  # asked for again where it fails
+            if self.separator is None:
+                data = b"".join(pieces)
+                if END_OF_TEXT.encode() in data:
+                    _log_marker(path)
+                yield _at(path, decoded(data, data[:8]))
+                return
+            for number, data in enumerate(_separated(pieces, self.separator.encode()), start=1):
+                if data.strip():
+                    where = f"{path}, document {number}"
+                    yield _at(where, decoded(data.strip(b"\r\n"), data[:8]))
 
     def _parquet_records(self, path: str, skip: int) -> Iterator[Record]:
         try:
@@ -124,11 +154,11 @@ class Reader:
                     row += 1
                     yield self._cell(text, f"{path}, row {row}")
         except (OSError, pyarrow.ArrowException) as error:
-            if not _is_damage(error):
+            if not is_damage(error):
                 raise
             lost = ValueError(
                 f"{path} is damaged in row group {group}, rows {row + 1} to {stop} "
-                f"({_brief(error)}); fetch the file again, {PASS_OVER}"
+                f"({brief(error)}); fetch the file again, {PASS_OVER}"
             )
             yield from repeat(lost, stop - row)
 
@@ -137,7 +167,7 @@ class Reader:
             return ValueError(
                 f"{where} is null under {self.text_column!r}; mend the file, {PASS_OVER}"
             )
-        return value if isinstance(value, str) else _decoded(value, where)
+        return value if isinstance(value, str) else _at(where, decoded(value))
 
     def _check_column(self, path: str, schema: Any) -> None:
         if self.text_column not in schema.names:
@@ -155,30 +185,24 @@ class Reader:
 
     def _json_records(self, path: str, skip: int) -> Iterator[Record]:
         with open_file(path) as raw:
-            yield from self._values(path, islice(_lines(raw, path), skip, None))
+            yield from self._values(path, islice(lines(raw, path), skip, None))
 
     def _values(
-        self, path: str, lines: Iterable[tuple[int, bytes | ValueError]]
+        self, path: str, numbered: Iterable[tuple[int, str | BadRecord]]
     ) -> Iterator[Record]:
-        for number, line in lines:
-            where = f"{path}, line {number}"
-            text = _decoded(line, where) if isinstance(line, bytes) else line
-            yield self._value(text, where) if isinstance(text, str) else text
+        for number, line in numbered:
+            yield _at(f"{path}, line {number}", self._value(line))
 
-    def _value(self, line: str, where: str) -> Record:
+    def _value(self, line: str | BadRecord) -> str | BadRecord:
+        record = parsed(line) if isinstance(line, str) else line
+        if isinstance(record, BadRecord):
+            return record
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            return ValueError(
-                f"{where} is not one JSON record ({error}); mend or remove the line, {PASS_OVER}"
-            )
-        if isinstance(record, dict) and isinstance(record.get(self.text_column), str):
-            return record[self.text_column]
-        names = ", ".join(sorted(record)) if isinstance(record, dict) else "no names"
-        return ValueError(
-            f"{where} has no text under {self.text_column!r} (it has {names or 'no names'}); pass "
-            f"data.text_column=NAME, {PASS_OVER}"
-        )
+            return text_under(record, self.text_column)
+        except BadRecord as error:
+            named = isinstance(record, dict) and self.text_column not in record
+            shape = f'write records such as {{"{self.text_column}": "..."}}'
+            return BadRecord(str(error), "pass data.text_column=NAME" if named else shape)
 
     def _measure(self, path: str, n_bytes: int) -> tuple[int, int]:
         """Estimate how many bytes of a file are read, and of them, how many are text."""
@@ -187,11 +211,10 @@ class Reader:
         if path.lower().endswith(".parquet"):
             return self._measure_parquet(path)
         with open_file(path) as raw:
-            lines = self._values(path, _lines(raw, path))
-            head = list(islice(lines, MEASURED_LINES))
+            texts = self._values(path, lines(raw, path))
+            head = list(islice(texts, MEASURED_LINES))
             n_read = raw.tell() if len(head) == MEASURED_LINES else n_bytes
-        texts = [text for text in head if isinstance(text, str)]
-        n_text = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        n_text = sum(len(t.encode("utf-8", "surrogatepass")) for t in head if isinstance(t, str))
         return n_bytes, round(n_text * n_bytes / max(n_read, 1))
 
     def _measure_parquet(self, path: str) -> tuple[int, int]:
@@ -214,23 +237,8 @@ class _Unreadable(ValueError):
     """A file is damaged as a whole, so that nothing in it can be counted."""
 
 
-def is_remote(path: str) -> bool:
-    return "://" in path
-
-
 def is_plain_text(path: str) -> bool:
     return path.lower().endswith(TEXTS)
-
-
-def open_file(path: str) -> IO[bytes]:
-    """Open a local path or a URL that fsspec knows, such as hf://datasets/..., for reading."""
-    if not is_remote(path):
-        return open(path, "rb")
-    import fsspec
-
-    filesystem, name = fsspec.core.url_to_fs(path)
-    file = filesystem.open(name, "rb", block_size=READ_AHEAD_BYTES)
-    return io.BufferedReader(file)  # whose readline takes a limit, unlike fsspec's
 
 
 def file_sizes(paths: Sequence[str]) -> list[int]:
@@ -255,74 +263,45 @@ def _opened_parquet(path: str) -> Iterator[Any]:
         try:
             parquet = pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
         except (OSError, pyarrow.ArrowException) as error:
-            if not _is_damage(error):
+            if not is_damage(error):
                 raise
             raise _Unreadable(
-                f"{path} is not a whole parquet file ({_brief(error)}); fetch it again, {PASS_OVER}"
+                f"{path} is not a whole parquet file ({brief(error)}); fetch it again, {PASS_OVER}"
             ) from error
         yield parquet
 
 
-def _text_records(path: str) -> Iterator[Record]:
-    with open_file(path) as file:
-        pieces = iter(partial(file.read, BUFFER_BYTES), b"")  # each asked for again where it fails
-        yield _decoded(b"".join(pieces), path)
+def _separated(pieces: Iterable[bytes], separator: bytes) -> Iterator[bytes]:
+    """Yield what stands between the separators; one may reach over two pieces."""
+    begun: list[bytes] = []
+    end = b""  # of the pieces so far, which may begin a separator
+    for piece in pieces:
+        *whole, rest = (end + piece).split(separator)
+        for part in whole:
+            yield b"".join([*begun, part])
+            begun = []
+        cut = max(len(rest) - len(separator) + 1, 0)
+        begun.append(rest[:cut])
+        end = rest[cut:]
+    yield b"".join([*begun, end])
 
 
-def _lines(raw: IO[bytes], path: str) -> Iterator[tuple[int, bytes | ValueError]]:
-    """Yield the number of each line that is not blank, and the line or what is wrong with it."""
-    number = 0
-    try:
-        file = _decompressed(raw, path)
-        while line := file.readline(MAX_LINE_BYTES):
-            number += 1
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if len(line) == MAX_LINE_BYTES:
-                yield number, _too_long(file, f"{path}, line {number}")
-            elif line.strip():
-                yield number, line
-    except (EOFError, zlib.error, OSError) as error:
-        if not _is_damage(error):
-            raise
-        yield (
-            number + 1,
-            ValueError(
-                f"{path} is damaged after line {number} ({_brief(error)}); fetch it again, "
-                f"{PASS_OVER}"
-            ),
-        )
-
-
-def _too_long(file: IO[bytes], where: str) -> ValueError:
-    """Read to the end of a line and return what is wrong with it."""
-    while (piece := file.readline(MAX_LINE_BYTES)) and not piece.endswith(b"\n"):
-        pass
-    return ValueError(
-        f"{where} is longer than {MAX_LINE_BYTES // 2**20} MiB; write one record per line, "
-        f"{PASS_OVER}"
+def _log_marker(path: str) -> None:
+    """Log, for the first such file of a folder, that it holds the end-of-text marker."""
+    folder = os.path.dirname(path)
+    if folder in _marked_folders:
+        return
+    _marked_folders.add(folder)
+    log.info(
+        "%s holds %s, which is read as plain text; where it separates documents, pass it as "
+        "separator (data.separator, or --separator)",
+        path,
+        END_OF_TEXT,
     )
 
 
-def _decompressed(raw: IO[bytes], path: str) -> IO[bytes]:
-    if path.lower().endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    if not path.lower().endswith(".zst"):
-        return raw
-    import pyarrow
-
-    stream: Any = pyarrow.CompressedInputStream(raw, "zstd")
-    return io.BufferedReader(stream, 2**16)
-
-
-def _decoded(data: bytes, where: str) -> Record:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        return ValueError(
-            f"{where} is not UTF-8 at byte {error.start} (0x{data[error.start]:02x}); convert it, "
-            f"{PASS_OVER}"
-        )
+def _at(where: str, found: str | BadRecord) -> Record:
+    return found.at(where) if isinstance(found, BadRecord) else found
 
 
 def _texts(column: Any) -> list[Any]:
@@ -340,14 +319,3 @@ def _is_string(kind: Any) -> bool:
 
     value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     return str(value) in STRING_TYPES
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether the bytes are at fault (pyarrow says so by a bare OSError), not their reading."""
-    return not isinstance(error, OSError) or (
-        type(error) in (OSError, gzip.BadGzipFile) and error.errno is None
-    )
-
-
-def _brief(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")[:200]

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nanogpt.data.files import JSON, RECORDS, Reader, open_file
+from nanogpt.data.files import JSON, RECORDS, Reader
+from nanogpt.data.records import open_file
 from nanogpt.data.source import Extent, Source
 from nanogpt.data.text import TextFiles
 from nanogpt.hub import check_reachable
@@ -29,7 +30,8 @@ TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "h11", "aioh
 class HubDataset(Source):
     """One split of a data set on the hub, or files of it on this machine (`path`).
 
-    `revision` is a branch, a tag or a commit. With `skip_bad`, records that cannot be read are None
+    `revision` is a branch, a tag or a commit. `separator` stands between the documents of plain
+    text files. With `skip_bad`, records that cannot be read are None
     instead of an error.
     """
 
@@ -41,6 +43,7 @@ class HubDataset(Source):
     path: str | None = None
     val_fraction: float = 0.01
     skip_bad: bool = False
+    separator: str | None = None
     name: str = "hub"
 
     def documents(self, skip: int = 0) -> Iterator[str | None]:
@@ -64,6 +67,7 @@ class HubDataset(Source):
         if self.path is not None:
             return self._local().fingerprint()
         asked = [self.repository, self.subset, self.split, self.revision, self.text_column]
+        asked += [] if self.separator is None else [self.separator]
         return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
 
     def extent(self) -> Extent | None:
@@ -102,12 +106,13 @@ class HubDataset(Source):
             path=self.path,
             text_column=self.text_column,
             skip_bad=self.skip_bad,
+            separator=self.separator,
             name=self.name,
             suffixes=RECORDS,
         )
 
     def _reader(self) -> Reader:
-        return Reader(self.text_column, self.skip_bad)
+        return Reader(self.text_column, self.skip_bad, self.separator)
 
     def _commit(self) -> str:
         """Return the commit that the revision stands for; without asking where it is one."""

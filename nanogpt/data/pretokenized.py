@@ -34,6 +34,7 @@ from nanogpt.data.foreign import (
 )
 from nanogpt.data.hub import TRANSPORTS
 from nanogpt.data.shards import Part, TokenStream
+from nanogpt.data.source import local_path
 from nanogpt.data.writer import JOURNAL
 from nanogpt.hub import check_reachable
 from nanogpt.tokenizer import Tokenizer
@@ -94,11 +95,8 @@ class TokenShards:
         )
 
     def _root(self) -> Path:
-        if self.path is None:
-            raise ValueError(
-                f"data={self.name} needs data.path=<a folder or file of token shards, .bin or .npy>"
-            )
-        root = Path(self.path).expanduser()
+        what = "a folder or file of token shards, .bin or .npy"
+        root = local_path(self.path, self.name, what)
         if not root.exists():
             raise FileNotFoundError(
                 f"{self.path} does not exist; pass a folder or file of token shards"

@@ -56,6 +56,17 @@ class Source(ABC):
         return {}
 
 
+def local_path(path: str | Path | None, name: str, what: str) -> Path:
+    """Return `data.path`, `~` expanded; raises ValueError where none is given or it is empty.
+
+    An empty path would be the current folder.
+    """
+    if path is None or not str(path):
+        found = "" if path is None else ", and it is empty (an unset variable of the shell?)"
+        raise ValueError(f"data={name} needs data.path=<{what}>{found}")
+    return Path(path).expanduser()
+
+
 def files_fingerprint(root: Path, paths: Sequence[Path]) -> str:
     """Return 16 hexadecimal digits of a hash over the files' names below `root` and contents.
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from nanogpt.data.records import BadRecord, json_records, text_under
 from nanogpt.hub import check_reachable
 
 
@@ -59,31 +60,18 @@ def read_rows(path: str | Path, limit: int | None = None) -> Iterator[tuple[str,
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; pass a .jsonl file")
-    with path.open(encoding="utf-8-sig") as file:
-        yield from islice(_rows(file, path), limit)
-
-
-def _rows(lines: Iterator[str], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where} is not JSON ({error}); mend or remove it") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where} is no JSON object; write one object per line")
-            yield where, row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it") from error
+    for place, row in islice(json_records(path), limit):
+        where = f"{path}, {place}"
+        if isinstance(row, BadRecord):
+            raise ValueError(f"{where} {row}; {row.remedy}")
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is no JSON object; write one object per line")
+        yield where, row
 
 
 def text_of(row: dict[str, Any], key: str, where: str) -> str:
     """Return the text under a key; raises ValueError where there is none."""
-    value = row.get(key)
-    if not isinstance(value, str):
-        found = ", ".join(row) or "nothing"
-        raise ValueError(f"{where} has no text under {key!r} (it has {found}); mend it")
-    return value
+    try:
+        return text_under(row, key)
+    except BadRecord as error:
+        raise ValueError(f"{where} {error}; {error.remedy}") from error

@@ -13,10 +13,10 @@ import numpy as np
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.classifier import Classifier, class_probabilities
 from nanogpt.data.corpus import MANIFEST, open_corpus
-from nanogpt.data.files import PASS_OVER
 from nanogpt.data.instructions import Conversation, Instructions
 from nanogpt.data.labelled import read_examples
 from nanogpt.data.pretokenized import TokenShards
+from nanogpt.data.records import PASS_OVER
 from nanogpt.data.splits import Example
 from nanogpt.data.text import TextFiles
 from nanogpt.evaluation import hellaswag, instructions, lambada, perplexity
@@ -157,7 +157,9 @@ def run_harness(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
 TASKS: Mapping[str, Task] = {
     "hellaswag": Task(run_hellaswag, shares_work=True),
     "lambada": Task(run_lambada, shares_work=True),
-    "perplexity": Task(run_perplexity, shares_work=True, reads=("stride", "text_column")),
+    "perplexity": Task(
+        run_perplexity, shares_work=True, reads=("stride", "text_column", "separator")
+    ),
     "classify": Task(run_classify, reads=("text_column", "label_column")),
     "instructions": Task(run_instructions, reads=("max_new_tokens",)),
     "judge": Task(run_judge, reads=("judge_model", "max_new_tokens")),
@@ -212,7 +214,7 @@ def read_tokens(path: Path, checkpoint: Checkpoint, options: argparse.Namespace)
         parts = [corpus.val] if path.is_dir() else [corpus.train, corpus.val]
         return np.concatenate([part.read(0, len(part)) for part in parts])
     ids: list[int] = []
-    documents = TextFiles(path, text_column=options.text_column).documents()
+    documents = TextFiles(path, options.text_column, separator=options.separator).documents()
     with in_this_commands_words():
         for text in islice(documents, options.limit):
             ids += [tokenizer.eot_id, *tokenizer.encode(text or "")]

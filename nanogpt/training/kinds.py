@@ -7,6 +7,7 @@ from nanogpt.training.run import flatten
 
 COUNT = "a whole number of at least 1"
 FLAG = "true or false"
+TEXT = "a text that is not empty"
 KINDS = {
     "seed": ("a whole number of 64 bits",),
     "model.block_size": (COUNT,),
@@ -15,6 +16,14 @@ KINDS = {
     "data.balance": (FLAG,),
     "data.max_examples": ("null", COUNT),
     "data.prompts": ("a list of texts",),
+    "data.skip_bad": ("null", FLAG),
+    "data.separator": ("null", TEXT),
+    "data.path": ("null", TEXT),
+    "data.pretokenized": ("null", TEXT),
+    "data_dir": (TEXT,),
+    "runs_dir": (TEXT,),
+    "init_from": ("null", TEXT),
+    "callbacks.hellaswag.path": ("null", TEXT),
     "max_steps": ("null", COUNT),
     "max_tokens": ("null", COUNT),
     "instruct.max_passes": ("null", COUNT),
@@ -80,6 +89,8 @@ def _is_kind(value: Any, kind: str) -> bool:
         return type(value) is bool
     if kind == "a whole number of 64 bits":
         return type(value) is int and -(2**63) <= value < 2**63
+    if kind == TEXT:  # an unset variable of the shell gives an empty one
+        return type(value) is str and value != ""
     if kind == "a number between 0 and 1":
         return type(value) is float and 0 < value < 1
     if kind == "a list of texts":
