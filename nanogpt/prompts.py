@@ -73,8 +73,8 @@ class Template:
     """A scaffold for each role, after an opening.
 
     `default_system` is said where no system message is. With `trims`, contents lose white space at
-    both ends, which would merge with a scaffold that is text. `stop_texts` end a reply too, beside
-    the ids of `stop_ids`.
+    both ends, which would merge with a scaffold that is text; a response keeps the indentation of
+    its first line. `stop_texts` end a reply too, beside the ids of `stop_ids`.
     """
 
     name: str
@@ -103,10 +103,10 @@ class Template:
         return [_id(tokenizer, name) for name in (END_OF_TEXT, *self.special_tokens)]
 
     def until_stop(self, reply: str) -> str:
-        """Return a reply up to the first of `stop_texts`, without white space at its ends."""
+        """Return a reply up to the first of `stop_texts`, trimmed as a response is."""
         for text in self.stop_texts:
             reply = reply.partition(text)[0]
-        return reply.strip()
+        return trimmed(reply)
 
     def encode(
         self,
@@ -151,7 +151,8 @@ class Template:
         """Return this template for Hugging Face's `apply_chat_template`, to the same ids.
 
         There a conversation is one text before it is encoded, so that, other than here, a content
-        that spells a special token becomes that token.
+        that spells a special token becomes that token, and the indentation of an earlier response
+        may merge with a scaffold that is text.
         """
         turns = [
             f"{{% if message.role == '{r}' %}}{self._jinja_turn(r)}{{% endif %}}" for r in ROLES
@@ -169,10 +170,9 @@ class Template:
         )
 
     def _jinja_turn(self, role: str) -> str:
-        trim = " | trim" if self.trims else ""
-
         def surrounded(around: Around, key: str) -> str:
-            content = f"{{{{ message.{key}{trim} }}}}"
+            trim = ".rstrip().lstrip('\\r\\n')" if role == "assistant" else " | trim"
+            content = f"{{{{ message.{key}{trim if self.trims else ''} }}}}"
             return _literal(around.before) + content + _literal(around.after)
 
         context = surrounded(self.context, "context")
@@ -192,14 +192,13 @@ class Template:
 
     def _turn(self, message: Message) -> list[Segment]:
         is_response = message.role == "assistant"
-        content, context = self._trimmed(message.content), self._trimmed(message.context)
+        content, context = message.content, message.context
+        if self.trims:
+            content, context = trimmed(content) if is_response else content.strip(), context.strip()
         segments = _surrounded(self._around(message.role), content, is_response)
         if context:
             segments += _surrounded(self.context, context, is_response)
         return segments
-
-    def _trimmed(self, text: str) -> str:
-        return text.strip() if self.trims else text
 
 
 TEMPLATES = {
@@ -246,6 +245,14 @@ def find_template(name: str) -> Template:
     if name not in TEMPLATES:
         raise ValueError(f"template={name!r} is unknown; choose one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
+
+
+def trimmed(text: str) -> str:
+    """Return a text without line breaks before it and white space after it.
+
+    The indentation of its first line is part of it, as in code.
+    """
+    return text.rstrip().lstrip("\r\n")
 
 
 def _surrounded(around: Around, content: str, is_response: bool) -> list[Segment]:

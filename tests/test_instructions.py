@@ -47,6 +47,56 @@ def test_dollys_and_alpacas_names_are_one(record: dict[str, Any]) -> None:
     assert conversation(record) == SUM
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Add.", "context": "2 and 3", "completion": " 5"},
+        {"question": "Add.", "input": "2 and 3", "answer": " 5\n"},
+        {"messages": None, "question": "Add.", "input": "2 and 3", "output": None, "answer": " 5"},
+    ],
+)
+def test_prompts_and_questions_are_instructions(record: dict[str, Any]) -> None:
+    asked, answered = SUM
+    assert conversation(record) == (asked, Message("assistant", f" {answered.content}"))
+
+
+@pytest.mark.parametrize("key", ["conversations", "conversation"])
+def test_sharegpts_turns_are_messages(key: str) -> None:
+    turns = [
+        ("system", "Be brief."),
+        ("human", "Hi"),
+        ("gpt", "Hello"),
+        ("human", "?"),
+        ("gpt", "!"),
+    ]
+    expected = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "?")]
+    record = {key: [{"from": role, "value": text, "weight": 1} for role, text in turns]}
+    assert conversation(record) == tuple(Message(*m) for m in [*expected, ("assistant", "!")])
+
+
+def test_prompt_and_completion_may_be_messages() -> None:
+    record = {
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "completion": [{"role": "assistant", "content": "Hello"}],
+    }
+    assert conversation(record) == (Message("user", "Hi"), Message("assistant", "Hello"))
+
+
+@pytest.mark.parametrize("indentation", ["    ", "\t", " ", "\u3000"])
+@pytest.mark.parametrize("template", ["chat", "alpaca"])
+def test_the_indentation_of_a_response_is_taught(
+    indentation: str, template: str, tmp_path: Path
+) -> None:
+    said = f"{indentation}for x in xs:\n{indentation * 2}print(x)"
+    talk = [{"role": "user", "content": " Loop. "}, {"role": "assistant", "content": f"\n{said}\n"}]
+    for record in ({"instruction": "Loop.", "response": f"\r\n{said} \n"}, {"messages": talk}):
+        one = conversation(record)
+        assert one == (Message("user", "Loop."), Message("assistant", said))
+        ids, is_response = find_template(template).encode(BYTES, one)
+        taught = [i for i, response in zip(ids, is_response, strict=True) if response]
+        assert BYTES.decode(taught) == said
+
+
 def test_messages_are_taken_as_they_are() -> None:
     said = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "?")]
     talk = [Message(*message) for message in [*said, ("assistant", "!")]]
@@ -70,7 +120,20 @@ def test_json_lines_and_an_array_give_the_same(name: str, tmp_path: Path) -> Non
         ("[1]", "line 2 is no JSON object"),
         ('{"instruction": "Hi"}', "line 2 has no text under 'response or output'"),
         ('{"instruction": " ", "output": "x"}', "line 2 has no text under 'instruction'"),
-        ('{"instruction": 5, "output": "x"}', "line 2 has int and not text under 'instruction'"),
+        ('{"instruction": 5, "output": "x"}', "line 2 has a number and not text under 'instr"),
+        (
+            '{"instruction": null, "output": "x"}',
+            r"'instruction' \(null is there\); write .* messages",
+        ),
+        ('{"text": "Hi"}', r"under 'instruction or prompt' \(it has text\); write instruction and"),
+        ('{"prompt": "Hi", "completion": ["x"]}', "has an array and not text under 'completion'"),
+        (
+            '{"messages": [{"role": "assistant", "content": null}]}',
+            r"has no text under 'content' \(null is there\)",
+        ),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool'; let it be one of syst"),
+        ('{"messages": [{"role": ["user"], "content": "x"}]}', "of role .'user'"),
+        ('{"conversations": [{"from": "human", "value": "x"}]}', "conversations that do not end"),
         ('{"messages": "Hi"}', "line 2 has messages that are no list"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "do not end with one of the assist"),
         ('{"messages": [{"role": "bot", "content": "x"}]}', "role 'bot'"),
@@ -88,6 +151,10 @@ def test_a_bad_record_is_named_by_file_and_line(line: str, found: str, tmp_path:
 
 def test_bad_records_can_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "own.jsonl", [*numbered(3), {"text": "?"}, 7])
+    with pytest.raises(
+        ValueError, match=r"has 2 bad records: line 4 has .*; line 5 is no JSON obj"
+    ):
+        _ = Instructions(path).conversations
     with caplog.at_level(logging.INFO):
         assert len(Instructions(path, skip_bad=True).conversations) == 3
     assert "2 records that cannot be read were left out" in caplog.text
@@ -97,6 +164,7 @@ def test_bad_records_can_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFi
     ("path", "error", "found"),
     [
         (None, ValueError, "needs data.path="),
+        ("", ValueError, "needs data.path=.* is empty"),
         ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl is no file"),
         (__file__, ValueError, "does not end in .jsonl or .json"),
     ],

@@ -1,5 +1,8 @@
 """Labelled files of every kind, splits without copies across them, and batches of a step."""
 
+import gzip
+import hashlib
+import logging
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,7 +89,7 @@ def test_labels_may_be_whole_numbers_and_truth_values(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a", "label": 0.5}\n', r"a\.jsonl, line 1 has no label"),
         ("a.jsonl", '{"text": null, "label": "x"}\n', r"a\.jsonl, line 1 has no text"),
         ("a.jsonl", "[1]\n", r"a\.jsonl, line 1 is no JSON object"),
-        ("a.jsonl", "{\n", r"a\.jsonl, line 1 is no JSON \("),
+        ("a.jsonl", "{\n", r"a\.jsonl, line 1 is not JSON \("),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(
@@ -102,6 +105,77 @@ def test_bytes_that_are_no_utf8_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"ham\tcaf\xe9\n")
     with pytest.raises(ValueError, match="is not UTF-8"):
         read_examples(path)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_file_in_latin_1_is_named_with_line_byte_and_remedy(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    rows = ["text,label", "caf\u00e9,x", '"two\nna\u00efve",x', "plain,y"]
+    text = "\n".join(rows) if name == "a.csv" else "\n".join(["ham\tok", "ham\tcaf\u00e9"])
+    path.write_bytes(text.encode("latin-1"))
+    found = r"line 2 is not UTF-8 at byte \d+ \(0xe9\).*; convert the file with iconv -f ENC"
+    with pytest.raises(ValueError, match=found):
+        read_examples(path)
+    kept = read_examples(path, skip_bad=True)
+    assert kept == [Example("plain", "y") if name == "a.csv" else Example("ok", "ham")]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "found"),
+    [
+        ("a.csv", gzip.compress(b"text,label\n"), r"line 1 begins .*0x1f 0x8b: it is gzip.*gunzip"),
+        ("a.csv.gz", gzip.compress(b"text,label\n"), "it is gzip"),
+        ("a.tsv", "ham\tok".encode("utf-16"), r"it is UTF-16 and not .*iconv -f UTF-16 -t UTF-8"),
+        ("a.csv", b"PK\x03\x04\n", "a zip archive or a spreadsheet"),
+        ("a.jsonl", b"PAR1\n", "it is parquet"),
+    ],
+)
+def test_another_format_is_named_and_never_skipped(
+    name: str, data: bytes, found: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    for skip_bad in (False, True):
+        with pytest.raises(ValueError, match=found):
+            read_examples(tmp_path / name, skip_bad=skip_bad)
+
+
+def test_a_header_in_latin_1_is_refused_in_a_sentence_that_can_be_printed(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text,cat\xe9gorie\na,b\n")
+    with pytest.raises(ValueError, match="no column 'label'") as error:
+        read_examples(tmp_path / "a.csv")
+    assert str(error.value).encode()
+
+
+def test_the_first_ten_bad_rows_are_listed_at_once(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", "text,label\n" + ",x\ngood,y\nb\n" * 6)
+    with pytest.raises(ValueError, match=r"a\.csv has 12 bad records: line 2 has no text") as error:
+        read_examples(path)
+    text = str(error.value)
+    assert [f"line {n} has" in text for n in (2, 4, 5, 7, 8, 10, 11, 13, 14, 16)] == [True] * 10
+    assert "line 17" not in text
+    assert "and 2 more; mend it" in text
+    assert text.count("data.skip_bad=true") == 1
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.tsv", "x\tone\n\tno label\ny\ttwo\textra\ny\ttwo\n"),
+        ("a.csv", 'text,label\none,x\n"a"b,x\n,y\ntwo,y\n'),
+        ("a.jsonl", '{"text": "one", "label": "x"}\n{\n[1]\n{"text": "two", "label": "y"}\n'),
+    ],
+)
+def test_bad_rows_can_be_left_out(
+    name: str, text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = written(tmp_path / name, text)
+    with caplog.at_level(logging.INFO):
+        found = LabelledTexts(path, skip_bad=True).examples()
+    assert found == [Example("one", "x"), Example("two", "y")]
+    assert "2 records that cannot be read were left out" in caplog.text
+    with pytest.raises(ValueError, match="2 bad records"):
+        LabelledTexts(path).examples()
 
 
 def test_a_missing_file_says_what_to_pass(tmp_path: Path) -> None:
@@ -158,6 +232,31 @@ def test_every_class_is_split_in_proportion() -> None:
     assert by_label(splits.train) == {"a": 70, "b": 35, "c": 14}
     assert splits.labels == ["a", "b", "c"]
     assert splits.rest == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ("10 2 0", "0 2 10"),
+        ("1.5 10 -2 +1", "-2 +1 1.5 10"),
+        ("01 1 0 10 2", "0 01 1 2 10"),
+        ("1e3 20 .5", ".5 20 1e3"),
+        ("10 2 x", "10 2 x"),
+        ("10 2 nan", "10 2 nan"),
+        ("1_0 2", "1_0 2"),
+    ],
+)
+def test_labels_are_sorted_by_value_where_all_are_numbers(labels: str, expected: str) -> None:
+    examples = [Example(f"{label} {i}", label) for label in labels.split() for i in range(10)]
+    assert splits_of(examples).labels == expected.split()
+
+
+def test_the_numbers_of_the_classes_are_part_of_the_fingerprint() -> None:
+    digits = splits_of([Example(f"{i} {j}", str(i)) for i in range(11) for j in range(10)])
+    by_text = hashlib.sha256(repr(digits.hashes()).encode()).hexdigest()[:16]
+    assert digits.fingerprint != by_text  # a checkpoint with the classes in another order
+    names = splits_of(made_up(a=10, b=10))
+    assert names.fingerprint == hashlib.sha256(repr(names.hashes()).encode()).hexdigest()[:16]
 
 
 def test_balancing_leaves_over_what_the_larger_classes_have_more() -> None:
@@ -227,6 +326,12 @@ def test_weights_make_the_classes_equal_and_the_mean_one() -> None:
     ("examples", "options", "expected"),
     [
         (made_up(a=100, b=2), {}, r"class 'b' has 2 examples.* 0 to test"),
+        (made_up(a=9, b=2, c=1), {}, r"class 'b' has 2 .*class 'c' has 1 .*add examples of them"),
+        (
+            made_up(a=9, **{f"r{i:02}": 1 for i in range(12)}),
+            {},
+            r"class 'r09' has.*; and 2 more classes; add",
+        ),
         (made_up(a=100), {}, "only one class, 'a'"),
         (made_up(a=9, b=9), {"val_fraction": 0.5, "test_fraction": 0.5}, "nothing to train on"),
         (made_up(a=9, b=9), {"test_fraction": 0.0}, r"data\.test_fraction=0\.0 is not"),

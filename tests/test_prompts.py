@@ -134,6 +134,26 @@ def test_hugging_face_renders_the_same_ids(
     assert rendered == ids
 
 
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_hugging_face_keeps_the_indentation_of_a_response(name: str) -> None:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    template = TEMPLATES[name]
+    said = "    return x" if template.trims else "\n    return x\n"
+    messages = [Message("user", "Return."), Message("assistant", said)]
+    ours = "".join(segment.text for segment in template.render(messages))
+    theirs = ImmutableSandboxedEnvironment().from_string(template.jinja())
+    assert theirs.render(messages=[vars(message) for message in messages]) == ours
+    assert said in ours
+    surrounded = [messages[0], Message("assistant", f"\r\n{said} \n")]
+    rendered = theirs.render(messages=[vars(message) for message in surrounded])
+    assert not template.trims or rendered == ours
+
+
+def test_a_reply_keeps_its_indentation() -> None:
+    assert ALPACA.until_stop("\n    return x\n\n### Instruction:\nx") == "    return x"
+
+
 def test_a_tokenizer_without_the_markers_is_refused() -> None:
     bare = BytePairTokenizer("bare", BPE.pattern, [bytes([i]) for i in range(256)], [END_OF_TEXT])
     with pytest.raises(ValueError, match=r"tokenizer bare has no <\|user\|>"):

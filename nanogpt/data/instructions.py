@@ -1,28 +1,36 @@
 """Conversations to learn from: JSON Lines, or a JSON array, of instructions or lists of messages.
 
-A record has `instruction`, `response` (or `output`) and maybe `context` (or `input`), or else
-`messages`, a list of `{"role": "system" | "user" | "assistant", "content": "..."}`.
+A record has `instruction` (or `prompt`, `question`), `response` (or `output`, `completion`,
+`answer`) and maybe `context` (or `input`). Or else it has `messages`, a list of
+`{"role": "system" | "user" | "assistant", "content": "..."}`, or ShareGPT's `conversations`, a list
+of `{"from": "system" | "human" | "gpt", "value": "..."}`.
 """
 
+import codecs
 import hashlib
 import json
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nanogpt.data.files import PASS_OVER
-from nanogpt.data.source import Source, files_fingerprint
+from nanogpt.data.records import BadRecord, check_text, json_records, kind_of, read_all
+from nanogpt.data.source import Source, files_fingerprint, local_path
 from nanogpt.data.tokenizing import choose_split
-from nanogpt.prompts import Message
+from nanogpt.prompts import ROLES, Message, trimmed
 
 SUFFIXES = (".jsonl", ".json")
+ASKED = ("instruction", "prompt", "question")
+ANSWERED = ("response", "output", "completion", "answer")
+TALKS = ("messages", "conversations", "conversation")
+ROLE_OF = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant"}  # ShareGPT's
+SHAPES = (
+    "write instruction and response (or prompt and completion, question and answer), or messages, "
+    "a list of objects with role and content (or conversations, with from and value)"
+)
 
 Conversation = tuple[Message, ...]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,20 +63,10 @@ class Instructions(Source):
         FileNotFoundError or ConnectionError where there is no file.
         """
         path = self.file()
-        kept: list[Conversation] = []
-        n_bad = 0
-        for where, record in read_records(path):
-            if len(kept) == self.max_examples:
-                break
-            try:
-                kept.append(conversation(record))
-            except ValueError as error:
-                if not self.skip_bad:
-                    raise ValueError(f"{where} {error}; mend the record, {PASS_OVER}") from error
-                n_bad += 1
-        if n_bad:
-            log.info("%s: %s records that cannot be read were left out", path, f"{n_bad:,}")
-        return kept
+        records = read_records(path)
+        return read_all(
+            path, records, conversation, skip_bad=self.skip_bad, limit=self.max_examples
+        )
 
     def splits(self) -> ConversationSplits:
         """Return the conversations in splits: by a hash, so that copies stay together.
@@ -90,9 +88,7 @@ class Instructions(Source):
     def file(self) -> Path:
         """Return the file to read."""
         endings = " or ".join(SUFFIXES)
-        if self.path is None:
-            raise ValueError(f"data={self.name} needs data.path=<a file that ends in {endings}>")
-        path = Path(self.path).expanduser()
+        path = local_path(self.path, self.name, f"a file that ends in {endings}")
         if not path.is_file():
             raise FileNotFoundError(f"data.path={self.path} is no file; pass one in {endings}")
         if path.suffix.lower() not in SUFFIXES:
@@ -113,51 +109,45 @@ class Instructions(Source):
         return {"path": str(self.path), "max_examples": self.max_examples}
 
 
-def read_records(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield where each record of a JSON array or of JSON Lines is, and the record.
+def read_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the place of each record of a JSON array or of JSON Lines, and the record.
 
-    A line that is not JSON is a ValueError in place of its record.
+    A line that is not JSON is a BadRecord in place of its record.
     """
+    check_text(path)
+    with path.open("rb") as file:
+        is_array = file.read(2**10).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    return _array(path) if is_array else json_records(path)
+
+
+def _array(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}; convert it") from error
-    if text.lstrip().startswith("["):
-        yield from _array(path, text)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield f"{path}, line {number}", ValueError(f"is not JSON ({error})")
-
-
-def _array(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    try:
-        records = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON array ({error}); mend the file") from error
     for number, record in enumerate(records, start=1):
-        yield f"{path}, record {number}", record
+        yield f"record {number}", record
 
 
 def conversation(record: object) -> Conversation:
-    """Return the messages of a record; raises ValueError with what the record lacks.
+    """Return the messages of a record; raises BadRecord with what the record lacks.
 
     >>> conversation({"instruction": "Add.", "input": "2 and 3", "output": "5"})
     (Message('user', 'Add.', '2 and 3'), Message('assistant', '5', ''))
     """
-    if isinstance(record, ValueError):
-        raise record
     if not isinstance(record, dict):
-        raise ValueError("is no JSON object")
-    if "messages" in record:
-        return _talk(record["messages"])
+        raise BadRecord(f"is no JSON object but {kind_of(record)}", SHAPES)
+    for key in TALKS:
+        if record.get(key) is not None:
+            return _talk(record[key], key)
+    if all(isinstance(record.get(key), list) for key in ("prompt", "completion")):
+        return _talk(record["prompt"] + record["completion"], "prompt and completion")
     context = _text(record, "context", "input", required=False)
     return (
-        Message("user", _text(record, "instruction"), context),
-        Message("assistant", _text(record, "response", "output")),
+        Message("user", _text(record, *ASKED), context),
+        Message("assistant", _text(record, *ANSWERED, indented=True)),
     )
 
 
@@ -176,23 +166,36 @@ def conversations_sha256(conversations: Iterable[Conversation]) -> str:
     return digest.hexdigest()
 
 
-def _talk(messages: object) -> Conversation:
+def _talk(messages: object, key: str) -> Conversation:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError("has messages that are no list of objects with role and content")
-    talk = tuple(Message(str(m.get("role")), _text(m, "content")) for m in messages)
+        raise BadRecord(f"has {key} that are no list of objects with role and content", SHAPES)
+    talk = tuple(map(_message, messages))
     if not talk or talk[-1].role != "assistant":
-        raise ValueError("has messages that do not end with one of the assistant")
+        raise BadRecord(f"has {key} that do not end with one of the assistant", "add its reply")
     if any(message.role == "system" for message in talk[1:]):
-        raise ValueError("has a system message that is not the first")
+        raise BadRecord("has a system message that is not the first", "put it first")
     return talk
 
 
-def _text(record: dict[str, Any], *keys: str, required: bool = True) -> str:
-    """Return the text under the first of the keys that is there."""
+def _message(message: dict[str, Any]) -> Message:
+    said = message.get("from") if message.get("role") is None else message["role"]
+    role = ROLE_OF.get(said) if isinstance(said, str) else None
+    if role is None:
+        known = ", ".join(ROLE_OF)
+        raise BadRecord(f"has a message of role {said!r}", f"let it be one of {known}")
+    return Message(role, _text(message, "content", "value", indented=role == "assistant"))
+
+
+def _text(record: dict[str, Any], *keys: str, required: bool = True, indented: bool = False) -> str:
+    """Return the text under the first of the keys that is not null."""
     found = [record[key] for key in keys if record.get(key) is not None]
+    there = [key for key in keys if key in record]
+    names = " or ".join(there or keys[:2])
     if found and not isinstance(found[0], str):
-        raise ValueError(f"has {type(found[0]).__name__} and not text under {' or '.join(keys)!r}")
-    text = found[0].strip() if found else ""
+        raise BadRecord(f"has {kind_of(found[0])} and not text under {names!r}", SHAPES)
+    text = (trimmed(found[0]) if indented else found[0].strip()) if found else ""
     if required and not text:
-        raise ValueError(f"has no text under {' or '.join(keys)!r} (it has {', '.join(record)})")
+        empty = "it is empty" if found else "null is there"
+        what = empty if there else f"it has {', '.join(record) or 'no names'}"
+        raise BadRecord(f"has no text under {names!r} ({what})", SHAPES)
     return text

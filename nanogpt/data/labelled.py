@@ -2,13 +2,19 @@
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from nanogpt.data.source import Source
+from nanogpt.data.records import BadRecord, check_text, decoded, json_records, kind_of, read_all
+from nanogpt.data.source import Source, local_path
 from nanogpt.data.splits import Example, Splits, examples_sha256, split
+
+Row = tuple[
+    str, Mapping[str, Any] | BadRecord
+]  # its place, such as `line 3`, and its cells by name
 
 LONGEST_CELL = 2**27  # characters; csv's own limit of 131,072 is less than a long article
 
@@ -18,8 +24,9 @@ class LabelledTexts(Source):
     """A labelled file, and how it is split for training.
 
     `balance` leaves out what a class has more than the smallest one; the left-over examples are
-    tested on apart. `max_examples` bounds what is used of the rest, the classes in proportion. To
-    stages that read text, an example is its text.
+    tested on apart. `max_examples` bounds what is used of the rest, the classes in proportion. With
+    `skip_bad`, rows that cannot be read are left out, and counted in the log. To stages that read
+    text, an example is its text.
     """
 
     path: str | Path | None = None
@@ -30,13 +37,14 @@ class LabelledTexts(Source):
     val_fraction: float = 0.1
     test_fraction: float = 0.2
     split_seed: int = 0
+    skip_bad: bool | None = None
     name: str = "labelled"
 
     def examples(self) -> list[Example]:
         """Return the examples in the order of the file."""
-        if self.path is None:
-            raise ValueError(f"data={self.name} needs data.path=<a .tsv, .csv or .jsonl file>")
-        return read_examples(self.path, self.text_column, self.label_column)
+        path = local_path(self.path, self.name, "a .tsv, .csv or .jsonl file")
+        columns = (self.text_column, self.label_column)
+        return read_examples(path, *columns, skip_bad=bool(self.skip_bad))
 
     def splits(self) -> Splits:
         """Return the examples in splits that depend on them and on `split_seed` alone."""
@@ -62,7 +70,11 @@ class LabelledTexts(Source):
 
 
 def read_examples(
-    path: str | Path, text_column: str = "text", label_column: str = "label"
+    path: str | Path,
+    text_column: str = "text",
+    label_column: str = "label",
+    *,
+    skip_bad: bool = False,
 ) -> list[Example]:
     """Return the examples of a labelled file, in its order.
 
@@ -71,114 +83,129 @@ def read_examples(
     columns its rows are label, tab, text (as in the SMS Spam Collection). Labels are texts, whole
     numbers, or in JSON true and false.
 
-    Raises ValueError, naming file and line, for a row without text or label.
+    Raises ValueError, naming file and line, for rows without text or label, which are left out
+    where `skip_bad`.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; pass a labelled .tsv, .csv or .jsonl file")
     columns = (text_column, label_column)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            examples = [_example(row, where, *columns) for where, row in _rows(file, path, columns)]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it") from error
+    read = partial(_example, text_column=text_column, label_column=label_column)
+    examples = read_all(path, _rows(path, columns), read, skip_bad=skip_bad)
     if not examples:
         raise ValueError(f"{path} has no examples; pass a file with a text and a label per row")
     return examples
 
 
-def _rows(
-    file: IO[str], path: Path, columns: tuple[str, str]
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield each row by column names, and where it stands."""
+def _rows(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
+    """Yield the rows of a file, each with its place or what is wrong with it."""
     if path.suffix.lower() in (".jsonl", ".json"):
-        return _json_rows(file, path)
-    if path.suffix.lower() == ".csv":
-        return _csv_rows(file, path, columns)
-    return _tsv_rows(file, path, columns)
+        yield from json_records(path)
+        return
+    check_text(path)
+    read = _csv_rows if path.suffix.lower() == ".csv" else _tsv_rows
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        bad: dict[int, BadRecord] = {}
+        yield from read(_noting(file, bad), bad, path, columns)
 
 
-def _json_rows(file: IO[str], path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in enumerate(file, start=1):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is no JSON ({error.msg}); mend it") from error
-        if isinstance(row, dict):
-            yield where, row
-        elif line.strip():
-            raise ValueError(f"{where} is no JSON object; write one object per line")
+def _noting(lines: Iterable[str], bad: dict[int, BadRecord]) -> Iterator[str]:
+    """Yield the lines, and note by number those that hold bytes other than UTF-8."""
+    for number, line in enumerate(lines, start=1):
+        if not line.isascii():
+            text = decoded(line.encode("utf-8", "surrogateescape"))
+            if isinstance(text, BadRecord):
+                bad[number] = text
+        yield line
 
 
 def _csv_rows(
-    file: IO[str], path: Path, columns: tuple[str, str]
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    lines: Iterator[str], bad: Mapping[int, BadRecord], path: Path, columns: tuple[str, str]
+) -> Iterator[Row]:
     before = csv.field_size_limit(LONGEST_CELL)
     try:
-        reader = csv.reader(file, strict=True)
-        header = next(reader, [])
-        _check_header(header, path, columns)
-        for cells in reader:
-            where = f"{path}, line {reader.line_num}"
-            if cells:
-                yield where, _named(cells, header, where)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num} is no CSV ({error}); mend it") from error
+        reader = csv.reader(lines, strict=True)
+        header: list[str] | None = None
+        while True:
+            first = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                row: Any = BadRecord(f"is no CSV ({error})", "mend its quotes")
+            else:
+                if cells is None:
+                    break
+                if header is None:
+                    header = _checked_header(cells, path, columns)
+                    continue
+                row = _named(cells, header) if cells else None
+            last = reader.line_num
+            row = next((bad[n] for n in range(first, last + 1) if n in bad), row)
+            if row is not None:
+                yield f"line {first}" if last <= first else f"lines {first} to {last}", row
+        if header is None:
+            _checked_header([], path, columns)
     finally:
         csv.field_size_limit(before)
 
 
 def _tsv_rows(
-    file: IO[str], path: Path, columns: tuple[str, str]
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    lines: Iterator[str], bad: Mapping[int, BadRecord], path: Path, columns: tuple[str, str]
+) -> Iterator[Row]:
     header: list[str] = []
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(lines, start=1):
         cells = line.rstrip("\r\n").split("\t")
-        where = f"{path}, line {number}"
         if not header:
             has_header = set(columns) <= set(cells)
             header = cells if has_header else [columns[1], columns[0]]  # label, text
             if has_header:
                 continue
             if len(cells) != 2:
-                _check_header(cells, path, columns)
+                _checked_header(cells, path, columns)
         if line.strip():
-            yield where, _named(cells, header, where)
+            yield f"line {number}", bad[number] if number in bad else _named(cells, header)
 
 
-def _check_header(header: list[str], path: Path, columns: tuple[str, str]) -> None:
+def _checked_header(header: list[str], path: Path, columns: tuple[str, str]) -> list[str]:
     for column in columns:
         if column not in header:
+            names = ", ".join(header).encode("utf-8", "replace").decode()
             raise ValueError(
-                f"{path} has no column {column!r} (its first line has {', '.join(header)}); name "
+                f"{path} has no column {column!r} (its first line has {names}); name "
                 f"the columns in the first line, or pass text_column and label_column"
             )
+    return header
 
 
-def _named(cells: list[str], header: list[str], where: str) -> Mapping[str, str]:
-    if len(cells) != len(header):
-        raise ValueError(
-            f"{where} has {len(cells)} cells and {len(header)} are expected "
-            f"({', '.join(header)}); mend it"
-        )
-    return dict(zip(header, cells, strict=True))
+def _named(cells: list[str], header: list[str]) -> Mapping[str, str] | BadRecord:
+    if len(cells) == len(header):
+        return dict(zip(header, cells, strict=True))
+    names = ", ".join(header)
+    return BadRecord(f"has {len(cells)} cells and {len(header)} are expected ({names})")
 
 
-def _example(row: Mapping[str, Any], where: str, text_column: str, label_column: str) -> Example:
+def _example(row: Any, *, text_column: str, label_column: str) -> Example:
+    if not isinstance(row, dict):
+        raise BadRecord(f"is no JSON object but {kind_of(row)}", "write one object per line")
     for column in (text_column, label_column):
         if column not in row:
-            raise ValueError(
-                f"{where} has no {column!r} (it has {', '.join(row)}); mend it, or pass "
-                f"text_column and label_column"
+            raise BadRecord(
+                f"has no {column!r} (it has {', '.join(row)})",
+                "mend it, or pass text_column and label_column",
             )
     text, label = row[text_column], row[label_column]
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where} has no text under {text_column!r}; mend it or take it out")
+        raise BadRecord(f"has no text under {text_column!r} ({_found(text)})")
     if isinstance(label, str):
         label = label.strip()
     elif isinstance(label, int):
         label = json.dumps(label)
     if not isinstance(label, str) or not label:
-        raise ValueError(f"{where} has no label under {label_column!r}; mend it or take it out")
+        raise BadRecord(
+            f"has no label under {label_column!r} ({_found(label)}), a text or a whole number"
+        )
     return Example(text, label)
+
+
+def _found(value: Any) -> str:
+    return "it is empty" if isinstance(value, str) else f"{kind_of(value)} is there"

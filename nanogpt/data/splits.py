@@ -1,14 +1,19 @@
 """Labelled examples in splits: the classes in proportion, no text in two of them."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
 from nanogpt.data.order import permute
+
+MAX_LISTED = 10  # of classes in an error
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,8 @@ class Splits:
 
     @property
     def labels(self) -> list[str]:
-        """The names of the classes, sorted."""
-        return sorted({example.label for example in self.train})
+        """The names of the classes, sorted: as numbers where all of them are."""
+        return sorted_labels({example.label for example in self.train})
 
     @property
     def imbalanced(self) -> list[Example]:
@@ -70,8 +75,10 @@ class Splits:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change when any split does."""
-        return hashlib.sha256(repr(self.hashes()).encode()).hexdigest()[:16]
+        """16 hexadecimal digits that change when any split or the numbers of the classes do."""
+        labels = self.labels
+        identity = repr(self.hashes()) + ("" if labels == sorted(labels) else repr(labels))
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def split(
@@ -98,13 +105,16 @@ def split(
     counts = {label: sum(map(len, texts)) for label, texts in by_label.items()}
     used = _used(counts, balance, max_examples)
     parts: list[list[Example]] = [[], [], [], []]
+    rare: list[str] = []
     for label in sorted(by_label):
         n_test, n_val = round(test_fraction * used[label]), round(val_fraction * used[label])
         quotas = [n_test, n_val, used[label] - n_test - n_val, counts[label]]
         filled = _fill(by_label[label], quotas)
-        _check_class(label, counts[label], filled)
+        if not all(filled[:3]):
+            rare.append(_sizes(label, counts[label], filled))
         for part, more in zip(parts, filled, strict=True):
             part += more
+    _check_rare(rare)
     test, val, train, rest = parts
     return Splits(train, val, test, rest if balance else [])
 
@@ -113,6 +123,18 @@ def class_weights(examples: Iterable[Example], labels: Sequence[str]) -> list[fl
     """Return a weight per class with which all classes weigh the same and examples 1 on average."""
     counts = Counter(example.label for example in examples)
     return [counts.total() / (len(labels) * counts[label]) for label in labels]
+
+
+def sorted_labels(labels: Iterable[str]) -> list[str]:
+    """Return names of classes in their order: by value where all are numbers, else by text.
+
+    >>> sorted_labels(["10", "2", "-1.5"])
+    ['-1.5', '2', '10']
+    """
+    found = sorted(labels)
+    if all(NUMBER.fullmatch(label) for label in found):
+        found.sort(key=Decimal)
+    return found
 
 
 def examples_sha256(examples: Iterable[Example]) -> str:
@@ -171,13 +193,19 @@ def _check_fractions(val_fraction: float, test_fraction: float) -> None:
         )
 
 
-def _check_class(label: str, n: int, parts: list[list[Example]]) -> None:
-    if not all(parts[:3]):
-        sizes = ", ".join(
-            f"{len(part)} to {name}"
-            for name, part in zip(("test", "validation", "training"), parts, strict=False)
-        )
+def _sizes(label: str, n: int, parts: list[list[Example]]) -> str:
+    """Return the sentence on a class that is not in all splits."""
+    names = ("test", "validation", "training")
+    sizes = ", ".join(f"{len(part)} to {name}" for part, name in zip(parts, names, strict=False))
+    return f"class {label!r} has {n} examples, which gives {sizes}"
+
+
+def _check_rare(rare: list[str]) -> None:
+    if rare:
+        found = "; ".join(rare[:MAX_LISTED])
+        more = f"; and {len(rare) - MAX_LISTED} more classes" if len(rare) > MAX_LISTED else ""
+        it = "it" if len(rare) == 1 else "them"
         raise ValueError(
-            f"class {label!r} has {n} examples, which gives {sizes}; add examples of it, take it "
-            f"out, or change data.val_fraction, data.test_fraction and data.max_examples"
+            f"{found}{more}; add examples of {it}, take {it} out, or change data.val_fraction, "
+            f"data.test_fraction and data.max_examples"
         )
