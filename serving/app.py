@@ -106,7 +106,7 @@ def _add_routes(app: FastAPI) -> None:
 def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Door]]:
-        async with _engine(client) as engine:
+        async with _engine(client, settings.stall_s) as engine:
             front = FrontEnd(
                 settings=settings,
                 client=engine,
@@ -123,7 +123,7 @@ def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:
 
 
 @contextlib.asynccontextmanager
-async def _engine(client: EngineClient | None) -> AsyncIterator[EngineClient]:
+async def _engine(client: EngineClient | None, stall_s: float) -> AsyncIterator[EngineClient]:
     """Give the client of an engine; an engine that was started here ends here."""
     if client is not None:
         yield client
@@ -134,7 +134,7 @@ async def _engine(client: EngineClient | None) -> AsyncIterator[EngineClient]:
         process = EngineProcess(engine_settings(os.environ))
         process.start()
         address, secret = process.address, process.secret
-    client = EngineClient(address, secret)
+    client = EngineClient(address, secret, stall_s)
     connecting = asyncio.create_task(_connect(client))
     try:
         yield client

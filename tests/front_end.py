@@ -51,7 +51,8 @@ def serve(engine: FakeEngine, settings: ApiSettings | None = None, port: int = 0
     started, address, servers = threading.Event(), [""], []
 
     async def run() -> None:
-        client = EngineClient(f"unix:{engine.path}")
+        stall_s = (settings or ApiSettings()).stall_s
+        client = EngineClient(f"unix:{engine.path}", stall_s=stall_s)
         async with engine:
             await client.connect()
             with socket.socket() as listening:

@@ -1,5 +1,6 @@
 """Health, readiness, metrics, logs."""
 
+import asyncio
 import json
 import logging
 import re
@@ -16,7 +17,16 @@ from starlette.testclient import TestClient
 from serving.api.settings import ApiSettings
 from serving.app import create_app
 from serving.engine.client import EngineClient
-from serving.engine.messages import Classify, Describe, Generate, ModelInfo, Score
+from serving.engine.messages import (
+    Beat,
+    Classify,
+    Describe,
+    Generate,
+    Message,
+    ModelInfo,
+    Score,
+    to_frame,
+)
 from serving.logs import JsonFormatter
 from tests.fake_engine import FakeEngine
 from tests.front_end import eventually, hang_up, says, serve
@@ -49,6 +59,34 @@ def test_without_its_engine_the_server_lives_but_is_not_ready(tmp_path: Path) ->
         assert "nanogpt_engine_up 0" in httpx.get(f"{url}/metrics").text
     assert answer.status_code == 503
     assert answer.headers["retry-after"]
+
+
+class Hung(FakeEngine):
+    """An engine whose computing thread stands still after one heartbeat."""
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(to_frame([Beat()]))
+        await super()._serve(reader, writer)
+
+    def _receive(self, message: Message, writer: asyncio.StreamWriter) -> None:
+        self.requests.append(message)
+
+
+def test_with_an_engine_that_hangs_the_server_is_not_ready(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serve(Hung(f"unix:{tmp_path}/e"), ApiSettings(stall_s=2)) as url:
+        assert httpx.get(f"{url}/ready").status_code == 200
+        assert "nanogpt_engine_up 0" in httpx.get(f"{url}/metrics").text
+        assert httpx.get(f"{url}/v1/system_info").json()["engine"] is None
+        assert eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        assert httpx.get(f"{url}/health").json() == {"status": "ok", "engine": "stalled"}
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x"})
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"]
+    assert [r.message for r in caplog.records if "not responded" in r.message] == [
+        "the engine has not responded for 2 s; new requests are refused"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,23 +2,32 @@
 
 import asyncio
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from serving.engine import engine as engine_module
 from serving.engine.client import EngineClient, EngineError, EngineProcess
+from serving.engine.engine import Engine
 from serving.engine.messages import Finished, Generate, SamplingParams, Settings, Tokens
 from serving.engine.server import Server
 from tests.engine_models import write_model
+from tests.front_end import eventually
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="stops a process as Linux does")
 
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[EngineProcess]:
     write_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    settings = Settings(str(tmp_path), dtype="fp32", cache_gb=0.1, threads=1, drain_s=20)
+    settings = Settings(str(tmp_path), dtype="fp32", cache_gb=0.1, threads=1, drain_s=20, hang_s=3)
     process = EngineProcess(settings, tmp_path)
     process.start()
     yield process
@@ -82,6 +91,117 @@ def test_a_front_end_without_the_secret_hears_nothing(process: EngineProcess) ->
         await stranger.close()
 
     asyncio.run(run())
+
+
+@LINUX
+def test_a_stopped_process_is_replaced(
+    process: EngineProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        client = EngineClient(process.address, process.secret, stall_s=1.5)
+        await client.connect(60)
+        said = await ids(client, 20)
+        stopped = client.generate(request(client, 250))
+        await anext(stopped)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        await asyncio.wait_for(until(lambda: client.stalled), 20)
+        with pytest.raises(EngineError, match="does not respond"):
+            await client.stats()
+        with pytest.raises(EngineError) as raised:
+            [a async for a in stopped]
+        assert raised.value.kind == "unavailable"
+        await client.connect(60)
+        assert await ids(client, 20) == said
+        assert process.restarts == 1
+        await client.close()
+
+    asyncio.run(run())
+    assert "the engine has not responded for 3 s; it is killed" in caplog.messages
+
+
+def wait_for(event: threading.Event) -> None:
+    event.wait(60)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    while not true():
+        await asyncio.sleep(0.01)
+
+
+def test_a_heartbeat_is_that_of_the_computing_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Server, "_end_with_parent", lambda server: None)
+    goes_on = threading.Event()
+
+    async def run() -> None:
+        server = Server(Settings(str(tmp_path)), f"unix:{tmp_path}/e", "")
+        serving = asyncio.create_task(server.serve())
+        client = EngineClient(f"unix:{tmp_path}/e", "", stall_s=1.5)
+        await client.connect(20)
+        await client.stats()
+        server.engine.post(partial(wait_for, goes_on))
+        await asyncio.wait_for(until(lambda: client.stalled), 20)
+        assert not client.connected
+        goes_on.set()
+        await asyncio.wait_for(until(lambda: client.connected), 20)
+        await client.close()
+        server._drain()
+        await serving
+
+    asyncio.run(run())
+    assert "the engine responds again" in caplog.messages
+
+
+def test_a_heartbeat_goes_on_while_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "run" / "last.ckpt")
+    loaded, beats = threading.Event(), []
+
+    def load(*arguments: object) -> None:
+        loaded.wait()
+        raise ValueError("injected")
+
+    monkeypatch.setattr(engine_module, "load_runner", load)
+    engine = Engine(Settings(str(tmp_path)), lambda events: None, lambda: beats.append(loaded))
+    thread = threading.Thread(target=engine.run)
+    thread.start()
+    try:
+        assert eventually(lambda: len(beats) > 3)
+    finally:
+        loaded.set()
+        engine.post(engine.drain)
+        thread.join()
+
+
+class Pauses(threading.Event):
+    """An event that is set after so many waits, each of which takes no time."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n, self.seconds = n, []  # type: ignore[var-annotated]
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.seconds.append(timeout)
+        if len(self.seconds) == self.n:
+            self.set()
+        return self.is_set()
+
+
+def test_an_engine_that_dies_at_once_is_started_less_and_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    process = EngineProcess(Settings(str(tmp_path)), tmp_path)
+    pauses = process._stopping = Pauses(9)
+    process.start()
+    ended = eventually(lambda: not process._watcher.is_alive(), 30)
+    pauses.set()
+    assert ended
+    assert pauses.seconds == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0, 10.0]
+    assert process.restarts == 8
 
 
 def test_the_watcher_outlives_a_look_that_fails(

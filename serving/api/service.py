@@ -11,7 +11,7 @@ import nanogpt
 from serving.api.errors import ApiError
 from serving.api.front_end import front_end, json_response
 from serving.api.metrics import CONTENT_TYPE
-from serving.engine.client import EngineError
+from serving.engine.client import STALLED, EngineError
 from serving.engine.messages import Stats
 
 router = APIRouter()
@@ -20,8 +20,9 @@ router = APIRouter()
 @router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """Say that this front end lives, and whether the engine answers (it is restarted if not)."""
-    engine = "up" if front_end(request).client.connected else "down"
+    """Say that this front end lives, and whether the engine does (it is restarted if not)."""
+    client = front_end(request).client
+    engine = "stalled" if client.stalled else "up" if client.connected else "down"
     return json_response({"status": "ok", "engine": engine})
 
 
@@ -33,7 +34,8 @@ async def ready(request: Request) -> Response:
     if front.draining:
         raise ApiError(503, "The server is ending.", code="unavailable")
     if not front.client.connected:
-        raise ApiError(503, "The engine is starting.", code="unavailable")
+        why = STALLED if front.client.stalled else "The engine is starting."
+        raise ApiError(503, why, code="unavailable")
     return json_response({"status": "ready", "models": len(front.client.models())})
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from serving.engine.messages import Count, Seconds, SecondsOrZero, Words
+from serving.engine.messages import Count, Heartbeat, Seconds, SecondsOrZero, Words
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class ApiSettings:
     queue_s: Seconds = 60.0  # from arrival to the first token, score or class
     request_s: Seconds = 600.0  # from arrival to the end of the answer
     write_s: Seconds = 60.0  # for a reader to take what was sent
+    stall_s: Heartbeat = 10.0  # without a heartbeat of the engine: /ready answers 503
     drain_s: SecondsOrZero = 30.0  # for open answers to finish after SIGTERM
     log_prompts: bool = False
     runs_dir: str = "runs"  # whose runs /runs shows

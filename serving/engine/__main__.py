@@ -6,6 +6,7 @@ Its kernels compile, where they have to, while torch is imported.
 """
 
 import json
+import os
 import sys
 
 from serving.engine import compiling
@@ -14,13 +15,15 @@ from serving.logs import configure
 
 
 def main(address: str, settings: Settings) -> None:
-    """Run an engine until it is told to end."""
+    """Run an engine until it is told to end; standard output carries its heartbeats alone."""
+    pulse = os.dup(1)
+    os.dup2(2, 1)
     configure()
     if settings.device in ("auto", "cpu"):
         compiling.begin()
     from serving.engine.server import run
 
-    run(address, settings)
+    run(address, settings, pulse)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import secrets
+import select
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from serving.engine.messages import (
     LENGTH_BYTES,
     MAX_FRAME_BYTES,
     AskStats,
+    Beat,
     Cancel,
     Classified,
     Classify,
@@ -54,7 +56,11 @@ SECRET_VARIABLE = "NANOGPT_ENGINE_SECRET"
 RECONNECT_S = 0.1
 RESTART_S = (0.1, 10.0)  # first and longest pause before a dead engine is started again
 STARTING = "The engine is starting; try again in a moment."
+STALLED = "The engine does not respond; try again in a moment."
 START_S = 60.0  # torch takes seconds to import, on a busy machine many
+FIRST_BEAT_S = 600.0  # kernels may be compiled before
+LISTEN_S = 0.25  # for a heartbeat, before its absence counts
+STATS_S = 3.0  # for the engine's counters
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer", Scored, Classified, ModelDetails, Stats)
@@ -72,10 +78,11 @@ class EngineClient:
     """One connection to an engine, shared by all requests of a front end.
 
     It connects again whenever the connection is lost; requests that were open, and those made
-    meanwhile, raise EngineError("unavailable").
+    meanwhile, raise EngineError("unavailable"). So do new requests when the engine's computing
+    thread has shown no heartbeat for `stall_s`; those that are open go on waiting.
     """
 
-    def __init__(self, address: str, secret: str | None = None) -> None:
+    def __init__(self, address: str, secret: str | None = None, stall_s: float = 10.0) -> None:
         self.address = address
         self.secret = os.environ.get(SECRET_VARIABLE, "") if secret is None else secret
         self._answers: dict[str, _Mailbox] = {}
@@ -83,6 +90,8 @@ class EngineClient:
         self._details: dict[tuple[str, str], ModelDetails] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._ready = asyncio.Event()
+        self.stall_s, self.stalled = stall_s, False
+        self._stalling: asyncio.TimerHandle | None = None
         self._numbers = itertools.count()
         self._prefix = secrets.token_hex(4)
         self._task: asyncio.Task[None] | None = None
@@ -102,7 +111,7 @@ class EngineClient:
     @property
     def connected(self) -> bool:
         """Whether the engine can be asked now."""
-        return self._ready.is_set()
+        return self._ready.is_set() and not self.stalled
 
     def models(self) -> list[ModelInfo]:
         """Return the models that the engine told of last.
@@ -170,8 +179,11 @@ class EngineClient:
         return await self._ask(request, Classified)
 
     async def stats(self) -> Stats:
-        """Return the engine's counters."""
-        return await self._ask(AskStats(self.new_id()), Stats)
+        """Return the engine's counters; raises EngineError("unavailable") after STATS_S."""
+        try:
+            return await asyncio.wait_for(self._ask(AskStats(self.new_id()), Stats), STATS_S)
+        except (asyncio.TimeoutError, TimeoutError) as error:
+            raise EngineError("unavailable", STALLED) from error
 
     async def close(self) -> None:
         """Disconnect: the engine cancels what is still open."""
@@ -207,8 +219,8 @@ class EngineClient:
             self._writer.write(to_frame([cancel]))
 
     def _send(self, request: Request) -> "_Mailbox":
-        if self._writer is None or not self._ready.is_set():
-            raise EngineError("unavailable", STARTING)
+        if self._writer is None or not self.connected:
+            raise EngineError("unavailable", STALLED if self.stalled else STARTING)
         mailbox = self._answers[request.request_id] = _Mailbox()
         self._writer.write(to_frame([request]))
         return mailbox
@@ -234,10 +246,29 @@ class EngineClient:
                 if isinstance(message, Models):
                     self._models = message.models
                     self._ready.set()
+                elif isinstance(message, Beat):
+                    self._beat()
                 elif mailbox := self._answers.get(getattr(message, "request_id", "")):
                     mailbox.put(message)
 
+    def _beat(self) -> None:
+        """Wait anew for the next heartbeat."""
+        if self.stalled:
+            log.warning("the engine responds again")
+        self._calm()
+        self._stalling = asyncio.get_running_loop().call_later(self.stall_s, self._stall)
+
+    def _stall(self) -> None:
+        self.stalled = True
+        log.error("the engine has not responded for %g s; new requests are refused", self.stall_s)
+
+    def _calm(self) -> None:
+        self.stalled = False
+        if self._stalling is not None:
+            self._stalling.cancel()
+
     def _lost(self) -> None:
+        self._calm()
         self._writer = None
         self._ready.clear()
         self._details.clear()
@@ -258,9 +289,10 @@ async def read_frame(reader: asyncio.StreamReader) -> list[Message]:
 
 
 class EngineProcess:
-    """An engine in a process of its own, started again whenever it dies.
+    """An engine in a process of its own, started again whenever it dies or hangs.
 
-    It ends with its parent, however that ends: its standard input is closed then.
+    It hangs when its computing thread, which writes heartbeats to standard output, has written none
+    for `hang_s`. It ends with its parent, however that ends: its standard input is closed then.
     """
 
     def __init__(self, settings: Settings, directory: str | os.PathLike[str] | None = None) -> None:
@@ -321,6 +353,7 @@ class EngineProcess:
         self._process = subprocess.Popen(
             [*command, settings_json(self.settings)],
             stdin=subprocess.PIPE,  # closed when this process ends, and with it the engine
+            stdout=subprocess.PIPE,  # heartbeats
             env=environment,
             start_new_session=True,  # a terminal's Ctrl-C is for the parent, which drains
         )
@@ -331,9 +364,7 @@ class EngineProcess:
         while not self._stopping.is_set():
             process, started = self._process, time.monotonic()
             assert process is not None
-            code = process.wait()
-            if process.stdin:
-                process.stdin.close()
+            code = self._await_end(process)
             if self._stopping.is_set():
                 return
             pause = shortest if time.monotonic() - started > START_S else min(2 * pause, longest)
@@ -342,6 +373,31 @@ class EngineProcess:
                 return
             self.restarts += 1
             self._spawn()
+
+    def _await_end(self, process: subprocess.Popen[bytes]) -> int:
+        """Return the exit code of a process, which is killed where its heart stops.
+
+        Only the time that passes while this process runs counts as silence: both may be frozen.
+        """
+        assert process.stdin is not None
+        assert process.stdout is not None
+        pulse = select.poll()
+        pulse.register(process.stdout, select.POLLIN)
+        silence_s, limit_s = 0.0, FIRST_BEAT_S
+        while silence_s < limit_s:
+            if not pulse.poll(1000 * LISTEN_S):
+                silence_s += LISTEN_S
+            elif os.read(process.stdout.fileno(), 4096):
+                silence_s, limit_s = 0.0, self.settings.hang_s
+            else:
+                break
+        else:
+            log.error("the engine has not responded for %g s; it is killed", limit_s)
+            process.kill()
+        code = process.wait()
+        process.stdin.close()
+        process.stdout.close()
+        return code
 
 
 def free_address(directory: Path) -> str:

@@ -45,10 +45,15 @@ Tell = Callable[[list[Event]], None]
 
 
 class Engine:
-    """All models and their sequences; what happens is told through `tell`, once per step."""
+    """All models and their sequences; what happens is told through `tell`, once per step.
 
-    def __init__(self, settings: Settings, tell: Tell) -> None:
-        self.settings, self.tell = settings, tell
+    `beat` is called between any two computations, and at least every IDLE_S.
+    """
+
+    def __init__(
+        self, settings: Settings, tell: Tell, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        self.settings, self.tell, self.beat = settings, tell, beat
         self.registry = Registry(settings.models, settings.runs_dir, settings.default_model)
         self.counters = Counters()
         self.cache_bytes = all_cache_bytes(settings)
@@ -73,6 +78,7 @@ class Engine:
             self._waiting.setdefault(self.registry.entries[0].id, [])
             self._load_next()
         while not self._ended:
+            self.beat()
             self.take_inbox(wait=not self.computes)
             self.step()
             if self._drain_until is not None:
@@ -103,6 +109,7 @@ class Engine:
         """Let every model compute once, and tell what came of it."""
         for runner in self._all_runners():
             self._events += runner.step()
+            self.beat()
         self.retiring = [runner for runner in self.retiring if not runner.scheduler.idle]
         self._load_next()
         if self._events:

@@ -28,6 +28,7 @@ FailureKind = Literal[
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Heartbeat = Annotated[float, Field(ge=2, le=86_400, allow_inf_nan=False)]  # comes every second
 Seconds = Annotated[float, Field(gt=0, le=86_400 * 366, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=86_400 * 366, allow_inf_nan=False)]
 Words = Annotated[
@@ -61,6 +62,7 @@ class Settings:
     chunk_tokens: Count = 64  # prompts are read in pieces of this many tokens
     watch_s: Seconds = 2.0  # how often to look for new checkpoints
     drain_s: SecondsOrZero = 30.0  # how long open requests may take to finish on SIGTERM
+    hang_s: Heartbeat = 60.0  # without a heartbeat of the computing thread: killed and restarted
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,11 @@ class Models:
 
 
 @dataclass(frozen=True)
+class Beat:
+    """A heartbeat of the computing thread, sent to every front end about once a second."""
+
+
+@dataclass(frozen=True)
 class Histogram:
     """How often a duration was at most each of `bounds` (seconds); the last count is the rest."""
 
@@ -309,6 +316,7 @@ Message = (
     | Classified
     | ModelDetails
     | Models
+    | Beat
     | Stats
 )
 

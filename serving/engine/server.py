@@ -7,9 +7,11 @@ import asyncio
 import hmac
 import logging
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -19,21 +21,28 @@ from typing import Any
 from serving.engine.client import SECRET_VARIABLE, read_frame
 from serving.engine.engine import Engine
 from serving.engine.loading import choose_device
-from serving.engine.messages import Hello, Message, Settings, to_frame
+from serving.engine.messages import Beat, Hello, Message, Settings, to_frame
 from serving.engine.native import load_library
 from serving.engine.runner import Event
 
+BEAT_S = 0.4  # the shortest time between two heartbeats
 MAX_UNSENT_BYTES = 64 * 2**20  # a front end that does not read is cut off
 
 log = logging.getLogger(__name__)
 
 
 class Server:
-    """Front ends' connections: what they send is posted to the engine, what it tells is sent."""
+    """Front ends' connections: what they send is posted to the engine, what it tells is sent.
 
-    def __init__(self, settings: Settings, address: str, secret: str) -> None:
+    Heartbeats are bytes on the descriptor `pulse`, and messages to the front ends.
+    """
+
+    def __init__(
+        self, settings: Settings, address: str, secret: str, pulse: int | None = None
+    ) -> None:
         self.settings, self.address, self.secret = settings, address, secret
-        self.engine = Engine(settings, self._tell)
+        self.pulse, self._beaten = pulse, 0.0
+        self.engine = Engine(settings, self._tell, self._beat)
         self.front_ends: set[asyncio.StreamWriter] = set()
         self.talks: set[asyncio.Task[Any]] = set()
 
@@ -90,7 +99,7 @@ class Server:
         if not isinstance(hello, Hello) or not hmac.compare_digest(hello.secret, self.secret):
             raise ConnectionError("no secret, or another")
         self.front_ends.add(writer)
-        writer.write(to_frame([self.engine.models()]))
+        writer.write(to_frame([self.engine.models(), Beat()]))  # others are to follow
         for message in others:
             self.engine.post(partial(self.engine.accept, writer, message))
 
@@ -101,6 +110,16 @@ class Server:
             by_client.setdefault(client, []).append(message)
         frames = [(client, to_frame(messages)) for client, messages in by_client.items()]
         self.loop.call_soon_threadsafe(self._send, frames)
+
+    def _beat(self) -> None:
+        """Show that the engine's thread moves (called in it)."""
+        if time.monotonic() - self._beaten < BEAT_S:
+            return
+        self._beaten = time.monotonic()
+        if self.pulse is not None and select.select([], [self.pulse], [], 0)[1]:
+            with suppress(OSError):  # the parent process is gone
+                os.write(self.pulse, b"\0")
+        self._tell([Event(None, Beat())])
 
     def _send(self, frames: list[tuple[object, bytes]]) -> None:
         for client, frame in frames:
@@ -149,8 +168,8 @@ async def _in_thread(work: Callable[[], None], name: str) -> None:
         raise raised[0]
 
 
-def run(address: str, settings: Settings) -> None:
-    """Run an engine until it is told to end."""
+def run(address: str, settings: Settings, pulse: int | None = None) -> None:
+    """Run an engine until it is told to end; its heartbeats are written to `pulse`."""
     import torch
 
     if settings.threads is not None:
@@ -159,6 +178,6 @@ def run(address: str, settings: Settings) -> None:
         load_library()  # an engine that listens is ready
     secret = os.environ.get(SECRET_VARIABLE, "")
     try:
-        asyncio.run(Server(settings, address, secret).serve())
+        asyncio.run(Server(settings, address, secret, pulse).serve())
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has ended as asked
