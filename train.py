@@ -434,6 +434,7 @@ def tokenizer_key(node: Mapping[str, Any]) -> str:
 
 def explain(error: Exception) -> str:
     """Return an error as one sentence; nothing for a rank whose rank zero has spoken."""
+    from nanogpt.command import out_of_memory
     from nanogpt.training.launch import Ranks, RankZeroFailedError
 
     first_line = str(error).strip().split("\n")[0]
@@ -443,6 +444,11 @@ def explain(error: Exception) -> str:
         Ranks.from_environment().rank > 0 and (said_by_rank_zero or lost_rank_zero)
     ):
         return ""
+    if short := out_of_memory(error):
+        return (
+            f"{short}; free memory, or pass micro_batch=1, a smaller model, model.block_size or "
+            "tokens_per_step, or less data"
+        )
     if said_by_rank_zero:
         return first_line
     if isinstance(error, OmegaConfBaseException):

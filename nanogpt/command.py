@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import select
 import sys
 from collections.abc import Callable
@@ -20,9 +21,24 @@ EXPECTED: tuple[type[Exception], ...] = (
 )
 
 
+OUT_OF_MEMORY = re.compile("out of memory|n.t allocate memory|cannot allocate|ALLOC_FAILED", re.I)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its kind where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Return what says that memory was short, of the machine or of a device; else nothing."""
+    said = first_line(error)
+    known = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(said)
+    )
+    if not known:
+        return ""
+    detail = re.split(r"(?<=\.) (?=[A-Z])", said.rpartition("DefaultCPUAllocator: ")[2])[:2]
+    return f"out of memory ({' '.join(detail).rstrip('.')})"
 
 
 class OutputClosedError(BrokenPipeError):
@@ -102,10 +118,14 @@ def run_command(
         sys.stdout.flush()
     except OutputClosedError:
         return 0
-    except EXPECTED + also as error:
+    except (*EXPECTED, MemoryError, *also) as error:
         with suppress(OSError):
             sys.stdout.flush()
-        print(f"{name}: {say(error)}", file=sys.stderr)
+        short = out_of_memory(error)
+        said = (
+            f"{short}; pass a smaller model, batch or file, or free memory" if short else say(error)
+        )
+        print(f"{name}: {said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if interrupted:

@@ -8,6 +8,7 @@ from nanogpt.evaluation.classification import (
     baselines,
     confusion_matrix,
     majority_class,
+    reduced_confusion,
     scores,
 )
 
@@ -65,3 +66,11 @@ def test_the_majority_baseline_has_the_accuracy_of_its_share() -> None:
     figures = baselines(TEXTS, [1, 1, 1, 0], ["free", "home", "home"], [1, 0, 0], 2)
     assert figures["majority"]["accuracy"] == pytest.approx(1 / 3)
     assert figures["majority"]["macro_f1"] == pytest.approx((2 / 4 + 0) / 2)
+
+
+def test_a_reduced_confusion_keeps_the_classes_with_the_most_mistakes() -> None:
+    confusion = np.array([[9, 0, 0, 1], [0, 8, 0, 0], [0, 0, 7, 4], [0, 0, 0, 6]])
+    labels, reduced = reduced_confusion(["a", "b", "c", "d"], confusion, 3)
+    assert labels == ["c", "d", "2 others"]
+    assert reduced.tolist() == [[7, 4, 0], [0, 6, 0], [0, 1, 17]]
+    assert reduced_confusion(["a", "b", "c", "d"], confusion, 4)[1] is confusion

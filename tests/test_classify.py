@@ -178,10 +178,16 @@ def test_the_confusion_picture_has_a_cell_per_pair_and_says_them_in_words() -> N
     assert picture.count('fill-opacity="0.540"') == 1  # all of a row in one cell
 
 
-def test_many_classes_get_no_picture() -> None:
-    labels = [f"class {i}" for i in range(21)]
-    confusion = np.eye(21, dtype=int).tolist()
-    assert "<svg" not in classes_section(summary(labels=labels, confusion=confusion))
+def test_of_many_classes_the_most_confused_are_pictured() -> None:
+    labels = [f"class {i}" for i in range(25)]
+    confusion = np.eye(25, dtype=int) * 9
+    confusion[24, 23] = 5
+    page = classes_section(summary(labels=labels, confusion=confusion.tolist()))
+    assert page.count("<rect") == 20 * 20
+    assert "class 24: " in page
+    assert "5 as class 23, 9 as class 24" in page
+    assert "6 others" in page
+    assert "class 18: " not in page
 
 
 def test_other_stages_have_no_section_on_classes() -> None:

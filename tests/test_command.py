@@ -1,5 +1,6 @@
 """How commands end, and output that cannot be written."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nanogpt.command import run_command
+from train import explain
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
 WORK = """
@@ -42,6 +45,35 @@ def test_what_goes_wrong_is_said_in_one_line(
 ) -> None:
     assert run_command("a.command", lambda: failing(error)) == 1
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (MemoryError(), "MemoryError"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "[Errno 12] Cannot allocate memory"),
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8"
+            ),
+            "CUDA out of memory. Tried to allocate 2.00 GiB",
+        ),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+                "memory: you tried to allocate 4 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            "can't allocate memory: you tried to allocate 4 bytes. Error code 12 (Cannot allocate "
+            "memory)",
+        ),
+    ],
+)
+def test_out_of_memory_is_one_sentence(
+    error: Exception, found: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("a.command", lambda: failing(error)) == 1
+    assert capsys.readouterr().err.startswith(f"a.command: out of memory ({found}); pass a smaller")
+    assert explain(error).startswith(f"out of memory ({found}); free memory, or pass micro_batch=1")
 
 
 def test_an_interrupted_command_says_what_is_next(capsys: pytest.CaptureFixture[str]) -> None:

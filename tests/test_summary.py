@@ -1,11 +1,22 @@
 """What a run says at its end."""
 
+import logging
 import shlex
 from pathlib import Path
 
 import pytest
 
-from nanogpt.training.summary import next_commands
+from nanogpt.training.summary import next_commands, tell
+
+
+@pytest.mark.parametrize(("mfu", "shown"), [(0.0, ""), (0.38, ", MFU 38 %")])
+def test_an_unknown_mfu_is_left_out(
+    mfu: float, shown: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    figures = {"stage": "pretrain", "steps": 2, "tokens": 512, "wall_s": 2, "train_s": 1}
+    with caplog.at_level(logging.INFO):
+        tell({**figures, "tokens_per_s": 512.0, "mfu": mfu, "val_loss": 1.0}, Path("r"), [])
+    assert f"(512 tokens/s{shown})" in caplog.text
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "instruct"])

@@ -20,7 +20,12 @@ from nanogpt.data.records import PASS_OVER
 from nanogpt.data.splits import Example
 from nanogpt.data.text import TextFiles
 from nanogpt.evaluation import hellaswag, instructions, lambada, perplexity
-from nanogpt.evaluation.classification import confusion_matrix, majority_class, scores
+from nanogpt.evaluation.classification import (
+    confusion_matrix,
+    majority_class,
+    reduced_confusion,
+    scores,
+)
 from nanogpt.evaluation.examples import Benchmark, find_benchmark
 from nanogpt.evaluation.judge import Judge, environment_key
 from nanogpt.evaluation.judge import evaluate as ask_judge
@@ -93,8 +98,8 @@ def run_classify(checkpoint: Checkpoint, options: argparse.Namespace) -> Results
     predicted = class_probabilities(model, checkpoint.tokenizer, texts).argmax(-1).tolist()
     confusion = confusion_matrix(numbers, predicted, len(labels))
     guessed = confusion_matrix(numbers, [majority_class(numbers)] * len(numbers), len(labels))
-    if len(labels) <= MOST_CLASSES:
-        print(f"{checkpoint.path}\n{confusion_text(confusion, labels)}\n")
+    names, shown = reduced_confusion(labels, confusion, MOST_CLASSES)
+    print(f"{checkpoint.path}\n{confusion_text(shown, names)}\n")
     accuracy = scores(confusion)["accuracy"]
     return {
         **scores(confusion),

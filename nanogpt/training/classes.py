@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from nanogpt.evaluation.classification import reduced_confusion
 from nanogpt.training.page import details, escape, section
 
 CELL, MARGIN, TOP = 64, 116, 34  # of the picture, in pixels
@@ -29,9 +32,9 @@ def classes_section(summary: Mapping[str, Any]) -> str:
         return ""
     labels, confusion = summary["labels"], summary["confusion"]
     body = f'<div class="pair"><div class="card">{scores_table(summary)}</div>'
-    if len(labels) <= MOST_CLASSES:
-        body += f"<figure>{confusion_picture(labels, confusion)}</figure>"
-    body += "</div>" + mistakes_table(summary["mistakes"])
+    names, shown = reduced_confusion(labels, np.array(confusion), MOST_CLASSES)
+    body += f"<figure>{confusion_picture(names, shown.tolist())}</figure></div>"
+    body += mistakes_table(summary["mistakes"])
     n = sum(map(sum, confusion))
     return section("Classes", body, f"on {n:,} test examples, looked at once, after training")
 

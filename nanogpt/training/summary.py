@@ -50,13 +50,13 @@ def summarise(
 def tell(summary: Mapping[str, Any], run_dir: Path, prompts: Sequence[str]) -> None:
     """Say what was reached and what may come next, with the first of the data's prompts."""
     log.info(
-        "finished: %s steps, %s tokens in %s, %s of it training (%s tokens/s, MFU %s)",
+        "finished: %s steps, %s tokens in %s, %s of it training (%s tokens/s%s)",
         summary["steps"],
         f"{summary['tokens']:,}",
         duration(summary["wall_s"]),
         duration(summary["train_s"]),
         f"{summary['tokens_per_s']:,.0f}",
-        percent(summary["mfu"]),
+        f", MFU {percent(summary['mfu'])}" if summary["mfu"] else "",  # 0 where it is unknown
     )
     log.info("%s", reached(summary))
     log.info("report: %s", run_dir / "report.html")
