@@ -114,15 +114,21 @@ class Template:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
     ) -> Encoded:
         """Return the ids of a conversation, and which of them are responses'.
 
         The end of a response belongs to it. With `add_generation_prompt` the assistant's turn is
-        opened at the end, for a model to fill.
+        opened at the end, for a model to fill; with `continue_final_message` it is the last
+        message, which is left open.
         """
         ids: list[int] = []
         is_response: list[bool] = []
-        pieces = _pieces(self.render(messages, add_generation_prompt=add_generation_prompt))
+        segments = self.render(messages, add_generation_prompt=add_generation_prompt)
+        if continue_final_message:
+            content = messages[-1].content
+            segments[-2:] = [Segment(content.lstrip() if self.trims else content, False, True)]
+        pieces = _pieces(segments)
         for (special, response), group in groupby(pieces, key=lambda piece: piece[1:]):
             texts = [piece[0] for piece in group]
             if special:

@@ -212,6 +212,10 @@ class _Table:
         """The id that begins every text, None where the tokenizer declares none, as ours."""
         return None if self.bos_token is None else self.special_tokens[self.bos_token]
 
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of the text."""
+        raise NotImplementedError
+
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids that a model reads of a text, after the `bos_id` where there is one.
 

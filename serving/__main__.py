@@ -19,7 +19,7 @@ from serving import environment
 from serving.api.auth import is_loopback
 from serving.api.connection import Connection
 from serving.api.settings import ApiSettings, Binding
-from serving.app import ENGINE_VARIABLE, engine_settings
+from serving.app import ENGINE_VARIABLE, engine_settings, term_at_hangup
 from serving.engine.client import SECRET_VARIABLE, EngineProcess
 from serving.engine.messages import Settings
 from serving.logs import configure
@@ -35,6 +35,7 @@ def main() -> int:
     configure()
     # uvicorn raises the signal that ended it once more when all is done.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
+    term_at_hangup()
     try:
         binding, settings = read_settings(os.environ)
     except ValueError as error:
@@ -136,7 +137,12 @@ def run(binding: Binding, settings: ApiSettings, listening: socket.socket) -> No
             raise OSError("the server could not start; its log says why")
         return
     with shared_engine():
-        Multiprocess(config, [listening]).run()
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+        handler = signal.getsignal(hangup)
+        supervisor = Multiprocess(config, [listening])
+        if hangup != signal.SIGTERM:
+            signal.signal(hangup, handler)
+        supervisor.run()
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from serving.api.local import LocalOnly
 from serving.api.logs import RequestLog
 from serving.api.metrics import Metrics
 from serving.api.models import Catalogue
+from serving.api.paths import Paths
 from serving.api.schemas import ErrorAnswer
 from serving.api.settings import ApiSettings, Binding
 from serving.engine.client import EngineClient, EngineProcess
@@ -84,6 +85,7 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
     app.add_middleware(Cors, origins=origins, private_network=settings.cors_private_network)
     app.add_middleware(LocalOnly, settings=settings, origins=origins)
     app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(Paths)
     return app
 
 
@@ -177,6 +179,13 @@ def _drain(front: FrontEnd) -> None:
     loop.call_later(front.settings.drain_s, lambda: loop.create_task(front.client.close()))
 
 
+def term_at_hangup() -> None:
+    """Let SIGHUP, of a terminal that closes, be SIGTERM, unless it is ignored (nohup)."""
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+        signal.signal(hangup, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+
 @contextlib.contextmanager
 def _at_signal(action: Callable[[], None]) -> Any:
     """Do something when the process is asked to end, before its server does what it does."""
@@ -195,6 +204,7 @@ def _at_signal(action: Callable[[], None]) -> Any:
 
     for number in asked:
         signal.signal(number, handle)
+    term_at_hangup()
     try:
         yield
     finally:

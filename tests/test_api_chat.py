@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -64,10 +65,10 @@ def test_a_content_that_spells_a_special_token_stays_text(
 
 
 def test_content_may_come_in_parts(client: openai.OpenAI, engine: FakeEngine) -> None:
-    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    parts = [{"type": "text", "text": "first"}, {"type": "text", "text": "second"}]
     ask(client, messages=[{"role": "user", "content": parts}])
     in_parts = generated(engine)[-1].prompt_ids
-    ask(client)
+    ask(client, messages=[{"role": "user", "content": "first\nsecond"}])
     assert generated(engine)[-1].prompt_ids == in_parts
 
 
@@ -260,3 +261,62 @@ class BusyOnce(FakeEngine):
         is_first = isinstance(message, Generate) and not generated(self)
         self.failure = ("overloaded", "The queue is full.") if is_first else None
         super()._receive(message, writer)
+
+
+def test_the_final_message_is_continued(client: openai.OpenAI, engine: FakeEngine) -> None:
+    begun = [*HELLO, {"role": "assistant", "content": "Once "}]
+    body = {"add_generation_prompt": False, "continue_final_message": True}
+    ask(client, messages=begun, extra_body=body)
+    text = byte_tokenizer().decode(generated(engine)[-1].prompt_ids)
+    assert text == "User:\nHello\n\nAssistant:\nOnce "
+
+
+def test_an_answer_may_be_begun_without_a_question(
+    client: openai.OpenAI, engine: FakeEngine
+) -> None:
+    begun = [{"role": "assistant", "content": "Once"}]
+    ask(client, messages=begun, extra_body={"continue_final_message": True})
+    assert byte_tokenizer().decode(generated(engine)[-1].prompt_ids) == "Assistant:\nOnce"
+
+
+@pytest.mark.parametrize(
+    ("messages", "body", "param"),
+    [
+        (HELLO, {"continue_final_message": True}, "messages"),
+        (
+            [{"role": "assistant", "content": "x"}],
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+        ),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(
+    client: openai.OpenAI, messages: Any, body: dict[str, object], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, messages=messages, extra_body=body)
+    assert refused.value.param == param
+
+
+def test_the_assistant_s_turn_may_be_left_closed(client: openai.OpenAI, engine: FakeEngine) -> None:
+    ask(client, extra_body={"add_generation_prompt": False})
+    assert byte_tokenizer().decode(generated(engine)[-1].prompt_ids) == "User:\nHello\n\n"
+
+
+def test_tokenize_gives_the_ids_that_are_continued(url: str, engine: FakeEngine) -> None:
+    begun = [*HELLO, {"role": "assistant", "content": "Once "}]
+    for flags in ({"continue_final_message": True}, {"add_generation_prompt": False}, {}):
+        body = {"messages": begun, **flags}
+        answer = httpx.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 1})
+        counted = httpx.post(f"{url}/tokenize", json=body).json()
+        assert counted["tokens"] == generated(engine)[-1].prompt_ids
+        assert counted["count"] == answer.json()["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_minus_one_is_as_many_tokens_as_fit(
+    client: openai.OpenAI, engine: FakeEngine, name: str
+) -> None:
+    ask(client, **{name: -1})
+    asked = generated(engine)[-1]
+    assert asked.params.max_tokens == 1024 - len(asked.prompt_ids)

@@ -122,7 +122,7 @@ def test_the_token_itself_is_among_the_likeliest(url: str) -> None:
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": -0.1}, "top_p"),
         ({"repetition_penalty": 1e-45}, "repetition_penalty"),
-        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),
         ({"stop": ["a"] * 17}, "stop"),
@@ -164,3 +164,63 @@ def test_lone_surrogates_are_read_as_replacement_characters(url: str, engine: Fa
     answer = httpx.post(f"{url}/v1/completions", content=raw, headers=headers)
     assert answer.status_code == 200
     assert generated(engine)[-1].prompt_ids == [*"\ufffd".encode()]
+
+
+def test_minus_one_is_as_many_tokens_as_fit(url: str, engine: FakeEngine) -> None:
+    complete(url, prompt="hi", max_tokens=-1)
+    assert generated(engine)[-1].params.max_tokens == 62
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("function_call", {"name": "f"}),
+        ("response_format", {"type": "json_object"}),
+        ("response_format", SCHEMA),
+        ("guided_json", {"type": "object"}),
+        ("guided_regex", "a+"),
+        ("guided_choice", ["a", "b"]),
+        ("guided_grammar", "root ::= 'a'"),
+        ("structured_outputs", {"choice": ["a"]}),
+        ("grammar", "root ::= 'a'"),
+        ("json_schema", {"type": "object"}),
+        ("best_of", 2),
+        ("use_beam_search", True),
+        ("min_tokens", 5),
+        ("bad_words", ["a"]),
+        ("allowed_token_ids", [1]),
+        ("prompt_logprobs", 0),
+        ("truncate_prompt_tokens", 10),
+        ("modalities", ["text", "audio"]),
+    ],
+)
+def test_what_must_change_the_answer_and_cannot_is_refused_by_name(
+    url: str, path: str, name: str, value: object
+) -> None:
+    body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], name: value}
+    answer = httpx.post(url + path, json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == name
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_what_asks_for_nothing_passes(url: str, path: str) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    neutral = [
+        {"tools": [tool], "tool_choice": "auto", "parallel_tool_calls": True},
+        {"tool_choice": "none", "function_call": "auto", "functions": []},
+        {"response_format": {"type": "text"}, "best_of": 1, "min_tokens": 0, "bad_words": []},
+        {"modalities": ["text"], "grammar": "", "use_beam_search": False, "length_penalty": 1.0},
+        {"guided_json": None, "typical_p": 1, "user": "me", "metadata": {"a": "b"}, "store": True},
+    ]
+    for fields in neutral:
+        body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], **fields}
+        assert httpx.post(url + path, json=body).status_code == 200, fields

@@ -251,3 +251,10 @@ def test_a_directory_may_fill_later(tmp_path: Path) -> None:
     assert registry.rescan()
     assert not registry.rescan()
     assert registry.find("a")
+
+
+def test_an_entry_has_the_context_of_its_model(tmp_path: Path) -> None:
+    write_model(tmp_path / "text" / "last.ckpt", block_size=48)
+    touch(tmp_path / "broken" / "last.ckpt")
+    found = {entry.id: entry.max_model_len for entry in find_entries(tmp_path)}
+    assert found == {"text": 48, "broken": None}

@@ -277,28 +277,46 @@ def started(
             server.wait()
 
 
-def streamed(url: str, server: subprocess.Popen[bytes], max_tokens: int) -> list[str]:
+def streamed(
+    url: str, server: subprocess.Popen[bytes], max_tokens: int, signum: int = signal.SIGTERM
+) -> list[str]:
     """Return the lines of a stream, during which the server is told to end."""
     body = {"max_tokens": max_tokens, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
         lines = answer.iter_lines()
         first = next(lines)
-        server.send_signal(signal.SIGTERM)
+        server.send_signal(signum)
         return [first, *(line for line in lines if line)]
 
 
 @POSIX
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_server_told_to_end_finishes_its_answers_and_ends_with_0(
-    tmp_path: Path, workers: int
+    tmp_path: Path, workers: int, signum: int
 ) -> None:
     engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 100), delay_s=0.01)
     with started(engine, NANOGPT_WORKERS=str(workers)) as (url, server):
-        lines = streamed(url, server, 100)
+        lines = streamed(url, server, 100, signum)
         assert server.wait(30) == 0
     assert lines[-1] == "data: [DONE]"
     assert not any('"error"' in line for line in lines)
     assert len(generated(engine)) == 1
+
+
+@POSIX
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path, workers: int) -> None:
+    def as_nohup() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("a"))
+    output = {"preexec_fn": as_nohup}
+    with started(engine, output, NANOGPT_WORKERS=str(workers)) as (url, server):
+        server.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert httpx.get(f"{url}/ready").status_code == 200
+        assert server.poll() is None
 
 
 @POSIX

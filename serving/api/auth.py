@@ -116,7 +116,7 @@ def _given_key(headers: Headers) -> bytes | None:
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token.strip():
         return token.strip().encode("latin-1")
-    key = headers.get("x-api-key", "")
+    key = headers.get("x-api-key", "").strip() or headers.get("api-key", "").strip()  # Azure's
     return key.encode("latin-1") if key else None
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from serving.api.errors import ApiError
 from serving.api.front_end import front_end
 from serving.api.generation import Piece, Token
 from serving.api.sampling import each, params_of, room_for
@@ -18,10 +17,14 @@ router = APIRouter()
 @router.post("/chat/completions", responses=STREAMS)
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
-    _check_format(body)
     front = front_end(request)
     model = await front.language_model(request, body)
-    ids = await model.encode_chat(body.messages, to_answer=True)
+    ids = await model.encode_chat(
+        body.messages,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        to_answer=True,
+    )
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     max_tokens = room_for(ids, wanted, model, "messages")
     params = params_of(
@@ -126,10 +129,3 @@ class ChatFormat:
         raw = self._token_bytes[token_id]
         text = raw.decode("utf-8", "replace")
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
-
-
-def _check_format(body: ChatRequest) -> None:
-    if body.response_format and body.response_format.type != "text":
-        kind = body.response_format.type[:40]
-        message = f"response_format {kind!r} is not supported; use text."
-        raise ApiError(400, message, param="response_format")

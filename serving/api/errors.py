@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.api.paths import alternative
 from serving.engine.client import EngineError
 from serving.engine.messages import FailureKind
 from serving.logs import of_request
@@ -140,7 +141,9 @@ def install(app: FastAPI) -> None:
 def _of_status(request: Request, error: HTTPException) -> ApiError:
     asked = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        message = f"There is no {asked}; the API is under /v1, and GET /v1 lists it."
+        other = alternative(request.url.path)
+        use = f"use {other}" if other else "the API is under /v1"
+        message = f"There is no {asked[:200]}; {use}, and GET /v1 lists the routes."
         return ApiError(404, message, code="not_found")
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")

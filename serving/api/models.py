@@ -54,19 +54,31 @@ class ServedModel:
         return encode(text)
 
     async def encode_chat(
-        self, messages: Sequence[ChatMessage], *, to_answer: bool = False
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        to_answer: bool = False,
     ) -> list[int]:
         """Return the ids of a conversation, the assistant's turn opened at its end.
 
-        Raises ApiError where the template cannot hold it, where it needs tokens that the model
+        With `continue_final_message` that turn already holds the last message. Raises ApiError
+        where the template cannot hold the conversation, where it needs tokens that the model
         lacks, and with `to_answer` for a conversation that cannot fit the context.
         """
+        if continue_final_message:
+            _check_continues(messages, add_generation_prompt)
         conversation = to_messages(messages)
         n_chars = sum(len(message.content) for message in conversation)
         if to_answer:
             self.check_chars(n_chars, "messages")
         encode = partial(
-            self.template.encode, self.tokenizer, conversation, add_generation_prompt=True
+            self.template.encode,
+            self.tokenizer,
+            conversation,
+            add_generation_prompt=add_generation_prompt is not False and not continue_final_message,
+            continue_final_message=bool(continue_final_message),
         )
         try:
             if n_chars + MESSAGE_CHARS * len(conversation) > LONG_CHARS:
@@ -144,6 +156,7 @@ def describe(info: ModelInfo) -> dict[str, Any]:
         "id": info.id,
         "object": "model",
         "created": info.created,
+        "max_model_len": info.max_model_len,
         "owned_by": "nanogpt",
         "name": info.name or info.id,
         "aliases": info.aliases,
@@ -174,7 +187,23 @@ def _text(message: ChatMessage) -> str:
                 f"A message has a part of type {kind!r}; this server reads text only.",
                 param="messages",
             )
-    return "".join(part.text or "" for part in message.content)
+    return "\n".join(part.text or "" for part in message.content)
+
+
+def _check_continues(messages: Sequence[ChatMessage], add_generation_prompt: bool | None) -> None:
+    if add_generation_prompt:
+        raise ApiError(
+            400,
+            "Use either continue_final_message or add_generation_prompt.",
+            param="continue_final_message",
+        )
+    if messages[-1].role != "assistant":
+        raise ApiError(
+            400,
+            f"continue_final_message continues the assistant's message, and the last one is of "
+            f"role {messages[-1].role!r}.",
+            param="messages",
+        )
 
 
 def _build(info: ModelInfo, details: ModelDetails) -> ServedModel:

@@ -29,7 +29,7 @@ HEADERS = {
 router = APIRouter(include_in_schema=False)
 
 
-@router.api_route("/", methods=["GET", "HEAD"])
+@router.get("/")
 async def page() -> Response:
     """Return the page where one talks to the models."""
     return FileResponse(STATIC / "index.html", headers=HEADERS)

@@ -71,7 +71,11 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     model = await front_end(request).load(request, body.model, "generate" if chats else None)
     text = body.content if body.prompt is None else body.prompt
     if body.messages:
-        ids = await model.encode_chat(body.messages)
+        ids = await model.encode_chat(
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+        )
     elif text is not None:
         ids = await model.encode(text, add_special_tokens=body.add_special_tokens)
     else:

@@ -45,16 +45,16 @@ def each(params: SamplingParams, body: SamplingRequest, max_tokens: int) -> list
 
 
 def room_for(ids: Sequence[int], wanted: int | None, model: ServedModel, param: str) -> int:
-    """Return how many tokens may follow a prompt: those wanted, or fewer where the context ends.
+    """Return how many tokens may follow a prompt: those wanted, at most to the end of the context.
 
-    Raises ApiError where there is room for none.
+    -1 is as many as fit. Raises ApiError where there is room for none.
     """
     room = model.details.block_size - len(ids)
     if wanted == 0 and room >= 0:
         return 0
     if room < 1:
         raise model.too_long(f"{len(ids)}", param)
-    return room if wanted is None else min(wanted, room)
+    return room if wanted is None or wanted < 0 else min(wanted, room)
 
 
 def seeds(seed: int | None, n: int) -> list[int]:

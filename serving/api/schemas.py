@@ -7,6 +7,7 @@ The OpenAI API's fields and ranges, and those of other servers for what it lacks
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -38,7 +39,7 @@ def _whole(value: Any) -> Any:
 Whole = BeforeValidator(_whole)  # after the limits, or the OpenAPI document lacks these
 Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**64), Whole]
 Count = Annotated[StrictInt, Field(ge=1), Whole]
-FromZero = Annotated[StrictInt, Field(ge=0), Whole]
+MaxTokens = Annotated[StrictInt, Field(ge=-1), Whole]  # -1: as many as fit
 TopK = Annotated[StrictInt, Field(ge=-1), Whole]
 Logprobs = Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS), Whole]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -75,6 +76,23 @@ def _few_biases(value: Any) -> Any:
     return value
 
 
+def only(*neutral: Any) -> AfterValidator:
+    """Return what refuses a value that cannot be honoured: all but null and the neutral ones."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in neutral:
+            use = "".join(f", or use {v}" for v in neutral if v or v == 0)
+            raise PydanticCustomError("unsupported", f"It is not supported; leave it out{use}")
+        return value
+
+    return AfterValidator(check)
+
+
+Unsupported = Annotated[Any, only("", [], {})]
+UnsupportedFlag = Annotated[Any, only(False)]
+ToolChoice = Annotated[Any, only("auto", "none")]
+
+
 class ErrorObject(BaseModel):
     """What was wrong; clients show `message` and act on `code`."""
 
@@ -96,13 +114,50 @@ class StreamOptions(BaseModel):
     include_usage: StrictBool | None = None
 
 
-class SamplingRequest(BaseModel):
+class ResponseFormat(BaseModel):
+    """The form of an answer; text is all there is."""
+
+    type: Annotated[StrictStr, only("text")]
+
+
+class UnsupportedFields(BaseModel):
+    """Fields of other servers that would change the answer, and that this one cannot honour."""
+
+    best_of: Annotated[Any, only(1)] = None
+    use_beam_search: UnsupportedFlag = None
+    length_penalty: Annotated[Any, only(1)] = None
+    min_tokens: Annotated[Any, only(0)] = None
+    bad_words: Unsupported = None
+    allowed_token_ids: Unsupported = None
+    truncate_prompt_tokens: Unsupported = None
+    prompt_logprobs: Unsupported = None
+    typical_p: Annotated[Any, only(1)] = None
+    mirostat: Annotated[Any, only(0)] = None
+    no_repeat_ngram_size: Annotated[Any, only(0)] = None
+    tool_choice: ToolChoice = None
+    function_call: ToolChoice = None
+    modalities: Annotated[Any, only([], ["text"])] = None
+    audio: Unsupported = None
+    grammar: Unsupported = None
+    json_schema: Unsupported = None
+    regex: Unsupported = None
+    ebnf: Unsupported = None
+    structured_outputs: Unsupported = None
+    guided_json: Unsupported = None
+    guided_regex: Unsupported = None
+    guided_choice: Unsupported = None
+    guided_grammar: Unsupported = None
+    guided_decoding: Unsupported = None
+
+
+class SamplingRequest(UnsupportedFields):
     """What chat and completions share."""
 
     model_config = ConfigDict(extra="ignore")
 
     model: Name | None = None
-    max_tokens: FromZero | None = None
+    max_tokens: MaxTokens | None = None
+    response_format: ResponseFormat | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None  # 0: the likeliest token
     top_k: TopK | None = None  # 0 and -1: off
@@ -155,20 +210,16 @@ class ChatMessage(BaseModel):
     content: StrictStr | Items[ContentPart] | None = None
 
 
-class ResponseFormat(BaseModel):
-    """The form of an answer; text is all there is."""
-
-    type: StrictStr
-
-
 class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[Items[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: FromZero | None = None
+    max_completion_tokens: MaxTokens | None = None
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None  # of the assistant
+    echo: UnsupportedFlag = None
     logprobs: StrictBool | None = None
     top_logprobs: Logprobs | None = None
-    response_format: ResponseFormat | None = None
 
 
 class TokenizeRequest(BaseModel):
@@ -179,6 +230,8 @@ class TokenizeRequest(BaseModel):
     content: StrictStr | None = None
     add_special_tokens: StrictBool | None = None  # of a text; false: the text alone
     messages: Items[ChatMessage] | None = None
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
 
 
 class DetokenizeRequest(BaseModel):
@@ -200,6 +253,6 @@ class PredictRequest(BaseModel):
 
     model: Name | None = None
     input_data: StrictStr
-    max_tokens: Count | None = None
+    max_tokens: MaxTokens | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     seed: Seed | None = None

@@ -17,7 +17,6 @@ from serving.engine.messages import Stats
 router = APIRouter()
 
 
-@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> Response:
     """Say that this front end lives, and whether the engine does (it is restarted if not)."""
@@ -26,7 +25,6 @@ async def health(request: Request) -> Response:
     return json_response({"status": "ok", "engine": engine})
 
 
-@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(request: Request) -> Response:
     """Say whether requests are welcome: 503 while the engine starts and while the server ends."""

@@ -176,6 +176,7 @@ class Engine:
             default_to_generate=entry == self.registry.default_to_generate,
             default_to_classify=entry == self.registry.default_to_classify,
             name=entry.name,
+            max_model_len=entry.max_model_len,
         )
 
     def _accept(self, client: object, request: Generate | Score | Classify | Describe) -> None:

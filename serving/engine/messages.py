@@ -236,6 +236,7 @@ class ModelInfo:
     default_to_generate: bool  # of those for text
     default_to_classify: bool = False  # of those for labels
     name: str = ""  # the run's own
+    max_model_len: int | None = None  # tokens of the context, None for a broken file
 
 
 @dataclass(frozen=True)

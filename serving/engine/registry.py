@@ -54,6 +54,7 @@ class Entry:
     created: int  # seconds since 1970
     revision: str
     rank: int
+    max_model_len: int | None  # tokens of the context, None for a broken file
 
 
 class Registry:
@@ -88,7 +89,7 @@ class Registry:
         """Return the best ranked entry for a task; the default where it is configured or alone."""
         for entry in [] if self.default_name else ranked:
             with suppress(OSError):
-                if _task(entry.path, entry.revision) == task:
+                if _about(entry.path, entry.revision)[0] == task:
                     return entry
         return self.default
 
@@ -182,6 +183,7 @@ def _entry(path: Path, name: str) -> Entry | None:
     if not stat.S_ISREG(status.st_mode):
         return None
     id_ = model_id(name)
+    revision = f"{status.st_mtime_ns:x}-{status.st_size:x}"
     names = ((id_, name), (name.rpartition("/")[2],), (_slug(name).lower(),))
     return Entry(
         id=id_,
@@ -189,8 +191,9 @@ def _entry(path: Path, name: str) -> Entry | None:
         path=path,
         aliases=tuple(f"{n}{ending}" for ns in names for ending in ENDINGS for n in ns),
         created=int(status.st_mtime),
-        revision=f"{status.st_mtime_ns:x}-{status.st_size:x}",
+        revision=revision,
         rank=_rank(_run_dir(path) / "summary.json"),
+        max_model_len=_about(path, revision)[1],
     )
 
 
@@ -214,14 +217,16 @@ def _rank_once(path: Path, *version: int) -> int:
 
 
 @lru_cache(4096)
-def _task(path: Path, revision: str) -> Task | None:
-    """Return what a file's model is for, None for a broken file."""
+def _about(path: Path, revision: str) -> tuple[Task | None, int | None]:
+    """Return what a file's model is for and its context in tokens; None for a broken file."""
     try:
-        return "generate" if read_record(path)["labels"] is None else "classify"
+        record = read_record(path)
+        task: Task = "generate" if record["labels"] is None else "classify"
+        return task, int(record["model"]["block_size"])
     except OSError:  # may pass, and is not remembered
         raise
     except Exception:  # whatever a file can do to its reader: it is told when it is asked for
-        return None
+        return None, None
 
 
 def _told_apart(entries: list[Entry]) -> list[Entry]:

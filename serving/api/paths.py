@@ -1,0 +1,62 @@
+"""Addresses as clients write them: superfluous slashes, a doubled /v1, routes of other servers."""
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+CHAT, COMPLETIONS = "POST /v1/chat/completions", "POST /v1/completions"
+# Routes of the OpenAI API, of Anthropic's, Ollama's, llama.cpp's and TGI's, by the first part.
+ALTERNATIVES = {
+    **dict.fromkeys(("responses", "messages", "chat", "assistants", "threads", "realtime"), CHAT),
+    **dict.fromkeys(("edits", "completion", "generate", "infill", "batches"), COMPLETIONS),
+    **dict.fromkeys(("engines", "tags", "deployments"), "GET /v1/models"),
+    "moderations": "POST /classify",
+    "fine_tuning": "python train.py stage=instruct",
+}
+
+
+class Paths:
+    """Middleware that routes HEAD as GET, and an address of the API as it is meant.
+
+    Addresses of pages stay: the files of a page are relative to it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            root = scope.get("root_path", "")
+            path = normalized(scope["path"].removeprefix(root))
+            if path.startswith("/v1") or scope["method"] == "POST":
+                scope["path"] = root + path
+            if scope["method"] == "HEAD":
+                scope, send = {**scope, "method": "GET"}, _without_body(send)
+        await self.app(scope, receive, send)
+
+
+def _without_body(send: Send) -> Send:
+    async def send_headers(message: Message) -> None:
+        await send({**message, "body": b""} if "body" in message else message)
+
+    return send_headers
+
+
+def normalized(path: str) -> str:
+    """Return the address that is meant.
+
+    >>> normalized("/v1//chat/completions/"), normalized("/v1/v1/models"), normalized("/")
+    ('/v1/chat/completions', '/v1/models', '/')
+    """
+    parts = [part for part in path.split("/") if part]
+    while parts[:2] == ["v1", "v1"]:
+        del parts[0]
+    return "/" + "/".join(parts)
+
+
+def alternative(path: str) -> str:
+    """Return what to use instead of an unknown route, "" for nothing known."""
+    if (meant := normalized(path)) != path:
+        return meant
+    if path.endswith("/chat/completions"):
+        return CHAT
+    parts = [part for part in path.split("/") if part not in ("", "v1", "api", "openai")]
+    return ALTERNATIVES.get(parts[0] if parts else "", "")
