@@ -1,5 +1,6 @@
-"""Files and directories: durable renames, bounded reads, the names of runs."""
+"""Files and directories: locks, durable renames, bounded reads, the names of runs."""
 
+import logging
 import os
 import stat
 import unicodedata
@@ -8,7 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+PATIENCE_S = 1.0  # a longer wait is logged
 MAX_DEPTH = 32  # levels of directories below a directory of runs
+
+
+log = logging.getLogger("nanogpt")
+
+
+def wait_for_lock(lock: FileLock, work: str) -> AcquireReturnProxy:
+    """Acquire a lock; log the work of the process that holds it, where that takes long."""
+    try:
+        return lock.acquire(timeout=PATIENCE_S)
+    except Timeout:
+        log.info("waiting for the process that %s", work)
+        return lock.acquire()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

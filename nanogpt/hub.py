@@ -21,13 +21,13 @@ def check_reachable(wanted: str, instead: str) -> None:
 
     problem = "HF_HUB_OFFLINE is set"
     if not constants.HF_HUB_OFFLINE:
-        problem = _problem_of(constants.ENDPOINT)
+        problem = problem_of(constants.ENDPOINT)
     if problem:
         raise ConnectionError(f"{wanted} cannot be fetched: {problem}; {instead}")
 
 
-def _problem_of(endpoint: str) -> str:
-    """Return what is wrong with the way to an endpoint, nothing where it answers."""
+def problem_of(endpoint: str) -> str:
+    """Return why an endpoint does not answer within `ANSWERS_WITHIN_S` seconds, "" if it does."""
     found: list[str] = []
     # The name service has no time limit of its own, hence a thread that can be left behind.
     thread = threading.Thread(target=lambda: found.append(_ask(endpoint)), daemon=True)

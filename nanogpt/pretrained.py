@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanogpt.archive import load_archive
 from nanogpt.command import first_line
+from nanogpt.disk import wait_for_lock
 from nanogpt.hub import check_reachable
 from nanogpt.model import GPT, NORM_EPSILON, PRESETS, GPTConfig
 from nanogpt.record import are_tensors
@@ -131,7 +132,7 @@ def _fetch(name: str, directory: Path) -> None:
         f"here, or pass the path of a local Hugging Face directory",
     )
     directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / ".lock"):
+    with wait_for_lock(FileLock(directory / ".lock"), f"fetches {directory}"):
         for file in _unreadable(directory):
             log.info("fetching %s of %s into %s", file, repository, directory)
             try:

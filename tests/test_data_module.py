@@ -147,6 +147,11 @@ def test_a_resumed_loader_goes_on_at_the_trainers_step(corpus: Corpus, workers: 
     assert [_seeds(step) for step in resumed] == [_seeds(step) for step in whole[2:]]
 
 
+def test_workers_send_batches_without_shared_memory(corpus: Corpus) -> None:
+    step = next(iter(_module(corpus, workers=1).train_dataloader()))
+    assert not any(batch["input_ids"].is_shared() for batch in step)
+
+
 def test_the_step_is_read_when_the_loader_begins(corpus: Corpus) -> None:
     module = _module(corpus, max_steps=6)
     loader = module.train_dataloader()

@@ -1,9 +1,11 @@
 """Devices, ranks, and what rank zero decides for all."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from nanogpt.training.launch import Ranks, count_devices, on_rank_zero, resolve_device
+from nanogpt.training.launch import Ranks, count_devices, launch, on_rank_zero, resolve_device
 
 
 def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +39,19 @@ def test_a_missing_accelerator_is_named_with_those_there() -> None:
 def test_an_unknown_accelerator_is_refused() -> None:
     with pytest.raises(ValueError, match="tpu is not on this machine"):
         resolve_device("tpu")
+
+
+def test_ranks_of_one_machine_meet_without_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[Any] = []
+
+    def capture(config: Any, entrypoint: str) -> Any:
+        configs.append(config)
+        return lambda *arguments: None
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", capture)
+    assert launch({}, 2) == 0
+    assert configs[0].local_addr == "127.0.0.1"
+    assert configs[0].rdzv_endpoint == "127.0.0.1:0"
 
 
 def test_alone_rank_zero_decides_at_once() -> None:

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Protocol, TypedDict
 
 import numpy as np
@@ -104,7 +105,7 @@ class StepDataModule(LightningDataModule):
             collate_fn=_as_it_is,
             pin_memory=self._attached_trainer().strategy.root_device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=_initialise_worker,
             generator=torch.Generator(),  # else every loader would advance the global one
         )
 
@@ -301,7 +302,11 @@ def _as_it_is(item: object) -> object:
     return item
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ignore what a terminal or a scheduler sends to all processes: the step in hand needs data."""
+def _initialise_worker(worker: int) -> None:
+    """Ignore signals to all processes, as the current step needs data; send tensors by value.
+
+    Where /dev/shm is small, a tensor in shared memory is lost and the trainer waits for ever.
+    """
+    ForkingPickler.register(Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
 
 from nanogpt.data.corpus import (
     FORMAT,
@@ -38,9 +38,9 @@ from nanogpt.data.writer import (
     read_journal,
     write_json,
 )
+from nanogpt.disk import wait_for_lock
 from nanogpt.tokenizer import Tokenizer
 
-PATIENCE_S = 1.0
 COMMIT_EVERY_S = 5.0  # at most this much work is done again after a kill
 GZIP_WBITS = 31  # zlib's word for the gzip format
 DECODED_TOKENS = 2**18  # at a time
@@ -113,7 +113,7 @@ def prepare(preparation: Preparation) -> Corpus:
     directory = preparation.directory
     if not (directory / MANIFEST).exists():
         make_folder(directory)
-        with _patiently_locked(directory):
+        with wait_for_lock(lock(directory), f"prepares {directory}"):
             make_unless_made(preparation)
     return open_made(preparation)
 
@@ -169,15 +169,6 @@ def make_folder(directory: Path) -> None:
 def lock(directory: Path) -> FileLock:
     """Return the lock of the process that prepares in this folder."""
     return FileLock(directory / ".lock")
-
-
-def _patiently_locked(directory: Path) -> AcquireReturnProxy:
-    """Take the lock, and say for whom it waits where it takes long."""
-    try:
-        return lock(directory).acquire(timeout=PATIENCE_S)
-    except Timeout:
-        log.info("waiting for the process that prepares %s", directory)
-        return lock(directory).acquire()
 
 
 def _make(preparation: Preparation, directory: Path) -> None:

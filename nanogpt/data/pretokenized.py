@@ -36,6 +36,7 @@ from nanogpt.data.hub import TRANSPORTS
 from nanogpt.data.shards import Part, TokenStream
 from nanogpt.data.source import local_path
 from nanogpt.data.writer import JOURNAL
+from nanogpt.disk import wait_for_lock
 from nanogpt.hub import check_reachable
 from nanogpt.tokenizer import Tokenizer
 
@@ -178,7 +179,8 @@ def fetch_pretokenized(where: str, data_dir: Path) -> Path:
     directory = data_dir / "pretokenized" / where.replace("/", "--")
     if not _is_fetched(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(directory.parent / f".{directory.name}.lock"):
+        lock = FileLock(directory.parent / f".{directory.name}.lock")
+        with wait_for_lock(lock, f"fetches {directory}"):
             if not _is_fetched(directory):
                 _fetch(where, directory)
     return directory

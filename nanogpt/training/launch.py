@@ -21,6 +21,7 @@ import yaml
 
 T = TypeVar("T")
 LAUNCHER = "NANOGPT_LAUNCHER_PID"  # of the process whose death ends the ranks
+LOOPBACK = "127.0.0.1"
 SHUTDOWN_S = 600  # how long ranks may take to write a checkpoint after a signal
 
 
@@ -108,7 +109,8 @@ def launch(config: Mapping[str, Any], n_processes: int) -> int:
         nproc_per_node=n_processes,
         run_id=str(os.getpid()),
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=f"{LOOPBACK}:0",
+        local_addr=LOOPBACK,  # a host's own name need not resolve
         max_restarts=0,
         monitor_interval=0.2,
     )

@@ -1,5 +1,6 @@
 """Loggers that may sit beside metrics.csv: TensorBoard, and W&B without a question."""
 
+import logging
 import netrc
 import os
 from collections.abc import Mapping
@@ -8,6 +9,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import Logger
+
+from nanogpt.hub import problem_of
+
+log = logging.getLogger("nanogpt")
 
 
 def extra_logger(
@@ -34,11 +39,11 @@ def _tensorboard(run_dir: Path) -> Logger:
 
 
 def _wandb(wanted: Mapping[str, Any], run_dir: Path, name: str, wandb_id: str) -> Logger:
-    """W&B under one id for the whole life of the run; offline where no key is known."""
+    """W&B under one id for the whole life of the run; offline without a key or a network."""
     from lightning.pytorch.loggers import WandbLogger
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if _is_wandb_usable(run_dir) else "offline")
     logger = WandbLogger(
         name=name,
         id=wandb_id,
@@ -53,12 +58,25 @@ def _wandb(wanted: Mapping[str, Any], run_dir: Path, name: str, wandb_id: str) -
     return logger
 
 
-def _has_wandb_key() -> bool:
-    """Return whether W&B can log in without asking: a key in the environment or in ~/.netrc."""
+def _is_wandb_usable(run_dir: Path) -> bool:
+    """Return whether W&B can log in without a prompt and answers; log why where it does not."""
+    endpoint = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    if not _has_wandb_key(endpoint):
+        return False
+    if problem := problem_of(endpoint):
+        log.warning(
+            "logger=wandb: %s; the run is logged offline, and wandb sync %s uploads it",
+            problem,
+            run_dir / "wandb" / "offline-run-*",
+        )
+    return not problem
+
+
+def _has_wandb_key(endpoint: str) -> bool:
+    """Return whether there is a key in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        return netrc.netrc().authenticators(host) is not None
+        return netrc.netrc().authenticators(urlsplit(endpoint).hostname or "") is not None
     except (OSError, netrc.NetrcParseError):
         return False

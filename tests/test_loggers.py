@@ -1,0 +1,37 @@
+"""Loggers beside metrics.csv."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from nanogpt.training import loggers
+from nanogpt.training.loggers import extra_logger
+
+WANTED = {"use": "wandb", "project": "nanogpt", "entity": None, "tags": []}
+
+
+def test_wandb_with_a_key_and_no_network_is_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with caplog.at_level(logging.INFO, "nanogpt"):
+        logger = extra_logger(WANTED, tmp_path, "run", "abcd1234")
+    assert logger is not None
+    assert logger._wandb_init["mode"] == "offline"  # type: ignore[attr-defined]
+    assert "http://127.0.0.1:9 cannot be reached" in caplog.text
+    assert f"wandb sync {tmp_path}/wandb/offline-run-*" in caplog.text
+
+
+def test_wandb_with_a_key_is_online_where_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(loggers, "problem_of", lambda endpoint: "")
+    logger = extra_logger(WANTED, tmp_path, "run", "abcd1234")
+    assert logger._wandb_init["mode"] == "online"  # type: ignore[union-attr]
