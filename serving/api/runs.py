@@ -41,9 +41,11 @@ async def page(request: Request) -> Response:
     """Return the page of the runs: plain links to their reports, of which its script makes more."""
     check_asker(request)
     found = await _runs(request)
+    # Relative, as a proxy may serve this page below a path of its own.
+    urls = ((_report_url(request, run) or "#").removeprefix("/") for run in found)
     links = "".join(
-        f'<li><a href="{html.escape(_report_url(request, run) or "#")}">{html.escape(run.name)}</a>'
-        for run in found
+        f'<li><a href="{html.escape(url)}">{html.escape(run.name)}</a>'
+        for url, run in zip(urls, found, strict=True)
     )
     return _document(f"<ul>{links}</ul>" if found else "", 200)
 

@@ -1,12 +1,12 @@
-// Answers as they are asked for and read: what is sent of a conversation, and what comes back.
+// Requests for answers: the messages sent, the stream that is read.
 
-import { ask, stream } from "/static/api.js";
-import { modelId } from "/static/models.js";
-import { parameters } from "/static/sampling.js";
+import { ask, stream } from "./api.js";
+import { modelId } from "./models.js";
+import { parameters } from "./sampling.js";
 
 const ROOM = 0.7; // of the context may be what is sent, when the oldest messages are dropped
 
-/** Read an answer; where the context is full and that is wished, forget the oldest messages. */
+/** Read an answer; drop the oldest messages when the context is full and `forgets` is set. */
 export async function readAnswer(running, onGrown, onForgotten) {
   const { conversation, controller } = running;
   const end = conversation.messages.length - 1;
@@ -20,7 +20,7 @@ export async function readAnswer(running, onGrown, onForgotten) {
   }
 }
 
-/** Forget the oldest messages until there is room for an answer; return whether there were any. */
+/** Drop the oldest messages until an answer fits; return whether any were. */
 async function forgetOldest(conversation, end, signal) {
   const { messages, from } = conversation;
   for (let start = from + 1; start < end; start++) {
@@ -32,7 +32,7 @@ async function forgetOldest(conversation, end, signal) {
   return conversation.from > from;
 }
 
-/** Read an answer into its version; the figures are the server's where it tells them. */
+/** Stream an answer into its version. */
 async function read({ controller, version }, messages, onGrown) {
   const body = { model: modelId(), messages, stream_options: { include_usage: true }, ...parameters() };
   const began = performance.now();
@@ -47,7 +47,7 @@ async function read({ controller, version }, messages, onGrown) {
       first: ((first ?? now) - began) / 1000,
     };
   };
-  for await (const { choices, usage } of stream("/v1/chat/completions", body, controller.signal)) {
+  for await (const { choices, usage } of stream("v1/chat/completions", body, controller.signal)) {
     const [choice] = choices;
     if (choice?.delta.content) {
       first ??= performance.now();
@@ -61,7 +61,7 @@ async function read({ controller, version }, messages, onGrown) {
   }
 }
 
-/** Return the messages of a request that end before the one at `end`, the system prompt first. */
+/** Return the messages before `end` as a request has them. */
 export function toSend(conversation, end) {
   const said = conversation.messages.slice(conversation.from, end).map((message) =>
     message.role === "user"
@@ -73,6 +73,6 @@ export function toSend(conversation, end) {
   return system ? [{ role: "system", content: system }, ...messages] : messages;
 }
 
-/** Ask how many tokens messages are: { count, max_model_len }. */
+/** Count the tokens of messages: { count, max_model_len }. */
 export const counted = (messages, signal) =>
-  ask("/v1/tokenize", { model: modelId(), messages }, signal);
+  ask("v1/tokenize", { model: modelId(), messages }, signal);

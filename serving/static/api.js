@@ -1,4 +1,4 @@
-// The server, as the page asks it: the OpenAI API, its errors as kinds, its streams as events.
+// The client of the API: errors as kinds, streams as events.
 
 const KEY = "nanogpt.key"; // of this tab's session only
 const BY_CODE = {
@@ -9,8 +9,10 @@ const BY_CODE = {
   unavailable: "starting",
 };
 const BY_STATUS = { 401: "key", 403: "forbidden", 413: "context", 429: "busy", 503: "busy" };
+// of a proxy, whose errors are not the API's; 0 is a redirect to a sign-in page
+const BY_PROXY = { 0: "proxy", 401: "proxy", 403: "proxy", 502: "offline", 503: "offline", 504: "offline" };
 
-/** What went wrong; `kind` is one of the words above, `invalid`, `failed`, `offline` or `cut`. */
+/** `kind` is one of the above, `invalid`, `failed`, `offline` or `cut`. */
 export class Failure extends Error {
   constructor(kind, message) {
     super(message);
@@ -21,7 +23,7 @@ export class Failure extends Error {
 let askForKey = () => Promise.reject(new Failure("key", "No API key."));
 let asking = null;
 
-/** Let `ask(wasWrong)` resolve to a key, or to null where there is none to be had. */
+/** `ask(wasWrong)` resolves to a key or null. */
 export function onKeyNeeded(ask) {
   askForKey = ask;
 }
@@ -51,11 +53,11 @@ function keep(key) {
   try {
     sessionStorage.setItem(KEY, key);
   } catch {
-    // it is kept until the page is left
+    // kept until the page is left
   }
 }
 
-/** GET, or POST where there is a body; return what the server answers. */
+/** GET, or POST with a body; return the JSON. */
 export async function ask(path, body, signal) {
   const response = await request(path, body, signal);
   try {
@@ -65,7 +67,7 @@ export async function ask(path, body, signal) {
   }
 }
 
-/** Yield the objects of a stream until it is complete; throws a Failure where it is not. */
+/** Yield the objects of a stream; throws a Failure unless it is complete. */
 export async function* stream(path, body, signal) {
   const response = await request(path, { ...body, stream: true }, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -105,11 +107,11 @@ async function request(path, body, signal) {
 
 async function send(path, body, signal, key) {
   const headers = {};
-  // Headers are bytes: a key beyond ASCII goes as its UTF-8.
-  if (key !== null) headers.Authorization = `Bearer ${bytes(key)}`;
+  // Authorization may be a proxy's. Headers are bytes: keys are sent in UTF-8.
+  if (key !== null) headers["X-API-Key"] = bytes(key);
   if (body) headers["Content-Type"] = "application/json";
   const method = body ? "POST" : "GET";
-  const shared = { method, headers, signal, credentials: "omit", cache: "no-store" };
+  const shared = { method, headers, signal, redirect: "manual", cache: "no-store" };
   try {
     return await fetch(path, { ...shared, body: body && JSON.stringify(body) });
   } catch (error) {
@@ -119,7 +121,7 @@ async function send(path, body, signal, key) {
 
 const bytes = (text) => String.fromCharCode(...new TextEncoder().encode(text));
 
-/** Return the failure that an exception of the network is; what was stopped stays what it is. */
+/** Return a network exception as a Failure; an abort stays itself. */
 function broken(error, kind = "cut") {
   return error.name === "AbortError" ? error : new Failure(kind, error.message);
 }
@@ -128,7 +130,8 @@ async function toFailure(response) {
   try {
     return failureOf((await response.json()).error, response.status);
   } catch {
-    return new Failure(response.status >= 500 ? "failed" : "invalid", response.statusText);
+    const { status, statusText } = response;
+    return new Failure(BY_PROXY[status] ?? (status >= 500 ? "failed" : "invalid"), statusText);
   }
 }
 

@@ -1,15 +1,16 @@
-// The page where one talks to the models: which mode is shown, for which model, on what server.
+// The page: modes, the model, the server's state.
 
-import { byId, debounced, h, notice } from "/static/dom.js";
-import { escapeChat, showChat, startChat, systemPrompt } from "/static/chat.js";
-import { showClassify, startClassify } from "/static/classify.js";
-import { escapeComplete, showComplete, startComplete } from "/static/complete.js";
-import { failureText } from "/static/failures.js";
-import { model, modeOf, onModel, refresh, showAbout } from "/static/models.js";
-import { showSettings } from "/static/sampling.js";
-import { startShell } from "/static/shell.js";
-import { whenFull } from "/static/store.js";
-import { onLanguage, t } from "/static/words.js";
+import { ask } from "./api.js";
+import { byId, debounced, h, notice, onKey } from "./dom.js";
+import { escapeChat, showChat, startChat, systemPrompt } from "./chat.js";
+import { showClassify, startClassify } from "./classify.js";
+import { escapeComplete, showComplete, startComplete } from "./complete.js";
+import { failureText } from "./failures.js";
+import { model, modeOf, onModel, refresh, showAbout } from "./models.js";
+import { showSettings } from "./sampling.js";
+import { startShell } from "./shell.js";
+import { whenFull } from "./store.js";
+import { onLanguage, t } from "./words.js";
 
 const FIELDS = { chat: "chat-text", complete: "complete-text", classify: "classify-text" };
 const VIEWS = { chat: showChat, complete: showComplete, classify: showClassify };
@@ -28,7 +29,8 @@ function start() {
   onLanguage(showAll);
   whenFull(debounced(() => notice(t("full")), 100));
   for (const button of byId("modes").children) {
-    button.addEventListener("click", () => setMode(button.dataset.mode));
+    const isOpen = () => button.ariaDisabled !== "true";
+    button.onclick = () => (isOpen() ? setMode(button.dataset.mode) : notice(button.title));
   }
   byId("settings-button").addEventListener("click", () =>
     byId("settings").hidden ? openSettings(true) : closeSettings(),
@@ -38,7 +40,7 @@ function start() {
     if (event.target.closest(".name, #new-chat")) toggleMenu(false);
   });
   document.querySelector("main").addEventListener("click", () => toggleMenu(false));
-  addEventListener("keydown", onKey);
+  onKey(document, onEscape);
   addEventListener("online", watch);
   document.addEventListener("visibilitychange", () => document.hidden || watch());
   watch();
@@ -46,18 +48,27 @@ function start() {
 
 function showModel(found, isAnother) {
   if (isAnother) setMode(modeOf(found));
-  document.title = `${found.id} · nanogpt`;
+  document.title = `${found.name} · nanogpt`;
   document.body.dataset.model = found.id;
-  for (const button of byId("modes").children) {
-    button.disabled = (button.dataset.mode === "classify") !== Boolean(found.labels);
-  }
+  showModes();
   for (const show of Object.values(VIEWS)) show(isAnother);
 }
 
 function showAll() {
   showAbout();
+  showModes();
   for (const show of Object.values(VIEWS)) show(false);
   if (!byId("settings").hidden) openSettings();
+}
+
+/** Disable the tabs of modes that the model lacks; their titles give the reason. */
+function showModes() {
+  const labels = model()?.labels;
+  for (const button of byId("modes").children) {
+    const isOther = Boolean(model()) && (button.dataset.mode === "classify") !== Boolean(labels);
+    button.ariaDisabled = String(isOther);
+    button.title = isOther ? t(labels ? "onlyLabels" : "noLabels", { model: model().name }) : "";
+  }
 }
 
 function setMode(wanted) {
@@ -94,7 +105,7 @@ function toggleMenu(isOpen = !document.body.classList.contains("menu-open")) {
   byId("menu").setAttribute("aria-expanded", String(isOpen));
 }
 
-function onKey(event) {
+function onEscape(event) {
   if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
   const escape = { chat: escapeChat, complete: escapeComplete }[mode];
   if (document.body.classList.contains("menu-open")) toggleMenu(false);
@@ -102,7 +113,7 @@ function onKey(event) {
   else if (!byId("settings").hidden) closeSettings();
 }
 
-// Whether the server is there
+// Server state
 
 let next;
 
@@ -111,7 +122,7 @@ async function watch() {
   const trouble = await look();
   if (!document.body.dataset.mode) setMode(mode); // no model has said which, so as if one chats
   const isKeyless = trouble === t("keyNone"); // who closed the dialog is not asked again at once
-  const button = h("button", { type: "button", onclick: watch }, t("tryAgain"));
+  const button = h("button", { onclick: watch }, t("tryAgain"));
   byId("banner").replaceChildren(trouble ?? "", isKeyless ? button : "");
   byId("banner").hidden = trouble === null;
   if (isAway && trouble === null) notice(t("back"));
@@ -119,20 +130,14 @@ async function watch() {
   if (!isKeyless) next = setTimeout(watch, trouble === null ? WATCH_MS : RETRY_MS);
 }
 
-/** Ask for the models when the page is looked at; return what is in the way of using them. */
+/** Refresh the models while the page is visible; return the problem or null. */
 async function look() {
   if (document.hidden && model()) return null;
-  let health;
-  try {
-    health = await (await fetch("/health", { cache: "no-store" })).json();
-  } catch {
-    return t("offline");
-  }
   try {
     if (await refresh()) return null;
-    return t(health.engine === "up" ? "noModels" : "starting");
+    return t((await ask("health")).engine === "up" ? "noModels" : "starting");
   } catch (error) {
-    return error.kind === "key" ? t("keyNone") : failureText(error);
+    return { key: t("keyNone"), offline: t("offline") }[error.kind] ?? failureText(error);
   }
 }
 

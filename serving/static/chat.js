@@ -1,17 +1,16 @@
-// Chat: the conversation that is open, what is said in it, and the answer that streams in.
+// Chat: the open conversation and the answer that streams in.
 //
 // A conversation is { id, title, updated, system, from, forgets, messages }; messages before `from`
-// are no longer sent, and where it `forgets`, ever more of them once the context is full. A message
-// is { role: "user", text }, or { role: "assistant", versions, shown }, where a version is
-// { text, facts, finish, failure }.
+// are not sent; with `forgets` it advances when the context is full. A message is
+// { role: "user", text } or { role: "assistant", versions: [{ text, facts, finish, failure }], shown }.
 
-import { counted, readAnswer, toSend } from "/static/answers.js";
-import { showList, startList } from "/static/conversations.js";
-import { announce, byId, debounced } from "/static/dom.js";
-import { drawn, drawRunning } from "/static/messages.js";
-import { model } from "/static/models.js";
-import * as store from "/static/store.js";
-import { number, t } from "/static/words.js";
+import { counted, readAnswer, toSend } from "./answers.js";
+import { showList, startList } from "./conversations.js";
+import { announce, byId, debounced, onKey } from "./dom.js";
+import { drawn, drawRunning } from "./messages.js";
+import { model } from "./models.js";
+import * as store from "./store.js";
+import { number, t } from "./words.js";
 
 const LAST = "nanogpt.last"; // the conversation that is open
 const TITLE_CHARACTERS = 60;
@@ -27,7 +26,7 @@ export function startChat(whenAnother) {
   onConversation = whenAnother;
   shown = store.conversation(store.load(LAST, "")) ?? store.newConversation();
   byId("chat-form").addEventListener("submit", submit);
-  byId("chat-text").addEventListener("keydown", onKey);
+  onKey(byId("chat-text"), onEnter);
   byId("chat-text").addEventListener("input", onInput);
   byId("chat-stop").addEventListener("click", stopChat);
   byId("edit-cancel").addEventListener("click", cancelEdit);
@@ -37,7 +36,7 @@ export function startChat(whenAnother) {
   startList({ current: () => shown, answered: () => running?.conversation, open, stop: stopChat });
 }
 
-/** Show everything anew: after a change of language or model. */
+/** Render after a change of language or model. */
 export function showChat() {
   render();
   showList();
@@ -53,7 +52,7 @@ export const systemPrompt = () => ({
   },
 });
 
-/** Stop what is running, or leave the editing of a message; return whether there was either. */
+/** Stop the answer or the edit; return whether there was one. */
 export function escapeChat() {
   if (running) stopChat();
   else if (editing !== null) cancelEdit();
@@ -94,10 +93,10 @@ function onOtherTab(id) {
   }
 }
 
-// What is said
+// Input
 
-function onKey(event) {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // input of Chinese
+function onEnter(event) {
+  if (event.key !== "Enter" || event.shiftKey) return;
   event.preventDefault();
   submit(event);
 }
@@ -147,7 +146,7 @@ function grow() {
 
 // Answers
 
-/** Answer what was said last: in a new message, or in a new version of the answer that is there. */
+/** Answer the last message: in a new one, or in a new version of the answer. */
 async function answer(conversation) {
   const { messages } = conversation;
   if (messages.at(-1).role === "user") messages.push({ role: "assistant", versions: [], shown: 0 });
@@ -215,6 +214,10 @@ function showButton() {
 }
 
 const does = {
+  say: (text) => {
+    byId("chat-text").value = text;
+    byId("chat-form").requestSubmit();
+  },
   edit: (index) => !running && edit(index),
   again: () => !running && answer(shown),
   forget: () => {

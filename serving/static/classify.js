@@ -1,11 +1,11 @@
-// Classification: a text in, its labels with bars out, most probable first.
+// Classification: labels with bars, the most probable first.
 
-import { ask } from "/static/api.js";
-import { byId, debounced, h } from "/static/dom.js";
-import { failureText } from "/static/failures.js";
-import { modelId } from "/static/models.js";
-import { load, save } from "/static/store.js";
-import { number, percent, t } from "/static/words.js";
+import { ask } from "./api.js";
+import { byId, debounced, examples, h, onControlEnter } from "./dom.js";
+import { showFailure } from "./failures.js";
+import { modelId } from "./models.js";
+import { load, save } from "./store.js";
+import { number, percent, t } from "./words.js";
 
 const NAME = "nanogpt.classified";
 const PAUSE_MS = 400; // in writing, after which the text is classified
@@ -21,16 +21,11 @@ export function startClassify() {
     save(NAME, field.value);
     later();
   });
-  field.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-      event.preventDefault();
-      classify();
-    }
-  });
+  onControlEnter(field, classify);
   byId("classify-go").addEventListener("click", classify);
 }
 
-/** Show what there is in the page's language, or for another model. */
+/** Render in another language or for another model. */
 export function showClassify(isAnother) {
   if (isAnother) {
     shown = null;
@@ -39,11 +34,16 @@ export function showClassify(isAnother) {
   render();
 }
 
+function begin(text) {
+  byId("classify-text").value = text;
+  classify();
+}
+
 async function classify() {
   open?.abort();
   const input = byId("classify-text").value;
   const began = performance.now();
-  byId("classify-failure").hidden = true;
+  showFailure("classify-failure");
   if (!input.trim() || byId("classify").hidden) {
     shown = null;
     render();
@@ -52,19 +52,18 @@ async function classify() {
   open = new AbortController();
   try {
     const body = { model: modelId(), input };
-    const { data, usage } = await ask("/v1/classify", body, open.signal);
+    const { data, usage } = await ask("v1/classify", body, open.signal);
     shown = { ...data[0], tokens: usage.prompt_tokens, took: performance.now() - began };
     render();
   } catch (error) {
-    if (error.name === "AbortError") return;
-    byId("classify-failure").textContent = failureText(error);
-    byId("classify-failure").hidden = false;
+    if (error.name !== "AbortError") showFailure("classify-failure", error);
   }
 }
 
 function render() {
   const ranked = Object.entries(shown?.probabilities ?? {}).sort((one, other) => other[1] - one[1]);
-  byId("labels").replaceChildren(...ranked.map(bar));
+  const isEmpty = !byId("classify-text").value.trim();
+  byId("labels").replaceChildren(...ranked.map(bar), isEmpty ? examples(t("classifyTry"), begin) : "");
   const facts = shown && [
     t("tokens", { n: number(shown.tokens) }),
     t("took", { n: number(shown.took) }),

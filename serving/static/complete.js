@@ -1,17 +1,18 @@
-// Completion: a text that the model continues in place, and what else each token could have been.
+// Completion: a text that the model continues in place, with alternatives for each token.
 //
-// Behind the text area lies a mirror of its text, in which tokens whose probabilities are known are
-// elements: they colour the text, and are found under the pointer or the caret.
+// A mirror of the text behind the text area holds the tokens with known probabilities as elements:
+// for their colours, and to find them under the pointer or the caret.
 
-import { ask, stream } from "/static/api.js";
-import { announce, byId, debounced, h } from "/static/dom.js";
-import { failureText } from "/static/failures.js";
-import { model, modelId } from "/static/models.js";
-import { parameters } from "/static/sampling.js";
-import { load, save } from "/static/store.js";
-import { number, percent, t } from "/static/words.js";
+import { ask, stream } from "./api.js";
+import { announce, byId, debounced, examples, h, onControlEnter, onKey } from "./dom.js";
+import { showFailure } from "./failures.js";
+import { model, modelId } from "./models.js";
+import { parameters } from "./sampling.js";
+import { load, save } from "./store.js";
+import { number, percent, t } from "./words.js";
 
 const NAME = "nanogpt.text";
+const LEGEND = { sure: "> 50%", likely: "> 12.5%", open: "> 1.6%", unlikely: "≤ 1.6%" };
 const TOP = 8; // likeliest tokens that are asked for
 const KEEP_PAUSE_MS = 500;
 
@@ -23,13 +24,8 @@ let inspected = null; // the token whose candidates are shown
 export function startComplete() {
   field().value = load(NAME, "");
   field().addEventListener("input", onInput);
-  field().addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-      event.preventDefault();
-      go();
-    }
-  });
-  field().addEventListener("keyup", (event) => event.key.startsWith("Arrow") && inspectCaret());
+  onControlEnter(field(), go);
+  onKey(field(), (event) => event.key.startsWith("Arrow") && inspectCaret(), "keyup");
   field().addEventListener("click", inspectCaret);
   byId("editor").addEventListener("mousemove", inspectPointer);
   byId("editor").addEventListener("mouseleave", () => inspect(null));
@@ -41,14 +37,14 @@ export function startComplete() {
   byId("score").addEventListener("click", score);
 }
 
-/** Show everything anew; another model's probabilities are not this one's. */
+/** Render; another model has other probabilities. */
 export function showComplete(isAnother) {
   if (isAnother) tokens = [];
   inspect(null);
   render();
 }
 
-/** Stop what is running, or close the candidates; return whether there was either. */
+/** Stop, or close the candidates; return whether there was either. */
 export function escapeComplete() {
   const isAny = running !== null || inspected !== null;
   running?.abort();
@@ -61,7 +57,7 @@ const keep = debounced(() => save(NAME, field().value), KEEP_PAUSE_MS);
 
 function onInput() {
   const text = field().value;
-  // What was known of tokens holds up to the first change.
+  // Tokens up to the first change stay valid.
   const same = tokens.findIndex(({ start, end, text: said }) => text.slice(start, end) !== said);
   if (same >= 0) tokens.length = same;
   inspect(null);
@@ -81,7 +77,7 @@ async function go() {
   await run(async (signal) => {
     const body = { model: modelId(), prompt, logprobs: TOP, ...parameters() };
     const usage = { stream_options: { include_usage: true } };
-    for await (const event of stream("/v1/completions", { ...body, ...usage }, signal)) {
+    for await (const event of stream("v1/completions", { ...body, ...usage }, signal)) {
       const [choice] = event.choices;
       if (choice?.finish_reason) finish = choice.finish_reason;
       if (choice?.logprobs) {
@@ -107,7 +103,12 @@ async function go() {
   announce(field().value.slice(prompt.length));
 }
 
-/** Take in what a text grew by, and its tokens: their texts are told by where each begins. */
+function begin(text) {
+  field().value = text;
+  go();
+}
+
+/** Append text and its tokens, which are given by their offsets. */
 function add(text, { text_offset, token_logprobs, top_logprobs }) {
   const at = field().value.length;
   const scroller = field().closest(".scroller");
@@ -133,7 +134,7 @@ async function score() {
   if (running || !text || !model() || model().labels) return;
   await run(async (signal) => {
     const wanted = { max_tokens: 0, echo: true, logprobs: TOP };
-    const { choices } = await ask("/v1/completions", { model: modelId(), prompt: text, ...wanted }, signal);
+    const { choices } = await ask("v1/completions", { model: modelId(), prompt: text, ...wanted }, signal);
     if (field().value !== text) return;
     tokens = [];
     field().value = "";
@@ -143,20 +144,17 @@ async function score() {
   });
 }
 
-/** Do what can be stopped and can fail, with the buttons showing so. */
+/** Run an action that can be stopped and can fail. */
 async function run(action) {
   running = new AbortController();
-  byId("complete-failure").hidden = true;
+  showFailure("complete-failure");
   tell([]);
   inspect(null);
   render();
   try {
     await action(running.signal);
   } catch (error) {
-    if (error.name !== "AbortError") {
-      byId("complete-failure").textContent = failureText(error);
-      byId("complete-failure").hidden = false;
-    }
+    if (error.name !== "AbortError") showFailure("complete-failure", error);
   }
   running = null;
   keep();
@@ -208,8 +206,11 @@ function render() {
     pieces.push(tokenElement(token));
     at = token.end;
   }
-  // A last line end takes up room only where something follows it.
+  // A final line end has no height unless something follows it.
   byId("mirror").replaceChildren(...pieces, `${text.slice(at)}\u200b`);
+  const legend = Object.entries(LEGEND).map(([name, share]) => h("span", { class: `swatch ${name}` }, share));
+  const below = tokens.length ? h("p", { class: "note" }, t("legend"), " ", ...legend.flatMap((e) => [e, " "])) : "";
+  byId("complete-below").replaceChildren(text || running ? below : examples(t("completeTry"), begin));
   field().readOnly = running !== null;
   byId("editor").setAttribute("aria-busy", String(running !== null));
   byId("go").hidden = running !== null;
@@ -224,13 +225,13 @@ function tokenElement(token) {
   return token.element;
 }
 
-/** Return a class for four steps of probability: over 1/2, over 1/8, over 1/64, below. */
+/** Return a class: probability over 1/2, 1/8, 1/64 or less. */
 function likeliness(logprob) {
   const halvings = -logprob / Math.LN2;
-  return ["sure", "likely", "open", "unlikely"][[1, 3, 6].filter((most) => halvings > most).length];
+  return Object.keys(LEGEND)[[1, 3, 6].filter((most) => halvings >= most).length];
 }
 
-// What else a token could have been
+// Candidates
 
 function inspectPointer(event) {
   if (event.target.closest(".candidates")) return;
@@ -240,7 +241,7 @@ function inspectPointer(event) {
   else if (inspected && !isNear(event)) inspect(null);
 }
 
-/** Return whether the pointer is on its way from a token to its candidates. */
+/** Return whether the pointer is between a token and its candidates. */
 function isNear({ clientX, clientY }) {
   const { left, right, top, bottom } = byId("candidates").getBoundingClientRect();
   return clientX > left - 24 && clientX < right + 24 && clientY > top - 32 && clientY < bottom + 24;
@@ -276,7 +277,6 @@ function candidate([text, logprob]) {
   return h(
     "button",
     {
-      type: "button",
       class: isTaken ? "candidate taken" : "candidate",
       disabled: isBytes || isTaken,
       title: label,
@@ -288,11 +288,11 @@ function candidate([text, logprob]) {
   );
 }
 
-/** Return a text in which blanks are seen. */
+/** Make blanks visible. */
 const visible = (text) =>
   text.replaceAll(" ", "·").replaceAll("\n", "↵").replaceAll("\t", "→") || "∅";
 
-/** Put another token in a token's place, and go on from there. */
+/** Replace a token and continue from there. */
 function take(token, text) {
   const start = field().value.slice(0, token.start);
   tokens = tokens.filter((other) => other.end <= token.start);

@@ -1,27 +1,26 @@
-// The list of conversations: they are opened, renamed and removed here.
+// The list of conversations.
 
-import { byId, h, iconButton, notice } from "/static/dom.js";
-import * as store from "/static/store.js";
-import { t } from "/static/words.js";
+import { byId, h, iconButton, notice, onKey } from "./dom.js";
+import * as store from "./store.js";
+import { t } from "./words.js";
 
 let chat;
 
-/** Let the list know the chat: { current(), answered(), open(conversation), stop() }. */
+/** `ofChat` is { current(), answered(), open(conversation), stop() }. */
 export function startList(ofChat) {
   chat = ofChat;
 }
 
-/** Show the list anew. */
 export function showList() {
   byId("conversation-list").replaceChildren(...store.conversations().map(entry));
 }
 
 function entry(conversation) {
-  const title = conversation.title || t("untitled");
+  const title = conversation.title || t("newChat");
   const isCurrent = conversation.id === chat.current().id;
   const select = () => chat.open(isAnswered(conversation) ? chat.answered() : conversation);
   const line = h("li", { class: isCurrent ? "current" : "" });
-  const name = h("button", { type: "button", class: "name", dir: "auto", onclick: select, title }, title);
+  const name = h("button", { class: "name", dir: "auto", onclick: select, title }, title);
   if (isCurrent) name.setAttribute("aria-current", "true");
   line.append(
     name,
@@ -44,7 +43,7 @@ function rename(line, conversation) {
     store.keepConversation(named);
     showList();
   };
-  field.addEventListener("keydown", (event) => {
+  onKey(field, (event) => {
     if (event.key === "Enter") end(true);
     if (event.key === "Escape") end(false);
     event.stopPropagation();

@@ -1,10 +1,11 @@
-// Elements from plain values. Text is always text: nothing here parses HTML.
+// Elements. Text is always text: nothing here parses HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
 /** Return an element: h("button", { class: "quiet", onclick: send }, "Send"). */
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
+  if (tag === "button") element.type = "button";
   for (const [name, value] of Object.entries(attributes)) {
     if (value === null || value === undefined || value === false) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
@@ -14,7 +15,6 @@ export function h(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Return an element of SVG. */
 export function svg(tag, attributes = {}, ...children) {
   const element = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
@@ -22,21 +22,25 @@ export function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Return an icon of the page's sheet (index.html). */
 export function icon(name) {
   const use = svg("use", { href: `#${name}` });
   return svg("svg", { class: "icon", viewBox: "0 0 24 24", "aria-hidden": "true" }, use);
 }
 
-/** Return a button that is an icon; its label is read aloud and shown as a hint. */
 export function iconButton(name, label, onclick, attributes = {}) {
-  const shown = { type: "button", class: "icon-button", "aria-label": label, title: label };
+  const shown = { class: "icon-button", "aria-label": label, title: label };
   return h("button", { ...shown, onclick, ...attributes }, icon(name));
+}
+
+/** Return a button for each line of a text, which is passed to `action`. */
+export function examples(lines, action) {
+  const button = (text) => h("button", { onclick: () => action(text) }, text);
+  return h("div", { class: "actions examples" }, lines.split("\n").map(button));
 }
 
 export const byId = (id) => document.getElementById(id);
 
-/** Return a function that runs `action` once, when it has not been called for a while. */
+/** Return a function that runs `action` after a pause in its calls. */
 export function debounced(action, milliseconds) {
   let timer;
   return (...values) => {
@@ -45,7 +49,22 @@ export function debounced(action, milliseconds) {
   };
 }
 
-/** Copy a text; browsers allow it on secure and local pages, elsewhere by an old way. */
+/** Handle keys, except an input method's: Safari's last has keyCode 229. */
+export function onKey(target, action, type = "keydown") {
+  target.addEventListener(type, (event) => {
+    if (!event.isComposing && event.keyCode !== 229) action(event);
+  });
+}
+
+export function onControlEnter(field, action) {
+  onKey(field, (event) => {
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+    event.preventDefault();
+    action();
+  });
+}
+
+/** Copy a text; `navigator.clipboard` exists on secure and local pages only. */
 export async function copy(text) {
   if (navigator.clipboard) {
     await navigator.clipboard.writeText(text);
@@ -59,21 +78,21 @@ export async function copy(text) {
   field.remove();
 }
 
-/** Tell those who hear the page instead of seeing it. */
+/** Pass a text to screen readers. */
 export function announce(text) {
   byId("announcer").textContent = text;
 }
 
 let hide;
 
-/** Show a line for some seconds, with an action at most: notice("Deleted", "Undo", undo). */
+/** Show a line for seconds: notice("Deleted", "Undo", undo). */
 export function notice(text, label, action) {
   const line = byId("notice");
   const act = () => {
     line.hidden = true;
     action();
   };
-  line.replaceChildren(text, label ? h("button", { type: "button", onclick: act }, label) : "");
+  line.replaceChildren(text, label ? h("button", { onclick: act }, label) : "");
   line.hidden = false;
   clearTimeout(hide);
   hide = setTimeout(() => (line.hidden = true), label ? 8000 : 4000);

@@ -1,8 +1,15 @@
-// What went wrong, in the page's words, followed by the server's own where these tell more.
+// Failures in the page's words, followed by the server's where these add something.
 
-import { t } from "/static/words.js";
+import { byId } from "./dom.js";
+import { t } from "./words.js";
 
 const TELLS_MORE = new Set(["context", "model", "forbidden", "invalid", "failed", "busy"]);
+
+/** Show a failure in an element, or hide that. */
+export function showFailure(id, error) {
+  byId(id).textContent = error ? failureText(error) : "";
+  byId(id).hidden = !error;
+}
 
 export function failureText({ kind, message }) {
   const words = t(`is.${kind ?? "failed"}`);

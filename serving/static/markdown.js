@@ -1,8 +1,8 @@
-// Markdown as elements. The text is a model's: nothing in it becomes HTML, loads anything, or leads
-// anywhere but to http, https and mailto. Pictures are links; what is no markdown is text.
+// Markdown as elements. The text is a model's: none becomes HTML or loads anything; links lead to
+// http, https and mailto only. Pictures are links.
 
-import { copy, h, icon } from "/static/dom.js";
-import { t } from "/static/words.js";
+import { copy, h, icon } from "./dom.js";
+import { t } from "./words.js";
 
 const MOST_NESTED = 6;
 const MOST_INLINE = 10_000; // characters of a paragraph that are searched for markup
@@ -23,7 +23,7 @@ const PAIRS = [
 const WEB = /^https?:\/\/[^\s<>"'`]*[^\s<>"'`.,;:!?)\]}]/i;
 const SAFE = /^(?:https?:\/\/|mailto:)[^\s]+$/i;
 
-/** Show a text in a container; blocks that are there already stay, as a stream only adds. */
+/** Render a text in a container; blocks that did not change stay. */
 export function show(container, text) {
   const blocks = toBlocks(text.split("\n"));
   const before = container.sources ?? [];
@@ -37,7 +37,7 @@ export function show(container, text) {
   container.sources = blocks.map(({ source }) => source);
 }
 
-/** Return the blocks of lines: the text of each, and how its element is built. */
+/** Return the blocks: the text of each and how to build it. */
 function toBlocks(lines, depth = 0) {
   const blocks = [];
   let at = 0;
@@ -53,7 +53,7 @@ function toBlocks(lines, depth = 0) {
   return blocks;
 }
 
-/** Return where the block that begins at a line ends, and how it is built. */
+/** Return the end of the block that begins at a line, and how to build it. */
 function block(lines, at, depth) {
   const line = lines[at];
   const nests = depth < MOST_NESTED;
@@ -77,7 +77,7 @@ function until(lines, at, ends) {
 
 function heading(line) {
   const [, marks, text] = HEADING.exec(line);
-  // The page has headings of its own above these.
+  // The page's own headings are above these.
   return h(`h${Math.min(6, marks.length + 2)}`, { dir: "auto" }, inline(text));
 }
 
@@ -90,7 +90,7 @@ function fence(lines, at) {
 }
 
 function codeBlock(code, language) {
-  const button = h("button", { type: "button", class: "quiet" }, icon("i-copy"), t("copy"));
+  const button = h("button", { class: "quiet" }, icon("i-copy"), t("copy"));
   button.addEventListener("click", async () => {
     await copy(code);
     button.lastChild.textContent = t("copied");
@@ -131,7 +131,7 @@ function list(lines, at, depth) {
   return [end, build];
 }
 
-/** Return whether a list goes on after an empty line. */
+/** Return whether a list continues after an empty line. */
 function continues(line, indent) {
   if (line === undefined || !line.trim()) return false;
   return ITEM.test(line) || line.startsWith(`${indent}  `);
@@ -164,7 +164,7 @@ const cells = (line) =>
     .split("|")
     .map((cell) => cell.trim());
 
-/** Return texts and elements for the markup within a paragraph. */
+/** Return the texts and elements of a paragraph. */
 function inline(text, depth = 0) {
   if (text.length > MOST_INLINE || depth > MOST_NESTED) return [text];
   const nodes = [];
@@ -184,7 +184,7 @@ function inline(text, depth = 0) {
   return plain ? [...nodes, plain] : nodes;
 }
 
-/** Return what begins at a place of a text, and how long it is there, or null for nothing. */
+/** Return the element that begins at a place and its length there, or null. */
 function span(text, at, depth) {
   const here = text[at];
   if (here === "\\") {
@@ -234,7 +234,7 @@ function emphasis(text, at, depth) {
   return null;
 }
 
-/** Return where a mark closes that opens at a place, or -1; snake_case opens nothing. */
+/** Return where a mark closes, or -1; snake_case opens none. */
 function closing(text, at, mark) {
   const begin = at + mark.length;
   const isWord = (character) => /[\p{L}\p{N}]/u.test(character ?? "");

@@ -1,17 +1,15 @@
-// How the messages of a conversation are drawn, the one that is being written among them.
-//
-// What their buttons do is the chat's: `does` is { edit(index), again(), forget(), turn(message, by) }.
+// Messages as elements. `does` is { say(text), edit(index), again(), forget(), turn(message, by) }.
 
-import { copy, h, iconButton, notice } from "/static/dom.js";
-import { failureText } from "/static/failures.js";
-import { show } from "/static/markdown.js";
-import { model, modeOf } from "/static/models.js";
-import { number, t } from "/static/words.js";
+import { copy, examples, h, iconButton, notice } from "./dom.js";
+import { failureText } from "./failures.js";
+import { show } from "./markdown.js";
+import { model, modelName, modeOf } from "./models.js";
+import { number, t } from "./words.js";
 
-/** Return the elements of a conversation; `running` learns where its version is drawn. */
+/** Return the elements of a conversation; sets `running.element` and `running.facts`. */
 export function drawn(conversation, running, does) {
   const { messages } = conversation;
-  if (!messages.length) return [welcome()];
+  if (!messages.length) return [welcome(does)];
   return messages.flatMap((message, index) => {
     const line = index && index === conversation.from ? [h("p", { class: "line" }, t("forgotten"))] : [];
     const isMine = message.role === "user";
@@ -23,7 +21,7 @@ export function drawn(conversation, running, does) {
   });
 }
 
-/** Draw what has come of the version that is being written. */
+/** Draw the version that streams in. */
 export function drawRunning({ element, facts, version }) {
   if (version.text) show(element, version.text);
   else element.replaceChildren(h("p", { class: "note waiting" }, t("thinking")));
@@ -31,11 +29,16 @@ export function drawRunning({ element, facts, version }) {
   facts.textContent = factsText(version);
 }
 
-function welcome() {
-  const name = model()?.id ?? "";
-  const isTaught = !model() || modeOf(model()) === "chat";
-  const more = isTaught ? [] : [h("p", { class: "note" }, t("chatUntaught"))];
-  return h("div", { class: "welcome" }, h("h1", {}, t("chatEmpty", { model: name })), ...more);
+function welcome(does) {
+  if (!model()) return "";
+  const isTaught = modeOf(model()) === "chat";
+  return h(
+    "div",
+    { class: "welcome" },
+    h("h1", {}, t("chatEmpty", { model: modelName() })),
+    isTaught ? null : h("p", { class: "note" }, t("chatUntaught")),
+    examples(t("chatTry"), does.say),
+  );
 }
 
 function userBody(message, index, does) {
@@ -89,11 +92,11 @@ function copyButton(text) {
   });
 }
 
-/** Return what a failure is called, and what can be done about it where it came last. */
+/** Return a failure, with the ways on if it is the last message's. */
 function failureBox(failure, isLast, conversation, does) {
   const box = h("div", { class: "failure", role: "alert" }, h("p", {}, failureText(failure)));
   if (!isLast) return box;
-  const button = (label, action) => h("button", { type: "button", onclick: action }, label);
+  const button = (label, action) => h("button", { onclick: action }, label);
   const last = conversation.messages.length - 2;
   const isLater = ({ role }, i) => role === "user" && i > conversation.from && i <= last;
   if (failure.kind === "context" && conversation.messages.some(isLater)) {

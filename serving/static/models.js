@@ -1,37 +1,38 @@
-// The models of the server, and the one that is talked to.
+// The server's models and the chosen one.
 
-import { ask } from "/static/api.js";
-import { byId, h } from "/static/dom.js";
-import { number, t } from "/static/words.js";
+import { ask, Failure } from "./api.js";
+import { byId, h } from "./dom.js";
+import { number, t } from "./words.js";
 
 let models = [];
 let details = null; // of the chosen model
 let described = ""; // model and weights that the details are of
-let chosen = new URLSearchParams(location.search).get("model");
+let chosen = new URLSearchParams(location.search).get("model")?.normalize() || null;
 let listener = () => {};
 
 export const model = () => details;
 export const modelId = () => details?.id;
+export const modelName = () => details?.name ?? "";
 
-/** Return the mode that a model was trained for. */
 export function modeOf(found) {
   if (found.labels) return "classify";
   return found.template === "plain" ? "complete" : "chat";
 }
 
-/** Call `action(details, isAnother)` when there is a model, another one, or new weights of it. */
+/** Call `action(details, isAnother)` for a first or another model and for new weights. */
 export function onModel(action) {
   listener = action;
   byId("models").addEventListener("change", (event) => choose(event.target.value));
 }
 
-/** Ask for the models; choose one where none is chosen yet. Return how many there are. */
+/** Fetch the models, choose the default if none is chosen; return how many there are. */
 export async function refresh() {
-  models = (await ask("/v1/models")).data;
+  models = (await ask("v1/models")).data;
+  chosen ??= models.find((found) => found.default)?.id ?? models[0]?.id;
   const known = models.find(({ id, aliases }) => id === chosen || aliases.includes(chosen));
-  const best = known ?? models.find((found) => found.default) ?? models[0];
-  showPicker(best?.id);
-  if (best && described !== `${best.id} ${best.created}`) await describe(best.id);
+  showPicker(known?.id);
+  if (models.length && !known) throw new Failure("model", t("chooseModel", { model: chosen }));
+  if (known && described !== `${known.id} ${known.created}`) await describe(known.id);
   return models.length;
 }
 
@@ -48,7 +49,7 @@ async function describe(id) {
   byId("about").textContent = t("loading", { model: id });
   let found;
   try {
-    found = await ask(`/v1/models/${encodeURIComponent(id)}`);
+    found = await ask(`v1/models/${encodeURIComponent(id)}`);
   } finally {
     showAbout();
   }
@@ -61,15 +62,16 @@ async function describe(id) {
 
 function showPicker(id) {
   const picker = byId("models");
-  const ids = models.map((found) => found.id);
-  if (ids.join("\n") !== [...picker.options].map((option) => option.value).join("\n")) {
-    picker.replaceChildren(...ids.map((name) => h("option", { value: name }, name)));
+  const all = JSON.stringify(models.map(({ id: value, name }) => [value, name]));
+  if (picker.dataset.all !== all) {
+    picker.replaceChildren(...models.map((found) => h("option", { value: found.id }, found.name)));
+    picker.dataset.all = all;
   }
-  if (id) picker.value = id;
-  picker.disabled = !ids.length;
+  picker.value = id ?? "";
+  picker.disabled = !models.length;
 }
 
-/** Tell what the chosen model is. */
+/** Describe the chosen model. */
 export function showAbout() {
   const about = byId("about");
   if (!details) {

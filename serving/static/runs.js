@@ -1,10 +1,10 @@
 // What was trained: a card for each run with its curves, its report, and the way to its model.
 
-import { ask } from "/static/api.js";
-import { byId, h, iconButton, svg } from "/static/dom.js";
-import { failureText } from "/static/failures.js";
-import { startShell } from "/static/shell.js";
-import { number, onLanguage, percent, t } from "/static/words.js";
+import { ask } from "./api.js";
+import { byId, h, iconButton, svg } from "./dom.js";
+import { showFailure } from "./failures.js";
+import { startShell } from "./shell.js";
+import { number, onLanguage, percent, t } from "./words.js";
 
 const LOOK_MS = 5_000; // between two looks at runs that may be training
 const WIDTH = 320;
@@ -12,8 +12,7 @@ const HEIGHT = 120;
 const LEFT = 34; // where the numbers of the vertical axis end
 const BOTTOM = 104;
 const TOP = 8;
-const WARM_UP = 0.06; // the part of the steps whose losses set no limits, as in the reports
-const STATES = { finished: "finished", training: "training", stopped: "halted" };
+const WIDE = 30; // from so many times the median on the vertical axis is logarithmic, as in reports
 
 let runs = null;
 let before = "";
@@ -21,15 +20,14 @@ let before = "";
 async function look() {
   let wait = LOOK_MS;
   try {
-    runs = document.hidden && runs ? runs : (await ask("/v1/runs")).data;
-    byId("banner").hidden = true;
+    runs = document.hidden && runs ? runs : (await ask("v1/runs")).data;
+    showFailure("banner");
     // The tickets of the addresses are new every time.
     const now = JSON.stringify(runs, (name, value) => (name === "report" ? Boolean(value) : value));
     if (now !== before) render();
     before = now;
   } catch (error) {
-    byId("banner").textContent = failureText(error);
-    byId("banner").hidden = false;
+    showFailure("banner", error);
     if (error.kind === "key") wait = null;
   }
   if (wait) setTimeout(look, wait);
@@ -47,6 +45,7 @@ function card(run) {
     { class: "run" },
     h("h2", {}, run.id),
     facts(run),
+    run.error && h("p", { class: "failure" }, run.error),
     figures(run.summary),
     figure(run),
     actions(run),
@@ -61,7 +60,7 @@ function facts({ stage, state, step, max_steps: most, updated }) {
   const far = isOver
     ? t("steps", { n: number(step) })
     : t("stepOf", { n: number(step), most: number(most) });
-  const badge = h("span", { class: `badge ${state}` }, t(STATES[state]));
+  const badge = h("span", { class: `badge ${state}` }, t(state === "stopped" ? "halted" : state));
   return h("p", { class: "facts" }, badge, ` ${[stage, far, when].filter(Boolean).join(" · ")}`);
 }
 
@@ -94,14 +93,20 @@ function figure({ curves, step }) {
 }
 
 function draw(shown, last, label) {
-  const [low, high] = limits(shown, last);
-  const x = (step) => LEFT + ((WIDTH - LEFT - 4) * step) / Math.max(last, 1);
-  const y = (value) => BOTTOM - ((BOTTOM - TOP) * (Math.min(value, high) - low)) / (high - low);
-  const ticks = [low, (low + high) / 2, high].flatMap((value) => [
+  const points = shown.flatMap(([, its]) => its);
+  const end = Math.max(last, ...points.map(([step]) => step), 1); // of a damaged run's, too
+  const values = points.map(([, value]) => value).sort((one, other) => one - other);
+  const [least, median] = [values[0], values[values.length >> 1]];
+  const isWide = least > 0 && values.at(-1) > WIDE * median;
+  const [scale, unscale] = isWide ? [Math.log, Math.exp] : [Number, Number];
+  const [low, high] = limits(scale(least), scale(values.at(-1)));
+  const x = (step) => LEFT + ((WIDTH - LEFT - 4) * step) / end;
+  const y = (value) => BOTTOM - ((BOTTOM - TOP) * (scale(value) - low)) / (high - low);
+  const ticks = [low, (low + high) / 2, high].map(unscale).flatMap((value) => [
     svg("line", { class: "grid", x1: LEFT, x2: WIDTH - 4, y1: y(value), y2: y(value) }),
     svg("text", { x: LEFT - 5, y: y(value) + 3.5, "text-anchor": "end" }, short(value)),
   ]);
-  const steps = [0, last].map((step, i) =>
+  const steps = [0, end].map((step, i) =>
     svg("text", { x: x(step), y: HEIGHT - 3, "text-anchor": i ? "end" : "start" }, number(step)),
   );
   const lines = shown.map(([, points, look]) => {
@@ -113,37 +118,32 @@ function draw(shown, last, label) {
   return svg("svg", { ...attributes, "aria-label": label }, ...ticks, ...steps, ...lines);
 }
 
-/** Return the vertical limits; losses of the first steps fall from the sky and set none. */
-function limits(shown, last) {
-  const all = shown.flatMap(([, points]) => points);
-  const late = all.filter(([step]) => step >= WARM_UP * last);
-  const values = (late.length ? late : all).map(([, value]) => value);
-  const low = Math.min(...values);
-  const high = Math.max(...values);
+function limits(low, high) {
   const margin = 0.06 * (high - low) || 0.1;
-  return [Math.max(low - margin, 0), high + margin];
+  return [low - margin, high + margin];
 }
 
-const short = (value) => number(value, value < 1 ? 2 : 1);
+const short = (value) =>
+  Math.abs(value) >= 1e4 ? value.toExponential(0) : number(value, Math.abs(value) < 1 ? 2 : 1);
 
 function actions({ id, model, report, stage }) {
   const box = h("div", { class: "actions" });
   if (model) {
     const words = t(stage === "instruct" ? "talk" : "tryIt");
-    const href = `/?model=${encodeURIComponent(model)}`;
+    const href = `./?model=${encodeURIComponent(model)}`;
     box.append(h("a", { class: "button primary", href }, words));
   }
   if (report) {
     const label = `${t("report")}: ${id}`;
     const open = () => openReport(id);
-    box.append(h("button", { type: "button", "aria-label": label, onclick: open }, t("report")));
+    box.append(h("button", { "aria-label": label, onclick: open }, t("report")));
   }
   return box;
 }
 
 /** Show a report in a frame that may do nothing; its address is the newest, as tickets end. */
 function openReport(id) {
-  const { report } = runs.find((run) => run.id === id);
+  const report = runs.find((run) => run.id === id).report.slice(1); // relative, as this page is
   const dialog = byId("report");
   const frame = h("iframe", { sandbox: "", src: report, title: `${t("report")}: ${id}` });
   const close = iconButton("i-close", t("close"), () => dialog.close());

@@ -1,12 +1,12 @@
-// How tokens are chosen: the controls in the settings, kept for all conversations.
+// The sampling parameters and their controls.
 
-import { forgetKey, hasKey } from "/static/api.js";
-import { byId, h, iconButton } from "/static/dom.js";
-import { load, save } from "/static/store.js";
-import { t } from "/static/words.js";
+import { forgetKey, hasKey } from "./api.js";
+import { byId, h, iconButton } from "./dom.js";
+import { load, save } from "./store.js";
+import { t } from "./words.js";
 
 const NAME = "nanogpt.sampling";
-// least, greatest and step of each, what it is at first, and the value at which it does nothing
+// minimum, maximum, step, default, neutral value
 const FIELDS = {
   temperature: [0, 2, 0.05, 0.8],
   top_p: [0.01, 1, 0.01, 0.95, 1],
@@ -22,7 +22,7 @@ const MOST_STOP_CHARACTERS = 256;
 
 let chosen = sane(load(NAME, {}));
 
-/** Return the parameters for a request; those that change nothing are left out. */
+/** Return a request's parameters without those that are neutral. */
 export function parameters() {
   const wanted = {};
   for (const [name, [, , , , neutral]] of Object.entries(FIELDS)) {
@@ -36,7 +36,7 @@ export function parameters() {
   return wanted;
 }
 
-/** Return kept choices with everything that is missing or out of its limits put right. */
+/** Return stored values, replaced where missing or out of range. */
 function sane(kept) {
   const right = {};
   for (const [name, [least, greatest, step, first]] of Object.entries(FIELDS)) {
@@ -54,10 +54,9 @@ function within(value, least, greatest, step, otherwise) {
   return Math.min(Math.max(whole, least), greatest);
 }
 
-/** Build the settings: the system prompt where there is one, the controls, the key. */
 export function showSettings({ close, system }) {
   const head = h("div", { class: "head" }, h("h2", {}, t("settings")), iconButton("i-close", t("close"), close));
-  const reset = h("button", { type: "button", class: "quiet", onclick: () => change({}, close, system) }, t("reset"));
+  const reset = h("button", { class: "quiet", onclick: () => change({}, close, system) }, t("reset"));
   const forget = () => {
     forgetKey();
     location.reload();
@@ -69,7 +68,7 @@ export function showSettings({ close, system }) {
     ...Object.keys(FIELDS).map(control),
     stopField(),
     seedField(),
-    hasKey() ? h("button", { type: "button", class: "wide", onclick: forget }, t("forgetKey")) : "",
+    hasKey() ? h("button", { class: "wide", onclick: forget }, t("forgetKey")) : "",
   );
 }
 
@@ -85,9 +84,9 @@ function keep(name, value) {
 }
 
 function control(name) {
-  const [min, max, step, first] = FIELDS[name];
+  const [min, max, step, first, neutral] = FIELDS[name];
   const id = `sampling-${name}`;
-  const hint = t(`${name}Hint`);
+  const hint = neutral === undefined ? t(`${name}Hint`) : t("off", { n: neutral });
   const limits = { min, max, step, value: chosen[name], title: hint };
   const field = h("input", { type: "number", id, inputmode: "decimal", ...limits });
   const slider = h("input", { type: "range", "aria-label": t(name), ...limits });
@@ -104,15 +103,14 @@ function control(name) {
     set(field.valueAsNumber);
     field.value = chosen[name];
   });
-  const label = h("label", { for: id }, t(name), h("small", {}, hint));
-  return h("div", { class: "control" }, label, field, slider);
+  return labelled(t(name), hint, field, slider);
 }
 
 function stopField() {
   const field = h("textarea", { id: "sampling-stop", rows: 2, spellcheck: "false" });
   field.value = chosen.stop;
   field.addEventListener("input", () => keep("stop", field.value));
-  return h("div", { class: "control tall" }, h("label", { for: field.id }, t("stopStrings")), field);
+  return labelled(t("stopStrings"), null, field);
 }
 
 function seedField() {
@@ -122,13 +120,17 @@ function seedField() {
     keep("seed", sane({ seed: field.value === "" ? null : field.valueAsNumber }).seed);
     field.value = chosen.seed ?? "";
   });
-  const label = h("label", { for: field.id }, t("seed"), h("small", {}, t("seedHint")));
-  return h("div", { class: "control" }, label, field);
+  return labelled(t("seed"), t("seedHint"), field);
 }
 
 function systemField({ text, onChange }) {
   const field = h("textarea", { id: "system-prompt", rows: 4, dir: "auto" });
   field.value = text;
   field.addEventListener("input", () => onChange(field.value));
-  return h("div", { class: "control tall" }, h("label", { for: field.id }, t("systemPrompt")), field);
+  return labelled(t("systemPrompt"), null, field);
+}
+
+function labelled(words, hint, field, ...more) {
+  const label = h("label", { for: field.id }, words, hint && h("small", {}, hint));
+  return h("div", { class: hint ? "control" : "control tall" }, label, field, ...more);
 }

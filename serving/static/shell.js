@@ -1,16 +1,18 @@
-// What the pages share around their content: theme, language, and the dialog that asks for a key.
+// What both pages share: theme, language, the key dialog.
 
-import { onKeyNeeded } from "/static/api.js";
-import { byId, h } from "/static/dom.js";
-import { load, save } from "/static/store.js";
-import { language, onLanguage, setLanguage, t, translate } from "/static/words.js";
+import { onKeyNeeded } from "./api.js";
+import { byId, h, icon } from "./dom.js";
+import { load, save } from "./store.js";
+import { language, onLanguage, setLanguage, t, translate } from "./words.js";
 
 const PAGE = "nanogpt.page"; // theme.js reads it before the first paint
 const THEMES = ["system", "light", "dark"];
 
-/** Make theme, language and key work, and say everything in the page's language. */
 export function startShell() {
   document.body.append(keyDialog());
+  for (const button of document.querySelectorAll("[data-icon]")) {
+    button.prepend(icon(`i-${button.dataset.icon}`));
+  }
   translate(document);
   onKeyNeeded(askForKey);
   byId("language").addEventListener("click", () => {
@@ -55,7 +57,7 @@ function keyDialog() {
   return h("dialog", { id: "key-dialog", "aria-labelledby": "key-title" }, form);
 }
 
-/** Resolve to the key that is entered, or to null where the dialog is closed. */
+/** Resolve to the key entered, or to null when the dialog is closed. */
 function askForKey(wasWrong) {
   const dialog = byId("key-dialog");
   const field = byId("key");

@@ -1,17 +1,15 @@
-// What the browser keeps: conversations, each under a name of its own so that two tabs do not
-// overwrite each other's, and choices. Where it keeps nothing (full, forbidden) the page goes on.
+// localStorage: choices, and a key for each conversation so that tabs do not overwrite each other's.
+// Where it is full or forbidden values live as long as the page.
 
 const CONVERSATION = "nanogpt.chat.";
 
 let onFull = () => {};
 const unsaved = new Map(); // what could not be kept lives as long as the page
 
-/** Call `action` when something could not be kept. */
 export function whenFull(action) {
   onFull = action;
 }
 
-/** Return a kept value, or `missing`. */
 export function load(name, missing) {
   if (unsaved.has(name)) return unsaved.get(name);
   try {
@@ -21,7 +19,6 @@ export function load(name, missing) {
   }
 }
 
-/** Keep a value. */
 export function save(name, value) {
   try {
     localStorage.setItem(name, JSON.stringify(value));
@@ -32,7 +29,7 @@ export function save(name, value) {
   }
 }
 
-/** Return the conversations, the newest first; what is no conversation of ours is passed over. */
+/** Return the conversations, the newest first. */
 export function conversations() {
   const names = new Set(unsaved.keys());
   try {
@@ -49,7 +46,7 @@ export function conversations() {
 
 export const conversation = (id) => load(CONVERSATION + id, null);
 
-/** Return a conversation in which nothing has been said. It is kept when something is. */
+/** Return an empty conversation, which is not stored yet. */
 export function newConversation() {
   const id = `${Date.now().toString(36)}${Math.random().toString(36).slice(2, 8)}`;
   return { id, title: "", updated: Date.now(), system: "", from: 0, messages: [] };
@@ -68,7 +65,7 @@ export function removeConversation(id) {
   }
 }
 
-/** Call `action(id)` when another tab has changed a conversation. */
+/** Call `action(id)` when another tab changed a conversation. */
 export function onConversationChanged(action) {
   addEventListener("storage", (event) => {
     if (event.key === null) action(null);

@@ -1,10 +1,10 @@
-// Before the first paint: the chosen theme and language. Not a module, as those come after it.
+// Theme and language before the first paint, so not a module.
 (function () {
   let chosen = {};
   try {
     chosen = JSON.parse(localStorage.getItem("nanogpt.page")) || {};
   } catch {
-    // nothing can be kept here, or what was kept is not ours
+    // not readable
   }
   const root = document.documentElement;
   if (chosen.theme === "light" || chosen.theme === "dark") root.dataset.theme = chosen.theme;

@@ -1,5 +1,5 @@
-// The page's words in English and Chinese. Elements name theirs: data-t for their text,
-// data-t-label for what is read aloud and shown as a hint, data-t-placeholder for empty fields.
+// The words in English and Chinese. Elements name theirs: data-t (text), data-t-label (label and
+// hint), data-t-placeholder.
 
 const WORDS = {
   chat: ["Chat", "对话"],
@@ -20,7 +20,6 @@ const WORDS = {
   skip: ["Skip to the text field", "跳到输入框"],
 
   newChat: ["New conversation", "新对话"],
-  untitled: ["New conversation", "新对话"],
   rename: ["Rename", "重命名"],
   remove: ["Delete", "删除"],
   removed: ["Deleted.", "已删除。"],
@@ -84,19 +83,14 @@ const WORDS = {
   temperature: ["Temperature", "温度"],
   temperatureHint: ["0 takes the likeliest token", "0 总取最可能的词元"],
   top_p: ["Top-p", "Top-p"],
-  top_pHint: ["1 is off", "1 为关闭"],
   top_k: ["Top-k", "Top-k"],
-  top_kHint: ["0 is off", "0 为关闭"],
   min_p: ["Min-p", "Min-p"],
-  min_pHint: ["0 is off", "0 为关闭"],
   max_tokens: ["Most tokens", "最多词元"],
+  off: ["{n} is off", "{n} 为关闭"],
   max_tokensHint: ["of an answer", "每个回答"],
   presence_penalty: ["Presence penalty", "存在惩罚"],
-  presence_penaltyHint: ["0 is off", "0 为关闭"],
   frequency_penalty: ["Frequency penalty", "频率惩罚"],
-  frequency_penaltyHint: ["0 is off", "0 为关闭"],
   repetition_penalty: ["Repetition penalty", "重复惩罚"],
-  repetition_penaltyHint: ["1 is off", "1 为关闭"],
   stopStrings: ["Stop at, one per line", "遇到即停，每行一个"],
   seed: ["Seed", "种子"],
   seedHint: ["empty: another every time", "留空则每次不同"],
@@ -109,6 +103,20 @@ const WORDS = {
   keyGo: ["Continue", "继续"],
   keyNone: ["No key was given.", "未提供密钥。"],
 
+  chooseModel: ["{model} was asked for; choose one above.", "请求的是 {model}，请在上方另选一个。"],
+  onlyLabels: ["{model} is a classifier: it only classifies.", "{model} 是分类模型，只能用于分类。"],
+  noLabels: ["{model} is a language model, without classes.", "{model} 是语言模型，没有类别可分。"],
+  chatTry: [
+    "Name three primary colors.\nWhat is a neural network?\nWrite a short poem about the sea.",
+    "三原色是哪三种颜色？\n什么是神经网络？\n写一首关于大海的短诗。",
+  ],
+  completeTry: ["Once upon a time,\ndef main(\nThe history of", "从前有座山，\ndef main(\n人工智能的发展"],
+  classifyTry: [
+    "WINNER!! Call now to claim your free prize.\nAre we still meeting for lunch today?",
+    "恭喜中奖！立即致电领取免费奖品。\n今天中午还一起吃饭吗？",
+  ],
+  legend: ["Probability of a token:", "词元概率："],
+
   loading: ["Loading {model}…", "正在加载 {model}……"],
   starting: ["The engine is starting…", "引擎正在启动……"],
   noModels: ["There are no models yet: python train.py makes one.", "还没有模型：运行 python train.py 训练一个。"],
@@ -120,29 +128,31 @@ const WORDS = {
   "is.key": ["An API key is needed.", "需要 API 密钥。"],
   "is.forbidden": ["The server does not answer this.", "服务器拒绝了请求。"],
   "is.context": ["The text is longer than the model's context.", "内容超出了模型的上下文长度。"],
-  "is.model": ["This model is gone.", "该模型已不存在。"],
+  "is.model": ["This model does not exist.", "该模型不存在。"],
   "is.busy": ["The server is busy; try again in a moment.", "服务器繁忙，请稍后再试。"],
   "is.starting": ["The engine is away; try again in a moment.", "引擎暂不可用，请稍后再试。"],
   "is.invalid": ["The server does not take this.", "服务器不接受该请求。"],
   "is.failed": ["The server failed.", "服务器出错了。"],
   "is.offline": ["The server cannot be reached.", "无法连接服务器。"],
+  "is.proxy": ["A proxy in front of the server asks you to sign in: reload the page.", "服务器前面的代理要求登录：请刷新页面。"],
   "is.cut": ["The connection broke.", "连接中断了。"],
 
   params: ["{n} parameters", "{n} 参数"],
   contextIs: ["context {n}", "上下文 {n}"],
   stepIs: ["step {n}", "第 {n} 步"],
   noRuns: ["There are no runs yet: python train.py makes one.", "还没有训练记录：运行 python train.py 开始一个。"],
-  runsTitle: ["What was trained", "训练记录"],
+  runsTitle: ["Runs", "训练记录"],
   talk: ["Talk to it", "与它对话"],
   tryIt: ["Try it", "试一试"],
   report: ["Report", "报告"],
-  inTab: ["Open in a tab of its own", "在新标签页中打开"],
+  inTab: ["Open in a new tab", "在新标签页中打开"],
   finished: ["finished", "已完成"],
   training: ["training", "训练中"],
   halted: ["not finished", "未完成"],
+  damaged: ["damaged", "已损坏"],
   stepOf: ["step {n} of {most}", "第 {n} / {most} 步"],
   steps: ["{n} steps", "{n} 步"],
-  trainLoss: ["training loss", "训练损失"],
+  trainLoss: ["training loss, last step", "训练损失（最后一步）"],
   valLoss: ["validation loss", "验证损失"],
   accuracy: ["accuracy", "准确率"],
   bits: ["bits per byte", "比特/字节"],
@@ -156,13 +166,12 @@ const listeners = [];
 
 export const language = () => (document.documentElement.lang === "zh" ? "zh" : "en");
 
-/** Return a text in the page's language: t("tokens", { n: 3 }). */
+/** t("tokens", { n: 3 }) in the page's language. */
 export function t(name, values = {}) {
   const text = WORDS[name][LANGUAGES.indexOf(language())];
   return text.replace(/\{(\w+)\}/g, (_, value) => values[value] ?? "");
 }
 
-/** Return a number as the page's language writes it. */
 export function number(value, digits = 0) {
   const shown = { maximumFractionDigits: digits };
   return new Intl.NumberFormat(language(), shown).format(value);
@@ -174,7 +183,7 @@ export function percent(value) {
   return new Intl.NumberFormat(language(), shown).format(value);
 }
 
-/** Change the language; everything that was told to `onLanguage` says it anew. */
+/** Change the language and call the listeners. */
 export function setLanguage(name) {
   document.documentElement.lang = name;
   translate(document);
@@ -185,7 +194,6 @@ export function onLanguage(listener) {
   listeners.push(listener);
 }
 
-/** Put the words into the elements that name them. */
 export function translate(root) {
   for (const element of root.querySelectorAll("[data-t]")) {
     element.textContent = t(element.dataset.t);
