@@ -473,8 +473,11 @@ def explain_composition(error: Exception) -> str:
 
 
 def unknown_key(key: str) -> str:
-    """Return the sentence for a key that no file in conf/ has."""
-    near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
+    """Return the sentence for a key that the composed configuration does not have."""
+    known = _known_keys()
+    if key in known:
+        return f"the chosen data and stage have no key {key}, which others have; leave it out"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"there is no key {key}; {hint}every key is in {CONF_DIR}/"
 

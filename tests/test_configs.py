@@ -15,7 +15,7 @@ import train
 from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Schedule
-from nanogpt.training.kinds import clear_other_budget
+from nanogpt.training.kinds import check_kinds, clear_other_budget
 from nanogpt.training.session import budget_steps
 from tests.configs import CONF, ROOT, options
 
@@ -138,3 +138,19 @@ def test_a_typed_budget_clears_the_other_one(tmp_path: Path) -> None:
     config = composed("stage=pretrain", "max_steps=7")
     clear_other_budget(config, typed)
     assert (config["max_steps"], config["max_tokens"]) == (7, None)
+
+
+@pytest.mark.parametrize(
+    "key", ["data.path", "data.separator", "data_dir", "runs_dir", "callbacks.hellaswag.path"]
+)
+def test_an_empty_text_is_refused_by_its_key(key: str) -> None:
+    config = composed("stage=pretrain", "data=text", "init_from=null", f"{key}=")
+    with pytest.raises(ValueError, match=f"^{key} is empty .an unset variable of the shell"):
+        check_kinds(config)
+
+
+def test_a_key_of_another_data_set_is_not_suggested_for_itself() -> None:
+    assert train.unknown_key("data.balance").startswith(
+        "the chosen data and stage have no key data.bal"
+    )
+    assert "did you mean data.balance?" in train.unknown_key("data.ballance")

@@ -7,7 +7,7 @@ from nanogpt.training.run import flatten
 
 COUNT = "a whole number of at least 1"
 FLAG = "true or false"
-TEXT = "a text that is not empty"
+TEXT = "a text"
 KINDS = {
     "seed": ("a whole number of 64 bits",),
     "model.block_size": (COUNT,),
@@ -78,6 +78,8 @@ def check_kinds(config: Mapping[str, Any]) -> None:
     for key, kinds in KINDS.items():
         if key not in flat and key.startswith(("data.", "instruct.")):
             continue  # not all data sets and stages have all keys
+        if kinds[-1] == TEXT and flat[key] == "":
+            raise ValueError(f"{key} is empty (an unset variable of the shell?); pass {TEXT}")
         if not any(_is_kind(flat[key], kind) for kind in kinds):
             raise ValueError(f"{key}={flat[key]!r} is not {' or '.join(kinds)}")
 
