@@ -270,9 +270,8 @@ class RowDropout:
         which costs a bit or two of the 64.
         """
         assert self.row_seeds is not None
-        first = stream << 32
-        places = torch.arange(first, first + n, device=self.row_seeds.device)
-        z = self.row_seeds[:, None] + places * -0x61C8864680B583EB
+        places = torch.arange(n, device=self.row_seeds.device)
+        z = (self.row_seeds[:, None] + (stream << 32) + places) * -0x61C8864680B583EB
         z = (z ^ (z >> 30)) * -0x40A7B892E31B1A47
         z = (z ^ (z >> 27)) * -0x6B2FB644ECCEEE15
         return (z >> 32).int() | 1

@@ -23,6 +23,7 @@ from nanogpt.model import (
     rotate,
     written_out_attention,
 )
+from nanogpt.training.machine import missing_for_compile
 from tests.configs import CONF, options
 
 TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=16)
@@ -310,6 +311,14 @@ def test_every_part_of_the_model_has_masks_of_its_own(monkeypatch: pytest.Monkey
     config = replace(TINY, dropout=0.5)
     build(config).train()(some_ids(config, 1, 16))
     assert len(streams) == len(set(streams)) == 2 * (3 * config.n_layer + 1)
+
+
+@pytest.mark.skipif(missing_for_compile(torch.device("cpu")) is not None, reason="no compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
+def test_inductor_drops_the_same() -> None:
+    x = torch.ones(3, 2, 8, 8)
+    drop = partial(RowDropout(0.3, SEEDS), site=5)
+    assert torch.equal(torch.compile(drop, fullgraph=True)(x) == 0, drop(x) == 0)
 
 
 def test_a_compiled_model_drops_the_same() -> None:
