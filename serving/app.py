@@ -43,6 +43,7 @@ from serving.engine.messages import Settings
 from serving.logs import configure
 
 ENGINE_VARIABLE = "NANOGPT_ENGINE"
+GC_OBJECTS = 10_000  # new ones between collections: of 700, parsing many lists takes twice as long
 
 log = logging.getLogger("nanogpt.server")
 
@@ -118,6 +119,7 @@ def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:
             )
             app.state.front_end = front
             gc.freeze()  # what was imported lives as long as the process
+            gc.set_threshold(GC_OBJECTS, *gc.get_threshold()[1:])
             with _at_signal(lambda: _drain(front)):
                 yield {"door": app.state.door}
 

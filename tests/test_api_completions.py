@@ -214,7 +214,7 @@ def test_what_must_change_the_answer_and_cannot_is_refused_by_name(
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_what_asks_for_nothing_passes(url: str, path: str) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-    neutral = [
+    neutral: list[dict[str, Any]] = [
         {"tools": [tool], "tool_choice": "auto", "parallel_tool_calls": True},
         {"tool_choice": "none", "function_call": "auto", "functions": []},
         {"response_format": {"type": "text"}, "best_of": 1, "min_tokens": 0, "bad_words": []},

@@ -60,7 +60,7 @@ def ask(tokenizer: Tokenizer, folder: Path, path: str, body: dict[str, Any]) -> 
     engine = FakeEngine(f"unix:{folder}/e", reply=says("a"), tokenizer=tokenizer)
     with serve(engine) as url:
         answer = httpx.post(url + path, json=body).json()
-    return answer, (generated(engine) or [SimpleNamespace(prompt_ids=[])])[0].prompt_ids
+    return answer, next((request.prompt_ids for request in generated(engine)), [])
 
 
 def by_tokenize(tokenizer: Tokenizer, text: str, folder: Path, _: Any) -> Ids:

@@ -119,7 +119,9 @@ class ChatFormat:
         content = [
             {
                 **self._token(token.id, token.logprob),
-                "top_logprobs": [self._token(i, logprob) for i, logprob in token.top],
+                "top_logprobs": [
+                    self._token(i, logprob) for i, logprob in zip(*token.top, strict=True)
+                ],
             }
             for token in tokens
         ]

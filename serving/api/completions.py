@@ -126,7 +126,7 @@ class CompletionFormat:
         """Return the likeliest tokens and the chosen one; None where nothing is known."""
         if token.logprob is None:
             return None
-        top = {self._name(i): logprob for i, logprob in token.top}
+        top = {self._name(i): logprob for i, logprob in zip(*token.top, strict=True)}
         return {**top, self._name(token.id): token.logprob}
 
     def _name(self, token_id: int) -> str:

@@ -22,13 +22,14 @@ from serving.engine.messages import Finished, Generate, Scored, Tokens
 class Token:
     """A token, where its text begins in the answer, and how likely it and others were in its place.
 
-    The first token of a prompt has no log-probability.
+    `top` is the ids of the likeliest tokens and their log-probabilities. The first token of a
+    prompt has no log-probability.
     """
 
     id: int
     offset: int
     logprob: float | None
-    top: list[tuple[int, float]]
+    top: tuple[Sequence[int], Sequence[float]]
 
 
 @dataclass
@@ -238,7 +239,7 @@ def tokens_of(
     nothing: Sequence[Sequence[Any]] = [()] * len(ids)
     tops = zip(top_ids or nothing, top_logprobs or nothing, strict=True)
     return [
-        Token(i, offset, logprob, list(zip(*top, strict=True)))
+        Token(i, offset, logprob, top)
         for i, offset, logprob, top in zip(ids, offsets, logprobs, tops, strict=False)  # cut short
     ]
 

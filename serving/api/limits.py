@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.api.errors import ApiError
 from serving.api.settings import ApiSettings
 
+MAX_CONTAINERS = 350_000  # of a body's lists and objects; nested ones take longest to parse
 PATIENCE_S = 0.1  # that those let in wait while others arrive
 
 
@@ -135,7 +136,10 @@ class Body:
             if len(body) > self.max_bytes:
                 raise self._too_large()
             if not message.get("more_body", False):
-                return bytes(body)
+                break
+        if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+            raise ApiError(400, f"The body has more than {MAX_CONTAINERS:,} lists and objects.")
+        return bytes(body)
 
     def _too_large(self) -> ApiError:
         message = f"The body is larger than {self.max_bytes:,} bytes, the most this server reads."

@@ -115,11 +115,11 @@ async def events(generation: Generation, form: Format, include_usage: bool) -> A
 async def whole(form: Format, answers: Sequence[Piece], usage: dict[str, Any]) -> bytes:
     """Return answers as one JSON object; the event loop runs between two of them."""
     before, after = to_json({**form.head, "choices": [TEXT], "usage": usage}).split(to_json(TEXT))
-    choices = []
+    parts = [before]
     for answer in answers:
-        choices.append(to_json(form.choice(answer)))
+        parts += [to_json(form.choice(answer)), b","]
         await asyncio.sleep(0)
-    return before + b",".join(choices) + after
+    return b"".join([*parts[:-1], after])
 
 
 def answer_head(prefix: str, model: ServedModel) -> dict[str, Any]:
@@ -149,8 +149,9 @@ def to_json(content: Any) -> bytes:
     Lone surrogates, which a client may have sent, and line separators are escaped.
     """
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for separator, escape in LINE_SEPARATORS.items():
-        text = text.replace(separator, escape)
+    if not text.isascii():
+        for separator, escape in LINE_SEPARATORS.items():
+            text = text.replace(separator, escape)
     return text.encode("utf-8", "backslashreplace")
 
 
