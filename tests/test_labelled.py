@@ -146,6 +146,13 @@ def test_a_header_in_latin_1_is_refused_in_a_sentence_that_can_be_printed(tmp_pa
     assert str(error.value).encode()
 
 
+def test_a_quote_without_an_end_is_never_skipped(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", 'text,label\na,x\n"b,y\nc,z\n')
+    for skip_bad in (False, True):
+        with pytest.raises(ValueError, match="line 3 opens a quote that ends nowhere up to line 4"):
+            read_examples(path, skip_bad=skip_bad)
+
+
 def test_the_first_ten_bad_rows_are_listed_at_once(tmp_path: Path) -> None:
     path = written(tmp_path / "a.csv", "text,label\n" + ",x\ngood,y\nb\n" * 6)
     with pytest.raises(ValueError, match=r"a\.csv has 12 bad records: line 2 has no text") as error:

@@ -161,12 +161,11 @@ def test_a_folder_names_what_it_leaves_out(linked: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO):
         assert all_read(TextFiles(linked)) == ["near"]
     [line] = [record.getMessage() for record in caplog.records]
-    assert "3 linked folders" in line
-    assert "(b/up, b/up2, books)" in line
-    assert "2 dangling links (gone.txt, self.txt)" in line
-    assert "2 further names of the same files (a_again.txt, hard.txt)" in line
-    assert "1 pipes or devices (pipe.txt)" in line
-    assert "1 files of other kinds (notes.pdf)" in line
+    assert re.search(r"linked folders, .*: 3 \(b/up, b/up2, books\)", line)
+    assert "dangling links: 2 (gone.txt, self.txt)" in line
+    assert "further names of the same files: 2 (a_again.txt, hard.txt)" in line
+    assert "pipes or devices: 1 (pipe.txt)" in line
+    assert "files of other kinds: 1 (notes.pdf)" in line
 
 
 def test_a_pattern_follows_links_and_reads_each_file_once(
@@ -174,7 +173,7 @@ def test_a_pattern_follows_links_and_reads_each_file_once(
 ) -> None:
     with caplog.at_level(logging.INFO):
         assert all_read(TextFiles(f"{linked}/**/*.txt")) == ["near", "far"]
-    assert "2 loops of links (b/up, b/up2)" in caplog.text
+    assert "loops of links: 2 (b/up, b/up2)" in caplog.text
     assert all_read(TextFiles(f"{linked}/b*/*.txt")) == ["near", "far"]
     assert all_read(TextFiles(f"{linked}/books/*.txt")) == ["far"]
 
@@ -183,7 +182,9 @@ def test_links_alone_are_named_in_the_error(linked: Path) -> None:
     (linked / "b/near.txt").rename(linked / "b/near.pdf")
     for name in ("a_again.txt", "hard.txt"):
         (linked / name).unlink()
-    with pytest.raises(ValueError, match=r"holds no file that ends in .*3 linked folders"):
+    with pytest.raises(
+        ValueError, match=r"holds no file that ends in .*left out: .*linked folders"
+    ):
         all_read(TextFiles(linked))
     with pytest.raises(FileNotFoundError, match="is a pipe or a device"):
         all_read(TextFiles(linked / "pipe.txt"))

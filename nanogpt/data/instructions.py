@@ -15,7 +15,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nanogpt.data.records import BadRecord, check_text, json_records, kind_of, read_all
+from nanogpt.data.records import (
+    BadRecord,
+    check_text,
+    decoded,
+    json_records,
+    kind_of,
+    parsed,
+    read_all,
+)
 from nanogpt.data.source import Source, files_fingerprint, local_path
 from nanogpt.data.tokenizing import choose_split
 from nanogpt.prompts import ROLES, Message, trimmed
@@ -121,12 +129,12 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _array(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; convert it") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON array ({error}); mend the file") from error
+    text = decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+    if isinstance(text, BadRecord):
+        raise ValueError(f"{path} {text}; {text.remedy}")
+    records = parsed(text)
+    if isinstance(records, BadRecord):
+        raise ValueError(f"{path} {records}; mend the array, or write one record per line")
     for number, record in enumerate(records, start=1):
         yield f"record {number}", record
 
@@ -191,11 +199,12 @@ def _text(record: dict[str, Any], *keys: str, required: bool = True, indented: b
     found = [record[key] for key in keys if record.get(key) is not None]
     there = [key for key in keys if key in record]
     names = " or ".join(there or keys[:2])
+    remedy = SHAPES if keys[0] != "content" else "write the text there"
     if found and not isinstance(found[0], str):
-        raise BadRecord(f"has {kind_of(found[0])} and not text under {names!r}", SHAPES)
+        raise BadRecord(f"has {kind_of(found[0])} and not text under {names!r}", remedy)
     text = (trimmed(found[0]) if indented else found[0].strip()) if found else ""
     if required and not text:
         empty = "it is empty" if found else "null is there"
         what = empty if there else f"it has {', '.join(record) or 'no names'}"
-        raise BadRecord(f"has no text under {names!r} ({what})", SHAPES)
+        raise BadRecord(f"has no text under {names!r} ({what})", remedy)
     return text

@@ -128,10 +128,16 @@ def _csv_rows(
         header: list[str] | None = None
         while True:
             first = reader.line_num + 1
+            row: Mapping[str, str] | BadRecord | None = None
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                row: Any = BadRecord(f"is no CSV ({error})", "mend its quotes")
+                if reader.line_num > first:  # other rows may be lost with it
+                    raise ValueError(
+                        f"{path}, line {first} opens a quote that ends nowhere up to line "
+                        f"{reader.line_num} ({error}); close it"
+                    ) from error
+                row = BadRecord(f"is no CSV ({error})", "mend its quotes")
             else:
                 if cells is None:
                     break
@@ -139,10 +145,10 @@ def _csv_rows(
                     header = _checked_header(cells, path, columns)
                     continue
                 row = _named(cells, header) if cells else None
-            last = reader.line_num
-            row = next((bad[n] for n in range(first, last + 1) if n in bad), row)
+            number = next((n for n in range(first, reader.line_num + 1) if n in bad), first)
+            row = bad.get(number, row)
             if row is not None:
-                yield f"line {first}" if last <= first else f"lines {first} to {last}", row
+                yield f"line {number}", row
         if header is None:
             _checked_header([], path, columns)
     finally:

@@ -104,8 +104,11 @@ def parsed(line: str) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         array = line.lstrip().startswith("[")
+        found = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            found = f"{error.msg} at character {error.pos + 1}"
         remedy = "write one record per line, as jq -c '.[]' does" if array else "mend the line"
-        return BadRecord(f"is not JSON ({error})", remedy)
+        return BadRecord(f"is not JSON ({found})", remedy)
 
 
 def json_records(path: Path) -> Iterator[tuple[str, Any]]:

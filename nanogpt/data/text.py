@@ -123,13 +123,13 @@ class _Search:
         self._left_out.setdefault(kind, {})[path.relative_to(self.root)] = None
 
     def told(self) -> str:
-        """Return what was left out, such as `2 dangling links (a.txt, b.txt)`."""
+        """Return what was left out, such as `dangling links: 2 (a.txt, b.txt)`."""
         parts = []
         for kind, paths in self._left_out.items():
             names = ", ".join(map(str, sorted(paths)[:MAX_NAMED]))
             more = ", ..." if len(paths) > MAX_NAMED else ""
-            parts.append(f"{len(paths):,} {kind} ({names}{more})")
-        return ", ".join(parts)
+            parts.append(f"{kind}: {len(paths):,} ({names}{more})")
+        return "; ".join(parts)
 
     def _matches(
         self, folder: Path, pattern: Sequence[str], above: frozenset[str]

@@ -92,7 +92,8 @@ def run_classify(checkpoint: Checkpoint, options: argparse.Namespace) -> Results
             f"{checkpoint.path} is a language model (stage {checkpoint.stage}) and names no "
             "classes; pass a checkpoint of stage=classify"
         )
-    examples = read_examples(path, options.text_column, options.label_column)[: options.limit]
+    with in_this_commands_words():
+        examples = read_examples(path, options.text_column, options.label_column)[: options.limit]
     numbers = class_numbers(examples, labels, path)
     texts = [example.text for example in examples]
     predicted = class_probabilities(model, checkpoint.tokenizer, texts).argmax(-1).tolist()
