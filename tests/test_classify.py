@@ -178,6 +178,20 @@ def test_the_confusion_picture_has_a_cell_per_pair_and_says_them_in_words() -> N
     assert picture.count('fill-opacity="0.540"') == 1  # all of a row in one cell
 
 
+def test_the_confusion_picture_is_centred_and_its_headings_do_not_overlap() -> None:
+    assert '<figure class="centred">' in classes_section(summary())
+    assert "rotate" not in confusion_picture(["short", "短的"], [[3, 1], [0, 4]])
+    for name in ("a long label", "客户服务投诉"):
+        slanted = confusion_picture([name, "b"], [[3, 1], [0, 4]])
+        assert slanted.count('transform="rotate(-40') == 2
+
+
+def test_names_are_shortened_by_the_width_that_they_take() -> None:
+    picture = confusion_picture(["abcdefghijklmn", "一二三四五六七八"], [[3, 1], [0, 4]])
+    assert ">abcdefghijklmn<" in picture
+    assert ">一二三四五六…<" in picture
+
+
 def test_of_many_classes_the_most_confused_are_pictured() -> None:
     labels = [f"class {i}" for i in range(25)]
     confusion = np.eye(25, dtype=int) * 9

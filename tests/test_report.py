@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.training.charts import Chart, Series, draw, smooth
+from nanogpt.training.charts import HEIGHT, Chart, Series, draw, smooth
 from nanogpt.training.metrics import MetricsFile
 from nanogpt.training.report import write_report
 
@@ -225,10 +225,35 @@ def vertical_labels(svg: str) -> list[float]:
     return [float(x) for x in re.findall(r"text-anchor: end[^>]*>([\d.]+)</text>", svg)]
 
 
-def test_first_losses_do_not_squash_the_rest() -> None:
-    points = [(1, 11.0), *((step, 3 - step / 1000) for step in range(10, 1001, 10))]
-    labels = vertical_labels(draw(Chart("Loss", "", [Series("training", points)]), 1000, "loss"))
-    assert max(labels) < 3.2
+def heights(svg: str) -> list[float]:
+    """Return the y of every point of the curves, which grows downwards."""
+    curves = re.findall(r'<path d="(M[^"]*)"[^>]*style="fill: none; stroke: var.--series', svg)
+    return [float(y) for curve in curves for y in re.findall(r"[ML] [-\d.]+ ([-\d.]+)", curve)]
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_no_value_is_outside_the_frame(noisy: bool) -> None:
+    points = [(1, 11.0), *((step, 3 - step / 1000) for step in range(10, 1001, 10)), (1001, 5.0)]
+    chart = Chart("Loss", "", [Series("training", points, noisy=noisy)])
+    ys = heights(draw(chart, 1001, "loss"))
+    assert len(ys) >= len(points)
+    assert min(ys) > 10  # below the frame's top, with a margin
+    assert max(ys) < HEIGHT - 20
+
+
+def test_labels_of_small_values_fit_beside_the_axis() -> None:
+    points = [(step, step * 1e-6) for step in range(1001)]
+    svg = draw(Chart("Learning rate", "", [Series("", points)], from_zero=True), 1000, "rate")
+    labels = re.findall(r"text-anchor: end[^>]*>([^<]+)</text>", svg)
+    assert labels == ["0", "2.5e-4", "5e-4", "7.5e-4", "0.001"]
+
+
+def test_the_training_loss_of_curve_and_table_have_different_names(run_dir: Path) -> None:
+    path = run_dir / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "train_loss": 2.5}))
+    text = html_of(run_dir)
+    assert "training, smoothed" in text
+    assert "train loss, last step" in text
 
 
 def test_late_spike_is_drawn_on_a_logarithmic_axis() -> None:

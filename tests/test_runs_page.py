@@ -10,6 +10,7 @@ from serving.api.settings import ApiSettings
 from tests.fake_engine import FakeEngine
 from tests.front_end import serve
 from tests.page import opened
+from tests.test_classify import summary
 from tests.test_runs import HEADER, KEY, write_run
 
 
@@ -77,6 +78,52 @@ def test_with_a_key_the_runs_and_their_reports_are_shown(
         page.keyboard.press("Enter")
         page.click("[aria-label='Report: tiny']")
         assert page.frame_locator("#report iframe").locator("h1").inner_text() == "tiny"
+
+
+def test_tables_of_a_report_scroll_on_a_phone(browser: Any, tmp_path: Path) -> None:
+    mistakes = [{"label": "ham", "predicted": "spam", "probability": 0.9, "text": "word " * 30}]
+    path = write_report(write_run(tmp_path / "run", summary=summary(mistakes=mistakes)))
+    with browser.new_page(viewport={"width": 360, "height": 640}) as page:
+        page.goto(path.as_uri())
+        page.click("summary:has-text('mistakes')")
+        widths = "(e) => [e.scrollWidth > e.clientWidth, getComputedStyle(e).overflowX]"
+        assert page.locator(".card:has(.wide)").last.evaluate(widths) == [True, "auto"]
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+
+
+def test_a_damaged_run_has_a_card_with_the_reason(browser: Any, url: str, runs_dir: Path) -> None:
+    (runs_dir / "growing" / "summary.json").write_text("[]")
+    with opened(browser, url, path="/runs", locale="zh-CN") as page:
+        card = page.locator(".run", has_text="growing")
+        card.wait_for()
+        assert card.locator(".badge").inner_text() == "已损坏"
+        assert "summary.json cannot be read (a list, not an object)" in card.inner_text()
+        assert page.locator(".run", has_text="tiny").locator(".badge").inner_text() == "已完成"
+
+
+@pytest.mark.parametrize("first", [12.0, 5000.0])
+def test_no_value_of_a_curve_is_cut(browser: Any, url: str, runs_dir: Path, first: float) -> None:
+    text = "\n".join(
+        [HEADER, f"1,8,{first},,9", *(f"{i},8,{2 + 1 / i},,9" for i in range(2, 99)), ""]
+    )
+    (runs_dir / "growing" / "metrics.csv").write_text(text)
+    with opened(browser, url, path="/runs") as page:
+        path = page.locator(".run", has_text="growing").locator("svg.curve path")
+        points = [place.split() for place in path.get_attribute("d")[1:].split("L")]
+        heights = [float(y) for _, y in points]
+        assert 8 < heights[0] < 20
+        assert heights[0] < heights[1]
+        assert max(heights) < 104
+
+
+def test_before_the_runs_are_known_their_place_is_marked(browser: Any, url: str) -> None:
+    with browser.new_page() as page:
+        page.route("**/v1/runs", lambda route: None)
+        page.goto(f"{url}/runs")
+        page.evaluate("document.querySelector('#runs').replaceChildren()")
+        height = "parseFloat(getComputedStyle(document.querySelector('#runs'), '::before').height)"
+        assert page.evaluate(height) > 100
+        page.unroute("**/v1/runs")
 
 
 def test_a_phone_shows_the_runs(browser: Any, url: str) -> None:

@@ -18,9 +18,6 @@ Points = list[tuple[int, float]]
 
 WIDTH, HEIGHT = 400, 208  # of the view box: text stays legible in a phone's narrow column
 MOST_POINTS = 600
-WARM_UP = (
-    0.06  # the part of the steps whose values set no limits: the first losses fall from the sky
-)
 # colours that matplotlib draws with, and the page's CSS variables that take their places
 _INK, _GRID, _REFERENCE = "#000001", "#000002", "#000003"
 _SERIES = ("#000011", "#000012")
@@ -58,8 +55,8 @@ class Chart:
 def draw(chart: Chart, last_step: int, alt: str) -> str:
     """Return a chart from step 0 to `last_step` as an `<svg>`; `alt` tells it in words.
 
-    The vertical axis ignores the extremes of the first steps, and is logarithmic where a later
-    value is more than 30 times the median.
+    The vertical axis holds every value; it is logarithmic where the greatest is more than 30 times
+    the median.
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where font caches lie is no news
     import matplotlib.style
@@ -95,7 +92,7 @@ def smooth(points: Points) -> Points:
 def _scale(axes: "Axes", chart: Chart, last_step: int) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-    low, high, logarithmic = _limits(chart, last_step)
+    low, high, logarithmic = _limits(chart)
     if logarithmic:
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -116,11 +113,9 @@ def _scale(axes: "Axes", chart: Chart, last_step: int) -> None:
         spine.set_color(_GRID)
 
 
-def _limits(chart: Chart, last_step: int) -> tuple[float, float, bool]:
+def _limits(chart: Chart) -> tuple[float, float, bool]:
     """Return the vertical limits and whether a logarithmic axis suits them."""
-    everything = [point for series in chart.series for point in series.curve]
-    values = [v for step, v in everything if step >= WARM_UP * last_step]
-    values = values or [v for _, v in everything]
+    values = [value for series in chart.series for _, value in series.points]
     if chart.reference is not None:
         values.append(chart.reference[1])
     low, high = min(values), max(values)
@@ -178,7 +173,11 @@ def _short(value: float) -> str:
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{value / unit:.4g}{letter}"
-    return f"{value:.4g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.0e}"
+    text = f"{value:.4g}"
+    if len(text) <= 6 and not 0 < abs(value) < 1e-3:  # fits beside the axis
+        return text
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _inline(svg: str, alt: str) -> str:

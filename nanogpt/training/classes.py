@@ -1,5 +1,6 @@
 """What a report tells of a classifier: its scores beside the baselines', confusion, mistakes."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from nanogpt.evaluation.classification import reduced_confusion
 from nanogpt.training.page import details, escape, section
 
 CELL, MARGIN, TOP = 64, 116, 34  # of the picture, in pixels
+SLANTED_TOP, SLANTED_RIGHT = 92, 52  # where a name is too long for its column
+COLUMN_CHARS = 8  # that fit above a cell
 MOST_CLASSES = 20  # in a picture
 LABEL_CHARS = 14
 
@@ -33,7 +36,8 @@ def classes_section(summary: Mapping[str, Any]) -> str:
     labels, confusion = summary["labels"], summary["confusion"]
     body = f'<div class="pair"><div class="card">{scores_table(summary)}</div>'
     names, shown = reduced_confusion(labels, np.array(confusion), MOST_CLASSES)
-    body += f"<figure>{confusion_picture(names, shown.tolist())}</figure></div>"
+    picture = confusion_picture(names, shown.tolist())
+    body += f'<figure class="centred">{picture}</figure></div>'
     body += mistakes_table(summary["mistakes"])
     n = sum(map(sum, confusion))
     return section("Classes", body, f"on {n:,} test examples, looked at once, after training")
@@ -63,14 +67,16 @@ def confusion_picture(labels: Sequence[str], confusion: Sequence[Sequence[int]])
 
     A cell is as dark as its share of the row.
     """
-    names = [name if len(name) <= LABEL_CHARS else f"{name[: LABEL_CHARS - 1]}…" for name in labels]
-    width, height = MARGIN + CELL * len(names) + 8, TOP + CELL * len(names) + 26
+    names = [_shortened(name) for name in labels]
+    slant = -40 if max(map(_columns, names)) > COLUMN_CHARS else 0
+    top, right = (SLANTED_TOP, SLANTED_RIGHT) if slant else (TOP, 8)
+    width, height = MARGIN + CELL * len(names) + right, top + CELL * len(names) + 26
     parts = []
     for i, (name, row) in enumerate(zip(names, confusion, strict=True)):
-        parts.append(_text(MARGIN - 10, TOP + CELL * (i + 0.5), name, "end"))
-        parts.append(_text(MARGIN + CELL * (i + 0.5), TOP - 14, name))
+        parts.append(_text(MARGIN - 10, top + CELL * (i + 0.5), name, "end"))
+        parts.append(_heading(MARGIN + CELL * (i + 0.5), top - 14, name, slant))
         for j, count in enumerate(row):
-            x, y, dark = MARGIN + CELL * j, TOP + CELL * i, count / max(sum(row), 1)
+            x, y, dark = MARGIN + CELL * j, top + CELL * i, count / max(sum(row), 1)
             parts.append(
                 f'<rect x="{x + 1}" y="{y + 1}" width="{CELL - 2}" height="{CELL - 2}" rx="4" '
                 f'fill="var(--accent)" fill-opacity="{0.04 + 0.5 * dark:.3f}"/>'
@@ -100,13 +106,32 @@ def mistakes_table(mistakes: Sequence[Mapping[str, Any]]) -> str:
     head = (
         '<tr><th scope="col">class</th><th scope="col">taken for</th><th scope="col">text</th></tr>'
     )
-    table = f'<div class="card"><table>{head}{rows}</table></div>'
+    table = f'<div class="card"><table class="wide">{head}{rows}</table></div>'
     return details(f"{len(mistakes)} mistakes, the surest first", table)
 
 
 def share(part: float) -> str:
     """Return e.g. `97.5 %`, with the decimal that tells classifiers apart."""
     return f"{100 * part:.1f} %"
+
+
+def _columns(text: str) -> int:
+    """Return the width of a text in characters of a fixed-width font."""
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
+def _shortened(name: str) -> str:
+    if _columns(name) <= LABEL_CHARS:
+        return name
+    while _columns(name) >= LABEL_CHARS:
+        name = name[:-1]
+    return f"{name}…"
+
+
+def _heading(x: float, y: float, text: str, slant: int) -> str:
+    if not slant:
+        return _text(x, y, text)
+    return f'<g transform="rotate({slant} {x:g} {y:g})">{_text(x, y, text, "start")}</g>'
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:

@@ -87,6 +87,7 @@ dd.note { font-size: 12.5px; font-weight: 400; color: var(--muted); }
   display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr));
 }
 figure { margin: 0; padding: 12px 12px 6px; }
+.centred { display: grid; place-items: center; }
 figcaption {
   display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 16px;
   padding: 0 4px 6px;
@@ -120,6 +121,7 @@ th, td {
 }
 th { font-weight: 500; color: var(--muted); white-space: nowrap; }
 tr:last-child > * { border-bottom: 0; }
+.wide { min-width: 520px; }
 .numbers th, .numbers td { text-align: right; padding: 4px 2px 4px 12px; }
 .numbers th { white-space: normal; overflow-wrap: normal; }
 .numbers td { white-space: nowrap; }

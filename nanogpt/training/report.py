@@ -34,6 +34,8 @@ TOLD = {"name", "stage", "steps", "tokens", "wall_s", "train_s", "tokens_per_s",
 TOLD |= {"val_loss", "val_bits_per_byte", "gzip_bits_per_byte"}
 TOLD |= TOLD_OF_CLASSES
 
+LABELS = {"train_loss": "train loss, last step"}  # the curve's is smoothed
+
 T = TypeVar("T")
 
 
@@ -117,7 +119,7 @@ def curves(run: RunFiles) -> str:
         return Series(label, run.metrics.get(column, []), **look)
 
     loss = [
-        curve("train/loss", "training", noisy=True),
+        curve("train/loss", "training, smoothed", noisy=True),
         curve("val/loss", "validation", colour=1),
     ]
     bits = [curve("val/bits_per_byte", "validation", colour=1)]
@@ -187,7 +189,7 @@ def reproduce(run: RunFiles) -> str:
 def environment(run: RunFiles) -> str:
     """List everything in the summary that the headline has not told."""
     rows = "".join(
-        f'<tr><th scope="row">{escape(key.replace("_", " "))}</th>'
+        f'<tr><th scope="row">{escape(LABELS.get(key, key.replace("_", " ")))}</th>'
         f"<td>{escape(_plain(value))}</td></tr>"
         for key, value in run.summary.items()
         if key not in TOLD and value is not None
