@@ -6,11 +6,11 @@
 A schedule is up to 32 conversations that begin at random moments and are held at once, through an
 engine process and its client: prompts that share beginnings, from one token to nearly the whole
 context, next turns that continue an answer, several answers to one prompt, temperatures 0 and 1,
-every way to narrow and to penalise, log-probabilities, scored prompts, and readers that leave. Then
-each request is put to a new engine that computes nothing else. Tokens, log-probabilities (bit for
-bit) and the reason of the end must be the same; of an answer that nobody waited for, what came of
-it. Slots and chunks of the engine process change every few schedules. Exits with 1 at the first
-difference.
+every way to narrow and to penalise, log-probabilities, scored prompts, keys and requests that take
+turns, and readers that leave. Then each request is put to a new engine that computes nothing else.
+Tokens, log-probabilities (bit for bit) and the reason of the end must be the same; of an answer
+that nobody waited for, what came of it. Slots and chunks of the engine process change every few
+schedules. Exits with 1 at the first difference.
 """
 
 import argparse
@@ -48,7 +48,8 @@ from serving.engine.runner import Event
 
 MOST_AT_ONCE = 32
 SCHEDULES_PER_ENGINE = 10
-SCOPES = ("", "", "", "another")
+KEYS = ("", "", "", "another")
+ORIGINS = ("", "one", "two")
 N_THREADS = torch.get_num_threads()
 PAUSE_S = 0.3  # conversations begin within this time
 
@@ -201,14 +202,14 @@ class Schedule:
 
     async def _converse(self, rng: random.Random) -> None:
         await asyncio.sleep(rng.uniform(0, PAUSE_S))
-        prompt, scope = self._prompt(rng), rng.choice(SCOPES)
+        prompt, key = self._prompt(rng), rng.choice(KEYS)
         if rng.random() < 0.05:
             await self._score(prompt, rng)
             return
         for _ in range(rng.choice([1, 1, 2, 3])):
             params = self._params(rng)
             answers = [
-                self._ask(prompt, replace(params, seed=(params.seed + i) % 2**64), scope, rng)
+                self._ask(prompt, replace(params, seed=(params.seed + i) % 2**64), key, rng)
                 for i in range(rng.choice([1, 1, 1, 1, 3]))
             ]
             said = await asyncio.gather(*answers)
@@ -217,9 +218,10 @@ class Schedule:
                 return
 
     async def _ask(
-        self, prompt: list[int], params: SamplingParams, scope: str, rng: random.Random
+        self, prompt: list[int], params: SamplingParams, key: str, rng: random.Random
     ) -> Answer:
-        request = Generate(self.client.new_id(), self.model, prompt, params, scope)
+        origin = rng.choice(ORIGINS)
+        request = Generate(self.client.new_id(), self.model, prompt, params, key, origin)
         answer, leaves_after = Answer(), rng.randint(0, 12) if rng.random() < 0.15 else None
         self.asked.append((request, answer))
         async with self._place(), aclosing(self.client.generate(request)) as messages:

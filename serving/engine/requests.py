@@ -59,12 +59,12 @@ def _check_prompt(ids: list[int], runner: Runner, room: int) -> None:
     config = runner.checkpoint.config
     if not ids:
         raise Refused("invalid", "The prompt is empty; it needs at least one token.")
-    if min(ids) < 0 or max(ids) >= config.vocab_size:
-        what = f"The prompt has token ids from {min(ids)} to {max(ids)}"
-        raise Refused("invalid", f"{what}; the model knows 0 to {config.vocab_size - 1}.")
     if len(ids) + room > config.block_size:
         what = f"The model's context is {config.block_size} tokens and the prompt has {len(ids)}"
         raise Refused("context_length", f"{what}; shorten it.")
+    if min(ids) < 0 or max(ids) >= config.vocab_size:
+        what = f"The prompt has token ids from {min(ids)} to {max(ids)}"
+        raise Refused("invalid", f"{what}; the model knows 0 to {config.vocab_size - 1}.")
 
 
 def _classify(runner: Runner, client: object, request: Classify) -> Sequence:
