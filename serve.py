@@ -7,7 +7,6 @@
 Every key is in conf/serve.yaml, with a comment.
 """
 
-import difflib
 import os
 import re
 import sys
@@ -20,11 +19,12 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and main() says it in one 
 import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.command import guard_output
+from nanogpt.config import as_overrides, expand_environment, explain_syntax, unknown_key
 from serving import environment
 from serving.api.settings import ApiSettings, Binding
 from serving.engine.messages import Settings
@@ -40,6 +40,8 @@ composed: list[dict[str, Any]] = []
 def main(arguments: Sequence[str]) -> int:
     """Compose the configuration and become the server; return the exit code where that fails."""
     guard_output()
+    expand_environment()
+    sys.argv[1:] = as_overrides(arguments)
     try:
         environment.check_names(os.environ, *SETTINGS)
         compose()
@@ -116,12 +118,12 @@ def find_models(checkpoint: str | None, runs_dir: str) -> Path:
 
 def explain(error: Exception) -> str:
     """Return why the configuration does not compose, with the nearest right name."""
+    if isinstance(error, OverrideParseException):
+        return explain_syntax(error)
     text = " ".join(str(error).split())
     if unknown := re.search(r"(?:override|find) '([^'@]+)'", text):
         known = list(yaml.safe_load((CONF / "serve.yaml").read_text(encoding="utf-8")))
-        near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"there is no key {unknown[1]}; {hint}every key is in conf/serve.yaml"
+        return unknown_key(unknown[1], known, "conf/serve.yaml")
     return re.sub(r"NANOGPT_(\w+)=", lambda name: f"{name[1].lower()}=", text)
 
 

@@ -33,13 +33,21 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.command import guard_output
+from nanogpt.config import (
+    SWEEP,
+    as_overrides,
+    expand_environment,
+    expand_paths,
+    explain_syntax,
+    unknown_key,
+)
 from nanogpt.training.kinds import check_kinds, clear_other_budget, make_whole
 from nanogpt.training.run import flatten, run_name
 
@@ -47,7 +55,6 @@ CONF_DIR = "conf"
 CONF = Path(__file__).parent / CONF_DIR
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 STOPPED_BY_SIGNAL = (130, 143)
-MULTIRUN = ("-m", "--multirun")
 
 # Keys of data that its object does not have: how its documents become shards, and shards batches.
 ABOUT_PREPARING = ("tokens", "shard_tokens", "wait")
@@ -60,9 +67,11 @@ failures: list[Exception] = []  # of the jobs of this command
 def main(arguments: Sequence[str]) -> int:
     """Run one job, a sweep, or with `--frozen FILE` one rank of a job; return the exit code."""
     guard_output()
+    expand_environment()
     os.environ["NANOGPT_SWEEP"] = sweep_name(arguments)  # for hydra.sweep.dir
-    flags = [word for word in arguments if word in MULTIRUN]  # Hydra wants them first
-    sys.argv[1:] = [*flags, *(word for word in arguments if word not in MULTIRUN)]
+    words = as_overrides(arguments)
+    flags = [word for word in words if word in SWEEP]  # Hydra wants them first
+    sys.argv[1:] = [*flags, *(word for word in words if word not in SWEEP)]
     try:
         if arguments[:1] == ["--frozen"]:
             run_job(yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8")), train)
@@ -78,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     return FAILED if failures else 0
 
 
-@hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="train")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def compose(cfg: DictConfig) -> float:
     """Run one composed job; return its validation loss, which a sweeper may minimise."""
     return run_job(OmegaConf.to_container(cfg, resolve=True), lambda _: start(freeze(cfg)))
@@ -134,13 +143,14 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     parsed = OverridesParser.create().parse_overrides(overrides)
     for override in parsed:
         if override.is_add() and not _is_group(override.key_or_group):
-            raise ValueError(unknown_key(override.key_or_group))
+            raise ValueError(unknown_key(override.key_or_group, _known_keys(), f"{CONF_DIR}/"))
     typed = {
         override.key_or_group: override.value()
         if _is_group(override.key_or_group)
         else _plain(OmegaConf.select(cfg, override.key_or_group))
         for override in parsed
     }
+    config, typed = expand_paths(config), expand_paths(typed)
     clear_other_budget(config, typed)
     make_whole(config)
     check_kinds(config)
@@ -164,7 +174,7 @@ def _is_group(key: str) -> bool:
 
 def sweep_name(arguments: Sequence[str]) -> str:
     """Return the directory of a sweep's jobs: the same for the same command."""
-    words = sorted(word for word in arguments if word not in MULTIRUN)
+    words = sorted(word for word in arguments if word not in SWEEP)
     by_hand = [word.partition("=")[2] for word in words if word.startswith("name=")]
     digest = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
     return by_hand[0] if by_hand else f"sweep-{digest}"
@@ -458,9 +468,11 @@ def explain(error: Exception) -> str:
 
 def explain_composition(error: Exception) -> str:
     """Return why the configuration does not compose, with the nearest right name."""
+    if isinstance(error, OverrideParseException):
+        return explain_syntax(error)
     text = str(error)
     if unknown := re.search(r"Could not override '([^']+)'", text):
-        return unknown_key(unknown[1])
+        return unknown_key(unknown[1], _known_keys(), f"{CONF_DIR}/")
     if missing := re.search(r"full_key: (\S+)", text) if "Missing mandatory" in text else None:
         return f"{missing[1]} must be given; pass {missing[1]}=... (conf/ says what it is)"
     if unknown := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
@@ -470,16 +482,6 @@ def explain_composition(error: Exception) -> str:
         hint = f"did you mean {near[0]}? " if near else ""
         return f"there is no {group}={option}; {hint}{group} is one of {', '.join(options)}"
     return " ".join(text.split())
-
-
-def unknown_key(key: str) -> str:
-    """Return the sentence for a key that the composed configuration does not have."""
-    known = _known_keys()
-    if key in known:
-        return f"the chosen data and stage have no key {key}, which others have; leave it out"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"there is no key {key}; {hint}every key is in {CONF_DIR}/"
 
 
 def _known_keys() -> list[str]:

@@ -1,15 +1,19 @@
 """What all commands share: output that cannot fail, and how they end."""
 
+import argparse
 import io
 import os
 import re
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 INTERRUPTED = 130
+# Options and configuration keys that name a file or directory, besides *path and *dir.
+PATHS = ("checkpoint", "checkpoints", "dataset", "init_from", "models", "pretokenized")
 
 # What bad input raises; torch says RuntimeError or AssertionError of a device that is not there.
 EXPECTED: tuple[type[Exception], ...] = (
@@ -39,6 +43,30 @@ def out_of_memory(error: BaseException) -> str:
         return ""
     detail = re.split(r"(?<=\.) (?=[A-Z])", said.rpartition("DefaultCPUAllocator: ")[2])[:2]
     return f"out of memory ({' '.join(detail).rstrip('.')})"
+
+
+def is_path(key: str) -> bool:
+    """Return whether the value of an option or a configuration key names a file or directory."""
+    last = key.rpartition(".")[2]
+    return last.endswith(("path", "dir")) or last in PATHS
+
+
+def expand_home(text: str) -> str:
+    """Return a path with `~` or `~user` in front expanded, which shells do not do after `=`."""
+    return os.path.expanduser(text) if text.startswith("~") else text
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line, with `~` expanded in paths, defaults from the environment included."""
+    options = parser.parse_args(arguments)
+    for name, value in vars(options).items():
+        if isinstance(value, Path):
+            setattr(options, name, Path(expand_home(str(value))))
+        elif isinstance(value, str) and is_path(name):
+            setattr(options, name, expand_home(value))
+        elif isinstance(value, list) and is_path(name):
+            setattr(options, name, [expand_home(item) for item in value])
+    return options
 
 
 class OutputClosedError(BrokenPipeError):

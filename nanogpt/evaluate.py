@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.checkpoint import Checkpoint, find_init_from, init_model, load_checkpoint
-from nanogpt.command import guard_output, run_command
+from nanogpt.command import guard_output, parse, run_command
 from nanogpt.evaluation import processes
 from nanogpt.evaluation.picture import picture
 from nanogpt.evaluation.results import Row, keep, run_dir_of, table, write_rows
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     guard_output()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser().parse_args(given)
+    options = parse(parser(), given)
     exit_code = 0
 
     def work() -> None:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
-from nanogpt.command import guard_output, run_command
+from nanogpt.command import guard_output, parse, run_command
 from nanogpt.gguf_file import write_gguf
 from nanogpt.model import NORM_EPSILON, GPTConfig
 from nanogpt.pretrained import CONFIG, SAFETENSORS, published_weights
@@ -35,7 +35,7 @@ GPT2_HAS = {"position": "learned", "norm": "layernorm", "activation": "gelu", "q
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     guard_output()
-    options = parser().parse_args(arguments)
+    options = parse(parser(), arguments)
     if options.format == "hf" and options.dtype != "f32":
         parser().error("--dtype goes with --format gguf; a Hugging Face directory is in f32")
     return run_command("nanogpt.export", partial(write, options), also=(SafetensorError,))

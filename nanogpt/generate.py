@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
-from nanogpt.command import guard_output, run_command
+from nanogpt.command import guard_output, parse, run_command
 from nanogpt.generation import generate
 from nanogpt.prompts import Message, Template, find_template
 
@@ -22,7 +22,7 @@ from nanogpt.prompts import Message, Template, find_template
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     guard_output(raises=True)
-    options = parser().parse_args(arguments)
+    options = parse(parser(), arguments)
     return run_command("nanogpt.generate", partial(write, options))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nanogpt.command import guard_output, run_command
+from nanogpt.command import guard_output, parse, run_command
 from nanogpt.data.corpus import Corpus, open_corpus, read_json
 from nanogpt.data.pretokenized import TokenShards, is_prepared
 from nanogpt.data.shards import REMEDY
@@ -39,7 +39,7 @@ BAR_WIDTH = 40
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     guard_output(raises=True)
-    options = parser().parse_args(arguments)
+    options = parse(parser(), arguments)
     return run_command("nanogpt.inspect", partial(show, options))
 
 

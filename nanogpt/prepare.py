@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanogpt.command import first_line, guard_output, run_command
+from nanogpt.command import first_line, guard_output, parse, run_command
 from nanogpt.data.fineweb_edu import FineWebEdu
 from nanogpt.data.hub import HubDataset
 from nanogpt.data.preparing import MakeTokenizer, Preparation, prepare
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     guard_output()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    options = parser().parse_args(arguments)
+    options = parse(parser(), arguments)
     return run_command(
         "nanogpt.prepare",
         partial(prepare_dataset, options),

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from nanogpt.command import expand_home, is_path
+
 PREFIX = "NANOGPT_"
 # Variables that are no settings: of training, of tests, and of the server's own processes.
 OTHERS = {
@@ -34,7 +36,7 @@ def read(kind: type[Settings], environment: Mapping[str, str]) -> Settings:
     for field in fields(kind):  # type: ignore[arg-type]
         text = environment.get(variable(field.name))
         if text is not None and not (text == "" and field.default is None):
-            values[field.name] = text
+            values[field.name] = expand_home(text) if is_path(field.name) else text
     try:
         return kind(**values)
     except ValidationError as error:
