@@ -143,7 +143,16 @@ def looks(pictures: Pictures) -> None:
 
 
 def failures(pictures: Pictures) -> None:
-    """What is said when something is wrong."""
+    """What is said when something is wrong, or not yet known."""
+    for name, view in (("", DESK), ("-phone", PHONE)):
+        with pictures.page(path="/?model=gone", viewport=view) as (page, _):
+            page.wait_for_selector("#banner:visible")
+            pictures.take(page, f"unknown-model{name}")
+        with pictures.page(path="/?loading", viewport=view, color_scheme="dark") as (page, _):
+            page.route("**/v1/models", lambda route: None)
+            page.reload()
+            pictures.take(page, f"loading{name}")
+            page.unroute("**/v1/models")
     with pictures.page(ApiSettings(api_keys=("k",)), **CHAT) as (page, _):
         page.wait_for_selector("#key-dialog[open]")
         pictures.take(page, "key")
@@ -186,6 +195,7 @@ def complete(pictures: Pictures) -> None:
     ]
     for name, options in variants:
         with pictures.page(reply=says(STORY[5:]), **options) as (page, _):
+            pictures.take(page, f"complete-empty{name}")
             page.fill("#complete-text", STORY[:5])
             page.click("#go")
             page.wait_for_selector("#go:visible")
@@ -199,6 +209,10 @@ def classify(pictures: Pictures) -> None:
     labels = ["ham", "spam", "调查", "a rather long label of a class"]
     for name, view in (("", DESK), ("-phone", PHONE)):
         with pictures.page(labels=labels, stage="classify", viewport=view) as (page, _):
+            pictures.take(page, f"classify-empty{name}")
+            page.click("[data-mode=chat]", force=True)
+            page.wait_for_selector("#notice:visible")
+            pictures.take(page, f"classify-reason{name}")
             page.fill("#classify-text", "WINNER!! You have won a free prize.")
             page.wait_for_selector(".label")
             pictures.take(page, f"classify{name}")
@@ -215,6 +229,7 @@ def runs(pictures: Pictures) -> None:
     done = {"stage": "pretrain", "steps": 399, "val_loss": 3.11, "name": "tiny"}
     write_report(write_run(runs_dir / "tiny", *rows, summary={**done, "val_bits_per_byte": 1.46}))
     write_run(runs_dir / "sweep/learning_rate=1e-3", *rows[:12])
+    (write_run(runs_dir / "damaged", *rows[:50]) / "summary.json").write_text("[]")
     settings = ApiSettings(runs_dir=str(runs_dir))
     for name, options in (("", {}), ("-phone-dark", {"viewport": PHONE, "color_scheme": "dark"})):
         with pictures.page(settings, path="/runs", **options) as (page, _):

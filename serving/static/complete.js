@@ -12,7 +12,7 @@ import { load, save } from "./store.js";
 import { number, percent, t } from "./words.js";
 
 const NAME = "nanogpt.text";
-const LEGEND = { sure: "> 50%", likely: "> 12.5%", open: "> 1.6%", unlikely: "≤ 1.6%" };
+const LEGEND = { sure: ">50%", likely: ">12.5%", open: ">1.6%", unlikely: "≤1.6%" };
 const TOP = 8; // likeliest tokens that are asked for
 const KEEP_PAUSE_MS = 500;
 
