@@ -182,29 +182,45 @@ def sweep_name(arguments: Sequence[str]) -> str:
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """Train one run on this rank, or find it finished; return its summary."""
-    from nanogpt.model import GPT, GPTConfig
     from nanogpt.training.session import Session
 
-    smallest = GPTConfig(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=2)
-    with Session(config) as session:
+    check_values(config)
+    source, _ = build_source(config["data"])
+    with Session(config, source.fingerprint) as session:
         if session.finished is not None:
             return session.finished
-        init = session.starting_point()
-        make_optimizer, _ = build_optimizer(config)
-        make_optimizer(GPT(smallest))  # fails on its values now, not after the data is prepared
-        return STAGES[config["stage"]](config, session, init)
+        return STAGES[config["stage"]](config, session, session.starting_point())
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Build what needs neither data nor device; a wrong value then fails before anything else."""
+    from nanogpt.model import GPT, GPTConfig
+    from nanogpt.prompts import find_template
+
+    GPTConfig(**config["model"], vocab_size=1)
+    smallest = GPTConfig(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=2)
+    make_optimizer, _ = build_optimizer(config)
+    make_optimizer(GPT(smallest))
+    if config["stage"] == "instruct":
+        find_template(config["instruct"]["template"])
+    if config["stage"] == "classify":
+        make_loss, _ = build_loss(config)
+        make_loss([1.0])
 
 
 def pretrain(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     """Train a language model on a corpus, from random weights or from `init`."""
     import torch
 
+    from nanogpt.data.corpus import find_corpus
     from nanogpt.data.module import TokenDataModule, split_step
     from nanogpt.model import GPT, GPTConfig
 
     block_size = config["model"]["block_size"] if init is None else init.config.block_size
     rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
-    corpus = build_corpus(config, None if init is None else init.tokenizer, session.ranks.rank)
+    corpus = find_corpus(Path(config["data_dir"]), session.prepared) or build_corpus(
+        config, None if init is None else init.tokenizer, session.ranks.rank
+    )
     tokenizer = corpus.tokenizer
     model_config = (
         GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
@@ -321,15 +337,14 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     from nanogpt.checkpoint import record
     from nanogpt.classifier import Classifier, train_layers
     from nanogpt.data.labelled import LabelledTexts
-    from nanogpt.data.labelled_module import LabelledDataModule, Noise
+    from nanogpt.data.labelled_module import LabelledDataModule
     from nanogpt.data.module import split_step
     from nanogpt.data.splits import class_weights
     from nanogpt.model import GPTConfig
-    from nanogpt.training.classify import ClassifyModule, Loss, measure
+    from nanogpt.training.classify import ClassifyModule, measure
 
-    node = dict(config["classify"])
-    layers, weighted = node.pop("layers"), node.pop("class_weights")
-    noise = Noise(**{key: node.pop(key) for key in ("recase", "token_split", "token_dropout")})
+    make_loss, noise = build_loss(config)
+    layers, weighted = (config["classify"][key] for key in ("layers", "class_weights"))
     block_size = config["model"]["block_size"] if init is None else init.config.block_size
     rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
     splits = build_examples(
@@ -366,7 +381,7 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
         record=record(
             "classify", model_config, tokenizer, labels=labels, init_from=session.init_from
         ),
-        loss=Loss(weights, **node),
+        loss=make_loss(weights),
         measure=partial(measure, tokenizer=tokenizer, labels=labels, text_sets=splits.text_sets()),
     )
     data = LabelledDataModule(
@@ -383,10 +398,23 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     return session.fit(module, data, tokenizer, data.val_dataloader, splits.facts())
 
 
+def build_loss(config: Mapping[str, Any]) -> tuple[Callable[[list[float]], Any], Any]:
+    """Return what makes a classifier's loss of class weights, and the augmentation of its texts."""
+    from nanogpt.data.labelled_module import Noise
+    from nanogpt.training.classify import Loss
+
+    node = dict(config["classify"])
+    noise = Noise(**{key: node.pop(key) for key in ("recase", "token_split", "token_dropout")})
+    del node["layers"], node["class_weights"]
+    return partial(Loss, **node), noise
+
+
 def build_optimizer(config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], float | None]:
     """Return what makes the configured optimizer of a model, and the norm to clip gradients to."""
     node = {key: value for key, value in config["optim"].items() if key != "schedule"}
     grad_clip = node.pop("grad_clip")
+    if grad_clip is not None and not (type(grad_clip) in (int, float) and grad_clip > 0):
+        raise ValueError(f"optim.grad_clip={grad_clip!r} is neither null nor a number above 0")
     return instantiate(node, _partial_=True, _convert_="all"), grad_clip
 
 

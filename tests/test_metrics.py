@@ -125,12 +125,28 @@ def test_a_torn_header_is_a_new_file(file: MetricsFile) -> None:
     assert read_metrics(file.path) == {"train/loss": [(1, 3.0)]}
 
 
-def test_a_malformed_line_inside_is_named(file: MetricsFile) -> None:
+@pytest.mark.parametrize(
+    "damaged", [b"x,1", b"2,two", b"2", b"\0" * 40, b"\xff\xfe,", b'"2', b"9" * 5000]
+)
+def test_a_damaged_line_is_skipped_with_a_warning(
+    file: MetricsFile, damaged: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     file.append(1, {"train/loss": 3.0})
-    file.append(2, {"train/loss": 2.0})
-    file.path.write_text(file.path.read_text().replace("\n1,", "\nx,"))
-    with pytest.raises(ValueError, match=r"metrics\.csv line 2 is not a step"):
-        read_metrics(file.path)
+    file.append(3, {"train/loss": 2.0})
+    first, second, third = file.path.read_bytes().splitlines(keepends=True)
+    file.path.write_bytes(first + damaged + b"\n" + second + third)
+    assert read_metrics(file.path) == {"train/loss": [(1, 3.0), (3, 2.0)]}
+    assert "metrics.csv has 1 damaged line(s)" in caplog.text
+    file.cut_after(1)
+    assert file.path.read_bytes() == first + second
+
+
+def test_a_file_without_its_header_is_moved_aside_when_a_run_continues(file: MetricsFile) -> None:
+    file.path.write_bytes(b"\0" * 100 + b"\n")
+    file.cut_after(1)
+    file.append(2, {"train/loss": 3.0})
+    assert file.path.with_name("metrics.csv.damaged").read_bytes() == b"\0" * 100 + b"\n"
+    assert read_metrics(file.path) == {"train/loss": [(2, 3.0)]}
 
 
 def test_a_foreign_file_is_refused(file: MetricsFile) -> None:

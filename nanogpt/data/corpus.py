@@ -50,18 +50,32 @@ def open_corpus(directory: Path) -> Corpus:
             f"{directory / TOKENIZER} is not the tokenizer that made the shards beside it "
             f"({tokenizer.fingerprint}, not {manifest['tokenizer']['fingerprint']}); {REMEDY}"
         )
-    shards = {
-        split: [Shard(**shard) for shard in manifest["splits"][split]["shards"]] for split in SPLITS
-    }
+    shards = _shards(manifest)
     _verify(directory, [shard for split in SPLITS for shard in shards[split]])
     return Corpus(
         directory=directory,
         tokenizer=tokenizer,
         train=TokenStream([directory / shard.file for shard in shards["train"]]),
         val=TokenStream([directory / shard.file for shard in shards["val"]]),
-        fingerprint=_fingerprint(tokenizer, shards),
+        fingerprint=_fingerprint(tokenizer.fingerprint, shards),
         manifest=manifest,
     )
+
+
+def find_corpus(data_dir: Path, fingerprint: str | None) -> Corpus | None:
+    """Return the prepared corpus under `data_dir` that has a fingerprint, None without one.
+
+    Raises as `open_corpus` does.
+    """
+    for path in data_dir.glob(f"*/{MANIFEST}") if fingerprint else ():
+        try:
+            manifest = _read_manifest(path)
+            found = _fingerprint(manifest["tokenizer"]["fingerprint"], _shards(manifest))
+        except (ValueError, KeyError, TypeError):
+            continue  # another folder than of a corpus
+        if found == fingerprint:
+            return open_corpus(path.parent)
+    return None
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -91,6 +105,12 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+def _shards(manifest: Mapping[str, Any]) -> dict[str, list[Shard]]:
+    return {
+        split: [Shard(**shard) for shard in manifest["splits"][split]["shards"]] for split in SPLITS
+    }
+
+
 def _verify(directory: Path, shards: list[Shard]) -> None:
     n_bytes = 0
     for shard in shards:
@@ -110,9 +130,9 @@ def _verify(directory: Path, shards: list[Shard]) -> None:
                 )
 
 
-def _fingerprint(tokenizer: Tokenizer, shards: Mapping[str, Sequence[Shard]]) -> str:
+def _fingerprint(tokenizer: str, shards: Mapping[str, Sequence[Shard]]) -> str:
     hashes = [[shard.sha256 for shard in shards[split]] for split in SPLITS]
-    return digest([tokenizer.fingerprint, *hashes])[:16]
+    return digest([tokenizer, *hashes])[:16]
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from nanogpt.data.foreign import (
 )
 from nanogpt.data.hub import TRANSPORTS
 from nanogpt.data.shards import Part, TokenStream
-from nanogpt.data.source import local_path
+from nanogpt.data.source import files_fingerprint, local_path
 from nanogpt.data.writer import JOURNAL
 from nanogpt.disk import wait_for_lock
 from nanogpt.hub import check_reachable
@@ -94,6 +94,12 @@ class TokenShards:
             fingerprint=_fingerprint(files, splits, tokenizer),
             manifest=self._manifest(splits, tokenizer, tokenizer_key),
         )
+
+    def fingerprint(self) -> str:
+        """Return a hash over the files' names and contents."""
+        root = self._root()
+        paths = [root / "manifest.json"] if is_prepared(root) else _paths(root)
+        return files_fingerprint(root if root.is_dir() else root.parent, paths)
 
     def _root(self) -> Path:
         what = "a folder or file of token shards, .bin or .npy"
@@ -215,6 +221,17 @@ def _files(root: Path) -> list[Part]:
     """Return what a file, or each in a folder, holds, in the order of their names."""
     if root.is_file():
         return [recognise(root)]
+    paths = _paths(root)
+    check_numbers(paths)
+    files = [recognise(path) for path in paths]
+    check_alike(files)
+    return files
+
+
+def _paths(root: Path) -> list[Path]:
+    """Return a file, or those in a folder, in the order of their names."""
+    if root.is_file():
+        return [root]
     paths = sorted(
         path
         for path in root.iterdir()
@@ -224,10 +241,7 @@ def _files(root: Path) -> list[Part]:
         raise FileNotFoundError(
             f"{root} holds no token shards (.bin or .npy); pass the folder they are in"
         )
-    check_numbers(paths)
-    files = [recognise(path) for path in paths]
-    check_alike(files)
-    return files
+    return paths
 
 
 def _is_fetched(directory: Path) -> bool:

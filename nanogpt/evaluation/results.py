@@ -7,6 +7,7 @@ reaches; `who` begins with `published_` where it was not measured here. What beg
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from nanogpt.disk import write_atomically
+
+log = logging.getLogger("nanogpt")
 
 Results = dict[str, float]
 Row = dict[str, Any]  # {"checkpoint", "task", "results"}, as in the JSON file
@@ -137,20 +140,42 @@ def keep(run_dir: Path, row: Row, about: Mapping[str, Any]) -> None:
     """Add a row to those of a run, in place of one about the same.
 
     `about` says what was measured: the step, the data and how much of it, and what the task reads.
+    A damaged file is moved aside, to `evaluations.json.damaged`.
     """
-    new = {**row, "about": dict(about)}
-    kept = [old for old in read_kept(run_dir) if not _same(old, new)]
-    write_rows(run_dir / KEPT, [*kept, new])
+    path, new = run_dir / KEPT, {**row, "about": dict(about)}
+    rows, is_damaged = _read_rows(path)
+    if is_damaged:
+        path.replace(path.with_name(f"{KEPT}.damaged"))
+    write_rows(path, [*(old for old in rows if not _same(old, new)), new])
 
 
 def read_kept(run_dir: Path) -> list[Row]:
-    """Return the rows that were measured of a run, none where its file is damaged or missing."""
+    """Return the rows that were measured of a run, without those that are damaged."""
+    return _read_rows(run_dir / KEPT)[0]
+
+
+def _read_rows(path: Path) -> tuple[list[Row], bool]:
+    """Return the rows of a run's evaluations.json, and whether anything there is damaged."""
     try:
-        rows = json.loads((run_dir / KEPT).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return []
-    rows = rows if isinstance(rows, list) else []
-    return [row for row in rows if isinstance(row, dict) and {"task", "results"} <= row.keys()]
+        found = json.loads(path.read_bytes()) if path.is_file() else []
+    except (ValueError, RecursionError):
+        found = None
+    rows = [row for row in found if _is_row(row)] if isinstance(found, list) else []
+    is_damaged = found != rows
+    if is_damaged:
+        log.warning("%s is damaged: %s rows of it can be read", path, len(rows))
+    return rows, is_damaged
+
+
+def _is_row(row: object) -> bool:
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("checkpoint"), str)
+        and isinstance(row.get("about", {}), dict)
+        and isinstance(row.get("task"), str)
+        and isinstance(row.get("results"), dict)
+        and all(isinstance(value, int | float) for value in row["results"].values())
+    )
 
 
 def _same(a: Row, b: Row) -> bool:

@@ -248,7 +248,7 @@ def cut_samples(path: Path, step: int) -> None:
     if not path.is_file():
         return
     content = path.read_bytes()
-    for heading in re.finditer(rb"^=== step (\d{1,18}) ===$", content, re.MULTILINE):
+    for heading in re.finditer(rb"^=== step ([0-9]{1,18}) ===$", content, re.MULTILINE):
         if int(heading[1]) > step:
             write_atomically(path, content[: heading.start()])
             return

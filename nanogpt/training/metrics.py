@@ -1,6 +1,7 @@
 """The run's `metrics.csv`: one row per logged optimizer step, floats unrounded."""
 
 import csv
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,9 @@ COLUMNS = (
     "val/loss",
     "val/bits_per_byte",
 )
+
+
+log = logging.getLogger("nanogpt")
 
 
 class MetricsFile:
@@ -67,9 +71,18 @@ class MetricsFile:
             file.truncate()
 
     def cut_after(self, step: int) -> None:
-        """Drop the rows after `step`, the restored one, and a last line torn by a kill."""
+        """Drop the rows after `step`, the restored one, and damaged lines.
+
+        A file whose header is damaged is moved aside, to `metrics.csv.damaged`.
+        """
         if self.path.exists():
-            columns, rows = _parse(self.path)
+            try:
+                columns, rows = _parse(self.path)
+            except ValueError:
+                aside = self.path.with_name(f"{self.path.name}.damaged")
+                log.warning("%s is damaged: it is moved to %s and begun anew", self.path, aside)
+                self.path.replace(aside)
+                return
             self._rewrite(columns, [row for row in rows if int(row[0]) <= step])
 
     def flush(self) -> None:
@@ -126,7 +139,7 @@ class MetricsLogger(Logger):
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Return `(step, value)` pairs by column, columns that were never measured left out.
 
-    A torn last line is passed over; another malformed line raises ValueError.
+    Damaged lines are skipped, with a warning. Raises ValueError for a file without a header.
     """
     columns, rows = _parse(path)
     metrics: dict[str, list[tuple[int, float]]] = {}
@@ -140,25 +153,34 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 def _parse(path: Path) -> tuple[list[str], list[list[str]]]:
     """Return the header (the fixed columns for a missing or empty file) and the rows of cells."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    whole, _, torn = text.rpartition("\n")
+    whole, _, _ = text.rpartition("\n")
     if not whole:
         return list(COLUMNS), []
-    columns, *rows = csv.reader(whole.split("\n"))
+    columns, *rows = map(_cells, whole.split("\n"))
     if columns[:1] != ["step"]:
         raise ValueError(
             f"{path} begins with {columns[:1]}, a metrics file with ['step']; move it elsewhere"
         )
-    sound = [len(row) == len(columns) and row[0].isdecimal() for row in rows]
-    if sound and not torn and not sound[-1]:  # torn inside a row that was being extended
-        rows.pop()
-        sound.pop()
-    if not all(sound):
-        line = sound.index(False) + 2
-        raise ValueError(
-            f"{path} line {line} is not a step and {len(columns) - 1} figures; "
-            "mend or remove that line"
-        )
-    return columns, rows
+    sound = [_is_sound(row, len(columns)) for row in rows]
+    if n_damaged := sound[:-1].count(False):  # a kill may tear the last row, which is extended
+        log.warning("%s has %s damaged line(s), which are skipped", path, n_damaged)
+    return columns, [row for row, is_sound in zip(rows, sound, strict=True) if is_sound]
+
+
+def _cells(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:  # a NUL, a cell without end
+        return []
+
+
+def _is_sound(row: Sequence[str], n_columns: int) -> bool:
+    """Return whether a row is a step and figures, or nothing where a figure was not measured."""
+    try:
+        [float(cell) for cell in row[1:] if cell]
+    except ValueError:
+        return False
+    return len(row) == n_columns and len(row[0]) < 19 and row[0].isdecimal()
 
 
 def _line(cells: Sequence[str]) -> bytes:

@@ -50,8 +50,6 @@ class StageModule(LightningModule):
         peak_flops: float = 0.0,
     ) -> None:
         super().__init__()
-        if grad_clip is not None and not (isinstance(grad_clip, int | float) and grad_clip > 0):
-            raise ValueError(f"optim.grad_clip={grad_clip!r} is neither null nor a number above 0")
         self.automatic_optimization = False
         self.model = model
         self.make_optimizer = make_optimizer

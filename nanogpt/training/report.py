@@ -3,15 +3,13 @@
 A section is a function from `RunFiles` to HTML, "" where the run has nothing for it.
 """
 
-import json
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
-
-import yaml
 
 from nanogpt.disk import write_atomically
 from nanogpt.evaluation.hellaswag import PUBLISHED
@@ -22,6 +20,7 @@ from nanogpt.training.evaluations import evaluations_section
 from nanogpt.training.metrics import read_metrics
 from nanogpt.training.page import details, document, escape, pre, section
 from nanogpt.training.progress import duration, percent
+from nanogpt.training.run import read_config, read_summary
 
 MOST_SAMPLES = 24
 MOST_TABLE_ROWS = 40
@@ -37,6 +36,8 @@ TOLD |= TOLD_OF_CLASSES
 LABELS = {"train_loss": "train loss, last step"}  # the curve's is smoothed
 
 T = TypeVar("T")
+
+logger = logging.getLogger("nanogpt")
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ class RunFiles:
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunFiles":
-        config_text = _text(run_dir / "config.yaml")
-        summary = json.loads(_text(run_dir / "summary.json") or "{}")
-        metrics = read_metrics(run_dir / "metrics.csv")
+        config = _read(read_config, run_dir / "config.yaml")
+        summary = _read(read_summary, run_dir / "summary.json")
+        metrics = _read(read_metrics, run_dir / "metrics.csv")
         return cls(
             name=str(summary.get("name", run_dir.resolve().name)),
-            config_text=config_text,
-            config=yaml.safe_load(config_text) or {},
+            config_text=_text(run_dir / "config.yaml"),
+            config=config,
             metrics={name: _finite(points) for name, points in metrics.items()},
             samples=_samples(_text(run_dir / "samples.txt")),
             summary=summary,
@@ -91,6 +92,12 @@ def write_report(run_dir: Path) -> Path:
     body = "\n".join(filter(None, (part(run) for part in SECTIONS)))
     write_atomically(path, document(f"{run.name} · training report", body).encode())
     return path
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a report is there to its end, as it was written."""
+    text = _text(path)
+    return text.startswith("<!doctype html>") and text.endswith("</html>\n") and "\0" not in text
 
 
 def headline(run: RunFiles) -> str:
@@ -330,7 +337,7 @@ def _sample(sample: tuple[int, str]) -> str:
 
 def _samples(text: str) -> list[tuple[int, str]]:
     """Return (step, text) by step; of a step sampled again after a resume, the later text."""
-    parts = re.split(r"^=== step (\d+) ===\n", text, flags=re.MULTILINE)
+    parts = re.split(r"^=== step ([0-9]{1,18}) ===\n", text, flags=re.MULTILINE)
     by_step = dict(zip(map(int, parts[1::2]), parts[2::2], strict=True))
     return [(step, by_step[step].strip("\n")) for step in sorted(by_step)]
 
@@ -360,6 +367,15 @@ def _count(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:g}"
+
+
+def _read(reader: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
+    """Return what a file of the run holds, nothing where it is missing or damaged."""
+    try:
+        return reader(path) if path.is_file() else {}
+    except ValueError as error:
+        logger.warning("the report leaves out %s: %s", path, error)
+        return {}
 
 
 def _text(path: Path) -> str:

@@ -7,10 +7,11 @@ so all ranks agree without talking.
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,6 +44,26 @@ OPERATIONAL = (
 )
 IDENTITY_WITHIN_OPERATIONAL = ("trainer.precision",)
 NAMED_BY_CHOICE = ("stage", "model", "data")  # groups that the name begins with
+BUDGET = ("max_steps", "max_tokens")  # identity that may grow, where the schedule permits
+MAX_SLUG_CHARS = 48
+RECORDED = {  # what a continued run needs of its config.yaml, with the types
+    "tokens_per_step": int,
+    "max_steps": (int, type(None)),
+    "max_tokens": (int, type(None)),
+    "resolved": dict,
+}
+RESOLVED = {
+    "corpus": str,
+    "precision": str,
+    "compile": bool,
+    "micro_batch": int,
+    "threads": int,
+    "local_world_size": int,
+    "wandb_id": str,
+}
+NEW_OR_ANEW = "name=<new name> for a new run, or resume=false overwrite=true to replace this one"
+
+log = logging.getLogger("nanogpt")
 
 
 def run_name(choices: Mapping[str, str | None], typed: Mapping[str, Any]) -> str:
@@ -75,12 +96,32 @@ def _under(key: str, root: str) -> bool:
 
 
 def _slug(changed: Mapping[str, Any]) -> str:
-    parts = []
+    """Return the typed pairs in at most MAX_SLUG_CHARS, with short keys where that is too long.
+
+    A pair that does not fit is left out as a whole: the hash tells such names apart.
+    """
+    whole = "-".join(_pair(key, value) for key, value in changed.items()).strip("-._")
+    if 0 < len(whole) <= MAX_SLUG_CHARS:
+        return whole
+    slug = ""
     for key, value in changed.items():
-        text = Path(str(value)).name if key.endswith("path") else str(value)
-        last = key.rpartition(".")[2]
-        parts.append(text if last in ("experiment", "path") else f"{last}-{text}")
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts))[:48].strip("-._") or "run"
+        longer = f"{slug}-{_pair(key, value, short=True)}".strip("-._")
+        slug = longer if len(longer) <= MAX_SLUG_CHARS else slug
+    return slug or "run"
+
+
+def _pair(key: str, value: Any, *, short: bool = False) -> str:
+    text = Path(str(value)).name if key.endswith("path") else _as_typed(value)
+    last = key.rpartition(".")[2]
+    if short and "_" in last:
+        last = "".join(word[:1] for word in last.split("_"))  # tokens_per_step: tps
+    pair = text if last in ("experiment", "path") else f"{last}-{text}"
+    return re.sub(r"[^\w.-]+", "_", pair)
+
+
+def _as_typed(value: Any) -> str:
+    """Return a value as YAML writes it: null, true."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -92,6 +133,20 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def binding(recorded: Mapping[str, Any]) -> dict[str, str]:
+    """Return what binds checkpoints to the run of a recorded configuration.
+
+    `identity` is a hash over the identity keys, but for the budget, which may grow.
+    """
+    values = {
+        key: value
+        for key, value in flatten(recorded).items()
+        if is_identity(key) and key not in BUDGET and value is not None
+    }
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return {"identity": digest, "corpus": recorded["resolved"]["corpus"]}
 
 
 def identity_differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -148,30 +203,47 @@ class RunDirectory:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is a checkpoint to continue from."""
-        return self.last_checkpoint.is_file()
+        """Whether steps were taken: there is a checkpoint, or what is written after it."""
+        files = [*self.checkpoints_dir.glob("*.ckpt"), self.metrics_path, self.summary_path]
+        return any(path.is_file() for path in files)
 
     def recorded_config(self) -> dict[str, Any] | None:
-        """Return the configuration that the run was last started with, None for a new one."""
+        """Return the configuration that the run was last started with, None for a new one.
+
+        Raises ValueError, with the ways on, where it is missing from a run that has begun, is not
+        YAML of plain values, or lacks what continuing needs.
+        """
         if not self.config_path.is_file():
+            if self.has_begun:
+                raise ValueError(
+                    f"{self.path} has checkpoints or metrics but no {self.config_path.name}; "
+                    f"restore it, or pass {NEW_OR_ANEW}"
+                )
             return None
-        loaded = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
-        if not isinstance(loaded, dict):
+        try:
+            config = read_config(self.config_path)
+            mistyped = [*_mistyped(config, RECORDED), *_mistyped(config["resolved"], RESOLVED)]
+        except (ValueError, KeyError, TypeError) as error:
+            mistyped = [str(error)]
+        if mistyped:
             raise ValueError(
-                f"{self.config_path} is damaged; restore it, or start anew with "
-                "resume=false overwrite=true"
+                f"{self.config_path} is damaged ({mistyped[0]}); restore it, or pass {NEW_OR_ANEW}"
             )
-        return loaded
+        return config
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
         write_atomically(self.config_path, text.encode())
 
     def summary(self) -> dict[str, Any] | None:
-        """Return the summary of a finished run, None before."""
+        """Return the summary of a finished run, None before; a damaged one is to be made anew."""
         if not self.summary_path.is_file():
             return None
-        return json.loads(self.summary_path.read_text(encoding="utf-8"))
+        try:
+            return read_summary(self.summary_path)
+        except ValueError as error:
+            log.warning("%s; it is made anew", error)
+            return None
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_atomically(self.summary_path, (json.dumps(summary, indent=2) + "\n").encode())
@@ -180,13 +252,51 @@ class RunDirectory:
         self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
 
     def clear(self) -> None:
-        """Remove what an earlier run wrote here (`overwrite=true`), and nothing else."""
+        """Remove what an earlier run wrote here (`overwrite=true`), but for its log."""
         for directory in (self.checkpoints_dir, self.path / "tensorboard", self.path / "wandb"):
             shutil.rmtree(directory, ignore_errors=True)
         for file in vars(self).values():
-            if file.is_file():
+            if file.is_file() and file != self.log_path:
                 file.unlink()
         self.create()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a run's config.yaml. Raises ValueError where it is no mapping of plain values."""
+    try:
+        config = yaml.safe_load(path.read_bytes())
+        json.dumps(config)  # refuses dates, and an anchor inside itself
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"not YAML of plain values: {reason}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"a {type(config).__name__} in place of a mapping")
+    return config
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return a run's summary.json. Raises ValueError, naming the file, where it is damaged."""
+    try:
+        summary: dict[str, Any] = json.loads(path.read_bytes())
+        mistyped = [*_mistyped({"val_loss": 0.0, **summary}, {"steps": int, "val_loss": float})]
+    except (ValueError, TypeError, RecursionError) as error:
+        mistyped = [str(error)]
+    if mistyped:
+        raise ValueError(f"{path} is damaged ({mistyped[0]})")
+    return summary
+
+
+def _mistyped(values: Mapping[str, Any], types: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the values of the keys that are needed."""
+    if not isinstance(values, dict):
+        raise TypeError(f"a {type(values).__name__} in place of a mapping")
+    for key, kind in types.items():
+        if key not in values:
+            yield f"it lacks {key}"
+        elif not isinstance(values[key], kind) or (
+            isinstance(values[key], bool) and kind is not bool
+        ):
+            yield f"{key} is {values[key]!r}"[:80]
 
 
 def check_continues(
@@ -197,16 +307,14 @@ def check_continues(
     `may_extend` says that the schedule lets `max_steps` and `max_tokens` grow. Raises ValueError
     that lists the differences and the ways on.
     """
-    recorded = run.recorded_config()
-    if recorded is None:
+    if not run.config_path.is_file():
         return
-    differences = identity_differences(recorded, config)
+    differences = identity_differences(read_config(run.config_path), config)
     if may_extend:
-        differences = [d for d in differences if not d.startswith(("max_steps:", "max_tokens:"))]
+        differences = [d for d in differences if d.partition(":")[0] not in BUDGET]
     if differences:
         raise ValueError(
-            f"{run.path} holds another run ({'; '.join(differences)}); "
-            "pass name=<new name> for a new run, or resume=false overwrite=true to replace this one"
+            f"{run.path} holds another run ({'; '.join(differences)}); pass {NEW_OR_ANEW}"
         )
 
 

@@ -5,9 +5,10 @@ import logging
 import math
 import os
 import secrets
+import shutil
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,14 +22,16 @@ from lightning.pytorch.strategies import DDPStrategy
 from nanogpt.checkpoint import (
     KEY,
     Checkpoint,
+    checkpoints_of,
     find_init_from,
     init_model,
     load_checkpoint,
-    read_checkpoint,
+    verify_checkpoint,
     weights_sha256,
     with_block_size,
     with_dropout,
 )
+from nanogpt.command import first_line
 from nanogpt.evaluation import hellaswag
 from nanogpt.evaluation.examples import find_benchmark
 from nanogpt.generation import check_sampling
@@ -44,7 +47,11 @@ from nanogpt.training.callbacks import (
     Validation,
     cut_samples,
 )
-from nanogpt.training.checkpointing import AtomicCheckpointIO, Checkpointing
+from nanogpt.training.checkpointing import (
+    AtomicCheckpointIO,
+    Checkpointing,
+    link_atomically,
+)
 from nanogpt.training.launch import Ranks, join, leave_with_launcher, on_rank_zero, resolve_device
 from nanogpt.training.loggers import extra_logger
 from nanogpt.training.logs import log_to, quieten_lightning
@@ -53,46 +60,83 @@ from nanogpt.training.metrics import MetricsFile, MetricsLogger
 from nanogpt.training.module import Batch, StageModule
 from nanogpt.training.probe import Decisions, decide
 from nanogpt.training.progress import Progress
-from nanogpt.training.report import write_report
+from nanogpt.training.report import is_whole, write_report
 from nanogpt.training.run import (
+    NEW_OR_ANEW,
     RunDirectory,
     RunLock,
+    binding,
     check_continues,
     operational_differences,
 )
-from nanogpt.training.summary import summarise, tell
+from nanogpt.training.summary import reached, summarise, tell
 
 SAMPLING = ("max_new_tokens", "temperature", "top_k")
 
 log = logging.getLogger("nanogpt")
 
 
+@dataclass
+class Standing:
+    """Where a run stands when it is opened.
+
+    `source` is the fingerprint of the data's source, None where that is gone from a run whose data
+    it was. `recorded` is what was resolved when the run began, `checkpoint` the newest one that
+    verifies, at `step`; `replaced` says that an older run in the directory makes room.
+    """
+
+    source: str | None
+    recorded: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    step: int = 0
+    finished: dict[str, Any] | None = None
+    replaced: bool = False
+
+
 class Session:
     """A run held by this process (group), from opening it to its summary.
 
-    As a context manager it joins the ranks, locks the run's directory on rank zero and releases
-    both. `finished` is the summary of a run that has nothing left to do.
+    `source_fingerprint` returns a word for the documents of the data's source. As a context manager
+    it joins the ranks, locks the run's directory on rank zero and releases both; a directory that
+    it made is removed where the run failed before its first step. `finished` is the summary of a
+    run that has nothing left to do.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], source_fingerprint: Callable[[], str]) -> None:
         self.config = config
+        self.source_fingerprint = source_fingerprint
         self.schedule = Schedule(**config["optim"]["schedule"])
         self.max_steps = budget_steps(config)
         self.ranks = Ranks.from_environment()
         self.device = resolve_device(config["trainer"]["accelerator"])
         self.run = RunDirectory.of(config)
-        self.finished: dict[str, Any] | None = None
+        self.standing = Standing(None)
         self.recorded: dict[str, Any] = {}  # what was resolved when the run began
         check_sampling(
             **{key: config["callbacks"]["samples"][key] for key in SAMPLING}
         )  # now, not when the first sample is due
-        self.resume_step = 0  # of the checkpoint that the run continues from
         self.benchmark: list[list[hellaswag.Item]] = []  # HellaSwag's items, where they are scored
         if config["trainer"][
             "deterministic"
         ]:  # read by cuBLAS at the first product, which we probe
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self._stack = contextlib.ExitStack()
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a run that has nothing left to do."""
+        return self.standing.finished
+
+    @property
+    def resume_step(self) -> int:
+        """The step of the checkpoint that the run continues from, 0 without one."""
+        return self.standing.step
+
+    @property
+    def prepared(self) -> str | None:
+        """The fingerprint of the corpus that stands for a source that is gone."""
+        is_gone = self.recorded and self.standing.source is None
+        return self.recorded["corpus"] if is_gone else None
 
     # Opening and closing
 
@@ -103,36 +147,37 @@ class Session:
             if self.ranks.world_size > 1:
                 join(self.device)
                 self._stack.callback(dist.destroy_process_group)
-            opened = on_rank_zero(self._open)
-            self.finished, self.recorded, self.resume_step, changed = opened
-            if self.ranks.rank == 0:
-                self._stack.callback(log_to(self.run.log_path))
-                for line in changed:
-                    log.debug("changed: %s", line)
+            self.standing = on_rank_zero(self._open)
+            self.recorded = self.standing.recorded
             if self.finished is None:
                 self.benchmark = on_rank_zero(lambda: hellaswag_items(self.config))
+            elif self.ranks.rank == 0:
+                self._restore_last()
+                if not is_whole(self.run.report_path):
+                    self._write_report()
             self._stack = self._stack.pop_all()
         if self.finished is not None:
             log.info(
-                "%s is already finished (%s steps, validation loss %.4f); "
-                "name=<new name> starts another run",
+                "%s is already finished (%s steps, %s); name=<new name> starts another run",
                 self.run.path,
                 self.finished["steps"],
-                self.finished["val_loss"],
+                reached(self.finished),
             )
-        elif self.resume_step:
-            log.info("%s: continuing at step %s", self.run.path, self.resume_step)
-        else:
-            log.info("%s: a new run", self.run.path)
+        elif self.standing.checkpoint is not None:
+            log.info(
+                "%s: continuing at step %s, from %s",
+                self.run.path,
+                self.resume_step,
+                self.standing.checkpoint,
+            )
+        elif self.recorded:
+            log.info("%s: continuing at step 0: it has no checkpoint", self.run.path)
         return self
 
-    def _open(self) -> tuple[dict[str, Any] | None, dict[str, Any], int, list[str]]:
-        """Lock the directory, and find out where the run stands.
-
-        Returns the summary of a finished run, what is recorded, the step to continue from, and the
-        operational keys that changed.
-        """
+    def _open(self) -> Standing:
+        """Lock the directory, open the log, and find out where the run stands."""
         run, config = self.run, self.config
+        missing = [path for path in (run.path, *run.path.parents) if not path.exists()]
         try:
             run.create()
             self._stack.enter_context(RunLock(run.path))
@@ -140,28 +185,90 @@ class Session:
             raise OSError(
                 f"{run.path} cannot be written ({error.strerror}); pass another runs_dir"
             ) from error
-        if not config["resume"] and run.config_path.is_file():
+        if missing:
+            self._stack.push(lambda kind, *_: self._remove_unbegun(kind, missing))
+        self._stack.callback(log_to(run.log_path))
+        if not config["resume"] and (run.has_begun or run.config_path.is_file()):
             if not config["overwrite"]:
                 raise ValueError(
                     f"{run.path} holds a run and resume=false; "
                     "pass overwrite=true to replace it, or name=<new name>"
                 )
-            run.clear()
+            return Standing(self.source_fingerprint(), replaced=True)
         recorded = run.recorded_config()
         if recorded is None or not run.has_begun:
-            return None, {}, 0, []
-        summary = run.summary()
-        if summary is not None and budget_steps(recorded) == self.max_steps:
-            check_continues(run, config)
-            return summary, recorded["resolved"], summary["steps"], []
-        checkpoint = read_checkpoint(run.last_checkpoint)
-        step = int(checkpoint["global_step"])
-        may_extend = self.schedule.may_extend(step, budget_steps(recorded), self.max_steps)
+            return Standing(self.source_fingerprint())
+        return self._standing(recorded)
+
+    def _standing(self, recorded: dict[str, Any]) -> Standing:
+        """Return where a run stands that has begun; raise ValueError where it is another one."""
+        run, config, resolved = self.run, self.config, recorded["resolved"]
+        newest = self._newest_checkpoint(recorded)
+        step = 0 if newest is None else int(newest[1]["global_step"])
+        old_max = budget_steps(recorded)
+        may_extend = self.schedule.may_extend(step, old_max, self.max_steps)
         check_continues(run, config, may_extend=may_extend)
-        if config["init_from"] is None:
-            check_shape(run.last_checkpoint, checkpoint[KEY]["model"], config["model"])
-        run.summary_path.unlink(missing_ok=True)  # of a budget that has grown since
-        return None, recorded["resolved"], step, operational_differences(recorded, config)
+        standing = Standing(self._source(recorded), resolved, step=step)
+        if newest is not None:
+            standing.checkpoint, content = newest
+            if config["init_from"] is None:
+                check_shape(standing.checkpoint, content[KEY]["model"], config["model"])
+        else:  # and so it starts from what init_from is now
+            standing.recorded = {k: v for k, v in resolved.items() if k != "init_from"}
+        summary = run.summary()
+        same_source = standing.source in (None, resolved.get("source", standing.source))
+        if summary is not None and same_source and old_max == self.max_steps:
+            standing.finished = summary if step in (0, summary["steps"]) else None
+        for line in operational_differences(recorded, config):
+            log.debug("changed: %s", line)
+        return standing
+
+    def _newest_checkpoint(self, recorded: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+        """Return the newest checkpoint that verifies, and its content; damaged ones are logged.
+
+        Raises ValueError where all are damaged, or where it is another run's.
+        """
+        found = checkpoints_of(self.run.checkpoints_dir)
+        foreign = ""
+        for path in found:
+            try:
+                content = verify_checkpoint(path)
+            except (ValueError, OSError) as error:
+                log.warning("%s; an older checkpoint is used", error)
+                continue
+            is_own = content[KEY].get("run", binding(recorded)) == binding(recorded)
+            if is_own and not foreign:
+                return path, content
+            if is_own:
+                raise ValueError(f"{foreign}; {path} is the newest of this run: copy it over")
+            foreign = foreign or f"{path} is a checkpoint of another run"
+        if found:
+            what = foreign or f"{found[0]} is damaged, and so is every older checkpoint"
+            raise ValueError(f"{what}; restore one of this run, or pass {NEW_OR_ANEW}")
+        return None
+
+    def _source(self, recorded: Mapping[str, Any]) -> str | None:
+        """Return the fingerprint of the data's source, None where that is gone since the run began.
+
+        Raises ValueError or FileNotFoundError where the source never was this run's.
+        """
+        try:
+            return self.source_fingerprint()
+        except (ValueError, FileNotFoundError) as error:
+            path = self.config["data"].get("path")
+            if path is None or recorded["data"].get("path") != path:
+                raise
+            log.warning("%s; the run's prepared data stands for it", error)
+            return None
+
+    def _remove_unbegun(self, kind: type[BaseException] | None, made: list[Path]) -> None:
+        """Remove the directories that a failed command made, unless steps were taken."""
+        expected = kind is not None and issubclass(kind, ValueError | OSError | KeyboardInterrupt)
+        if expected and not self.run.has_begun:
+            shutil.rmtree(made[0], ignore_errors=True)
+            for parent in made[1:]:
+                with contextlib.suppress(OSError):  # another run is there by now
+                    parent.rmdir()
 
     def __exit__(
         self,
@@ -171,7 +278,7 @@ class Session:
     ) -> None:
         if error is not None and not isinstance(error, SystemExit) and self.ranks.rank == 0:
             self._log_to_file_only(error)
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)
 
     def _log_to_file_only(self, error: BaseException) -> None:
         with contextlib.suppress(OSError), open(self.run.log_path, "a", encoding="utf-8") as file:
@@ -188,8 +295,8 @@ class Session:
         config = self.config
         if config["init_from"] is None:
             return None
-        if self.resume_step:
-            return load_checkpoint(self.run.last_checkpoint)
+        if self.standing.checkpoint is not None:
+            return load_checkpoint(self.standing.checkpoint)
         where = (config["init_from"], config["runs_dir"], config["data_dir"])
         start = init_model(on_rank_zero(lambda: find_init_from(*where)))
         start = shorten(start, config["model"]["block_size"], config["typed"])
@@ -217,6 +324,8 @@ class Session:
         decisions, self.recorded = on_rank_zero(
             lambda: self._settle(model_config, rows_per_rank, corpus_fingerprint, start)
         )
+        if not self.standing.recorded:
+            log.info("%s: a new run", self.run.path)
         torch.set_num_threads(decisions.threads)
         for reason in decisions.reasons:
             log.info("%s", reason)
@@ -237,7 +346,7 @@ class Session:
         corpus_fingerprint: str,
         start: Checkpoint | None,
     ) -> tuple[Decisions, dict[str, Any]]:
-        config, recorded = self.config, self.recorded
+        config, recorded = self.config, self.standing.recorded
         if recorded and recorded["corpus"] != corpus_fingerprint:
             raise ValueError(
                 f"{self.run.path} was trained on another corpus (fingerprint "
@@ -260,6 +369,7 @@ class Session:
         )
         resolved = {
             "corpus": corpus_fingerprint,
+            "source": self.standing.source or recorded.get("source"),
             "wandb_id": recorded.get("wandb_id", secrets.token_hex(4)),
             "local_world_size": self.ranks.local_world_size,
             **{k: v for k, v in asdict(decisions).items() if k != "reasons"},
@@ -269,9 +379,15 @@ class Session:
                 "path": str(start.path.resolve()),
                 "sha256": weights_sha256(start.model),
             }
-        trainer = {**config["trainer"], "precision": decisions.precision}
-        self.run.write_config({**config, "trainer": trainer, "resolved": resolved})
+        if self.standing.replaced:
+            self.run.clear()
+        self.run.write_config(self._as_recorded(resolved))
         return decisions, resolved
+
+    def _as_recorded(self, resolved: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the configuration as config.yaml has it."""
+        trainer = {**self.config["trainer"], "precision": resolved["precision"]}
+        return {**self.config, "trainer": trainer, "resolved": resolved}
 
     def _setting(self, key: str, rows_per_rank: int = 0) -> Any:
         """Return a setting as typed, else as the run began with it where that fits, else auto.
@@ -309,6 +425,7 @@ class Session:
         `validation_batches` takes the number of tokens to score, None for all. Leaves by SystemExit
         143 or 130 after a checkpoint where a signal asked for it.
         """
+        module.record = {**module.record, "run": binding(self._as_recorded(self.recorded))}
         metrics = MetricsFile(self.run.metrics_path)
         on_rank_zero(lambda: self._rewind(metrics))
         template = module.record["template"] and find_template(module.record["template"])
@@ -320,7 +437,7 @@ class Session:
             trainer.fit(
                 module,
                 datamodule=data,
-                ckpt_path=self.run.last_checkpoint if self.resume_step else None,
+                ckpt_path=self.standing.checkpoint,
                 weights_only=True,
             )
         if stop.stopped_by:
@@ -339,12 +456,27 @@ class Session:
         }
         summary = summarise(module, self.config, self.run.metrics_path, {**facts, **how})
         self.run.write_summary(summary)
-        write_report(self.run.path)
+        self._write_report()
         tell(summary, self.run.path, self.config["data"]["prompts"])
         return summary
 
+    def _write_report(self) -> None:
+        """Write report.html, which is made of the other files, whatever they hold."""
+        try:
+            write_report(self.run.path)
+        except Exception as error:
+            log.warning("%s was not written: %s", self.run.report_path, first_line(error))
+
+    def _restore_last(self) -> None:
+        """Name the checkpoint that was found `last.ckpt`, where that is missing or damaged."""
+        checkpoint, last = self.standing.checkpoint, self.run.last_checkpoint
+        if checkpoint is not None and checkpoint != last:
+            link_atomically(checkpoint, last)
+
     def _rewind(self, metrics: MetricsFile) -> None:
         """Cut what was logged after the checkpoint that the run continues from."""
+        self.run.summary_path.unlink(missing_ok=True)  # of an older end
+        self._restore_last()
         metrics.cut_after(self.resume_step)
         cut_samples(self.run.samples_path, self.resume_step)
 

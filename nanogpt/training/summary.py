@@ -36,7 +36,7 @@ def summarise(
         "train_s": module.train_s,
         "tokens_per_s": tokens_per_s,
         "mfu": module.mfu(tokens_per_s),
-        "train_loss": last["train/loss"],
+        "train_loss": last.get("train/loss"),
         **{name.replace("/", "_"): v for name, v in last.items() if name.startswith(IN_SUMMARY)},
         **facts,
         **module.measure(),
@@ -76,7 +76,9 @@ def reached(summary: Mapping[str, Any]) -> str:
     bits, gzip = summary.get("val_bits_per_byte"), summary.get("gzip_bits_per_byte")
     per_byte = "" if bits is None else f", {bits:.3f} bits per byte"
     beside = f" (gzip -9 needs {gzip:.3f})" if bits is not None and gzip is not None else ""
-    return f"validation loss {summary['val_loss']:.4f}{per_byte}{beside}"
+    if (loss := summary.get("val_loss")) is None:
+        return "validation loss unknown (metrics.csv was lost)"
+    return f"validation loss {loss:.4f}{per_byte}{beside}"
 
 
 def next_commands(stage: str, run_dir: Path, prompt: str) -> list[str]:
