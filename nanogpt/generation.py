@@ -47,7 +47,7 @@ def generate(
         block_size = model.config.block_size
         context = list(input_ids)[-block_size:]
         unread = context
-        cache = KVCache.like(model)
+        cache = KVCache.like(model, n_tokens=min(block_size, len(context) + max_new_tokens))
         for _ in range(max_new_tokens):
             if cache.length + len(unread) > block_size:
                 unread = context = context[-max(1, block_size // 2) :]
@@ -67,7 +67,8 @@ def generate(
 class KVCache:
     """The keys and values that a model computed for the tokens it has read.
 
-    Room for `block_size` tokens is taken at once; setting `length` to less forgets the rest.
+    Memory for `n_tokens`, by default `block_size`, is taken at once; setting `length` to less
+    forgets the rest.
     """
 
     def __init__(
@@ -75,19 +76,26 @@ class KVCache:
         config: GPTConfig,
         batch_size: int = 1,
         *,
+        n_tokens: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, head_size)
+        n_tokens = config.block_size if n_tokens is None else n_tokens
+        shape = (config.n_layer, 2, batch_size, config.n_head, n_tokens, head_size)
         self.entries = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
 
     @classmethod
-    def like(cls, model: GPT, batch_size: int = 1) -> "KVCache":
+    def like(cls, model: GPT, batch_size: int = 1, *, n_tokens: int | None = None) -> "KVCache":
         """Return an empty cache of the model's shape, precision and device."""
         weight = model.wte.weight
-        return cls(model.config, batch_size, dtype=weight.dtype, device=weight.device)
+        return cls(
+            *(model.config, batch_size),
+            n_tokens=n_tokens,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
 
     @torch.no_grad()
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

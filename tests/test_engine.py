@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -549,7 +550,7 @@ def ask(asked: Asked, model: str) -> None:
         ("abc", 1, 8.5, {"c": 8}),
         ("ab", 4, 100, {"a": 10, "b": 10}),
         ("abc", 3, 2.5, {"b": 1, "c": 1}),  # at least one slot, for as many as have one
-        ("ab", 2, 0.5, {"b": 1}),
+        ("ab", 2, 1, {"b": 1}),
     ],
 )
 def test_models_share_the_memory_for_keys_and_values(
@@ -589,7 +590,7 @@ def test_newer_weights_of_an_evicted_model_are_not_loaded(
     paths = {name: tmp_path / name / "checkpoints" / "last.ckpt" for name in "ab"}
     for path in paths.values():
         write_model(path)
-    asked = Asked(tmp_path, max_models=2, cache_gb=0.5 * SLOT_BYTES / 1e9)
+    asked = Asked(tmp_path, max_models=2, cache_gb=SLOT_BYTES / 1e9)
     ask(asked, "a")
     loaded = loads(monkeypatch, lambda: newer(asked, paths["a"]))
     ask(asked, "b")
@@ -606,6 +607,114 @@ def test_a_file_that_is_no_checkpoint_fails_its_requests(tmp_path: Path) -> None
     assert isinstance(end, Failed)
     assert end.kind == "internal"
     assert "no readable checkpoint" in end.message
+
+
+def test_a_model_of_which_no_slot_fits_the_cache_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "long" / "last.ckpt"
+    write_model(path, position="rotary", block_size=10**9)
+    end = Asked(tmp_path).one(Generate("a", "long", [1], SamplingParams(1))).end
+    assert isinstance(end, Failed)
+    assert "long could not be loaded: the keys and values of block_size=1000000000 tokens take" in (
+        end.message
+    )
+
+
+def test_a_failed_load_is_logged_once_and_named_without_paths(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "bad" / "last.ckpt"
+    path.parent.mkdir()
+    path.write_bytes(b"nothing")
+    write_model(tmp_path / "good" / "last.ckpt")
+    asked = Asked(tmp_path)
+    for n in range(3):
+        end = asked.one(Generate(str(n), "bad", [1], SamplingParams(1))).end
+        assert isinstance(end, Failed)
+        assert end.message.startswith("bad could not be loaded: last.ckpt is no readable")
+        assert str(tmp_path) not in end.message
+        broken = asked.engine._broken
+        broken.update({key: (0.0, why) for key, (_, why) in broken.items()})  # long ago
+    records = [r for r in caplog.records if r.name == "serving.engine.engine"]
+    assert [r.getMessage().partition(":")[0] for r in records] == ["could not load bad"]
+    assert records[0].exc_info is None
+    errors = {info.id: info.error for info in asked.engine.models().models}
+    assert errors["bad"].startswith("bad could not be loaded: last.ckpt")
+    assert errors["good"] == ""
+    write_model(path)
+    asked.engine.registry.rescan()
+    assert {info.error for info in asked.engine.models().models} == {""}
+
+
+def test_an_error_that_nobody_foresaw_is_named_by_its_type(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise KeyError("/secret/path")
+
+    monkeypatch.setattr(engine_module, "load_runner", fail)
+    end = Asked(checkpoint).one(generate("a", [1])).end
+    assert isinstance(end, Failed)
+    assert end.message == "run could not be loaded: KeyError"
+
+
+@pytest.mark.parametrize("max_models", [1, 4])
+def test_a_load_that_hangs_keeps_no_other_model_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_models: int
+) -> None:
+    for name in ("hangs", "whole"):
+        write_model(tmp_path / name / "last.ckpt")
+    load, until = engine_module.load_runner, threading.Event()
+
+    def hanging(entry: Entry, *others: Any) -> Any:
+        if entry.id == "hangs":
+            until.wait(60)
+        return load(entry, *others)
+
+    monkeypatch.setattr(engine_module, "load_runner", hanging)
+    monkeypatch.setattr(engine_module, "PATIENCE_S", 0.1)
+    asked = Asked(tmp_path, max_models=max_models)
+    for name in ("hangs", "whole"):
+        asked.engine.accept(asked, Generate(name, name, [1], SamplingParams(1)))
+    while "whole" not in asked.answers or not asked.answers["whole"].end:
+        asked.step()
+    assert isinstance(asked.answers["whole"].end, Finished)
+    ((key, load_),) = asked.engine._loading.items()
+    asked.engine._loading[key] = load_._replace(deadline=load_.started)
+    asked.settle()
+    late = asked.answers["hangs"].end
+    assert isinstance(late, Failed)
+    assert late.message == "hangs could not be loaded within 0 s."
+    until.set()
+    while "hangs" not in asked.engine.runners:
+        asked.step()  # it is there after all
+    assert len(asked.engine.runners) <= max_models
+
+
+def test_a_slow_load_does_not_replace_newer_weights(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, until = engine_module.load_runner, threading.Event()
+    asked = Asked(checkpoint)
+    old = asked.engine.registry.entries[0].revision
+
+    def slow(entry: Entry, *others: Any) -> Any:
+        runner = load(entry, *others)
+        if entry.revision == old:
+            until.wait(60)
+        return runner
+
+    monkeypatch.setattr(engine_module, "load_runner", slow)
+    monkeypatch.setattr(engine_module, "PATIENCE_S", 0.1)
+    asked.engine.accept(asked, Describe("first", "run"))
+    asked.engine.step()
+    newer(asked, checkpoint)
+    while "run" not in asked.engine.runners:
+        asked.step()
+    new = asked.engine.runners["run"].revision
+    until.set()
+    while asked.engine._loading:
+        asked.step()
+    assert asked.engine.runners["run"].revision == new != old
 
 
 def test_an_engine_that_loads_sleeps_until_it_has(checkpoint: Path) -> None:

@@ -258,3 +258,19 @@ def test_an_entry_has_the_context_of_its_model(tmp_path: Path) -> None:
     touch(tmp_path / "broken" / "last.ckpt")
     found = {entry.id: entry.max_model_len for entry in find_entries(tmp_path)}
     assert found == {"text": 48, "broken": None}
+
+
+def test_an_entry_that_did_not_load_is_no_default_while_there_is_another(tmp_path: Path) -> None:
+    for seconds, name in enumerate(("older", "newer")):
+        path = tmp_path / name / "checkpoints" / "last.ckpt"
+        write_model(path)
+        os.utime(path, (seconds, seconds))
+    registry = Registry(str(tmp_path))
+    newer = registry.default
+    assert newer is not None
+    assert newer.id == "newer"
+    registry.pass_over(newer)
+    assert (id_of(registry.default), id_of(registry.default_to_generate)) == ("older", "older")
+    os.utime(newer.path, (5, 5))
+    registry.rescan()
+    assert id_of(registry.default) == "newer"

@@ -192,3 +192,10 @@ def test_the_package_offers_its_names_and_no_others() -> None:
     assert all(hasattr(nanogpt, name) for name in nanogpt.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = nanogpt.nothing
+
+
+def test_memory_is_taken_for_the_tokens_that_are_generated_only() -> None:
+    config = GPTConfig(
+        block_size=10**9, vocab_size=16, n_layer=1, n_head=2, n_embd=8, position="rotary"
+    )
+    assert len(list(generate(GPT(config), [1, 2], max_new_tokens=3, seed=0))) == 3

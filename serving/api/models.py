@@ -162,6 +162,7 @@ def describe(info: ModelInfo) -> dict[str, Any]:
         "aliases": info.aliases,
         "default": info.default,
         "loaded": info.loaded,
+        **({"error": info.error} if info.error else {}),
     }
 
 

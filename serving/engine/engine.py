@@ -1,17 +1,19 @@
 """The engine: takes requests, loads models for them, and steps until all is answered.
 
-One thread calls `run`; others hand over work through `post`. Loading happens in a thread of its
-own, so that models that are at work do not wait for it.
+One thread calls `run`; others hand over work through `post`. Each checkpoint is loaded in a thread
+of its own: neither models that compute nor the loading of others wait long for one that hangs.
 """
 
 import logging
+import os
 import queue
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 from serving.engine.counters import Counters
 from serving.engine.loading import all_cache_bytes, load_runner
@@ -39,9 +41,20 @@ from serving.logs import of_request
 
 IDLE_S = 0.5  # how often an idle engine looks up
 RETRY_S = 30.0  # how long a checkpoint that did not load is not tried again
+PATIENCE_S = 2.0  # how long the loading of one model keeps the next from being loaded
+LOAD_S = 60.0  # how long requests wait for a model; longer for a large file, at
+LOAD_BYTES_PER_S = 20e6  # a slow disk on a busy machine
 
 log = logging.getLogger(__name__)
 Tell = Callable[[list[Event]], None]
+
+
+class _Load(NamedTuple):
+    """A checkpoint that is being loaded, since when, and until when it is waited for."""
+
+    entry: Entry
+    started: float
+    deadline: float
 
 
 class Engine:
@@ -60,10 +73,9 @@ class Engine:
         self.runners: dict[str, Runner] = {}
         self.retiring: list[Runner] = []  # older weights that finish what they began
         self._waiting: dict[str, list[tuple[object, Request]]] = {}  # for a model to be loaded
-        self._loading: str | None = None
+        self._loading: dict[tuple[str, str], _Load] = {}  # by id and revision
         self._broken: dict[tuple[str, str], tuple[float, str]] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._loader = ThreadPoolExecutor(1, "load")
         self._events: list[Event] = []
         self._drain_until: float | None = None
         self._ended = False
@@ -83,7 +95,6 @@ class Engine:
             self.step()
             if self._drain_until is not None:
                 self._ended = self.idle or time.monotonic() > self._drain_until
-        self._loader.shutdown(wait=False, cancel_futures=True)
 
     @property
     def computes(self) -> bool:
@@ -177,6 +188,7 @@ class Engine:
             default_to_classify=entry == self.registry.default_to_classify,
             name=entry.name,
             max_model_len=entry.max_model_len,
+            error=self._broken.get((entry.id, entry.revision), (0.0, ""))[1],
         )
 
     def _accept(self, client: object, request: Generate | Score | Classify | Describe) -> None:
@@ -217,21 +229,44 @@ class Engine:
 
     def _load_next(self) -> None:
         """Begin to load a model that is waited for, when there is room for one more."""
-        if self._loading is not None or not self._waiting:
-            return
-        id_ = next(iter(self._waiting))
-        entries = self.registry.entries
-        entry = next((e for e in entries if e.id == id_), None)
-        if entry is None:
-            self._refuse_waiting(id_, "not_found", f"The model {id_!r} does not exist any more.")
-            return
-        when, why = self._broken.get((id_, entry.revision), (0.0, ""))
-        if why and time.monotonic() < when + RETRY_S:
-            self._refuse_waiting(id_, "internal", why)
-        elif id_ in self.runners or self._make_room():
-            self._loading = id_
-            n_models = min(self.settings.max_models, len(entries))
-            self._loader.submit(self._load, entry, self.cache_bytes / n_models)
+        for id_ in list(self._waiting):
+            entry = next((e for e in self.registry.entries if e.id == id_), None)
+            if entry is None:
+                what = f"The model {id_!r} does not exist any more."
+                self._refuse_waiting(id_, "not_found", what)
+            elif why := self._why_not(entry):
+                self._refuse_waiting(id_, "internal", why)
+            elif self._may_load(entry):
+                self._begin_to_load(entry)
+
+    def _why_not(self, entry: Entry) -> str:
+        """Return why a model is not loaded now, nothing where it can be or soon is."""
+        now, key = time.monotonic(), (entry.id, entry.revision)
+        if load := self._loading.get(key):
+            waited = load.deadline - load.started
+            late = f"{entry.id} could not be loaded within {waited:.0f} s."
+            return late if now > load.deadline else ""
+        when, why = self._broken.get(key, (0.0, ""))
+        return why if now < when + RETRY_S else ""
+
+    def _may_load(self, entry: Entry) -> bool:
+        """Return whether to load a model now: one at a time, but for those that take long."""
+        if (entry.id, entry.revision) in self._loading:
+            return False
+        began = max((load.started for load in self._loading.values()), default=0.0)
+        if time.monotonic() < began + PATIENCE_S and self._loading:
+            return False
+        return entry.id in self.runners or self._make_room()
+
+    def _begin_to_load(self, entry: Entry) -> None:
+        now = time.monotonic()
+        deadline = now + LOAD_S + entry.size / LOAD_BYTES_PER_S
+        self._loading[entry.id, entry.revision] = _Load(entry, now, deadline)
+        n_models = min(self.settings.max_models, len(self.registry.entries))
+        # A daemon, so that a load that hangs does not keep the process from ending.
+        threading.Thread(
+            target=self._load, args=(entry, n_models), name="load", daemon=True
+        ).start()
 
     def _make_room(self) -> bool:
         """Return whether one more model may be loaded, after another is evicted if need be."""
@@ -248,18 +283,20 @@ class Engine:
                 del self._waiting[oldest.id]  # nobody asks for its newer weights
         return bool(idle)
 
-    def _load(self, entry: Entry, cache_bytes: float) -> None:
+    def _load(self, entry: Entry, n_models: int) -> None:
         try:
-            runner = load_runner(entry, self.settings, self.counters, cache_bytes)
+            runner = load_runner(entry, self.settings, self.counters, self.cache_bytes, n_models)
         except Exception as error:  # whatever a file can do to its reader
-            log.exception("could not load %s", entry.id)
-            self.post(partial(self._not_loaded, entry, str(error)))
+            self.post(partial(self._not_loaded, entry, error))
         else:
             self.post(partial(self._loaded, runner))
 
     def _loaded(self, runner: Runner) -> None:
-        self._loading = None
+        self._loading.pop((runner.id, runner.revision), None)
         old = self.runners.get(runner.id)
+        entry = self.registry.find(runner.id)
+        if old is not None and entry is not None and old.revision == entry.revision:
+            return  # newer weights were loaded in less time
         runner.used = time.monotonic()
         if old is not None:
             self.retiring.append(old)
@@ -268,19 +305,31 @@ class Engine:
         for client, request in self._waiting.pop(runner.id, []):
             with self._refusing(client, request):
                 self._begin(runner, client, request)
-        while self._held_bytes() > self.cache_bytes and self._evict(but=runner):
+        while self._holds_too_much() and self._evict(but=runner):
             pass  # models that were loaded when there were fewer have larger shares
         self.changed()  # it may have, while this was loaded
 
-    def _held_bytes(self) -> int:
-        """Return the memory of all keys and values, but those of weights that are replaced."""
-        return sum(runner.scheduler.slots.cache.nbytes for runner in self.runners.values())
+    def _holds_too_much(self) -> bool:
+        """Return whether there are too many models, or keys and values of them.
 
-    def _not_loaded(self, entry: Entry, why: str) -> None:
+        Those of weights that are replaced do not count.
+        """
+        held = sum(runner.scheduler.slots.cache.nbytes for runner in self.runners.values())
+        return held > self.cache_bytes or len(self.runners) > self.settings.max_models
+
+    def _not_loaded(self, entry: Entry, error: Exception) -> None:
         """Note why; who waits is refused, or served with newer weights that came meanwhile."""
-        self._loading = None
-        why = f"{entry.id} could not be loaded: {why}"
-        self._broken[entry.id, entry.revision] = time.monotonic(), why
+        key = (entry.id, entry.revision)
+        self._loading.pop(key, None)
+        is_known = isinstance(error, ValueError | OSError)
+        what = str(error).replace(f"{entry.path.parent}{os.sep}", "")
+        why = f"{entry.id} could not be loaded: {what if is_known else type(error).__name__}"
+        if self._broken.get(key, (0.0, ""))[1] != why:  # once, and not at each request
+            trace = None if is_known else error
+            log.error("could not load %s: %s", entry.id, error, exc_info=trace)
+        self._broken[key] = time.monotonic(), why
+        self.registry.pass_over(entry)
+        self._events.append(Event(None, self.models()))
 
     @contextmanager
     def _refusing(self, client: object, request: Request) -> Iterator[None]:

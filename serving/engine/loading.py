@@ -21,12 +21,15 @@ from serving.engine.slots import Slots, slot_bytes
 log = logging.getLogger(__name__)
 
 
-def load_runner(entry: Entry, settings: Settings, counters: Counters, cache_bytes: float) -> Runner:
+def load_runner(
+    entry: Entry, settings: Settings, counters: Counters, cache_bytes: float, n_models: int = 1
+) -> Runner:
     """Load an entry's checkpoint and make it ready to compute.
 
-    It has as many slots, of `max_slots`, as `cache_bytes` hold: at least one.
+    It has as many slots, of `max_slots`, as a model's share of `cache_bytes` holds: at least one.
 
-    Raises ValueError or FileNotFoundError for a file that is none of ours.
+    Raises ValueError or FileNotFoundError for a file that is none of ours, ValueError for a model
+    of which not one slot fits `cache_bytes`.
     """
     started = time.monotonic()
     device = choose_device(settings.device)
@@ -34,8 +37,14 @@ def load_runner(entry: Entry, settings: Settings, counters: Counters, cache_byte
     checkpoint = load_checkpoint(entry.path, device=device)
     precision = cache_dtype(dtype)
     model = checkpoint.model.requires_grad_(False)
-    n_slots = int(cache_bytes // slot_bytes(checkpoint.config, precision))
-    n_slots = max(1, min(settings.max_slots, n_slots))
+    n_bytes = slot_bytes(checkpoint.config, precision)
+    if n_bytes > cache_bytes:
+        raise ValueError(
+            f"the keys and values of block_size={checkpoint.config.block_size} tokens take "
+            f"{n_bytes / 1e9:.1f} GB, more than the {cache_bytes / 1e9:.1f} GB there are for all "
+            f"models; raise cache_gb"
+        )
+    n_slots = max(1, min(settings.max_slots, int(cache_bytes / n_models // n_bytes)))
     slots = Slots(checkpoint.config, n_slots, precision, device)
     forward = make_forward(model, slots.cache, dtype, invariant=settings.invariant)
     scheduler = Scheduler(slots, settings.chunk_tokens)

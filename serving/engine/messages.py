@@ -237,6 +237,7 @@ class ModelInfo:
     default_to_classify: bool = False  # of those for labels
     name: str = ""  # the run's own
     max_model_len: int | None = None  # tokens of the context, None for a broken file
+    error: str = ""  # why this revision could not be loaded, when last tried
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class Entry:
     revision: str
     rank: int
     max_model_len: int | None  # tokens of the context, None for a broken file
+    size: int = 0  # bytes
 
 
 class Registry:
@@ -71,19 +72,29 @@ class Registry:
         self.default: Entry | None = None  # for requests that name no model
         self.default_to_generate: Entry | None = None
         self.default_to_classify: Entry | None = None
+        self._failing: set[tuple[str, str]] = set()  # id and revision of what could not be loaded
         self.rescan()
 
     def rescan(self) -> bool:
         """Look again; return whether anything changed."""
         before = self.entries
         self.entries = find_entries(self.models)
-        ranked = sorted(self.entries, key=lambda e: (e.rank, e.created), reverse=True)
+        self._choose_defaults()
+        return self.entries != before
+
+    def pass_over(self, entry: Entry) -> None:
+        """Prefer other entries as defaults to one that could not be loaded."""
+        self._failing.add((entry.id, entry.revision))
+        self._choose_defaults()
+
+    def _choose_defaults(self) -> None:
+        loads = {e.id: (e.id, e.revision) not in self._failing for e in self.entries}
+        ranked = sorted(self.entries, key=lambda e: (loads[e.id], e.rank, e.created), reverse=True)
         self.default = (
             self.find(self.default_name) if self.default_name else next(iter(ranked), None)
         )
         self.default_to_generate = self._default_to("generate", ranked)
         self.default_to_classify = self._default_to("classify", ranked)
-        return self.entries != before
 
     def _default_to(self, task: Task, ranked: list[Entry]) -> Entry | None:
         """Return the best ranked entry for a task; the default where it is configured or alone."""
@@ -194,6 +205,7 @@ def _entry(path: Path, name: str) -> Entry | None:
         revision=revision,
         rank=_rank(_run_dir(path) / "summary.json"),
         max_model_len=_about(path, revision)[1],
+        size=status.st_size,
     )
 
 
