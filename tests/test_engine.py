@@ -786,6 +786,16 @@ def test_a_request_is_read_before_the_many_prompts_of_another(checkpoint: Path) 
     assert steps_to_end(asked, newcomer) <= 240 // 16 + 2  # after the prompt that is begun
 
 
+def test_a_prompt_that_is_begun_is_read_to_its_end(checkpoint: Path) -> None:
+    asked = Asked(checkpoint)
+    asked.one(generate("warm", [1]))
+    for name in "ab":
+        asked.engine.accept(asked, generate(name, [ord(name)] * 240, origin=name))
+    for _ in range(4):  # of 64 tokens
+        asked.step()
+    assert len(asked.answers["a"].ids) == 1
+
+
 def test_a_slot_that_is_free_goes_to_the_key_with_the_fewest(checkpoint: Path) -> None:
     asked = Asked(checkpoint, max_slots=2)
     asked.one(generate("warm", [1]))
