@@ -22,6 +22,7 @@ EXPECTED: tuple[type[Exception], ...] = (
     ImportError,
     RuntimeError,
     AssertionError,
+    MemoryError,
 )
 
 
@@ -146,7 +147,7 @@ def run_command(
         sys.stdout.flush()
     except OutputClosedError:
         return 0
-    except (*EXPECTED, MemoryError, *also) as error:
+    except EXPECTED + also as error:
         with suppress(OSError):
             sys.stdout.flush()
         short = out_of_memory(error)
