@@ -49,6 +49,22 @@ def test_a_name_is_safe_as_a_path_whatever_was_typed() -> None:
     assert " " not in name
 
 
+def test_a_long_name_has_short_keys_and_whole_values() -> None:
+    typed = {"tokens_per_step": 256, "optim.learning_rate": 0.001, "optim.weight_decay": 0.125}
+    name = run_name(CHOICES, {**typed, "max_steps": 1000})
+    assert name.startswith("quickstart-nano-python_stdlib-ms-1000-lr-0.001-wd-0.125-tps-256-")
+
+
+def test_a_pair_that_does_not_fit_is_left_out_whole() -> None:
+    typed = {"data.path": "/data/" + "a" * 60 + ".txt", "seed": 7}
+    assert run_name(CHOICES, typed).startswith("quickstart-nano-python_stdlib-seed-7-")
+
+
+def test_values_are_named_as_they_are_typed() -> None:
+    name = run_name(CHOICES, {"init_from": None, "data.balance": True})
+    assert name.startswith("quickstart-nano-python_stdlib-balance-true-init_from-null-")
+
+
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
