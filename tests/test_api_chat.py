@@ -1,6 +1,7 @@
 """Chat completions, asked for with the client that they are made for."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -320,3 +321,22 @@ def test_minus_one_is_as_many_tokens_as_fit(
     ask(client, **{name: -1})
     asked = generated(engine)[-1]
     assert asked.params.max_tokens == 1024 - len(asked.prompt_ids)
+
+
+@pytest.mark.parametrize(
+    "messages", [HELLO * 300, [{"role": "user", "content": "x" * 12_000}]], ids=["many", "long"]
+)
+def test_a_large_conversation_is_encoded_in_a_thread(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, messages: Any
+) -> None:
+    threads: list[str] = []
+    pieces = prompts._pieces
+
+    def recorded(segments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return pieces(segments)
+
+    monkeypatch.setattr(prompts, "_pieces", recorded)
+    httpx.post(f"{client.base_url}tokenize", json={"messages": HELLO})
+    httpx.post(f"{client.base_url}tokenize", json={"messages": messages})
+    assert [name.startswith("asyncio_") for name in threads] == [False, True]
