@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.command import guard_output
-from nanogpt.config import as_overrides, expand_environment, explain_syntax, unknown_key
+from nanogpt.config import as_overrides, expand_environment, explain_syntax, explain_unknown_key
 from serving import environment
 from serving.api.settings import ApiSettings, Binding
 from serving.engine.messages import Settings
@@ -123,7 +123,7 @@ def explain(error: Exception) -> str:
     text = " ".join(str(error).split())
     if unknown := re.search(r"(?:override|find) '([^'@]+)'", text):
         known = list(yaml.safe_load((CONF / "serve.yaml").read_text(encoding="utf-8")))
-        return unknown_key(unknown[1], known, "conf/serve.yaml")
+        return explain_unknown_key(unknown[1], known, "conf/serve.yaml")
     return re.sub(r"NANOGPT_(\w+)=", lambda name: f"{name[1].lower()}=", text)
 
 

@@ -11,6 +11,7 @@ Issuing a command again continues its run. Every key is in conf/, with a comment
 
 import difflib
 import hashlib
+import logging
 import math
 import os
 import re
@@ -46,7 +47,7 @@ from nanogpt.config import (
     expand_environment,
     expand_paths,
     explain_syntax,
-    unknown_key,
+    explain_unknown_key,
 )
 from nanogpt.training.kinds import check_kinds, clear_other_budget, make_whole
 from nanogpt.training.run import flatten, run_name
@@ -61,6 +62,7 @@ ABOUT_PREPARING = ("tokens", "shard_tokens", "wait")
 ABOUT_BATCHES = ("workers", "prompts")
 HEAD_START_S = 2.0  # of rank zero, which reports what it does, where a corpus is to be prepared
 
+log = logging.getLogger("nanogpt")
 failures: list[Exception] = []  # of the jobs of this command
 
 
@@ -143,7 +145,7 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     parsed = OverridesParser.create().parse_overrides(overrides)
     for override in parsed:
         if override.is_add() and not _is_group(override.key_or_group):
-            raise ValueError(unknown_key(override.key_or_group, _known_keys(), f"{CONF_DIR}/"))
+            raise ValueError(unknown_key(override.key_or_group))
     typed = {
         override.key_or_group: override.value()
         if _is_group(override.key_or_group)
@@ -221,6 +223,9 @@ def pretrain(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     corpus = find_corpus(Path(config["data_dir"]), session.prepared) or build_corpus(
         config, None if init is None else init.tokenizer, session.ranks.rank
     )
+    if splits := corpus.manifest.get("splits"):
+        n_train, n_val = (f"{splits[name]['tokens']:,}" for name in ("train", "val"))
+        log.info("data %s: %s training and %s validation tokens", corpus.directory, n_train, n_val)
     tokenizer = corpus.tokenizer
     model_config = (
         GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
@@ -500,7 +505,7 @@ def explain_composition(error: Exception) -> str:
         return explain_syntax(error)
     text = str(error)
     if unknown := re.search(r"Could not override '([^']+)'", text):
-        return unknown_key(unknown[1], _known_keys(), f"{CONF_DIR}/")
+        return unknown_key(unknown[1])
     if missing := re.search(r"full_key: (\S+)", text) if "Missing mandatory" in text else None:
         return f"{missing[1]} must be given; pass {missing[1]}=... (conf/ says what it is)"
     if unknown := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
@@ -510,6 +515,11 @@ def explain_composition(error: Exception) -> str:
         hint = f"did you mean {near[0]}? " if near else ""
         return f"there is no {group}={option}; {hint}{group} is one of {', '.join(options)}"
     return " ".join(text.split())
+
+
+def unknown_key(key: str) -> str:
+    """Return the sentence for a key that the composed configuration does not have."""
+    return explain_unknown_key(key, _known_keys(), f"{CONF_DIR}/")
 
 
 def _known_keys() -> list[str]:

@@ -13,6 +13,24 @@ from nanogpt.command import expand_home, is_path
 SWEEP = ("-m", "--multirun")
 # Keys besides paths whose value is text that Hydra would otherwise read as an expression.
 NAMES = ("name", "repository", "subset", "split", "revision", "project", "entity", "default_model")
+# Keys of other training programs, by which key of ours stands for them.
+OTHER_NAMES = {
+    "batch_size": "tokens_per_step (an optimizer step's, over all devices) or micro_batch",
+    "device": "trainer.accelerator",
+    "dtype": "trainer.precision",
+    "epochs": "max_steps (with stage=instruct, instruct.max_passes)",
+    "eval_interval": "callbacks.validation.every_n_steps",
+    "gradient_accumulation_steps": "tokens_per_step (the accumulation follows from it)",
+    "learning_rate": "optim.learning_rate",
+    "lr": "optim.learning_rate",
+    "max_epochs": "max_steps (with stage=instruct, instruct.max_passes)",
+    "max_iters": "max_steps",
+    "num_epochs": "max_steps (with stage=instruct, instruct.max_passes)",
+    "out_dir": "runs_dir",
+    "output_dir": "runs_dir",
+    "warmup_iters": "optim.schedule.warmup_steps",
+    "weight_decay": "optim.weight_decay",
+}
 OVERRIDE = re.compile(r"(\+{0,2}[\w./@-]*[\w.])=(.*)", re.DOTALL)
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 CHOICE = re.compile(rf"(?:{QUOTED}|[^,])+")  # of a sweep, which a comma ends
@@ -86,10 +104,12 @@ def explain_syntax(error: OverrideParseException) -> str:
     )
 
 
-def unknown_key(key: str, known: Sequence[str], where: str) -> str:
+def explain_unknown_key(key: str, known: Sequence[str], where: str) -> str:
     """Return the sentence for a key that the composed configuration does not have."""
     if key in known:
         return f"the chosen data and stage have no key {key}, which others have; leave it out"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
+    near = OTHER_NAMES.get(key.rpartition(".")[2], "")
+    if near.partition("=")[0].partition(" ")[0] not in known:
+        near = "".join(difflib.get_close_matches(key, known, n=1, cutoff=0.5))
+    hint = f"did you mean {near}? " if near else ""
     return f"there is no key {key}; {hint}every key is in {where}"

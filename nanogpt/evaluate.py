@@ -158,7 +158,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--task", required=True, choices=sorted(TASKS))
     add("--data", type=Path, help="what to score (default of benchmarks: the hub's file)")
-    add("--limit", type=int, metavar="N", help="score the first N examples or documents alone")
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="score the first N examples, documents, or windows of a single document alone",
+    )
     add("--json", type=Path, help="a file to write the figures to")
     add("--picture", type=Path, metavar="FILE.svg", help="a file to draw the figures in")
     add("--no-report", dest="report", action="store_false", help="leave the run's report as it is")

@@ -67,8 +67,7 @@ def _gguf() -> ModuleType:
         return importlib.import_module("gguf")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "--format gguf needs the package gguf, which is not installed; "
-            "pip install 'nanogpt[gguf]'"
+            "--format gguf needs the package gguf, which is not installed; pip install -e '.[gguf]'"
         ) from error
 
 

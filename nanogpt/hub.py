@@ -1,8 +1,10 @@
 """Whether the Hugging Face hub answers: asked once and briefly, before anything is fetched."""
 
+import logging
 import threading
 
 ANSWERS_WITHIN_S = 5.0
+log = logging.getLogger("nanogpt")
 BAD_GATEWAY = (502, 503, 504)  # a proxy that has no way to the hub
 
 
@@ -28,6 +30,7 @@ def check_reachable(wanted: str, instead: str) -> None:
 
 def problem_of(endpoint: str) -> str:
     """Return why an endpoint does not answer within `ANSWERS_WITHIN_S` seconds, "" if it does."""
+    log.info("asking %s", endpoint)
     found: list[str] = []
     # The name service has no time limit of its own, hence a thread that can be left behind.
     thread = threading.Thread(target=lambda: found.append(_ask(endpoint)), daemon=True)

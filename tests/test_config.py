@@ -106,6 +106,23 @@ def test_home_is_expanded_in_the_environment(
     assert os.environ["NANOGPT_RUNS_DIR"] == f"{tmp_path}/runs"
 
 
+@pytest.mark.parametrize(
+    ("typed", "ours"),
+    [
+        ("batch_size", "tokens_per_step"),
+        ("max_iters", "max_steps"),
+        ("learning_rate", "optim.learning_rate"),
+        ("optim.lr", "optim.learning_rate"),
+        ("epochs", "max_steps"),
+        ("device", "trainer.accelerator"),
+        ("dtype", "trainer.precision"),
+    ],
+)
+def test_a_key_of_another_program_has_the_hint_of_ours(typed: str, ours: str) -> None:
+    hint = train.explain_composition(ValueError(f"Could not override '{typed}'"))
+    assert f"did you mean {ours}" in hint
+
+
 @pytest.mark.parametrize("main", [train.main, serve.main])
 def test_what_hydra_cannot_parse_is_one_sentence(
     main: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -432,4 +432,4 @@ def test_a_missing_package_is_named(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     assert export(write(), tmp_path / "out.gguf", "--format", "gguf") == 1
-    assert "pip install 'nanogpt[gguf]'" in capsys.readouterr().err
+    assert "pip install -e '.[gguf]'" in capsys.readouterr().err

@@ -2,13 +2,14 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nanogpt.training import loggers
 from nanogpt.training.loggers import extra_logger
 
-WANTED = {"use": "wandb", "project": "nanogpt", "entity": None, "tags": []}
+WANTED: dict[str, Any] = {"use": "wandb", "project": "nanogpt", "entity": None, "tags": []}
 
 
 def test_wandb_with_a_key_and_no_network_is_offline(

@@ -65,6 +65,12 @@ def test_line_tells_all_figures() -> None:
     assert line == "step 120/1500  loss 3.2145  5,412 tokens/s  MFU 38 %  1 min 20 s left"
 
 
+def test_an_older_loss_has_its_step() -> None:
+    assert (
+        progress_line(46, 100, {"step": 40, "loss": 4.3961}) == "step 46/100  loss 4.3961 (step 40)"
+    )
+
+
 def test_line_leaves_out_what_is_unknown() -> None:
     assert progress_line(1, 12, {"step": 1, "loss": 0.0}) == "step 1/12  loss 0.0000"
 

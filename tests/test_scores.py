@@ -175,6 +175,16 @@ def test_the_picture_tells_its_figures_in_words_too() -> None:
     assert drawn.count("<circle") == 1
 
 
+def test_the_limit_of_a_single_document_counts_windows(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    path = saved(tmp_path / "a.ckpt", uniform(TOKENIZER))
+    out = tmp_path / "out.json"
+    arguments = ["--task", "perplexity", "--data", str(tmp_path / "a.txt"), "--json", str(out)]
+    assert main([str(path), *arguments, "--limit", "2", "--stride", "3"]) == 0
+    [row] = json.loads(out.read_text())
+    assert row["results"]["tokens"] == 2 * 3
+
+
 def test_a_text_is_scored_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,11 @@ def test_an_unknown_mfu_is_left_out(
 ) -> None:
     figures = {"stage": "pretrain", "steps": 2, "tokens": 512, "wall_s": 2, "train_s": 1}
     with caplog.at_level(logging.INFO):
-        tell({**figures, "tokens_per_s": 512.0, "mfu": mfu, "val_loss": 1.0}, Path("r"), [])
+        tell(
+            {**figures, "tokens_per_s": 512.0, "mfu": mfu, "val_loss": 1.0},
+            Path("r"),
+            {"prompts": []},
+        )
     assert f"(512 tokens/s{shown})" in caplog.text
 
 
@@ -24,6 +28,18 @@ def test_the_next_command_has_the_prompt_of_the_data_whatever_it_holds(stage: st
     prompt = 'It\'s $5: "a" `b`'
     first = next_commands(stage, Path("runs/one"), prompt)[0]
     assert shlex.split(first)[-3:] == ["runs/one", "--prompt", prompt]
+
+
+def test_the_next_commands_fit_what_was_done() -> None:
+    run_dir = Path("runs/it's")
+    own = next_commands("pretrain", run_dir, "x", own_data=True)
+    assert not any("YOUR_FOLDER" in command for command in own)
+    large = next_commands("pretrain", run_dir, "x", large=True)
+    assert not any("gpt2_small" in command for command in large)
+    init_from = shlex.split(large[2], comments=True)[-1]
+    assert init_from == f"init_from={run_dir}"
+    assert not any("YOUR" in c for c in next_commands("instruct", run_dir, "x", own_data=True))
+    assert any("YOUR_FILE" in c for c in next_commands("instruct", run_dir, "x"))
 
 
 def test_a_classifier_is_not_asked_to_write() -> None:

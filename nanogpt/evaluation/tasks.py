@@ -2,13 +2,16 @@
 
 import argparse
 import gzip
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.classifier import Classifier, class_probabilities
@@ -94,6 +97,12 @@ def run_classify(checkpoint: Checkpoint, options: argparse.Namespace) -> Results
         )
     with in_this_commands_words():
         examples = read_examples(path, options.text_column, options.label_column)[: options.limit]
+    if is_training_data(checkpoint, path):
+        print(
+            f"nanogpt.evaluate: {checkpoint.path} was trained on {path}, so these figures are not "
+            "those of unseen texts; the run's summary.json has the test split's",
+            file=sys.stderr,
+        )
     numbers = class_numbers(examples, labels, path)
     texts = [example.text for example in examples]
     predicted = class_probabilities(model, checkpoint.tokenizer, texts).argmax(-1).tolist()
@@ -198,6 +207,17 @@ def check_language_model(checkpoint: Checkpoint) -> None:
         )
 
 
+def is_training_data(checkpoint: Checkpoint, path: Path) -> bool:
+    """Return whether a file is the one that the checkpoint's run took its splits from."""
+    run_dir = run_dir_of(checkpoint.path)
+    if run_dir is None:
+        return False
+    with suppress(OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        return os.path.samefile(config["data"]["path"], path)
+    return False
+
+
 def read_tokens(path: Path, checkpoint: Checkpoint, options: argparse.Namespace) -> np.ndarray:
     """Return the tokens to score: of texts, the documents'; of a corpus, those held out."""
     tokenizer = checkpoint.tokenizer
@@ -220,10 +240,15 @@ def read_tokens(path: Path, checkpoint: Checkpoint, options: argparse.Namespace)
         parts = [corpus.val] if path.is_dir() else [corpus.train, corpus.val]
         return np.concatenate([part.read(0, len(part)) for part in parts])
     ids: list[int] = []
+    n_documents = 0
     documents = TextFiles(path, options.text_column, separator=options.separator).documents()
     with in_this_commands_words():
         for text in islice(documents, options.limit):
             ids += [tokenizer.eot_id, *tokenizer.encode(text or "")]
+            n_documents += 1
+    if options.limit is not None and n_documents == 1:  # counts windows instead
+        stride = options.stride or max(checkpoint.config.block_size // 2, 1)
+        ids = ids[: 1 + options.limit * stride]
     return np.array(ids, dtype=np.int64)
 
 

@@ -34,7 +34,7 @@ def _tensorboard(run_dir: Path) -> Logger:
         return TensorBoardLogger(run_dir, name="", version="tensorboard")
     except ModuleNotFoundError as error:
         raise ValueError(
-            'logger=tensorboard needs the package tensorboard; pip install "nanogpt[tensorboard]"'
+            'logger=tensorboard needs the package tensorboard; pip install -e ".[tensorboard]"'
         ) from error
 
 

@@ -123,7 +123,8 @@ def progress_line(
     """Return e.g. `step 120/1500  loss 3.2145  5,412 tokens/s  MFU 38 %  1 min 20 s left`."""
     parts = [f"step {step}/{total}"]
     if figures.get("loss") is not None:
-        parts.append(f"loss {figures['loss']:.4f}")
+        at = "" if figures.get("step", step) == step else f" (step {figures['step']:.0f})"
+        parts.append(f"loss {figures['loss']:.4f}{at}")
     if figures.get("tokens_per_s"):
         parts.append(f"{figures['tokens_per_s']:,.0f} tokens/s")
     if figures.get("mfu"):

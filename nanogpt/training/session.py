@@ -328,7 +328,9 @@ class Session:
             log.info("%s: a new run", self.run.path)
         torch.set_num_threads(decisions.threads)
         for reason in decisions.reasons:
-            log.info("%s", reason)
+            key = reason.partition(" ")[0]
+            kept = self.config["trainer"].get(key, self.config.get(key)) == "auto"
+            log.info("%s", reason.replace(": as given", ": same as before") if kept else reason)
         log.info(
             "tokens_per_step %s = %s rank(s) x %s micro-batch(es) x %s rows x block_size %s",
             f"{self.config['tokens_per_step']:,}",
@@ -430,6 +432,15 @@ class Session:
         on_rank_zero(lambda: self._rewind(metrics))
         template = module.record["template"] and find_template(module.record["template"])
         checkpointing, callbacks = self._callbacks(metrics, tokenizer, template, validation_batches)
+        log.info(
+            "model: %s parameters in %s layers; budget: %s steps, %s tokens",
+            f"{module.model.num_parameters():,}",
+            module.model.config.n_layer,
+            f"{self.max_steps:,}",
+            f"{self.max_steps * module.tokens_per_step:,}",
+        )
+        if module.compiled:
+            log.info("compiling at the first step, which takes a minute or more")
         stop = StopSignals(checkpointing)
         progress = Progress(self.config["callbacks"]["progress_every_s"])
         trainer = self._trainer(metrics, [*callbacks, checkpointing, stop, progress])
@@ -457,7 +468,7 @@ class Session:
         summary = summarise(module, self.config, self.run.metrics_path, {**facts, **how})
         self.run.write_summary(summary)
         self._write_report()
-        tell(summary, self.run.path, self.config["data"]["prompts"])
+        tell(summary, self.run.path, self.config["data"])
         return summary
 
     def _write_report(self) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from nanogpt.training.metrics import read_metrics
 from nanogpt.training.module import StageModule
 from nanogpt.training.progress import duration, percent
 
+LARGE_PARAMS = 100_000_000  # GPT-2 small has 124 million
 IN_SUMMARY = ("val/", "hellaswag/")  # columns of metrics.csv
 
 log = logging.getLogger("nanogpt")
@@ -47,8 +48,8 @@ def summarise(
     }
 
 
-def tell(summary: Mapping[str, Any], run_dir: Path, prompts: Sequence[str]) -> None:
-    """Say what was reached and what may come next, with the first of the data's prompts."""
+def tell(summary: Mapping[str, Any], run_dir: Path, data: Mapping[str, Any]) -> None:
+    """Log what was reached and what may come next, with the first prompt of the `data` node."""
     log.info(
         "finished: %s steps, %s tokens in %s, %s of it training (%s tokens/s%s)",
         summary["steps"],
@@ -60,7 +61,13 @@ def tell(summary: Mapping[str, Any], run_dir: Path, prompts: Sequence[str]) -> N
     )
     log.info("%s", reached(summary))
     log.info("report: %s", run_dir / "report.html")
-    commands = next_commands(summary["stage"], run_dir, next(filter(None, prompts), "The"))
+    commands = next_commands(
+        summary["stage"],
+        run_dir,
+        next(filter(None, data["prompts"]), "The"),
+        own_data=data.get("path") is not None,
+        large=summary.get("n_params", 0) >= LARGE_PARAMS,
+    )
     log.info("next:\n%s", "\n".join(f"  {command}" for command in commands))
 
 
@@ -81,22 +88,24 @@ def reached(summary: Mapping[str, Any]) -> str:
     return f"validation loss {loss:.4f}{per_byte}{beside}"
 
 
-def next_commands(stage: str, run_dir: Path, prompt: str) -> list[str]:
-    """Return what may be done with the run, or after it."""
+def next_commands(
+    stage: str, run_dir: Path, prompt: str, *, own_data: bool = False, large: bool = False
+) -> list[str]:
+    """Return what may be done with the run, or after it.
+
+    `own_data` says that the data were the user's own, `large` that the model was a GPT-2's size.
+    """
+    run = shlex.quote(str(run_dir))
+    serve = f"python serve.py checkpoint={run}    # a page to write on, and the OpenAI API"
     if stage == "classify":
-        return [
-            f"python -m nanogpt.evaluate {run_dir} --task classify --data YOUR_FILE",
-            "python train.py stage=classify data=labelled data.path=YOUR_FILE    # own classes",
-        ]
-    commands = [
-        f"python -m nanogpt.generate {run_dir} --prompt {shlex.quote(prompt)}",
-        "python serve.py    # a page to write on, and the OpenAI API",
-    ]
+        evaluate = f"python -m nanogpt.evaluate {run} --task classify --data YOUR_FILE"
+        own = "python train.py stage=classify data=labelled data.path=YOUR_FILE    # own classes"
+        return [evaluate, serve, *([] if own_data else [own])]
+    commands = [f"python -m nanogpt.generate {run} --prompt {shlex.quote(prompt)}", serve]
     if stage == "instruct":
         own = "python train.py stage=instruct data=instructions data.path=YOUR_FILE.jsonl"
-        return [*commands, own]
-    return [
-        *commands,
-        "python train.py data=text data.path=YOUR_FOLDER    # the same on your own text",
-        "python train.py stage=pretrain model=gpt2_small    # GPT-2 small on FineWeb-Edu",
-    ]
+        return [*commands, *([] if own_data else [own])]
+    reply = f"python train.py stage=instruct init_from={run}    # learns to reply, on Dolly"
+    own = "python train.py data=text data.path=YOUR_FOLDER    # the same on your own text"
+    gpt2 = "python train.py stage=pretrain model=gpt2_small    # GPT-2 small on FineWeb-Edu"
+    return [*commands, reply if own_data or large else own, *([] if large else [gpt2])]
