@@ -767,6 +767,9 @@ def test_who_comes_later_waits_for_no_long_answer_of_another(
     asked.settle()
     alone = Asked(checkpoint).all([hog(f"{i} hog") for i in range(12)])
     assert {n: asked.answers[n].said for n in alone} == {n: a.said for n, a in alone.items()}
+    first = [m for m in asked.messages if isinstance(m, Tokens) and m.queue_s is not None]
+    ends = {m.request_id: m.queue_s for m in asked.messages if isinstance(m, Finished)}
+    assert {m.request_id: m.queue_s for m in first} == ends  # a pause is no wait in the queue
 
 
 def test_a_long_prompt_of_another_key_is_read_in_turns_with_ones_own(checkpoint: Path) -> None:
