@@ -12,7 +12,17 @@ from nanogpt.command import expand_home, is_path
 
 SWEEP = ("-m", "--multirun")
 # Keys besides paths whose value is text that Hydra would otherwise read as an expression.
-NAMES = ("name", "repository", "subset", "split", "revision", "project", "entity", "default_model")
+NAMES = (
+    "name",
+    "separator",
+    "repository",
+    "subset",
+    "split",
+    "revision",
+    "project",
+    "entity",
+    "default_model",
+)
 # Keys of other training programs, by which key of ours stands for them.
 OTHER_NAMES = {
     "batch_size": "tokens_per_step (an optimizer step's, over all devices) or micro_batch",

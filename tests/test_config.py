@@ -18,6 +18,7 @@ from serving.engine.messages import Settings
 
 CONF = Path(__file__).parent.parent / "conf"
 ODD = [
+    "<|endoftext|>",
     "数据 (a=b), [1].txt",
     "données/é.txt",
     "{a}#b&c;d",
@@ -37,7 +38,9 @@ ODD = [
 
 
 @pytest.mark.parametrize("text", ODD)
-@pytest.mark.parametrize("key", ["data.path", "name", "runs_dir", "init_from", "data.text_column"])
+@pytest.mark.parametrize(
+    "key", ["data.path", "name", "runs_dir", "init_from", "data.text_column", "data.separator"]
+)
 def test_paths_and_names_are_taken_as_they_stand(key: str, text: str) -> None:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config: Any = compose("train", overrides=as_overrides(["data=text", f"{key}={text}"]))
