@@ -115,6 +115,14 @@ def test_while_the_engine_starts_models_are_not_there_yet(
         assert answer.headers["retry-after"]
 
 
+def test_a_name_is_found_however_its_accents_are_composed(tmp_path: Path) -> None:
+    engine = FakeEngine(f"unix:{tmp_path}/e")
+    engine.models = [replace(engine.models[0], aliases=["caf\u00e9"])]
+    with serve(engine) as url:
+        asked = {"model": "cafe\u0301", "prompt": "x", "max_tokens": 1}
+        assert httpx.post(f"{url}/v1/completions", json=asked).status_code == 200
+
+
 def test_labels_come_from_a_classifier_where_the_default_is_none(tmp_path: Path) -> None:
     engine = FakeEngine(f"unix:{tmp_path}/e", labels=["ham", "spam"])
     text = replace(engine.models[0], default_to_classify=False)
