@@ -135,3 +135,12 @@ def test_an_old_run_is_replaced_only_once_its_replacement_can_begin(
     with pytest.raises(FileNotFoundError):
         fit(*tiny_run, *SHORT, "resume=false", "overwrite=true", "data.path=nowhere.txt")
     assert fit(*tiny_run, *SHORT) == summary
+
+
+def test_nothing_of_a_replaced_run_is_left(tiny_run: list[str], tmp_path: Path) -> None:
+    fit(*tiny_run, *SHORT)
+    (tmp_path / "runs" / "tiny" / "evaluations.json").write_text("[]\n")
+    fit(*tiny_run, "max_steps=1", "resume=false", "overwrite=true")
+    assert not (tmp_path / "runs" / "tiny" / "evaluations.json").exists()
+    left = {path.name for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir()}
+    assert left == {"last.ckpt", "step_000001.ckpt"}

@@ -11,6 +11,7 @@ import pytest
 from nanogpt.training.run import (
     RunDirectory,
     RunLock,
+    binding,
     check_continues,
     identity_differences,
     is_identity,
@@ -92,6 +93,12 @@ def test_auto_agrees_with_what_it_became() -> None:
     recorded = {"trainer": {"precision": "bf16-mixed"}}
     assert identity_differences(recorded, {"trainer": {"precision": "auto"}}) == []
     assert identity_differences(recorded, {"trainer": {"precision": "32-true"}}) != []
+
+
+def test_checkpoints_are_bound_to_the_identity_without_its_budget() -> None:
+    recorded = {**CONFIG, "resolved": {"corpus": "abc"}}
+    assert binding(recorded) == binding({**recorded, "max_steps": 9, "threads": 2, "new_key": None})
+    assert binding(recorded) != binding({**recorded, "seed": 2})
 
 
 def test_another_identity_is_refused_with_both_ways_on(tmp_path: Path) -> None:
