@@ -1,16 +1,20 @@
 """The order in which files reach the disk: contents, then names, then what counts on them."""
 
+import logging
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from nanogpt.checkpoint import write_checkpoint
 from nanogpt.data.writer import CorpusWriter, Tokenized
-from nanogpt.disk import write_atomically
+from nanogpt.disk import PATIENCE_S, wait_for_lock, write_atomically
 from nanogpt.training.checkpointing import link_atomically
 
 HEADER_BYTES, TOKEN_BYTES = 1024, 2
@@ -110,3 +114,18 @@ def test_a_finished_shard_is_on_the_disk_before_its_name(
     name = "train_000000.bin"
     written = calls.index(("fsync", f"{name}.partial", HEADER_BYTES + TOKEN_BYTES * 100))
     assert written < calls.index(("rename", f"{name}.partial", name))
+
+
+def test_a_lock_that_is_held_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    began = threading.Event()
+
+    def hold() -> None:
+        with FileLock(tmp_path / ".lock"):
+            began.set()
+            time.sleep(PATIENCE_S + 0.3)
+
+    threading.Thread(target=hold).start()
+    began.wait()
+    with caplog.at_level(logging.INFO, "nanogpt"):
+        wait_for_lock(FileLock(tmp_path / ".lock"), "fetches gpt2").lock.release()
+    assert "waiting for the process that fetches gpt2" in caplog.text
