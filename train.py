@@ -187,8 +187,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     from nanogpt.training.session import Session
 
     check_values(config)
-    source, _ = build_source(config["data"])
-    with Session(config, source.fingerprint) as session:
+    with Session(config, stage_source(config).fingerprint) as session:
         if session.finished is not None:
             return session.finished
         return STAGES[config["stage"]](config, session, session.starting_point())
@@ -254,7 +253,7 @@ def instruct(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
 
     from nanogpt.checkpoint import with_special_tokens
     from nanogpt.data.instruction_module import InstructionDataModule, pack_conversations
-    from nanogpt.data.instructions import Instructions, text_of
+    from nanogpt.data.instructions import text_of
     from nanogpt.data.module import split_step
     from nanogpt.model import GPT, GPTConfig
     from nanogpt.prompts import find_template
@@ -262,12 +261,7 @@ def instruct(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     template = find_template(config["instruct"]["template"])
     block_size = config["model"]["block_size"] if init is None else init.config.block_size
     rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
-    splits = build_examples(
-        config["data"],
-        Instructions,
-        "stage=instruct learns from conversations and data={} has none",
-        "data=dolly, or data=instructions data.path=<a .jsonl of instructions and responses>",
-    ).splits()
+    splits = stage_source(config).splits()
     if init is None:
         make_tokenizer = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
         tokenizer = make_tokenizer(map(text_of, splits.train))
@@ -341,7 +335,6 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
 
     from nanogpt.checkpoint import record
     from nanogpt.classifier import Classifier, train_layers
-    from nanogpt.data.labelled import LabelledTexts
     from nanogpt.data.labelled_module import LabelledDataModule
     from nanogpt.data.module import split_step
     from nanogpt.data.splits import class_weights
@@ -352,12 +345,7 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     layers, weighted = (config["classify"][key] for key in ("layers", "class_weights"))
     block_size = config["model"]["block_size"] if init is None else init.config.block_size
     rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
-    splits = build_examples(
-        config["data"],
-        LabelledTexts,
-        "stage=classify learns from labelled texts and data={} has no labels",
-        "data=sms_spam, or data=labelled data.path=<a .tsv, .csv or .jsonl file>",
-    ).splits()
+    splits = stage_source(config).splits()
     labels = splits.labels
     if init is None:
         make_tokenizer = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
@@ -454,6 +442,28 @@ def build_source(node: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     preparing = {key: node[key] for key in ABOUT_PREPARING if key in node}
     leaf = {k: v for k, v in node.items() if k not in (*ABOUT_PREPARING, *ABOUT_BATCHES)}
     return instantiate(leaf, _convert_="all"), preparing
+
+
+def stage_source(config: Mapping[str, Any]) -> Any:
+    """Return the configured data set, where it is of the kind that the stage learns from."""
+    from nanogpt.data.instructions import Instructions
+    from nanogpt.data.labelled import LabelledTexts
+
+    if config["stage"] == "pretrain":
+        return build_source(config["data"])[0]
+    if config["stage"] == "instruct":
+        return build_examples(
+            config["data"],
+            Instructions,
+            "stage=instruct learns from conversations and data={} has none",
+            "data=dolly, or data=instructions data.path=<a .jsonl of instructions and responses>",
+        )
+    return build_examples(
+        config["data"],
+        LabelledTexts,
+        "stage=classify learns from labelled texts and data={} has no labels",
+        "data=sms_spam, or data=labelled data.path=<a .tsv, .csv or .jsonl file>",
+    )
 
 
 def build_examples(node: Mapping[str, Any], kind: type, learns_from: str, instead: str) -> Any:

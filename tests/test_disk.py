@@ -4,7 +4,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ HEADER_BYTES, TOKEN_BYTES = 1024, 2
 
 
 @pytest.fixture
-def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Record ("fsync", name, size of the file by then) and ("rename", old, new)."""
     made: list[tuple[Any, ...]] = []
     fsync, replace = os.fsync, os.replace
