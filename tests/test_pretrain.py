@@ -109,7 +109,8 @@ def test_clipped_steps_are_those_of_torchs_own_clipping(grad_clip: float | None)
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    trainer.fit(trained, DataLoader([[row] for row in rows], batch_size=None))
+    steps: Any = [[row] for row in rows]
+    trainer.fit(trained, DataLoader(steps, batch_size=None))
     assert trained.read_figures()["grad_norm"] == pytest.approx(norms[-1])
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
