@@ -371,7 +371,7 @@ def test_a_process_that_fails_alone_is_heard(
     code: int,
 ) -> None:
     script = tmp_path / "python"
-    script.write_text(f"#!/bin/sh\nif [ $RANK = 1 ]; then {fails}; fi\nexec sleep 60\n")
+    script.write_text(f"#!/bin/sh\nif [ $RANK = 1 ]; then {fails}; fi\nexec sleep 3600\n")
     script.chmod(0o755)
     monkeypatch.setattr(processes.sys, "executable", str(script))
     monkeypatch.setattr(processes, "WORD_S", 0.1)

@@ -103,11 +103,11 @@ def launch(n_processes: int, arguments: Sequence[str]) -> int:
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], said: Sequence[IO[str]]) -> int:
     """Return 0 when all processes have ended well, or the exit code of the first that has not."""
-    while any(process.poll() is None for process in processes):
-        if any(process.returncode for process in processes):
-            break
+    codes = [process.poll() for process in processes]
+    while None in codes and not any(codes):
         time.sleep(POLL_S)
-    failed = [number for number, process in enumerate(processes) if process.poll()]
+        codes = [process.poll() for process in processes]
+    failed = [number for number, code in enumerate(codes) if code]
     if not failed:
         return 0
     with suppress(subprocess.TimeoutExpired):
