@@ -60,6 +60,24 @@ def test_entries_of_one_name_are_refused(path: Path) -> None:
         load_archive(path)
 
 
+def test_entries_that_differ_in_case_alone_are_refused(path: Path) -> None:
+    def doubled(entries: Entries) -> Entries:
+        other = zipfile.ZipInfo(entries[0][0].filename.replace("data.pkl", "DATA.PKL"))
+        return [*entries, (other, entries[0][1])]
+
+    with pytest.raises(ValueError, match="occurs twice"):
+        load_archive(rewritten(path, doubled))
+
+
+def test_an_entry_said_to_be_compressed_to_its_own_size_is_refused(path: Path) -> None:
+    data = rewritten(path, lambda entries: entries).read_bytes()
+    start, _ = directory(data)
+    method = start + 10  # of the first entry in the directory
+    path.write_bytes(data[:method] + struct.pack("<H", 8) + data[method + 2 :])
+    with pytest.raises(ValueError, match="is compressed or encrypted"):
+        load_archive(path)
+
+
 def directory(data: bytes) -> tuple[int, int]:
     """Return where the directory of a small archive begins and ends."""
     size, start = struct.unpack("<II", data[-10:-2])
@@ -188,6 +206,7 @@ HOSTILE = {
     "a long tuple": b"(" + b"K\x01" * 100 + b"t",
     "a call of a list that shares its parts": b"]" + b"q\x00a" * 3 + b")R",
     "an attribute of a dictionary": b"ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00itemsNsb" * 9,
+    "a state set on a tensor": b"}}b",
     "a dictionary made of a list": b"ccollections\nOrderedDict\n]\x85R",
     "an object made anew": b"ccollections\nOrderedDict\n)\x81",
     "a set": b"\x8f",

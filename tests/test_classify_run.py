@@ -138,7 +138,7 @@ def test_a_killed_run_continues_to_the_same_bits(
 def test_two_ranks_reach_what_one_does(
     dropout: float, tiny: list[str], tmp_path: Path, command: Command
 ) -> None:
-    options = [*tiny, f"model.dropout={dropout}"]
+    options = [*tiny, f"model.dropout={dropout}", "optim.learning_rate=0.002"]
     ranks = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
     two = command(*options, "name=two", *ranks)
     assert two.returncode == 0, two.stderr

@@ -82,7 +82,7 @@ def test_with_a_key_the_runs_and_their_reports_are_shown(
 
 def test_tables_of_a_report_scroll_on_a_phone(browser: Any, tmp_path: Path) -> None:
     mistakes = [{"label": "ham", "predicted": "spam", "probability": 0.9, "text": "word " * 30}]
-    path = write_report(write_run(tmp_path / "run", summary=summary(mistakes=mistakes)))
+    path = write_report(write_run(tmp_path / "run", summary=summary(steps=1, mistakes=mistakes)))
     with browser.new_page(viewport={"width": 360, "height": 640}) as page:
         page.goto(path.as_uri())
         page.click("summary:has-text('mistakes')")
