@@ -101,6 +101,12 @@ def test_checkpoints_are_bound_to_the_identity_without_its_budget() -> None:
     assert binding(recorded) != binding({**recorded, "seed": 2})
 
 
+def test_a_number_binds_however_it_is_written() -> None:
+    recorded = {**CONFIG, "dropout": 0, "resolved": {"corpus": "abc"}}
+    assert binding(recorded) == binding({**recorded, "dropout": 0.0})
+    assert binding(recorded) != binding({**recorded, "dropout": 0.5})
+
+
 def test_another_identity_is_refused_with_both_ways_on(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.write_config(CONFIG)

@@ -138,10 +138,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def binding(recorded: Mapping[str, Any]) -> dict[str, str]:
     """Return what binds checkpoints to the run of a recorded configuration.
 
-    `identity` is a hash over the identity keys, but for the budget, which may grow.
+    `identity` is a hash over the identity keys, but for the budget, which may grow. Numbers that
+    compare equal, such as 1 and 1.0, are the same value, as in `identity_differences`.
     """
     values = {
-        key: value
+        key: int(value) if isinstance(value, float) and value.is_integer() else value
         for key, value in flatten(recorded).items()
         if is_identity(key) and key not in BUDGET and value is not None
     }
