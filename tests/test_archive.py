@@ -253,3 +253,11 @@ def test_pickles_alone_are_no_archives(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(pickle.dumps({}))
     with pytest.raises(ValueError, match="another kind of file"):
         load_archive(tmp_path / "a.pt")
+
+
+def test_tied_weights_are_read(tmp_path: Path) -> None:
+    weight = torch.arange(6000.0)
+    torch.save({"wte": weight, "lm_head": weight.detach()}, tmp_path / "a.pt")
+    content = load_archive(tmp_path / "a.pt")
+    assert torch.equal(content["wte"], weight)
+    assert torch.equal(content["lm_head"], weight)
