@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nanogpt.prompts import TEMPLATES
+from nanogpt.tokenizer import SURROGATE
 
 FORMAT = 1
 STAGES = ("pretrain", "instruct", "classify")
@@ -56,7 +57,7 @@ def are_labels(value: object) -> bool:
     if not all(type(label) is str for label in value) or len(set(value)) < len(value):
         return False
     text = "".join(value)
-    return len(text) <= MAX_LABEL_CHARS and not any("\ud800" <= c <= "\udfff" for c in text)
+    return len(text) <= MAX_LABEL_CHARS and not SURROGATE.search(text)
 
 
 def are_tensors(value: object) -> bool:

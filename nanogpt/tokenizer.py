@@ -50,7 +50,7 @@ GPT2_VOCAB_SIZE = 50257
 # Of a tokenizer's record; BPE_PATTERN has some 200 characters, and a token of 64 KiB is nearly as
 # long as the longest runs of one letter that vocabularies were ever trained on.
 MAX_NAME_CHARS, MAX_TOKEN_BYTES = 2_000, 2**16
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 PATTERN_SAMPLE = "It's 1,234 words: naïve\n\n  \tif (x != 0) {\r\n 中文，テスト   🙂\u00a0..."
 
 # A vocabulary is learnt from at most this much text: more changes little and costs memory.
@@ -481,7 +481,7 @@ def _check_types(record: dict[str, Any]) -> None:
     if record.get("bos_token", END_OF_TEXT) not in special_tokens:
         raise _malformed("its 'bos_token' is not among its special tokens")
     names = (record["name"], record["pattern"], *special_tokens)
-    if max(map(len, names)) > MAX_NAME_CHARS or any(map(_SURROGATE.search, names)):
+    if max(map(len, names)) > MAX_NAME_CHARS or any(map(SURROGATE.search, names)):
         raise _malformed(f"a name or its pattern is no text of at most {MAX_NAME_CHARS} characters")
 
 

@@ -87,6 +87,11 @@ def test_labels_may_be_whole_numbers_and_truth_values(tmp_path: Path) -> None:
         ("a.tsv", "\n\n", r"a\.tsv has no"),
         ("a.jsonl", '{"text": "a"}\n', r"a\.jsonl, line 1 has no 'label'"),
         ("a.jsonl", '{"text": "a", "label": 0.5}\n', r"a\.jsonl, line 1 has no label"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": "\\ud800"}\n',
+            r"line 1 has no label .*half a character",
+        ),
         ("a.jsonl", '{"text": null, "label": "x"}\n', r"a\.jsonl, line 1 has no text"),
         ("a.jsonl", "[1]\n", r"a\.jsonl, line 1 is no JSON object"),
         ("a.jsonl", "{\n", r"a\.jsonl, line 1 is not JSON \("),

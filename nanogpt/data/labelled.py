@@ -11,6 +11,7 @@ from typing import Any
 from nanogpt.data.records import BadRecord, check_text, decoded, json_records, kind_of, read_all
 from nanogpt.data.source import Source, local_path
 from nanogpt.data.splits import Example, Splits, examples_sha256, split
+from nanogpt.tokenizer import SURROGATE
 
 Row = tuple[
     str, Mapping[str, Any] | BadRecord
@@ -210,6 +211,8 @@ def _example(row: Any, *, text_column: str, label_column: str) -> Example:
         raise BadRecord(
             f"has no label under {label_column!r} ({_found(label)}), a text or a whole number"
         )
+    if SURROGATE.search(label):
+        raise BadRecord(f"has no label under {label_column!r}: {label!r} has half a character")
     return Example(text, label)
 
 
