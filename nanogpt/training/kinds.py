@@ -1,5 +1,6 @@
 """What kind of value a key of the configuration takes, where no object checks it when built."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ from nanogpt.training.run import flatten
 
 COUNT = "a whole number of at least 1"
 FLAG = "true or false"
+NUMBER = "a number of at least 0"
 TEXT = "a text"
 KINDS = {
     "seed": ("a whole number of 64 bits",),
@@ -38,6 +40,7 @@ KINDS = {
     "trainer.devices": ("auto", COUNT),
     "trainer.num_nodes": (COUNT,),
     "trainer.deterministic": (FLAG,),
+    "trainer.detect_anomaly": (FLAG,),
     "trainer.precision": ("auto", "32-true", "bf16-mixed", "16-mixed"),
     "data.workers": ("0", COUNT),
     "data.tokens": ("null", COUNT),
@@ -53,6 +56,10 @@ KINDS = {
     "callbacks.checkpoint.keep": ("0", COUNT),
     "callbacks.samples.every_n_steps": (COUNT,),
     "callbacks.samples.max_new_tokens": (COUNT,),
+    "callbacks.samples.temperature": (NUMBER,),
+    "callbacks.samples.top_k": ("null", COUNT),
+    "callbacks.progress_every_s": (NUMBER,),
+    "tokenizer.vocab_size": (COUNT,),
 }
 COUNTS_OF_TOKENS = {"max_steps", "max_tokens", "tokens_per_step", "tokens", "shard_tokens"}
 
@@ -76,8 +83,8 @@ def check_kinds(config: Mapping[str, Any]) -> None:
     """Raise ValueError for a value of the wrong kind; objects check their own when built."""
     flat = flatten(config)
     for key, kinds in KINDS.items():
-        if key not in flat and key.startswith(("data.", "instruct.")):
-            continue  # not all data sets and stages have all keys
+        if key not in flat and key.startswith(("data.", "instruct.", "tokenizer.")):
+            continue  # not all data sets, stages and tokenizers have all keys
         if kinds[-1] == TEXT and flat[key] == "":
             raise ValueError(f"{key} is empty (an unset variable of the shell?); pass {TEXT}")
         if not any(_is_kind(flat[key], kind) for kind in kinds):
@@ -91,8 +98,10 @@ def _is_kind(value: Any, kind: str) -> bool:
         return type(value) is bool
     if kind == "a whole number of 64 bits":
         return type(value) is int and -(2**63) <= value < 2**63
-    if kind == TEXT:  # an unset variable of the shell gives an empty one
-        return type(value) is str and value != ""
+    if kind == NUMBER:
+        return type(value) in (int, float) and 0 <= value < math.inf
+    if kind == TEXT:
+        return type(value) is str
     if kind == "a number between 0 and 1":
         return type(value) is float and 0 < value < 1
     if kind == "a list of texts":

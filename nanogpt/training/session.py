@@ -34,7 +34,6 @@ from nanogpt.checkpoint import (
 from nanogpt.command import first_line
 from nanogpt.evaluation import hellaswag
 from nanogpt.evaluation.examples import find_benchmark
-from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Schedule
 from nanogpt.prompts import Template, find_template
@@ -70,8 +69,6 @@ from nanogpt.training.run import (
     operational_differences,
 )
 from nanogpt.training.summary import reached, summarise, tell
-
-SAMPLING = ("max_new_tokens", "temperature", "top_k")
 
 log = logging.getLogger("nanogpt")
 
@@ -112,9 +109,6 @@ class Session:
         self.run = RunDirectory.of(config)
         self.standing = Standing(None)
         self.recorded: dict[str, Any] = {}  # what was resolved when the run began
-        check_sampling(
-            **{key: config["callbacks"]["samples"][key] for key in SAMPLING}
-        )  # now, not when the first sample is due
         self.benchmark: list[list[hellaswag.Item]] = []  # HellaSwag's items, where they are scored
         if config["trainer"][
             "deterministic"
