@@ -1,5 +1,6 @@
 """Retention of checkpoints, samples after a restored step, and Lightning as it is relied on."""
 
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 import pytest
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
+from nanogpt.checkpoint import record
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.tokenizer import byte_tokenizer
 from nanogpt.training.callbacks import cut_samples
-from nanogpt.training.checkpointing import Checkpointing, link_atomically
+from nanogpt.training.checkpointing import AtomicCheckpointIO, Checkpointing, link_atomically
 from nanogpt.training.metrics import MetricsFile
 from nanogpt.training.module import is_due
 
@@ -73,3 +77,18 @@ def test_everything_is_due_at_the_last_step() -> None:
 
 def test_lightnings_question_before_every_step_has_the_name_that_is_replaced() -> None:
     assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
+
+
+def test_a_checkpoint_that_cannot_be_read_back_is_not_left(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001.ckpt"
+    config = GPTConfig(block_size=8, vocab_size=273, n_layer=1, n_head=2, n_embd=8)
+    content = {
+        "global_step": 1,
+        "state_dict": {f"model.{name}": w for name, w in GPT(config).state_dict().items()},
+        "nanogpt": record("pretrain", config, byte_tokenizer()),
+    }
+    with pytest.raises(ValueError, match=r"step_000001\.ckpt .*it holds Python objects"):
+        AtomicCheckpointIO().save_checkpoint({**content, "state": Fraction(1, 2)}, path)
+    assert list(tmp_path.iterdir()) == []
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    assert path.is_file()

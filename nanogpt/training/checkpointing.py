@@ -9,7 +9,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from nanogpt.checkpoint import LAST, read_checkpoint, step_checkpoints, write_checkpoint
+from nanogpt.checkpoint import (
+    LAST,
+    read_checkpoint,
+    read_record,
+    step_checkpoints,
+    write_checkpoint,
+)
 from nanogpt.disk import sync_directory
 from nanogpt.training.metrics import MetricsFile
 from nanogpt.training.module import StageModule, is_due
@@ -23,7 +29,13 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
+        """Raises ValueError, and leaves no file, for a content that could not be read back."""
         log.debug("%s: sha256 %s", path, write_checkpoint(checkpoint, Path(path)))
+        try:
+            read_record(Path(path))
+        except ValueError:
+            Path(path).unlink()
+            raise
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
