@@ -64,6 +64,7 @@ def test_a_pair_that_does_not_fit_is_left_out_whole() -> None:
 def test_values_are_named_as_they_are_typed() -> None:
     name = run_name(CHOICES, {"init_from": None, "data.balance": True})
     assert name.startswith("quickstart-nano-python_stdlib-balance-true-init_from-null-")
+    assert run_name(CHOICES, {"data.path": None}).startswith("quickstart-nano-python_stdlib-null-")
 
 
 @pytest.mark.parametrize(

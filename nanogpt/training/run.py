@@ -111,17 +111,13 @@ def _slug(changed: Mapping[str, Any]) -> str:
 
 
 def _pair(key: str, value: Any, *, short: bool = False) -> str:
-    text = Path(str(value)).name if key.endswith("path") else _as_typed(value)
+    text = value if isinstance(value, str) else json.dumps(value)  # null, true
+    text = Path(text).name if key.endswith("path") else text
     last = key.rpartition(".")[2]
     if short and "_" in last:
         last = "".join(word[:1] for word in last.split("_"))  # tokens_per_step: tps
     pair = text if last in ("experiment", "path") else f"{last}-{text}"
     return re.sub(r"[^\w.-]+", "_", pair)
-
-
-def _as_typed(value: Any) -> str:
-    """Return a value as YAML writes it: null, true."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
