@@ -487,12 +487,12 @@ def tokenizer_key(node: Mapping[str, Any]) -> str:
 
 def explain(error: Exception) -> str:
     """Return an error as one sentence; nothing for a rank whose rank zero has spoken."""
-    from nanogpt.command import out_of_memory
+    from nanogpt.command import first_line, out_of_memory
     from nanogpt.training.launch import Ranks, RankZeroFailedError
 
-    first_line = str(error).strip().split("\n")[0]
+    text = first_line(error)
     said_by_rank_zero = isinstance(error, ValueError | OSError | FloatingPointError)
-    lost_rank_zero = "onnection" in first_line  # gloo's or nccl's word for a rank that has left
+    lost_rank_zero = "onnection" in text  # gloo's or nccl's word for a rank that has left
     if isinstance(error, RankZeroFailedError) or (
         Ranks.from_environment().rank > 0 and (said_by_rank_zero or lost_rank_zero)
     ):
@@ -503,10 +503,10 @@ def explain(error: Exception) -> str:
             "tokens_per_step, or less data"
         )
     if said_by_rank_zero:
-        return first_line
+        return text
     if isinstance(error, OmegaConfBaseException):
         return explain_composition(error)
-    return f"{type(error).__name__}: {first_line} (debug=true shows where)"
+    return f"{type(error).__name__}: {text} (debug=true shows where)"
 
 
 def explain_composition(error: Exception) -> str:

@@ -30,7 +30,7 @@ def check_reachable(wanted: str, instead: str) -> None:
 
 def problem_of(endpoint: str) -> str:
     """Return why an endpoint does not answer within `ANSWERS_WITHIN_S` seconds, "" if it does."""
-    log.info("asking %s", endpoint)
+    log.info("connecting to %s", endpoint)
     found: list[str] = []
     # The name service has no time limit of its own, hence a thread that can be left behind.
     thread = threading.Thread(target=lambda: found.append(_ask(endpoint)), daemon=True)

@@ -31,8 +31,7 @@ class HubDataset(Source):
     """One split of a data set on the hub, or files of it on this machine (`path`).
 
     `revision` is a branch, a tag or a commit. `separator` stands between the documents of plain
-    text files. With `skip_bad`, records that cannot be read are None
-    instead of an error.
+    text files. With `skip_bad`, records that cannot be read are None instead of an error.
     """
 
     repository: str

@@ -13,9 +13,8 @@ from nanogpt.data.source import Source, local_path
 from nanogpt.data.splits import Example, Splits, examples_sha256, split
 from nanogpt.tokenizer import SURROGATE
 
-Row = tuple[
-    str, Mapping[str, Any] | BadRecord
-]  # its place, such as `line 3`, and its cells by name
+Cells = Mapping[str, Any]  # by the names of the columns
+Row = tuple[str, Cells | BadRecord]  # with its place, such as `line 3`
 
 LONGEST_CELL = 2**27  # characters; csv's own limit of 131,072 is less than a long article
 

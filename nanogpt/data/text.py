@@ -71,7 +71,7 @@ class TextFiles(Source):
         paths = [path for path in candidates if path.name.lower().endswith(suffixes)]
         for other in sorted(set(candidates).difference(paths)):
             search.leave_out("files of other kinds", other)
-        left_out = search.told()
+        left_out = search.left_out()
         if not paths:
             more = f" (left out: {left_out})" if left_out else ""
             raise ValueError(f"data.path={self.path} holds no file that ends in {self._or()}{more}")
@@ -122,7 +122,7 @@ class _Search:
     def leave_out(self, kind: str, path: Path) -> None:
         self._left_out.setdefault(kind, {})[path.relative_to(self.root)] = None
 
-    def told(self) -> str:
+    def left_out(self) -> str:
         """Return what was left out, such as `dangling links: 2 (a.txt, b.txt)`."""
         parts = []
         for kind, paths in self._left_out.items():

@@ -35,6 +35,7 @@ DTYPES = {
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
+CPU_PRECISIONS = ["32-true", "bf16-mixed"]  # among which a CPU has the choice
 MEASURE_S = 1.0  # per measurement, but at least MIN_ROUNDS
 PRODUCT_S = 0.3  # the same for each matrix product
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
@@ -90,9 +91,8 @@ class Bench:
 
     def compare_products(self) -> Timings:
         """Return the device's rate in products of float32 and of bfloat16, measured in turn."""
-        names = ["32-true", "bf16-mixed"]
         return self.stored.recall(
-            f"products, {self.where}", lambda: self._time_products(names), names
+            f"products, {self.where}", lambda: self._time_products(CPU_PRECISIONS), CPU_PRECISIONS
         )
 
     def _time_products(self, precisions: list[str]) -> Measured:
@@ -104,11 +104,10 @@ class Bench:
 
     def time_precisions(self, rows: int) -> Timings:
         """Return the seconds of a forward and backward of some rows by precision, on a CPU."""
-        names = ["32-true", "bf16-mixed"]
         return self.stored.recall(
             f"precision, {rows} rows, {self.where}, {self.shape}",
-            lambda: self._time({name: (rows, name) for name in names}),
-            names,
+            lambda: self._time({name: (rows, name) for name in CPU_PRECISIONS}),
+            CPU_PRECISIONS,
         )
 
     def time_rows(self, candidates: list[int], precision: str) -> Timings:

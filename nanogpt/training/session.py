@@ -79,7 +79,7 @@ class Standing:
 
     `source` is the fingerprint of the data's source, None where that is gone from a run whose data
     it was. `recorded` is what was resolved when the run began, `checkpoint` the newest one that
-    verifies, at `step`; `replaced` says that an older run in the directory makes room.
+    verifies, at `step`. With `replaced`, an older run in the directory is removed.
     """
 
     source: str | None
@@ -93,7 +93,7 @@ class Standing:
 class Session:
     """A run held by this process (group), from opening it to its summary.
 
-    `source_fingerprint` returns a word for the documents of the data's source. As a context manager
+    `source_fingerprint` returns the fingerprint of the data's source. As a context manager
     it joins the ranks, locks the run's directory on rank zero and releases both; a directory that
     it made is removed where the run failed before its first step. `finished` is the summary of a
     run that has nothing left to do.
@@ -110,9 +110,7 @@ class Session:
         self.standing = Standing(None)
         self.recorded: dict[str, Any] = {}  # what was resolved when the run began
         self.benchmark: list[list[hellaswag.Item]] = []  # HellaSwag's items, where they are scored
-        if config["trainer"][
-            "deterministic"
-        ]:  # read by cuBLAS at the first product, which we probe
+        if config["trainer"]["deterministic"]:  # cuBLAS reads it at its first product
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self._stack = contextlib.ExitStack()
 
@@ -128,7 +126,7 @@ class Session:
 
     @property
     def prepared(self) -> str | None:
-        """The fingerprint of the corpus that stands for a source that is gone."""
+        """The fingerprint of the prepared corpus that replaces a missing source."""
         is_gone = self.recorded and self.standing.source is None
         return self.recorded["corpus"] if is_gone else None
 
@@ -150,23 +148,21 @@ class Session:
                 if not is_whole(self.run.report_path):
                     self._write_report()
             self._stack = self._stack.pop_all()
-        if self.finished is not None:
-            log.info(
-                "%s is already finished (%s steps, %s); name=<new name> starts another run",
-                self.run.path,
-                self.finished["steps"],
-                reached(self.finished),
-            )
-        elif self.standing.checkpoint is not None:
-            log.info(
-                "%s: continuing at step %s, from %s",
-                self.run.path,
-                self.resume_step,
-                self.standing.checkpoint,
-            )
-        elif self.recorded:
-            log.info("%s: continuing at step 0: it has no checkpoint", self.run.path)
+        self._log_standing()
         return self
+
+    def _log_standing(self) -> None:
+        path, standing = self.run.path, self.standing
+        if standing.finished is not None:
+            steps, figures = standing.finished["steps"], reached(standing.finished)
+            what = (
+                f"already finished ({steps} steps, {figures}); name=<new name> starts another run"
+            )
+            log.info("%s is %s", path, what)
+        elif standing.checkpoint is not None:
+            log.info("%s: continuing at step %s, from %s", path, standing.step, standing.checkpoint)
+        elif standing.recorded:
+            log.info("%s: continuing at step 0: it has no checkpoint", path)
 
     def _open(self) -> Standing:
         """Lock the directory, open the log, and find out where the run stands."""
@@ -323,8 +319,8 @@ class Session:
         torch.set_num_threads(decisions.threads)
         for reason in decisions.reasons:
             key = reason.partition(" ")[0]
-            kept = self.config["trainer"].get(key, self.config.get(key)) == "auto"
-            log.info("%s", reason.replace(": as given", ": same as before") if kept else reason)
+            is_auto = self.config["trainer"].get(key, self.config.get(key)) == "auto"
+            log.info("%s", reason.replace(": as given", ": same as before") if is_auto else reason)
         log.info(
             "tokens_per_step %s = %s rank(s) x %s micro-batch(es) x %s rows x block_size %s",
             f"{self.config['tokens_per_step']:,}",
@@ -391,15 +387,15 @@ class Session:
         `remeasure` sets aside what the run began with, but for the precision: it is identity.
         """
         value = self.config["trainer"][key] if key == "precision" else self.config[key]
-        kept = self.recorded.get(key)
-        anew = self.config["remeasure"] and key != "precision"
-        if value != "auto" or kept is None or anew:
+        before = self.recorded.get(key)
+        if value != "auto" or before is None or (self.config["remeasure"] and key != "precision"):
             return value
-        fits = {
-            "micro_batch": rows_per_rank % kept == 0 if key == "micro_batch" else True,
-            "threads": self.recorded["local_world_size"] == self.ranks.local_world_size,
-        }
-        return kept if fits.get(key, True) else value
+        if key == "micro_batch" and rows_per_rank % before:
+            return value
+        ranks_before = self.recorded["local_world_size"]
+        if key == "threads" and ranks_before != self.ranks.local_world_size:
+            return value
+        return before
 
     @property
     def init_from(self) -> dict[str, str] | None:
@@ -466,7 +462,7 @@ class Session:
         return summary
 
     def _write_report(self) -> None:
-        """Write report.html, which is made of the other files, whatever they hold."""
+        """Write report.html from the run's other files; a failure is logged."""
         try:
             write_report(self.run.path)
         except Exception as error:
