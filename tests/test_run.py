@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,6 +114,25 @@ def test_another_identity_is_refused_with_both_ways_on(tmp_path: Path) -> None:
     run.write_config(CONFIG)
     with pytest.raises(ValueError, match=r"name=<new name>.*resume=false overwrite=true"):
         check_continues(run, {**CONFIG, "seed": 2})
+
+
+@pytest.mark.parametrize("key", ["tokens_per_step", "micro_batch"])
+def test_a_recorded_count_below_one_is_damage(key: str, tmp_path: Path) -> None:
+    resolved: dict[str, Any] = {
+        "corpus": "abc",
+        "precision": "32-true",
+        "compile": False,
+        "wandb_id": "0",
+        **dict.fromkeys(("micro_batch", "threads", "local_world_size"), 1),
+    }
+    recorded: dict[str, Any] = {"tokens_per_step": 8, "max_steps": 9, "max_tokens": None}
+    run = RunDirectory(tmp_path)
+    run.write_config({**recorded, "resolved": resolved})
+    assert run.recorded_config() is not None
+    (recorded if key in recorded else resolved)[key] = 0
+    run.write_config({**recorded, "resolved": resolved})
+    with pytest.raises(ValueError, match=rf"config\.yaml is damaged \({key} is 0\)"):
+        run.recorded_config()
 
 
 def test_the_budget_may_grow_where_the_schedule_permits(tmp_path: Path) -> None:

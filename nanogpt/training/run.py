@@ -290,10 +290,11 @@ def _mistyped(values: Mapping[str, Any], types: Mapping[str, Any]) -> Iterator[s
     for key, kind in types.items():
         if key not in values:
             yield f"it lacks {key}"
-        elif not isinstance(values[key], kind) or (
-            isinstance(values[key], bool) and kind is not bool
-        ):
-            yield f"{key} is {values[key]!r}"[:80]
+            continue
+        value = values[key]
+        is_typed = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        if not is_typed or (type(value) is int and value < 1):
+            yield f"{key} is {value!r}"[:80]
 
 
 def check_continues(
