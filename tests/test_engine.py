@@ -645,6 +645,48 @@ def test_a_failed_load_is_logged_once_and_named_without_paths(
     assert {info.error for info in asked.engine.models().models} == {""}
 
 
+def test_a_model_that_loads_after_a_failure_has_no_error_and_is_the_default_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("best", "other"):
+        write_model(tmp_path / name / "last.ckpt")
+    (tmp_path / "best" / "summary.json").write_text('{"steps": 1000}')
+    asked = Asked(tmp_path)
+    load = engine_module.load_runner
+    monkeypatch.setattr(engine_module, "load_runner", None)
+    asked.one(Generate("a", "best", [1], SamplingParams(1)))
+    assert [(m.id, m.default) for m in asked.engine.models().models if m.error == ""] == [
+        ("other", True)
+    ]
+    monkeypatch.setattr(engine_module, "load_runner", load)
+    monkeypatch.setattr(engine_module, "RETRY_S", 0.0)
+    asked.one(Generate("b", "best", [1], SamplingParams(1)))
+    told = {m.id: (m.default, m.error) for m in asked.engine.models().models}
+    assert told == {"best": (True, ""), "other": (False, "")}
+
+
+def test_slow_loads_are_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(4):
+        write_model(tmp_path / f"r{n}" / "last.ckpt")
+    load, until = engine_module.load_runner, threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        until.wait(60)
+        return load(*arguments)
+
+    monkeypatch.setattr(engine_module, "load_runner", slow)
+    monkeypatch.setattr(engine_module, "PATIENCE_S", 0.0)
+    asked = Asked(tmp_path, max_models=1)
+    for n in range(4):
+        asked.engine.accept(asked, Generate(f"{n}", f"r{n}", [1], SamplingParams(1)))
+    for _ in range(3):
+        asked.engine.step()
+    assert len(asked.engine._loading) == 2
+    until.set()
+    asked.settle()
+    assert all(isinstance(asked.answers[f"{n}"].end, Finished) for n in range(4))
+
+
 def test_an_error_that_nobody_foresaw_is_named_by_its_type(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -251,11 +251,13 @@ class Engine:
 
     def _may_load(self, entry: Entry) -> bool:
         """Return whether to load a model now: one at a time, but for those that take long."""
+        now, loads = time.monotonic(), self._loading.values()
         if (entry.id, entry.revision) in self._loading:
             return False
-        began = max((load.started for load in self._loading.values()), default=0.0)
-        if time.monotonic() < began + PATIENCE_S and self._loading:
+        if any(now < load.started + PATIENCE_S for load in loads):
             return False
+        if sum(now <= load.deadline for load in loads) > self.settings.max_models:
+            return False  # each takes the memory of a model
         return entry.id in self.runners or self._make_room()
 
     def _begin_to_load(self, entry: Entry) -> None:
@@ -292,7 +294,10 @@ class Engine:
             self.post(partial(self._loaded, runner))
 
     def _loaded(self, runner: Runner) -> None:
-        self._loading.pop((runner.id, runner.revision), None)
+        key = (runner.id, runner.revision)
+        self._loading.pop(key, None)
+        if self._broken.pop(key, None):
+            self.registry.readmit(*key)
         old = self.runners.get(runner.id)
         entry = self.registry.find(runner.id)
         if old is not None and entry is not None and old.revision == entry.revision:

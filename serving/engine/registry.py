@@ -72,7 +72,7 @@ class Registry:
         self.default: Entry | None = None  # for requests that name no model
         self.default_to_generate: Entry | None = None
         self.default_to_classify: Entry | None = None
-        self._failing: set[tuple[str, str]] = set()  # id and revision of what could not be loaded
+        self._failing: set[tuple[str, str]] = set()  # id and revision of what did not load
         self.rescan()
 
     def rescan(self) -> bool:
@@ -85,6 +85,11 @@ class Registry:
     def pass_over(self, entry: Entry) -> None:
         """Prefer other entries as defaults to one that could not be loaded."""
         self._failing.add((entry.id, entry.revision))
+        self._choose_defaults()
+
+    def readmit(self, id_: str, revision: str) -> None:
+        """Rank an entry that could not be loaded, and now is, as others are."""
+        self._failing.discard((id_, revision))
         self._choose_defaults()
 
     def _choose_defaults(self) -> None:
