@@ -9,7 +9,7 @@ from serving.api.front_end import front_end
 from serving.api.generation import Piece, Token
 from serving.api.sampling import each, params_of, room_for
 from serving.api.schemas import ChatRequest
-from serving.api.stream import STREAMS, TEXT, TextFrames, answer_head, chunk_head, frame
+from serving.api.stream import STREAMS, TEXT, Format, TextFrames, answer_head, frame
 
 router = APIRouter()
 
@@ -49,24 +49,14 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     return await front.answer(request, body, choices, form)
 
 
-class ChatFormat:
-    """The objects of `/v1/chat/completions`; all of one answer share `head`: id, time, model."""
+class ChatFormat(Format):
+    """The objects of `/v1/chat/completions`."""
 
     def __init__(
-        self,
-        head: dict[str, Any],
-        n: int,
-        token_bytes: Sequence[bytes],
-        *,
-        with_logprobs: bool,
-        include_usage: bool,
+        self, head: dict[str, Any], n: int, token_bytes: Sequence[bytes], **options: bool
     ) -> None:
-        self.head = {**head, "object": "chat.completion"}
-        chunk = {**head, "object": "chat.completion.chunk"}
-        self._chunk_head = chunk_head(chunk, include_usage)
-        self._n = n
-        self._token_bytes = token_bytes
-        self._with_logprobs = with_logprobs
+        kinds = ("chat.completion", "chat.completion.chunk")
+        super().__init__(head, n, token_bytes, kinds=kinds, **options)
         self._texts = [TextFrames(self._chunk(i, {"content": TEXT})) for i in range(n)]
 
     def opening(self) -> bytes:
@@ -86,10 +76,6 @@ class ChatFormat:
             return content
         rest = None if piece.text else logprobs  # tokens without text of their own
         return content + frame(self._chunk(piece.index, {}, rest, piece.finish_reason))
-
-    def usage(self, usage: dict[str, Any]) -> bytes:
-        """Return the frame with the usage."""
-        return frame({**self._chunk_head, "choices": [], "usage": usage})
 
     def choice(self, answer: Piece) -> dict[str, Any]:
         """Return a whole answer."""

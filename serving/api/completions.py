@@ -13,7 +13,7 @@ from serving.api.generation import Choice, Piece, Token, echo_of
 from serving.api.models import ServedModel
 from serving.api.sampling import each, params_of, room_for
 from serving.api.schemas import CompletionRequest
-from serving.api.stream import STREAMS, TEXT, TextFrames, answer_head, chunk_head, frame
+from serving.api.stream import STREAMS, TEXT, Format, TextFrames, answer_head, frame
 from serving.engine.messages import Score, Scored
 
 DEFAULT_TOKENS = 16  # the OpenAI API's
@@ -58,27 +58,15 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     return await front.answer(request, body, choices, form)
 
 
-class CompletionFormat:
-    """The objects of `/v1/completions`; all of one answer share `head`: id, time, model."""
+class CompletionFormat(Format):
+    """The objects of `/v1/completions`."""
 
     def __init__(
-        self,
-        head: dict[str, Any],
-        n: int,
-        token_bytes: Sequence[bytes],
-        *,
-        with_logprobs: bool,
-        include_usage: bool,
+        self, head: dict[str, Any], n: int, token_bytes: Sequence[bytes], **options: bool
     ) -> None:
-        self.head = {**head, "object": "text_completion"}
-        self._chunk_head = chunk_head(self.head, include_usage)
-        self._token_bytes = token_bytes
-        self._with_logprobs = with_logprobs
+        kinds = ("text_completion", "text_completion")
+        super().__init__(head, n, token_bytes, kinds=kinds, **options)
         self._texts = [TextFrames(self._chunk(i, TEXT)) for i in range(n)]
-
-    def opening(self) -> bytes:
-        """Return nothing: a completion begins with its text."""
-        return b""
 
     def frames(self, piece: Piece) -> bytes:
         """Return a frame with the text, and one with the reason why it ends."""
@@ -90,10 +78,6 @@ class CompletionFormat:
         if piece.finish_reason is None:
             return content
         return content + frame(self._chunk(piece.index, "", None, piece.finish_reason))
-
-    def usage(self, usage: dict[str, Any]) -> bytes:
-        """Return the frame with the usage."""
-        return frame({**self._chunk_head, "choices": [], "usage": usage})
 
     def choice(self, answer: Piece) -> dict[str, Any]:
         """Return a whole answer."""

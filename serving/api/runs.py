@@ -36,7 +36,7 @@ PLACE = "<!-- the runs -->"  # in runs.html
 router = APIRouter()
 
 
-@router.api_route("/runs", methods=["GET", "HEAD"], include_in_schema=False)
+@router.get("/runs", include_in_schema=False)
 async def page(request: Request) -> Response:
     """Return the page of the runs: plain links to their reports, of which its script makes more."""
     check_asker(request)
@@ -67,7 +67,7 @@ async def runs(request: Request) -> Response:
     return json_response({"object": "list", "data": listed})
 
 
-@router.api_route("/runs/{name:path}/report.html", methods=["GET", "HEAD"], include_in_schema=False)
+@router.get("/runs/{name:path}/report.html", include_in_schema=False)
 async def report(request: Request, name: str) -> Response:
     """Return a run's report, as a document without any rights."""
     check_asker(request)

@@ -10,9 +10,10 @@ import json
 import logging
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -36,26 +37,46 @@ log = logging.getLogger(__name__)
 AppStatus.disable_automatic_graceful_drain()  # open answers finish: see serving/app.py
 
 
-class Format(Protocol):
-    """How one of the two APIs writes an answer; `head` begins the object of a whole one."""
+class Format(ABC):
+    """How one of the two APIs writes an answer.
 
-    head: dict[str, Any]
+    All objects of one answer share `head`: id, time, model.
+    """
+
+    def __init__(
+        self,
+        head: dict[str, Any],
+        n: int,
+        token_bytes: Sequence[bytes],
+        *,
+        kinds: tuple[str, str],
+        with_logprobs: bool,
+        include_usage: bool,
+    ) -> None:
+        whole, chunk = kinds
+        self.head = {**head, "object": whole}
+        self._chunk_head = {**head, "object": chunk}
+        if include_usage:  # where the last chunk has the usage, the others name it
+            self._chunk_head["usage"] = None
+        self._n = n
+        self._token_bytes = token_bytes
+        self._with_logprobs = with_logprobs
 
     def opening(self) -> bytes:
         """Return the frames before any text."""
-        ...
+        return b""
 
+    @abstractmethod
     def frames(self, piece: Piece) -> bytes:
-        """Return the frames of what an answer grew by."""
-        ...
+        """Return the frames of what an answer grew by, and of the reason why it ends."""
+
+    @abstractmethod
+    def choice(self, answer: Piece) -> dict[str, Any]:
+        """Return a whole answer, not streamed."""
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         """Return the frame with the usage."""
-        ...
-
-    def choice(self, answer: Piece) -> dict[str, Any]:
-        """Return a whole answer, not streamed."""
-        ...
+        return frame({**self._chunk_head, "choices": [], "usage": usage})
 
 
 class EventStream(EventSourceResponse):
@@ -131,11 +152,6 @@ def answer_head(prefix: str, model: ServedModel) -> dict[str, Any]:
         "model": model.id,
         "system_fingerprint": model.fingerprint,
     }
-
-
-def chunk_head(head: dict[str, Any], include_usage: bool) -> dict[str, Any]:
-    """Return what every chunk begins with; where the last one has the usage, the others name it."""
-    return {**head, "usage": None} if include_usage else head
 
 
 def frame(content: dict[str, Any]) -> bytes:
