@@ -1,6 +1,7 @@
 """The client of the engine, and the frames between them."""
 
 import asyncio
+import time
 from contextlib import aclosing
 from pathlib import Path
 
@@ -150,3 +151,18 @@ def test_no_model_is_unknown_before_the_engine_told_of_any() -> None:
         with pytest.raises(EngineError) as raised:
             ask()
         assert raised.value.kind == "unavailable"
+
+
+def test_a_front_end_that_was_suspended_does_not_take_the_engine_for_stalled() -> None:
+    async def run() -> None:
+        client = EngineClient("unix:nowhere", stall_s=0.3)
+        client._beat()
+        time.sleep(1.2)  # the event loop does not run
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not client.stalled
+        while not client.stalled:
+            await asyncio.sleep(0.05)
+        client._calm()
+
+    asyncio.run(asyncio.wait_for(run(), 30))

@@ -60,6 +60,7 @@ STALLED = "The engine does not respond; try again in a moment."
 START_S = 60.0  # torch takes seconds to import, on a busy machine many
 FIRST_BEAT_S = 600.0  # kernels may be compiled before
 LISTEN_S = 0.25  # for a heartbeat, before its absence counts
+LATE_S = 0.5  # of a timer: later, the process was suspended
 STATS_S = 3.0  # for the engine's counters
 
 log = logging.getLogger(__name__)
@@ -256,9 +257,14 @@ class EngineClient:
         if self.stalled:
             log.warning("the engine responds again")
         self._calm()
-        self._stalling = asyncio.get_running_loop().call_later(self.stall_s, self._stall)
+        loop = asyncio.get_running_loop()
+        due = loop.time() + self.stall_s
+        self._stalling = loop.call_at(due, self._stall, due)
 
-    def _stall(self) -> None:
+    def _stall(self, due: float) -> None:
+        if asyncio.get_running_loop().time() > due + LATE_S:
+            self._beat()  # this process was suspended, and has yet to read the heartbeats
+            return
         self.stalled = True
         log.error("the engine has not responded for %g s; new requests are refused", self.stall_s)
 
