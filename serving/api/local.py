@@ -14,7 +14,6 @@ from serving.api.cors import Origins
 from serving.api.errors import ApiError
 from serving.api.settings import ApiSettings
 
-FORWARDING_PREFIX = "x-forwarded-"
 FORWARDING = {
     *("forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "true-client-ip"),
     *("cf-connecting-ip", "fastly-client-ip", "x-original-host", "x-original-forwarded-for"),
@@ -56,7 +55,7 @@ def check_local(scope: Scope, settings: ApiSettings, origins: Origins) -> None:
             f"allowed_hosts, and this Host is {hosts[0][:80]!r}; add it there, or {WAYS_ON}."
         )
         raise ApiError(403, message, code="host_not_allowed")
-    forwarding = next((name for name in headers if _is_forwarding(name)), None)
+    forwarding = next((h for h in headers if h in FORWARDING or h.startswith("x-forwarded-")), None)
     if forwarding and not listed:
         message = (
             f"Without API keys this server answers no proxy (the request carries {forwarding!r}); "
@@ -69,10 +68,6 @@ def check_local(scope: Scope, settings: ApiSettings, origins: Origins) -> None:
             f"add {headers.get('origin', 'the origin')[:80]!r} there, or {WAYS_ON}."
         )
         raise ApiError(403, message, code="origin_not_allowed")
-
-
-def _is_forwarding(name: str) -> bool:
-    return name in FORWARDING or name.startswith(FORWARDING_PREFIX)
 
 
 def _is_same_site(headers: Headers, method: str, origins: Origins) -> bool:
