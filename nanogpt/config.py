@@ -117,7 +117,10 @@ def explain_syntax(error: OverrideParseException) -> str:
 def explain_unknown_key(key: str, known: Sequence[str], where: str) -> str:
     """Return the sentence for a key that the composed configuration does not have."""
     if key in known:
-        return f"the chosen data and stage have no key {key}, which others have; leave it out"
+        return (
+            f"the chosen data and stage have no key {key}, which others have; choose one of these "
+            "(conf/data, conf/stage), or leave it out"
+        )
     near = OTHER_NAMES.get(key.rpartition(".")[2], "")
     if near.partition("=")[0].partition(" ")[0] not in known:
         near = "".join(difflib.get_close_matches(key, known, n=1, cutoff=0.5))

@@ -80,6 +80,8 @@ def write_huggingface(checkpoint: Checkpoint, directory: Path) -> None:
         _write_classifier(checkpoint, checkpoint.labels, directory)
     weights = published_weights(checkpoint.model)
     save_file(weights, directory / SAFETENSORS, metadata={"format": "pt"})
+    # safetensors makes its file readable by its owner alone, whatever the umask.
+    (directory / SAFETENSORS).chmod((directory / "config.json").stat().st_mode)
 
 
 @contextmanager

@@ -57,6 +57,10 @@ def show(options: argparse.Namespace) -> None:
 
 def open_any(path: Path, tokenizer: str | None) -> Corpus:
     """Open a prepared corpus with its own tokenizer, and shards of others with the one named."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; pass a prepared folder, or a folder or file of token shards"
+        )
     if tokenizer is None and is_prepared(path):
         return open_corpus(path)
     try:

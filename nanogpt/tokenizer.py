@@ -129,7 +129,7 @@ def gpt2_tokenizer(documents: Iterable[str] | None = None) -> "BytePairTokenizer
         raise FileNotFoundError(
             f"GPT-2's tokens are not in {_tiktoken_cache_dir()} and could not be downloaded "
             f"from openaipublic.blob.core.windows.net ({type(error).__name__}); set "
-            f"TIKTOKEN_CACHE_DIR to a folder with them, or pass tokenizer=bpe or tokenizer=byte"
+            f"TIKTOKEN_CACHE_DIR to a folder with them, or choose the tokenizer bpe or byte"
         ) from error
     tokens = [encoding.decode_single_token_bytes(i) for i in range(GPT2_VOCAB_SIZE - 1)]
     return BytePairTokenizer("gpt2", GPT2_PATTERN, tokens, [END_OF_TEXT])

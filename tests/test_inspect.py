@@ -176,3 +176,10 @@ def test_the_listing_reads_manifests_only(
         (corpus.directory / shard["file"]).unlink()
     assert main(["--data-dir", str(corpus.directory.parent)]) == 0
     assert f"{manifest['splits']['train']['tokens']:,} training" in capsys.readouterr().out
+
+
+def test_a_path_that_does_not_exist_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path / "nothere")]) == 1
+    assert "nothere does not exist; pass a prepared folder" in capsys.readouterr().err

@@ -32,8 +32,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ImportError(
-        f"--task harness needs lm-evaluation-harness ({error}); pip install -e '.[eval]', that "
-        'is pip install -e ".[eval]" here'
+        f'--task harness needs lm-evaluation-harness ({error}); pip install -e ".[eval]"'
     ) from error
 
 MAX_NEW_TOKENS = 256  # where a task does not say
