@@ -691,3 +691,11 @@ def test_local_files_of_a_data_set_need_no_hub(tmp_path: Path) -> None:
     before = source.fingerprint()
     write_parquet(tmp_path / "a/1.parquet", ["one", "three"])
     assert source.fingerprint() != before
+
+
+def test_a_file_whose_name_begins_with_a_tilde_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("~nobody, é.txt").write_text("a text")
+    assert list(TextFiles("~nobody, é.txt", val_fraction=0.5).documents()) != []

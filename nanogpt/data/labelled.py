@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nanogpt.command import expand_home
 from nanogpt.data.records import BadRecord, check_text, decoded, json_records, kind_of, read_all
 from nanogpt.data.source import Source, local_path
 from nanogpt.data.splits import Example, Splits, examples_sha256, split
@@ -86,7 +87,7 @@ def read_examples(
     Raises ValueError, naming file and line, for rows without text or label, which are left out
     where `skip_bad`.
     """
-    path = Path(path).expanduser()
+    path = Path(expand_home(str(path)))
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; pass a labelled .tsv, .csv or .jsonl file")
     columns = (text_column, label_column)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from nanogpt.command import first_line
+from nanogpt.command import expand_home, first_line
 from nanogpt.data.corpus import Corpus, open_corpus
 from nanogpt.data.foreign import (
     SUFFIXES,
@@ -174,7 +174,7 @@ def fetch_pretokenized(where: str, data_dir: Path) -> Path:
     stopped half-way goes on, and what is complete is found again without a network. Raises
     ConnectionError, FileNotFoundError or ValueError in one sentence.
     """
-    path = Path(where).expanduser()
+    path = Path(expand_home(str(where)))
     if path.exists():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", where):

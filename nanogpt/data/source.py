@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanogpt.command import expand_home
+
 HASHED_WHOLE_BYTES = 2**30  # files of more in all are told apart by their sizes and samples
 SAMPLES = 64  # of each such file
 SAMPLE_BYTES = 64 * 2**10
@@ -64,7 +66,7 @@ def local_path(path: str | Path | None, name: str, what: str) -> Path:
     if path is None or not str(path):
         found = "" if path is None else ", and it is empty (an unset variable of the shell?)"
         raise ValueError(f"data={name} needs data.path=<{what}>{found}")
-    return Path(path).expanduser()
+    return Path(expand_home(str(path)))
 
 
 def files_fingerprint(root: Path, paths: Sequence[Path]) -> str:

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from nanogpt.command import expand_home
 from nanogpt.data.records import BadRecord, json_records, text_under
 from nanogpt.hub import check_reachable
 
@@ -57,7 +58,7 @@ def read_rows(path: str | Path, limit: int | None = None) -> Iterator[tuple[str,
     Raises ValueError, naming file and line, for a line that is not one JSON object, and
     FileNotFoundError where there is no file.
     """
-    path = Path(path).expanduser()
+    path = Path(expand_home(str(path)))
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; pass a .jsonl file")
     for place, row in islice(json_records(path), limit):
