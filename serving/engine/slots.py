@@ -62,7 +62,7 @@ class Slots:
         if n_cached and not source.busy and n_cached == len(source.ids):
             slot = source
         else:
-            slot = min(free, key=self._value)
+            slot = self._least_valuable(free)
             self._copy(source, slot, n_cached)
         slot.busy, slot.scope, slot.ids = True, scope, wanted[:n_cached]
         slot.used = self._tick()
@@ -79,13 +79,26 @@ class Slots:
             slot.ids = slot.ids[:0]
             self.cache[:, :, slot.index].zero_()  # not a number times nothing is not nothing
 
-    def _value(self, slot: Slot) -> tuple[bool, bool, int]:
-        """Return how much is lost with a slot's content: nothing, little, or what is used last."""
-        if not len(slot.ids):
-            return False, False, slot.used
-        later = (s for s in self.slots if s.scope == slot.scope and s.used > slot.used)
-        n_elsewhere = max((_common(slot.ids, other.ids) for other in later), default=0)
-        return True, 8 * (len(slot.ids) - n_elsewhere) > len(slot.ids), slot.used
+    def _least_valuable(self, free: list[Slot]) -> Slot:
+        """Return the slot that loses least: an empty one, a superseded text, or the oldest.
+
+        A text is superseded where a later one of its scope begins with 7/8 of it.
+        """
+        held = [slot.ids.tobytes() for slot in self.slots]
+
+        def is_superseded(slot: Slot) -> bool:
+            n_tokens = -(-7 * len(slot.ids) // 8)
+            start = held[slot.index][: n_tokens * slot.ids.itemsize]
+            return any(
+                s.used > slot.used and s.scope == slot.scope and held[s.index].startswith(start)
+                for s in self.slots
+            )
+
+        def value(slot: Slot) -> tuple[bool, bool, int]:
+            is_held = len(slot.ids) > 0
+            return is_held, is_held and not is_superseded(slot), slot.used
+
+        return min(free, key=value)
 
     def _copy(self, source: Slot, target: Slot, n_tokens: int) -> None:
         if n_tokens and source is not target:
