@@ -86,7 +86,9 @@ def check_kinds(config: Mapping[str, Any]) -> None:
         if key not in flat and key.startswith(("data.", "instruct.", "tokenizer.")):
             continue  # not all data sets, stages and tokenizers have all keys
         if kinds[-1] == TEXT and flat[key] == "":
-            raise ValueError(f"{key} is empty (an unset variable of the shell?); pass {TEXT}")
+            raise ValueError(
+                f"{key} is empty (an unset variable of the shell?); give it a value or omit it"
+            )
         if not any(_is_kind(flat[key], kind) for kind in kinds):
             raise ValueError(f"{key}={flat[key]!r} is not {' or '.join(kinds)}")
 
