@@ -253,7 +253,7 @@ def test_gpt2_without_its_table_says_what_to_do(
     monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)
     with pytest.raises(FileNotFoundError) as error:
         gpt2_tokenizer()
-    for word in (str(tmp_path), "TIKTOKEN_CACHE_DIR", "tokenizer=bpe", "tokenizer=byte"):
+    for word in (str(tmp_path), "TIKTOKEN_CACHE_DIR", "tokenizer bpe or byte"):
         assert word in str(error.value)
 
 
