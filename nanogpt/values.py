@@ -1,0 +1,55 @@
+"""The types of configuration values, which pydantic validates, and its errors as one sentence."""
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, StrictBool, ValidationError
+
+Count = Annotated[int, Field(strict=True, ge=1)]  # a whole number of at least 1
+Size = Annotated[int, Field(strict=True, ge=0)]  # a whole number of at least 0
+Amount = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]  # finite
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]  # from 0 to 1
+Share = Annotated[float, Field(strict=True, gt=0, lt=1)]  # between 0 and 1
+Flag = StrictBool
+Text = Annotated[str, Field(strict=True, min_length=1)]
+
+CHECKED = ConfigDict(extra="forbid")  # of a dataclass: @dataclass(config=CHECKED)
+WORDS = {
+    "Input should be ": "",
+    "Value error, ": "",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    "less than": "below",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "text",
+    "a valid boolean": "true or false",
+    "a valid tuple": "a list",
+    "a valid list": "a list",
+}
+
+
+def explain(error: ValidationError, where: str = "") -> str:
+    """Return what a value is and what it should be; `where` is the node of the configuration.
+
+    >>> explain(error, "optim")
+    'optim.momentum=2 should be at most 1'
+    """
+    errors = error.errors(include_url=False)
+    place = errors[0]["loc"][:1]
+    key = ".".join(filter(None, (where, *map(str, place))))
+    value = errors[0]["input"]
+    if value == "":
+        return f"{key} is empty (an unset variable of the shell?); give it a value or omit it"
+    if errors[0]["type"] == "unexpected_keyword_argument":
+        return f"there is no key {key}"
+    if errors[0]["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{key} must be given"
+    reasons = dict.fromkeys(_reason(e["msg"]) for e in errors if e["loc"][:1] == place)
+    return f"{key}={value!r} should be {' or '.join(reasons)}"[:500]
+
+
+def _reason(message: str) -> str:
+    for theirs, ours in WORDS.items():
+        message = message.replace(theirs, ours)
+    return message
