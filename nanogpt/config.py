@@ -1,14 +1,20 @@
-"""Command lines and environment variables before Hydra reads them, and Hydra's errors after."""
+"""The configuration: command lines, Hydra's errors as sentences, and objects built from nodes."""
 
 import difflib
+import importlib
+import inspect
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from hydra.errors import OverrideParseException
+from omegaconf import OmegaConf
+from pydantic import ValidationError
 
-from nanogpt.command import expand_home, is_path
+from nanogpt.command import expand_home, first_line, is_path, out_of_memory
+from nanogpt.values import explain
 
 SWEEP = ("-m", "--multirun")
 # Keys besides paths whose value is text that Hydra would otherwise read as an expression.
@@ -41,6 +47,7 @@ OTHER_NAMES = {
     "warmup_iters": "optim.schedule.warmup_steps",
     "weight_decay": "optim.weight_decay",
 }
+RESERVED = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # as Hydra names them
 OVERRIDE = re.compile(r"(\+{0,2}[\w./@-]*[\w.])=(.*)", re.DOTALL)
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 CHOICE = re.compile(rf"(?:{QUOTED}|[^,])+")  # of a sweep, which a comma ends
@@ -126,3 +133,142 @@ def explain_unknown_key(key: str, known: Sequence[str], where: str) -> str:
         near = "".join(difflib.get_close_matches(key, known, n=1, cutoff=0.5))
     hint = f"did you mean {near}? " if near else ""
     return f"there is no key {key}; {hint}every key is in {where}"
+
+
+class ConfigurationError(ValueError):
+    """A node of the configuration that cannot be built."""
+
+
+def build(node: Any, where: str, /, **live: Any) -> Any:
+    """Instantiate a `_target_` node, as `hydra.utils.instantiate` does.
+
+    Of the `live` objects the callable receives those that its signature names and the node does
+    not set; nested nodes are built first, in the same way. With `_partial_: true` the result is a
+    `functools.partial`. Raises ConfigurationError, one sentence that names the key under `where`.
+
+    >>> build({"_target_": "pathlib.Path"}, "data")
+    PosixPath('.')
+    """
+    node = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ConfigurationError(f"{where} has no _target_; give it the class's import path")
+    target = _locate(node["_target_"], where)
+    if node.get("_recursive_", True):
+        node = {key: _nested(value, f"{where}.{key}", live) for key, value in node.items()}
+    arguments = node.get("_args_", [])
+    keys = {key: value for key, value in node.items() if key not in RESERVED}
+    keys, missing = _bind(target, arguments, keys, live, where)
+    if node.get("_partial_", False):
+        return partial(target, *arguments, **keys)
+    if missing:
+        raise ConfigurationError(f"{where}.{missing[0]} must be given: {_name(target)} needs it")
+    return _call(target, arguments, keys, where)
+
+
+def _nested(value: Any, where: str, live: Mapping[str, Any]) -> Any:
+    """Return a value with every node in it built."""
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            return build(value, where, **live)
+        return {key: _nested(inner, f"{where}.{key}", live) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_nested(inner, f"{where}[{i}]", live) for i, inner in enumerate(value)]
+    return value
+
+
+def _locate(path: Any, where: str) -> Callable[..., Any]:
+    """Return the callable with an import path, such as `torch.optim.AdamW`."""
+    key = f"{where}._target_={path}"
+    parts = path.split(".") if isinstance(path, str) else [""]
+    if not all(parts):
+        raise ConfigurationError(f"{key} is not the import path of a class or function")
+    found: Any = None
+    for n, part in enumerate(parts, start=1):
+        name = ".".join(parts[:n])
+        if n > 1 and hasattr(found, part):
+            found = getattr(found, part)
+            continue
+        try:
+            found = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise _missing_package(error, where) from error
+            parent = ".".join(parts[: n - 1])
+            near = difflib.get_close_matches(part, dir(found) if n > 1 else [], n=1)
+            hint = f"did you mean {near[0]}?" if near else "is it installed, or on PYTHONPATH?"
+            what = f"{parent} has no {part}" if parent else f"there is no module {part}"
+            raise ConfigurationError(f"{key} cannot be imported: {what}; {hint}") from error
+        except Exception as error:
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise ConfigurationError(f"{key} cannot be imported: {name}: {what}") from error
+    if not callable(found):
+        raise ConfigurationError(f"{key} is not a class or function, but {type(found).__name__}")
+    target: Callable[..., Any] = found
+    return target
+
+
+def _bind(
+    target: Callable[..., Any],
+    arguments: Sequence[Any],
+    keys: dict[str, Any],
+    live: Mapping[str, Any],
+    where: str,
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the keyword arguments with the live objects, and which required ones are missing."""
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except ValueError:  # of some callables written in C
+        return keys, []
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    taken = {p.name for p in positional[: len(arguments)]}
+    by_name = {
+        p.name: p
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in taken
+    }
+    keys = {name: live[name] for name in by_name if name in live} | keys
+    unknown = [key for key in keys if key not in by_name]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        near = difflib.get_close_matches(unknown[0], by_name, n=1, cutoff=0.5)
+        hint = f"did you mean {where}.{near[0]}? " if near else ""
+        takes = ", ".join(by_name) or "no keys"
+        raise ConfigurationError(
+            f"there is no key {where}.{unknown[0]}; {hint}{_name(target)} takes {takes}"
+        )
+    required = [p.name for p in by_name.values() if p.default is p.empty]
+    return keys, [name for name in required if name not in keys]
+
+
+def _call(
+    target: Callable[..., Any], arguments: Sequence[Any], keys: Mapping[str, Any], where: str
+) -> Any:
+    try:
+        return target(*arguments, **keys)
+    except ValidationError as error:
+        raise ConfigurationError(explain(error, where)) from error
+    except ModuleNotFoundError as error:
+        raise _missing_package(error, where) from error
+    except ConfigurationError:
+        raise
+    except ValueError as error:
+        text = " ".join(str(error).split())
+        raise ConfigurationError(text if where in text else f"{where}: {text}") from error
+    except Exception as error:
+        if isinstance(error, OSError) or out_of_memory(error):
+            raise
+        what = f"{_name(target)}(...) failed: {type(error).__name__}: {first_line(error)}"
+        raise ConfigurationError(f"{where}: {what}") from error
+
+
+def _missing_package(error: ModuleNotFoundError, where: str) -> ConfigurationError:
+    text = first_line(error)
+    quoted = re.search(r"['`\"]([\w-]+)", text)
+    package = error.name or (quoted[1] if quoted else "it")
+    return ConfigurationError(
+        f"{where} needs a package that is not installed ({text}); "
+        f"pip install {package.partition('.')[0]}"
+    )
+
+
+def _name(target: Callable[..., Any]) -> str:
+    return getattr(target, "__name__", repr(target))

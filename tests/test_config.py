@@ -1,18 +1,25 @@
-"""Paths and names on the command line, as Hydra reads them."""
+"""Paths and names on the command line, as Hydra reads them, and objects built from nodes."""
 
+import dataclasses
+import importlib
 import os
+import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 import serve
 import train
 from nanogpt.command import parse
-from nanogpt.config import as_overrides
+from nanogpt.config import ConfigurationError, as_overrides, build
 from nanogpt.generate import parser
+from nanogpt.values import CHECKED, Count
 from serving import environment
 from serving.engine.messages import Settings
 
@@ -136,3 +143,176 @@ def test_what_hydra_cannot_parse_is_one_sentence(
     assert "dtype=数据 ( is not an override of the form key=value" in error
     assert "'dtype=\"数据 (\"'" in error
     assert error.count("\n") == 1
+
+
+class Plain:
+    def __init__(self, every: int, /, model: Any, *, patience: int = 3) -> None:
+        self.values = (every, model, patience)
+
+
+class Open:
+    def __init__(self, model: Any = None, **more: Any) -> None:
+        self.values = (model, more)
+
+
+@dataclasses.dataclass
+class Record:
+    model: Any
+    patience: int = 3
+
+
+@pydantic.dataclasses.dataclass(config=CHECKED)
+class Checked:
+    run_dir: Path
+    patience: Count = 3
+
+
+@pydantic.validate_call
+def validated(seed: int, patience: Annotated[int, pydantic.Field(strict=True, ge=1)] = 3) -> Any:
+    return (seed, patience)
+
+
+def needs_package(package: str) -> None:
+    importlib.import_module(package)
+
+
+def fails(error: str) -> None:
+    raise {"OSError": OSError, "ValueError": ValueError, "KeyError": KeyError}[error](error)
+
+
+def holds(inner: Any, name: str = "") -> Any:
+    return inner, name
+
+
+NOT_CALLABLE = 5
+LIVE = {"model": "the model", "run_dir": Path("runs/a"), "seed": 7}
+
+
+def here(name: str, **keys: Any) -> dict[str, Any]:
+    return {"_target_": f"{__name__}.{name}", **keys}
+
+
+@pytest.mark.parametrize(
+    ("node", "expected"),
+    [
+        (here("Record"), ("the model", 3)),
+        (here("Record", model="mine", patience=1), ("mine", 1)),
+        (here("Checked"), (Path("runs/a"), 3)),
+    ],
+)
+def test_a_class_receives_the_live_objects_that_it_names(
+    node: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    assert tuple(vars(build(node, "it", **LIVE)).values()) == expected
+
+
+def test_a_function_receives_the_live_objects_that_it_names() -> None:
+    assert build(here("validated", patience=2), "it", **LIVE) == (7, 2)
+
+
+def test_a_class_of_any_keys_receives_only_the_live_objects_that_it_names() -> None:
+    assert build(here("Open", other=1), "it", **LIVE).values == ("the model", {"other": 1})
+
+
+def test_positional_arguments_come_from_args() -> None:
+    assert build(here("Plain", _args_=[5]), "it", **LIVE).values == (5, "the model", 3)
+    assert build(here("Plain", _args_=[5, "mine"]), "it", **LIVE).values == (5, "mine", 3)
+
+
+def test_a_partial_node_is_a_function_of_what_is_missing() -> None:
+    make = build(here("Record", _partial_=True, patience=1), "it")
+    assert isinstance(make, partial)
+    assert make("a model") == Record("a model", 1)
+
+
+def test_nested_nodes_are_built_first_in_lists_and_mappings_too() -> None:
+    inner = [here("Record"), {"a": here("Record", patience=1)}, "text"]
+    built, _ = build(OmegaConf.create(here("holds", inner=inner)), "it", **LIVE)
+    assert built == [Record("the model"), {"a": Record("the model", 1)}, "text"]
+    unbuilt, _ = build(here("holds", inner=inner, _recursive_=False), "it", **LIVE)
+    assert unbuilt == inner
+
+
+def test_a_callable_without_a_signature_is_called_as_it_is() -> None:
+    assert build({"_target_": "builtins.dict", "a": 1}, "it", **LIVE) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("node", "expected"),
+    [
+        ({"patience": 1}, "it has no _target_; give it the class's import path"),
+        (None, "it has no _target_"),
+        ({"_target_": None}, "it._target_=None is not the import path of a class or function"),
+        ({"_target_": "a..b"}, "it._target_=a..b is not the import path"),
+        (
+            {"_target_": "no_such.Thing"},
+            "it._target_=no_such.Thing cannot be imported: there is no module no_such; is it "
+            "installed, or on PYTHONPATH?",
+        ),
+        (
+            {"_target_": "nanogpt.modle.GPT"},
+            "it._target_=nanogpt.modle.GPT cannot be imported: nanogpt has no modle; ",
+        ),
+        (
+            {"_target_": "nanogpt.model.GTP"},
+            "it._target_=nanogpt.model.GTP cannot be imported: nanogpt.model has no GTP; did you "
+            "mean GPT?",
+        ),
+        (here("NOT_CALLABLE"), "NOT_CALLABLE is not a class or function, but int"),
+        (
+            here("Record", patienc=1),
+            "there is no key it.patienc; did you mean it.patience? Record takes model, patience",
+        ),
+        (here("Checked", zzz=1), "there is no key it.zzz; Checked takes run_dir, patience"),
+        (here("holds"), "it.inner must be given: holds needs it"),
+        (here("holds", inner=here("holds")), "it.inner.inner must be given"),
+        (here("holds", inner=[here("Record", a=1)]), "there is no key it.inner[0].a"),
+        (here("Checked", patience=0), "it.patience=0 should be at least 1"),
+        (here("validated", patience="a"), "it.patience='a' should be a whole number"),
+        (here("fails", error="ValueError"), "it: ValueError"),
+        (here("fails", error="KeyError"), "it: fails(...) failed: KeyError: 'KeyError'"),
+        (
+            here("needs_package", package="no_such.part"),
+            "it needs a package that is not installed (No module named 'no_such'); pip install "
+            "no_such",
+        ),
+        (
+            {"_target_": "lightning.pytorch.loggers.MLFlowLogger"},
+            "pip install mlflow",
+        ),
+    ],
+)
+def test_a_node_that_cannot_be_built_is_one_sentence(node: Any, expected: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        build(node, "it", **LIVE)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_fails_while_it_is_imported_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_module.py").write_text("1 / 0")
+    (tmp_path / "incomplete_module.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, expected in (
+        ("broken", "broken_module: ZeroDivisionError: division by zero"),
+        ("incomplete", "pip install no_such_package"),
+    ):
+        with pytest.raises(ConfigurationError, match=expected):
+            build({"_target_": f"{name}_module.Thing"}, "it")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(), MemoryError(), RuntimeError("CUDA out of memory. Tried")]
+)
+def test_an_error_of_the_machine_is_raised_as_it_is(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises() -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules[__name__], "holds", raises)
+    with pytest.raises(type(error)) as caught:
+        build(here("holds"), "it")
+    assert caught.value is error
