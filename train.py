@@ -49,8 +49,8 @@ from nanogpt.config import (
     explain_syntax,
     explain_unknown_key,
 )
+from nanogpt.runs.identity import flatten, run_name
 from nanogpt.training.kinds import check_kinds, clear_other_budget, make_whole
-from nanogpt.training.run import flatten, run_name
 
 CONF_DIR = "conf"
 CONF = Path(__file__).parent / CONF_DIR
@@ -110,8 +110,9 @@ def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
 
 def start(config: dict[str, Any]) -> Mapping[str, Any]:
     """Train a frozen job here, or in as many processes as it asks for; return its summary."""
-    from nanogpt.training.launch import RankZeroFailedError, count_devices, is_rank, launch
-    from nanogpt.training.run import RunDirectory
+    from nanogpt.ranks import RankZeroFailedError, is_rank
+    from nanogpt.runs.directory import RunDirectory
+    from nanogpt.training.launch import count_devices, launch
 
     trainer = config["trainer"]
     if is_rank():
@@ -488,7 +489,7 @@ def tokenizer_key(node: Mapping[str, Any]) -> str:
 def explain(error: Exception) -> str:
     """Return an error as one sentence; nothing for a rank whose rank zero has spoken."""
     from nanogpt.command import first_line, out_of_memory
-    from nanogpt.training.launch import Ranks, RankZeroFailedError
+    from nanogpt.ranks import Ranks, RankZeroFailedError
 
     text = first_line(error)
     said_by_rank_zero = isinstance(error, ValueError | OSError | FloatingPointError)

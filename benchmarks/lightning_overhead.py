@@ -27,10 +27,11 @@ from torch.utils.data import DataLoader
 
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Schedule, adamw
+from nanogpt.runs.metrics import MetricsFile
 from nanogpt.training.callbacks import Figures
 from nanogpt.training.checkpointing import AtomicCheckpointIO
+from nanogpt.training.loggers import MetricsLogger
 from nanogpt.training.machine import machine_id
-from nanogpt.training.metrics import MetricsFile, MetricsLogger
 from nanogpt.training.pretrain import PretrainModule
 from nanogpt.training.progress import Progress
 from nanogpt.training.session import quieten_lightning

@@ -9,11 +9,12 @@ import pytest
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from nanogpt.checkpoint import record
+from nanogpt.disk import link_atomically
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.runs.directory import cut_samples
+from nanogpt.runs.metrics import MetricsFile
 from nanogpt.tokenizer import byte_tokenizer
-from nanogpt.training.callbacks import cut_samples
-from nanogpt.training.checkpointing import AtomicCheckpointIO, Checkpointing, link_atomically
-from nanogpt.training.metrics import MetricsFile
+from nanogpt.training.checkpointing import AtomicCheckpointIO, Checkpointing
 from nanogpt.training.module import is_due
 
 

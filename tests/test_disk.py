@@ -13,8 +13,7 @@ from filelock import FileLock
 
 from nanogpt.checkpoint import write_checkpoint
 from nanogpt.data.writer import CorpusWriter, Tokenized
-from nanogpt.disk import PATIENCE_S, wait_for_lock, write_atomically
-from nanogpt.training.checkpointing import link_atomically
+from nanogpt.disk import PATIENCE_S, link_atomically, wait_for_lock, write_atomically
 
 HEADER_BYTES, TOKEN_BYTES = 1024, 2
 

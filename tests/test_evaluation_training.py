@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt.evaluate import main
-from nanogpt.training.metrics import read_metrics
+from nanogpt.runs.metrics import read_metrics
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -76,6 +76,13 @@ def test_data_and_training_never_import_each_other() -> None:
             assert not uses(imported(path), "nanogpt.data"), path
 
 
+def test_runs_are_kept_without_training_or_data() -> None:
+    for path in sources():
+        if relative(path).startswith(("nanogpt/runs/", "nanogpt/ranks.py")):
+            assert not uses(imported(path), "nanogpt.training"), path
+            assert not uses(imported(path), "nanogpt.data"), path
+
+
 @pytest.mark.parametrize("name", ["model", "tokenizer", "prompts"])
 def test_the_foundations_import_nothing_of_ours(name: str) -> None:
     path = ROOT / "nanogpt" / f"{name}.py"

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from nanogpt.training.launch import Ranks, count_devices, launch, on_rank_zero, resolve_device
+from nanogpt.ranks import Ranks, on_rank_zero
+from nanogpt.training.launch import count_devices, launch, resolve_device
 
 
 def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:

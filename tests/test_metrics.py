@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.training.metrics import (
+from nanogpt.disk import write_atomically
+from nanogpt.runs.metrics import (
     COLUMNS,
     MetricsFile,
-    MetricsLogger,
     read_metrics,
 )
-from nanogpt.training.run import write_atomically
+from nanogpt.training.loggers import MetricsLogger
 
 
 @pytest.fixture

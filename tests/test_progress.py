@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from nanogpt.runs.log import ConsoleHandler, say
 from nanogpt.training import progress
-from nanogpt.training.progress import ConsoleHandler, Progress, duration, progress_line, say
+from nanogpt.training.progress import Progress, duration, progress_line
 
 MODULE: Any = SimpleNamespace(progress={})  # one that has logged nothing yet
 

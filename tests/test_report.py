@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from nanogpt.runs.metrics import MetricsFile
 from nanogpt.training.charts import HEIGHT, Chart, Series, draw, smooth
-from nanogpt.training.metrics import MetricsFile
 from nanogpt.training.report import write_report
 
 SUMMARY = {

@@ -9,15 +9,8 @@ from typing import Any
 
 import pytest
 
-from nanogpt.training.run import (
-    RunDirectory,
-    RunLock,
-    binding,
-    check_continues,
-    identity_differences,
-    is_identity,
-    run_name,
-)
+from nanogpt.runs.directory import RunDirectory, RunLock, check_continues
+from nanogpt.runs.identity import binding, identity_differences, is_identity, run_name
 
 CHOICES = {"stage": "quickstart", "model": "nano", "data": "python_stdlib", "optim": "muon"}
 CONFIG = {"seed": 1, "optim": {"learning_rate": 0.1}, "threads": "auto", "trainer": {"devices": 1}}

@@ -5,7 +5,6 @@ All intervals are optimizer steps. The callbacks run in this order; checkpoints 
 
 import contextlib
 import os
-import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nanogpt.disk import write_atomically
 from nanogpt.evaluation import hellaswag
 from nanogpt.generation import check_sampling, generate
 from nanogpt.prompts import Message, Template
@@ -241,14 +239,3 @@ class StopSignals(Callback):
         flag = torch.tensor(self.received or 0)
         self._reduction = (dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag)
         return agreed
-
-
-def cut_samples(path: Path, step: int) -> None:
-    """Drop from samples.txt what was written after `step`; the rest need not be text."""
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    for heading in re.finditer(rb"^=== step ([0-9]{1,18}) ===$", content, re.MULTILINE):
-        if int(heading[1]) > step:
-            write_atomically(path, content[: heading.start()])
-            return

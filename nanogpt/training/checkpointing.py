@@ -1,8 +1,6 @@
 """When checkpoints are written, which of them stay, and how Lightning writes and reads them."""
 
 import logging
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ from nanogpt.checkpoint import (
     step_checkpoints,
     write_checkpoint,
 )
-from nanogpt.disk import sync_directory
-from nanogpt.training.metrics import MetricsFile
+from nanogpt.disk import link_atomically
+from nanogpt.runs.metrics import MetricsFile
 from nanogpt.training.module import StageModule, is_due
 
 log = logging.getLogger("nanogpt.checkpoints")
@@ -108,27 +106,3 @@ class Checkpointing(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         best = state_dict["best"]
         self.best = (float(best[0]), int(best[1])) if best else None
-
-
-def copy_durably(source: Path, target: Path) -> None:
-    """Copy a file to the disk itself; leave nothing where that fails."""
-    try:
-        with open(source, "rb") as old, open(target, "wb") as new:
-            shutil.copyfileobj(old, new, 2**20)
-            new.flush()
-            os.fsync(new.fileno())
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
-
-
-def link_atomically(source: Path, target: Path) -> None:
-    """Make `target` a second name of `source`; a copy where the file system has no hard links."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        copy_durably(source, temporary)
-    os.replace(temporary, target)
-    sync_directory(target.parent)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nanogpt.training.run import flatten
+from nanogpt.runs.identity import flatten
 
 COUNT = "a whole number of at least 1"
 FLAG = "true or false"

@@ -1,4 +1,4 @@
-"""Several processes: starting a run's ranks, joining them, letting rank zero decide for all.
+"""The devices of a run, and the launch of its ranks.
 
 Lightning's own subprocess launcher is never used: it would run a sweep once more in every child.
 """
@@ -8,53 +8,17 @@ import os
 import signal
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 
-T = TypeVar("T")
-LAUNCHER = "NANOGPT_LAUNCHER_PID"  # of the process whose death ends the ranks
+from nanogpt.ranks import LAUNCHER, Ranks
+
 LOOPBACK = "127.0.0.1"
 SHUTDOWN_S = 600  # how long ranks may take to write a checkpoint after a signal
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where this process stands among those of the run, as torchrun's environment says."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
-
-    @classmethod
-    def from_environment(cls) -> "Ranks":
-        return cls(
-            rank=int(os.environ.get("RANK", 0)),
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            world_size=int(os.environ.get("WORLD_SIZE", 1)),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        )
-
-    @property
-    def num_nodes(self) -> int:
-        return self.world_size // self.local_world_size
-
-
-class RankZeroFailedError(RuntimeError):
-    """Rank zero failed and says why itself; the other ranks leave without a word."""
-
-
-def is_rank() -> bool:
-    """Return whether torchrun, or `launch`, started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def resolve_device(accelerator: str) -> torch.device:
@@ -132,46 +96,3 @@ def launch(config: Mapping[str, Any], n_processes: int) -> int:
                 "the same command continues"
             ) from None
     return 0
-
-
-def leave_with_launcher() -> None:
-    """End this rank soon after its launcher died, so that no orphan holds the run."""
-    if not is_rank():
-        return
-    launcher = int(os.environ.get(LAUNCHER, os.getppid()))  # it may be dead already
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def join(device: torch.device) -> None:
-    """Join the run's process group: gloo (decisions, signals), and nccl beside it for GPUs."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
-
-
-def on_rank_zero(decide: Callable[[], T]) -> T:
-    """Return on every rank what `decide` returns on rank zero, or fail on every rank."""
-    if not dist.is_initialized():
-        return decide()
-    outcome: list[Any] = [None, None]
-    failure: BaseException | None = None
-    if dist.get_rank() == 0:
-        try:
-            outcome = [decide(), None]
-        except Exception as error:
-            failure, outcome = error, [None, str(error)]
-    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
-    if failure is not None:
-        raise failure
-    if outcome[1] is not None:
-        raise RankZeroFailedError(outcome[1])
-    result: T = outcome[0]
-    return result

@@ -1,18 +1,57 @@
-"""Loggers that may sit beside metrics.csv: TensorBoard, and W&B without a question."""
+"""Loggers: metrics.csv, TensorBoard, and W&B without a question."""
 
 import logging
 import netrc
 import os
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from nanogpt.hub import problem_of
+from nanogpt.runs.metrics import MetricsFile
 
 log = logging.getLogger("nanogpt")
+
+
+class MetricsLogger(Logger):
+    """A `MetricsFile` for `Trainer(logger=[...])`, beside TensorBoard or W&B."""
+
+    def __init__(self, file: MetricsFile) -> None:
+        super().__init__()
+        self.file = file
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.file.path.parent)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append to the row of `step`, an optimizer step; Lightning's own `epoch` is left out."""
+        assert step is not None, "metrics.csv is kept by optimizer step"
+        self.file.append(step, {name: metrics[name] for name in metrics if name != "epoch"})
+
+    @rank_zero_only
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
+        """Ignore them: the run directory's `config.yaml` is their record."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.file.flush()
 
 
 def extra_logger(

@@ -2,7 +2,7 @@
 
 import html
 
-from nanogpt.training.progress import visible
+from nanogpt.runs.log import visible
 
 
 def document(title: str, body: str) -> str:

@@ -1,6 +1,5 @@
 """What a person sees of a training: a bar on a terminal, a line every few seconds elsewhere."""
 
-import logging
 import math
 import os
 import sys
@@ -10,11 +9,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
+from nanogpt.runs.log import say
+
 BAR_EVERY_S = 0.25
 PACE_S = 60.0  # the time left follows the pace of about the last minute
-# control characters, which a young byte model samples freely, as their visible pictures
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-_VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 class Progress(Callback):
@@ -89,32 +87,6 @@ class Progress(Callback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-class ConsoleHandler(logging.Handler):
-    """Send log records through `say`, so that they and the bar leave each other whole."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            say(self.format(record))
-        except Exception:
-            self.handleError(record)
-
-
-def say(text: str) -> None:
-    """Print text to standard output, above the bar where there is one.
-
-    Control characters are shown, not sent, and what the terminal's encoding lacks is escaped:
-    generated text neither disturbs a terminal nor stops a run.
-    """
-    encoding = sys.stdout.encoding or "utf-8"
-    tqdm.write(visible(text).encode(encoding, "backslashreplace").decode(encoding))
-    sys.stdout.flush()
-
-
-def visible(text: str) -> str:
-    """Return text with its control characters, but for newline and tab, as visible pictures."""
-    return text.translate(_VISIBLE)
 
 
 def progress_line(

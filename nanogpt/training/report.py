@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 from nanogpt.disk import write_atomically
 from nanogpt.evaluation.hellaswag import PUBLISHED
 from nanogpt.evaluation.results import Row, read_kept
+from nanogpt.runs.directory import read_config, read_summary
+from nanogpt.runs.metrics import read_metrics
 from nanogpt.training.charts import Chart, Points, Series, draw
 from nanogpt.training.classes import TOLD_OF_CLASSES, classes_section, share
 from nanogpt.training.evaluations import evaluations_section
-from nanogpt.training.metrics import read_metrics
 from nanogpt.training.page import details, document, escape, pre, section
 from nanogpt.training.progress import duration, percent
-from nanogpt.training.run import read_config, read_summary
 
 MOST_SAMPLES = 24
 MOST_TABLE_ROWS = 40

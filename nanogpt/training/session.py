@@ -32,11 +32,17 @@ from nanogpt.checkpoint import (
     with_dropout,
 )
 from nanogpt.command import first_line
+from nanogpt.disk import link_atomically
 from nanogpt.evaluation import hellaswag
 from nanogpt.evaluation.examples import find_benchmark
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Schedule
 from nanogpt.prompts import Template, find_template
+from nanogpt.ranks import Ranks, join, leave_with_launcher, on_rank_zero
+from nanogpt.runs.directory import NEW_OR_ANEW, RunDirectory, RunLock, check_continues, cut_samples
+from nanogpt.runs.identity import binding, operational_differences
+from nanogpt.runs.log import log_to
+from nanogpt.runs.metrics import MetricsFile
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.training.callbacks import (
     Figures,
@@ -44,30 +50,16 @@ from nanogpt.training.callbacks import (
     Samples,
     StopSignals,
     Validation,
-    cut_samples,
 )
-from nanogpt.training.checkpointing import (
-    AtomicCheckpointIO,
-    Checkpointing,
-    link_atomically,
-)
-from nanogpt.training.launch import Ranks, join, leave_with_launcher, on_rank_zero, resolve_device
-from nanogpt.training.loggers import extra_logger
-from nanogpt.training.logs import log_to, quieten_lightning
+from nanogpt.training.checkpointing import AtomicCheckpointIO, Checkpointing
+from nanogpt.training.launch import resolve_device
+from nanogpt.training.loggers import MetricsLogger, extra_logger
+from nanogpt.training.logs import quieten_lightning
 from nanogpt.training.machine import device_name
-from nanogpt.training.metrics import MetricsFile, MetricsLogger
 from nanogpt.training.module import Batch, StageModule
 from nanogpt.training.probe import Decisions, decide
 from nanogpt.training.progress import Progress
 from nanogpt.training.report import is_whole, write_report
-from nanogpt.training.run import (
-    NEW_OR_ANEW,
-    RunDirectory,
-    RunLock,
-    binding,
-    check_continues,
-    operational_differences,
-)
 from nanogpt.training.summary import reached, summarise, tell
 
 log = logging.getLogger("nanogpt")

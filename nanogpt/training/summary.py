@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.checkpoint import weights_sha256
+from nanogpt.runs.metrics import read_metrics
 from nanogpt.training.machine import git_revision, versions
-from nanogpt.training.metrics import read_metrics
 from nanogpt.training.module import StageModule
 from nanogpt.training.progress import duration, percent
 

@@ -3,14 +3,9 @@
 import csv
 import logging
 import os
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any
-
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
 
 from nanogpt.disk import naming, write_atomically
 
@@ -26,7 +21,6 @@ COLUMNS = (
     "val/loss",
     "val/bits_per_byte",
 )
-
 
 log = logging.getLogger("nanogpt")
 
@@ -98,42 +92,6 @@ class MetricsFile:
         write_atomically(self.path, b"".join(lines))
         self._row = dict(zip(columns, rows[-1], strict=False)) if rows else {}
         self._row_at = sum(map(len, lines[:-1])) if rows else 0
-
-
-class MetricsLogger(Logger):
-    """A `MetricsFile` for `Trainer(logger=[...])`, beside TensorBoard or W&B."""
-
-    def __init__(self, file: MetricsFile) -> None:
-        super().__init__()
-        self.file = file
-
-    @property
-    def name(self) -> str:
-        return ""
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @property
-    def save_dir(self) -> str:
-        return str(self.file.path.parent)
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append to the row of `step`, an optimizer step; Lightning's own `epoch` is left out."""
-        assert step is not None, "metrics.csv is kept by optimizer step"
-        self.file.append(step, {name: metrics[name] for name in metrics if name != "epoch"})
-
-    @rank_zero_only
-    def log_hyperparams(
-        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
-    ) -> None:
-        """Ignore them: the run directory's `config.yaml` is their record."""
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        self.file.flush()
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
