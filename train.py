@@ -58,7 +58,7 @@ FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 STOPPED_BY_SIGNAL = (130, 143)
 
 # Keys of data that its object does not have: how its documents become shards, and shards batches.
-ABOUT_PREPARING = ("tokens", "shard_tokens", "wait")
+ABOUT_PREPARING = ("tokens", "shard_tokens")
 ABOUT_BATCHES = ("workers", "prompts")
 HEAD_START_S = 2.0  # of rank zero, which reports what it does, where a corpus is to be prepared
 
@@ -414,12 +414,10 @@ def build_optimizer(config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], fl
 
 def build_corpus(config: Mapping[str, Any], tokenizer: Any, rank: int) -> Any:
     """Return the configured corpus, prepared, with the given tokenizer or else the configured."""
-    from nanogpt.data.growing import open_growing
     from nanogpt.data.preparing import Preparation, prepare
     from nanogpt.data.pretokenized import TokenShards, fetch_pretokenized
 
     source, preparing = build_source(config["data"])
-    wait = preparing.pop("wait", None)
     data_dir = Path(config["data_dir"])
     if pretokenized := config["data"].get("pretokenized"):
         source = TokenShards(fetch_pretokenized(pretokenized, data_dir), source.val_fraction)
@@ -435,7 +433,7 @@ def build_corpus(config: Mapping[str, Any], tokenizer: Any, rank: int) -> Any:
     preparation = Preparation(source, make_tokenizer, key, data_dir, **preparing)
     if rank > 0 and not preparation.directory.exists():
         time.sleep(HEAD_START_S)
-    return prepare(preparation) if wait is None else open_growing(preparation, wait)
+    return prepare(preparation)
 
 
 def build_source(node: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -26,9 +26,6 @@ class Stream:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def n_tokens(self, at_least: int) -> int:
-        return len(self)
-
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.tokens[start:stop]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt.data.order import RowOrder, WindowedOrder, permute, row_seeds
+from nanogpt.data.order import RowOrder, permute, row_seeds
 
 SIZES = st.integers(1, 5000)
 
@@ -104,98 +104,6 @@ def test_a_shuffle_of_ten_billion_tokens_repeats_no_row() -> None:
     positions = np.unique(np.concatenate([np.arange(4_000_000, 4_200_000), np.arange(0, n, 49)]))
     seen[permute(positions, n, "key")] = True
     assert seen.sum() == len(positions)
-
-
-class Arriving:
-    """A stream of `total` tokens that come in pieces, and only when someone waits for them."""
-
-    def __init__(self, total: int, piece: int = 1) -> None:
-        self.total, self.piece, self.present = total, piece, 0
-
-    def n_tokens(self, at_least: int) -> int:
-        while self.present < min(at_least, self.total):
-            self.present = min(self.present + self.piece, self.total)
-        return self.present
-
-
-WINDOWED = {
-    "window_tokens": st.integers(1, 60),
-    "block_size": st.integers(1, 20),
-    "total": st.integers(2, 300),
-}
-
-
-def _windowed(
-    window_tokens: int, block_size: int, stream: Arriving, seed: int = 1
-) -> WindowedOrder:
-    return WindowedOrder(window_tokens, block_size, seed, "corpus", stream.n_tokens)
-
-
-def _sequence(order: WindowedOrder, n: int, rows_per_step: int) -> list[int]:
-    steps = range(-(-n // rows_per_step))
-    return [r for step in steps for r in order.rows_of_step(step, rows_per_step).tolist()][:n]
-
-
-@settings(deadline=None)
-@given(**WINDOWED, rows_per_step=st.integers(1, 50))
-def test_each_windowed_pass_holds_every_row_once(
-    window_tokens: int, block_size: int, total: int, rows_per_step: int
-) -> None:
-    n_rows = math.ceil((total - 1) / block_size)
-    order = _windowed(window_tokens, block_size, Arriving(total))
-    rows = _sequence(order, 2 * n_rows, rows_per_step)
-    assert sorted(rows[:n_rows]) == sorted(rows[n_rows:]) == list(range(n_rows))
-
-
-@settings(deadline=None)
-@given(**WINDOWED)
-def test_a_pass_walks_the_windows_in_order(window_tokens: int, block_size: int, total: int) -> None:
-    n_rows = math.ceil((total - 1) / block_size)
-
-    def window(row: int) -> int:
-        """The first window, counted in whole ones, by whose end all tokens of a row are there."""
-        ends = range(window_tokens, total + 1, window_tokens)
-        last_token = row * block_size + block_size
-        return sum(end <= last_token for end in ends)
-
-    windows = [
-        window(r)
-        for r in _sequence(_windowed(window_tokens, block_size, Arriving(total)), n_rows, 7)
-    ]
-    assert windows == sorted(windows)
-
-
-@settings(deadline=None)
-@given(**WINDOWED, rows_per_step=st.integers(1, 50), piece=st.integers(1, 400))
-def test_rows_do_not_depend_on_when_the_tokens_came(
-    window_tokens: int, block_size: int, total: int, rows_per_step: int, piece: int
-) -> None:
-    all_there = Arriving(total, total)
-    all_there.n_tokens(total)
-    n = 2 * math.ceil((total - 1) / block_size)
-    late = _windowed(window_tokens, block_size, Arriving(total, piece))
-    assert _sequence(late, n, rows_per_step) == _sequence(
-        _windowed(window_tokens, block_size, all_there), n, rows_per_step
-    )
-
-
-def test_early_steps_wait_for_their_own_window_only() -> None:
-    stream = Arriving(1000)
-    order = _windowed(100, 10, stream)  # 9 rows need the first 100 tokens only, 19 the first 200
-    assert sorted(_sequence(order, 9, 9)) == list(range(9))
-    assert stream.present == 100
-    assert sorted(order.rows_of_step(1, 9).tolist() + order.rows_of_step(18, 1).tolist()) == list(
-        range(9, 19)
-    )
-    assert stream.present == 200
-
-
-def test_windows_shuffle_their_rows() -> None:
-    order = _windowed(10_000, 10, Arriving(30_001, 30_001))
-    rows = np.array(_sequence(order, 6000, 100)).reshape(6, 1000)  # 2 passes of about 3 windows
-    assert all((rows[i] != np.sort(rows[i])).mean() > 0.9 for i in range(6))
-    assert (rows[0] == rows[3]).mean() < 0.05
-    assert (rows[0, :990] == rows[1, :990] - 1000).mean() < 0.05
 
 
 def _defined(value: int, n: int, key: str) -> int:

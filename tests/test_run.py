@@ -90,6 +90,12 @@ def test_auto_agrees_with_what_it_became() -> None:
     assert identity_differences(recorded, {"trainer": {"precision": "32-true"}}) != []
 
 
+def test_a_run_that_shuffled_a_growing_corpus_is_another_run() -> None:
+    """`data.wait`, a key of earlier versions, made the order of the rows another one."""
+    assert identity_differences({"data": {"wait": 10}}, {"data": {}}) != []
+    assert identity_differences({"data": {"wait": None}}, {"data": {}}) == []
+
+
 def test_checkpoints_are_bound_to_the_identity_without_its_budget() -> None:
     recorded = {**CONFIG, "resolved": {"corpus": "abc"}}
     assert binding(recorded) == binding({**recorded, "max_steps": 9, "threads": 2, "new_key": None})

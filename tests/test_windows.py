@@ -7,32 +7,28 @@ from hypothesis import strategies as st
 from nanogpt.data.windows import NOT_SCORED, Windows
 
 
-class Arriving:
-    """The tokens 0, 1, 2 ... of a stream that grows by one only while someone waits."""
+class Counting:
+    """The stream of tokens 0, 1, 2 ..."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.present = total, 0
+        self.total = total
 
     def __len__(self) -> int:
-        return self.n_tokens(self.total)
-
-    def n_tokens(self, at_least: int) -> int:
-        self.present = max(self.present, min(at_least, self.total))
-        return self.present
+        return self.total
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        assert stop <= self.present, "read before it was there"
+        assert stop <= self.total, "read past the end"
         return np.arange(start, stop)
 
 
 def test_rows_overlap_by_the_token_that_is_both_target_and_input() -> None:
-    input_ids, targets = Windows(Arriving(9), block_size=4).read(np.array([1, 0]))
+    input_ids, targets = Windows(Counting(9), block_size=4).read(np.array([1, 0]))
     assert input_ids.tolist() == [[4, 5, 6, 7], [0, 1, 2, 3]]
     assert targets.tolist() == [[5, 6, 7, 8], [1, 2, 3, 4]]
 
 
 def test_what_lies_past_the_end_is_not_scored() -> None:
-    input_ids, targets = Windows(Arriving(7), block_size=4).read(np.array([1]))
+    input_ids, targets = Windows(Counting(7), block_size=4).read(np.array([1]))
     assert input_ids.tolist() == [[4, 5, 0, 0]]
     assert targets.tolist() == [[5, 6, NOT_SCORED, NOT_SCORED]]
 
@@ -40,7 +36,7 @@ def test_what_lies_past_the_end_is_not_scored() -> None:
 @settings(deadline=None)
 @given(total=st.integers(2, 100), block_size=st.integers(1, 20))
 def test_every_target_is_scored_once(total: int, block_size: int) -> None:
-    windows = Windows(Arriving(total), block_size)
+    windows = Windows(Counting(total), block_size)
     _, targets = windows.read(np.arange(len(windows)))
     assert targets[targets != NOT_SCORED].tolist() == list(range(1, total))
 
@@ -50,15 +46,7 @@ def test_every_target_is_scored_once(total: int, block_size: int) -> None:
 def test_targets_are_counted_without_reading(
     data: st.DataObject, total: int, block_size: int
 ) -> None:
-    windows = Windows(Arriving(total), block_size)
+    windows = Windows(Counting(total), block_size)
     rows = np.array(data.draw(st.lists(st.integers(0, len(windows) - 1), min_size=1)))
     _, targets = windows.read(rows)
     assert windows.n_targets(rows) == (targets != NOT_SCORED).sum()
-
-
-def test_a_row_waits_for_its_own_tokens_only() -> None:
-    stream = Arriving(1000)
-    windows = Windows(stream, block_size=4)
-    assert windows.n_targets(np.array([2, 0])) == 8
-    windows.read(np.array([2, 0]))
-    assert stream.present == 13

@@ -9,7 +9,6 @@
     writer.py      the shards as they grow, and the journal to continue from
     meter.py       what a person sees meanwhile
     corpus.py      what was prepared: shards, tokenizer and manifest, verified when opened
-    growing.py     a corpus that is trained on while it is prepared
     pretokenized.py, foreign.py      shards that others have made
     shards.py      the shard format, and a stream of tokens over many shards
     order.py       which row the training sees at which step: a pure function

@@ -24,10 +24,7 @@ HASHED_AT_OPEN_BYTES = 100 * 2**20  # smaller corpora are compared with their ha
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus, opened. `fingerprint` stands for the tokenizer's table and every token.
-
-    With `window_tokens`, rows are shuffled within windows of so many tokens instead of all over.
-    """
+    """A prepared corpus, opened. `fingerprint` stands for the tokenizer's table and every token."""
 
     directory: Path
     tokenizer: Tokenizer
@@ -35,7 +32,6 @@ class Corpus:
     val: Tokens
     fingerprint: str
     manifest: dict[str, Any]
-    window_tokens: int | None = None
 
 
 def open_corpus(directory: Path) -> Corpus:

@@ -13,10 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nanogpt.data.corpus import Corpus
-from nanogpt.data.order import RowOrder, WindowedOrder, row_seeds
+from nanogpt.data.order import RowOrder, row_seeds
 from nanogpt.data.windows import Tokens, Windows
-
-Order = RowOrder | WindowedOrder
 
 VAL_BATCH_TOKENS = 8192  # whatever the training's micro-batch, so that it never changes a score
 
@@ -121,7 +119,7 @@ class RowsDataModule(StepDataModule):
         self,
         train_rows: Rows,
         val_rows: Rows,
-        order: Order,
+        order: RowOrder,
         *,
         block_size: int,
         tokens_per_step: int,
@@ -178,17 +176,10 @@ class TokenDataModule(RowsDataModule):
         _check_length("training", corpus.train, block_size + 1, block_size)
         _check_length("validation", corpus.val, 2, block_size)
         windows = Windows(corpus.train, block_size)
-        order: Order = (
-            RowOrder(len(windows), seed, corpus.fingerprint)
-            if corpus.window_tokens is None
-            else WindowedOrder(
-                corpus.window_tokens, block_size, seed, corpus.fingerprint, corpus.train.n_tokens
-            )
-        )
         super().__init__(
             windows,
             Windows(corpus.val, block_size),
-            order,
+            RowOrder(len(windows), seed, corpus.fingerprint),
             block_size=block_size,
             tokens_per_step=tokens_per_step,
             micro_batch=micro_batch,
@@ -229,7 +220,7 @@ class _StepBatches(Dataset[list[Batch]]):
     """Item `step`: the micro-batches of one rank in that optimizer step."""
 
     source: Rows
-    order: Order
+    order: RowOrder
     share: Share
 
     def __getitem__(self, step: int) -> list[Batch]:
@@ -290,10 +281,9 @@ def _batch(source: Rows, rows: np.ndarray, step_targets: int) -> Batch:
 
 
 def _check_length(what: str, tokens: Tokens, needed: int, block_size: int) -> None:
-    n_tokens = tokens.n_tokens(at_least=needed)
-    if n_tokens < needed:
+    if len(tokens) < needed:
         raise ValueError(
-            f"the {what} text has {n_tokens} tokens and needs at least {needed} "
+            f"the {what} text has {len(tokens)} tokens and needs at least {needed} "
             f"(block_size={block_size}); pass more text or a smaller model.block_size"
         )
 

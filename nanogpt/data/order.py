@@ -7,15 +7,11 @@ Feistel network, so any process can ask for any step, in constant memory, and al
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
 ROUNDS = 8
-
-Positions = TypeVar("Positions", int, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -36,53 +32,6 @@ class RowOrder:
             key = f"{self.seed}/{self.corpus_fingerprint}/{number}"
             rows[here] = permute(positions[here], self.n_rows, key)
         return rows
-
-
-@dataclass(frozen=True)
-class WindowedOrder:
-    """An endless sequence of a stream's rows that begins before the stream is all there.
-
-    The stream is cut into windows of `window_tokens`. A pass walks the windows in order and
-    shuffles the rows inside each: those that lie wholly inside the windows so far and in none
-    before. The last window, which holds the rest, and every later pass need the whole stream.
-
-    `n_tokens(at_least)` returns how many tokens there are, once there are that many or the stream
-    is complete. When they came makes no difference to the rows.
-    """
-
-    window_tokens: int
-    block_size: int
-    seed: int
-    corpus_fingerprint: str
-    n_tokens: Callable[[int], int]
-
-    def rows_of_step(self, step: int, rows_per_step: int) -> np.ndarray:
-        """Return the rows of an optimizer step, over all ranks, (rows_per_step,) int64.
-
-        Waits for the tokens up to the end of the step's last window.
-        """
-        positions = np.arange(step * rows_per_step, (step + 1) * rows_per_step)
-        needed = (self._window_of(int(positions[-1])) + 1) * self.window_tokens
-        present = self.n_tokens(needed)
-        n_rows = -(-(present - 1) // self.block_size)  # of a pass, if any position is in the next
-        passes, positions = np.divmod(positions, n_rows)
-        last_window = present // self.window_tokens  # if any position is in it
-        windows = np.minimum(self._window_of(positions), last_window)
-        rows = np.empty(rows_per_step, dtype=np.int64)
-        for number, window in np.unique(np.stack([passes, windows]), axis=1).T.tolist():
-            here = (passes == number) & (windows == window)
-            first = self._rows_before(window)
-            end = n_rows if window == last_window else self._rows_before(window + 1)
-            key = f"{self.seed}/{self.corpus_fingerprint}/{number}/{window}"
-            rows[here] = first + permute(positions[here] - first, end - first, key)
-        return rows
-
-    def _window_of(self, position: Positions) -> Positions:
-        """Return the window that holds the last token of a row; positions keep to it."""
-        return (position + 1) * self.block_size // self.window_tokens
-
-    def _rows_before(self, window: int) -> int:
-        return max((window * self.window_tokens - 1) // self.block_size, 0)
 
 
 def row_seeds(seed: int, step: int, n_rows: int) -> np.ndarray:

@@ -112,20 +112,15 @@ def prepare(preparation: Preparation) -> Corpus:
     """
     directory = preparation.directory
     if not (directory / MANIFEST).exists():
-        make_folder(directory)
-        with wait_for_lock(lock(directory), f"prepares {directory}"):
-            make_unless_made(preparation)
-    return open_made(preparation)
-
-
-def open_made(preparation: Preparation) -> Corpus:
-    """Return the corpus that an earlier call has made; raises as `open_corpus` does."""
-    corpus = open_corpus(preparation.directory)
-    check_identity(corpus.directory, corpus.manifest.get("identity"), preparation)
+        _make_folder(directory)
+        with wait_for_lock(_lock(directory), f"prepares {directory}"):
+            _make_unless_made(preparation)
+    corpus = open_corpus(directory)
+    _check_identity(directory, corpus.manifest.get("identity"), preparation)
     return corpus
 
 
-def make_unless_made(preparation: Preparation) -> None:
+def _make_unless_made(preparation: Preparation) -> None:
     """Make the corpus, or what is left of it to make; the caller holds the lock."""
     directory = preparation.directory
     try:
@@ -140,7 +135,7 @@ def make_unless_made(preparation: Preparation) -> None:
         ) from error
 
 
-def check_identity(directory: Path, found: object, preparation: Preparation) -> None:
+def _check_identity(directory: Path, found: object, preparation: Preparation) -> None:
     """Raise ValueError where a folder, finished or not, holds another corpus than this one."""
     known = found if isinstance(found, Mapping) else {}
     wanted = preparation.identity
@@ -153,11 +148,11 @@ def check_identity(directory: Path, found: object, preparation: Preparation) -> 
         )
 
 
-def make_folder(directory: Path) -> None:
+def _make_folder(directory: Path) -> None:
     """Make the corpus's folder; raises OSError in one sentence where that cannot be."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock(directory).acquire(timeout=0).lock.release()
+        _lock(directory).acquire(timeout=0).lock.release()
     except Timeout:
         pass  # another process writes there
     except OSError as error:
@@ -166,7 +161,7 @@ def make_folder(directory: Path) -> None:
         ) from error
 
 
-def lock(directory: Path) -> FileLock:
+def _lock(directory: Path) -> FileLock:
     """Return the lock of the process that prepares in this folder."""
     return FileLock(directory / ".lock")
 
@@ -220,7 +215,7 @@ def _begin_or_continue(
     begun = read_journal(directory)
     if begun is not None:
         settled, progress = begun
-        check_identity(directory, settled.get("identity"), preparation)
+        _check_identity(directory, settled.get("identity"), preparation)
         log.info("%s: continuing after %s documents", directory, f"{progress.records:,}")
         return settled, read_tokenizer(path), progress
     if any(directory.glob("*.bin")):

@@ -121,10 +121,6 @@ class TokenStream:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def n_tokens(self, at_least: int) -> int:
-        """Return how many tokens there are; a stream that still grows waits for `at_least`."""
-        return len(self)
-
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens from `start` up to `stop`, (stop - start,) int64."""
         if not 0 <= start <= stop <= len(self):

@@ -9,16 +9,13 @@ NOT_SCORED = -100
 
 
 class Tokens(Protocol):
-    """A stream of tokens, which may still grow."""
+    """A stream of tokens."""
 
     def __len__(self) -> int:
-        """Return the number of tokens, once all are there."""
-
-    def n_tokens(self, at_least: int) -> int:
-        """Return how many tokens there are, once there are that many or the stream is complete."""
+        """Return the number of tokens."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the tokens from `start` up to `stop`, which are there, (stop - start,) int64."""
+        """Return the tokens from `start` up to `stop`, (stop - start,) int64."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +33,7 @@ class Windows:
 
     def n_targets(self, rows: np.ndarray) -> int:
         """Return how many targets the rows have in all."""
-        starts = rows * self.block_size
-        end = int(starts.max()) + self.block_size + 1
-        targets_after = self.stream.n_tokens(end) - 1 - starts
+        targets_after = len(self.stream) - 1 - rows * self.block_size
         return int(np.minimum(targets_after, self.block_size).sum())
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -50,8 +45,8 @@ class Windows:
         targets = np.full((len(rows), self.block_size), NOT_SCORED, dtype=np.int64)
         for i, row in enumerate(rows.tolist()):
             start = row * self.block_size
-            end = start + self.block_size + 1
-            tokens = self.stream.read(start, min(end, self.stream.n_tokens(end)))
+            end = min(start + self.block_size + 1, len(self.stream))
+            tokens = self.stream.read(start, end)
             input_ids[i, : len(tokens) - 1] = tokens[:-1]
             targets[i, : len(tokens) - 1] = tokens[1:]
         return input_ids, targets

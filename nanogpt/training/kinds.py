@@ -45,7 +45,6 @@ KINDS = {
     "data.workers": ("0", COUNT),
     "data.tokens": ("null", COUNT),
     "data.shard_tokens": (COUNT,),
-    "data.wait": ("null", COUNT),
     "callbacks.log_every_n_steps": (COUNT,),
     "callbacks.validation.every_n_steps": (COUNT,),
     "callbacks.validation.tokens": ("null", COUNT),
