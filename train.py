@@ -44,6 +44,7 @@ from nanogpt.command import guard_output
 from nanogpt.config import (
     SWEEP,
     as_overrides,
+    build,
     expand_environment,
     expand_paths,
     explain_syntax,
@@ -188,7 +189,8 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     from nanogpt.training.session import Session
 
     check_values(config)
-    with Session(config, stage_source(config).fingerprint) as session:
+    schedule = build(config["schedule"], "schedule")
+    with Session(config, schedule, stage_source(config).fingerprint) as session:
         if session.finished is not None:
             return session.finished
         return STAGES[config["stage"]](config, session, session.starting_point())
@@ -405,11 +407,16 @@ def build_loss(config: Mapping[str, Any]) -> tuple[Callable[[list[float]], Any],
 
 def build_optimizer(config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], float | None]:
     """Return what makes the configured optimizer of a model, and the norm to clip gradients to."""
-    node = {key: value for key, value in config["optim"].items() if key != "schedule"}
-    grad_clip = node.pop("grad_clip")
+    grad_clip = config["grad_clip"]
     if grad_clip is not None and not (type(grad_clip) in (int, float) and grad_clip > 0):
-        raise ValueError(f"optim.grad_clip={grad_clip!r} is neither null nor a number above 0")
-    return instantiate(node, _partial_=True, _convert_="all"), grad_clip
+        raise ValueError(f"grad_clip={grad_clip!r} is neither null nor a number above 0")
+    return partial(optimizer_of, config["optim"]), grad_clip
+
+
+def optimizer_of(node: Mapping[str, Any], model: Any) -> Any:
+    """Return the configured optimizer of a model; its callable takes `model` or `params`."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return build(node, "optim", model=model, params=params)
 
 
 def build_corpus(config: Mapping[str, Any], tokenizer: Any, rank: int) -> Any:

@@ -26,7 +26,7 @@ from nanogpt_shakespeare import read_module
 from torch.utils.data import DataLoader
 
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import Schedule, adamw
+from nanogpt.optim import Constant, adamw
 from nanogpt.runs.metrics import MetricsFile
 from nanogpt.training.callbacks import Figures
 from nanogpt.training.checkpointing import AtomicCheckpointIO
@@ -111,7 +111,7 @@ def alternate(
     module = PretrainModule(
         _seeded_model(config),
         make_optimizer=_optimizer,
-        schedule=Schedule(kind="constant"),
+        schedule=Constant(),
         max_steps=max_steps,
         tokens_per_step=batches[0]["input_ids"].numel(),
         grad_clip=1.0,

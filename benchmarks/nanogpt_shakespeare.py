@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import Schedule, adamw, set_learning_rate
+from nanogpt.optim import Cosine, adamw, learning_rates, set_learning_rates
 from nanogpt.training.pretrain import next_token_loss
 
 BLOCK_SIZE, ROWS = 64, 12
@@ -113,7 +113,7 @@ def our_step(path: Path, compiled: bool, bf16: bool = False) -> Step:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=N_BYTES, **SHAPE))  # type: ignore[arg-type]
     optimizer = adamw(model, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS)
-    schedule = Schedule("cosine", warmup_steps=WARMUP_STEPS, floor=LEAST_RATE / LEARNING_RATE)
+    schedule, rates = Cosine(WARMUP_STEPS, LEAST_RATE / LEARNING_RATE), learning_rates(optimizer)
     summed_loss = torch.compile(next_token_loss) if compiled else next_token_loss
     batches = aligned_windows(path)
     done = 0
@@ -121,7 +121,7 @@ def our_step(path: Path, compiled: bool, bf16: bool = False) -> Step:
     def step() -> None:
         nonlocal done
         input_ids, targets = next(batches)
-        set_learning_rate(optimizer, schedule.factor(done, MAX_STEPS))
+        set_learning_rates(optimizer, rates, schedule(done, MAX_STEPS))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = summed_loss(model, input_ids, targets) / targets.numel()
         loss.backward()

@@ -36,7 +36,9 @@ OTHER_NAMES = {
     "dtype": "trainer.precision",
     "epochs": "max_steps (with stage=instruct, instruct.max_passes)",
     "eval_interval": "callbacks.validation.every_n_steps",
+    "grad_clip": "grad_clip",
     "gradient_accumulation_steps": "tokens_per_step (the accumulation follows from it)",
+    "kind": "schedule=wsd (or cosine, constant)",
     "learning_rate": "optim.learning_rate",
     "lr": "optim.learning_rate",
     "max_epochs": "max_steps (with stage=instruct, instruct.max_passes)",
@@ -44,7 +46,7 @@ OTHER_NAMES = {
     "num_epochs": "max_steps (with stage=instruct, instruct.max_passes)",
     "out_dir": "runs_dir",
     "output_dir": "runs_dir",
-    "warmup_iters": "optim.schedule.warmup_steps",
+    "warmup_iters": "schedule.warmup_steps",
     "weight_decay": "optim.weight_decay",
 }
 RESERVED = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # as Hydra names them

@@ -5,15 +5,21 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, ValidationError, WrapValidator, validate_call
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as adamw_step
 
+from nanogpt.values import CHECKED, Amount, Count, Flag, Fraction, Size
+
 # A parameter group as torch.optim takes it: "params" and that group's settings.
 Group = dict[str, Any]
+# (step, max_steps) -> factor of the learning rate: step is an optimizer step counted from 0.
+Schedule = Callable[[int, int], float]
 
 # Newton-Schulz: https://kellerjordan.github.io/posts/muon/, as in torch.optim.Muon.
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -24,61 +30,65 @@ HIDDEN_WEIGHT = re.compile(r"(^|\.)h\.\d+\.")
 QKV_WEIGHT = re.compile(r"(^|\.)attn\.c_attn\.weight$")
 
 
+def _two_decays(value: Any, validate: Callable[[Any], Any]) -> Any:
+    try:
+        return validate(value)
+    except ValidationError:
+        raise ValueError("two numbers from 0 to below 1") from None
+
+
+Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Betas = Annotated[tuple[Decay, Decay], WrapValidator(_two_decays)]
+checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True))
+
+
+@checked
 def adamw(
     model: nn.Module,
     *,
-    learning_rate: float = 6e-4,
-    weight_decay: float = 0.1,
-    betas: Sequence[float] = (0.9, 0.95),
-    eps: float = 1e-8,
-    for_width: int | None = None,
+    learning_rate: Amount = 6e-4,
+    weight_decay: Amount = 0.1,
+    betas: Betas = (0.9, 0.95),
+    eps: Amount = 1e-8,
+    for_width: Count | None = None,
 ) -> torch.optim.AdamW:
     """Build AdamW over the model's decay groups, fused where the device has it.
 
     With `for_width` the learning rate is meant for models of so many channels (n_embd); narrower
     ones take proportionally more of it ("Tensor Programs V", arXiv:2203.03466, table 3).
     """
-    _check_amounts(learning_rate=learning_rate, weight_decay=weight_decay, eps=eps)
     if for_width is not None:
-        _check_counts(for_width=for_width)
         config: Any = model.config
         learning_rate *= for_width / config.n_embd
     return torch.optim.AdamW(
-        _with_base_lr(parameter_groups(model, weight_decay), learning_rate),
+        parameter_groups(model, weight_decay),
         lr=learning_rate,
-        betas=_checked_betas(betas),
+        betas=betas,
         eps=eps,
         fused=_all_fused(model.parameters()) or None,
     )
 
 
+@checked
 def muon(
     model: nn.Module,
     *,
-    learning_rate: float = 1e-2,
-    adamw_learning_rate: float = 3e-3,
-    weight_decay: float = 0.1,
-    momentum: float = 0.95,
-    nesterov: bool = True,
-    ns_steps: int = 5,
-    betas: Sequence[float] = (0.9, 0.95),
-    eps: float = 1e-8,
-    split_qkv: bool = False,
-) -> "MuonAdamW":
+    learning_rate: Amount = 1e-2,
+    adamw_learning_rate: Amount = 3e-3,
+    weight_decay: Amount = 0.1,
+    momentum: Fraction = 0.95,
+    nesterov: Flag = True,
+    ns_steps: Size = 5,
+    betas: Betas = (0.9, 0.95),
+    eps: Amount = 1e-8,
+    split_qkv: Flag = False,
+) -> torch.optim.Optimizer:
     """Build Muon for the blocks' matrices and AdamW for all other parameters, as one optimizer.
 
     `learning_rate` is on AdamW's scale (arXiv:2502.16982, section 2.2: updates of RMS 0.2).
     `split_qkv` orthogonalises the query, key and value thirds of `c_attn` apart, as Muon's author
     does; without it the updates are those of `torch.optim.Muon`.
     """
-    _check_amounts(
-        learning_rate=learning_rate,
-        adamw_learning_rate=adamw_learning_rate,
-        weight_decay=weight_decay,
-        eps=eps,
-    )
-    _check_fractions(momentum=momentum)
-    _check_counts(ns_steps=ns_steps)
     matrices: dict[int, list[nn.Parameter]] = defaultdict(list)  # by number of row blocks
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -88,26 +98,22 @@ def muon(
             matrices[3 if split_qkv and QKV_WEIGHT.search(name) else 1].append(parameter)
     muon_settings = {
         "algorithm": "muon",
-        "weight_decay": float(weight_decay),
+        "lr": learning_rate,
+        "weight_decay": weight_decay,
         "momentum": momentum,
         "nesterov": nesterov,
         "ns_steps": ns_steps,
     }
     adamw_settings = {
         "algorithm": "adamw",
-        "betas": _checked_betas(betas),
+        "lr": adamw_learning_rate,
+        "betas": betas,
         "eps": eps,
         "fused": _all_fused(rest),
     }
     return MuonAdamW(
-        _with_base_lr(
-            [{"params": matrices[n], "row_blocks": n, **muon_settings} for n in sorted(matrices)],
-            learning_rate,
-        )
-        + _with_base_lr(
-            [{**group, **adamw_settings} for group in _decay_groups(rest, weight_decay)],
-            adamw_learning_rate,
-        )
+        [{"params": matrices[n], "row_blocks": n, **muon_settings} for n in sorted(matrices)]
+        + [{**group, **adamw_settings} for group in _decay_groups(rest, weight_decay)]
     )
 
 
@@ -116,10 +122,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[Group]:
     return _decay_groups(model.parameters(), weight_decay)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's learning rate to its `base_lr` times the schedule's factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return the learning rate of every group."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, rates: Sequence[float], factor: float
+) -> None:
+    """Set the learning rate of every group to its rate at the top times the schedule's factor."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * factor
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -214,87 +227,93 @@ def orthogonalise(matrices: Tensor, ns_steps: int) -> Tensor:
     return x.mT if tall else x
 
 
-def warmup_cosine(step: int, *, warmup_steps: int, max_steps: int, floor: float) -> float:
-    """Return the learning-rate factor of an optimizer step, counted from 0.
+@dataclass(frozen=True, config=CHECKED)
+class Cosine:
+    """Linear warm-up, then a cosine from 1 down to `floor` at `max_steps` (GPT-3, appendix B).
 
-    Linear up to 1 over `warmup_steps`, then a cosine down to `floor` at `max_steps` (GPT-3,
-    appendix B).
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = min((step - warmup_steps) / max(max_steps - warmup_steps, 1), 1.0)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def warmup_stable_decay(
-    step: int, *, warmup_steps: int, decay_steps: int, max_steps: int, floor: float
-) -> float:
-    """Return the learning-rate factor of an optimizer step, counted from 0.
-
-    Linear up to 1 over `warmup_steps`, 1, and over the last `decay_steps` linear down to `floor` at
-    `max_steps` (arXiv:2405.18392).
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if step <= max_steps - decay_steps:
-        return 1.0
-    return floor + (1 - floor) * max(max_steps - step, 0) / decay_steps
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning-rate factor as a function of the step: the node `optim.schedule`.
-
-    `kind` is cosine, wsd (warm-up, stable, decay) or constant (after its warm-up). The warm-up
-    takes at most half of the run and the decay at most what is left, so a run may be of any length.
+    Like every schedule it maps an optimizer step, counted from 0, and the length of the run to a
+    factor of the learning rate. The warm-up takes at most half of the run.
     """
 
-    kind: str
-    warmup_steps: int = 0
-    decay_fraction: float = 0.5
-    floor: float = 0.0
+    warmup_steps: Size = 0
+    floor: Fraction = 0.0
 
-    def __post_init__(self) -> None:
-        if self.kind not in ("cosine", "wsd", "constant"):
-            raise ValueError(f"optim.schedule.kind is {self.kind!r}; write cosine, wsd or constant")
-        _check_counts(**{"schedule.warmup_steps": self.warmup_steps})
-        _check_fractions(
-            **{"schedule.decay_fraction": self.decay_fraction, "schedule.floor": self.floor}
-        )
-
-    def factor(self, step: int, max_steps: int) -> float:
-        """Return the factor in [0, 1] of an optimizer step, counted from 0."""
-        warmup_steps, decay_steps = self.fit(max_steps)
-        if self.kind == "cosine":
-            return warmup_cosine(
-                step, warmup_steps=warmup_steps, max_steps=max_steps, floor=self.floor
-            )
-        return warmup_stable_decay(
-            step,
-            warmup_steps=warmup_steps,
-            decay_steps=decay_steps,
-            max_steps=max_steps,
-            floor=self.floor,
-        )
-
-    def fit(self, max_steps: int) -> tuple[int, int]:
-        """Return the warm-up and decay steps that a run of `max_steps` has."""
+    def __call__(self, step: int, max_steps: int) -> float:
+        """Return the learning-rate factor in [0, 1]."""
         warmup_steps = min(self.warmup_steps, max_steps // 2)
-        left = max_steps - warmup_steps
-        wanted = {"cosine": left, "wsd": round(self.decay_fraction * max_steps), "constant": 0}
-        return warmup_steps, min(wanted[self.kind], left)
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min((step - warmup_steps) / max(max_steps - warmup_steps, 1), 1.0)
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def may_extend(self, step: int, old_max: int, new_max: int) -> bool:
-        """Tell whether `step` steps of a run of `old_max` are also those of a run of `new_max`."""
-        if new_max == old_max or step == 0:
-            return True
-        warmup_steps, decay_steps = self.fit(old_max)
-        return (
-            self.kind != "cosine"
-            and new_max > old_max
-            and warmup_steps == self.fit(new_max)[0]
-            and step <= old_max - decay_steps
-        )
+
+@dataclass(frozen=True, config=CHECKED)
+class WarmupStableDecay:
+    """Linear warm-up, 1, and a linear decay to `floor` at `max_steps` (arXiv:2405.18392).
+
+    The warm-up takes at most half of the run, the decay `decay_fraction` of it or what is left.
+    """
+
+    warmup_steps: Size = 0
+    decay_fraction: Fraction = 0.5
+    floor: Fraction = 0.0
+
+    def __call__(self, step: int, max_steps: int) -> float:
+        """Return the learning-rate factor in [0, 1]."""
+        warmup_steps = min(self.warmup_steps, max_steps // 2)
+        decay_steps = min(round(self.decay_fraction * max_steps), max_steps - warmup_steps)
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if step <= max_steps - decay_steps or not decay_steps:
+            return 1.0
+        return self.floor + (1 - self.floor) * max(max_steps - step, 0) / decay_steps
+
+
+@dataclass(frozen=True, config=CHECKED)
+class Constant:
+    """Linear warm-up over at most half of the run, then 1."""
+
+    warmup_steps: Size = 0
+
+    def __call__(self, step: int, max_steps: int) -> float:
+        """Return the learning-rate factor in [0, 1]."""
+        warmup_steps = min(self.warmup_steps, max_steps // 2)
+        return (step + 1) / warmup_steps if step < warmup_steps else 1.0
+
+
+def factor_at(schedule: Schedule, step: int, max_steps: int) -> float:
+    """Return the factor of a schedule, a finite number of at least 0.
+
+    Raises ValueError, naming the schedule and the step, where it has none.
+    """
+    function = getattr(schedule, "func", schedule)  # of a functools.partial
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    call = f"schedule {name}(step={step}, max_steps={max_steps})"
+    try:
+        factor = schedule(step, max_steps)
+    except Exception as error:
+        raise ValueError(f"{call} raises {type(error).__name__}: {error}") from error
+    if isinstance(factor, bool) or not isinstance(factor, Real) or not 0 <= factor < math.inf:
+        raise ValueError(f"{call} returns {factor!r}; a schedule returns a finite number from 0 up")
+    return float(factor)
+
+
+def check_schedule(schedule: Schedule, max_steps: int) -> None:
+    """Raise ValueError where a schedule fails at the first, middle or last steps of a run."""
+    for step in sorted({0, min(1, max_steps - 1), max_steps // 2, max_steps - 1}):
+        factor_at(schedule, step, max_steps)
+
+
+def may_extend(schedule: Schedule, step: int, old_max: int, new_max: int) -> bool:
+    """Return whether a run of `new_max` steps begins with the factors of one of `old_max` steps.
+
+    The first `step` factors are compared: a run may grow until one of them depends on its length.
+    """
+    if step == 0 or new_max == old_max:
+        return True
+    return new_max > old_max and all(
+        factor_at(schedule, s, old_max) == factor_at(schedule, s, new_max) for s in range(step)
+    )
 
 
 def _stacks(matrices: Iterable[Tensor]) -> Iterable[list[Tensor]]:
@@ -321,10 +340,6 @@ def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> li
     return [group for group in groups if group["params"]]
 
 
-def _with_base_lr(groups: list[Group], learning_rate: float) -> list[Group]:
-    return [{**group, "lr": learning_rate, "base_lr": learning_rate} for group in groups]
-
-
 def _all_fused(parameters: Iterable[nn.Parameter]) -> bool:
     kinds = {(p.device.type, p.dtype) for p in parameters}
     return bool(kinds) and all(_has_fused_adamw(*kind) for kind in kinds)
@@ -340,33 +355,3 @@ def _has_fused_adamw(device_type: str, dtype: torch.dtype) -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     return True
-
-
-def _checked_betas(betas: Sequence[float]) -> tuple[float, float]:
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ValueError(f"optim.betas is {betas!r}; write two numbers from 0 to below 1")
-    if not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
-        raise ValueError(f"optim.betas is {betas!r}; write two numbers from 0 to below 1")
-    return float(betas[0]), float(betas[1])
-
-
-def _check_amounts(**values: float) -> None:
-    for key, value in values.items():
-        if not (_is_number(value) and 0 <= value < math.inf):
-            raise ValueError(f"optim.{key} is {value!r}; write a number of at least 0, as 1.0e-3")
-
-
-def _check_fractions(**values: float) -> None:
-    for key, value in values.items():
-        if not (_is_number(value) and 0 <= value <= 1):
-            raise ValueError(f"optim.{key} is {value!r}; write a number from 0 to 1")
-
-
-def _check_counts(**values: int) -> None:
-    for key, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"optim.{key} is {value!r}; write a whole number of at least 0")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

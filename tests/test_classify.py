@@ -10,7 +10,7 @@ import torch
 
 from nanogpt.classifier import Classifier, pad
 from nanogpt.model import GPTConfig
-from nanogpt.optim import Schedule, adamw
+from nanogpt.optim import Constant, adamw
 from nanogpt.tokenizer import byte_tokenizer
 from nanogpt.training.classes import classes_section, confusion_picture
 from nanogpt.training.classify import ClassifyModule, Loss, measure, mistakes
@@ -44,7 +44,7 @@ def module(model: Classifier, loss: Loss) -> Any:
     built = ClassifyModule(
         model,
         make_optimizer=adamw,
-        schedule=Schedule(kind="constant"),
+        schedule=Constant(),
         max_steps=1,
         tokens_per_step=8,
         grad_clip=None,

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 import train
 from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
-from nanogpt.optim import Schedule
+from nanogpt.optim import Constant, Cosine, WarmupStableDecay, check_schedule, learning_rates
 from nanogpt.training.kinds import check_kinds, clear_other_budget
 from nanogpt.training.session import budget_steps
 from tests.configs import CONF, ROOT, options
@@ -36,6 +36,7 @@ CHOICES = [
         "model",
         "data",
         "optim",
+        "schedule",
         "trainer",
         "callbacks",
         "logger",
@@ -50,7 +51,7 @@ CHOICES = [
 def test_every_yaml_composes_and_builds(choice: str) -> None:
     config = composed(choice, *NEEDED.get(choice, ()))
     GPTConfig(**config["model"], vocab_size=300)
-    Schedule(**config["optim"]["schedule"])
+    check_schedule(instantiate(config["schedule"]), 100)
     assert budget_steps(config) > 0
     source, _ = train.build_source(config["data"])
     assert callable(source.open if choice == "data=shards" else source.documents)
@@ -59,7 +60,7 @@ def test_every_yaml_composes_and_builds(choice: str) -> None:
     check_sampling(**{k: v for k, v in config["callbacks"]["samples"].items() if k in SAMPLING})
 
 
-@pytest.mark.parametrize("group", ["tokenizer", "model", "data", "optim"])
+@pytest.mark.parametrize("group", ["tokenizer", "model", "data", "optim", "schedule"])
 @pytest.mark.parametrize("stage", options("stage"))
 def test_a_group_typed_over_a_stage_leaves_nothing_of_its_preset(stage: str, group: str) -> None:
     for option in options(group):
@@ -76,15 +77,35 @@ def test_an_experiment_overrides_the_stage_and_the_command_line_both() -> None:
     assert config["optim"]["learning_rate"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("choices", "schedule"),
+    [
+        ([], WarmupStableDecay()),
+        (["stage=pretrain"], Cosine(700, 0.1)),
+        (["stage=instruct"], Cosine(20)),
+        (["stage=classify"], WarmupStableDecay(decay_fraction=0.7)),
+        (["experiment=shakespeare_char"], Cosine(100, 0.1)),
+        (["experiment=shakespeare_char_fast"], WarmupStableDecay(decay_fraction=1.0)),
+        (["optim=adamw"], Cosine(700, 0.1)),
+        (["stage=pretrain", "optim=muon"], WarmupStableDecay()),
+        (["schedule=constant", "optim=adamw"], Constant()),
+        (["experiment=shakespeare_char_fast", "schedule=constant"], Constant()),
+    ],
+)
+def test_an_optimizer_brings_its_schedule_unless_one_is_chosen(
+    choices: list[str], schedule: Any
+) -> None:
+    assert instantiate(composed(*choices)["schedule"]) == schedule
+
+
 @pytest.mark.parametrize("optim", options("optim"))
 def test_an_optimizer_builds_from_its_yaml(optim: str) -> None:
     from nanogpt.model import GPT
 
     node = composed(f"optim={optim}")["optim"]
-    del node["schedule"], node["grad_clip"]
     model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8))
-    groups = instantiate(node, _partial_=True, _convert_="all")(model).param_groups
-    assert all("base_lr" in group for group in groups)
+    optimizer = instantiate(node, _partial_=True, _convert_="all")(model)
+    assert min(learning_rates(optimizer)) > 0
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -100,6 +121,9 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     ("argument", "expected"),
     [
         ("optim.learning_rat=1", "did you mean optim.learning_rate?"),
+        ("optim.schedule.warmup_steps=1", "did you mean schedule.warmup_steps?"),
+        ("optim.schedule.kind=wsd", "did you mean schedule=wsd"),
+        ("optim.grad_clip=0.5", "did you mean grad_clip?"),
         ("max_step=1", "did you mean max_steps?"),
         ("modle=nano", "did you mean model?"),
         ("model=gpt2_smal", "did you mean gpt2_small?"),
@@ -116,7 +140,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("threads=1000000", "threads=1000000 but this machine has"),
         ("optim.learning_rate=abc", "learning_rate"),
         ("name=../x", "no directory under runs_dir"),
-        ("optim.grad_clip=-1", "optim.grad_clip=-1 is neither null nor"),
+        ("grad_clip=-1", "grad_clip=-1 is neither null nor"),
         ("callbacks.samples.top_k=0", "callbacks.samples.top_k=0 is not null or a whole number"),
         ("callbacks.samples.temperature=hot", "temperature='hot' is not a number of at least 0"),
         ("callbacks.progress_every_s=often", "progress_every_s='often' is not a number of at"),

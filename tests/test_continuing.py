@@ -112,7 +112,7 @@ def test_a_run_whose_raw_text_is_gone_continues_with_its_shards(
     [
         "model.activation=swiglu",
         "data.path=nowhere.txt",
-        "optim.grad_clip=-1",
+        "grad_clip=-1",
         "optim.learning_rate=abc",
         "init_from=nowhere",
         "tokens_per_step=100",

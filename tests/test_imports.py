@@ -25,6 +25,7 @@ CORE = {
     "tokenizer_files",
     "command",
     "disk",
+    "values",
 }
 
 

@@ -1,6 +1,7 @@
 """The optimizers against torch's own, their state, and the schedules."""
 
 import copy
+import functools
 import importlib
 import inspect
 import io
@@ -9,23 +10,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import (
+    Constant,
+    Cosine,
     MuonAdamW,
     Schedule,
+    WarmupStableDecay,
     adamw,
+    check_schedule,
+    factor_at,
+    learning_rates,
+    may_extend,
     muon,
     orthogonalise,
     parameter_groups,
-    set_learning_rate,
-    warmup_cosine,
-    warmup_stable_decay,
+    set_learning_rates,
 )
+from nanogpt.values import explain
 
 WIDTH = 24
 
@@ -247,16 +256,42 @@ def test_closure_runs_with_gradients_and_its_loss_returns(model: Parameters) -> 
         return loss
 
     before = model.wte.weight.detach().square().sum()
-    assert muon(model).step(closure) == before
+    optimizer: Any = muon(model)
+    assert optimizer.step(closure) == before
     assert model.wte.weight.detach().square().sum() < before
 
 
-def test_set_learning_rate_scales_every_group_from_its_base(model: Parameters) -> None:
+def test_learning_rates_are_the_remembered_ones_times_the_factor(model: Parameters) -> None:
     optimizer = muon(model, learning_rate=0.02, adamw_learning_rate=0.004)
-    set_learning_rate(optimizer, 0.5)
-    set_learning_rate(optimizer, 0.25)
-    rates = {(group["algorithm"], group["lr"]) for group in optimizer.param_groups}
-    assert rates == {("muon", 0.005), ("adamw", 0.001)}
+    rates = learning_rates(optimizer)
+    set_learning_rates(optimizer, rates, 0.5)
+    set_learning_rates(optimizer, rates, 0.25)
+    reached = {(group["algorithm"], group["lr"]) for group in optimizer.param_groups}
+    assert reached == {("muon", 0.005), ("adamw", 0.001)}
+
+
+def test_a_stock_optimizer_resumes_in_mid_schedule_bit_for_bit(model: Parameters) -> None:
+    def sgd(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def scheduled(
+        model: nn.Module, optimizer: torch.optim.Optimizer, rates: list[float], steps: range
+    ) -> None:
+        for step in steps:
+            set_learning_rates(optimizer, rates, Cosine(2)(step, 6))
+            train(model, optimizer, range(step, step + 1))
+
+    optimizer = sgd(model)
+    rates = learning_rates(optimizer)
+    scheduled(model, optimizer, rates, range(4))
+    resumed = copy.deepcopy(model)
+    again = sgd(resumed)
+    rates_again = learning_rates(again)
+    again.load_state_dict(through_file(optimizer.state_dict()))
+    assert learning_rates(again) != rates_again
+    scheduled(model, optimizer, rates, range(4, 6))
+    scheduled(resumed, again, rates_again, range(4, 6))
+    assert_same_weights(model, resumed)
 
 
 def test_muon_takes_only_the_matrices_of_the_blocks(model: Parameters) -> None:
@@ -271,110 +306,147 @@ def test_muon_takes_only_the_matrices_of_the_blocks(model: Parameters) -> None:
 @pytest.mark.parametrize(
     ("build", "settings", "named"),
     [
-        (adamw, {"learning_rate": "1e-3"}, "optim.learning_rate is '1e-3'"),
-        (adamw, {"weight_decay": -0.1}, "optim.weight_decay is -0.1"),
-        (adamw, {"eps": math.nan}, "optim.eps is nan"),
-        (adamw, {"betas": [0.9]}, "optim.betas"),
-        (adamw, {"betas": [0.9, 1.0]}, "optim.betas"),
-        (adamw, {"betas": 0.9}, "optim.betas"),
-        (muon, {"adamw_learning_rate": None}, "optim.adamw_learning_rate is None"),
-        (muon, {"momentum": 1.5}, "optim.momentum is 1.5"),
-        (muon, {"ns_steps": 2.5}, "optim.ns_steps is 2.5"),
+        (adamw, {"learning_rate": "1e-3"}, "optim.learning_rate='1e-3' should be a number"),
+        (adamw, {"learning_rate": True}, "optim.learning_rate=True should be a number"),
+        (adamw, {"weight_decay": -0.1}, "optim.weight_decay=-0.1 should be at least 0"),
+        (adamw, {"eps": math.nan}, "optim.eps=nan should be a finite number"),
+        (adamw, {"betas": [0.9]}, "optim.betas=[0.9] should be two numbers from 0 to below 1"),
+        (adamw, {"betas": [0.9, 1.0]}, "optim.betas=[0.9, 1.0] should be two numbers from 0"),
+        (adamw, {"betas": 0.9}, "optim.betas=0.9 should be two numbers from 0 to below 1"),
+        (adamw, {"for_width": 0}, "optim.for_width=0 should be at least 1"),
+        (adamw, {"momentum": 0.9}, "there is no key optim.momentum"),
+        (muon, {"adamw_learning_rate": None}, "optim.adamw_learning_rate=None should be a number"),
+        (muon, {"momentum": 1.5}, "optim.momentum=1.5 should be at most 1"),
+        (muon, {"ns_steps": 2.5}, "optim.ns_steps=2.5 should be a whole number"),
+        (muon, {"nesterov": 1}, "optim.nesterov=1 should be true or false"),
+        (Cosine, {"warmup_steps": 0.5}, "optim.warmup_steps=0.5 should be a whole number"),
+        (Cosine, {"floor": "0"}, "optim.floor='0' should be a number"),
+        (Cosine, {"decay_fraction": 0.5}, "there is no key optim.decay_fraction"),
+        (WarmupStableDecay, {"decay_fraction": 2}, "optim.decay_fraction=2 should be at most 1"),
+        (Constant, {"warmup_steps": -1}, "optim.warmup_steps=-1 should be at least 0"),
     ],
 )
 def test_wrong_values_name_their_key(
     model: Parameters, build: Callable[..., Any], settings: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(ValueError, match=named):
-        build(model, **settings)
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"kind": "linear"}, "optim.schedule.kind is 'linear'; write cosine, wsd or constant"),
-        ({"kind": "wsd", "warmup_steps": 0.5}, "optim.schedule.warmup_steps is 0.5"),
-        ({"kind": "wsd", "decay_fraction": 2}, "optim.schedule.decay_fraction is 2"),
-        ({"kind": "cosine", "floor": "0"}, "optim.schedule.floor is '0'"),
-    ],
-)
-def test_wrong_schedules_name_their_key(settings: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        Schedule(**settings)
+    live = () if isinstance(build, type) else (model,)
+    with pytest.raises(ValidationError) as caught:
+        build(*live, **settings)
+    assert explain(caught.value, "optim").startswith(named)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_yaml_builds_its_optimizer_and_schedule(model: Parameters, name: str) -> None:
+def test_yaml_names_every_setting_of_its_optimizer(model: Parameters, name: str) -> None:
     text = Path(__file__).parents[1].joinpath("conf", "optim", f"{name}.yaml").read_text()
     node = yaml.safe_load(text)
-    assert Schedule(**node.pop("schedule")).factor(0, 12) > 0
-    assert node.pop("grad_clip") == 1.0
+    del node["defaults"]
     module, _, function = node.pop("_target_").rpartition(".")
     build = getattr(importlib.import_module(module), function)
-    assert build(model, **node).param_groups[0]["base_lr"] == node["learning_rate"]
+    assert build(model, **node).param_groups[0]["lr"] == node["learning_rate"]
     assert set(node) == set(inspect.signature(build).parameters) - {"model"}
 
 
 def test_cosine_warms_up_peaks_and_ends_at_its_floor() -> None:
-    def factor(step: int) -> float:
-        return warmup_cosine(step, warmup_steps=10, max_steps=110, floor=0.1)
-
-    assert factor(0) == 0.1
-    assert factor(9) == factor(10) == 1.0
-    assert factor(60) == pytest.approx(0.55)
-    assert factor(110) == pytest.approx(0.1)
+    schedule = Cosine(warmup_steps=10, floor=0.1)
+    assert schedule(0, 110) == 0.1
+    assert schedule(9, 110) == schedule(10, 110) == 1.0
+    assert schedule(60, 110) == pytest.approx(0.55)
+    assert schedule(110, 110) == schedule(200, 110) == pytest.approx(0.1)
 
 
 def test_stable_phase_is_one_and_decay_is_linear() -> None:
-    def factor(step: int) -> float:
-        return warmup_stable_decay(step, warmup_steps=4, decay_steps=50, max_steps=100, floor=0.0)
-
-    assert [factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert factor(50) == 1.0
-    assert factor(75) == 0.5
-    assert factor(99) == pytest.approx(0.02)
-    assert factor(100) == 0.0
+    schedule = WarmupStableDecay(warmup_steps=4, decay_fraction=0.5)
+    assert [schedule(step, 100) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert schedule(50, 100) == 1.0
+    assert schedule(75, 100) == 0.5
+    assert schedule(99, 100) == pytest.approx(0.02)
+    assert schedule(100, 100) == schedule(101, 100) == 0.0
 
 
-@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
-@pytest.mark.parametrize("decay_fraction", [0.0, 0.5, 1.0])
+def test_constant_is_one_after_its_warm_up() -> None:
+    assert [Constant(warmup_steps=2)(step, 5) for step in range(6)] == [0.5, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [Cosine(700), Constant(700), *(WarmupStableDecay(700, part) for part in (0.0, 0.5, 1.0))],
+)
 @pytest.mark.parametrize("max_steps", [1, 2, 3, 12, 1000])
-def test_every_step_of_a_run_of_any_length_learns(
-    kind: str, decay_fraction: float, max_steps: int
-) -> None:
-    schedule = Schedule(kind, warmup_steps=700, decay_fraction=decay_fraction, floor=0.0)
-    factors = [schedule.factor(step, max_steps) for step in range(max_steps)]
+def test_every_step_of_a_run_of_any_length_learns(schedule: Schedule, max_steps: int) -> None:
+    factors = [schedule(step, max_steps) for step in range(max_steps)]
     assert all(0 < factor <= 1 for factor in factors)
     assert max(factors) == 1.0
 
 
-def test_stable_run_may_grow_until_its_decay_begins() -> None:
-    schedule = Schedule("wsd", warmup_steps=10, decay_fraction=0.5)
-    assert schedule.may_extend(50, 100, 200)
-    assert not schedule.may_extend(51, 100, 200)
-    assert not schedule.may_extend(100, 100, 200)
-    assert not schedule.may_extend(20, 100, 50)
-    assert schedule.may_extend(80, 100, 100)
-
-
-def test_growing_run_keeps_the_factors_it_had() -> None:
-    schedule = Schedule("wsd", warmup_steps=10, decay_fraction=0.5)
-    for old, new in ((100, 200), (12, 100), (40, 41)):
-        for step in range(old + 1):
-            if schedule.may_extend(step, old, new):
-                had = [schedule.factor(s, old) for s in range(step)]
-                assert had == [schedule.factor(s, new) for s in range(step)]
+def test_a_run_may_grow_until_its_decay_has_begun() -> None:
+    schedule = WarmupStableDecay(warmup_steps=10, decay_fraction=0.5)
+    assert may_extend(schedule, 51, 100, 200)  # its last step, counted from 0, is the 50th: 1
+    assert not may_extend(schedule, 52, 100, 200)
+    assert not may_extend(schedule, 100, 100, 200)
+    assert not may_extend(schedule, 20, 100, 50)
+    assert may_extend(schedule, 80, 100, 100)
+    assert may_extend(schedule, 0, 100, 50)
 
 
 def test_only_unchanging_histories_may_grow() -> None:
-    assert Schedule("constant", warmup_steps=10).may_extend(100, 100, 200)
-    assert not Schedule("cosine", warmup_steps=10).may_extend(20, 100, 200)
-    assert not Schedule("constant", warmup_steps=700).may_extend(100, 100, 200)
+    assert may_extend(Constant(warmup_steps=10), 100, 100, 200)
+    assert not may_extend(Constant(warmup_steps=700), 100, 100, 200)
+    assert may_extend(Cosine(warmup_steps=10), 11, 100, 200)  # of the warm-up and the top
+    assert not may_extend(Cosine(warmup_steps=10), 12, 100, 200)
+
+
+def test_a_schedule_of_ones_own_may_grow_where_it_ignores_the_length() -> None:
+    assert may_extend(lambda step, max_steps: 0.99**step, 1000, 1000, 2000)
+    assert not may_extend(lambda step, max_steps: 1 - step / max_steps, 2, 1000, 2000)
+
+
+def halved(step: int, max_steps: int, *, from_step: int) -> Any:
+    return 1 if step < from_step else "half"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sentence"),
+    [
+        (
+            functools.partial(halved, from_step=50),
+            r"halved\(step=50, max_steps=100\) returns 'half'",
+        ),
+        (
+            functools.partial(halved, from_step=99),
+            r"halved\(step=99, max_steps=100\) returns 'half'",
+        ),
+        (
+            lambda step, max_steps: 1 / step,
+            r"step=0, max_steps=100\) raises ZeroDivisionError: div",
+        ),
+        (lambda step, max_steps: math.inf, r"step=0, max_steps=100\) returns inf; a schedule"),
+        (lambda step, max_steps: -0.1, r"returns -0.1; a schedule returns a finite number from 0"),
+        (lambda step, max_steps: None, "returns None; a schedule returns a finite number from 0"),
+        (lambda step: 1.0, r"step=0, max_steps=100\) raises TypeError: .* takes 1 positional"),
+        (0.5, r"schedule float\(step=0, max_steps=100\) raises TypeError: 'float' object is not"),
+    ],
+)
+def test_a_schedule_that_fails_is_named_with_its_step(schedule: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        check_schedule(schedule, 100)
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 1000])
+def test_a_schedule_is_checked_within_the_run_only(max_steps: int) -> None:
+    def rows(step: int, max_steps: int) -> float:
+        assert step >= 0
+        return [1.0 for _ in range(max_steps)][step]
+
+    check_schedule(rows, max_steps)
+
+
+def test_a_factor_of_numpy_is_a_number() -> None:
+    assert factor_at(lambda step, max_steps: numpy.float32(0.5), 0, 1) == 0.5
 
 
 def test_a_learning_rate_for_a_width_is_scaled_to_the_models() -> None:
     model = GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=2, n_embd=16))
     optimizer = adamw(model, learning_rate=3e-4, for_width=64)
-    assert [group["base_lr"] for group in optimizer.param_groups] == pytest.approx([12e-4] * 2)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([12e-4] * 2)
     with pytest.raises(ValueError, match="for_width"):
         adamw(model, for_width=-1)

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import Schedule, adamw
+from nanogpt.optim import Constant, adamw
 from nanogpt.training.pretrain import PretrainModule, next_token_loss
 
 CONFIG = GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=4)
@@ -28,7 +28,7 @@ def module(token_bytes: list[int], **options: Any) -> Any:
     defaults: dict[str, Any] = {
         "model": uniform_model(),
         "make_optimizer": adamw,
-        "schedule": Schedule(kind="constant"),
+        "schedule": Constant(),
         "max_steps": 1,
         "tokens_per_step": 4,
         "grad_clip": None,
@@ -97,7 +97,7 @@ def test_clipped_steps_are_those_of_torchs_own_clipping(grad_clip: float | None)
     assert min(norms) > 0.05
 
     def sgd(model: GPT) -> torch.optim.Optimizer:
-        return torch.optim.SGD([{"params": model.parameters(), "base_lr": 0.5}], lr=0.5)
+        return torch.optim.SGD(model.parameters(), lr=0.5)
 
     trained = module([1] * 5, model=model, make_optimizer=sgd, grad_clip=grad_clip, max_steps=3)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -122,7 +122,7 @@ def test_every_micro_batch_gives_the_same_losses(
 @pytest.mark.parametrize(
     ("where", "count", "options"),
     [
-        ("nanogpt.training.module.set_learning_rate", 7, ["optim=adamw", "model.dropout=0.1"]),
+        ("nanogpt.training.module.set_learning_rates", 7, ["optim=adamw", "model.dropout=0.1"]),
         ("nanogpt.training.pretrain.next_token_loss", 20, ["optim=muon", "micro_batch=2"]),
         ("nanogpt.checkpoint._HashingWriter.write", 400, ["model.dropout=0.1", "data.workers=2"]),
         ("nanogpt.training.checkpointing.link_atomically", 2, ["optim=adamw", "data.workers=2"]),
@@ -166,8 +166,8 @@ def test_a_grown_budget_continues_where_the_schedule_permits(
     constant = [
         *tiny_run,
         "optim=adamw",
-        "optim.schedule.kind=constant",
-        "optim.schedule.warmup_steps=2",
+        "schedule=constant",
+        "schedule.warmup_steps=2",
     ]
     fit(*constant, "max_steps=6")
     grown = fit(*constant, "max_steps=10")
@@ -179,8 +179,7 @@ def test_a_grown_budget_continues_where_the_schedule_permits(
 def test_a_continued_run_decides_again_where_it_remeasures(
     remeasure: str, micro_batch: int, tiny_run: list[str], tmp_path: Path
 ) -> None:
-    schedule = ["optim.schedule.kind=constant", "optim.schedule.warmup_steps=0"]
-    constant = [*tiny_run, "optim=adamw", *schedule]
+    constant = [*tiny_run, "optim=adamw", "schedule=constant"]
     fit(*constant, "max_steps=1", "micro_batch=2")
     fit(*constant, "max_steps=2", f"remeasure={remeasure}")
     config = OmegaConf.load(tmp_path / "runs" / "tiny" / "config.yaml")
@@ -241,7 +240,7 @@ def test_a_typed_model_key_that_differs_from_init_from_is_refused(
 def test_a_continued_run_does_not_need_what_it_started_from(
     tiny_run: list[str], tmp_path: Path
 ) -> None:
-    constant = [*tiny_run, "optim.schedule.kind=constant"]
+    constant = [*tiny_run, "schedule=constant"]
     fit(*constant, "max_steps=1")
     second = [*constant, "name=second", "init_from=tiny"]
     fit(*second, "max_steps=4")
@@ -293,7 +292,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     tiny_run: list[str], tmp_path: Path
 ) -> None:
-    hot = ["optim=adamw", "optim.learning_rate=1e30", "optim.grad_clip=null"]
+    hot = ["optim=adamw", "optim.learning_rate=1e30", "grad_clip=null"]
     with pytest.raises(FloatingPointError, match=r"at step \d+ \(batch \d+"):
         fit(*tiny_run, *hot, "callbacks.checkpoint.every_n_steps=1")
     checkpoint = load_checkpoint("tiny", runs_dir=tmp_path / "runs")
@@ -393,8 +392,7 @@ def test_a_run_continues_on_another_number_of_ranks(
         *tiny_run,
         f"model.dropout={dropout}",
         "optim=adamw",
-        "optim.schedule.kind=constant",
-        "optim.schedule.warmup_steps=0",
+        "schedule=constant",
     ]
     whole = fit(*constant, "name=whole")
     fit(*constant, "max_steps=6")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanogpt.checkpoint import KEY
 from nanogpt.model import GPT
-from nanogpt.optim import Schedule, set_learning_rate
+from nanogpt.optim import Schedule, factor_at, learning_rates, set_learning_rates
 from nanogpt.training.throughput import mfu
 
 # The batch contract: input_ids (B, T), targets (B, T), step_targets, row_seeds (B,).
@@ -89,7 +89,9 @@ class StageModule(LightningModule):
     # The step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.make_optimizer(self.model)
+        optimizer = self.make_optimizer(self.model)
+        self.learning_rates = learning_rates(optimizer)  # a checkpoint has those of its step
+        return optimizer
 
     def on_train_start(self) -> None:
         self._began = self._window_began = time.monotonic()
@@ -97,7 +99,8 @@ class StageModule(LightningModule):
     def training_step(self, micro_batches: list[Batch], batch_idx: int) -> None:
         step = self.trainer.global_step
         optimizer: Any = self.optimizers()
-        set_learning_rate(optimizer, self.schedule.factor(step, self.max_steps))
+        factor = factor_at(self.schedule, step, self.max_steps)
+        set_learning_rates(optimizer, self.learning_rates, factor)
         losses = []
         for batch in micro_batches[:-1]:
             with self._without_reduction():

@@ -36,7 +36,7 @@ from nanogpt.disk import link_atomically
 from nanogpt.evaluation import hellaswag
 from nanogpt.evaluation.examples import find_benchmark
 from nanogpt.model import GPTConfig
-from nanogpt.optim import Schedule
+from nanogpt.optim import Schedule, check_schedule, may_extend
 from nanogpt.prompts import Template, find_template
 from nanogpt.ranks import Ranks, join, leave_with_launcher, on_rank_zero
 from nanogpt.runs.directory import NEW_OR_ANEW, RunDirectory, RunLock, check_continues, cut_samples
@@ -91,11 +91,14 @@ class Session:
     run that has nothing left to do.
     """
 
-    def __init__(self, config: dict[str, Any], source_fingerprint: Callable[[], str]) -> None:
+    def __init__(
+        self, config: dict[str, Any], schedule: Schedule, source_fingerprint: Callable[[], str]
+    ) -> None:
         self.config = config
         self.source_fingerprint = source_fingerprint
-        self.schedule = Schedule(**config["optim"]["schedule"])
+        self.schedule = schedule
         self.max_steps = budget_steps(config)
+        check_schedule(schedule, self.max_steps)
         self.ranks = Ranks.from_environment()
         self.device = resolve_device(config["trainer"]["accelerator"])
         self.run = RunDirectory.of(config)
@@ -188,8 +191,8 @@ class Session:
         newest = self._newest_checkpoint(recorded)
         step = 0 if newest is None else int(newest[1]["global_step"])
         old_max = budget_steps(recorded)
-        may_extend = self.schedule.may_extend(step, old_max, self.max_steps)
-        check_continues(run, config, may_extend=may_extend)
+        extends = may_extend(self.schedule, step, old_max, self.max_steps)
+        check_continues(run, config, may_extend=extends)
         standing = Standing(self._source(recorded), resolved, step=step)
         if newest is not None:
             standing.checkpoint, content = newest
