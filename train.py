@@ -71,6 +71,10 @@ def main(arguments: Sequence[str]) -> int:
     """Run one job, a sweep, or with `--frozen FILE` one rank of a job; return the exit code."""
     guard_output()
     expand_environment()
+    if os.getcwd() not in sys.path:
+        sys.path.insert(
+            0, os.getcwd()
+        )  # as python -m does, for modules that the configuration names
     os.environ["NANOGPT_SWEEP"] = sweep_name(arguments)  # for hydra.sweep.dir
     words = as_overrides(arguments)
     flags = [word for word in words if word in SWEEP]  # Hydra wants them first

@@ -14,7 +14,7 @@ import math
 import os
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -71,7 +71,7 @@ def record(
     return {
         "format": FORMAT,
         "stage": stage,
-        "model": asdict(config),
+        "model": config.record(),
         "tokenizer": tokenizer.record(),
         "template": template,
         "labels": labels,
@@ -81,19 +81,35 @@ def record(
 
 
 def load_checkpoint(
-    reference: str | Path, *, device: str | torch.device = "cpu", runs_dir: str | Path = "runs"
+    reference: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    runs_dir: str | Path = "runs",
+    allow_modules: Sequence[str] = (),
 ) -> Checkpoint:
     """Load a checkpoint: a `.ckpt` file, a run directory, or the name of a run under `runs_dir`.
 
+    A model with a block of another package (`model.block`) loads where that package, a module of it
+    or the class is among `allow_modules`: it is imported, and its code runs.
+
     Raises FileNotFoundError where there is none and ValueError where the file is truncated,
-    altered, of another project, or holds anything but plain values and tensors.
+    altered, of another project, holds anything but plain values and tensors, or names a class that
+    is not allowed.
     """
     path = find_checkpoint(reference, runs_dir)
     raw, config, tokenizer = _read_or_advise(path)
+    _check_allowed(path, config.block, allow_modules)
     about = raw[KEY]
     model = model_without_weights(config, about["labels"] and len(about["labels"]))
-    model.to_empty(device="cpu")
-    model.load_state_dict(model_weights(raw))
+    if config.block is None:
+        model.to_empty(device="cpu")
+    try:
+        model.load_state_dict(model_weights(raw))
+    except RuntimeError as error:  # of a block of another package: ours were checked
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{path} has weights that do not fit model.block={config.block} as it is now ({reason})"
+        ) from error
     return Checkpoint(
         model=model.to(device).eval(),
         tokenizer=tokenizer,
@@ -106,16 +122,29 @@ def load_checkpoint(
     )
 
 
-def init_model(init_from: Path) -> Checkpoint:
+def _check_allowed(path: Path, block: str | None, allow_modules: Sequence[str]) -> None:
+    if block is None or any(f"{block}.".startswith(f"{name}.") for name in allow_modules):
+        return
+    package = block.partition(".")[0]
+    raise ValueError(
+        f"{path} has model.block={block}, a class that is not part of nanogpt: allow its package "
+        f"with --allow-module {package} (nanogpt.generate and evaluate), "
+        f"allow_modules=[{package!r}] (load_checkpoint) or model.block={block} (train.py); "
+        f"export and the server cannot run it"
+    )
+
+
+def init_model(init_from: Path, allow_modules: Sequence[str] = ()) -> Checkpoint:
     """Return the model and tokenizer that a new run starts from.
 
     `init_from` is what `find_init_from` returned: a `.ckpt`, or a Hugging Face GPT-2, whose
     tokenizer is GPT-2's where none lies beside it. A classifier starts a run without its classes.
+    `allow_modules` as of `load_checkpoint`.
 
     Raises ValueError where the tokenizer has more or fewer ids than the model.
     """
     if init_from.is_file():
-        start = load_checkpoint(init_from)
+        start = load_checkpoint(init_from, allow_modules=allow_modules)
         if isinstance(start.model, Classifier):
             return replace(start, model=start.model.language_model().eval(), labels=None)
         return start

@@ -70,6 +70,17 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     return options
 
 
+def add_allow_module(parser: argparse.ArgumentParser) -> None:
+    """Add the option that lets a checkpoint name a class of another package."""
+    parser.add_argument(
+        "--allow-module",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="import this package where a checkpoint names a block of it (model.block)",
+    )
+
+
 class OutputClosedError(BrokenPipeError):
     """The reader of a command's product has left."""
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.checkpoint import Checkpoint, find_init_from, init_model, load_checkpoint
-from nanogpt.command import guard_output, parse, run_command
+from nanogpt.command import add_allow_module, guard_output, parse, run_command
 from nanogpt.evaluation import processes
 from nanogpt.evaluation.picture import picture
 from nanogpt.evaluation.results import Row, keep, run_dir_of, table, write_rows
@@ -100,7 +100,11 @@ def show_progress() -> None:
 def row(reference: str, path: Path, options: argparse.Namespace) -> Row:
     """Return what a task makes of one checkpoint, kept with the run that it is of."""
     device = processes.device_of_rank(options.device)
-    checkpoint = load_checkpoint(path, device=device) if path.is_file() else init_model(path)
+    checkpoint = (
+        load_checkpoint(path, device=device, allow_modules=options.allow_module)
+        if path.is_file()
+        else init_model(path)
+    )
     checkpoint.model.to(device).eval()
     results = TASKS[options.task].run(checkpoint, options)
     new = {"checkpoint": str(reference), "task": options.task, "results": results}
@@ -168,6 +172,7 @@ def parser() -> argparse.ArgumentParser:
     add("--picture", type=Path, metavar="FILE.svg", help="a file to draw the figures in")
     add("--no-report", dest="report", action="store_false", help="leave the run's report as it is")
     add("--device", default="cpu", choices=("cpu", "cuda", "mps"))
+    add_allow_module(parser)
     add("--batch-size", type=int, default=BATCH_SIZE, help="changes the speed alone (%(default)s)")
     add("--processes", type=int, default=1, help="that share the work, on this machine")
     add("--stride", type=int, help="perplexity: tokens scored per window (default: half a context)")

@@ -29,7 +29,13 @@ from nanogpt.prompts import find_template
 from nanogpt.tokenizer_files import padding_id, write_tokenizer
 
 # What both formats take for granted of a GPT-2; they also take biases, which may be zero.
-GPT2_HAS = {"position": "learned", "norm": "layernorm", "activation": "gelu", "qk_norm": False}
+GPT2_HAS = {
+    "position": "learned",
+    "norm": "layernorm",
+    "activation": "gelu",
+    "qk_norm": False,
+    "block": None,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +67,7 @@ def check_exportable(checkpoint: Checkpoint, format_: str) -> None:
     wanted = {key: value for key, value in GPT2_HAS.items() if getattr(config, key) != value}
     if wanted:
         found = ", ".join(f"{key}={getattr(config, key)}" for key in wanted)
-        switches = " ".join(f"model.{key}={value}".lower() for key, value in wanted.items())
+        switches = " ".join(f"model.{key}={_typed(value)}" for key, value in wanted.items())
         raise ValueError(
             f"{path} has {found}, which the published GPT-2 and so its formats lack; "
             f"export a model trained with {switches}, as model=gpt2_small has them"
@@ -168,6 +174,10 @@ def _write_classifier(checkpoint: Checkpoint, labels: list[str], directory: Path
         "pad_token_id": padding_id(tokenizer),
     }
     _write_json(directory / CONFIG, {**_published_config(config), **about})
+
+
+def _typed(value: object) -> str:
+    return json.dumps(value).strip('"')
 
 
 def _is_export(path: Path) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
-from nanogpt.command import guard_output, parse, run_command
+from nanogpt.command import add_allow_module, guard_output, parse, run_command
 from nanogpt.generation import generate
 from nanogpt.prompts import Message, Template, find_template
 
@@ -29,7 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write(options: argparse.Namespace) -> None:
     """Write what the model says, as it says it."""
     checkpoint = load_checkpoint(
-        options.checkpoint, device=options.device, runs_dir=options.runs_dir
+        options.checkpoint,
+        device=options.device,
+        runs_dir=options.runs_dir,
+        allow_modules=options.allow_module,
     )
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if checkpoint.template is None or options.raw:
@@ -112,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-p", type=float, help="leave out tokens below p times the likeliest")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
+    add_allow_module(parser)
     parser.add_argument(
         "--runs-dir",
         default=os.environ.get("NANOGPT_RUNS_DIR", "runs"),

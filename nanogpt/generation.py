@@ -31,6 +31,7 @@ def generate(
     A temperature of 0 always takes the likeliest token. The same seed gives the same tokens; the
     random state of torch is neither read nor changed. Of a prompt longer than the context the end
     is read; when the context is full, the model reads its last half again and goes on from there.
+    A model whose blocks use no cache (see `Block`) reads the whole context for each token.
 
         >>> list(generate(model, tokenizer.encode("def "), max_new_tokens=3, temperature=0))
         [305, 1117, 40]
@@ -47,11 +48,13 @@ def generate(
         block_size = model.config.block_size
         context = list(input_ids)[-block_size:]
         unread = context
-        cache = KVCache.like(model, n_tokens=min(block_size, len(context) + max_new_tokens))
+        n_tokens = min(block_size, len(context) + max_new_tokens)
+        cache = KVCache.like(model, n_tokens=n_tokens) if model.uses_cache else None
         for _ in range(max_new_tokens):
-            if cache.length + len(unread) > block_size:
+            if len(context) > block_size:
                 unread = context = context[-max(1, block_size // 2) :]
-                cache.length = 0
+                if cache is not None:
+                    cache.length = 0
             logits = next_logits(model, unread, cache)
             weights = probabilities(logits, temperature, top_k, top_p, min_p)
             token = int(torch.multinomial(weights, 1, generator=generator))
@@ -59,7 +62,7 @@ def generate(
                 return
             yield token
             context.append(token)
-            unread = [token]
+            unread = context if cache is None else [token]
 
     return tokens()
 
@@ -114,11 +117,21 @@ class KVCache:
 
 
 @torch.inference_mode()
-def next_logits(model: GPT, input_ids: Sequence[int], cache: KVCache) -> Tensor:
-    """Read more tokens into the cache and return the logits (V,) of the one that follows."""
+def next_logits(model: GPT, input_ids: Sequence[int], cache: KVCache | None) -> Tensor:
+    """Read more tokens into the cache and return the logits (V,) of the one that follows.
+
+    Raises ValueError where a block of another class leaves the cache as it was.
+    """
     ids = torch.tensor([input_ids], device=model.wte.weight.device)  # (1, T)
+    end = len(input_ids) + (0 if cache is None else cache.length)
     with _evaluating(model):
-        return model.head(model.hidden_states(ids, cache)[0, -1])
+        states = model.hidden_states(ids, cache)
+    if cache is not None and cache.length != end:
+        raise ValueError(
+            f"model.block={model.config.block} sets uses_cache = True but does not call "
+            f"cache.update in every layer; remove uses_cache"
+        )
+    return model.head(states[0, -1])
 
 
 def probabilities(

@@ -4,9 +4,11 @@ Module and tensor names are those of the published weights.
 Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
 """
 
+import importlib
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike
 from typing import Any, Literal, Protocol
@@ -35,6 +37,7 @@ PRESETS = {  # n_layer, n_head, n_embd
 class GPTConfig:
     """The shape of a model; the defaults are GPT-2 small.
 
+    `block` is the dotted path of a class that replaces `Block`, whose docstring is the contract.
     Raises ValueError, naming the key, for a value that no model can have.
     """
 
@@ -50,6 +53,7 @@ class GPTConfig:
     activation: Literal["gelu", "relu2"] = "gelu"
     qk_norm: bool = False
     zero_init: bool = False
+    block: str | None = None
 
     def __post_init__(self) -> None:
         for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -82,6 +86,20 @@ class GPTConfig:
                 f"position=rotary turns pairs of channels but n_embd={self.n_embd} over "
                 f"n_head={self.n_head} gives an odd head size; make it even"
             )
+        if self.block is not None and not is_class_path(self.block):
+            raise ValueError(
+                f"block={self.block!r} is not the dotted path of a class, my_package.MyBlock"
+            )
+
+    def record(self) -> dict[str, Any]:
+        """Return the plain values that a checkpoint holds, without `block` where it is null.
+
+        Versions that lack the key read the models that they can build.
+        """
+        values = asdict(self)
+        if self.block is None:
+            del values["block"]
+        return values
 
     @classmethod
     def preset(cls, name: str) -> "GPTConfig":
@@ -106,7 +124,8 @@ class Cache(Protocol):
 class GPT(nn.Module):
     """A decoder-only transformer whose head shares the token embedding.
 
-    It holds no state between calls: what was read before comes in as a `cache`.
+    It holds no state between calls: what was read before comes in as a `cache`. Raises ValueError
+    where the class that `config.block` names cannot be a block.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -115,7 +134,9 @@ class GPT(nn.Module):
         self.wte = TokenEmbedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.h = nn.ModuleList(build_blocks(config))
+        # A subclass may mix tokens in other ways than its base class does: it opts in by itself.
+        self.uses_cache = config.block is None or vars(type(self.h[0])).get("uses_cache") is True
         self.ln_f = make_norm(config)
         self.init_weights()
 
@@ -149,10 +170,15 @@ class GPT(nn.Module):
         documents (B, T) int64 number the text that each token is of: attention stays among equal
         numbers, and positions begin at 0 with each. In training, row_seeds (B,) int64 determine
         what dropout drops of each row; by default they are drawn from torch's generator. Raises
-        ValueError past block_size.
+        ValueError past block_size, and for a cache where the model's blocks use none.
         """
         assert cache is None or documents is None, "packed rows are not continued"
         config = self.config
+        if cache is not None and not self.uses_cache:
+            raise ValueError(
+                f"model.block={config.block} does not use a cache: its class lacks uses_cache = "
+                f"True; pass the whole input without a cache"
+            )
         start = 0 if cache is None else cache.length
         end = start + input_ids.size(1)
         if end > config.block_size:
@@ -193,11 +219,16 @@ class GPT(nn.Module):
         """Draw every weight anew, as GPT-2 did.
 
         Normal with deviation 0.02, biases zero; projections onto the residual stream are scaled by
-        1/sqrt(number of them) (GPT-2 paper, section 2.3), or start at zero with `zero_init`.
+        1/sqrt(number of them) (GPT-2 paper, section 2.3), or start at zero with `zero_init`. Of
+        blocks of another class only the linear layers are drawn, those named `c_proj` as
+        projections onto the residual stream; other parameters keep what their constructors set.
         """
         config = self.config
+        kept = set() if config.block is None else self._constructed()
         residual_std = 0.0 if config.zero_init else INIT_STD / math.sqrt(2 * config.n_layer)
         for name, parameter in self.named_parameters():
+            if name in kept:
+                continue
             if name == "wte.weight":
                 nn.init.normal_(parameter[: config.vocab_size], std=INIT_STD)
                 nn.init.zeros_(parameter[config.vocab_size :])
@@ -207,6 +238,14 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=INIT_STD)
             else:
                 nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
+
+    def _constructed(self) -> set[str]:
+        """Return the names of the blocks' parameters that are not of linear layers."""
+        names = {f"h.{name}" for name, _ in self.h.named_parameters()}
+        for path, module in self.h.named_modules(prefix="h"):
+            if isinstance(module, nn.Linear):
+                names -= {f"{path}.weight", f"{path}.bias"}
+        return names
 
 
 class TokenEmbedding(nn.Module):
@@ -281,7 +320,31 @@ NO_DROPOUT = RowDropout(0.0, None)
 
 
 class Block(nn.Module):
-    """Attention, then a perceptron, each on a normalised copy of the residual stream."""
+    """Attention, then a perceptron, each on a normalised copy of the residual stream.
+
+    `model.block=my_package.MyBlock` replaces it by an `nn.Module` class with this constructor and
+    this `forward`. A subclass may replace `attn` or `mlp` alone:
+
+        class MyBlock(Block):
+            def __init__(self, config, layer):
+                super().__init__(config, layer)
+                self.mlp = SwiGLU(config.n_embd)  # (B, T, C) to (B, T, C)
+
+    The output of a token may depend on that token and those before it only. Forward receives, by
+    position, and returns the new residual stream (B, T, C):
+
+    - x (B, T, C): the residual stream.
+    - rotation (2, ..., T, 1, D/2) for `rotate`; None with position=learned.
+    - cache: None but in generation, and only where the class itself sets `uses_cache = True`, which
+      subclasses do not inherit. `cache.update(layer, k, v)` is then called once in each forward;
+      x holds the new tokens alone, which follow the `cache.length` earlier ones, and no other part
+      of the block may mix tokens.
+    - mask (B, 1, T, T) bool: which keys each query may see, where rows are packed from documents;
+      None for causal attention. Attention that disregards it reads across documents.
+    - dropout: a `RowDropout`, called as dropout(x, site), with sites from 3 * layer to
+      3 * layer + 2. Its masks depend on the row's seed and the site only, so that micro-batches and
+      resumed runs drop alike; `nn.Dropout` draws from torch's generator instead.
+    """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -355,6 +418,50 @@ class MLP(nn.Module):
         relu2 = self.config.activation == "relu2"
         x = F.relu(x).square() if relu2 else F.gelu(x, approximate="tanh")
         return self.c_proj(x)
+
+
+def is_class_path(path: object) -> bool:
+    """Return whether a value is the dotted path of a class: a module and a name in it."""
+    return isinstance(path, str) and "." in path and all(map(str.isidentifier, path.split(".")))
+
+
+def import_block(path: str) -> type[nn.Module]:
+    """Import the class of a block, which runs the code of its module.
+
+    Raises ValueError where it cannot be imported, is no `nn.Module` class, or its forward does not
+    take the arguments of `Block.forward`.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        block = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the module raises
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"model.block={path} cannot be imported ({reason})") from error
+    if not (isinstance(block, type) and issubclass(block, nn.Module)):
+        raise ValueError(f"model.block={path} is not a subclass of torch.nn.Module")
+    names = list(inspect.signature(Block.forward).parameters)
+    try:
+        inspect.signature(block.forward).bind(*names)
+    except TypeError as error:
+        raise ValueError(
+            f"model.block={path} has a forward that does not take {', '.join(names[1:])} by "
+            f"position ({error})"
+        ) from error
+    return block
+
+
+def build_blocks(config: GPTConfig) -> list[nn.Module]:
+    """Return the blocks of a model; raise ValueError where `config.block` cannot be one."""
+    if config.block is None:
+        return [Block(config, layer) for layer in range(config.n_layer)]
+    block = import_block(config.block)
+    try:
+        return [block(config, layer) for layer in range(config.n_layer)]
+    except Exception as error:  # whatever the constructor raises
+        raise ValueError(
+            f"model.block={config.block} cannot be constructed from a GPTConfig and the number of "
+            f"its layer ({type(error).__name__}: {error})"
+        ) from error
 
 
 def make_norm(config: GPTConfig) -> nn.Module:

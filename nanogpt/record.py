@@ -78,9 +78,10 @@ def maps(**checks: Check) -> Check:
 
 
 def maps_scalars(value: object) -> bool:
-    """Return whether a value maps names to numbers, truth values or names."""
+    """Return whether a value maps names to numbers, truth values, names or None."""
     return type(value) is dict and all(
-        is_text(key) and (type(v) is bool or is_number(v) or is_text(v)) for key, v in value.items()
+        is_text(key) and (v is None or type(v) is bool or is_number(v) or is_text(v))
+        for key, v in value.items()
     )
 
 

@@ -1,6 +1,7 @@
 """The names and shapes of a model's weights, known before a model is built."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -16,21 +17,32 @@ Shape = tuple[int, ...]
 
 
 def model_without_weights(config: GPTConfig, n_labels: int | None = None) -> GPT:
-    """Return a model without memory for its weights: a Classifier where there are labels."""
-    with torch.device("meta"), _Undrawn():
+    """Return a model without memory for its weights: a Classifier where there are labels.
+
+    Blocks of another class are built as they are: their buffers may not be in a state dict.
+    """
+    with ExitStack() as stack:
+        if config.block is None:
+            stack.enter_context(torch.device("meta"))
+            stack.enter_context(_Undrawn())
+        else:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
         return GPT(config) if n_labels is None else Classifier(config, n_labels)
 
 
 def weight_shapes(config: GPTConfig, n_labels: int | None = None) -> Iterator[tuple[str, Shape]]:
-    """Yield the name and shape of each weight of a model; only its first layer is built."""
+    """Yield the name and shape of each weight of a model; only its first layer is built.
+
+    Without the weights of blocks of another class, whose module is not imported.
+    """
     try:
-        model = model_without_weights(replace(config, n_layer=1), n_labels)
+        model = model_without_weights(replace(config, n_layer=1, block=None), n_labels)
     except (RuntimeError, OverflowError) as error:
         raise ValueError(f"has a model of a size that no tensor can have: {config}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     layer = {name: shapes.pop(name) for name in list(shapes) if name.startswith("h.0.")}
     yield from shapes.items()
-    for n in range(config.n_layer):
+    for n in range(config.n_layer if config.block is None else 0):
         for name, shape in layer.items():
             yield name.replace("0", str(n), 1), shape
 
@@ -38,8 +50,14 @@ def weight_shapes(config: GPTConfig, n_labels: int | None = None) -> Iterator[tu
 def check_weights(weights: Mapping[str, Tensor], config: GPTConfig, n_labels: int | None) -> None:
     """Raise ValueError where weights are not those of a model: other names, shapes or numbers.
 
-    It takes time in proportion to the weights, however many layers `config` has.
+    It takes time in proportion to the weights, however many layers `config` has. Of blocks of
+    another class the number alone is checked: every layer has weights.
     """
+    if config.block is not None:
+        layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
+        if layers != set(map(str, islice(range(config.n_layer), len(layers) + 1))):
+            raise ValueError(f"has weights of {len(layers)} layers and n_layer={config.n_layer}")
+        weights = {name: tensor for name, tensor in weights.items() if name[:2] != "h."}
     expected = dict(islice(weight_shapes(config, n_labels), 2 * len(weights) + 100))
     missing, unknown = sorted(expected.keys() - weights), sorted(weights.keys() - expected)
     if missing or unknown:

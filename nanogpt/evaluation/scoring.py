@@ -3,7 +3,8 @@
 A question is a context and continuations of it, in tokens. Its row is a tree: the context and what
 continuations begin with alike stand in it once, and each token sees those on its way back to the
 first. Logits, and the last block beyond its attention, are computed where something is scored and
-nowhere else; of padding there is attention alone.
+nowhere else; of padding there is attention alone. Models with blocks of another class read each
+continuation as a row of its own, through their own forward.
 
 Shapes: B batch, T time, C channels, V vocabulary, R tokens of all rows, S scored places, N scored
 tokens.
@@ -154,7 +155,8 @@ def _pieces(number: int, question: Question, model: GPT) -> Iterator[_Piece]:
         if len(context) + len(continuation) - 1 > block_size:
             yield from _parts(number, place, context, continuation, block_size)
             continue
-        if together and n_tokens + len(continuation) - 1 > TREE_TOKENS:
+        branches = model.config.block is None and n_tokens + len(continuation) - 1 <= TREE_TOKENS
+        if together and not branches:
             yield _Piece(number, context, [continuations[i] for i in together], together)
             together, n_tokens = [], len(context)
         together.append(place)
@@ -245,6 +247,12 @@ def _scored_states(model: GPT, rows: Sequence[_Row], scored: Tensor) -> Tensor:
     n_tokens = np.array([len(row.input_ids) for row in rows])
     is_token = np.arange(rows[0].piece.padded) < n_tokens[:, None]  # (B, T)
     depths = np.nonzero(is_token)[1] if masks is None else masks.sum(2)[is_token] - 1
+
+    if model.config.block is not None:
+        ids = torch.zeros(is_token.shape, dtype=torch.int64)
+        ids[torch.from_numpy(is_token)] = torch.tensor([i for row in rows for i in row.input_ids])
+        ids = ids[:, : model.config.block_size].to(device)
+        return model.hidden_states(ids)[torch.from_numpy(is_token)[:, : ids.size(1)]][scored]
 
     def whole(values: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         values = torch.as_tensor(values)

@@ -8,7 +8,6 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,7 +72,7 @@ class Bench:
         self.rows_per_rank = rows_per_rank
         self.local_world_size = local_world_size
         self.where = f"{threads} threads, {local_world_size} ranks"
-        self.shape = " ".join(f"{key}={value}" for key, value in asdict(config).items())
+        self.shape = " ".join(f"{key}={value}" for key, value in config.record().items())
         self.stored = Measurements(data_dir / "probes.json", machine_id(device), remeasure)
         self.row_timings: Timings = {}  # the latest of `time_rows`
 

@@ -280,10 +280,11 @@ class Session:
         config = self.config
         if config["init_from"] is None:
             return None
+        allowed = [config["model"]["block"]] if config["model"]["block"] else []
         if self.standing.checkpoint is not None:
-            return load_checkpoint(self.standing.checkpoint)
+            return load_checkpoint(self.standing.checkpoint, allow_modules=allowed)
         where = (config["init_from"], config["runs_dir"], config["data_dir"])
-        start = init_model(on_rank_zero(lambda: find_init_from(*where)))
+        start = init_model(on_rank_zero(lambda: find_init_from(*where)), allowed)
         start = shorten(start, config["model"]["block_size"], config["typed"])
         check_model_keys(start, config["model"], config["typed"])
         if "model.dropout" in config["typed"]:
@@ -581,7 +582,7 @@ def check_model_keys(start: Checkpoint, model: Mapping[str, Any], typed: Mapping
 
 def check_shape(path: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise ValueError where the run's checkpoint holds another model than its configuration."""
-    differences = [f"{key}={there[key]!r}" for key in wanted if there[key] != wanted[key]]
+    differences = [f"{key}={there.get(key)!r}" for key in wanted if there.get(key) != wanted[key]]
     if differences:
         raise ValueError(
             f"{path} holds another model than the run's config.yaml ({', '.join(differences)}); "

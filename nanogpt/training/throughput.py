@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
 from nanogpt.model import GPTConfig
+from nanogpt.weights import model_without_weights
 
 # Sides of the measured product: large enough to reach the device's rate.
 GEMM_SIDE = {"cpu": 1024, "mps": 2048}
@@ -29,10 +30,14 @@ def flops_per_token(config: GPTConfig) -> int:
 
     6 per weight of a matrix product, the head included and look-ups not, and 12 L C T for attention
     (PaLM, appendix B; attention is counted as if it were not causal, as nanoGPT and llm.c do).
+    Blocks of another class are counted alike, every one of their parameters as a weight.
     """
     L, C, T = config.n_layer, config.n_embd, config.block_size
-    n_matmul = 12 * L * C**2 + config.vocab_size * C
-    return 6 * n_matmul + 12 * L * C * T
+    n_block = 12 * L * C**2
+    if config.block is not None:
+        blocks = model_without_weights(config).h
+        n_block = sum(parameter.numel() for parameter in blocks.parameters())
+    return 6 * (n_block + config.vocab_size * C) + 12 * L * C * T
 
 
 def mfu(

@@ -60,6 +60,7 @@ def make_forward(model: GPT, cache: Tensor, dtype: str, *, invariant: bool = Tru
 
     Our own kernels are `invariant` at no cost; others take longer for it.
     """
+    assert model.config.block is None, "load_checkpoint refuses blocks of another class"
     if dtype == "fp24":
         round_to_24_bits(model)
     if native.supported(model, dtype, cache.device):

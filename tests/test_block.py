@@ -1,0 +1,422 @@
+"""A block of another package (`model.block`): built, trained, recorded, loaded, run and refused."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import train
+from nanogpt.checkpoint import (
+    KEY,
+    Checkpoint,
+    init_model,
+    load_checkpoint,
+    read_checkpoint,
+    record,
+    with_block_size,
+    with_special_tokens,
+    write_checkpoint,
+)
+from nanogpt.classifier import Classifier
+from nanogpt.evaluate import main as evaluate_main
+from nanogpt.evaluation.scoring import Question, answer
+from nanogpt.export import check_exportable
+from nanogpt.generate import main as generate_main
+from nanogpt.generation import generate
+from nanogpt.model import GPT, Block, GPTConfig
+from nanogpt.tokenizer import byte_tokenizer
+from nanogpt.training.throughput import flops_per_token
+
+SOURCE = """
+from pathlib import Path
+import torch
+from torch import nn
+from torch.nn import functional as F
+from nanogpt.model import Block
+
+Path(__file__).with_suffix(".imported").touch()
+
+class SwiGLU(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.gate, self.up = nn.Linear(n, 2 * n, bias=False), nn.Linear(n, 2 * n, bias=False)
+        self.c_proj = nn.Linear(2 * n, n)
+
+    def forward(self, x):
+        return self.c_proj(F.silu(self.gate(x)) * self.up(x))
+
+class SwiGLUBlock(Block):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.mlp = SwiGLU(config.n_embd)
+
+class Cached(SwiGLUBlock):
+    uses_cache = True
+
+class Inherits(Cached):
+    pass
+
+class Mean(nn.Module):  # of the tokens so far; keeps no keys and values
+    uses_cache = True
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((config.n_embd,), 0.5))
+        self.linear = nn.Linear(config.n_embd, config.n_embd)
+        counts = torch.arange(1.0, config.block_size + 1)[:, None]
+        self.register_buffer("counts", counts, persistent=False)
+
+    def forward(self, x, rotation, cache, mask, dropout):
+        return x + self.scale * self.linear(x.cumsum(1) / self.counts[: x.size(1)])
+
+class Plain(Mean):
+    pass
+
+class Narrow(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+
+    def forward(self, x):
+        return x
+
+class Lonely(nn.Module):
+    def forward(self, *args):
+        return args[0]
+
+class NoModule:
+    pass
+
+def function(config, layer):
+    return Block(config, layer)
+"""
+ROOT = Path(__file__).parent.parent
+CONFIG = GPTConfig(block_size=16, vocab_size=273, n_layer=2, n_head=2, n_embd=16)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Yield the folder of the package `other`, which leaves a file there when it is imported."""
+    folder = tmp_path / "packages"
+    (folder / "other").mkdir(parents=True)
+    (folder / "other" / "__init__.py").write_text("")
+    (folder / "other" / "blocks.py").write_text(SOURCE)
+    (folder / "broken.py").write_text("raise KeyError('GPU')\n")
+    monkeypatch.syspath_prepend(folder)
+    yield folder
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("other", "broken")]:
+        del sys.modules[name]
+
+
+def build(name: str, **changes: Any) -> GPT:
+    torch.manual_seed(0)
+    return GPT(replace(CONFIG, block=f"other.blocks.{name}", **changes)).eval()
+
+
+def save(model: GPT, path: Path, **about: Any) -> Path:
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    content = {"global_step": 1, "state_dict": weights}
+    tokenizer = byte_tokenizer()
+    write_checkpoint({**content, KEY: record("pretrain", model.config, tokenizer, **about)}, path)
+    return path
+
+
+def forget(package: Path) -> None:
+    """Make the package one that this process has not imported."""
+    (package / "other" / "blocks.imported").unlink()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "other"]:
+        del sys.modules[name]
+
+
+def some_ids(*shape: int) -> Tensor:
+    return torch.randint(CONFIG.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_named_class_makes_every_block(package: Path) -> None:
+    model = build("SwiGLUBlock")
+    assert [type(block).__name__ for block in model.h] == ["SwiGLUBlock"] * 2
+    assert [block.layer for block in model.h] == [0, 1]
+    assert "h.1.mlp.gate.weight" in model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("other.blocks.Missing", r"cannot be imported \(AttributeError: .*'Missing'"),
+        ("other.absent.Block", r"cannot be imported \(ModuleNotFoundError"),
+        ("broken.Block", r"cannot be imported \(KeyError: 'GPU'\)"),
+        ("other.blocks.NoModule", "is not a subclass of torch.nn.Module"),
+        ("other.blocks.function", "is not a subclass of torch.nn.Module"),
+        ("os.system", "is not a subclass of torch.nn.Module"),
+        ("other.blocks.Narrow", "forward that does not take x, rotation, cache, mask, dropout by"),
+        ("other.blocks.Lonely", r"cannot be constructed .*TypeError"),
+        ("torch.nn.ReLU", "forward that does not take"),
+    ],
+)
+def test_a_class_that_is_no_block_is_refused(package: Path, block: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^model.block={block} .*{message}") as caught:
+        GPT(replace(CONFIG, block=block))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "block", ["Block", "", "os.system('x')", ".x", "a..b", 3, ["a.B"], "a.b-c"]
+)
+def test_a_path_that_names_no_class_is_refused(block: Any) -> None:
+    with pytest.raises(ValueError, match=r"block=.* is not the dotted path of a class"):
+        replace(CONFIG, block=block)
+
+
+def test_linear_layers_are_drawn_and_other_parameters_stay_as_constructed(package: Path) -> None:
+    swiglu = dict(build("SwiGLUBlock", n_layer=8, n_embd=128).named_parameters())
+    assert swiglu["h.7.mlp.gate.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+    assert swiglu["h.7.mlp.c_proj.weight"].std().item() == pytest.approx(0.02 / 4, rel=0.1)
+    assert swiglu["h.7.mlp.c_proj.bias"].eq(0).all()
+    assert swiglu["h.7.ln_1.weight"].eq(1).all()
+    assert swiglu["wte.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+    mean = dict(build("Mean").named_parameters())
+    assert mean["h.0.scale"].eq(0.5).all()
+    assert mean["h.0.linear.bias"].eq(0).all()
+    assert mean["ln_f.weight"].eq(1).all()
+
+
+def test_a_record_names_the_class_and_omits_the_key_without_one() -> None:
+    assert "block" not in record("pretrain", CONFIG, byte_tokenizer())["model"]
+    named = record("pretrain", replace(CONFIG, block="a.B"), byte_tokenizer())["model"]
+    assert named == {**asdict(CONFIG), "block": "a.B"}
+
+
+def test_a_recorded_null_loads_as_our_block(tmp_path: Path) -> None:
+    path = save(GPT(CONFIG), tmp_path / "a.ckpt")
+    content = dict(torch.load(path, weights_only=True))
+    content[KEY]["model"]["block"] = None
+    write_checkpoint(content, path)
+    assert type(load_checkpoint(path).model.h[0]) is Block
+
+
+@pytest.mark.parametrize("allowed", ["other", "other.blocks", "other.blocks.Plain"])
+def test_a_checkpoint_loads_where_its_module_is_allowed(
+    package: Path, tmp_path: Path, allowed: str
+) -> None:
+    model, ids = build("Plain"), some_ids(2, 16)
+    path = save(model, tmp_path / "a.ckpt")
+    state = torch.get_rng_state()
+    loaded = load_checkpoint(path, allow_modules=["unknown", allowed])
+    assert torch.get_rng_state().equal(state)
+    assert loaded.config == model.config
+    assert loaded.model(ids).equal(model(ids))  # buffers that no state dict holds included
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        [],
+        ["othe"],
+        ["blocks"],
+        ["other.block"],
+        ["other.blocks.Plai"],
+        ["other.blocks.Plain.x"],
+        [""],
+    ],
+)
+def test_a_class_that_is_not_allowed_is_not_imported(
+    package: Path, tmp_path: Path, allowed: list[str]
+) -> None:
+    path = save(build("Plain"), tmp_path / "a.ckpt")
+    forget(package)
+    with pytest.raises(
+        ValueError, match=r"model\.block=other\.blocks\.Plain.*--allow-module other "
+    ):
+        load_checkpoint(path, allow_modules=allowed)
+    assert read_checkpoint(path)[KEY]["model"]["block"] == "other.blocks.Plain"
+    assert not (package / "other" / "blocks.imported").exists()
+
+
+@pytest.mark.parametrize(
+    "block", ["os.system", "builtins.exec", "subprocess.Popen", "torch.nn.ReLU"]
+)
+def test_a_checkpoint_names_nothing_else_that_runs(
+    package: Path, tmp_path: Path, block: str
+) -> None:
+    path = save(build("Plain"), tmp_path / "a.ckpt")
+    content = dict(torch.load(path, weights_only=True))
+    content[KEY]["model"]["block"] = block
+    write_checkpoint(content, path)
+    with pytest.raises(ValueError, match=f"model.block={block}, a class that is not part"):
+        load_checkpoint(path, allow_modules=["other"])
+    with pytest.raises(ValueError, match=f"model.block={block} "):
+        load_checkpoint(path, allow_modules=[block.partition(".")[0]])
+
+
+def test_weights_of_another_version_of_the_class_are_refused(package: Path, tmp_path: Path) -> None:
+    path = save(build("Plain"), tmp_path / "a.ckpt")
+    content = dict(torch.load(path, weights_only=True))
+    content[KEY]["model"]["block"] = "other.blocks.SwiGLUBlock"
+    write_checkpoint(content, path)
+    with pytest.raises(
+        ValueError, match=r"do not fit model\.block=other\.blocks\.SwiGLUBlock"
+    ) as caught:
+        load_checkpoint(path, allow_modules=["other"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("n_layer", [1, 3, 10**9])
+def test_layers_that_the_weights_lack_are_not_built(
+    package: Path, tmp_path: Path, n_layer: int
+) -> None:
+    path = save(build("Plain"), tmp_path / "a.ckpt")
+    content = dict(torch.load(path, weights_only=True))
+    content[KEY]["model"]["n_layer"] = n_layer
+    write_checkpoint(content, path)
+    with pytest.raises(ValueError, match=f"has weights of 2 layers and n_layer={n_layer}"):
+        load_checkpoint(path, allow_modules=["other"])
+
+
+def test_a_run_starts_from_such_a_model_with_other_tokens_and_contexts(
+    package: Path, tmp_path: Path
+) -> None:
+    path, ids = save(build("Plain"), tmp_path / "a.ckpt"), some_ids(1, 8)
+    start = init_model(path, ["other"])
+    changed = with_block_size(with_special_tokens(start, ["<|user|>"]), 8)
+    assert changed.model(ids).equal(start.model(ids))
+    classifier = Classifier.from_model(start.model, 3)
+    assert classifier.language_model().eval()(ids).equal(start.model(ids))
+
+
+@pytest.mark.parametrize("name", ["SwiGLUBlock", "Cached", "Inherits", "Plain"])
+def test_generation_equals_reading_the_whole_context_each_time(package: Path, name: str) -> None:
+    model, context, expected = build(name, position="rotary"), some_ids(5).tolist(), []
+    model.wte.weight.data.mul_(20)
+    for _ in range(24):
+        context = context[-8:] if len(context) > 16 else context
+        context.append(int(model(torch.tensor([context]))[0, -1].argmax()))
+        expected.append(context[-1])
+    prompt = some_ids(5).tolist()
+    assert list(generate(model, prompt, max_new_tokens=24, temperature=0)) == expected
+
+
+def test_a_cache_goes_to_classes_alone_that_ask_for_it_themselves(package: Path) -> None:
+    uses = [build(name).uses_cache for name in ("SwiGLUBlock", "Cached", "Inherits")]
+    assert [*uses, GPT(CONFIG).uses_cache] == [False, True, False, True]
+
+
+def test_a_cache_is_refused_where_the_blocks_use_none(package: Path) -> None:
+    from nanogpt.generation import KVCache
+
+    model = build("SwiGLUBlock")
+    with pytest.raises(ValueError, match="does not use a cache"):
+        model(some_ids(1, 3), KVCache.like(model))
+
+
+def test_a_block_that_leaves_the_cache_empty_does_not_generate(package: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not call cache\.update in every layer"):
+        list(generate(build("Mean"), [1, 2], max_new_tokens=2))
+
+
+@pytest.mark.parametrize("name", ["SwiGLUBlock", "Plain"])
+def test_scores_are_those_of_the_models_own_forward(package: Path, name: str) -> None:
+    model = build(name)
+    ids = some_ids(4, 20).tolist()
+    questions = [
+        Question(ids[0][:5], [ids[1][:3], [*ids[1][:2], 7], ids[2][:6]]),
+        Question(ids[3][:12], [ids[3][12:16]]),
+        Question(ids[2][:14], [ids[0][:8]]),  # longer than the context together
+    ]
+    for question, answers in zip(questions, answer(model, questions), strict=True):
+        for continuation, one in zip(question.continuations, answers, strict=True):
+            text = [*question.context, *continuation][:-1][-16:]
+            logits = model(torch.tensor([text]))[0, -len(continuation) :].log_softmax(-1)
+            targets = torch.tensor(continuation)
+            expected = logits[range(len(targets)), targets].sum().item()
+            assert one.log_likelihood == pytest.approx(expected, rel=1e-5)
+            assert one.is_greedy == logits.argmax(-1).equal(targets)
+
+
+def test_arithmetic_counts_the_blocks_own_weights(package: Path) -> None:
+    blocks = sum(p.numel() for p in build("SwiGLUBlock").h.parameters())
+    expected = 6 * (blocks + 273 * 16) + 12 * 2 * 16 * 16
+    assert flops_per_token(replace(CONFIG, block="other.blocks.SwiGLUBlock")) == expected
+
+
+def test_it_is_not_exported(package: Path, tmp_path: Path) -> None:
+    loaded = load_checkpoint(save(build("Plain"), tmp_path / "a.ckpt"), allow_modules=["other"])
+    assert isinstance(loaded, Checkpoint)
+    with pytest.raises(
+        ValueError, match=r"has block=other\.blocks\.Plain, which the published GPT-2"
+    ):
+        check_exportable(loaded, "hf")
+
+
+SWIGLU = "model.block=other.blocks.SwiGLUBlock"
+
+
+def test_an_interrupted_run_continues_to_the_same_weights(
+    package: Path, tiny_run: list[str], tmp_path: Path
+) -> None:
+    assert train.main([*tiny_run, SWIGLU]) == 0
+    run = tmp_path / "runs" / "tiny"
+    whole = load_checkpoint(run, allow_modules=["other"]).model.state_dict()
+    (run / "summary.json").unlink()
+    for name in ("step_000012.ckpt", "last.ckpt"):
+        (run / "checkpoints" / name).unlink()
+    assert train.main([*tiny_run, SWIGLU]) == 0
+    loaded = load_checkpoint(run, allow_modules=["other"])
+    assert loaded.step == 12
+    assert "h.0.mlp.gate.weight" in whole
+    assert all(tensor.equal(whole[name]) for name, tensor in loaded.model.state_dict().items())
+
+
+def test_a_run_starts_from_a_model_whose_class_the_command_names(
+    package: Path, tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(build("SwiGLUBlock"), tmp_path / "a.ckpt")
+    words = [word for word in tiny_run if not word.startswith("model")]
+    words.append(f"init_from={tmp_path / 'a.ckpt'}")
+    assert train.main([*words, SWIGLU]) == 0
+    loaded = load_checkpoint("tiny", runs_dir=tmp_path / "runs", allow_modules=["other"])
+    assert loaded.config.block == "other.blocks.SwiGLUBlock"
+    forget(package)
+    capsys.readouterr()
+    assert train.main([*words, "name=second"]) == 1
+    assert f"or {SWIGLU} (train.py)" in capsys.readouterr().err
+    assert not (package / "other" / "blocks.imported").exists()
+
+
+def test_modules_of_the_current_folder_are_found(
+    package: Path, tiny_run: list[str], tmp_path: Path
+) -> None:
+    def run(*command: str) -> str:
+        return subprocess.run(
+            [sys.executable, *command], cwd=package, check=True, capture_output=True, text=True
+        ).stdout
+
+    run(str(ROOT / "train.py"), *tiny_run, SWIGLU, "max_steps=1")
+    checkpoint = str(tmp_path / "runs" / "tiny")
+    said = run("-m", "nanogpt.generate", checkpoint, "--prompt=def ", "--allow-module=other")
+    assert said.startswith("def ")
+
+
+def test_generate_runs_what_it_is_allowed_to_and_names_the_option_else(
+    package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(save(build("Plain"), tmp_path / "a.ckpt")), "--prompt", "def "]
+    assert generate_main(arguments) == 1
+    assert "with --allow-module other " in capsys.readouterr().err
+    assert generate_main([*arguments, "--allow-module", "other"]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+
+
+def test_evaluate_runs_what_it_is_allowed_to(
+    package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("The square of 3 is 9. " * 5)
+    arguments = [str(save(build("SwiGLUBlock"), tmp_path / "a.ckpt")), "--task", "perplexity"]
+    arguments += ["--data", str(tmp_path / "text.txt")]
+    assert evaluate_main(arguments) == 1
+    assert "with --allow-module other " in capsys.readouterr().err
+    assert evaluate_main([*arguments, "--allow-module", "other"]) == 0
