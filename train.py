@@ -44,7 +44,8 @@ from nanogpt.command import guard_output
 from nanogpt.config import (
     SWEEP,
     as_overrides,
-    build,
+    build_optimizer,
+    build_schedule,
     expand_environment,
     expand_paths,
     explain_syntax,
@@ -193,7 +194,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     from nanogpt.training.session import Session
 
     check_values(config)
-    schedule = build(config["schedule"], "schedule")
+    schedule = build_schedule(config["schedule"])
     with Session(config, schedule, stage_source(config).fingerprint) as session:
         if session.finished is not None:
             return session.finished
@@ -207,7 +208,7 @@ def check_values(config: Mapping[str, Any]) -> None:
 
     GPTConfig(**config["model"], vocab_size=1)
     smallest = GPTConfig(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=2)
-    make_optimizer, _ = build_optimizer(config)
+    make_optimizer, _ = optimizer_settings(config)
     make_optimizer(GPT(smallest))
     if config["stage"] == "instruct":
         find_template(config["instruct"]["template"])
@@ -317,7 +318,7 @@ def language_module(
     from nanogpt.training.pretrain import PretrainModule
     from nanogpt.training.throughput import flops_per_token
 
-    make_optimizer, grad_clip = build_optimizer(config)
+    make_optimizer, grad_clip = optimizer_settings(config)
     about = record(
         config["stage"], model.config, tokenizer, template=template, init_from=session.init_from
     )
@@ -369,7 +370,7 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     )
     train_layers(model, layers)
     weights = class_weights(splits.train, labels) if weighted else [1.0] * len(labels)
-    make_optimizer, grad_clip = build_optimizer(config)
+    make_optimizer, grad_clip = optimizer_settings(config)
     module = ClassifyModule(
         model.train(),
         make_optimizer=make_optimizer,
@@ -409,18 +410,12 @@ def build_loss(config: Mapping[str, Any]) -> tuple[Callable[[list[float]], Any],
     return partial(Loss, **node), noise
 
 
-def build_optimizer(config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], float | None]:
+def optimizer_settings(config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], float | None]:
     """Return what makes the configured optimizer of a model, and the norm to clip gradients to."""
     grad_clip = config["grad_clip"]
     if grad_clip is not None and not (type(grad_clip) in (int, float) and grad_clip > 0):
         raise ValueError(f"grad_clip={grad_clip!r} is neither null nor a number above 0")
-    return partial(optimizer_of, config["optim"]), grad_clip
-
-
-def optimizer_of(node: Mapping[str, Any], model: Any) -> Any:
-    """Return the configured optimizer of a model; its callable takes `model` or `params`."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    return build(node, "optim", model=model, params=params)
+    return partial(build_optimizer, config["optim"]), grad_clip
 
 
 def build_corpus(config: Mapping[str, Any], tokenizer: Any, rank: int) -> Any:

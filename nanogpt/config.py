@@ -167,6 +167,27 @@ def build(node: Any, where: str, /, **live: Any) -> Any:
     return _call(target, arguments, keys, where)
 
 
+def build_optimizer(node: Mapping[str, Any], model: Any) -> Any:
+    """Build an optimizer whose callable takes `model`, or its trainable parameters as `params`.
+
+    `_partial_` makes no difference, so that nodes written for other programs work.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    whole = {key: value for key, value in node.items() if key != "_partial_"}
+    optimizer = build(whole, "optim", model=model, params=params)
+    if not hasattr(optimizer, "param_groups"):
+        made = f"optim._target_={node['_target_']} returns {type(optimizer).__name__}"
+        raise ConfigurationError(f"{made}; an optimizer is a torch.optim.Optimizer")
+    return optimizer
+
+
+def build_schedule(node: Mapping[str, Any]) -> Any:
+    """Build a schedule; a function that takes `step` and `max_steps` is one without `_partial_`."""
+    function = build({**node, "_partial_": True}, "schedule")
+    is_schedule = {"step", "max_steps"} <= inspect.signature(function).parameters.keys()
+    return function if is_schedule else build(node, "schedule")
+
+
 def _nested(value: Any, where: str, live: Mapping[str, Any]) -> Any:
     """Return a value with every node in it built."""
     if isinstance(value, Mapping):

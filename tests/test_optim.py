@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from nanogpt.config import ConfigurationError, build_optimizer, build_schedule
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import (
     Constant,
@@ -292,6 +293,78 @@ def test_a_stock_optimizer_resumes_in_mid_schedule_bit_for_bit(model: Parameters
     scheduled(model, optimizer, rates, range(4, 6))
     scheduled(resumed, again, rates_again, range(4, 6))
     assert_same_weights(model, resumed)
+
+
+def my_opt(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD([model.get_parameter("wte.weight")], lr=lr)
+
+
+def my_opt_over_params(params: list[nn.Parameter], *, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, lr=lr)
+
+
+@pytest.mark.parametrize("partial", [{}, {"_partial_": True}])
+@pytest.mark.parametrize(
+    ("node", "kind", "n_parameters"),
+    [
+        ({"_target_": "torch.optim.SGD", "momentum": 0.9}, torch.optim.SGD, 22),
+        ({"_target_": "torch.optim.RMSprop"}, torch.optim.RMSprop, 22),
+        ({"_target_": f"{__name__}.my_opt"}, torch.optim.SGD, 1),
+        ({"_target_": f"{__name__}.my_opt_over_params"}, torch.optim.Adam, 22),
+    ],
+)
+def test_an_optimizer_of_ones_own_takes_the_model_or_its_trainable_parameters(
+    node: dict[str, Any], kind: Any, n_parameters: int, partial: dict[str, Any], model: Parameters
+) -> None:
+    model.ln_f.bias.requires_grad_(False)
+    optimizer = build_optimizer({**node, **partial, "lr": 0.1}, model)
+    assert type(optimizer) is kind
+    assert learning_rates(optimizer) == [0.1]
+    assert len(optimizer.param_groups[0]["params"]) == n_parameters
+
+
+@pytest.mark.parametrize(
+    ("node", "sentence"),
+    [
+        (
+            {"_target_": "torch.optim.SGD", "lrr": 1},
+            "there is no key optim.lrr; did you mean optim.lr",
+        ),
+        ({"_target_": f"{__name__}.my_opt"}, "optim.lr must be given: my_opt needs it"),
+        ({"_target_": "torch.optim.SGD", "lr": -1.0}, "optim: Invalid learning rate: -1.0"),
+        ({"_target_": "nanogpt.optim.adamw", "eps": "x"}, "optim.eps='x' should be a number"),
+        (
+            {"_target_": "builtins.dict", "a": 1},
+            "optim._target_=builtins.dict returns dict; an opt",
+        ),
+    ],
+)
+def test_an_optimizer_that_cannot_be_built_is_one_sentence(
+    node: dict[str, Any], sentence: str, model: Parameters
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        build_optimizer(node, model)
+    assert str(caught.value).startswith(sentence)
+
+
+def power(step: int, max_steps: int, base: float = 0.5) -> float:
+    return base**step
+
+
+def with_base(base: float) -> Schedule:
+    return functools.partial(power, base=base)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"_target_": f"{__name__}.power", "base": 0.25},
+        {"_target_": f"{__name__}.power", "base": 0.25, "_partial_": True},
+        {"_target_": f"{__name__}.with_base", "base": 0.25},
+    ],
+)
+def test_a_schedule_of_ones_own_is_a_function_or_made_by_one(node: dict[str, Any]) -> None:
+    assert build_schedule(node)(2, 10) == 0.0625
 
 
 def test_muon_takes_only_the_matrices_of_the_blocks(model: Parameters) -> None:

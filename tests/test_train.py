@@ -175,6 +175,39 @@ def test_a_grown_budget_continues_where_the_schedule_permits(
     assert grown["weights_sha256"] == whole["weights_sha256"]
 
 
+def shrinking(step: int, max_steps: int) -> float:
+    return 0.5**step
+
+
+def test_a_stock_optimizer_and_a_schedule_of_ones_own_continue_to_the_same_bits(
+    tiny_run: list[str],
+) -> None:
+    own = [
+        *tiny_run,
+        "~optim",
+        "+optim={_target_: torch.optim.SGD, lr: 0.5, momentum: 0.9}",
+        "~schedule",
+        f"+schedule={{_target_: {__name__}.shrinking}}",
+    ]
+    fit(*own, "max_steps=3")
+    grown = fit(*own, "max_steps=6")
+    whole = fit(*own, "max_steps=6", "name=whole")
+    assert grown["weights_sha256"] == whole["weights_sha256"]
+
+
+def unfinished(step: int, max_steps: int) -> float | None:
+    return 1.0 if step < 5 else None
+
+
+def test_a_schedule_that_fails_within_the_run_is_refused_before_it_begins(
+    tiny_run: list[str], tmp_path: Path
+) -> None:
+    failing = ["~schedule", f"+schedule={{_target_: {__name__}.unfinished}}"]
+    with pytest.raises(ValueError, match=r"unfinished\(step=5, max_steps=6\) returns None"):
+        fit(*tiny_run, *failing, "max_steps=6")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(("remeasure", "micro_batch"), [("false", 2), ("true", 8)])
 def test_a_continued_run_decides_again_where_it_remeasures(
     remeasure: str, micro_batch: int, tiny_run: list[str], tmp_path: Path
