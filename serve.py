@@ -17,20 +17,18 @@ from typing import Any
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and main() says it in one sentence
 
 import hydra
-import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.command import guard_output
-from nanogpt.config import as_overrides, expand_environment, explain_syntax, explain_unknown_key
+from nanogpt.config import CONF, as_overrides, expand_environment, explain_composition
 from serving import environment
 from serving.api.settings import ApiSettings, Binding
 from serving.engine.messages import Settings
 
 ROOT = Path(__file__).parent
-CONF = ROOT / "conf"
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 SETTINGS = (Binding, ApiSettings, Settings)
 
@@ -53,7 +51,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"serve.py: {error}", file=sys.stderr)
         return FAILED
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        print(f"serve.py: {explain(error)}", file=sys.stderr)
+        text = explain_composition(error, "serve")
+        text = re.sub(r"NANOGPT_(\w+)=", lambda name: f"{name[1].lower()}=", text)
+        print(f"serve.py: {text}", file=sys.stderr)
         return WRONG_USAGE
     return 0
 
@@ -114,17 +114,6 @@ def find_models(checkpoint: str | None, runs_dir: str) -> Path:
         f"there is no checkpoint {checkpoint!r}: neither a file, nor a run directory, "
         f"nor a run under {runs_dir}; pass one of these"
     )
-
-
-def explain(error: Exception) -> str:
-    """Return why the configuration does not compose, with the nearest right name."""
-    if isinstance(error, OverrideParseException):
-        return explain_syntax(error)
-    text = " ".join(str(error).split())
-    if unknown := re.search(r"(?:override|find) '([^'@]+)'", text):
-        known = list(yaml.safe_load((CONF / "serve.yaml").read_text(encoding="utf-8")))
-        return explain_unknown_key(unknown[1], known, "conf/serve.yaml")
-    return re.sub(r"NANOGPT_(\w+)=", lambda name: f"{name[1].lower()}=", text)
 
 
 def _text(value: Any) -> str:

@@ -9,13 +9,9 @@
 Issuing a command again continues its run. Every key is in conf/, with a comment.
 """
 
-import difflib
-import hashlib
 import logging
 import math
 import os
-import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,10 +27,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no name service is no n
 
 import hydra
 import yaml
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -42,20 +36,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.command import guard_output
 from nanogpt.config import (
-    SWEEP,
+    CONF,
+    ConfigurationError,
     as_overrides,
     build_optimizer,
     build_schedule,
     expand_environment,
-    expand_paths,
-    explain_syntax,
-    explain_unknown_key,
+    explain_composition,
+    explain_failure,
+    freeze,
+    sweep_name,
 )
-from nanogpt.runs.identity import flatten, run_name
-from nanogpt.training.kinds import check_kinds, clear_other_budget, make_whole
 
-CONF_DIR = "conf"
-CONF = Path(__file__).parent / CONF_DIR
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 STOPPED_BY_SIGNAL = (130, 143)
 
@@ -65,7 +57,7 @@ ABOUT_BATCHES = ("workers", "prompts")
 HEAD_START_S = 2.0  # of rank zero, which reports what it does, where a corpus is to be prepared
 
 log = logging.getLogger("nanogpt")
-failures: list[Exception] = []  # of the jobs of this command
+failures: list[int] = []  # exit codes of this command's jobs
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -73,13 +65,9 @@ def main(arguments: Sequence[str]) -> int:
     guard_output()
     expand_environment()
     if os.getcwd() not in sys.path:
-        sys.path.insert(
-            0, os.getcwd()
-        )  # as python -m does, for modules that the configuration names
+        sys.path.insert(0, os.getcwd())  # for modules that the configuration names
     os.environ["NANOGPT_SWEEP"] = sweep_name(arguments)  # for hydra.sweep.dir
-    words = as_overrides(arguments)
-    flags = [word for word in words if word in SWEEP]  # Hydra wants them first
-    sys.argv[1:] = [*flags, *(word for word in words if word not in SWEEP)]
+    sys.argv[1:] = as_overrides(arguments)
     try:
         if arguments[:1] == ["--frozen"]:
             run_job(yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8")), train)
@@ -92,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
             raise
         print(f"train.py: {explain_composition(error)}", file=sys.stderr)
         return WRONG_USAGE
-    return FAILED if failures else 0
+    return max(failures, default=0)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
@@ -108,8 +96,8 @@ def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
     except Exception as error:
         if config["debug"] is True:
             raise
-        failures.append(error)
-        if text := explain(error):
+        failures.append(WRONG_USAGE if isinstance(error, ConfigurationError) else FAILED)
+        if text := explain_failure(error):
             print(f"train.py: {text}", file=sys.stderr)
         return math.nan
 
@@ -144,56 +132,11 @@ def start(config: dict[str, Any]) -> Mapping[str, Any]:
     return RunDirectory.of(config).summary() or {}
 
 
-def freeze(cfg: DictConfig) -> dict[str, Any]:
-    """Return a composed job as plain values, with its name and the command that reproduces it."""
-    hydra_config = HydraConfig.get()
-    overrides = list(hydra_config.overrides.task)
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    for override in parsed:
-        if override.is_add() and not _is_group(override.key_or_group):
-            raise ValueError(unknown_key(override.key_or_group))
-    typed = {
-        override.key_or_group: override.value()
-        if _is_group(override.key_or_group)
-        else _plain(OmegaConf.select(cfg, override.key_or_group))
-        for override in parsed
-    }
-    config, typed = expand_paths(config), expand_paths(typed)
-    clear_other_budget(config, typed)
-    make_whole(config)
-    check_kinds(config)
-    name = run_name(dict(hydra_config.runtime.choices), typed)
-    if hydra_config.mode == RunMode.MULTIRUN:
-        config["name"] = f"{Path(hydra_config.sweep.dir).name}/{name}"
-    elif config["name"] is None:
-        config["name"] = name
-    config["typed"] = typed
-    config["command"] = shlex.join(["python", "train.py", *overrides])
-    return config
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
-def _is_group(key: str) -> bool:
-    return (CONF / key).is_dir()
-
-
-def sweep_name(arguments: Sequence[str]) -> str:
-    """Return the directory of a sweep's jobs: the same for the same command."""
-    words = sorted(word for word in arguments if word not in SWEEP)
-    by_hand = [word.partition("=")[2] for word in words if word.startswith("name=")]
-    digest = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
-    return by_hand[0] if by_hand else f"sweep-{digest}"
-
-
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """Train one run on this rank, or find it finished; return its summary."""
     from nanogpt.training.session import Session
 
-    check_values(config)
+    check_objects(config)
     schedule = build_schedule(config["schedule"])
     with Session(config, schedule, stage_source(config).fingerprint) as session:
         if session.finished is not None:
@@ -201,7 +144,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         return STAGES[config["stage"]](config, session, session.starting_point())
 
 
-def check_values(config: Mapping[str, Any]) -> None:
+def check_objects(config: Mapping[str, Any]) -> None:
     """Build what needs neither data nor device; a wrong value then fails before anything else."""
     from nanogpt.model import GPT, GPTConfig
     from nanogpt.prompts import find_template
@@ -412,10 +355,7 @@ def build_loss(config: Mapping[str, Any]) -> tuple[Callable[[list[float]], Any],
 
 def optimizer_settings(config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], float | None]:
     """Return what makes the configured optimizer of a model, and the norm to clip gradients to."""
-    grad_clip = config["grad_clip"]
-    if grad_clip is not None and not (type(grad_clip) in (int, float) and grad_clip > 0):
-        raise ValueError(f"grad_clip={grad_clip!r} is neither null nor a number above 0")
-    return partial(build_optimizer, config["optim"]), grad_clip
+    return partial(build_optimizer, config["optim"]), config["grad_clip"]
 
 
 def build_corpus(config: Mapping[str, Any], tokenizer: Any, rank: int) -> Any:
@@ -488,63 +428,6 @@ def tokenizer_key(node: Mapping[str, Any]) -> str:
     """Return what names a configured tokenizer's table among prepared data, such as bpe-2048."""
     maker = node["_target_"].rpartition(".")[2].removesuffix("_tokenizer")
     return "-".join([maker, *(str(value) for key, value in node.items() if key != "_target_")])
-
-
-def explain(error: Exception) -> str:
-    """Return an error as one sentence; nothing for a rank whose rank zero has spoken."""
-    from nanogpt.command import first_line, out_of_memory
-    from nanogpt.ranks import Ranks, RankZeroFailedError
-
-    text = first_line(error)
-    said_by_rank_zero = isinstance(error, ValueError | OSError | FloatingPointError)
-    lost_rank_zero = "onnection" in text  # gloo's or nccl's word for a rank that has left
-    if isinstance(error, RankZeroFailedError) or (
-        Ranks.from_environment().rank > 0 and (said_by_rank_zero or lost_rank_zero)
-    ):
-        return ""
-    if short := out_of_memory(error):
-        return (
-            f"{short}; free memory, or pass micro_batch=1, a smaller model, model.block_size or "
-            "tokens_per_step, or less data"
-        )
-    if said_by_rank_zero:
-        return text
-    if isinstance(error, OmegaConfBaseException):
-        return explain_composition(error)
-    return f"{type(error).__name__}: {text} (debug=true shows where)"
-
-
-def explain_composition(error: Exception) -> str:
-    """Return why the configuration does not compose, with the nearest right name."""
-    if isinstance(error, OverrideParseException):
-        return explain_syntax(error)
-    text = str(error)
-    if unknown := re.search(r"Could not override '([^']+)'", text):
-        return unknown_key(unknown[1])
-    if missing := re.search(r"full_key: (\S+)", text) if "Missing mandatory" in text else None:
-        return f"{missing[1]} must be given; pass {missing[1]}=... (conf/ says what it is)"
-    if unknown := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
-        group, option = unknown[1], unknown[2]
-        options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-        near = difflib.get_close_matches(option, options, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"there is no {group}={option}; {hint}{group} is one of {', '.join(options)}"
-    return " ".join(text.split())
-
-
-def unknown_key(key: str) -> str:
-    """Return the sentence for a key that the composed configuration does not have."""
-    return explain_unknown_key(key, _known_keys(), f"{CONF_DIR}/")
-
-
-def _known_keys() -> list[str]:
-    GlobalHydra.instance().clear()
-    with hydra.initialize(version_base="1.3", config_path=CONF_DIR):
-        stages = [path.stem for path in sorted((CONF / "stage").glob("*.yaml"))]
-        composed = [hydra.compose("train", [f"stage={stage}"]) for stage in stages]
-    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-    nested: list[Any] = [OmegaConf.to_container(cfg) for cfg in composed]
-    return [*dict.fromkeys(key for config in nested for key in flatten(config)), *groups]
 
 
 STAGES = {"pretrain": pretrain, "classify": classify, "instruct": instruct}

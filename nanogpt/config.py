@@ -1,21 +1,34 @@
 """The configuration: command lines, Hydra's errors as sentences, and objects built from nodes."""
 
 import difflib
+import hashlib
 import importlib
 import inspect
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from hydra.errors import OverrideParseException
-from omegaconf import OmegaConf
-from pydantic import ValidationError
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from nanogpt.command import expand_home, first_line, is_path, out_of_memory
-from nanogpt.values import explain
+from nanogpt.runs.identity import flatten, run_name
+from nanogpt.training.kinds import check_kinds
+from nanogpt.values import CHECKED, Count, Flag, Text, explain
 
+CONF = Path(__file__).parent.parent / "conf"
 SWEEP = ("-m", "--multirun")
 # Keys besides paths whose value is text that Hydra would otherwise read as an expression.
 NAMES = (
@@ -49,6 +62,7 @@ OTHER_NAMES = {
     "warmup_iters": "schedule.warmup_steps",
     "weight_decay": "optim.weight_decay",
 }
+COUNTS_OF_TOKENS = {"max_steps", "max_tokens", "tokens_per_step", "tokens", "shard_tokens"}
 RESERVED = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # as Hydra names them
 OVERRIDE = re.compile(r"(\+{0,2}[\w./@-]*[\w.])=(.*)", re.DOTALL)
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
@@ -68,13 +82,14 @@ def as_overrides(arguments: Sequence[str]) -> list[str]:
     >>> as_overrides(["data.path=数据 (1), b.txt"])
     ["data.path='数据 (1), b.txt'"]
     """
-    sweep = any(word in SWEEP for word in arguments)
-    return [_as_override(word, sweep) for word in arguments]
+    flags = [word for word in arguments if word in SWEEP]  # Hydra reads them first
+    rest = [word for word in arguments if word not in SWEEP]
+    return [*flags, *(_as_override(word, bool(flags)) for word in rest)]
 
 
 def _as_override(word: str, sweep: bool) -> str:
     match = OVERRIDE.fullmatch(word)
-    if match is None or not is_text(match[1]):
+    if match is None or not is_text(match[1]) or match[1].startswith(("-", "hydra.")):
         return word
     key, value = match[1], match[2]
     if sweep and FUNCTION.fullmatch(value):
@@ -113,18 +128,159 @@ def expand_paths(tree: Any, key: str = "") -> Any:
     return expand_home(tree) if isinstance(tree, str) and is_path(key) else tree
 
 
-def explain_syntax(error: OverrideParseException) -> str:
-    """Return why an override cannot be parsed, and how it is written."""
-    key, _, value = error.override.partition("=")
-    return (
-        f"{error.override} is not an override of the form key=value: Hydra's syntax gives "
-        f"characters such as ( [ {{ , = and letters beyond ASCII a meaning; quote the value for "
-        f"it and for the shell: '{key}=\"{value}\"'"
+def sweep_name(arguments: Sequence[str]) -> str:
+    """Return the directory of a sweep's jobs: the same for the same command."""
+    words = sorted(word for word in arguments if word not in SWEEP)
+    by_hand = [word.partition("=")[2] for word in words if word.startswith("name=")]
+    digest = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
+    return by_hand[0] if by_hand else f"sweep-{digest}"
+
+
+def freeze(cfg: DictConfig) -> dict[str, Any]:
+    """Return a composed job as plain values, with its name and the command that reproduces it.
+
+    `typed` are the keys of the command line with their values, of a group its option. Raises
+    ConfigurationError for a top-level value of the wrong kind.
+    """
+    hydra_config = HydraConfig.get()
+    overrides = list(hydra_config.overrides.task)
+    choices = dict(hydra_config.runtime.choices)
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    typed: dict[str, Any] = {}
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        if override.is_add() and key not in choices:
+            raise ConfigurationError(unknown_key(key))
+        value = override.value() if key in choices else OmegaConf.select(cfg, key)
+        is_node = OmegaConf.is_config(value)
+        typed[key] = OmegaConf.to_container(value, resolve=True) if is_node else value
+    config, typed = expand_paths(config), expand_paths(typed)
+    clear_other_budget(config, typed)
+    make_whole(config)
+    check_values(config)
+    name = run_name(choices, typed)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        config["name"] = f"{Path(hydra_config.sweep.dir).name}/{name}"
+    elif config["name"] is None:
+        config["name"] = name
+    config["typed"] = typed
+    config["command"] = shlex.join(["python", "train.py", *overrides])
+    return config
+
+
+def clear_other_budget(config: dict[str, Any], typed: Mapping[str, Any]) -> None:
+    """Let a budget that was typed be the only one, whatever the preset's other says."""
+    for key, other in (("max_steps", "max_tokens"), ("max_tokens", "max_steps")):
+        if key in typed and other not in typed:
+            config[other] = None
+
+
+def make_whole(config: dict[str, Any]) -> None:
+    """Turn counts that were typed as 10e9 into whole numbers."""
+    for node in (config, config["data"]):
+        for key in COUNTS_OF_TOKENS & node.keys():
+            if isinstance(node[key], float) and node[key].is_integer():
+                node[key] = int(node[key])
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Raise ConfigurationError for a value of the wrong kind that no object checks when built."""
+    plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
+    parts = (
+        ("", Values, {key: plain[key] for key in plain.keys() - {"command", "typed"}}),
+        ("trainer", TrainerValues, config["trainer"]),
     )
+    for where, kind, values in parts:
+        try:
+            kind(**values)
+        except ValidationError as error:
+            raise ConfigurationError(explain(error, where)) from None
+    check_kinds(config)
 
 
-def explain_unknown_key(key: str, known: Sequence[str], where: str) -> str:
+@dataclass(config=CHECKED)
+class Values:
+    """The plain values at the top level of conf/train.yaml."""
+
+    stage: Text
+    name: Text | None
+    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
+    init_from: Text | None
+    max_steps: Count | None
+    max_tokens: Count | None
+    tokens_per_step: Count
+    grad_clip: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None
+    resume: Flag
+    overwrite: Flag
+    debug: Flag
+    micro_batch: Count | Literal["auto"]
+    threads: Count | Literal["auto"]
+    compile: Flag | Literal["auto"]
+    remeasure: Flag
+    runs_dir: Text
+    data_dir: Text
+
+
+@dataclass(config=ConfigDict(extra="ignore"))
+class TrainerValues:
+    """The arguments of the Trainer that are read before it is built."""
+
+    devices: Count | Literal["auto"]
+    num_nodes: Count
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+    deterministic: Flag
+    detect_anomaly: Flag
+
+
+def explain_failure(error: Exception) -> str:
+    """Return why a job failed; nothing for a rank whose rank zero has reported it."""
+    from nanogpt.ranks import Ranks, RankZeroFailedError
+
+    text = first_line(error)
+    reported_by_rank_zero = isinstance(error, ValueError | OSError | FloatingPointError)
+    lost_rank_zero = "onnection" in text  # gloo's or nccl's word for a rank that has left
+    if isinstance(error, RankZeroFailedError) or (
+        Ranks.from_environment().rank > 0 and (reported_by_rank_zero or lost_rank_zero)
+    ):
+        return ""
+    if short := out_of_memory(error):
+        return (
+            f"{short}; free memory, or pass micro_batch=1, a smaller model, model.block_size or "
+            "tokens_per_step, or less data"
+        )
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return explain_composition(error)
+    if reported_by_rank_zero:
+        return text
+    return f"{type(error).__name__}: {text} (debug=true shows where)"
+
+
+def explain_composition(error: Exception, config_name: str = "train") -> str:
+    """Return why a configuration does not compose, with the nearest right name."""
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        return (
+            f"{error.override} is not an override of the form key=value: Hydra's syntax gives "
+            f"characters such as ( [ {{ , = and letters beyond ASCII a meaning; quote the value "
+            f"for it and for the shell: '{key}=\"{value}\"'"
+        )
+    text = str(error)
+    if missing := re.search(r"full_key: (\S+)", text) if "Missing mandatory" in text else None:
+        return f"{missing[1]} must be given; pass {missing[1]}=... (conf/ says what it is)"
+    if unknown := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        group, option = unknown[1], unknown[2]
+        options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        near = difflib.get_close_matches(option, options, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"there is no {group}={option}; {hint}{group} is one of {', '.join(options)}"
+    if unknown := re.search(r"Could not (?:override|find) '([^'@]+)'", text):
+        return unknown_key(unknown[1], config_name)
+    return " ".join(text.split())
+
+
+def unknown_key(key: str, config_name: str = "train") -> str:
     """Return the sentence for a key that the composed configuration does not have."""
+    known = _known_keys(config_name)
     if key in known:
         return (
             f"the chosen data and stage have no key {key}, which others have; choose one of these "
@@ -134,7 +290,21 @@ def explain_unknown_key(key: str, known: Sequence[str], where: str) -> str:
     if near.partition("=")[0].partition(" ")[0] not in known:
         near = "".join(difflib.get_close_matches(key, known, n=1, cutoff=0.5))
     hint = f"did you mean {near}? " if near else ""
+    where = "conf/" if config_name == "train" else f"conf/{config_name}.yaml"
     return f"there is no key {key}; {hint}every key is in {where}"
+
+
+def _known_keys(config_name: str) -> list[str]:
+    """Return the dotted keys of a configuration, those of every stage, and its groups."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        if config_name != "train":
+            return list(map(str, hydra.compose(config_name)))
+        stages = [path.stem for path in sorted((CONF / "stage").glob("*.yaml"))]
+        composed = [hydra.compose(config_name, [f"stage={stage}"]) for stage in stages]
+    nested: list[Any] = [OmegaConf.to_container(cfg) for cfg in composed]
+    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+    return [*dict.fromkeys(key for config in nested for key in flatten(config)), *groups]
 
 
 class ConfigurationError(ValueError):

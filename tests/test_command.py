@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanogpt.command import run_command
-from train import explain
+from nanogpt.config import explain_failure
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
 WORK = """
@@ -73,7 +73,9 @@ def test_out_of_memory_is_one_sentence(
 ) -> None:
     assert run_command("a.command", lambda: failing(error)) == 1
     assert capsys.readouterr().err.startswith(f"a.command: out of memory ({found}); pass a smaller")
-    assert explain(error).startswith(f"out of memory ({found}); free memory, or pass micro_batch=1")
+    assert explain_failure(error).startswith(
+        f"out of memory ({found}); free memory, or pass micro_batch=1"
+    )
 
 
 def test_an_interrupted_command_says_what_is_next(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 import serve
 import train
 from nanogpt.command import parse
-from nanogpt.config import ConfigurationError, as_overrides, build
+from nanogpt.config import ConfigurationError, as_overrides, build, explain_composition
 from nanogpt.generate import parser
 from nanogpt.values import CHECKED, Count
 from serving import environment
@@ -129,7 +129,7 @@ def test_home_is_expanded_in_the_environment(
     ],
 )
 def test_a_key_of_another_program_has_the_hint_of_ours(typed: str, ours: str) -> None:
-    hint = train.explain_composition(ValueError(f"Could not override '{typed}'"))
+    hint = explain_composition(ValueError(f"Could not override '{typed}'"))
     assert f"did you mean {ours}" in hint
 
 

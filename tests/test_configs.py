@@ -12,10 +12,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import train
+from nanogpt.config import check_values, clear_other_budget, explain_composition
 from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Constant, Cosine, WarmupStableDecay, check_schedule, learning_rates
-from nanogpt.training.kinds import check_kinds, clear_other_budget
 from nanogpt.training.session import budget_steps
 from tests.configs import CONF, ROOT, options
 
@@ -133,18 +133,18 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("trainer.devices=none", "trainer.devices"),
         ("+foo=1", "there is no key foo"),
         ("+optim.learning_rat=1", "did you mean optim.learning_rate?"),
-        ("seed=99999999999999999999", "64 bits"),
+        ("seed=99999999999999999999", "below 9223372036854775808"),
         ("data.val_fraction=a", "between 0 and 1"),
         ("data.prompts=5", "a list of texts"),
         ("model=5", "group override must be a string"),
         ("threads=1000000", "threads=1000000 but this machine has"),
         ("optim.learning_rate=abc", "learning_rate"),
         ("name=../x", "no directory under runs_dir"),
-        ("grad_clip=-1", "grad_clip=-1 is neither null nor"),
+        ("grad_clip=-1", "grad_clip=-1 should be above 0"),
         ("callbacks.samples.top_k=0", "callbacks.samples.top_k=0 is not null or a whole number"),
         ("callbacks.samples.temperature=hot", "temperature='hot' is not a number of at least 0"),
         ("callbacks.progress_every_s=often", "progress_every_s='often' is not a number of at"),
-        ("trainer.detect_anomaly=1", "trainer.detect_anomaly=1 is not true or false"),
+        ("trainer.detect_anomaly=1", "trainer.detect_anomaly=1 should be true or false"),
         ("model.n_head=5", "n_embd=16 does not divide"),
         ("data.path=nowhere.txt", "nowhere.txt"),
         ("trainer.num_nodes=2", "needs torchrun on every node"),
@@ -173,7 +173,7 @@ def test_a_typed_budget_clears_the_other_one(tmp_path: Path) -> None:
 def test_an_empty_text_is_refused_by_its_key(key: str) -> None:
     config = composed("stage=pretrain", "data=text", "init_from=null", f"{key}=")
     with pytest.raises(ValueError, match=f"^{key} is empty .an unset variable of the shell"):
-        check_kinds(config)
+        check_values(config)
 
 
 def test_a_key_of_another_data_set_is_not_suggested_for_itself() -> None:
@@ -182,4 +182,4 @@ def test_a_key_of_another_data_set_is_not_suggested_for_itself() -> None:
         ("data.ballance", "did you mean data.balance?"),
     ):
         error = ValueError(f"Could not override '{key}'")
-        assert expected in train.explain_composition(error)
+        assert expected in explain_composition(error)

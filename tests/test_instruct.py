@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 import train
 from nanogpt.checkpoint import load_checkpoint
+from nanogpt.config import unknown_key
 from nanogpt.data.instructions import Instructions
 from nanogpt.prompts import find_template
 
@@ -231,7 +232,7 @@ def test_other_conversations_are_another_corpus(
 
 
 def test_a_misspelt_key_of_the_stage_is_told_the_nearest() -> None:
-    assert "did you mean instruct.template?" in train.unknown_key("instruct.templat")
+    assert "did you mean instruct.template?" in unknown_key("instruct.templat")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ FLAG = "true or false"
 NUMBER = "a number of at least 0"
 TEXT = "a text"
 KINDS = {
-    "seed": ("a whole number of 64 bits",),
     "model.block_size": (COUNT,),
     "data.val_fraction": ("a number between 0 and 1",),
     "data.test_fraction": ("a number between 0 and 1",),
@@ -22,26 +21,8 @@ KINDS = {
     "data.separator": ("null", TEXT),
     "data.path": ("null", TEXT),
     "data.pretokenized": ("null", TEXT),
-    "data_dir": (TEXT,),
-    "runs_dir": (TEXT,),
-    "init_from": ("null", TEXT),
     "callbacks.hellaswag.path": ("null", TEXT),
-    "max_steps": ("null", COUNT),
-    "max_tokens": ("null", COUNT),
     "instruct.max_passes": ("null", COUNT),
-    "tokens_per_step": (COUNT,),
-    "micro_batch": ("auto", COUNT),
-    "threads": ("auto", COUNT),
-    "compile": ("auto", FLAG),
-    "remeasure": (FLAG,),
-    "resume": (FLAG,),
-    "overwrite": (FLAG,),
-    "debug": (FLAG,),
-    "trainer.devices": ("auto", COUNT),
-    "trainer.num_nodes": (COUNT,),
-    "trainer.deterministic": (FLAG,),
-    "trainer.detect_anomaly": (FLAG,),
-    "trainer.precision": ("auto", "32-true", "bf16-mixed", "16-mixed"),
     "data.workers": ("0", COUNT),
     "data.tokens": ("null", COUNT),
     "data.shard_tokens": (COUNT,),
@@ -60,22 +41,6 @@ KINDS = {
     "callbacks.progress_every_s": (NUMBER,),
     "tokenizer.vocab_size": (COUNT,),
 }
-COUNTS_OF_TOKENS = {"max_steps", "max_tokens", "tokens_per_step", "tokens", "shard_tokens"}
-
-
-def clear_other_budget(config: dict[str, Any], typed: Mapping[str, Any]) -> None:
-    """Let a budget that was typed be the only one, whatever the preset's other says."""
-    for key, other in (("max_steps", "max_tokens"), ("max_tokens", "max_steps")):
-        if key in typed and other not in typed:
-            config[other] = None
-
-
-def make_whole(config: dict[str, Any]) -> None:
-    """Turn counts that were typed as 10e9 into whole numbers."""
-    for node in (config, config["data"]):
-        for key in COUNTS_OF_TOKENS & node.keys():
-            if isinstance(node[key], float) and node[key].is_integer():
-                node[key] = int(node[key])
 
 
 def check_kinds(config: Mapping[str, Any]) -> None:
@@ -97,8 +62,6 @@ def _is_kind(value: Any, kind: str) -> bool:
         return type(value) is int and value >= 1
     if kind == FLAG:
         return type(value) is bool
-    if kind == "a whole number of 64 bits":
-        return type(value) is int and -(2**63) <= value < 2**63
     if kind == NUMBER:
         return type(value) in (int, float) and 0 <= value < math.inf
     if kind == TEXT:
