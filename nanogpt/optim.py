@@ -312,7 +312,7 @@ def may_extend(schedule: Schedule, step: int, old_max: int, new_max: int) -> boo
     if step == 0 or new_max == old_max:
         return True
     return new_max > old_max and all(
-        factor_at(schedule, s, old_max) == factor_at(schedule, s, new_max) for s in range(step)
+        schedule(s, old_max) == schedule(s, new_max) for s in range(step)
     )
 
 

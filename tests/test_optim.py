@@ -436,6 +436,12 @@ def test_stable_phase_is_one_and_decay_is_linear() -> None:
     assert schedule(100, 100) == schedule(101, 100) == 0.0
 
 
+def test_a_decay_takes_what_the_warm_up_leaves_of_the_run() -> None:
+    schedule = WarmupStableDecay(warmup_steps=10, decay_fraction=1.0)
+    assert [schedule(step, 20) for step in (9, 10, 15, 19)] == [1.0, 1.0, 0.5, 0.1]
+    assert WarmupStableDecay(decay_fraction=0.0)(101, 100) == 1.0
+
+
 def test_constant_is_one_after_its_warm_up() -> None:
     assert [Constant(warmup_steps=2)(step, 5) for step in range(6)] == [0.5, 1, 1, 1, 1, 1]
 
