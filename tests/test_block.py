@@ -32,6 +32,10 @@ from nanogpt.generation import generate
 from nanogpt.model import GPT, Block, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
 from nanogpt.training.throughput import flops_per_token
+from serving.engine.counters import Counters
+from serving.engine.loading import load_runner
+from serving.engine.messages import Settings
+from serving.engine.registry import Registry
 
 SOURCE = """
 from pathlib import Path
@@ -291,7 +295,8 @@ def test_a_run_starts_from_such_a_model_with_other_tokens_and_contexts(
 @pytest.mark.parametrize("name", ["SwiGLUBlock", "Cached", "Inherits", "Plain"])
 def test_generation_equals_reading_the_whole_context_each_time(package: Path, name: str) -> None:
     model, context, expected = build(name, position="rotary"), some_ids(5).tolist(), []
-    model.wte.weight.data.mul_(20)
+    for parameter in model.parameters():  # so that what was read before counts
+        parameter.data.mul_(20 if parameter.dim() == 2 else 1)
     for _ in range(24):
         context = context[-8:] if len(context) > 16 else context
         context.append(int(model(torch.tensor([context]))[0, -1].argmax()))
@@ -320,16 +325,16 @@ def test_a_block_that_leaves_the_cache_empty_does_not_generate(package: Path) ->
 
 @pytest.mark.parametrize("name", ["SwiGLUBlock", "Plain"])
 def test_scores_are_those_of_the_models_own_forward(package: Path, name: str) -> None:
-    model = build(name)
+    model = build(name, block_size=20)  # no multiple of what rows are padded to
     ids = some_ids(4, 20).tolist()
     questions = [
         Question(ids[0][:5], [ids[1][:3], [*ids[1][:2], 7], ids[2][:6]]),
         Question(ids[3][:12], [ids[3][12:16]]),
-        Question(ids[2][:14], [ids[0][:8]]),  # longer than the context together
+        Question(ids[2][:18], [ids[0][:8]]),  # longer than the context together
     ]
     for question, answers in zip(questions, answer(model, questions), strict=True):
         for continuation, one in zip(question.continuations, answers, strict=True):
-            text = [*question.context, *continuation][:-1][-16:]
+            text = [*question.context, *continuation][:-1][-20:]
             logits = model(torch.tensor([text]))[0, -len(continuation) :].log_softmax(-1)
             targets = torch.tensor(continuation)
             expected = logits[range(len(targets)), targets].sum().item()
@@ -420,3 +425,12 @@ def test_evaluate_runs_what_it_is_allowed_to(
     assert evaluate_main(arguments) == 1
     assert "with --allow-module other " in capsys.readouterr().err
     assert evaluate_main([*arguments, "--allow-module", "other"]) == 0
+
+
+def test_the_server_refuses_it_without_an_import(package: Path, tmp_path: Path) -> None:
+    path = save(build("SwiGLUBlock"), tmp_path / "a.ckpt")
+    forget(package)
+    entry = Registry(str(path)).entries[0]
+    with pytest.raises(ValueError, match="export and the server cannot run it"):
+        load_runner(entry, Settings(device="cpu"), Counters(), 1e9)
+    assert not (package / "other" / "blocks.imported").exists()
