@@ -16,7 +16,7 @@ from nanogpt.config import check_values, clear_other_budget, explain_composition
 from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Constant, Cosine, WarmupStableDecay, check_schedule, learning_rates
-from nanogpt.training.session import budget_steps
+from nanogpt.runs.identity import budget_steps
 from tests.configs import CONF, ROOT, options
 
 

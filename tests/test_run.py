@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
-from nanogpt.runs.directory import RunDirectory, RunLock, check_continues
-from nanogpt.runs.identity import binding, identity_differences, is_identity, run_name
+from nanogpt.runs.directory import RunDirectory, RunLock
+from nanogpt.runs.identity import (
+    binding,
+    check_continues,
+    identity_differences,
+    is_identity,
+    run_name,
+)
 
 CHOICES = {"stage": "quickstart", "model": "nano", "data": "python_stdlib", "optim": "muon"}
 CONFIG = {"seed": 1, "optim": {"learning_rate": 0.1}, "threads": "auto", "trainer": {"devices": 1}}
@@ -109,10 +115,8 @@ def test_a_number_binds_however_it_is_written() -> None:
 
 
 def test_another_identity_is_refused_with_both_ways_on(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-    run.write_config(CONFIG)
     with pytest.raises(ValueError, match=r"name=<new name>.*resume=false overwrite=true"):
-        check_continues(run, {**CONFIG, "seed": 2})
+        check_continues(tmp_path, CONFIG, {**CONFIG, "seed": 2})
 
 
 @pytest.mark.parametrize("key", ["tokens_per_step", "micro_batch"])
@@ -135,11 +139,10 @@ def test_a_recorded_count_below_one_is_damage(key: str, tmp_path: Path) -> None:
 
 
 def test_the_budget_may_grow_where_the_schedule_permits(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-    run.write_config({**CONFIG, "max_steps": 10})
-    check_continues(run, {**CONFIG, "max_steps": 20}, may_extend=True)
+    recorded = {**CONFIG, "max_steps": 10}
+    check_continues(tmp_path, recorded, {**CONFIG, "max_steps": 20}, may_extend=True)
     with pytest.raises(ValueError, match="max_steps"):
-        check_continues(run, {**CONFIG, "max_steps": 20})
+        check_continues(tmp_path, recorded, {**CONFIG, "max_steps": 20})
 
 
 @pytest.mark.parametrize("name", [".", "..", "../x", "/tmp/x", ""])

@@ -8,8 +8,8 @@ import pytest
 
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.runs.run import check_model_keys, shorten
 from nanogpt.tokenizer import byte_tokenizer
-from nanogpt.training.session import check_model_keys, shorten
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """The directory of a run: its files, and the lock that gives it to one process."""
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import re
 import shutil
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +16,7 @@ from typing import Any
 import yaml
 
 from nanogpt.disk import write_atomically
-from nanogpt.runs.identity import BUDGET, identity_differences
+from nanogpt.runs.identity import NEW_OR_ANEW
 
 RECORDED = {  # what a continued run needs of its config.yaml, with the types
     "tokens_per_step": int,
@@ -31,7 +33,6 @@ RESOLVED = {
     "local_world_size": int,
     "wandb_id": str,
 }
-NEW_OR_ANEW = "name=<new name> for a new run, or resume=false overwrite=true to replace this one"
 
 log = logging.getLogger("nanogpt")
 
@@ -109,6 +110,11 @@ class RunDirectory:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_atomically(self.summary_path, (json.dumps(summary, indent=2) + "\n").encode())
 
+    def log_error(self, error: BaseException) -> None:
+        """Append an error's traceback to train.log alone."""
+        with contextlib.suppress(OSError), open(self.log_path, "a", encoding="utf-8") as file:
+            file.write("".join(traceback.format_exception(error)))
+
     def create(self) -> None:
         self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
 
@@ -147,6 +153,23 @@ def read_summary(path: Path) -> dict[str, Any]:
     return summary
 
 
+def reached(summary: Mapping[str, Any]) -> str:
+    """Return the figures that the stage is about."""
+    if "test_accuracy" in summary:
+        words = summary["baseline_bag_of_words_test_accuracy"]
+        return (
+            f"test accuracy {100 * summary['test_accuracy']:.2f} %, macro-F1 "
+            f"{summary['test_macro_f1']:.4f} (a bag of words reaches {100 * words:.2f} %); "
+            f"validation accuracy {100 * summary['val_accuracy']:.2f} %"
+        )
+    bits, gzip = summary.get("val_bits_per_byte"), summary.get("gzip_bits_per_byte")
+    per_byte = "" if bits is None else f", {bits:.3f} bits per byte"
+    beside = f" (gzip -9 needs {gzip:.3f})" if bits is not None and gzip is not None else ""
+    if (loss := summary.get("val_loss")) is None:
+        return "validation loss unknown (metrics.csv was lost)"
+    return f"validation loss {loss:.4f}{per_byte}{beside}"
+
+
 def _mistyped(values: Mapping[str, Any], types: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with the values of the keys that are needed."""
     if not isinstance(values, dict):
@@ -170,25 +193,6 @@ def cut_samples(path: Path, step: int) -> None:
         if int(heading[1]) > step:
             write_atomically(path, content[: heading.start()])
             return
-
-
-def check_continues(
-    run: RunDirectory, config: Mapping[str, Any], *, may_extend: bool = False
-) -> None:
-    """Refuse to continue a run whose identity is another than what was asked for.
-
-    `may_extend` says that the schedule lets `max_steps` and `max_tokens` grow. Raises ValueError
-    that lists the differences and the ways on.
-    """
-    if not run.config_path.is_file():
-        return
-    differences = identity_differences(read_config(run.config_path), config)
-    if may_extend:
-        differences = [d for d in differences if d.partition(":")[0] not in BUDGET]
-    if differences:
-        raise ValueError(
-            f"{run.path} holds another run ({'; '.join(differences)}); pass {NEW_OR_ANEW}"
-        )
 
 
 class RunLock:

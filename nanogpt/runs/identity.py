@@ -6,6 +6,7 @@ so all ranks agree without talking.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,9 @@ OPERATIONAL = (
     "logger",
     "callbacks",
     "trainer",
+    "datamodule.workers",
+    "datamodule.val_tokens",
+    "datamodule.final_val_tokens",
     "command",
     "typed",
     "resolved",
@@ -36,6 +40,14 @@ OPERATIONAL = (
 IDENTITY_WITHIN_OPERATIONAL = ("trainer.precision",)
 NAMED_BY_CHOICE = ("stage", "model", "data")  # groups that the name begins with
 BUDGET = ("max_steps", "max_tokens")  # identity that may grow, where the schedule permits
+NEW_NODES = ("module", "datamodule")  # of the configuration; records of earlier versions lack them
+OWN_PACKAGE = "nanogpt."
+SCHEDULES = {
+    "cosine": ("nanogpt.optim.Cosine", ("warmup_steps", "floor")),
+    "wsd": ("nanogpt.optim.WarmupStableDecay", ("warmup_steps", "decay_fraction", "floor")),
+    "constant": ("nanogpt.optim.Constant", ("warmup_steps",)),
+}
+NEW_OR_ANEW = "name=<new name> for a new run, or resume=false overwrite=true to replace this one"
 MAX_SLUG_CHARS = 48
 
 
@@ -119,12 +131,73 @@ def binding(recorded: Mapping[str, Any]) -> dict[str, str]:
     return {"identity": digest, "corpus": recorded["resolved"]["corpus"]}
 
 
-def identity_differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def identity_differences(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Return one line per identity key in which two configurations differ.
 
-    `auto` agrees with whatever it became when the run began.
+    `auto` agrees with whatever it became when the run began. A record without a class or node that
+    this version names agrees with the project's own.
     """
-    return _differences(recorded, wanted, is_identity)
+    return [
+        line
+        for line in _differences(recorded, config, is_identity)
+        if not _is_new(line.partition(":")[0], recorded, flatten(config))
+    ]
+
+
+def _is_new(key: str, recorded: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Return whether a record lacks a key because its version did."""
+    root = key.partition(".")[0]
+    if key in flatten(recorded):
+        return False
+    if key.endswith("._target_"):
+        return str(config[key]).startswith(OWN_PACKAGE)
+    return root in NEW_NODES and root not in recorded
+
+
+def check_continues(
+    path: Path, recorded: Mapping[str, Any], config: Mapping[str, Any], *, may_extend: bool = False
+) -> None:
+    """Refuse to continue the run at `path` with a configuration of another identity.
+
+    `may_extend` says that the schedule lets `max_steps` and `max_tokens` grow. Raises ValueError
+    that lists the differences and the ways on.
+    """
+    differences = identity_differences(recorded, config)
+    if may_extend:
+        differences = [d for d in differences if d.partition(":")[0] not in BUDGET]
+    if differences:
+        raise ValueError(f"{path} holds another run ({'; '.join(differences)}); pass {NEW_OR_ANEW}")
+
+
+def upgrade(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recorded configuration of an earlier version in the present layout.
+
+    Raises ValueError for a run that this version cannot continue.
+    """
+    config = {**recorded, "data": dict(recorded["data"]), "optim": dict(recorded["optim"])}
+    if (wait := config["data"].pop("wait", None)) is not None:
+        raise ValueError(
+            f"the run began with data.wait={wait}, which this version lacks: it cannot be "
+            f"continued; pass {NEW_OR_ANEW} (data.tokens=N prepares the first N tokens)"
+        )
+    if "grad_clip" in config["optim"]:
+        config["grad_clip"] = config["optim"].pop("grad_clip")
+    if old := config["optim"].pop("schedule", None):
+        target, names = SCHEDULES[old["kind"]]
+        config["schedule"] = {"_target_": target, **{name: old[name] for name in names}}
+    return config
+
+
+def budget_steps(config: Mapping[str, Any]) -> int:
+    """Return the optimizer steps of the run: of `max_steps` and `max_tokens` the first reached."""
+    budgets = []
+    if config["max_steps"] is not None:
+        budgets.append(config["max_steps"])
+    if config["max_tokens"] is not None:
+        budgets.append(math.ceil(config["max_tokens"] / config["tokens_per_step"]))
+    if not budgets:
+        raise ValueError("the run has no budget; pass max_steps=N or max_tokens=N")
+    return int(min(budgets))
 
 
 def operational_differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

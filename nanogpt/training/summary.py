@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.checkpoint import weights_sha256
+from nanogpt.runs.directory import reached
 from nanogpt.runs.metrics import read_metrics
 from nanogpt.training.machine import git_revision, versions
 from nanogpt.training.module import StageModule
@@ -69,23 +70,6 @@ def tell(summary: Mapping[str, Any], run_dir: Path, data: Mapping[str, Any]) -> 
         large=summary.get("n_params", 0) >= LARGE_PARAMS,
     )
     log.info("next:\n%s", "\n".join(f"  {command}" for command in commands))
-
-
-def reached(summary: Mapping[str, Any]) -> str:
-    """Return the figures that the stage is about."""
-    if "test_accuracy" in summary:
-        words = summary["baseline_bag_of_words_test_accuracy"]
-        return (
-            f"test accuracy {100 * summary['test_accuracy']:.2f} %, macro-F1 "
-            f"{summary['test_macro_f1']:.4f} (a bag of words reaches {100 * words:.2f} %); "
-            f"validation accuracy {100 * summary['val_accuracy']:.2f} %"
-        )
-    bits, gzip = summary.get("val_bits_per_byte"), summary.get("gzip_bits_per_byte")
-    per_byte = "" if bits is None else f", {bits:.3f} bits per byte"
-    beside = f" (gzip -9 needs {gzip:.3f})" if bits is not None and gzip is not None else ""
-    if (loss := summary.get("val_loss")) is None:
-        return "validation loss unknown (metrics.csv was lost)"
-    return f"validation loss {loss:.4f}{per_byte}{beside}"
 
 
 def next_commands(
