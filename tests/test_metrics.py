@@ -156,10 +156,81 @@ def test_a_foreign_file_is_refused(file: MetricsFile) -> None:
     assert file.path.read_text() == "a,b\n1,2\n"
 
 
-def test_an_earlier_step_is_refused(file: MetricsFile) -> None:
-    file.append(8, {"train/loss": 3.0})
-    with pytest.raises(ValueError, match="already reaches step 8, got a row for step 7"):
-        file.append(7, {"train/loss": 3.0})
+def test_figures_of_an_earlier_step_join_its_row(file: MetricsFile) -> None:
+    for step in range(1, 31):
+        file.append(step, {"train/loss": float(step)})
+    for step in (29, 2, 30):
+        file.append(step, {"val/loss": step / 2})
+    file.append(31, {"train/loss": 31.0})
+    metrics = read_metrics(file.path)
+    assert metrics["train/loss"] == [(step, float(step)) for step in range(1, 32)]
+    assert metrics["val/loss"] == [(2, 1.0), (29, 14.5), (30, 15.0)]
+
+
+@pytest.mark.parametrize("step", [3, 9, 91, 99])
+def test_a_row_of_an_earlier_step_is_inserted_in_order(file: MetricsFile, step: int) -> None:
+    file.append(4, {"wall_s": 1.0})
+    for later in range(10, 101, 10):
+        file.append(later, {"train/loss": 1.0})
+    file.append(step, {"train/loss": 2.0})
+    file.append(100, {"val/loss": 3.0})
+    file.append(101, {"train/loss": 4.0})
+    steps = [int(line.partition(",")[0]) for line in lines(file)[1:]]
+    assert steps == sorted([4, *range(10, 101, 10), step, 101])
+    assert (step, 2.0) in read_metrics(file.path)["train/loss"]
+    assert read_metrics(file.path)["val/loss"] == [(100, 3.0)]
+
+
+def test_an_earlier_step_brings_a_column(file: MetricsFile) -> None:
+    file.append(10, {"train/loss": 1.0})
+    file.append(9, {"cpu_percent": 50.0})
+    file.append(20, {"cpu_percent": 60.0})
+    assert read_metrics(file.path) == {
+        "train/loss": [(10, 1.0)],
+        "cpu_percent": [(9, 50.0), (20, 60.0)],
+    }
+
+
+def test_rows_out_of_order_are_cut_like_others(file: MetricsFile) -> None:
+    for step in (10, 9, 20, 19):
+        file.append(step, {"train/loss": float(step)})
+    file.cut_after(10)
+    file.append(19, {"train/loss": 1.0})
+    assert [step for step, _ in read_metrics(file.path)["train/loss"]] == [9, 10, 19]
+
+
+def test_a_step_back_is_written_without_reading_the_file(
+    file: MetricsFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.append(10, {"train/loss": 1.0})
+    file.append(20, {"train/loss": 1.0})
+    monkeypatch.setattr("nanogpt.runs.metrics._parse", None)
+    file.append(19, {"train/loss": 2.0})
+    file.append(30, {"train/loss": 1.0})
+    monkeypatch.undo()
+    assert [step for step, _ in read_metrics(file.path)["train/loss"]] == [10, 19, 20, 30]
+
+
+@pytest.mark.parametrize("value", ["text", "1.5", None, [1.0, 2.0], {"a": 1}])
+def test_what_is_no_number_is_left_out_with_one_warning(
+    file: MetricsFile, value: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        file.append(step, {"train/loss": 1.0, "note": value})
+    assert read_metrics(file.path) == {"train/loss": [(1, 1.0), (2, 1.0)]}
+    assert caplog.text.count("'note' is left out") == 1
+
+
+def test_a_name_that_would_break_the_header_is_left_out(file: MetricsFile) -> None:
+    file.append(1, {"two\nlines": 1.0, "with,comma": 2.0})
+    assert read_metrics(file.path) == {"with,comma": [(1, 2.0)]}
+
+
+def test_tensors_are_numbers(file: MetricsFile) -> None:
+    import torch
+
+    file.append(1, {"accuracy": torch.tensor(0.5), "matrix": torch.ones(2)})
+    assert read_metrics(file.path) == {"accuracy": [(1, 0.5)]}
 
 
 def test_a_missing_file_has_no_metrics(file: MetricsFile) -> None:

@@ -3,9 +3,12 @@
 import csv
 import logging
 import os
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from nanogpt.disk import naming, write_atomically
 
@@ -22,47 +25,89 @@ COLUMNS = (
     "val/bits_per_byte",
 )
 
+TAIL = 8  # rows that are extended in place
+
 log = logging.getLogger("nanogpt")
+
+
+@dataclass
+class _Row:
+    step: int
+    at: int  # byte offset in the file
+    cells: dict[str, str]
 
 
 class MetricsFile:
     """Keep a `metrics.csv`; nothing is read or written before the first call.
 
-    A row may come in parts (the training figures of a step, later the validation figures): it is
-    extended in place as long as it is the last one.
+    A row may come in parts (the training figures of a step, later the validation figures), also
+    after rows of later steps: Lightning labels what callbacks log one step back. The last rows are
+    extended in place; an earlier row or a new column replaces the file as a whole.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._columns: list[str] = []
-        self._row: dict[str, str] = {}  # the last row of the file
-        self._row_at = 0  # byte offset of that row
+        self._tail: list[_Row] = []  # the last rows of the file, ascending
+        self._skipped: set[str] = set()
 
-    def append(self, step: int, values: Mapping[str, float]) -> None:
+    def append(self, step: int, values: Mapping[str, Any]) -> None:
         """Add figures to the row of `step`; a column not seen before is added to the header.
 
-        Raises ValueError for a step before the last row's: `cut_after` comes first then.
+        Values that are not numbers are skipped, with one warning per name.
         """
         if not self._columns:
             self._rewrite(*_parse(self.path))
-        last_step = int(self._row.get("step", -1))
-        if step < last_step:
-            raise ValueError(
-                f"{self.path} already reaches step {last_step}, got a row for step {step}; "
-                f"cut_after({step}) drops the later rows"
-            )
-        cells = {name: _cell(value) for name, value in values.items() if name != "step"}
-        if not cells.keys() <= set(self._columns):
-            _, rows = _parse(self.path)
-            self._rewrite(list(dict.fromkeys([*self._columns, *cells])), rows)
-        if step > last_step:
-            self._row = {"step": str(step)}
-            self._row_at = self.path.stat().st_size
-        self._row.update(cells)
+        cells = self._numbers(values)
+        if not cells.keys() <= set(self._columns) or (self._tail and step < self._tail[0].step):
+            self._merge(step, cells)
+        else:
+            self._extend(step, cells)
+
+    def _extend(self, step: int, cells: Mapping[str, str]) -> None:
+        """Add cells to the row of a step among the last ones, or make that row."""
+        index = bisect_left(self._tail, step, key=lambda row: row.step)
+        if index == len(self._tail) or self._tail[index].step > step:
+            at = self._tail[index].at if index < len(self._tail) else self.path.stat().st_size
+            self._tail.insert(index, _Row(step, at, {"step": str(step)}))
+        self._tail[index].cells.update(cells)
+        self._write_from(index)
+
+    def _numbers(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """Return the cells of the values that are numbers, under names that fit in a header."""
+        cells = {}
+        for name, value in values.items():
+            cell = _cell(value) if name.isprintable() else None
+            if cell is not None and name != "step":
+                cells[name] = cell
+            elif cell is None and name not in self._skipped:
+                self._skipped.add(name)
+                log.warning("%s: %r is left out, it is not a number", self.path, name)
+        return cells
+
+    def _write_from(self, index: int) -> None:
+        """Write the last rows from one on, by one call, so that a kill leaves whole rows."""
+        rows = self._tail[index:]
+        lines, at = [], rows[0].at
+        for row in rows:
+            row.at = at
+            lines.append(_line([row.cells.get(name, "") for name in self._columns]))
+            at += len(lines[-1])
         with naming(self.path), self.path.open("r+b") as file:
-            file.seek(self._row_at)
-            file.write(_line([self._row.get(name, "") for name in self._columns]))
+            file.seek(rows[0].at)
+            file.write(b"".join(lines))
             file.truncate()
+        del self._tail[:-TAIL]
+
+    def _merge(self, step: int, cells: Mapping[str, str]) -> None:
+        """Add cells to a row anywhere in the file; it is replaced as a whole."""
+        columns, rows = _parse(self.path)
+        by_step = {int(row[0]): dict(zip(columns, row, strict=True)) for row in rows}
+        by_step.setdefault(step, {"step": str(step)}).update(cells)
+        columns = list(dict.fromkeys([*columns, *cells]))
+        self._rewrite(
+            columns, [[by_step[n].get(name, "") for name in columns] for n in sorted(by_step)]
+        )
 
     def cut_after(self, step: int) -> None:
         """Drop the rows after `step`, the restored one, and damaged lines.
@@ -86,12 +131,13 @@ class MetricsFile:
                 os.fsync(file.fileno())
 
     def _rewrite(self, columns: list[str], rows: list[list[str]]) -> None:
-        self._columns = columns
-        width = len(columns)
-        lines = [_line(columns), *(_line([*row, *[""] * (width - len(row))]) for row in rows)]
-        write_atomically(self.path, b"".join(lines))
-        self._row = dict(zip(columns, rows[-1], strict=False)) if rows else {}
-        self._row_at = sum(map(len, lines[:-1])) if rows else 0
+        self._columns, self._tail = columns, []
+        header, *lines = [_line(cells) for cells in (columns, *rows)]
+        write_atomically(self.path, b"".join([header, *lines]))
+        at = len(header) + sum(map(len, lines[:-TAIL]))
+        for row, line in zip(rows[-TAIL:], lines[-TAIL:], strict=True):
+            self._tail.append(_Row(int(row[0]), at, dict(zip(columns, row, strict=True))))
+            at += len(line)
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -147,6 +193,11 @@ def _line(cells: Sequence[str]) -> bytes:
     return text.getvalue().encode()
 
 
-def _cell(value: float) -> str:
-    """Return the shortest text that reads back as the same number."""
-    return repr(int(value)) if isinstance(value, int) else repr(float(value))
+def _cell(value: Any) -> str | None:
+    """Return the shortest text that reads back as the same number, None for what is no number."""
+    if isinstance(value, int):
+        return repr(int(value))
+    try:
+        return None if isinstance(value, str) else repr(float(value))
+    except (TypeError, ValueError, RuntimeError):  # the last of tensors
+        return None
