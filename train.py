@@ -39,6 +39,7 @@ from nanogpt.config import (
     CONF,
     ConfigurationError,
     as_overrides,
+    build,
     build_optimizer,
     build_schedule,
     expand_environment,
@@ -386,7 +387,7 @@ def build_source(node: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return what yields the documents, and the keys that say how they are prepared."""
     preparing = {key: node[key] for key in ABOUT_PREPARING if key in node}
     leaf = {k: v for k, v in node.items() if k not in (*ABOUT_PREPARING, *ABOUT_BATCHES)}
-    return instantiate(leaf, _convert_="all"), preparing
+    return build(leaf, "data"), preparing
 
 
 def stage_source(config: Mapping[str, Any]) -> Any:

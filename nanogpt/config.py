@@ -59,11 +59,14 @@ OTHER_NAMES = {
     "num_epochs": "max_steps (with stage=instruct, instruct.max_passes)",
     "out_dir": "runs_dir",
     "output_dir": "runs_dir",
+    "schedule": "schedule=wsd (or cosine, constant) and its keys, such as schedule.warmup_steps",
     "warmup_iters": "schedule.warmup_steps",
     "weight_decay": "optim.weight_decay",
 }
 COUNTS_OF_TOKENS = {"max_steps", "max_tokens", "tokens_per_step", "tokens", "shard_tokens"}
 RESERVED = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # as Hydra names them
+# Keys of nodes with a _target_, which may be new: build() checks them by its signature.
+OPEN = re.compile(r"(data|optim|schedule)\.")
 OVERRIDE = re.compile(r"(\+{0,2}[\w./@-]*[\w.])=(.*)", re.DOTALL)
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 CHOICE = re.compile(rf"(?:{QUOTED}|[^,])+")  # of a sweep, which a comma ends
@@ -77,10 +80,10 @@ def as_overrides(arguments: Sequence[str]) -> list[str]:
     """Return a command line with the value of every path and name as one quoted text for Hydra.
 
     `~` becomes the home directory in paths. Quoted values and `null` stay as they are; in a sweep
-    (`-m`) a comma outside quotes separates the choices.
+    (`-m`) a comma outside quotes separates the choices. Keys under a `_target_` may be new (`++`).
 
-    >>> as_overrides(["data.path=数据 (1), b.txt"])
-    ["data.path='数据 (1), b.txt'"]
+    >>> as_overrides(["init_from=数据 (1), b.ckpt", "optim.fused=true"])
+    ["init_from='数据 (1), b.ckpt'", '++optim.fused=true']
     """
     flags = [word for word in arguments if word in SWEEP]  # Hydra reads them first
     rest = [word for word in arguments if word not in SWEEP]
@@ -89,13 +92,13 @@ def as_overrides(arguments: Sequence[str]) -> list[str]:
 
 def _as_override(word: str, sweep: bool) -> str:
     match = OVERRIDE.fullmatch(word)
-    if match is None or not is_text(match[1]) or match[1].startswith(("-", "hydra.")):
+    if match is None or match[1].startswith(("-", "hydra.")):
         return word
     key, value = match[1], match[2]
-    if sweep and FUNCTION.fullmatch(value):
-        return word
-    choices = CHOICE.findall(value) if sweep else [value]
-    return f"{key}={','.join(_quote(key, choice) for choice in choices)}"
+    if is_text(key) and not (sweep and FUNCTION.fullmatch(value)):
+        choices = CHOICE.findall(value) if sweep else [value]
+        value = ",".join(_quote(key, choice) for choice in choices)
+    return f"{'++' if OPEN.match(key) else ''}{key}={value}"
 
 
 def _quote(key: str, text: str) -> str:
@@ -149,7 +152,7 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     typed: dict[str, Any] = {}
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
-        if override.is_add() and key not in choices:
+        if override.is_add() and key not in choices and not OPEN.match(key):
             raise ConfigurationError(unknown_key(key))
         value = override.value() if key in choices else OmegaConf.select(cfg, key)
         is_node = OmegaConf.is_config(value)
@@ -164,7 +167,9 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     elif config["name"] is None:
         config["name"] = name
     config["typed"] = typed
-    config["command"] = shlex.join(["python", "train.py", *overrides])
+    config["command"] = shlex.join(
+        ["python", "train.py", *(word.lstrip("+") for word in overrides)]
+    )
     return config
 
 
@@ -423,7 +428,8 @@ def _bind(
     unknown = [key for key in keys if key not in by_name]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         near = difflib.get_close_matches(unknown[0], by_name, n=1, cutoff=0.5)
-        hint = f"did you mean {where}.{near[0]}? " if near else ""
+        other = f"{where}.{near[0]}" if near else OTHER_NAMES.get(unknown[0])
+        hint = f"did you mean {other}? " if other else ""
         takes = ", ".join(by_name) or "no keys"
         raise ConfigurationError(
             f"there is no key {where}.{unknown[0]}; {hint}{_name(target)} takes {takes}"

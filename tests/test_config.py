@@ -69,6 +69,20 @@ def test_paths_and_names_are_taken_as_they_stand(key: str, text: str) -> None:
     ],
 )
 def test_what_hydra_reads_as_meant_stays(word: str) -> None:
+    assert as_overrides([word])[0].removeprefix("++") == word
+
+
+@pytest.mark.parametrize(
+    "word", ["optim.fused=true", "+optim.fused=true", "++optim.fused=true", "schedule.a={b: 1}"]
+)
+def test_a_node_s_key_may_be_new_without_a_plus_sign(word: str) -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config: Any = compose("train", overrides=as_overrides([word]))
+    assert config.optim.get("fused") is True or config.schedule.a == {"b": 1}
+
+
+@pytest.mark.parametrize("word", ["hydra.searchpath=[pkg://a]", "--config-dir=a b"])
+def test_options_of_hydra_are_not_quoted(word: str) -> None:
     assert as_overrides([word]) == [word]
 
 

@@ -121,8 +121,9 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     ("argument", "expected"),
     [
         ("optim.learning_rat=1", "did you mean optim.learning_rate?"),
-        ("optim.schedule.warmup_steps=1", "did you mean schedule.warmup_steps?"),
+        ("optim.schedule.warmup_steps=1", "did you mean schedule=wsd"),
         ("optim.schedule.kind=wsd", "did you mean schedule=wsd"),
+        ("data.my_key=1", "there is no key data.my_key; TextFiles takes path"),
         ("optim.grad_clip=0.5", "did you mean grad_clip?"),
         ("max_step=1", "did you mean max_steps?"),
         ("modle=nano", "did you mean model?"),
