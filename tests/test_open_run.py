@@ -172,6 +172,12 @@ def test_a_key_of_a_recorded_module_is_identity(config: dict[str, Any]) -> None:
     ]
 
 
+def test_a_key_added_to_a_recorded_module_is_identity(config: dict[str, Any]) -> None:
+    recorded = deepcopy(config)
+    config["module"]["y"] = 2
+    assert identity_differences(recorded, config) == ["module.y: None is recorded, 2 was asked for"]
+
+
 def test_a_run_of_an_earlier_version_is_continued(run_dir: Path, config: dict[str, Any]) -> None:
     with opened(config, run_dir) as run:
         assert (run.step, run.checkpoint) == (4, run_dir / "checkpoints" / "last.ckpt")
