@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -52,10 +51,9 @@ from nanogpt.config import (
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 STOPPED_BY_SIGNAL = (130, 143)
 
-# Keys of data that its object does not have: how its documents become shards, and shards batches.
-ABOUT_PREPARING = ("tokens", "shard_tokens")
-ABOUT_BATCHES = ("workers", "prompts")
-HEAD_START_S = 2.0  # of rank zero, which reports what it does, where a corpus is to be prepared
+# Keys of data that its object does not have: those of the corpus, and others'.
+OF_CORPUS = ("tokens", "shard_tokens", "pretokenized")
+OF_OTHERS = ("workers", "prompts")
 
 log = logging.getLogger("nanogpt")
 failures: list[int] = []  # exit codes of this command's jobs
@@ -139,7 +137,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
 
     check_objects(config)
     schedule = build_schedule(config["schedule"])
-    with Session(config, schedule, stage_source(config).fingerprint) as session:
+    with Session(config, schedule, build_source(config["data"]).fingerprint) as session:
         if session.finished is not None:
             return session.finished
         return STAGES[config["stage"]](config, session, session.starting_point())
@@ -165,38 +163,30 @@ def pretrain(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     """Train a language model on a corpus, from random weights or from `init`."""
     import torch
 
-    from nanogpt.data.corpus import find_corpus
-    from nanogpt.data.module import TokenDataModule, split_step
+    from nanogpt.data.module import split_step
     from nanogpt.model import GPT, GPTConfig
 
     block_size = config["model"]["block_size"] if init is None else init.config.block_size
     rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
-    corpus = find_corpus(Path(config["data_dir"]), session.prepared) or build_corpus(
-        config, None if init is None else init.tokenizer, session.ranks.rank
+    node = {key: config["data"][key] for key in OF_CORPUS if key in config["data"]}
+    data = build(
+        {"_target_": "nanogpt.data.module.CorpusDataModule", **node},
+        "data",
+        prepared=session.prepared,
+        **live(config, block_size),
     )
-    if splits := corpus.manifest.get("splits"):
-        n_train, n_val = (f"{splits[name]['tokens']:,}" for name in ("train", "val"))
-        log.info("data %s: %s training and %s validation tokens", corpus.directory, n_train, n_val)
-    tokenizer = corpus.tokenizer
+    tokenizer = data.use_tokenizer(tokenizer_choice(config, init and init.tokenizer))
     model_config = (
         GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
         if init is None
         else init.config
     )
-    decisions = session.settle(model_config, rows_per_rank, corpus.fingerprint, init)
+    decisions = session.settle(model_config, rows_per_rank, data.fingerprint, init)
+    data.micro_batch = decisions.micro_batch
     torch.manual_seed(config["seed"])
     model = GPT(model_config) if init is None else init.model
     module = language_module(config, session, decisions, model, tokenizer)
-    data = TokenDataModule(
-        corpus,
-        block_size=model_config.block_size,
-        tokens_per_step=config["tokens_per_step"],
-        micro_batch=decisions.micro_batch,
-        seed=config["seed"],
-        workers=config["data"]["workers"],
-    )
-    facts = {"gzip_bits_per_byte": corpus.manifest.get("gzip_bits_per_byte")}
-    return session.fit(module, data, tokenizer, data.val_dataloader, facts)
+    return session.fit(module, data, tokenizer, data.validation, data.facts())
 
 
 def instruct(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
@@ -204,49 +194,41 @@ def instruct(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
     import torch
 
     from nanogpt.checkpoint import with_special_tokens
-    from nanogpt.data.instruction_module import InstructionDataModule, pack_conversations
-    from nanogpt.data.instructions import text_of
     from nanogpt.data.module import split_step
     from nanogpt.model import GPT, GPTConfig
-    from nanogpt.prompts import find_template
 
-    template = find_template(config["instruct"]["template"])
     block_size = config["model"]["block_size"] if init is None else init.config.block_size
     rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
-    splits = stage_source(config).splits()
-    if init is None:
-        make_tokenizer = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
-        tokenizer = make_tokenizer(map(text_of, splits.train))
-        tokenizer = tokenizer.with_special_tokens(template.special_tokens)
-        model_config = GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
-    else:
-        named = with_special_tokens(init, template.special_tokens)
-        tokenizer, model_config = named.tokenizer, named.config
-    loss_on = config["instruct"]["loss_on"]
-    packed = pack_conversations(splits, template, tokenizer, block_size, loss_on)
-    if (passes := passes_of(config)) is not None:
-        session.end_by(packed.steps_of(passes, config["tokens_per_step"]))
-    packed.tell_passes(session.max_steps, config["tokens_per_step"])
-    decisions = session.settle(model_config, rows_per_rank, packed.fingerprint, init)
-    torch.manual_seed(config["seed"])
-    model = GPT(model_config) if init is None else named.model
-    module = language_module(config, session, decisions, model, tokenizer, template.name)
-    data = InstructionDataModule(
-        packed,
-        tokens_per_step=config["tokens_per_step"],
-        micro_batch=decisions.micro_batch,
-        seed=config["seed"],
-        workers=config["data"]["workers"],
+    target = "nanogpt.data.instruction_module.InstructionDataModule"
+    data = build({"_target_": target, **config["instruct"]}, "instruct", **live(config, block_size))
+    if init is not None:
+        init = with_special_tokens(init, data.special_tokens)
+    tokenizer = data.use_tokenizer(tokenizer_choice(config, init and init.tokenizer))
+    model_config = (
+        GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
+        if init is None
+        else init.config
     )
-    facts = {"template": template.name, "loss_on": loss_on, **packed.facts()}
-    return session.fit(module, data, tokenizer, data.val_dataloader, facts)
+    if data.max_steps is not None and not {"max_steps", "max_tokens"} & config["typed"].keys():
+        session.end_by(data.max_steps)
+    decisions = session.settle(model_config, rows_per_rank, data.fingerprint, init)
+    data.micro_batch = decisions.micro_batch
+    torch.manual_seed(config["seed"])
+    model = GPT(model_config) if init is None else init.model
+    module = language_module(config, session, decisions, model, tokenizer, data.template.name)
+    return session.fit(module, data, tokenizer, data.validation, data.facts())
 
 
-def passes_of(config: Mapping[str, Any]) -> int | None:
-    """Return after how many passes over the data the run ends, None where a budget was typed."""
-    typed = {"max_steps", "max_tokens"} & config["typed"].keys()
-    passes: int | None = config["instruct"]["max_passes"]
-    return None if typed else passes
+def live(config: Mapping[str, Any], block_size: int) -> dict[str, Any]:
+    """Return what data modules take besides their own keys."""
+    return {
+        "source": build_source(config["data"]),
+        "data_dir": config["data_dir"],
+        "block_size": block_size,
+        "tokens_per_step": config["tokens_per_step"],
+        "seed": config["seed"],
+        "workers": config["data"]["workers"],
+    }
 
 
 def language_module(
@@ -287,33 +269,31 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
 
     from nanogpt.checkpoint import record
     from nanogpt.classifier import Classifier, train_layers
-    from nanogpt.data.labelled_module import LabelledDataModule
     from nanogpt.data.module import split_step
-    from nanogpt.data.splits import class_weights
     from nanogpt.model import GPTConfig
     from nanogpt.training.classify import ClassifyModule, measure
 
-    make_loss, noise = build_loss(config)
-    layers, weighted = (config["classify"][key] for key in ("layers", "class_weights"))
+    make_loss, augmentation = build_loss(config)
     block_size = config["model"]["block_size"] if init is None else init.config.block_size
     rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
-    splits = stage_source(config).splits()
-    labels = splits.labels
-    if init is None:
-        make_tokenizer = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
-        tokenizer = make_tokenizer(example.text for example in splits.train)
-        model_config = GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
-    else:
-        tokenizer, model_config = init.tokenizer, init.config
-    decisions = session.settle(model_config, rows_per_rank, splits.fingerprint, init)
+    target = "nanogpt.data.labelled_module.LabelledDataModule"
+    data = build({"_target_": target, **augmentation}, "classify", **live(config, block_size))
+    tokenizer = data.use_tokenizer(tokenizer_choice(config, init and init.tokenizer))
+    labels = data.labels
+    model_config = (
+        GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
+        if init is None
+        else init.config
+    )
+    decisions = session.settle(model_config, rows_per_rank, data.fingerprint, init)
+    data.micro_batch = decisions.micro_batch
     torch.manual_seed(config["seed"])
     model = (
         Classifier(model_config, len(labels))
         if init is None
         else Classifier.from_model(init.model, len(labels))
     )
-    train_layers(model, layers)
-    weights = class_weights(splits.train, labels) if weighted else [1.0] * len(labels)
+    train_layers(model, config["classify"]["layers"])
     make_optimizer, grad_clip = optimizer_settings(config)
     module = ClassifyModule(
         model.train(),
@@ -326,32 +306,21 @@ def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
         record=record(
             "classify", model_config, tokenizer, labels=labels, init_from=session.init_from
         ),
-        loss=make_loss(weights),
-        measure=partial(measure, tokenizer=tokenizer, labels=labels, text_sets=splits.text_sets()),
+        loss=make_loss(data.class_weights),
+        measure=partial(measure, tokenizer=tokenizer, labels=labels, text_sets=data.text_sets()),
     )
-    data = LabelledDataModule(
-        splits,
-        tokenizer,
-        class_weights=weights,
-        noise=noise,
-        block_size=block_size,
-        tokens_per_step=config["tokens_per_step"],
-        micro_batch=decisions.micro_batch,
-        seed=config["seed"],
-        workers=config["data"]["workers"],
-    )
-    return session.fit(module, data, tokenizer, data.val_dataloader, splits.facts())
+    return session.fit(module, data, tokenizer, data.validation, data.facts())
 
 
 def build_loss(config: Mapping[str, Any]) -> tuple[Callable[[list[float]], Any], Any]:
-    """Return what makes a classifier's loss of class weights, and the augmentation of its texts."""
-    from nanogpt.data.labelled_module import Noise
+    """Return what makes a classifier's loss of class weights, and the data module's keys."""
     from nanogpt.training.classify import Loss
 
     node = dict(config["classify"])
-    noise = Noise(**{key: node.pop(key) for key in ("recase", "token_split", "token_dropout")})
-    del node["layers"], node["class_weights"]
-    return partial(Loss, **node), noise
+    of_data = ("recase", "token_split", "token_dropout", "class_weights")
+    augmentation = {key: node.pop(key) for key in of_data}
+    del node["layers"]
+    return partial(Loss, **node), augmentation
 
 
 def optimizer_settings(config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], float | None]:
@@ -359,70 +328,20 @@ def optimizer_settings(config: Mapping[str, Any]) -> tuple[Callable[[Any], Any],
     return partial(build_optimizer, config["optim"]), config["grad_clip"]
 
 
-def build_corpus(config: Mapping[str, Any], tokenizer: Any, rank: int) -> Any:
-    """Return the configured corpus, prepared, with the given tokenizer or else the configured."""
-    from nanogpt.data.preparing import Preparation, prepare
-    from nanogpt.data.pretokenized import TokenShards, fetch_pretokenized
-
-    source, preparing = build_source(config["data"])
-    data_dir = Path(config["data_dir"])
-    if pretokenized := config["data"].get("pretokenized"):
-        source = TokenShards(fetch_pretokenized(pretokenized, data_dir), source.val_fraction)
-    key = tokenizer_key(config["tokenizer"]) if tokenizer is None else tokenizer.fingerprint
-    make_tokenizer = (
-        instantiate(config["tokenizer"], _partial_=True, _convert_="all")
-        if tokenizer is None
-        else partial(given, tokenizer)
-    )
-    if isinstance(source, TokenShards):
-        learnt = "vocab_size" in config["tokenizer"] and tokenizer is None
-        return source.open(None if learnt else make_tokenizer(()), key)
-    preparation = Preparation(source, make_tokenizer, key, data_dir, **preparing)
-    if rank > 0 and not preparation.directory.exists():
-        time.sleep(HEAD_START_S)
-    return prepare(preparation)
+def build_source(node: Mapping[str, Any]) -> Any:
+    """Return the configured data set."""
+    keys = {k: v for k, v in node.items() if k not in (*OF_CORPUS, *OF_OTHERS)}
+    return build(keys, "data")
 
 
-def build_source(node: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return what yields the documents, and the keys that say how they are prepared."""
-    preparing = {key: node[key] for key in ABOUT_PREPARING if key in node}
-    leaf = {k: v for k, v in node.items() if k not in (*ABOUT_PREPARING, *ABOUT_BATCHES)}
-    return build(leaf, "data"), preparing
+def tokenizer_choice(config: Mapping[str, Any], tokenizer: Any) -> Any:
+    """Return the given tokenizer as a choice, the configured one where there is none."""
+    from nanogpt.data.module import TokenizerChoice
 
-
-def stage_source(config: Mapping[str, Any]) -> Any:
-    """Return the configured data set, where it is of the kind that the stage learns from."""
-    from nanogpt.data.instructions import Instructions
-    from nanogpt.data.labelled import LabelledTexts
-
-    if config["stage"] == "pretrain":
-        return build_source(config["data"])[0]
-    if config["stage"] == "instruct":
-        return build_examples(
-            config["data"],
-            Instructions,
-            "stage=instruct learns from conversations and data={} has none",
-            "data=dolly, or data=instructions data.path=<a .jsonl of instructions and responses>",
-        )
-    return build_examples(
-        config["data"],
-        LabelledTexts,
-        "stage=classify learns from labelled texts and data={} has no labels",
-        "data=sms_spam, or data=labelled data.path=<a .tsv, .csv or .jsonl file>",
-    )
-
-
-def build_examples(node: Mapping[str, Any], kind: type, learns_from: str, instead: str) -> Any:
-    """Return the configured data set, where it is of the kind that a stage learns from."""
-    source, _ = build_source(node)
-    if not isinstance(source, kind):
-        raise ValueError(f"{learns_from.format(source.name)}; pass {instead}")
-    return source
-
-
-def given(tokenizer: Any, documents: Any) -> Any:
-    """Return a tokenizer that need not be learnt."""
-    return tokenizer
+    if tokenizer is not None:
+        return TokenizerChoice.of(tokenizer)
+    make = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
+    return TokenizerChoice(make, tokenizer_key(config["tokenizer"]))
 
 
 def tokenizer_key(node: Mapping[str, Any]) -> str:

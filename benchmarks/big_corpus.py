@@ -9,7 +9,7 @@ process of its own; memory is what a process has resident above what it had afte
 On two busy cores: opening 0.73 s where ids have to be checked and 0.01 s where a manifest vouches
 for them, the first batch 0.01 s, 4 MB. 80,000 random rows, in rows/s and MB held at the end:
 os.pread 108,000 to 136,000 and 0, maps that are kept 82,000 to 85,000 and 560, TokenStream 38,000
-to 42,000 and 5, batches of TokenDataModule 14,000 to 20,000 and 6. A pass of 9.67 million rows is
+to 42,000 and 5, batches of CorpusDataModule 14,000 to 20,000 and 6. A pass of 9.67 million rows is
 shuffled at 6 million rows/s and holds each once.
 """
 
@@ -31,7 +31,7 @@ import torch
 
 from nanogpt.data import shards
 from nanogpt.data.corpus import FORMAT, Corpus
-from nanogpt.data.module import TokenDataModule
+from nanogpt.data.module import CorpusDataModule, TokenizerChoice
 from nanogpt.data.order import permute
 from nanogpt.data.pretokenized import TokenShards
 from nanogpt.data.shards import HEADER_BYTES, HEADER_INTS, MAGIC_AND_VERSION, UINT16
@@ -156,7 +156,7 @@ READERS: dict[str, Callable[[Path, int], str]] = {
     "os.pread": read_by_pread,
     "maps kept": read_by_kept_maps,
     "TokenStream": read_by_stream,
-    "batches of TokenDataModule": read_by_module,
+    "batches of CorpusDataModule": read_by_module,
 }
 
 
@@ -185,14 +185,16 @@ def _open(directory: Path) -> Corpus:
     return TokenShards(directory).open(tokenizer, tokenizer.name)
 
 
-def _module(corpus: Corpus, max_steps: int = 1) -> TokenDataModule:
-    module = TokenDataModule(
-        corpus,
+def _module(corpus: Corpus, max_steps: int = 1) -> CorpusDataModule:
+    module = CorpusDataModule(
+        source=TokenShards(corpus.directory),
+        data_dir=corpus.directory,
         block_size=BLOCK_SIZE,
         tokens_per_step=ROWS_PER_STEP * BLOCK_SIZE,
-        micro_batch=ROWS_PER_STEP,
         seed=0,
     )
+    module.use_tokenizer(TokenizerChoice.of(corpus.tokenizer))
+    module.micro_batch = ROWS_PER_STEP
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
         global_step=0, max_steps=max_steps, global_rank=0, world_size=1, strategy=strategy

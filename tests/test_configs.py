@@ -53,7 +53,7 @@ def test_every_yaml_composes_and_builds(choice: str) -> None:
     GPTConfig(**config["model"], vocab_size=300)
     check_schedule(instantiate(config["schedule"]), 100)
     assert budget_steps(config) > 0
-    source, _ = train.build_source(config["data"])
+    source = train.build_source(config["data"])
     assert callable(source.open if choice == "data=shards" else source.documents)
     make_tokenizer = instantiate(config["tokenizer"], _partial_=True)
     inspect.signature(make_tokenizer.func).bind(["a document"], **make_tokenizer.keywords)

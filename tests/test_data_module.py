@@ -1,20 +1,32 @@
 """The data module: which tokens a step sees depends on the step, never on how it is split."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.trainer.states import TrainerFn
+from pydantic import ValidationError
 
 from nanogpt.data.corpus import Corpus
-from nanogpt.data.module import VAL_BATCH_TOKENS, Batch, TokenDataModule, split_step
+from nanogpt.data.module import (
+    VAL_BATCH_TOKENS,
+    Batch,
+    CorpusDataModule,
+    TokenizerChoice,
+    split_step,
+)
 from nanogpt.data.preparing import Preparation, prepare
+from nanogpt.data.pretokenized import TokenShards
+from nanogpt.data.python_stdlib import PythonStdlib
 from nanogpt.data.text import TextFiles
-from nanogpt.tokenizer import byte_tokenizer
+from nanogpt.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer
 
 BLOCK_SIZE = 8
 SEED = 7
@@ -36,19 +48,30 @@ def _module(
     tokens_per_step: int = 12 * BLOCK_SIZE,
     workers: int = 0,
     seed: int = SEED,
+    block_size: int = BLOCK_SIZE,
+    val_tokens: int | None = None,
+    final_val_tokens: int | None = None,
+    fn: TrainerFn = TrainerFn.FITTING,
     **trainer: Any,
-) -> TokenDataModule:
-    module = TokenDataModule(
-        corpus,
-        block_size=BLOCK_SIZE,
+) -> CorpusDataModule:
+    module = CorpusDataModule(
+        source=TokenShards(corpus.directory),
+        data_dir=corpus.directory.parent,
+        block_size=block_size,
         tokens_per_step=tokens_per_step,
-        micro_batch=micro_batch,
         seed=seed,
         workers=workers,
+        val_tokens=val_tokens,
+        final_val_tokens=final_val_tokens,
     )
+    module.use_tokenizer(TokenizerChoice.of(corpus.tokenizer))
+    module.micro_batch = micro_batch
     values = {"global_step": 0, "max_steps": 3, "global_rank": 0, "world_size": 1} | trainer
-    strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    module.trainer = SimpleNamespace(**values, strategy=strategy)  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(  # type: ignore[assignment]
+        **values,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        state=SimpleNamespace(fn=fn),
+    )
     return module
 
 
@@ -196,18 +219,14 @@ def test_ranks_share_the_validation_windows(corpus: Corpus, world_size: int) -> 
         _rows(list(_module(corpus, global_rank=rank, world_size=world_size).val_dataloader()))
         for rank in range(world_size)
     ]
-    assert sorted(row for share in shares for row in share) == sorted(whole)
+    assert sorted(
+        row for share in shares for row in share if row[1] != [-100] * BLOCK_SIZE
+    ) == sorted(whole)
 
 
 def test_validation_batches_hold_so_many_tokens(corpus: Corpus) -> None:
-    long = TokenDataModule(
-        Corpus(corpus.directory, corpus.tokenizer, corpus.train, corpus.train, "f", {}),
-        block_size=1,
-        tokens_per_step=1,
-        micro_batch=1,
-        seed=0,
-    )
-    long.trainer = _module(corpus).trainer
+    long = _module(corpus, block_size=1, tokens_per_step=1)
+    long.use_rows(long.train_rows, long.train_rows, "f")
     assert len(corpus.train) < VAL_BATCH_TOKENS
     (batch,) = long.val_dataloader()
     assert batch["input_ids"].shape == (268, 1)
@@ -220,8 +239,34 @@ def test_a_part_of_validation_is_evenly_spaced(
     corpus: Corpus, max_tokens: int, kept: list[int] | None
 ) -> None:
     whole = _rows(list(_module(corpus).val_dataloader()))
-    part = _rows(list(_module(corpus).val_dataloader(max_tokens=max_tokens)))
+    part = _rows(list(_module(corpus, val_tokens=max_tokens).val_dataloader()))
     assert part == (whole if kept is None else [whole[i] for i in kept])
+
+
+@pytest.mark.parametrize(
+    ("fn", "kept"),
+    [
+        (TrainerFn.FITTING, [0]),
+        (TrainerFn.VALIDATING, [0, 2]),
+        (TrainerFn.TESTING, [0, 2]),
+    ],
+)
+def test_what_is_validated_depends_on_what_the_trainer_does(
+    corpus: Corpus, fn: TrainerFn, kept: list[int]
+) -> None:
+    whole = _rows(list(_module(corpus).val_dataloader()))
+    module = _module(corpus, val_tokens=8, final_val_tokens=16, fn=fn)
+    assert _rows(list(module.val_dataloader())) == [whole[i] for i in kept]
+    assert _rows(list(module.test_dataloader())) == [whole[i] for i in kept]
+
+
+def test_a_rank_without_validation_rows_has_a_batch_that_scores_nothing(corpus: Corpus) -> None:
+    loader = _module(corpus, val_tokens=8, global_rank=1, world_size=2).val_dataloader()
+    assert len(loader) == 1
+    (batch,) = loader
+    assert batch["input_ids"].shape == (1, BLOCK_SIZE)
+    assert set(batch["targets"].flatten().tolist()) == {-100}
+    assert batch["step_targets"] == 0
 
 
 @pytest.mark.parametrize(
@@ -238,7 +283,7 @@ def test_text_shorter_than_a_block_is_refused(tmp_path: Path, text: str, words: 
     (tmp_path / "t.txt").write_text(text)
     corpus = prepare(Preparation(TextFiles(tmp_path / "t.txt"), byte_tokenizer, "byte", tmp_path))
     with pytest.raises(ValueError, match=words):
-        TokenDataModule(corpus, block_size=64, tokens_per_step=64, micro_batch=1, seed=0, workers=0)
+        _module(corpus, block_size=64, tokens_per_step=64)
 
 
 @settings(deadline=None)
@@ -269,3 +314,74 @@ def test_steps_that_do_not_split_are_refused_with_the_nearest_that_do(
 def test_step_is_checked_when_the_trainer_is_known(corpus: Corpus) -> None:
     with pytest.raises(ValueError, match="cannot be split"):
         _module(corpus, world_size=5).train_dataloader()
+
+
+def _make(documents: Iterable[str]) -> Tokenizer:
+    return bpe_tokenizer(documents, 300)
+
+
+def test_a_corpus_is_prepared_with_the_tokenizer_of_choice(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("win now " * 200)
+    source = TextFiles(tmp_path / "text.txt")
+    data = _options(source=source, data_dir=tmp_path / "data", shard_tokens=50)
+    tokenizer = data.use_tokenizer(TokenizerChoice(_make, "bpe-300"))
+    assert tokenizer.fingerprint == data.corpus.tokenizer.fingerprint
+    again = prepare(Preparation(source, _make, "bpe-300", tmp_path / "data", shard_tokens=50))
+    assert data.fingerprint == again.fingerprint
+    assert data.facts() == {"gzip_bits_per_byte": again.manifest["gzip_bits_per_byte"]}
+
+
+def test_a_prepared_corpus_stands_for_a_source_that_is_gone(tmp_path: Path, corpus: Corpus) -> None:
+    data_dir = corpus.directory.parent
+    gone = TextFiles(tmp_path / "gone.txt")
+    data = _options(source=gone, data_dir=data_dir, prepared=corpus.fingerprint)
+    data.use_tokenizer(TokenizerChoice(_make, "bpe-300"))
+    assert data.fingerprint == corpus.fingerprint
+    with pytest.raises(FileNotFoundError):
+        _options(source=gone, data_dir=data_dir).use_tokenizer(TokenizerChoice(_make, "bpe-300"))
+
+
+def test_token_shards_take_the_place_of_documents(tmp_path: Path, corpus: Corpus) -> None:
+    data = _options(
+        source=TextFiles(tmp_path / "gone.txt"),
+        data_dir=tmp_path,
+        pretokenized=str(corpus.directory),
+    )
+    data.use_tokenizer(TokenizerChoice.of(corpus.tokenizer))
+    assert data.fingerprint == corpus.fingerprint
+
+
+def test_a_learned_tokenizer_needs_documents(tmp_path: Path) -> None:
+    np.save(tmp_path / "train.npy", np.arange(200, dtype=np.uint16))
+    data = _options(source=TokenShards(tmp_path), data_dir=tmp_path)
+    with pytest.raises(ValueError, match="no text to learn tokenizer bpe-300 from"):
+        data.use_tokenizer(TokenizerChoice(_make, "bpe-300"))
+    assert data.use_tokenizer(TokenizerChoice(byte_tokenizer, "byte")).name == "byte"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("workers", -1),
+        ("workers", 1.5),
+        ("workers", True),
+        ("tokens", 0),
+        ("shard_tokens", "5"),
+        ("pretokenized", ""),
+        ("val_tokens", 0),
+        ("final_val_tokens", "all"),
+        ("tokens_per_step", 0),
+        ("seed", 2**63),
+        ("source", "text"),
+        ("prefetch", 2),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(ValidationError, match=key):
+        _options(**{"source": PythonStdlib(), "data_dir": tmp_path, key: value})
+
+
+def _options(**options: Any) -> CorpusDataModule:
+    return CorpusDataModule(
+        **{"block_size": BLOCK_SIZE, "tokens_per_step": BLOCK_SIZE, "seed": SEED, **options}
+    )

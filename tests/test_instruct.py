@@ -242,7 +242,7 @@ def test_a_misspelt_key_of_the_stage_is_told_the_nearest() -> None:
         (["data=instructions"], "data=instructions needs data.path="),
         (["instruct.template=vicuna"], "template='vicuna' is unknown; choose one of chat"),
         (["instruct.template=plain"], "template=plain ends no response"),
-        (["instruct.loss_on=prompts"], "loss_on='prompts' is unknown"),
+        (["instruct.loss_on=prompts"], "loss_on='prompts' should be 'responses' or 'all'"),
         (["init_from=latest"], "found no finished pretraining run"),
     ],
 )

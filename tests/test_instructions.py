@@ -2,18 +2,26 @@
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from nanogpt.data.dolly import FILE, Dolly
-from nanogpt.data.instruction_module import PackedConversations, pack_conversations
+from nanogpt.data.instruction_module import (
+    InstructionDataModule,
+    PackedConversations,
+    pack_conversations,
+)
 from nanogpt.data.instructions import Instructions, conversation
+from nanogpt.data.module import TokenizerChoice
+from nanogpt.data.text import TextFiles
 from nanogpt.prompts import Message, find_template
-from nanogpt.tokenizer import ByteTokenizer, gpt2_tokenizer
+from nanogpt.tokenizer import ByteTokenizer, byte_tokenizer, gpt2_tokenizer
 from tests import hub_server
 from tests.hub_server import Hub
 
@@ -218,8 +226,6 @@ def test_the_loss_can_be_on_all_tokens_and_validation_stays_on_responses(tmp_pat
     counts = [p.train.rows.n_targets(np.arange(len(p.train.rows))) for p in (responses, all_)]
     assert counts[1] == len(all_.train.rows.ids) - all_.train.n_examples > counts[0]
     assert (responses.val.rows.scored == all_.val.rows.scored).all()
-    with pytest.raises(ValueError, match="loss_on='prompts' is unknown"):
-        packed(path, loss_on="prompts")
 
 
 def test_long_conversations_lose_their_end_and_those_without_a_response_are_left_out(
@@ -245,6 +251,55 @@ def test_the_fingerprint_knows_conversations_tokens_and_loss(tmp_path: Path) -> 
     assert len({variant.fingerprint for variant in variants}) == 4
     assert packed(path).fingerprint == variants[0].fingerprint
     assert packed(path).train.sha256 != packed(other).train.sha256
+
+
+def _module(source: Any, **options: Any) -> InstructionDataModule:
+    return InstructionDataModule(
+        **{"source": source, "template": "chat", "block_size": 64, "tokens_per_step": 64}
+        | {"seed": 0}
+        | options
+    )
+
+
+def test_the_tokenizer_of_a_new_model_learns_the_templates_tokens(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.jsonl", numbered(20))
+    data = _module(Instructions(path))
+    tokenizer = data.use_tokenizer(TokenizerChoice(byte_tokenizer, "byte"))
+    assert tokenizer.fingerprint == BYTES.fingerprint
+    assert data.special_tokens == tuple(CHAT.special_tokens)
+    assert data.fingerprint == packed(path).fingerprint
+    assert data.facts() == {
+        "template": "chat",
+        "loss_on": "responses",
+        **packed(path).facts(),
+    }
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_passes_over_the_conversations_end_the_data(tmp_path: Path, passes: int) -> None:
+    source = Instructions(write(tmp_path / "own.jsonl", numbered(20)))
+    data = _module(source, max_passes=passes, tokens_per_step=128)
+    data.use_tokenizer(TokenizerChoice.of(BYTES))
+    assert data.max_steps == math.ceil(passes * len(data.train_rows) / 2)
+    endless = _module(source)
+    endless.use_tokenizer(TokenizerChoice.of(BYTES))
+    assert endless.max_steps is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("template", ""), ("template", 1), ("loss_on", "half"), ("max_passes", 0), ("passes", 1)],
+)
+def test_wrong_arguments_are_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(ValidationError, match=key):
+        _module(Instructions(tmp_path / "own.jsonl"), **{key: value})
+
+
+def test_instruction_tuning_needs_conversations(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data=text has none; pass data=dolly"):
+        _module(TextFiles(tmp_path))
+    with pytest.raises(ValueError, match="template='verse'"):
+        _module(Instructions(tmp_path / "own.jsonl"), template="verse")
 
 
 def test_dolly_takes_a_copy_of_its_file(tmp_path: Path) -> None:

@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from pydantic import ValidationError
 
 from nanogpt.data.labelled import LabelledTexts, read_examples
 from nanogpt.data.labelled_module import LabelledBatch, LabelledDataModule, Noise, Speller
+from nanogpt.data.module import TokenizerChoice
 from nanogpt.data.sms_spam import SmsSpam
-from nanogpt.data.splits import Example, class_weights, same_text, split
+from nanogpt.data.splits import Example, Splits, class_weights, same_text, split
+from nanogpt.data.text import TextFiles
 from nanogpt.tokenizer import (
     BPE_PATTERN,
     END_OF_TEXT,
@@ -362,23 +366,41 @@ BLOCK_SIZE = 12
 NO_NOISE, HALF = Noise(), Noise(recase=0.5, token_split=0.5, token_dropout=0.5)
 
 
+class InMemory(LabelledTexts):
+    """Examples that are split already."""
+
+    def __init__(self, splits: Splits) -> None:
+        object.__setattr__(self, "_splits", splits)
+
+    def splits(self) -> Splits:
+        splits: Splits = vars(self)["_splits"]
+        return splits
+
+
 def module(
-    *, rows: int = 8, micro_batch: int = 8, noise: Noise = NO_NOISE, **trainer: Any
+    *,
+    rows: int = 8,
+    micro_batch: int = 8,
+    noise: Noise = NO_NOISE,
+    val_tokens: int | None = None,
+    **trainer: Any,
 ) -> LabelledDataModule:
     splits = splits_of([Example("x" * (i % 9 + 1) + str(i), "ab"[i % 2]) for i in range(60)])
     built = LabelledDataModule(
-        splits,
-        TOKENIZER,
-        class_weights=[1.0, 3.0],
-        noise=noise,
+        source=InMemory(splits),
+        **vars(noise),
         block_size=BLOCK_SIZE,
         tokens_per_step=rows * BLOCK_SIZE,
-        micro_batch=micro_batch,
         seed=5,
+        val_tokens=val_tokens,
     )
+    built.use_tokenizer(TokenizerChoice.of(TOKENIZER))
+    built.class_weights = [1.0, 3.0]
+    built.micro_batch = micro_batch
     values = {"global_step": 0, "max_steps": 3, "global_rank": 0, "world_size": 1} | trainer
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    built.trainer = SimpleNamespace(**values, strategy=strategy)  # type: ignore[assignment]
+    state = SimpleNamespace(fn=TrainerFn.FITTING)
+    built.trainer = SimpleNamespace(**values, strategy=strategy, state=state)  # type: ignore[assignment]
     return built
 
 
@@ -516,8 +538,34 @@ def test_tokens_of_a_table_in_any_order_are_split() -> None:
 
 @pytest.mark.parametrize("values", [{"recase": 1.5}, {"token_split": -1}, {"token_dropout": 1.0}])
 def test_noise_that_cannot_be_is_refused(values: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(values))):
-        Noise(**values)
+    with pytest.raises(ValidationError, match=next(iter(values))):
+        module(noise=Noise(**values))
+
+
+def test_a_rank_without_validation_texts_has_a_batch_that_scores_nothing() -> None:
+    loader = module(val_tokens=BLOCK_SIZE, global_rank=1, world_size=2).val_dataloader()
+    (batch,) = loader
+    assert batch["labels"].tolist() == [-100]
+    assert batch["input_ids"].shape == (1, int(batch["lengths"].max()))
+
+
+def test_classification_needs_labelled_texts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data=text has no labels; pass data=sms_spam"):
+        LabelledDataModule(source=TextFiles(tmp_path), block_size=8, tokens_per_step=8, seed=0)
+
+
+def test_classes_weigh_the_same_where_asked_for() -> None:
+    splits = splits_of([Example(str(i), "ab"[i % 4 == 0]) for i in range(60)])
+    options: dict[str, Any] = {"block_size": 8, "tokens_per_step": 8, "seed": 0}
+    for weighted in (False, True):
+        built = LabelledDataModule(source=InMemory(splits), class_weights=weighted, **options)
+        built.use_tokenizer(TokenizerChoice.of(TOKENIZER))
+        assert built.labels == ["a", "b"]
+        assert built.class_weights == (
+            class_weights(splits.train, built.labels) if weighted else [1.0, 1.0]
+        )
+        assert built.fingerprint == splits.fingerprint
+        assert built.facts() == splits.facts()
 
 
 def test_validation_scores_every_text_once_over_all_ranks() -> None:
@@ -537,15 +585,9 @@ def test_long_texts_are_cut_and_counted(caplog: pytest.LogCaptureFixture) -> Non
     )
     with caplog.at_level("INFO", logger="nanogpt"):
         built = LabelledDataModule(
-            splits,
-            TOKENIZER,
-            class_weights=[1.0, 1.0],
-            noise=NO_NOISE,
-            block_size=BLOCK_SIZE,
-            tokens_per_step=BLOCK_SIZE,
-            micro_batch=1,
-            seed=0,
+            source=InMemory(splits), block_size=BLOCK_SIZE, tokens_per_step=BLOCK_SIZE, seed=0
         )
+        built.use_tokenizer(TokenizerChoice.of(TOKENIZER))
     n_long = sum(len(e.text) > 10 for e in splits.train + splits.val)
     assert f"{n_long} of 32 texts cut to block_size=12 tokens" in caplog.text
     assert max(len(row) for row in built.train_texts.rows) == BLOCK_SIZE

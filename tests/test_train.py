@@ -381,15 +381,15 @@ def test_a_signal_leaves_a_checkpoint_and_its_code(
 def test_a_signal_before_the_first_step_still_leaves_a_checkpoint(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nanogpt.data.module import TokenDataModule
+    from nanogpt.data.module import CorpusDataModule
 
-    loader = TokenDataModule.train_dataloader
+    loader = CorpusDataModule.train_dataloader
 
-    def signalled(self: TokenDataModule) -> Any:
+    def signalled(self: CorpusDataModule) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return loader(self)
 
-    monkeypatch.setattr(TokenDataModule, "train_dataloader", signalled)
+    monkeypatch.setattr(CorpusDataModule, "train_dataloader", signalled)
     with pytest.raises(SystemExit) as exit_:
         fit(*tiny_run)
     assert exit_.value.code == 143

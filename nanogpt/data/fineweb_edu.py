@@ -7,13 +7,9 @@ from nanogpt.data.hub import HubDataset
 
 @dataclass(frozen=True)
 class FineWebEdu(HubDataset):
-    """The pages of one subset, streamed, or those of local parquet files (`path`).
-
-    `pretokenized` names token shards of it made by others, to be used instead of the pages.
-    """
+    """The pages of one subset, streamed, or those of local parquet files (`path`)."""
 
     repository: str = "HuggingFaceFW/fineweb-edu"
     subset: str | None = "sample-10BT"
     val_fraction: float = 0.001
     name: str = "fineweb_edu"
-    pretokenized: str | None = None

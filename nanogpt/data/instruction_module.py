@@ -5,16 +5,21 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from nanogpt.data.instructions import Conversation, ConversationSplits, conversations_sha256
-from nanogpt.data.module import RowsDataModule
-from nanogpt.data.order import RowOrder
+from nanogpt.data.instructions import (
+    Conversation,
+    ConversationSplits,
+    Instructions,
+    conversations_sha256,
+    text_of,
+)
+from nanogpt.data.module import CHECK_ARGUMENTS, RowsDataModule, TokenizerChoice
 from nanogpt.data.packing import PackedRows
-from nanogpt.prompts import Encoded, Template
+from nanogpt.data.source import name_of
+from nanogpt.prompts import Encoded, Template, find_template
 from nanogpt.tokenizer import Tokenizer
-
-LOSS_ON = ("responses", "all")
+from nanogpt.values import Count, Seed, Size, Text
 
 log = logging.getLogger(__name__)
 
@@ -70,26 +75,66 @@ class PackedConversations:
 
 
 class InstructionDataModule(RowsDataModule):
-    """Batches of packed conversations, their rows shuffled anew in each pass."""
+    """Conversations in a template, packed into rows that are shuffled anew in each pass.
 
+    The training loss is on the `loss_on` tokens, responses or all. The data ends after `max_passes`
+    over the training rows, None for never.
+    """
+
+    @CHECK_ARGUMENTS
     def __init__(
         self,
-        packed: PackedConversations,
         *,
-        tokens_per_step: int,
-        micro_batch: int,
-        seed: int,
-        workers: int = 0,
+        source: Any,
+        template: Text,
+        block_size: Count,
+        tokens_per_step: Count,
+        seed: Seed,
+        loss_on: Literal["responses", "all"] = "responses",
+        max_passes: Count | None = None,
+        workers: Size = 0,
+        val_tokens: Count | None = None,
+        final_val_tokens: Count | None = None,
     ) -> None:
         super().__init__(
-            packed.train.rows,
-            packed.val.rows,
-            RowOrder(len(packed.train.rows), seed, packed.fingerprint),
-            block_size=packed.block_size,
+            block_size=block_size,
             tokens_per_step=tokens_per_step,
-            micro_batch=micro_batch,
+            seed=seed,
             workers=workers,
+            val_tokens=val_tokens,
+            final_val_tokens=final_val_tokens,
         )
+        if not isinstance(source, Instructions):
+            raise ValueError(
+                f"stage=instruct learns from conversations and data={name_of(source)} has none; "
+                "pass data=dolly, or data=instructions data.path=<a .jsonl of instructions and "
+                "responses>"
+            )
+        self.source = source
+        self.template = find_template(template)
+        self.special_tokens = tuple(self.template.special_tokens)
+        self.loss_on = loss_on
+        self.max_passes = max_passes
+
+    def use_tokenizer(self, choice: TokenizerChoice) -> Tokenizer:
+        """Encode and pack the conversations; the tokenizer returned has the special tokens."""
+        splits = self.source.splits()
+        tokenizer = choice.make(map(text_of, splits.train))
+        tokenizer = tokenizer.with_special_tokens(self.special_tokens)
+        packed = pack_conversations(splits, self.template, tokenizer, self.block_size, self.loss_on)
+        self.packed = packed
+        self.use_rows(packed.train.rows, packed.val.rows, packed.fingerprint)
+        if self.max_passes is not None:
+            self.max_steps = packed.steps_of(self.max_passes, self.tokens_per_step)
+        return tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Log how many passes over the training rows the trainer's steps are."""
+        if stage == "fit":
+            self.packed.tell_passes(self._attached_trainer().max_steps, self.tokens_per_step)
+
+    def facts(self) -> dict[str, Any]:
+        return {"template": self.template.name, "loss_on": self.loss_on, **self.packed.facts()}
 
 
 def pack_conversations(
@@ -104,8 +149,6 @@ def pack_conversations(
     The training loss is on responses or on all tokens, validation always on responses. Raises
     ValueError where a split has no conversation that fits.
     """
-    if loss_on not in LOSS_ON:
-        raise ValueError(f"loss_on={loss_on!r} is unknown; choose one of {', '.join(LOSS_ON)}")
     if not template.teaches_end:
         raise ValueError(
             f"template={template.name} ends no response, so a model would not learn to stop; "

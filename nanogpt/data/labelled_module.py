@@ -3,18 +3,23 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nanogpt.classifier import encode_text, pad
-from nanogpt.data.module import Share, StepDataModule
+from nanogpt.data.labelled import LabelledTexts
+from nanogpt.data.module import CHECK_ARGUMENTS, Share, StepDataModule, TokenizerChoice
 from nanogpt.data.order import RowOrder, row_seeds
-from nanogpt.data.splits import Example, Splits
+from nanogpt.data.source import name_of
+from nanogpt.data.splits import Example, class_weights
+from nanogpt.data.windows import NOT_SCORED
 from nanogpt.tokenizer import Tokenizer
+from nanogpt.values import Count, Flag, Fraction, Seed, Size
 
 VAL_BATCH_ROWS = 32  # whatever the training's micro-batch, so that it never changes a score
 
@@ -63,17 +68,6 @@ class Noise:
     recase: float = 0.0
     token_split: float = 0.0
     token_dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("recase", "token_split"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"classify.{name}={getattr(self, name)} is not a number from 0 to 1"
-                )
-        if not 0 <= self.token_dropout < 1:
-            raise ValueError(
-                f"classify.token_dropout={self.token_dropout} is not a number from 0 up to 1"
-            )
 
     def writings(self, examples: Sequence[Example]) -> list[list[Example]]:
         """Return the examples as they are and, where some are recased, in both other ways."""
@@ -135,50 +129,79 @@ class LabelledDataModule(StepDataModule):
 
     A step holds tokens_per_step / block_size examples, each a row of its own however short: padding
     reaches to the longest of a micro-batch only, and a rank's examples are sorted by length first.
-    The noise on a training text is a pure function of the seed, the step and its place in it.
+    `recase`, `token_split` and `token_dropout` are those of `Noise`. The noise on a training text
+    is a pure function of the seed, the step and its place in it. With `class_weights`, all classes
+    weigh the same.
     """
 
+    @CHECK_ARGUMENTS
     def __init__(
         self,
-        splits: Splits,
-        tokenizer: Tokenizer,
         *,
-        class_weights: Sequence[float],
-        noise: Noise,
-        block_size: int,
-        tokens_per_step: int,
-        micro_batch: int,
-        seed: int,
-        workers: int = 0,
+        source: Any,
+        block_size: Count,
+        tokens_per_step: Count,
+        seed: Seed,
+        recase: Fraction = 0.0,
+        token_split: Fraction = 0.0,
+        token_dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0,
+        class_weights: Flag = False,
+        workers: Size = 0,
+        val_tokens: Count | None = None,
+        final_val_tokens: Count | None = None,
     ) -> None:
         super().__init__(
             block_size=block_size,
             tokens_per_step=tokens_per_step,
-            micro_batch=micro_batch,
+            seed=seed,
             workers=workers,
+            val_tokens=val_tokens,
+            final_val_tokens=final_val_tokens,
         )
-        labels = splits.labels
+        if not isinstance(source, LabelledTexts):
+            raise ValueError(
+                f"stage=classify learns from labelled texts and data={name_of(source)} has no "
+                "labels; pass data=sms_spam, or data=labelled data.path=<a .tsv, .csv or .jsonl "
+                "file>"
+            )
+        self.source = source
+        self.noise = Noise(recase, token_split, token_dropout)
+        self.weighted = class_weights
+
+    def use_tokenizer(self, choice: TokenizerChoice) -> Tokenizer:
+        """Split and encode the texts."""
+        self.splits = splits = self.source.splits()
+        self.labels = labels = splits.labels
+        self.class_weights = (
+            class_weights(splits.train, labels) if self.weighted else [1.0] * len(labels)
+        )
+        tokenizer = choice.make(example.text for example in splits.train)
         self.train_texts, *self.recased = (
-            EncodedTexts.of(examples, labels, tokenizer, block_size)
-            for examples in noise.writings(splits.train)
+            EncodedTexts.of(examples, labels, tokenizer, self.block_size)
+            for examples in self.noise.writings(splits.train)
         )
-        self.val_texts = EncodedTexts.of(splits.val, labels, tokenizer, block_size)
-        self.class_weights = np.array(class_weights)
-        self.noise = noise
-        self.speller = Speller.of(tokenizer, block_size)
-        self.seed = seed
-        self.order = RowOrder(len(splits.train), seed, splits.fingerprint)
-        n_cut = self.train_texts.n_cut + self.val_texts.n_cut
-        if n_cut:
+        self.val_texts = EncodedTexts.of(splits.val, labels, tokenizer, self.block_size)
+        self.speller = Speller.of(tokenizer, self.block_size)
+        self.fingerprint = splits.fingerprint
+        self.order = RowOrder(len(splits.train), self.seed, splits.fingerprint)
+        if n_cut := self.train_texts.n_cut + self.val_texts.n_cut:
             n = len(splits.train) + len(splits.val)
-            log.info("%s of %s texts cut to block_size=%s tokens", n_cut, n, block_size)
+            log.info("%s of %s texts cut to block_size=%s tokens", n_cut, n, self.block_size)
+        return tokenizer
+
+    def facts(self) -> dict[str, Any]:
+        return self.splits.facts()
+
+    def text_sets(self) -> dict[str, tuple[list[str], list[int]]]:
+        """Return the texts and class numbers to learn from and to test on, by name."""
+        return self.splits.text_sets()
 
     def steps(self, share: Share) -> "Dataset[list[LabelledBatch]]":
         writings = [self.train_texts, *self.recased]
         return _LabelledSteps(
             list(zip(*(texts.rows for texts in writings), strict=True)),
             self.train_texts.labels,
-            self.class_weights,
+            np.array(self.class_weights),
             self.order,
             share,
             self.noise,
@@ -186,11 +209,8 @@ class LabelledDataModule(StepDataModule):
             self.seed,
         )
 
-    def val_dataloader(self, max_tokens: int | None = None) -> DataLoader[LabelledBatch]:
-        """Return this rank's share of the validation examples, in order.
-
-        `max_tokens` keeps about that many tokens: the first max_tokens / block_size examples.
-        """
+    def validation(self, max_tokens: int | None) -> DataLoader[LabelledBatch]:
+        """Return this rank's share of the first max_tokens / block_size validation examples."""
         trainer = self._attached_trainer()
         texts = self.val_texts
         n_kept = len(texts.rows)
@@ -203,6 +223,8 @@ class LabelledDataModule(StepDataModule):
             _batch([texts.rows[i] for i in part], texts.labels[part], float(len(part)), 1)
             for part in parts
         ]
+        if not batches:
+            batches = [_batch(texts.rows[:1], np.array([NOT_SCORED]), 0.0, 0)]
         return self._loader(batches)  # type: ignore[arg-type]  # a list is a data set
 
 

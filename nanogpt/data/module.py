@@ -1,22 +1,63 @@
 """The Lightning data modules: every rank's batches, step by step, of rows in their fixed order."""
 
+import logging
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
-from typing import Protocol, TypedDict
+from pathlib import Path
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from pydantic import ConfigDict, validate_call
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from nanogpt.data.corpus import Corpus
+from nanogpt.data.corpus import Corpus, find_corpus
 from nanogpt.data.order import RowOrder, row_seeds
-from nanogpt.data.windows import Tokens, Windows
+from nanogpt.data.preparing import Preparation, prepare
+from nanogpt.data.pretokenized import TokenShards, fetch_pretokenized
+from nanogpt.data.shards import SHARD_TOKENS
+from nanogpt.data.source import Source
+from nanogpt.data.windows import NOT_SCORED, Tokens, Windows
+from nanogpt.ranks import Ranks
+from nanogpt.tokenizer import Tokenizer
+from nanogpt.values import Count, Seed, Size, Text
+
+HEAD_START_S = 2.0  # of rank zero, which reports what it does, where a corpus is to be prepared
+CHECK_ARGUMENTS = validate_call(config=ConfigDict(arbitrary_types_allowed=True))
 
 VAL_BATCH_TOKENS = 8192  # whatever the training's micro-batch, so that it never changes a score
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """The tokenizer of a run: a given one, or one that `make` returns for the training documents.
+
+    `key` names its table among prepared data, such as `bpe-2048`.
+    """
+
+    make: Callable[[Iterable[str]], Tokenizer]
+    key: str
+    given: Tokenizer | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "TokenizerChoice":
+        """Return the choice of an existing tokenizer."""
+        return cls(partial(_ignore_documents, tokenizer), tokenizer.fingerprint, tokenizer)
+
+    def make_without_text(self) -> Tokenizer | None:
+        """Return the tokenizer, None where it is learned from documents."""
+        documents = _NoDocuments()
+        tokenizer = self.make(documents)
+        return None if documents.were_read else tokenizer
 
 
 class Batch(TypedDict, total=False):
@@ -67,20 +108,51 @@ class StepDataModule(LightningDataModule):
     """Optimizer steps for one rank of a trainer; a kind of data subclasses it.
 
     An item of `train_dataloader` is one optimizer step: the list of its micro-batches. Which rows
-    a step sees depends on the seed, the data and the step alone.
+    a step sees depends on the seed, the data and the step alone. Validation scores about
+    `val_tokens` tokens while fitting, and `final_val_tokens` in `trainer.validate` and
+    `trainer.test`; None scores all.
     """
 
+    fingerprint: str  # of all that decides the rows; known after use_tokenizer
+    micro_batch: int = 1  # rows of one forward; to be set before fitting
+    special_tokens: tuple[str, ...] = ()  # that the tokenizer must have
+    max_steps: int | None = None  # after which the data ends, None for an endless supply
+
     def __init__(
-        self, *, block_size: int, tokens_per_step: int, micro_batch: int, workers: int
+        self,
+        *,
+        block_size: int,
+        tokens_per_step: int,
+        seed: int,
+        workers: int,
+        val_tokens: int | None,
+        final_val_tokens: int | None,
     ) -> None:
         super().__init__()
         self.block_size = block_size
         self.tokens_per_step = tokens_per_step
-        self.micro_batch = micro_batch
+        self.seed = seed
         self.workers = workers
+        self.val_tokens = val_tokens
+        self.final_val_tokens = final_val_tokens
+
+    def use_tokenizer(self, choice: TokenizerChoice) -> Tokenizer:
+        """Prepare the data and return its tokenizer; called once, on every rank."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """Return plain values for the run's summary."""
+        raise NotImplementedError
 
     def steps(self, share: Share) -> Dataset:
         """Return the data set whose item `step` is a rank's list of micro-batches."""
+        raise NotImplementedError
+
+    def validation(self, max_tokens: int | None) -> DataLoader:
+        """Return this rank's share of about `max_tokens` validation tokens, None for all.
+
+        Every rank has at least one batch. A rank without rows has one in which nothing is scored.
+        """
         raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader:
@@ -91,6 +163,15 @@ class StepDataModule(LightningDataModule):
         )
         share = Share(rows_per_rank, trainer.global_rank, trainer.world_size, self.micro_batch)
         return self._loader(self.steps(share), sampler=_StepsToGo(trainer), workers=self.workers)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return this rank's validation batches, of the part that the trainer is to score."""
+        fitting = self._attached_trainer().state.fn not in (TrainerFn.VALIDATING, TrainerFn.TESTING)
+        return self.validation(self.val_tokens if fitting else self.final_val_tokens)
+
+    def test_dataloader(self) -> DataLoader:
+        """Return the validation batches: there is no further split."""
+        return self.val_dataloader()
 
     def _loader(
         self, batches: Dataset, sampler: Sampler[int] | None = None, workers: int = 0
@@ -113,37 +194,22 @@ class StepDataModule(LightningDataModule):
 
 
 class RowsDataModule(StepDataModule):
-    """Batches of rows for a language model, for one rank of a trainer."""
+    """Batches of rows for a language model; `use_rows` says which."""
 
-    def __init__(
-        self,
-        train_rows: Rows,
-        val_rows: Rows,
-        order: RowOrder,
-        *,
-        block_size: int,
-        tokens_per_step: int,
-        micro_batch: int,
-        workers: int = 0,
-    ) -> None:
-        super().__init__(
-            block_size=block_size,
-            tokens_per_step=tokens_per_step,
-            micro_batch=micro_batch,
-            workers=workers,
-        )
-        self.train_rows = train_rows
-        self.val_rows = val_rows
-        self.order = order
+    def use_rows(self, train: Rows, val: Rows, fingerprint: str) -> None:
+        """Train on some rows, in an order of the seed and the fingerprint, and score others."""
+        self.train_rows = train
+        self.val_rows = val
+        self.fingerprint = fingerprint
+        self.order = RowOrder(len(train), self.seed, fingerprint)
 
     def steps(self, share: Share) -> "Dataset[list[Batch]]":
         return _StepBatches(self.train_rows, self.order, share)
 
-    def val_dataloader(self, max_tokens: int | None = None) -> DataLoader[Batch]:
-        """Return this rank's share of the validation rows, in order.
+    def validation(self, max_tokens: int | None) -> DataLoader[Batch]:
+        """Return this rank's share of evenly spaced validation rows, in order.
 
-        Together they score every target once. `max_tokens` keeps about that many tokens: evenly
-        spaced rows, the same ones every time, at least one.
+        All rows together score every target once.
         """
         trainer = self._attached_trainer()
         n_rows = len(self.val_rows)
@@ -156,35 +222,83 @@ class RowsDataModule(StepDataModule):
         return self._loader(_RowBatches(self.val_rows, rows, rows_per_batch))
 
 
-class TokenDataModule(RowsDataModule):
-    """Batches of a corpus, cut into windows that do not overlap.
+class CorpusDataModule(RowsDataModule):
+    """A corpus of documents or token shards, cut into windows that do not overlap.
 
-    All tokens but a split's first are targets. Raises ValueError where the text is shorter than one
-    row.
+    All tokens but a split's first are targets. `prepared` is the fingerprint of the prepared corpus
+    that replaces a source which is gone; `pretokenized` names token shards to use in place of the
+    source: a folder, or a repository of the Hugging Face hub. `tokens` ends the preparation, None
+    takes all.
     """
 
+    @CHECK_ARGUMENTS
     def __init__(
         self,
-        corpus: Corpus,
         *,
-        block_size: int,
-        tokens_per_step: int,
-        micro_batch: int,
-        seed: int,
-        workers: int = 0,
+        source: Source | TokenShards,
+        block_size: Count,
+        tokens_per_step: Count,
+        seed: Seed,
+        data_dir: str | Path,
+        workers: Size = 0,
+        val_tokens: Count | None = None,
+        final_val_tokens: Count | None = None,
+        tokens: Count | None = None,
+        shard_tokens: Count = SHARD_TOKENS,
+        pretokenized: Text | None = None,
+        prepared: str | None = None,
     ) -> None:
-        _check_length("training", corpus.train, block_size + 1, block_size)
-        _check_length("validation", corpus.val, 2, block_size)
-        windows = Windows(corpus.train, block_size)
         super().__init__(
-            windows,
-            Windows(corpus.val, block_size),
-            RowOrder(len(windows), seed, corpus.fingerprint),
             block_size=block_size,
             tokens_per_step=tokens_per_step,
-            micro_batch=micro_batch,
+            seed=seed,
             workers=workers,
+            val_tokens=val_tokens,
+            final_val_tokens=final_val_tokens,
         )
+        self.source = source
+        self.data_dir = Path(data_dir)
+        self.tokens = tokens
+        self.shard_tokens = shard_tokens
+        self.pretokenized = pretokenized
+        self.prepared = prepared
+
+    def use_tokenizer(self, choice: TokenizerChoice) -> Tokenizer:
+        """Prepare the corpus unless it is, and return its tokenizer.
+
+        Raises ValueError where the text is shorter than one row.
+        """
+        self.corpus = corpus = find_corpus(self.data_dir, self.prepared) or self._prepare(choice)
+        if splits := corpus.manifest.get("splits"):
+            train, val = (f"{splits[name]['tokens']:,}" for name in ("train", "val"))
+            log.info("data %s: %s training and %s validation tokens", corpus.directory, train, val)
+        _check_length("training", corpus.train, self.block_size + 1, self.block_size)
+        _check_length("validation", corpus.val, 2, self.block_size)
+        train_rows, val_rows = (Windows(s, self.block_size) for s in (corpus.train, corpus.val))
+        self.use_rows(train_rows, val_rows, corpus.fingerprint)
+        return corpus.tokenizer
+
+    def facts(self) -> dict[str, Any]:
+        return {"gzip_bits_per_byte": self.corpus.manifest.get("gzip_bits_per_byte")}
+
+    def _prepare(self, choice: TokenizerChoice) -> Corpus:
+        source = self.source
+        if self.pretokenized is not None:
+            folder = fetch_pretokenized(self.pretokenized, self.data_dir)
+            source = TokenShards(folder, source.val_fraction)
+        if isinstance(source, TokenShards):
+            return source.open(choice.make_without_text(), choice.key)
+        preparation = Preparation(
+            source,
+            choice.make,
+            choice.key,
+            self.data_dir,
+            tokens=self.tokens,
+            shard_tokens=self.shard_tokens,
+        )
+        if Ranks.from_environment().rank > 0 and not preparation.directory.exists():
+            time.sleep(HEAD_START_S)
+        return prepare(preparation)
 
 
 def split_step(tokens_per_step: int, block_size: int, world_size: int, micro_batch: int = 1) -> int:
@@ -246,11 +360,14 @@ class _RowBatches(Dataset[Batch]):
     rows_per_batch: int
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.rows_per_batch)
+        return max(-(-len(self.rows) // self.rows_per_batch), 1)
 
     def __getitem__(self, i: int) -> Batch:
         if not 0 <= i < len(self):
             raise IndexError(i)
+        if len(self.rows) == 0:
+            batch = _batch(self.source, np.array([0]), 0)
+            return {**batch, "targets": torch.full_like(batch["targets"], NOT_SCORED)}
         rows = self.rows[i * self.rows_per_batch : (i + 1) * self.rows_per_batch]
         return _batch(self.source, rows, self.source.n_targets(rows))
 
@@ -286,6 +403,20 @@ def _check_length(what: str, tokens: Tokens, needed: int, block_size: int) -> No
             f"the {what} text has {len(tokens)} tokens and needs at least {needed} "
             f"(block_size={block_size}); pass more text or a smaller model.block_size"
         )
+
+
+class _NoDocuments:
+    """No documents, and whether anybody tried to read them."""
+
+    were_read = False
+
+    def __iter__(self) -> Iterator[str]:
+        self.were_read = True
+        return iter(())
+
+
+def _ignore_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Tokenizer:
+    return tokenizer
 
 
 def _as_it_is(item: object) -> object:
