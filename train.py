@@ -9,7 +9,6 @@
 Issuing a command again continues its run. Every key is in conf/, with a comment.
 """
 
-import logging
 import math
 import os
 import sys
@@ -29,18 +28,24 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nanogpt.build import (
+    ConfigurationError,
+    build,
+    build_data,
+    build_each,
+    build_optimizer,
+    build_schedule,
+    check_nodes,
+    choose_tokenizer,
+    source_fingerprint,
+)
 from nanogpt.command import guard_output
 from nanogpt.config import (
     CONF,
-    ConfigurationError,
     as_overrides,
-    build,
-    build_optimizer,
-    build_schedule,
     expand_environment,
     explain_composition,
     explain_failure,
@@ -51,11 +56,6 @@ from nanogpt.config import (
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 STOPPED_BY_SIGNAL = (130, 143)
 
-# Keys of data that its object does not have: those of the corpus, and others'.
-OF_CORPUS = ("tokens", "shard_tokens", "pretokenized")
-OF_OTHERS = ("workers", "prompts")
-
-log = logging.getLogger("nanogpt")
 failures: list[int] = []  # exit codes of this command's jobs
 
 
@@ -133,224 +133,110 @@ def start(config: dict[str, Any]) -> Mapping[str, Any]:
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """Train one run on this rank, or find it finished; return its summary."""
-    from nanogpt.training.session import Session
+    import torch
 
-    check_objects(config)
+    from nanogpt.checkpoint import record, with_special_tokens
+    from nanogpt.data.module import split_step
+    from nanogpt.model import GPT
+    from nanogpt.optim import may_extend
+    from nanogpt.ranks import Ranks, on_rank_zero
+    from nanogpt.runs.identity import budget_steps
+    from nanogpt.runs.run import open_run
+    from nanogpt.training import summary
+    from nanogpt.training.autotune import autotune, given_settings, log_settings
+    from nanogpt.training.launch import resolve_device
+    from nanogpt.training.logs import quieten_lightning
+    from nanogpt.training.trainer import build_trainer, fit
+
+    quieten_lightning()
+    check_nodes(config, budget_steps(config))
+    device, ranks = resolve_device(config["trainer"]["accelerator"]), Ranks.from_environment()
+    plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
+    data = build_data(config, **plain, block_size=config["model"]["block_size"])
     schedule = build_schedule(config["schedule"])
-    with Session(config, schedule, build_source(config["data"]).fingerprint) as session:
-        if session.finished is not None:
-            return session.finished
-        return STAGES[config["stage"]](config, session, session.starting_point())
-
-
-def check_objects(config: Mapping[str, Any]) -> None:
-    """Build what needs neither data nor device; a wrong value then fails before anything else."""
-    from nanogpt.model import GPT, GPTConfig
-    from nanogpt.prompts import find_template
-
-    GPTConfig(**config["model"], vocab_size=1)
-    smallest = GPTConfig(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=2)
-    make_optimizer, _ = optimizer_settings(config)
-    make_optimizer(GPT(smallest))
-    if config["stage"] == "instruct":
-        find_template(config["instruct"]["template"])
-    if config["stage"] == "classify":
-        make_loss, _ = build_loss(config)
-        make_loss([1.0])
-
-
-def pretrain(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
-    """Train a language model on a corpus, from random weights or from `init`."""
-    import torch
-
-    from nanogpt.data.module import split_step
-    from nanogpt.model import GPT, GPTConfig
-
-    block_size = config["model"]["block_size"] if init is None else init.config.block_size
-    rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
-    node = {key: config["data"][key] for key in OF_CORPUS if key in config["data"]}
-    data = build(
-        {"_target_": "nanogpt.data.module.CorpusDataModule", **node},
-        "data",
-        prepared=session.prepared,
-        **live(config, block_size),
+    opened = open_run(
+        config,
+        device,
+        source_fingerprint=partial(source_fingerprint, data),
+        may_extend=partial(may_extend, schedule),
     )
-    tokenizer = data.use_tokenizer(tokenizer_choice(config, init and init.tokenizer))
-    model_config = (
-        GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
-        if init is None
-        else init.config
-    )
-    decisions = session.settle(model_config, rows_per_rank, data.fingerprint, init)
-    data.micro_batch = decisions.micro_batch
-    torch.manual_seed(config["seed"])
-    model = GPT(model_config) if init is None else init.model
-    module = language_module(config, session, decisions, model, tokenizer)
-    return session.fit(module, data, tokenizer, data.validation, data.facts())
+    with opened as run:
+        if run.finished is not None:
+            return summary.finished(run)
+        live = {**plain, "run_dir": run.path, "save_dir": str(run.path)}
+        callbacks = build_each(config["callbacks"], "callbacks", **live)
 
+        # Data, tokenizer and the model's shape
+        start = run.initial_checkpoint()
+        block_size = config["model"]["block_size"] if start is None else start.config.block_size
+        rows_per_rank = split_step(config["tokens_per_step"], block_size, ranks.world_size)
+        data.block_size, data.prepared = block_size, run.prepared
+        if start is not None:
+            start = with_special_tokens(start, data.special_tokens)
+        given = None if start is None else start.tokenizer
+        tokenizer = data.use_tokenizer(choose_tokenizer(config["tokenizer"], given))
+        if data.max_steps is not None:
+            run.end_by(data.max_steps)
+        if start is None:
+            model_config = build(config["model"], "model", vocab_size=tokenizer.vocab_size)
+        else:
+            model_config = start.config
 
-def instruct(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
-    """Teach a language model to reply as the responses of a data set do."""
-    import torch
+        # How this machine runs it
+        run.check_corpus(data.fingerprint)
+        split: dict[str, Any] = {
+            "rows_per_rank": rows_per_rank,
+            "local_world_size": ranks.local_world_size,
+        }
+        settings = on_rank_zero(
+            lambda: autotune(
+                model_config,
+                device=device,
+                max_steps=run.max_steps,
+                data_dir=Path(config["data_dir"]),
+                deterministic=config["trainer"]["deterministic"],
+                remeasure=config["remeasure"],
+                **split,
+                **given_settings(config, run.recorded, **split),
+            )
+        )
+        run.begin({"corpus": data.fingerprint, **settings.resolved()})
+        torch.set_num_threads(settings.threads)
+        log_settings(settings, config, rows_per_rank, block_size)
+        data.micro_batch = settings.micro_batch
 
-    from nanogpt.checkpoint import with_special_tokens
-    from nanogpt.data.module import split_step
-    from nanogpt.model import GPT, GPTConfig
+        # Training
+        torch.manual_seed(config["seed"])
+        model = GPT(model_config) if start is None else start.model
+        template, labels = getattr(data, "template", None), getattr(data, "labels", None)
+        about = record(
+            config["stage"],
+            model_config,
+            tokenizer,
+            template=template and template.name,
+            labels=labels,
+            init_from=run.init_from,
+        )
+        live |= {
+            "model": model,
+            "tokenizer": tokenizer,
+            "data": data,
+            "template": template,
+            "make_optimizer": partial(build_optimizer, config["optim"]),
+            "schedule": schedule,
+            "max_steps": run.max_steps,
+            "compiled": settings.compile,
+            "peak_flops": settings.peak_flops,
+            "metadata": {**about, "run": run.binding},
+            "wandb_id": run.recorded["wandb_id"],
+        }
+        module = build(config["module"], "module", **live)
+        loggers = build_each(config["logger"], "logger", **live)
+        trainer = build_trainer(config["trainer"], run, device, callbacks, loggers)
+        run.rewind()
+        fit(trainer, module, data, callbacks, run.checkpoint)
+        return summary.finish(run, module, data.facts())
 
-    block_size = config["model"]["block_size"] if init is None else init.config.block_size
-    rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
-    target = "nanogpt.data.instruction_module.InstructionDataModule"
-    data = build({"_target_": target, **config["instruct"]}, "instruct", **live(config, block_size))
-    if init is not None:
-        init = with_special_tokens(init, data.special_tokens)
-    tokenizer = data.use_tokenizer(tokenizer_choice(config, init and init.tokenizer))
-    model_config = (
-        GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
-        if init is None
-        else init.config
-    )
-    if data.max_steps is not None and not {"max_steps", "max_tokens"} & config["typed"].keys():
-        session.end_by(data.max_steps)
-    decisions = session.settle(model_config, rows_per_rank, data.fingerprint, init)
-    data.micro_batch = decisions.micro_batch
-    torch.manual_seed(config["seed"])
-    model = GPT(model_config) if init is None else init.model
-    module = language_module(config, session, decisions, model, tokenizer, data.template.name)
-    return session.fit(module, data, tokenizer, data.validation, data.facts())
-
-
-def live(config: Mapping[str, Any], block_size: int) -> dict[str, Any]:
-    """Return what data modules take besides their own keys."""
-    return {
-        "source": build_source(config["data"]),
-        "data_dir": config["data_dir"],
-        "block_size": block_size,
-        "tokens_per_step": config["tokens_per_step"],
-        "seed": config["seed"],
-        "workers": config["data"]["workers"],
-    }
-
-
-def language_module(
-    config: Mapping[str, Any],
-    session: Any,
-    decisions: Any,
-    model: Any,
-    tokenizer: Any,
-    template: str | None = None,
-) -> Any:
-    """Return the module that trains a language model."""
-    from nanogpt.checkpoint import record
-    from nanogpt.training.pretrain import PretrainModule
-    from nanogpt.training.throughput import flops_per_token
-
-    make_optimizer, grad_clip = optimizer_settings(config)
-    about = record(
-        config["stage"], model.config, tokenizer, template=template, init_from=session.init_from
-    )
-    return PretrainModule(
-        model.train(),
-        make_optimizer=make_optimizer,
-        schedule=session.schedule,
-        max_steps=session.max_steps,
-        tokens_per_step=config["tokens_per_step"],
-        grad_clip=grad_clip,
-        compiled=decisions.compile,
-        record=about,
-        token_bytes=[len(token) for token in tokenizer.token_bytes()],
-        flops_per_token=flops_per_token(model.config),
-        peak_flops=decisions.peak_flops,
-    )
-
-
-def classify(config: dict[str, Any], session: Any, init: Any) -> dict[str, Any]:
-    """Teach a model the classes of labelled texts, and test it on texts that it has not seen."""
-    import torch
-
-    from nanogpt.checkpoint import record
-    from nanogpt.classifier import Classifier, train_layers
-    from nanogpt.data.module import split_step
-    from nanogpt.model import GPTConfig
-    from nanogpt.training.classify import ClassifyModule, measure
-
-    make_loss, augmentation = build_loss(config)
-    block_size = config["model"]["block_size"] if init is None else init.config.block_size
-    rows_per_rank = split_step(config["tokens_per_step"], block_size, session.ranks.world_size)
-    target = "nanogpt.data.labelled_module.LabelledDataModule"
-    data = build({"_target_": target, **augmentation}, "classify", **live(config, block_size))
-    tokenizer = data.use_tokenizer(tokenizer_choice(config, init and init.tokenizer))
-    labels = data.labels
-    model_config = (
-        GPTConfig(**config["model"], vocab_size=tokenizer.vocab_size)
-        if init is None
-        else init.config
-    )
-    decisions = session.settle(model_config, rows_per_rank, data.fingerprint, init)
-    data.micro_batch = decisions.micro_batch
-    torch.manual_seed(config["seed"])
-    model = (
-        Classifier(model_config, len(labels))
-        if init is None
-        else Classifier.from_model(init.model, len(labels))
-    )
-    train_layers(model, config["classify"]["layers"])
-    make_optimizer, grad_clip = optimizer_settings(config)
-    module = ClassifyModule(
-        model.train(),
-        make_optimizer=make_optimizer,
-        schedule=session.schedule,
-        max_steps=session.max_steps,
-        tokens_per_step=config["tokens_per_step"],
-        grad_clip=grad_clip,
-        compiled=decisions.compile,
-        record=record(
-            "classify", model_config, tokenizer, labels=labels, init_from=session.init_from
-        ),
-        loss=make_loss(data.class_weights),
-        measure=partial(measure, tokenizer=tokenizer, labels=labels, text_sets=data.text_sets()),
-    )
-    return session.fit(module, data, tokenizer, data.validation, data.facts())
-
-
-def build_loss(config: Mapping[str, Any]) -> tuple[Callable[[list[float]], Any], Any]:
-    """Return what makes a classifier's loss of class weights, and the data module's keys."""
-    from nanogpt.training.classify import Loss
-
-    node = dict(config["classify"])
-    of_data = ("recase", "token_split", "token_dropout", "class_weights")
-    augmentation = {key: node.pop(key) for key in of_data}
-    del node["layers"]
-    return partial(Loss, **node), augmentation
-
-
-def optimizer_settings(config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], float | None]:
-    """Return what makes the configured optimizer of a model, and the norm to clip gradients to."""
-    return partial(build_optimizer, config["optim"]), config["grad_clip"]
-
-
-def build_source(node: Mapping[str, Any]) -> Any:
-    """Return the configured data set."""
-    keys = {k: v for k, v in node.items() if k not in (*OF_CORPUS, *OF_OTHERS)}
-    return build(keys, "data")
-
-
-def tokenizer_choice(config: Mapping[str, Any], tokenizer: Any) -> Any:
-    """Return the given tokenizer as a choice, the configured one where there is none."""
-    from nanogpt.data.module import TokenizerChoice
-
-    if tokenizer is not None:
-        return TokenizerChoice.of(tokenizer)
-    make = instantiate(config["tokenizer"], _partial_=True, _convert_="all")
-    return TokenizerChoice(make, tokenizer_key(config["tokenizer"]))
-
-
-def tokenizer_key(node: Mapping[str, Any]) -> str:
-    """Return what names a configured tokenizer's table among prepared data, such as bpe-2048."""
-    maker = node["_target_"].rpartition(".")[2].removesuffix("_tokenizer")
-    return "-".join([maker, *(str(value) for key, value in node.items() if key != "_target_")])
-
-
-STAGES = {"pretrain": pretrain, "classify": classify, "instruct": instruct}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

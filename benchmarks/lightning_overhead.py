@@ -27,14 +27,14 @@ from torch.utils.data import DataLoader
 
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Constant, adamw
-from nanogpt.runs.metrics import MetricsFile
-from nanogpt.training.callbacks import Figures
-from nanogpt.training.checkpointing import AtomicCheckpointIO
+from nanogpt.tokenizer import byte_tokenizer
+from nanogpt.training.callbacks import StopSignals
+from nanogpt.training.checkpointing import AtomicCheckpointIO, Checkpointing
+from nanogpt.training.language_model import LanguageModel
 from nanogpt.training.loggers import MetricsLogger
+from nanogpt.training.logs import quieten_lightning
 from nanogpt.training.machine import machine_id
-from nanogpt.training.pretrain import PretrainModule
 from nanogpt.training.progress import Progress
-from nanogpt.training.session import quieten_lightning
 
 SHAPES = {
     # nanoGPT's documented CPU run
@@ -108,16 +108,16 @@ def alternate(
             self.began = time.perf_counter()
 
     max_steps = WARMUP_STEPS + rounds * steps
-    module = PretrainModule(
+    module = LanguageModel(
         _seeded_model(config),
+        tokenizer=byte_tokenizer(),
         make_optimizer=_optimizer,
         schedule=Constant(),
         max_steps=max_steps,
         tokens_per_step=batches[0]["input_ids"].numel(),
         grad_clip=1.0,
         compiled=False,
-        record={},
-        token_bytes=[1] * config.vocab_size,
+        metadata={},
     )
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -127,14 +127,17 @@ def alternate(
             devices=1,
             max_steps=max_steps,
             max_epochs=-1,
-            logger=[MetricsLogger(MetricsFile(Path(directory) / "metrics.csv"))],
-            callbacks=[Figures(10), Progress(5.0), Alternate()],
+            logger=[MetricsLogger(Path(directory))],
+            callbacks=[
+                Progress(5.0),
+                Alternate(),
+                StopSignals(),
+                Checkpointing(Path(directory), every_n_steps=10**9),
+            ],
             plugins=[AtomicCheckpointIO()],
             limit_val_batches=0,
             num_sanity_val_steps=0,
-            log_every_n_steps=1,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
+            log_every_n_steps=10,
             enable_model_summary=False,
         )
         steps_of_this_rank = [[batches[i % len(batches)]] for i in range(max_steps)]

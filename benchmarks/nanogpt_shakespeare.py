@@ -31,7 +31,7 @@ import torch
 
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Cosine, adamw, learning_rates, set_learning_rates
-from nanogpt.training.pretrain import next_token_loss
+from nanogpt.training.language_model import next_token_loss
 
 BLOCK_SIZE, ROWS = 64, 12
 SHAPE = {"block_size": BLOCK_SIZE, "n_layer": 4, "n_head": 4, "n_embd": 128, "bias": False}

@@ -26,8 +26,8 @@ from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import adamw
 from nanogpt.prompts import find_template
 from nanogpt.tokenizer import bpe_tokenizer
+from nanogpt.training.language_model import next_token_loss
 from nanogpt.training.machine import machine_id
-from nanogpt.training.pretrain import next_token_loss
 
 MODELS = Path(__file__).parent.parent / "conf" / "model"
 VOCAB_SIZE = 2048

@@ -1,14 +1,11 @@
-"""The configuration: command lines, Hydra's errors as sentences, and objects built from nodes."""
+"""The configuration: command lines, what Hydra composes of them, and its errors as sentences."""
 
 import difflib
 import hashlib
-import importlib
-import inspect
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from nanogpt.build import OTHER_NAMES, ConfigurationError
 from nanogpt.command import expand_home, first_line, is_path, out_of_memory
 from nanogpt.runs.identity import flatten, run_name
 from nanogpt.training.kinds import check_kinds
@@ -42,31 +40,22 @@ NAMES = (
     "entity",
     "default_model",
 )
-# Keys of other training programs, by which key of ours stands for them.
-OTHER_NAMES = {
-    "batch_size": "tokens_per_step (an optimizer step's, over all devices) or micro_batch",
-    "device": "trainer.accelerator",
-    "dtype": "trainer.precision",
-    "epochs": "max_steps (with stage=instruct, instruct.max_passes)",
-    "eval_interval": "callbacks.validation.every_n_steps",
-    "grad_clip": "grad_clip",
-    "gradient_accumulation_steps": "tokens_per_step (the accumulation follows from it)",
-    "kind": "schedule=wsd (or cosine, constant)",
-    "learning_rate": "optim.learning_rate",
-    "lr": "optim.learning_rate",
-    "max_epochs": "max_steps (with stage=instruct, instruct.max_passes)",
-    "max_iters": "max_steps",
-    "num_epochs": "max_steps (with stage=instruct, instruct.max_passes)",
-    "out_dir": "runs_dir",
-    "output_dir": "runs_dir",
-    "schedule": "schedule=wsd (or cosine, constant) and its keys, such as schedule.warmup_steps",
-    "warmup_iters": "schedule.warmup_steps",
-    "weight_decay": "optim.weight_decay",
-}
 COUNTS_OF_TOKENS = {"max_steps", "max_tokens", "tokens_per_step", "tokens", "shard_tokens"}
-RESERVED = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # as Hydra names them
 # Keys of nodes with a _target_, which may be new: build() checks them by its signature.
-OPEN = re.compile(r"(data|optim|schedule)\.")
+OPEN = re.compile(
+    r"(data|optim|schedule|tokenizer|trainer|module|datamodule|logger"
+    r"|callbacks(?!\.(log_every|progress_every|validation)))\."
+)
+# Arguments of the Trainer that train.py hands over or does itself, and the keys to use.
+INSTEAD = {
+    "max_steps": "max_steps",
+    "max_epochs": "max_steps (with stage=instruct, instruct.max_passes)",
+    "callbacks": "callbacks.NAME={_target_: ...}",
+    "logger": "logger=csv, tensorboard, wandb or mlflow, or logger.NAME={_target_: ...}",
+    "default_root_dir": "runs_dir and name",
+    "gradient_clip_val": "grad_clip",
+    "accumulate_grad_batches": "tokens_per_step (the accumulation follows from it)",
+}
 OVERRIDE = re.compile(r"(\+{0,2}[\w./@-]*[\w.])=(.*)", re.DOTALL)
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 CHOICE = re.compile(rf"(?:{QUOTED}|[^,])+")  # of a sweep, which a comma ends
@@ -160,7 +149,7 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     config, typed = expand_paths(config), expand_paths(typed)
     clear_other_budget(config, typed)
     make_whole(config)
-    check_values(config)
+    check_values({**config, "typed": typed})
     name = run_name(choices, typed)
     if hydra_config.mode == RunMode.MULTIRUN:
         config["name"] = f"{Path(hydra_config.sweep.dir).name}/{name}"
@@ -178,6 +167,8 @@ def clear_other_budget(config: dict[str, Any], typed: Mapping[str, Any]) -> None
     for key, other in (("max_steps", "max_tokens"), ("max_tokens", "max_steps")):
         if key in typed and other not in typed:
             config[other] = None
+    if {"max_steps", "max_tokens"} & typed.keys() and "max_passes" in config.get("datamodule", {}):
+        config["datamodule"]["max_passes"] = None
 
 
 def make_whole(config: dict[str, Any]) -> None:
@@ -200,6 +191,9 @@ def check_values(config: Mapping[str, Any]) -> None:
             kind(**values)
         except ValidationError as error:
             raise ConfigurationError(explain(error, where)) from None
+    for key, instead in INSTEAD.items():
+        if f"trainer.{key}" in config.get("typed", ()):
+            raise ConfigurationError(f"trainer.{key} is set by train.py; pass {instead}")
     check_kinds(config)
 
 
@@ -310,164 +304,3 @@ def _known_keys(config_name: str) -> list[str]:
     nested: list[Any] = [OmegaConf.to_container(cfg) for cfg in composed]
     groups = [path.name for path in CONF.iterdir() if path.is_dir()]
     return [*dict.fromkeys(key for config in nested for key in flatten(config)), *groups]
-
-
-class ConfigurationError(ValueError):
-    """A node of the configuration that cannot be built."""
-
-
-def build(node: Any, where: str, /, **live: Any) -> Any:
-    """Instantiate a `_target_` node, as `hydra.utils.instantiate` does.
-
-    Of the `live` objects the callable receives those that its signature names and the node does
-    not set; nested nodes are built first, in the same way. With `_partial_: true` the result is a
-    `functools.partial`. Raises ConfigurationError, one sentence that names the key under `where`.
-
-    >>> build({"_target_": "pathlib.Path"}, "data")
-    PosixPath('.')
-    """
-    node = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ConfigurationError(f"{where} has no _target_; give it the class's import path")
-    target = _locate(node["_target_"], where)
-    if node.get("_recursive_", True):
-        node = {key: _nested(value, f"{where}.{key}", live) for key, value in node.items()}
-    arguments = node.get("_args_", [])
-    keys = {key: value for key, value in node.items() if key not in RESERVED}
-    keys, missing = _bind(target, arguments, keys, live, where)
-    if node.get("_partial_", False):
-        return partial(target, *arguments, **keys)
-    if missing:
-        raise ConfigurationError(f"{where}.{missing[0]} must be given: {_name(target)} needs it")
-    return _call(target, arguments, keys, where)
-
-
-def build_optimizer(node: Mapping[str, Any], model: Any) -> Any:
-    """Build an optimizer whose callable takes `model`, or its trainable parameters as `params`.
-
-    `_partial_` makes no difference, so that nodes written for other programs work.
-    """
-    params = [p for p in model.parameters() if p.requires_grad]
-    whole = {key: value for key, value in node.items() if key != "_partial_"}
-    optimizer = build(whole, "optim", model=model, params=params)
-    if not hasattr(optimizer, "param_groups"):
-        made = f"optim._target_={node['_target_']} returns {type(optimizer).__name__}"
-        raise ConfigurationError(f"{made}; an optimizer is a torch.optim.Optimizer")
-    return optimizer
-
-
-def build_schedule(node: Mapping[str, Any]) -> Any:
-    """Build a schedule; a function that takes `step` and `max_steps` is one without `_partial_`."""
-    function = build({**node, "_partial_": True}, "schedule")
-    is_schedule = {"step", "max_steps"} <= inspect.signature(function).parameters.keys()
-    return function if is_schedule else build(node, "schedule")
-
-
-def _nested(value: Any, where: str, live: Mapping[str, Any]) -> Any:
-    """Return a value with every node in it built."""
-    if isinstance(value, Mapping):
-        if "_target_" in value:
-            return build(value, where, **live)
-        return {key: _nested(inner, f"{where}.{key}", live) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_nested(inner, f"{where}[{i}]", live) for i, inner in enumerate(value)]
-    return value
-
-
-def _locate(path: Any, where: str) -> Callable[..., Any]:
-    """Return the callable with an import path, such as `torch.optim.AdamW`."""
-    key = f"{where}._target_={path}"
-    parts = path.split(".") if isinstance(path, str) else [""]
-    if not all(parts):
-        raise ConfigurationError(f"{key} is not the import path of a class or function")
-    found: Any = None
-    for n, part in enumerate(parts, start=1):
-        name = ".".join(parts[:n])
-        if n > 1 and hasattr(found, part):
-            found = getattr(found, part)
-            continue
-        try:
-            found = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise _missing_package(error, where) from error
-            parent = ".".join(parts[: n - 1])
-            near = difflib.get_close_matches(part, dir(found) if n > 1 else [], n=1)
-            hint = f"did you mean {near[0]}?" if near else "is it installed, or on PYTHONPATH?"
-            what = f"{parent} has no {part}" if parent else f"there is no module {part}"
-            raise ConfigurationError(f"{key} cannot be imported: {what}; {hint}") from error
-        except Exception as error:
-            what = f"{type(error).__name__}: {first_line(error)}"
-            raise ConfigurationError(f"{key} cannot be imported: {name}: {what}") from error
-    if not callable(found):
-        raise ConfigurationError(f"{key} is not a class or function, but {type(found).__name__}")
-    target: Callable[..., Any] = found
-    return target
-
-
-def _bind(
-    target: Callable[..., Any],
-    arguments: Sequence[Any],
-    keys: dict[str, Any],
-    live: Mapping[str, Any],
-    where: str,
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the keyword arguments with the live objects, and which required ones are missing."""
-    try:
-        parameters = list(inspect.signature(target).parameters.values())
-    except ValueError:  # of some callables written in C
-        return keys, []
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    taken = {p.name for p in positional[: len(arguments)]}
-    by_name = {
-        p.name: p
-        for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in taken
-    }
-    keys = {name: live[name] for name in by_name if name in live} | keys
-    unknown = [key for key in keys if key not in by_name]
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        near = difflib.get_close_matches(unknown[0], by_name, n=1, cutoff=0.5)
-        other = f"{where}.{near[0]}" if near else OTHER_NAMES.get(unknown[0])
-        hint = f"did you mean {other}? " if other else ""
-        takes = ", ".join(by_name) or "no keys"
-        raise ConfigurationError(
-            f"there is no key {where}.{unknown[0]}; {hint}{_name(target)} takes {takes}"
-        )
-    required = [p.name for p in by_name.values() if p.default is p.empty]
-    return keys, [name for name in required if name not in keys]
-
-
-def _call(
-    target: Callable[..., Any], arguments: Sequence[Any], keys: Mapping[str, Any], where: str
-) -> Any:
-    try:
-        return target(*arguments, **keys)
-    except ValidationError as error:
-        raise ConfigurationError(explain(error, where)) from error
-    except ModuleNotFoundError as error:
-        raise _missing_package(error, where) from error
-    except ConfigurationError:
-        raise
-    except ValueError as error:
-        text = " ".join(str(error).split())
-        raise ConfigurationError(text if where in text else f"{where}: {text}") from error
-    except Exception as error:
-        if isinstance(error, OSError) or out_of_memory(error):
-            raise
-        what = f"{_name(target)}(...) failed: {type(error).__name__}: {first_line(error)}"
-        raise ConfigurationError(f"{where}: {what}") from error
-
-
-def _missing_package(error: ModuleNotFoundError, where: str) -> ConfigurationError:
-    text = first_line(error)
-    quoted = re.search(r"['`\"]([\w-]+)", text)
-    package = error.name or (quoted[1] if quoted else "it")
-    return ConfigurationError(
-        f"{where} needs a package that is not installed ({text}); "
-        f"pip install {package.partition('.')[0]}"
-    )
-
-
-def _name(target: Callable[..., Any]) -> str:
-    return getattr(target, "__name__", repr(target))

@@ -6,20 +6,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from nanogpt.checkpoint import record
 from nanogpt.disk import link_atomically
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.runs.directory import cut_samples
-from nanogpt.runs.metrics import MetricsFile
 from nanogpt.tokenizer import byte_tokenizer
 from nanogpt.training.checkpointing import AtomicCheckpointIO, Checkpointing
 from nanogpt.training.module import is_due
 
 
 def checkpointing(directory: Path, keep: int) -> Checkpointing:
-    return Checkpointing(directory, MetricsFile(directory / "m.csv"), every_n_steps=1, keep=keep)
+    built = Checkpointing(directory, every_n_steps=1, keep=keep)
+    built.directory = directory
+    return built
 
 
 @pytest.mark.parametrize(
@@ -74,10 +74,6 @@ def test_samples_after_the_restored_step_are_cut(tmp_path: Path) -> None:
 def test_everything_is_due_at_the_last_step() -> None:
     trainer: Any = SimpleNamespace(max_steps=7)
     assert [step for step in range(1, 8) if is_due(step, 3, trainer)] == [3, 6, 7]
-
-
-def test_lightnings_question_before_every_step_has_the_name_that_is_replaced() -> None:
-    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
 
 
 def test_a_checkpoint_that_cannot_be_read_back_is_not_left(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The classification loss and its figures, by hand; every split of a step gives one update."""
 
+import logging
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -7,14 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 from nanogpt.classifier import Classifier, pad
-from nanogpt.model import GPTConfig
+from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Constant, adamw
 from nanogpt.tokenizer import byte_tokenizer
 from nanogpt.training.classes import classes_section, confusion_picture
 from nanogpt.training.classify import ClassifyModule, Loss, measure, mistakes
 from nanogpt.training.module import Batch
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning's own
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
+]
 
 TOKENIZER = byte_tokenizer()
 CONFIG = GPTConfig(
@@ -40,23 +49,30 @@ def batch(rows: list[list[int]], labels: list[int], **step: float) -> Batch:
     }
 
 
-def module(model: Classifier, loss: Loss) -> Any:
+def module(model: Classifier) -> ClassifyModule:
     built = ClassifyModule(
-        model,
+        GPT(CONFIG),
+        data=SimpleNamespace(labels=["a", "b"], class_weights=[9.0, 9.0]),
+        label_smoothing=0.5,
+        lm_weight=3.0,
+        tokenizer=TOKENIZER,
         make_optimizer=adamw,
         schedule=Constant(),
         max_steps=1,
         tokens_per_step=8,
         grad_clip=None,
         compiled=False,
-        record={},
-        loss=loss,
+        metadata={},
     )
-    strategy = SimpleNamespace(batch_to_device=lambda b: b, reduce=lambda t, reduce_op: t)
-    precision = SimpleNamespace(forward_context=lambda: torch.autocast("cpu", enabled=False))
-    trainer: Any = SimpleNamespace(strategy=strategy, precision_plugin=precision, world_size=1)
-    built._trainer = trainer
+    built.model.load_state_dict(model.state_dict())
     return built
+
+
+def validate(built: ClassifyModule, batches: list[Batch]) -> Any:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    return trainer.validate(built, loader, verbose=False)[0]
 
 
 def biased(*logits: float) -> Classifier:
@@ -109,16 +125,22 @@ def test_the_padding_of_a_micro_batch_changes_no_gradient(loss: Loss) -> None:
 
 
 def test_validation_has_the_loss_and_the_share_of_hits() -> None:
-    built = module(biased(0.0, math.log(3)), Loss([9.0, 9.0], 0.5, 3.0))
-    figures = built.evaluate([batch([[1, 2], [3]], [1, 1]), batch([[4]], [0])])
-    assert figures["accuracy"] == pytest.approx(2 / 3)
-    assert figures["loss"] == pytest.approx((2 * math.log(4 / 3) + math.log(4)) / 3, abs=1e-6)
+    built = module(biased(0.0, math.log(3)))
+    metrics = validate(built, [batch([[1, 2], [3]], [1, 1]), batch([[4]], [0])])
+    assert metrics["val/accuracy"] == pytest.approx(2 / 3)
+    assert metrics["val/loss"] == pytest.approx((2 * math.log(4 / 3) + math.log(4)) / 3, abs=1e-6)
+
+
+def test_an_example_that_is_not_scored_changes_no_metric() -> None:
+    built = module(biased(0.0, math.log(3)))
+    metrics = validate(built, [batch([[1, 2], [3]], [1, -100]), batch([[4]], [-100])])
+    assert metrics["val/accuracy"] == 1
+    assert metrics["val/loss"] == pytest.approx(math.log(4 / 3), abs=1e-6)
 
 
 def test_validation_leaves_the_model_in_training_mode() -> None:
-    built = module(biased(0.0, 0.0), Loss([1.0, 1.0]))
-    built.model.train()
-    built.evaluate([batch([[1, 2]], [0])])
+    built = module(biased(0.0, 0.0))
+    validate(built, [batch([[1, 2]], [0])])
     assert built.model.training
 
 

@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 
 import serve
 import train
+from nanogpt.build import ConfigurationError, build
 from nanogpt.command import parse
-from nanogpt.config import ConfigurationError, as_overrides, build, explain_composition
+from nanogpt.config import as_overrides, explain_composition
 from nanogpt.generate import parser
 from nanogpt.values import CHECKED, Count
 from serving import environment

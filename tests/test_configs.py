@@ -3,16 +3,24 @@
 import inspect
 import subprocess
 import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-import train
-from nanogpt.config import check_values, clear_other_budget, explain_composition
+from nanogpt.build import ConfigurationError, build, build_data, build_each
+from nanogpt.config import (
+    as_overrides,
+    check_values,
+    clear_other_budget,
+    explain_composition,
+)
 from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Constant, Cosine, WarmupStableDecay, check_schedule, learning_rates
@@ -50,10 +58,11 @@ CHOICES = [
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_yaml_composes_and_builds(choice: str) -> None:
     config = composed(choice, *NEEDED.get(choice, ()))
-    GPTConfig(**config["model"], vocab_size=300)
+    assert isinstance(build(config["model"], "model", vocab_size=300), GPTConfig)
     check_schedule(instantiate(config["schedule"]), 100)
     assert budget_steps(config) > 0
-    source = train.build_source(config["data"])
+    plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
+    source = build_data(config, **plain, block_size=config["model"]["block_size"]).source
     assert callable(source.open if choice == "data=shards" else source.documents)
     make_tokenizer = instantiate(config["tokenizer"], _partial_=True)
     inspect.signature(make_tokenizer.func).bind(["a document"], **make_tokenizer.keywords)
@@ -184,3 +193,58 @@ def test_a_key_of_another_data_set_is_not_suggested_for_itself() -> None:
     ):
         error = ValueError(f"Could not override '{key}'")
         assert expected in explain_composition(error)
+
+
+class AnyValue(MagicMock):
+    """A live object of any kind."""
+
+
+LIVE = ("model", "tokenizer", "data", "prompts", "seed", "template", "wandb_id", "schedule")
+
+
+@pytest.mark.parametrize("choice", [f"logger={o}" for o in options("logger")] + ["trainer=debug"])
+def test_every_callback_logger_and_trainer_builds(choice: str, tmp_path: Path) -> None:
+    config = composed(choice, "trainer.accelerator=cpu", "trainer.precision=32-true")
+    live = {name: AnyValue() for name in LIVE} | {"run_dir": tmp_path, "save_dir": tmp_path}
+    if choice == "logger=mlflow" and not find_spec("mlflow"):
+        with pytest.raises(ConfigurationError, match=r"logger\.mlflow needs a package that is not"):
+            build_each(config["logger"], "logger", **live)
+        return
+    loggers = list(build_each(config["logger"], "logger", name="a", **live).values())
+    callbacks = list(build_each(config["callbacks"], "callbacks", **live).values())
+    trainer = build(config["trainer"], "trainer", logger=loggers, callbacks=callbacks, max_steps=5)
+    assert trainer.max_steps == 5
+    assert set(callbacks) <= set(trainer.callbacks)
+
+
+@pytest.mark.parametrize(
+    ("word", "instead"),
+    [
+        ("trainer.max_steps=5", "pass max_steps"),
+        ("trainer.max_epochs=3", "pass max_steps"),
+        ("trainer.gradient_clip_val=1", "pass grad_clip"),
+        ("trainer.accumulate_grad_batches=2", "pass tokens_per_step"),
+        ("trainer.callbacks=[]", "pass callbacks.NAME"),
+        ("trainer.logger=false", "pass logger="),
+    ],
+)
+def test_what_train_hands_to_the_trainer_is_refused(word: str, instead: str) -> None:
+    typed = {word.partition("=")[0]: 1}
+    with pytest.raises(ConfigurationError, match=f"^{word.partition('=')[0]} is set.*{instead}"):
+        check_values({**composed(*as_overrides([word])), "typed": typed})
+
+
+def test_a_typed_budget_clears_the_passes_over_conversations() -> None:
+    config = composed("stage=instruct", "max_steps=7")
+    clear_other_budget(config, {"max_steps": 7})
+    assert config["datamodule"]["max_passes"] is None
+    assert composed("stage=instruct")["datamodule"]["max_passes"] == 4
+
+
+def test_loggers_and_callbacks_add_up() -> None:
+    early = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss}"
+    words = [f"callbacks.early={early}", "~callbacks.samples", "logger=[csv,tensorboard]"]
+    config = composed(*as_overrides(words))
+    assert [*config["logger"]] == ["csv", "tensorboard"]
+    assert config["callbacks"]["early"]["monitor"] == "val/loss"
+    assert "samples" not in config["callbacks"]

@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 
 from nanogpt.training import loggers
-from nanogpt.training.loggers import extra_logger
-
-WANTED: dict[str, Any] = {"use": "wandb", "project": "nanogpt", "entity": None, "tags": []}
+from nanogpt.training.loggers import wandb_logger
 
 
 def test_wandb_with_a_key_and_no_network_is_offline(
@@ -20,9 +18,8 @@ def test_wandb_with_a_key_and_no_network_is_offline(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with caplog.at_level(logging.INFO, "nanogpt"):
-        logger = extra_logger(WANTED, tmp_path, "run", "abcd1234")
-    assert logger is not None
-    assert logger._wandb_init["mode"] == "offline"  # type: ignore[attr-defined]
+        logger: Any = wandb_logger(tmp_path, "run", "abcd1234")
+    assert logger._wandb_init["mode"] == "offline"
     assert "http://127.0.0.1:9 cannot be reached" in caplog.text
     assert f"wandb sync {tmp_path}/wandb/offline-run-*" in caplog.text
 
@@ -34,5 +31,5 @@ def test_wandb_with_a_key_is_online_where_it_answers(
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(loggers, "problem_of", lambda endpoint: "")
-    logger = extra_logger(WANTED, tmp_path, "run", "abcd1234")
-    assert logger._wandb_init["mode"] == "online"  # type: ignore[union-attr]
+    logger: Any = wandb_logger(tmp_path, "run", "abcd1234")
+    assert logger._wandb_init["mode"] == "online"

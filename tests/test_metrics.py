@@ -254,7 +254,7 @@ def test_a_failed_replacement_leaves_the_old_file(
 
 
 def test_the_logger_keeps_lightnings_epoch_out(file: MetricsFile) -> None:
-    logger = MetricsLogger(file)
+    logger = MetricsLogger(file.path.parent)
     logger.log_metrics({"train/loss": 2.0, "epoch": 0}, step=4)
     logger.save()
     logger.finalize("success")
@@ -280,7 +280,7 @@ def test_a_trainer_logs_into_the_file(file: MetricsFile) -> None:
         max_steps=3,
         log_every_n_steps=1,
         accelerator="cpu",
-        logger=[MetricsLogger(file)],
+        logger=[MetricsLogger(file.path.parent)],
         limit_val_batches=0,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from nanogpt.config import ConfigurationError, build_optimizer, build_schedule
+from nanogpt.build import ConfigurationError, build_optimizer, build_schedule
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import (
     Constant,

@@ -40,7 +40,7 @@ def test_a_source_is_the_one_that_training_composes(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "byte", "bpe"])
 def test_a_tokenizer_has_the_key_that_training_gives_it(name: str) -> None:
-    from train import tokenizer_key
+    from nanogpt.build import tokenizer_key
 
     config = yaml.safe_load((ROOT / "conf/tokenizer" / f"{name}.yaml").read_text())
     assert choose_tokenizer(name, _options().vocab_size)[0] == tokenizer_key(config)

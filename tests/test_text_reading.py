@@ -96,10 +96,8 @@ def by_samples(
 ) -> Ids:
     read = recorded(monkeypatch, callbacks)
     options: Any = {"max_new_tokens": 1, "temperature": 0.0, "top_k": None, "seed": 0}
-    samples = callbacks.Samples(
-        folder / "samples.txt", tokenizer, every_n_steps=1, prompts=[text], **options
-    )
-    module: Any = SimpleNamespace(model=None)
+    samples = callbacks.Samples(folder, every_n_steps=1, prompts=[text], **options)
+    module: Any = SimpleNamespace(model=None, tokenizer=tokenizer, template=None)
     samples.write(module, 1)
     return read[0]
 

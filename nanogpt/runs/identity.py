@@ -31,6 +31,7 @@ OPERATIONAL = (
     "callbacks",
     "trainer",
     "datamodule.workers",
+    "datamodule.max_passes",  # instruct.max_passes is identity
     "datamodule.val_tokens",
     "datamodule.final_val_tokens",
     "command",

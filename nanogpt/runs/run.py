@@ -4,7 +4,7 @@ import contextlib
 import logging
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,16 +106,18 @@ class Run:
         """End the run at a step, where its budget goes beyond."""
         self.max_steps = min(self.max_steps, step)
 
-    def initial_checkpoint(self, allow_modules: Sequence[str] = ()) -> Checkpoint | None:
+    def initial_checkpoint(self) -> Checkpoint | None:
         """Return the model and tokenizer that `init_from` names, None where they are to be made.
 
         A run that continues takes them from its own checkpoint: its start is not resolved again.
-        `allow_modules` as of `load_checkpoint`. Raises ValueError where a model key was typed that
+        The configured `model.block` is allowed. Raises ValueError where a model key was typed that
         differs, but for a shorter block_size.
         """
         config = self.config
         if config["init_from"] is None:
             return None
+        block = config["model"].get("block")
+        allow_modules = [block] if block else []
         if self.checkpoint is not None:
             start = load_checkpoint(self.checkpoint, allow_modules=allow_modules)
         else:

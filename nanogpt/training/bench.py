@@ -16,8 +16,8 @@ import torch
 from lightning.pytorch.utilities.memory import is_oom_error
 
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.training.language_model import next_token_loss
 from nanogpt.training.machine import machine_id
-from nanogpt.training.pretrain import next_token_loss
 from nanogpt.training.throughput import (
     flops_per_token,
     make_product,

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+from pydantic import validate_call
 
 from nanogpt.checkpoint import (
     LAST,
@@ -15,14 +18,15 @@ from nanogpt.checkpoint import (
     write_checkpoint,
 )
 from nanogpt.disk import link_atomically
-from nanogpt.runs.metrics import MetricsFile
+from nanogpt.training.loggers import MetricsLogger
 from nanogpt.training.module import StageModule, is_due
+from nanogpt.values import Count, Size
 
 log = logging.getLogger("nanogpt.checkpoints")
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's door to our checkpoint files: atomic, verified, loud on failure."""
+    """Write a Lightning checkpoint as a whole or not at all, and verify what was written."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -44,54 +48,83 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-class Checkpointing(Callback):
+class Checkpointing(Checkpoint):
     """Write `step_000500.ckpt` every n steps and at the end; `last.ckpt` is its second name.
 
-    The last `keep` stay, and the one of the best validation loss.
+    The last `keep` stay, and the one of the best validation loss. Where a step is validated, its
+    checkpoint is written after the validation, with the state that other callbacks then have.
     """
 
-    def __init__(
-        self, directory: Path, metrics: MetricsFile, *, every_n_steps: int, keep: int
-    ) -> None:
-        if every_n_steps < 1 or keep < 0:
-            raise ValueError(
-                f"callbacks.checkpoint has every_n_steps={every_n_steps} and keep={keep}; "
-                "pass at least 1 step and at least 0 kept files"
-            )
-        self.directory = directory
-        self.metrics = metrics
+    state_key = "Checkpointing"
+
+    @validate_call
+    def __init__(self, run_dir: Path, *, every_n_steps: Count = 500, keep: Size = 2) -> None:
+        self.directory = run_dir / "checkpoints"
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.best: tuple[float, int] | None = None  # (validation loss, step)
         self.saved_step = -1
+        self.stopped = ""  # why training ended before its budget
+
+    @property
+    def best_model_path(self) -> str:
+        """The checkpoint of the best validation loss, empty without one: Lightning's `best`."""
+        return str(self.directory / f"step_{self.best[1]:06d}.ckpt") if self.best else ""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        by, _, _ = self.stopped.partition(":")
+        if by in (type(callback).__name__ for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.should_stop = True  # as it had, when the process ended
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if is_due(trainer.global_step, self.every_n_steps, trainer):
+        if self._is_due(trainer) and not will_validate(trainer):
             self.save(trainer, pl_module)
 
-    def save(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_due(trainer):
+            self.save(trainer, pl_module, float(trainer.callback_metrics["val/loss"]))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.save(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Save the step that a user's own callback failed after, which others need not agree on."""
+        is_between_steps = trainer.fit_loop.total_batch_idx + 1 == trainer.global_step > 0
+        if (
+            failing_callback(exception, trainer) is not None
+            and is_between_steps
+            and trainer.world_size == 1
+            and not (trainer.fast_dev_run or will_validate(trainer))  # type: ignore[attr-defined]
+        ):
+            self.save(trainer, pl_module)
+
+    def save(self, trainer: Trainer, module: LightningModule, loss: float | None = None) -> None:
         """Write the checkpoint of this step, once, and remove those that need not stay."""
         assert isinstance(module, StageModule)
         step = trainer.global_step
         if step == self.saved_step:
             return
+        if loss is not None and (self.best is None or loss < self.best[0]):
+            self.best = (loss, step)
+        self.stopped = "" if module.stop_signal else stopping_reason(trainer)
         with module.off_the_clock():
-            self._note_best(module, step)
             path = self.directory / f"step_{step:06d}.ckpt"
-            if trainer.is_global_zero:
-                self.metrics.flush()
+            for logger in trainer.loggers:
+                if isinstance(logger, MetricsLogger):
+                    logger.flush()
             trainer.save_checkpoint(path)
             if trainer.is_global_zero:
                 link_atomically(path, self.directory / LAST)
                 self._remove_old(step)
             self.saved_step = step
 
-    def _note_best(self, module: StageModule, step: int) -> None:
-        loss = module.validation.get("loss")
-        if loss is None or module.validated_at != step:
-            return
-        if self.best is None or loss < self.best[0]:
-            self.best = (loss, step)
+    def _is_due(self, trainer: Trainer) -> bool:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return False
+        return trainer.should_stop or is_due(trainer.global_step, self.every_n_steps, trainer)
 
     def _remove_old(self, step: int) -> None:
         steps = step_checkpoints(self.directory)
@@ -101,8 +134,38 @@ class Checkpointing(Callback):
             steps[old].unlink()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": list(self.best) if self.best else None}
+        return {"best": list(self.best) if self.best else None, "stopped": self.stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         best = state_dict["best"]
         self.best = (float(best[0]), int(best[1])) if best else None
+        self.stopped = state_dict.get("stopped", "")
+
+
+def stopping_reason(trainer: Trainer) -> str:
+    """Return which callback ended training before its budget, and why; empty where none did."""
+    if not trainer.should_stop or trainer.global_step == trainer.max_steps:
+        return ""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if message := getattr(callback, "stopping_reason_message", None):  # EarlyStopping's
+            return f"{type(callback).__name__}: {message}"
+    return "a callback set should_stop"
+
+
+def will_validate(trainer: Trainer) -> bool:
+    """Return whether Lightning validates after this step's `on_train_batch_end`."""
+    every = trainer.val_check_batch
+    is_due = isinstance(every, int) and trainer.global_step % every == 0
+    return trainer.enable_validation and (trainer.should_stop or is_due)
+
+
+def failing_callback(error: BaseException, trainer: Trainer) -> Callback | None:
+    """Return the user's own or Lightning's callback in which an error was raised, if in one."""
+    failing, trace = None, error.__traceback__
+    while trace is not None:
+        instance = trace.tb_frame.f_locals.get("self")
+        is_ours = type(instance).__module__.startswith("nanogpt.")
+        if isinstance(instance, Callback) and instance in trainer.callbacks and not is_ours:  # type: ignore[attr-defined]
+            failing = instance
+        trace = trace.tb_next
+    return failing

@@ -1,18 +1,21 @@
 """Classification: a head on each text's last token, with the next token as a second lesson."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from nanogpt.classifier import Classifier, class_probabilities
+from nanogpt.classifier import Classifier, class_probabilities, train_layers
 from nanogpt.evaluation.classification import baselines, confusion_matrix, scores
+from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.training.module import Batch, StageModule
+from nanogpt.values import CHECKED, Amount
 
 MOST_MISTAKES = 12  # shown in the report
 MISTAKE_CHARS = 300
@@ -20,7 +23,7 @@ MISTAKE_CHARS = 300
 TextSet = tuple[Sequence[str], Sequence[int]]  # texts and the numbers of their classes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class Loss:
     """What a classifier is trained on.
 
@@ -30,14 +33,8 @@ class Loss:
     """
 
     class_weights: list[float]
-    label_smoothing: float = 0.0
-    lm_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"classify.label_smoothing={self.label_smoothing} is not in [0, 1)")
-        if not 0 <= self.lm_weight < float("inf"):
-            raise ValueError(f"classify.lm_weight={self.lm_weight} is no number of at least 0")
+    label_smoothing: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    lm_weight: Amount = 0.0
 
     def __call__(self, model: Classifier, batch: Batch) -> Tensor:
         """Return the loss of a micro-batch, to be divided by the step's `step_targets`."""
@@ -70,45 +67,48 @@ def next_token_nats(
 
 
 class ClassifyModule(StageModule):
-    """A classifier in training; `measure` looks at the test sets once, when it is trained."""
+    """A classifier in training; the test sets are looked at once, when it is trained.
+
+    `data` has the labels, the class weights and the text sets. `layers` are those that are trained:
+    all, head, or last_1, last_2, ...
+    """
 
     model: Classifier
 
     def __init__(
         self,
-        *args: Any,
-        loss: Loss,
-        measure: Callable[[Classifier], dict[str, Any]] = lambda model: {},
+        model: GPT,
+        *,
+        data: Any,
+        layers: str = "all",
+        label_smoothing: float = 0.0,
+        lm_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        classifier = Classifier.from_model(model, len(data.labels))
+        train_layers(classifier, layers)
+        super().__init__(classifier, **kwargs)
+        self.data = data
+        loss = Loss(list(data.class_weights), label_smoothing, lm_weight)
         self.loss = torch.compile(loss, dynamic=True) if self.compiled else loss
-        self._measure = measure
 
     def measure(self) -> dict[str, Any]:
-        """Return what the test sets say of the trained model, on the device it was trained on."""
-        return self._measure(self.model.to(self.trainer.strategy.root_device))
+        """Return the metrics of the trained model on the test sets, on the training's device."""
+        model = self.model.to(self.trainer.strategy.root_device)
+        return measure(model, self.tokenizer, self.data.labels, self.data.text_sets())
 
     def summed_loss(self, batch: Batch) -> Tensor:
         return self.loss(self.model, batch)
 
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return the mean cross-entropy in nats and the accuracy over all ranks' examples."""
-        sums = torch.zeros(3, dtype=torch.float64)  # nats, hits, examples
-        self.model.eval()
-        for batch in batches:
-            batch = self.trainer.strategy.batch_to_device(batch)
-            labels = batch["labels"]
-            with self.trainer.precision_plugin.forward_context():
-                logits = self.model.class_logits(batch["input_ids"], batch["lengths"])
-            nats = F.cross_entropy(logits.float(), labels, reduction="sum")
-            hits = (logits.argmax(-1) == labels).sum()
-            sums += torch.stack([nats, hits, torch.tensor(len(labels))]).cpu()
-        self.model.train()
-        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        nats, hits, n = sums.tolist()
-        return {"loss": nats / n, "accuracy": hits / n}
+    def scores(self, batch: Batch) -> dict[str, tuple[Tensor, int]]:
+        """Return the cross-entropy in nats and the accuracy per example."""
+        labels = batch["labels"]  # (B,), -100 = not scored
+        logits = self.model.class_logits(batch["input_ids"], batch["lengths"])
+        nats = F.cross_entropy(logits.float(), labels, reduction="sum")
+        hits = (logits.argmax(-1) == labels).sum()
+        nats, hits, n = torch.stack([nats, hits, (labels != -100).sum()]).cpu().double()
+        n_examples = n.clamp(min=1)
+        return {"loss": (nats / n_examples, int(n)), "accuracy": (hits / n_examples, int(n))}
 
 
 def measure(

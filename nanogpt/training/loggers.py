@@ -4,7 +4,7 @@ import logging
 import netrc
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,11 +19,11 @@ log = logging.getLogger("nanogpt")
 
 
 class MetricsLogger(Logger):
-    """A `MetricsFile` for `Trainer(logger=[...])`, beside TensorBoard or W&B."""
+    """Write the run's `metrics.csv`."""
 
-    def __init__(self, file: MetricsFile) -> None:
+    def __init__(self, run_dir: Path) -> None:
         super().__init__()
-        self.file = file
+        self.file = MetricsFile(run_dir / "metrics.csv")
 
     @property
     def name(self) -> str:
@@ -50,49 +50,35 @@ class MetricsLogger(Logger):
         """Ignore them: the run directory's `config.yaml` is their record."""
 
     @rank_zero_only
-    def finalize(self, status: str) -> None:
+    def flush(self) -> None:
+        """Force what was logged to the disk itself; call it before a checkpoint is written."""
         self.file.flush()
 
-
-def extra_logger(
-    wanted: Mapping[str, Any], run_dir: Path, name: str, wandb_id: str
-) -> Logger | None:
-    """Return the logger that the config group `logger` names, None where metrics.csv is enough."""
-    kind = wanted["use"]
-    if kind == "tensorboard":
-        return _tensorboard(run_dir)
-    if kind == "wandb":
-        return _wandb(wanted, run_dir, name, wandb_id)
-    return None
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.flush()
 
 
-def _tensorboard(run_dir: Path) -> Logger:
-    from lightning.pytorch.loggers import TensorBoardLogger
+def wandb_logger(
+    run_dir: Path,
+    name: str,
+    wandb_id: str,
+    *,
+    project: str = "nanogpt",
+    entity: str | None = None,
+    tags: Sequence[str] = (),
+    **options: Any,
+) -> Logger:
+    """Return W&B under one id for the whole life of the run; offline without a key or a network.
 
-    try:
-        return TensorBoardLogger(run_dir, name="", version="tensorboard")
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            'logger=tensorboard needs the package tensorboard; pip install -e ".[tensorboard]"'
-        ) from error
-
-
-def _wandb(wanted: Mapping[str, Any], run_dir: Path, name: str, wandb_id: str) -> Logger:
-    """W&B under one id for the whole life of the run; offline without a key or a network."""
+    `options` are those of Lightning's WandbLogger and of `wandb.init`.
+    """
     from lightning.pytorch.loggers import WandbLogger
 
     os.environ.setdefault("WANDB_SILENT", "true")
     mode = os.environ.get("WANDB_MODE") or ("online" if _is_wandb_usable(run_dir) else "offline")
-    logger = WandbLogger(
-        name=name,
-        id=wandb_id,
-        save_dir=run_dir,
-        project=wanted["project"],
-        entity=wanted["entity"],
-        tags=list(wanted["tags"]),
-        mode=mode,
-        resume="allow",
-    )
+    settings = {"mode": mode, "resume": "allow", "entity": entity, "tags": list(tags), **options}
+    logger = WandbLogger(name=name, id=wandb_id, save_dir=run_dir, project=project, **settings)
     logger._wandb_init.pop("anonymous", None)  # W&B no longer knows it, and says so
     return logger
 

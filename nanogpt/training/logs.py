@@ -3,10 +3,21 @@
 import logging
 import warnings
 
+# Lightning's advice that does not fit: the loader's items are steps, and checkpoints are ours.
+MISFITTING = (
+    ".*does not have many workers.*",
+    ".*smaller than the logging interval.*",
+    ".*dataloader is not resumable.*",
+    ".*was configured so validation will run.*",
+    ".*exists and is not empty.*",
+    ".*recommended to use `sync_dist=True`.*",
+    ".*LeafSpec.*",
+)
+
 
 def quieten_lightning() -> None:
-    """Silence advice that does not fit: loader, steps and checkpoints are not Lightning's."""
+    """Silence Lightning's progress notes and the advice that does not fit."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    for message in MISFITTING:
+        warnings.filterwarnings("ignore", message=message)

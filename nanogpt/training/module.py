@@ -10,17 +10,20 @@ makes every split of a step over micro-batches and ranks give the same update.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nanogpt.checkpoint import KEY
 from nanogpt.model import GPT
-from nanogpt.optim import Schedule, factor_at, learning_rates, set_learning_rates
+from nanogpt.optim import factor_at, learning_rates, set_learning_rates
+from nanogpt.prompts import Template
+from nanogpt.tokenizer import Tokenizer
 from nanogpt.training.throughput import mfu
 
 # The batch contract: input_ids (B, T), targets (B, T), step_targets, row_seeds (B,).
@@ -30,44 +33,51 @@ Batch = dict[str, Any]
 class StageModule(LightningModule):
     """A model in training: one optimizer step per batch, no synchronisation per step.
 
-    A stage subclasses it with `summed_loss` and `evaluate`. Losses and gradient norms stay on the
-    device and are read together every `log_every_n_steps` and before validation, samples and
-    checkpoints; there a value that is not finite stops the run with its step.
+    A stage subclasses it with `summed_loss` and `scores`. `schedule` returns the factor of the
+    learning rates for (step, max_steps). Losses and gradient norms stay on the device and are read
+    together every `log_every_n_steps` of the trainer and before validation, samples and
+    checkpoints; a value that is not finite then stops the run with its step.
     """
+
+    # A rank without validation rows of its own is no error.
+    allow_zero_length_dataloader_with_multiple_devices = True
 
     def __init__(
         self,
         model: GPT,
         *,
+        tokenizer: Tokenizer,
         make_optimizer: Callable[[GPT], torch.optim.Optimizer],
-        schedule: Schedule,
+        schedule: Callable[[int, int], float],
         max_steps: int,
         tokens_per_step: int,
         grad_clip: float | None,
         compiled: bool,
-        record: dict[str, Any],
+        metadata: dict[str, Any],
+        template: Template | None = None,
         flops_per_token: float = 0.0,
         peak_flops: float = 0.0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.model = model
+        self.model = model.train()
+        self.tokenizer = tokenizer
+        self.template = template
         self.make_optimizer = make_optimizer
         self.schedule = schedule
         self.max_steps = max_steps
         self.tokens_per_step = tokens_per_step
         self.grad_clip = grad_clip
-        self.record = record
+        self.metadata = metadata
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.compiled = compiled
         self.progress: dict[str, float] = {}
-        self.validation: dict[str, float] = {}  # the metrics of the latest validation
-        self.validated_at = -1
-        # A sitting's first step, which compiles and warms up, is not timed.
+        self.stop_signal: int | None = None  # that ends training before its budget
+        # The first step of a process, which compiles and warms up, is not timed.
         self.train_s, self.timed_steps = 0.0, 0
-        self._first_of_sitting = True
-        self._wall_s_before = 0.0  # of the sittings before this one
+        self._is_first_step = True
+        self._wall_s_before = 0.0  # of earlier processes
         self._began = time.monotonic()
         self._pending: list[tuple[Tensor, Tensor]] = []  # (loss, grad norm) since the last reading
         self._window_began, self._untimed = 0.0, 0
@@ -78,8 +88,8 @@ class StageModule(LightningModule):
         """Return the loss summed over the scored positions of a micro-batch."""
         raise NotImplementedError
 
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return the validation metrics over all ranks' batches; `loss` is one of them."""
+    def scores(self, batch: Batch) -> Mapping[str, tuple[Tensor, int]]:
+        """Return each validation metric of a batch as a float64 mean and its integer weight."""
         raise NotImplementedError
 
     def measure(self) -> dict[str, Any]:
@@ -110,12 +120,23 @@ class StageModule(LightningModule):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self._pending.append((torch.stack(losses).sum(), grad_norm))
-        if self._first_of_sitting:
-            self._begin_timing()
+        if self._is_first_step:
+            self._is_first_step, self._untimed = False, 1
+            self._window_began = time.monotonic()
+        self._after_step(step + 1)
 
-    def _begin_timing(self) -> None:
-        self._first_of_sitting, self._untimed = False, 1
-        self._window_began = time.monotonic()
+    def _after_step(self, step: int) -> None:
+        """Log the training metrics where they are due; have the last step validated."""
+        trainer: Any = self.trainer  # its stubs lack log_every_n_steps
+        if step == 1 or is_due(step, trainer.log_every_n_steps, trainer):
+            names = {"loss": "train/loss", "grad_norm": "train/grad_norm"}
+            figures = {names.get(k, k): v for k, v in self.read_figures().items() if k != "step"}
+            # For callbacks; Lightning itself would label the metrics with the step before.
+            self.log_dict(figures, logger=False)
+            for logger in self.trainer.loggers:
+                logger.log_metrics({**figures, "wall_s": self.wall_s()}, step)
+        if step == self.trainer.max_steps:
+            self.trainer.should_stop = True  # upon which Lightning validates, at any interval
 
     def _without_reduction(self) -> contextlib.AbstractContextManager[None]:
         """Let ranks reduce gradients at the last micro-batch of a step only."""
@@ -182,7 +203,7 @@ class StageModule(LightningModule):
         return mfu(tokens_per_s, self.flops_per_token, self.peak_flops, self.trainer.world_size)
 
     def wall_s(self) -> float:
-        """Return the seconds since training began, earlier sittings included."""
+        """Return the seconds since training began, those of earlier processes included."""
         return self._wall_s_before + time.monotonic() - self._began
 
     def _check_finite(self, losses: list[float], norms: list[float], before: int) -> None:
@@ -204,30 +225,69 @@ class StageModule(LightningModule):
         finally:
             self._window_began = time.monotonic()
 
+    # Validation
+
+    def on_validation_start(self) -> None:
+        self.read_figures()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._log_scores("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._log_scores("test", batch)
+
+    def on_validation_end(self) -> None:
+        self._window_began = time.monotonic()
+
+    def _log_scores(self, split: str, batch: Batch) -> None:
+        """Log the weighted means over all batches of all ranks, in float64.
+
+        Lightning labels metrics with the metric `step` where there is one.
+        """
+        for name, (mean, weight) in self.scores(batch).items():
+            self.log(f"{split}/{name}", mean, batch_size=weight, sync_dist=True)
+        step = torch.tensor(self.trainer.global_step, dtype=torch.float64)
+        self.log("step", step, batch_size=1, reduce_fx="max", sync_dist=True)
+
     # Checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = {
-            **self.record,
+            **self.metadata,
             "clock": {
                 "train_s": self.train_s,
                 "timed_steps": self.timed_steps,
                 "wall_s": self.wall_s(),
             },
         }
-        checkpoint.pop("loops")  # the position is the step alone; see on_load_checkpoint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
         clock = checkpoint[KEY]["clock"]
         self.train_s, self.timed_steps = clock["train_s"], clock["timed_steps"]
         self._wall_s_before = clock["wall_s"]
-        # Lightning restores epochs and batches of a loader; ours begins at the step, and nothing
-        # else is state.
-        manual = self.trainer.fit_loop.epoch_loop.manual_optimization
-        manual.optim_step_progress.total.ready = checkpoint["global_step"]
-        manual.optim_step_progress.total.completed = checkpoint["global_step"]
+        if "loops" not in checkpoint:  # of versions that recorded the step alone
+            loop = _advanced(self.trainer.fit_loop.state_dict(), checkpoint["global_step"])
+            checkpoint["loops"] = {"fit_loop": loop}
 
 
-def is_due(step: int, every_n_steps: int, trainer: Trainer) -> bool:
+def _advanced(state: dict[str, Any], step: int) -> dict[str, Any]:
+    """Return the state of a fresh fit loop as it is in the middle of its epoch after `step`s."""
+    done = {"ready": step, "started": step, "processed": step, "completed": step}
+    part = {"ready": step, "completed": step}
+    under_way = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    return {
+        **state,
+        "epoch_loop.state_dict": {"_batches_that_stepped": step},
+        "epoch_loop.batch_progress": {"total": done, "current": done, "is_last_batch": False},
+        "epoch_loop.manual_optimization.optim_step_progress": {"total": part, "current": part},
+        "epoch_progress": {"total": under_way, "current": under_way},
+    }
+
+
+def is_due(step: int, every_n_steps: int | None, trainer: Trainer) -> bool:
     """Return whether something of this interval happens at this step, as all does at the last."""
+    if every_n_steps is None:
+        return False
     return step % every_n_steps == 0 or step == trainer.max_steps

@@ -6,29 +6,40 @@ import sys
 import time
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from pydantic import validate_call
 from tqdm import tqdm
 
 from nanogpt.runs.log import say
+from nanogpt.values import Amount
 
 BAR_EVERY_S = 0.25
 PACE_S = 60.0  # the time left follows the pace of about the last minute
 
 
-class Progress(Callback):
+class Progress(ProgressBar):
     """Show step, loss, tokens/s, MFU and time left, from rank zero.
 
     The figures are those of `pl_module.progress`, a dict {"step", "loss", "tokens_per_s", "mfu"} of
     plain numbers that the module renews when it logs: the device is never waited for. What is not
-    there yet is left out. Lightning's own bar must be off (`enable_progress_bar=False`).
+    there yet is left out.
     """
 
-    def __init__(self, every_s: float = 5.0) -> None:
+    @validate_call
+    def __init__(self, every_s: Amount = 5.0) -> None:
+        super().__init__()
         self.every_s = every_s
         self._due = math.inf  # never, unless training has begun on rank zero
         self._shown = -1
         self._pace: _Pace | None = None
         self._bar: _Bar | None = None
+
+    def disable(self) -> None:
+        """Lightning calls it on the other ranks, where `on_train_start` shows nothing anyway."""
+
+    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+        say(sep.join(map(str, args)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:

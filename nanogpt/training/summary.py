@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.checkpoint import weights_sha256
+from nanogpt.command import first_line
+from nanogpt.ranks import on_rank_zero
 from nanogpt.runs.directory import reached
 from nanogpt.runs.metrics import read_metrics
-from nanogpt.training.machine import git_revision, versions
+from nanogpt.runs.run import Run
+from nanogpt.training.checkpointing import stopping_reason
+from nanogpt.training.machine import device_name, git_revision, versions
 from nanogpt.training.module import StageModule
 from nanogpt.training.progress import duration, percent
+from nanogpt.training.report import is_whole, write_report
 
 LARGE_PARAMS = 100_000_000  # GPT-2 small has 124 million
 IN_SUMMARY = ("val/", "hellaswag/")  # columns of metrics.csv
@@ -19,29 +24,60 @@ IN_SUMMARY = ("val/", "hellaswag/")  # columns of metrics.csv
 log = logging.getLogger("nanogpt")
 
 
-def summarise(
-    module: StageModule, config: Mapping[str, Any], metrics_path: Path, facts: Mapping[str, Any]
-) -> dict[str, Any]:
+def finish(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write summary.json and report.html of a trained run and log what was reached.
+
+    `facts` are what the caller knows beyond the metrics. Called on every rank; returns the summary.
+    """
+    summary = run.finish(on_rank_zero(lambda: summarise(run, module, facts)))
+    on_rank_zero(lambda: _write_report(run))
+    tell(summary, run.path, run.config["data"])
+    return summary
+
+
+def finished(run: Run) -> dict[str, Any]:
+    """Return the summary of a run that has nothing left to do, whose report is there."""
+    assert run.finished is not None
+    if run.ranks.rank == 0 and not is_whole(run.files.report_path):
+        _write_report(run)
+    return run.finished
+
+
+def _write_report(run: Run) -> None:
+    """Write report.html from the run's other files; a failure is logged."""
+    try:
+        write_report(run.path)
+    except Exception as error:
+        log.warning("%s was not written: %s", run.files.report_path, first_line(error))
+
+
+def summarise(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the summary of a run whose last step's figures are in metrics.csv.
 
-    `facts` are what the caller knows beyond that; tokens_per_s is over the steps that were timed.
+    tokens_per_s is over the steps that were timed.
     """
-    last = {name: points[-1][1] for name, points in read_metrics(metrics_path).items()}
-    tokens_per_step = module.tokens_per_step
+    config, trainer = run.config, module.trainer
+    stopped = stopping_reason(trainer)
+    last = {name: points[-1][1] for name, points in read_metrics(run.files.metrics_path).items()}
+    steps, tokens_per_step = trainer.global_step, module.tokens_per_step
     tokens_per_s = module.timed_steps * tokens_per_step / module.train_s if module.train_s else 0.0
     return {
         "stage": config["stage"],
         "name": config["name"],
-        "steps": module.max_steps,
-        "tokens": module.max_steps * tokens_per_step,
+        "steps": steps,
+        "tokens": steps * tokens_per_step,
         "wall_s": module.wall_s(),
         "train_s": module.train_s,
         "tokens_per_s": tokens_per_s,
         "mfu": module.mfu(tokens_per_s),
         "train_loss": last.get("train/loss"),
         **{name.replace("/", "_"): v for name, v in last.items() if name.startswith(IN_SUMMARY)},
+        **({"stopped": stopped} if stopped else {}),
         **facts,
         **module.measure(),
+        "device": device_name(trainer.strategy.root_device),
+        "n_ranks": trainer.world_size,
+        "precision": run.recorded["precision"],
         "n_params": module.model.num_parameters(),
         "weights_sha256": weights_sha256(module.model),
         "git": git_revision(),

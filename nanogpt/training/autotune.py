@@ -1,14 +1,19 @@
 """What `auto` becomes on this machine, measured for each shape and stored in `probes.json`."""
 
+import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nanogpt.model import GPTConfig
 from nanogpt.training.bench import DTYPES, Bench, undisturbed
 from nanogpt.training.machine import missing_for_compile, usable_cores, usable_memory_bytes
+
+log = logging.getLogger("nanogpt")
 
 # bfloat16 must be this many times as fast as float32 on a CPU to be worth its rounding.
 WORTH_BF16 = 1.15
@@ -27,8 +32,8 @@ COMPILE_LAYER_S = {"cpu": 0.0, "cuda": 3.0}
 
 
 @dataclass(frozen=True)
-class Decisions:
-    """How a run uses this machine, with one sentence of reason for each decision."""
+class Settings:
+    """How a run uses this machine, with one sentence of reason for each setting."""
 
     precision: str
     compile: bool
@@ -37,8 +42,12 @@ class Decisions:
     peak_flops: float
     reasons: list[str]
 
+    def resolved(self) -> dict[str, Any]:
+        """Return the settings without their reasons."""
+        return {key: value for key, value in asdict(self).items() if key != "reasons"}
 
-def decide(
+
+def autotune(
     config: GPTConfig,
     *,
     device: torch.device,
@@ -52,7 +61,7 @@ def decide(
     micro_batch: int | str = "auto",
     threads: int | str = "auto",
     remeasure: bool = False,
-) -> Decisions:
+) -> Settings:
     """Return what was given, and for each `auto` what is best on this machine.
 
     `rows_per_rank` are the rows of `block_size` tokens of one rank and optimizer step; a
@@ -95,7 +104,51 @@ def decide(
             "provisional: the rounds of a measurement disagree, as on a busy machine; "
             "the next run measures again"
         )
-    return Decisions(precision, compile, micro_batch, threads, peak, reasons)
+    return Settings(precision, compile, micro_batch, threads, peak, reasons)
+
+
+def given_settings(
+    config: Mapping[str, Any],
+    recorded: Mapping[str, Any],
+    *,
+    rows_per_rank: int,
+    local_world_size: int,
+) -> dict[str, Any]:
+    """Return the settings of a job that `autotune` takes: as typed, else as the run began.
+
+    What does not fit any more stays `auto`. With `remeasure` only the precision, which is identity,
+    is the recorded one.
+    """
+    typed = {"precision": config["trainer"]["precision"]}
+    typed |= {key: config[key] for key in ("compile", "micro_batch", "threads")}
+    stale = {"compile", "micro_batch", "threads"} if config["remeasure"] else set()
+    if rows_per_rank % recorded.get("micro_batch", 1):
+        stale.add("micro_batch")
+    if recorded.get("local_world_size") != local_world_size:
+        stale.add("threads")
+    return {
+        key: recorded.get(key, value) if value == "auto" and key not in stale else value
+        for key, value in typed.items()
+    }
+
+
+def log_settings(
+    settings: Settings, config: Mapping[str, Any], rows_per_rank: int, block_size: int
+) -> None:
+    """Log each setting with its reason, and how a step is split."""
+    for reason in settings.reasons:
+        key = reason.partition(" ")[0]
+        is_auto = config["trainer"].get(key, config.get(key)) == "auto"
+        log.info("%s", reason.replace(": as given", ": same as before") if is_auto else reason)
+    tokens_per_step = config["tokens_per_step"]
+    log.info(
+        "tokens_per_step %s = %s rank(s) x %s micro-batch(es) x %s rows x block_size %s",
+        f"{tokens_per_step:,}",
+        tokens_per_step // (rows_per_rank * block_size),
+        rows_per_rank // settings.micro_batch,
+        settings.micro_batch,
+        block_size,
+    )
 
 
 def _choose_threads(local_world_size: int) -> tuple[int, str]:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nanogpt import GPTConfig
-from nanogpt.training import bench, probe
+from nanogpt.training import autotune, bench
+from nanogpt.training.autotune import Settings
 from nanogpt.training.bench import Bench, Measured
-from nanogpt.training.probe import Decisions, decide
 
 CPU, GPU, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
@@ -62,8 +62,10 @@ class Given(Bench):
         return self.row_timings
 
 
-def decide_tiny(data_dir: Path, **values: Any) -> Decisions:
-    return decide(TINY, device=CPU, rows_per_rank=16, max_steps=100, data_dir=data_dir, **values)
+def decide_tiny(data_dir: Path, **values: Any) -> Settings:
+    return autotune.autotune(
+        TINY, device=CPU, rows_per_rank=16, max_steps=100, data_dir=data_dir, **values
+    )
 
 
 def test_every_auto_is_decided_and_explained(tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ def test_deciding_leaves_the_random_state_and_threads(tmp_path: Path) -> None:
 def test_large_model_is_not_built_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "GPT", None)
     config = GPTConfig.preset("gpt2-xl")
-    decisions = decide(
+    decisions = autotune.autotune(
         config, device=CPU, rows_per_rank=512, max_steps=1000, data_dir=tmp_path, threads=1
     )
     assert decisions.micro_batch == 1
@@ -153,12 +155,12 @@ def test_large_model_is_not_built_on_a_cpu(tmp_path: Path, monkeypatch: pytest.M
 )
 def test_bfloat16_must_be_worth_its_rounding(bf16_s: float, choice: str) -> None:
     measured = Given(precisions={"32-true": 1.0, "bf16-mixed": bf16_s})
-    assert probe._choose_precision(measured)[0] == choice
+    assert autotune._choose_precision(measured)[0] == choice
 
 
 def test_cpu_without_bfloat16_products_is_not_tried() -> None:
     measured = Given(peaks={"32-true": 1e11, "bf16-mixed": 0.2e11})
-    choice, why = probe._choose_precision(measured)
+    choice, why = autotune._choose_precision(measured)
     assert choice == "32-true"
     assert why == "matrix products in bfloat16 run 0.20 times as fast"
 
@@ -173,17 +175,17 @@ def test_gpu_precision_follows_its_generation(
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert probe._choose_precision(Given(GPU))[0] == choice
+    assert autotune._choose_precision(Given(GPU))[0] == choice
 
 
 def test_mps_trains_in_float32() -> None:
-    assert probe._choose_precision(Given(MPS))[0] == "32-true"
+    assert autotune._choose_precision(Given(MPS))[0] == "32-true"
 
 
 def test_fastest_micro_batch_wins() -> None:
     config = dataclasses.replace(TINY, block_size=128)  # 512 tokens are 4 rows
     measured = Given(config=config, rows={"16": 1.6, "4": 0.3})
-    choice, why = probe._choose_micro_batch(measured, "32-true")
+    choice, why = autotune._choose_micro_batch(measured, "32-true")
     assert choice == 4
     assert why == "the fastest of 4, 16 (1,707 tokens/s without the optimizer)"
 
@@ -191,39 +193,39 @@ def test_fastest_micro_batch_wins() -> None:
 def test_larger_micro_batch_wins_where_nearly_as_fast() -> None:
     config = dataclasses.replace(TINY, block_size=128)
     measured = Given(config=config, rows={"16": 1.22, "4": 0.3})
-    assert probe._choose_micro_batch(measured, "32-true")[0] == 16
+    assert autotune._choose_micro_batch(measured, "32-true")[0] == 16
 
 
 def test_gpu_tries_divisors_by_doubling_up_to_a_bound() -> None:
     config = GPTConfig.preset("gpt2")
-    assert probe._candidates(Given(GPU, config, 480)) == [1, 2, 4, 8, 16, 32]
-    assert probe._candidates(Given(GPU, config, 12)) == [1, 2, 4, 12]
+    assert autotune._candidates(Given(GPU, config, 480)) == [1, 2, 4, 8, 16, 32]
+    assert autotune._candidates(Given(GPU, config, 12)) == [1, 2, 4, 12]
 
 
 def test_gpu_takes_one_row_where_nothing_fits() -> None:
-    choice, why = probe._choose_micro_batch(Given(GPU), "bf16-mixed")
+    choice, why = autotune._choose_micro_batch(Given(GPU), "bf16-mixed")
     assert choice == 1
     assert why == "the memory is too small even for this"
 
 
 def test_micro_batches_of_a_cpu_fit_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(TINY, block_size=128)
-    monkeypatch.setattr(probe, "usable_memory_bytes", lambda: 2**60)
-    assert probe._candidates(Given(config=config, rows_per_rank=64)) == [4, 16, 64]
-    row_bytes = 128 * probe._bytes_per_token(config)
-    monkeypatch.setattr(probe, "usable_memory_bytes", lambda: 4 * 16 * row_bytes)
-    assert probe._candidates(Given(config=config, rows_per_rank=64)) == [4, 16]
-    monkeypatch.setattr(probe, "usable_memory_bytes", lambda: 1)
-    assert probe._candidates(Given(config=config, rows_per_rank=64)) == [1]
+    monkeypatch.setattr(autotune, "usable_memory_bytes", lambda: 2**60)
+    assert autotune._candidates(Given(config=config, rows_per_rank=64)) == [4, 16, 64]
+    row_bytes = 128 * autotune._bytes_per_token(config)
+    monkeypatch.setattr(autotune, "usable_memory_bytes", lambda: 4 * 16 * row_bytes)
+    assert autotune._candidates(Given(config=config, rows_per_rank=64)) == [4, 16]
+    monkeypatch.setattr(autotune, "usable_memory_bytes", lambda: 1)
+    assert autotune._candidates(Given(config=config, rows_per_rank=64)) == [1]
 
 
 @pytest.mark.parametrize(("max_steps", "choice"), [(300, False), (400, True)])
 def test_compile_only_where_it_saves_more_than_it_takes(
     monkeypatch: pytest.MonkeyPatch, max_steps: int, choice: bool
 ) -> None:
-    monkeypatch.setattr(probe, "missing_for_compile", lambda device: None)
+    monkeypatch.setattr(autotune, "missing_for_compile", lambda device: None)
     measured = Given(rows={"4": 0.25})  # a second per step: 12 % of 333 s are 40 s
-    compiled, why = probe._choose_compile(measured, "32-true", 4, max_steps, False)
+    compiled, why = autotune._choose_compile(measured, "32-true", 4, max_steps, False)
     assert compiled is choice
     assert why == f"would save about {0.12 * max_steps:.0f} s of the run and take 40 s"
 
@@ -243,23 +245,23 @@ def test_compile_stays_off_where_it_cannot_help(
     missing: str | None,
     why: str,
 ) -> None:
-    monkeypatch.setattr(probe, "missing_for_compile", lambda device: missing)
-    decision = probe._choose_compile(Given(device), "32-true", 4, 10**9, deterministic)
+    monkeypatch.setattr(autotune, "missing_for_compile", lambda device: missing)
+    decision = autotune._choose_compile(Given(device), "32-true", 4, 10**9, deterministic)
     assert decision == (False, why)
 
 
 @pytest.mark.parametrize(("ranks", "threads"), [(1, 6), (2, 3), (4, 1), (16, 1)])
 def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch, ranks: int, threads: int) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(probe, "usable_cores", lambda: 6)
-    assert probe._choose_threads(ranks)[0] == threads
+    monkeypatch.setattr(autotune, "usable_cores", lambda: 6)
+    assert autotune._choose_threads(ranks)[0] == threads
 
 
 def test_threads_asked_of_openmp_count_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    monkeypatch.setattr(probe, "usable_cores", lambda: 8)
-    assert probe._choose_threads(1) == (5, "OMP_NUM_THREADS")
-    assert probe._choose_threads(2)[0] == 4
+    monkeypatch.setattr(autotune, "usable_cores", lambda: 8)
+    assert autotune._choose_threads(1) == (5, "OMP_NUM_THREADS")
+    assert autotune._choose_threads(2)[0] == 4
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,13 @@ from torch.utils.data import DataLoader
 
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Constant, adamw
-from nanogpt.training.pretrain import PretrainModule, next_token_loss
+from nanogpt.training.language_model import LanguageModel, next_token_loss
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning's own
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
+]
 
 CONFIG = GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=4)
 
@@ -24,23 +30,36 @@ def uniform_model() -> GPT:
     return model
 
 
-def module(token_bytes: list[int], **options: Any) -> Any:
+def module(token_bytes: list[int], **options: Any) -> LanguageModel:
     defaults: dict[str, Any] = {
         "model": uniform_model(),
+        "tokenizer": SimpleNamespace(token_bytes=lambda: [b"x" * n for n in token_bytes]),
         "make_optimizer": adamw,
         "schedule": Constant(),
         "max_steps": 1,
         "tokens_per_step": 4,
         "grad_clip": None,
         "compiled": False,
-        "record": {},
+        "metadata": {},
     }
-    built = PretrainModule(token_bytes=token_bytes, **{**defaults, **options})
-    strategy = SimpleNamespace(batch_to_device=lambda b: b, reduce=lambda t, reduce_op: t)
-    precision = SimpleNamespace(forward_context=lambda: torch.autocast("cpu", enabled=False))
-    trainer: Any = SimpleNamespace(strategy=strategy, precision_plugin=precision, world_size=1)
-    built._trainer = trainer
-    return built
+    return LanguageModel(**{**defaults, **options})
+
+
+def silent_trainer(**options: Any) -> Trainer:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **options,
+    )
+
+
+def validate(built: LanguageModel, batches: list[dict[str, Any]]) -> Any:
+    loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    return silent_trainer().validate(built, loader, verbose=False)[0]
 
 
 def batch(targets: list[int]) -> dict[str, Any]:
@@ -60,25 +79,23 @@ def test_the_loss_is_summed_over_scored_positions_only() -> None:
 
 
 def test_a_uniform_model_has_the_loss_of_its_vocabulary() -> None:
-    figures = module([1] * 5).evaluate([batch([1, 2, 3, 4]), batch([1, -100, -100, -100])])
-    assert figures["loss"] == pytest.approx(math.log(5), abs=1e-6)
+    metrics = validate(module([1] * 5), [batch([1, 2, 3, 4]), batch([1, -100, -100, -100])])
+    assert metrics["val/loss"] == pytest.approx(math.log(5), abs=1e-6)
 
 
 def test_bits_per_byte_divide_by_the_bytes_of_the_scored_tokens() -> None:
     # Targets 1 and 2 have 2 and 3 bytes, target 0 (a special token) none: three tokens, five bytes.
-    figures = module([0, 2, 3, 1, 1]).evaluate([batch([1, 2, 0, -100])])
-    assert figures["bits_per_byte"] == pytest.approx(3 * math.log2(5) / 5, abs=1e-6)
+    metrics = validate(module([0, 2, 3, 1, 1]), [batch([1, 2, 0, -100])])
+    assert metrics["val/bits_per_byte"] == pytest.approx(3 * math.log2(5) / 5, abs=1e-6)
 
 
 def test_evaluation_leaves_the_model_in_training_mode() -> None:
     built = module([1] * 5)
     built.model.train()
-    built.evaluate([batch([1, 2, 3, 4])])
+    validate(built, [batch([1, 2, 3, 4])])
     assert built.model.training
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize("grad_clip", [0.05, None, 1e6])
 def test_clipped_steps_are_those_of_torchs_own_clipping(grad_clip: float | None) -> None:
     torch.manual_seed(0)
@@ -100,15 +117,7 @@ def test_clipped_steps_are_those_of_torchs_own_clipping(grad_clip: float | None)
         return torch.optim.SGD(model.parameters(), lr=0.5)
 
     trained = module([1] * 5, model=model, make_optimizer=sgd, grad_clip=grad_clip, max_steps=3)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    trainer = Trainer(
-        max_steps=3,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    trainer = silent_trainer(max_steps=3)
     steps: Any = [[row] for row in rows]
     trainer.fit(trained, DataLoader(steps, batch_size=None))
     assert trained.read_figures()["grad_norm"] == pytest.approx(norms[-1])

@@ -1,0 +1,325 @@
+"""Objects from nodes of the configuration: any `_target_` node, and those of a run."""
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from pydantic import ValidationError
+
+from nanogpt.command import first_line, out_of_memory
+from nanogpt.values import explain
+
+RESERVED = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # as Hydra names them
+PLAIN_KEYS = ("log_every_n_steps", "progress_every_s", "validation")  # of callbacks: no nodes
+NOT_OF_DATA = ("prompts",)  # keys of data that callbacks.samples reads
+# Keys of other training programs, by which key of ours stands for them.
+OTHER_NAMES = {
+    "batch_size": "tokens_per_step (an optimizer step's, over all devices) or micro_batch",
+    "device": "trainer.accelerator",
+    "dtype": "trainer.precision",
+    "epochs": "max_steps (with stage=instruct, instruct.max_passes)",
+    "eval_interval": "callbacks.validation.every_n_steps",
+    "grad_clip": "grad_clip",
+    "gradient_accumulation_steps": "tokens_per_step (the accumulation follows from it)",
+    "kind": "schedule=wsd (or cosine, constant)",
+    "learning_rate": "optim.learning_rate",
+    "lr": "optim.learning_rate",
+    "max_epochs": "max_steps (with stage=instruct, instruct.max_passes)",
+    "max_iters": "max_steps",
+    "num_epochs": "max_steps (with stage=instruct, instruct.max_passes)",
+    "out_dir": "runs_dir",
+    "output_dir": "runs_dir",
+    "schedule": "schedule=wsd (or cosine, constant) and its keys, such as schedule.warmup_steps",
+    "warmup_iters": "schedule.warmup_steps",
+    "weight_decay": "optim.weight_decay",
+}
+
+
+class ConfigurationError(ValueError):
+    """A node of the configuration that cannot be built."""
+
+
+def build(node: Any, where: str, /, **live: Any) -> Any:
+    """Instantiate a `_target_` node, as `hydra.utils.instantiate` does.
+
+    Of the `live` objects the callable receives those that its signature names and the node does
+    not set; nested nodes are built first, in the same way. With `_partial_: true` the result is a
+    `functools.partial`. Raises ConfigurationError, one sentence that names the key under `where`.
+
+    >>> build({"_target_": "pathlib.Path"}, "data")
+    PosixPath('.')
+    """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ConfigurationError(f"{where} has no _target_; give it the class's import path")
+    target = _locate(node["_target_"], where)
+    if node.get("_recursive_", True):
+        node = {key: _nested(value, f"{where}.{key}", live) for key, value in node.items()}
+    arguments = node.get("_args_", [])
+    keys = {key: value for key, value in node.items() if key not in RESERVED}
+    keys, missing = _bind(target, arguments, keys, live, where)
+    if node.get("_partial_", False):
+        return partial(target, *arguments, **keys)
+    if missing:
+        raise ConfigurationError(f"{where}.{missing[0]} must be given: {_name(target)} needs it")
+    return _call(target, arguments, keys, where)
+
+
+def build_each(group: Mapping[str, Any], where: str, /, **live: Any) -> dict[str, Any]:
+    """Build the nodes of a group by their names; one that is null is left out."""
+    nodes = named_nodes(group)
+    return {name: build(node, f"{where}.{name}", **live) for name, node in nodes.items()}
+
+
+def named_nodes(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the nodes of a group that are to be built."""
+    return {k: v for k, v in group.items() if v is not None and k not in PLAIN_KEYS}
+
+
+def build_optimizer(node: Mapping[str, Any], model: Any) -> Any:
+    """Build an optimizer whose callable takes `model`, or its trainable parameters as `params`.
+
+    `_partial_` makes no difference, so that nodes written for other programs work.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    whole = {key: value for key, value in node.items() if key != "_partial_"}
+    optimizer = build(whole, "optim", model=model, params=params)
+    if not hasattr(optimizer, "param_groups"):
+        made = f"optim._target_={node['_target_']} returns {type(optimizer).__name__}"
+        raise ConfigurationError(f"{made}; an optimizer is a torch.optim.Optimizer")
+    return optimizer
+
+
+def build_schedule(node: Mapping[str, Any]) -> Any:
+    """Build a schedule; a function that takes `step` and `max_steps` is one without `_partial_`."""
+    function = build({**node, "_partial_": True}, "schedule")
+    is_schedule = {"step", "max_steps"} <= inspect.signature(function).parameters.keys()
+    return function if is_schedule else build(node, "schedule")
+
+
+def check_nodes(config: Mapping[str, Any], max_steps: int) -> None:
+    """Build what needs neither data nor device, and bind the keys of the rest.
+
+    A wrong value then fails before anything is prepared. Raises ConfigurationError.
+    """
+    from nanogpt.model import GPT, GPTConfig
+    from nanogpt.optim import check_schedule
+
+    smallest = GPTConfig(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=2)
+    build(config["model"], "model", vocab_size=1)
+    build_optimizer(config["optim"], GPT(smallest))
+    check_schedule(build_schedule(config["schedule"]), max_steps)
+    for where in ("module", "trainer"):
+        build({**config[where], "_partial_": True}, where)
+    for name, node in named_nodes(config["logger"]).items():
+        build({**node, "_partial_": True}, f"logger.{name}")
+
+
+def build_data(config: Mapping[str, Any], **live: Any) -> Any:
+    """Build the data module: the stage's over the configured source, or the one that `data` names.
+
+    Keys of `data` that the source does not take are the data module's. A LightningDataModule of the
+    user's own has the batch contract; what else a run asks of its data has defaults.
+    """
+    from lightning.pytorch import LightningDataModule
+
+    node = {key: value for key, value in config["data"].items() if key not in NOT_OF_DATA}
+    target, taken = parameters(node, "data")
+    if isinstance(target, type) and issubclass(target, LightningDataModule):
+        return _with_defaults(build(node, "data", **live), config["data"])
+    own = {key: value for key, value in node.items() if key in taken or key.startswith("_")}
+    rest = {key: value for key, value in node.items() if key not in own}
+    _, of_module = parameters(config["datamodule"], "datamodule")
+    if unknown := [key for key in rest if key not in of_module]:
+        name = node["_target_"].rpartition(".")[2]
+        raise unknown_argument("data", unknown[0], [*taken, *NOT_OF_DATA], name)
+    source = build(own, "data")
+    return build({**config["datamodule"], **rest}, "data", source=source, **live)
+
+
+def source_fingerprint(data: Any) -> str:
+    """Return the fingerprint of what a data module reads, before it is prepared."""
+    fingerprint: str = data.source.fingerprint() if hasattr(data, "source") else data.fingerprint
+    return fingerprint
+
+
+def choose_tokenizer(node: Mapping[str, Any], given: Any) -> Any:
+    """Return the given tokenizer as a choice, the configured one where there is none."""
+    from nanogpt.data.module import TokenizerChoice
+
+    if given is not None:
+        return TokenizerChoice.of(given)
+    return TokenizerChoice(
+        lambda documents: build(node, "tokenizer", documents=documents), tokenizer_key(node)
+    )
+
+
+def tokenizer_key(node: Mapping[str, Any]) -> str:
+    """Return what names a configured tokenizer's table among prepared data, such as bpe-2048."""
+    maker = node["_target_"].rpartition(".")[2].removesuffix("_tokenizer")
+    return "-".join([maker, *(str(value) for key, value in node.items() if key != "_target_")])
+
+
+def _with_defaults(data: Any, node: Mapping[str, Any]) -> Any:
+    """Return a user's data module with the attributes that it lacks."""
+
+    def use_tokenizer(choice: Any) -> Any:
+        tokenizer = choice.make_without_text()
+        if tokenizer is None:
+            raise ConfigurationError(
+                f"data: {type(data).__name__} has no use_tokenizer(choice), which a tokenizer that "
+                "is learned from text needs; pass tokenizer=gpt2 or tokenizer=byte"
+            )
+        return tokenizer
+
+    defaults = {
+        "fingerprint": hashlib.sha256(json.dumps(node).encode()).hexdigest()[:16],
+        "special_tokens": (),
+        "max_steps": None,
+        "use_tokenizer": use_tokenizer,
+        "facts": dict,
+    }
+    for name, default in defaults.items():
+        if not hasattr(data, name):
+            setattr(data, name, default)
+    return data
+
+
+def _nested(value: Any, where: str, live: Mapping[str, Any]) -> Any:
+    """Return a value with every node in it built."""
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            return build(value, where, **live)
+        return {key: _nested(inner, f"{where}.{key}", live) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_nested(inner, f"{where}[{i}]", live) for i, inner in enumerate(value)]
+    return value
+
+
+def _locate(path: Any, where: str) -> Callable[..., Any]:
+    """Return the callable with an import path, such as `torch.optim.AdamW`."""
+    key = f"{where}._target_={path}"
+    parts = path.split(".") if isinstance(path, str) else [""]
+    if not all(parts):
+        raise ConfigurationError(f"{key} is not the import path of a class or function")
+    found: Any = None
+    for n, part in enumerate(parts, start=1):
+        name = ".".join(parts[:n])
+        if n > 1 and hasattr(found, part):
+            found = getattr(found, part)
+            continue
+        try:
+            found = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise _missing_package(error, where) from error
+            parent = ".".join(parts[: n - 1])
+            near = difflib.get_close_matches(part, dir(found) if n > 1 else [], n=1)
+            hint = f"did you mean {near[0]}?" if near else "is it installed, or on PYTHONPATH?"
+            what = f"{parent} has no {part}" if parent else f"there is no module {part}"
+            raise ConfigurationError(f"{key} cannot be imported: {what}; {hint}") from error
+        except Exception as error:
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise ConfigurationError(f"{key} cannot be imported: {name}: {what}") from error
+    if not callable(found):
+        raise ConfigurationError(f"{key} is not a class or function, but {type(found).__name__}")
+    target: Callable[..., Any] = found
+    return target
+
+
+def _bind(
+    target: Callable[..., Any],
+    arguments: Sequence[Any],
+    keys: dict[str, Any],
+    live: Mapping[str, Any],
+    where: str,
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the keyword arguments with the live objects, and which required ones are missing."""
+    parameters = _parameters(target)
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    taken = {p.name for p in positional[: len(arguments)]}
+    by_name = {
+        p.name: p
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in taken
+    }
+    keys = {name: live[name] for name in by_name if name in live} | keys
+    unknown = [key for key in keys if key not in by_name]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise unknown_argument(where, unknown[0], by_name, _name(target))
+    required = [p.name for p in by_name.values() if p.default is p.empty]
+    return keys, [name for name in required if name not in keys]
+
+
+def parameters(node: Mapping[str, Any], where: str) -> tuple[Callable[..., Any], list[str]]:
+    """Return what a node builds, and the names of the arguments that it takes."""
+    if "_target_" not in node:
+        raise ConfigurationError(f"{where} has no _target_; give it the class's import path")
+    target = _locate(node["_target_"], where)
+    return target, [p.name for p in _parameters(target) if p.kind is not p.VAR_KEYWORD]
+
+
+def unknown_argument(where: str, key: str, known: Iterable[str], name: str) -> "ConfigurationError":
+    """Return the error of a key that a callable does not take."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    other = f"{where}.{near[0]}" if near else OTHER_NAMES.get(key)
+    hint = f"did you mean {other}? " if other else ""
+    takes = ", ".join(known) or "no keys"
+    return ConfigurationError(f"there is no key {where}.{key}; {hint}{name} takes {takes}")
+
+
+def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters of a callable; a class's **kwargs are those of the class it extends."""
+    found: dict[str, inspect.Parameter] = {}
+    for one in target.__mro__[:-1] if isinstance(target, type) else [target]:
+        try:
+            signature = inspect.signature(one)
+        except ValueError:  # of some callables written in C
+            return [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
+        is_open = False
+        for parameter in signature.parameters.values():
+            is_open |= parameter.kind is parameter.VAR_KEYWORD
+            found.setdefault(parameter.name, parameter)
+        if not is_open:
+            return [p for p in found.values() if p.kind is not p.VAR_KEYWORD]
+    return list(found.values())
+
+
+def _call(
+    target: Callable[..., Any], arguments: Sequence[Any], keys: Mapping[str, Any], where: str
+) -> Any:
+    try:
+        return target(*arguments, **keys)
+    except ValidationError as error:
+        raise ConfigurationError(explain(error, where)) from error
+    except ModuleNotFoundError as error:
+        raise _missing_package(error, where) from error
+    except ConfigurationError:
+        raise
+    except ValueError as error:
+        text = " ".join(str(error).split())
+        raise ConfigurationError(text if where in text else f"{where}: {text}") from error
+    except Exception as error:
+        if isinstance(error, OSError) or out_of_memory(error):
+            raise
+        what = f"{_name(target)}(...) failed: {type(error).__name__}: {first_line(error)}"
+        raise ConfigurationError(f"{where}: {what}") from error
+
+
+def _missing_package(error: ModuleNotFoundError, where: str) -> ConfigurationError:
+    text = first_line(error)
+    quoted = re.search(r"['`\"]([\w-]+)", text)
+    package = error.name or (quoted[1] if quoted else "it")
+    return ConfigurationError(
+        f"{where} needs a package that is not installed ({text}); "
+        f"pip install {package.partition('.')[0]}"
+    )
+
+
+def _name(target: Callable[..., Any]) -> str:
+    return getattr(target, "__name__", repr(target))

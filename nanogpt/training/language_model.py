@@ -1,0 +1,62 @@
+"""Language modelling: the next token at every scored position, of a corpus or of responses."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanogpt.model import GPT
+from nanogpt.training.module import Batch, StageModule
+from nanogpt.training.throughput import flops_per_token
+
+
+def next_token_loss(
+    model: GPT,
+    input_ids: Tensor,
+    targets: Tensor,
+    documents: Tensor | None = None,
+    row_seeds: Tensor | None = None,
+) -> Tensor:
+    """Return the summed cross-entropy in nats of targets (B, T), those of -100 left out."""
+    logits = model(input_ids, documents=documents, row_seeds=row_seeds)  # (B, T, V)
+    return F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+class LanguageModel(StageModule):
+    """A language model in training, on all of a corpus or on the responses of conversations."""
+
+    def __init__(self, model: GPT, **kwargs: Any) -> None:
+        super().__init__(model, flops_per_token=flops_per_token(model.config), **kwargs)
+        n_bytes = [len(token) for token in self.tokenizer.token_bytes()]
+        self.register_buffer("token_bytes", torch.tensor(n_bytes), persistent=False)  # (V,)
+        self.token_bytes: Tensor
+        self.loss = torch.compile(next_token_loss) if self.compiled else next_token_loss
+
+    def summed_loss(self, batch: Batch) -> Tensor:
+        return self.loss(
+            self.model,
+            batch["input_ids"],
+            batch["targets"],
+            batch.get("documents"),
+            batch["row_seeds"],
+        )
+
+    def scores(self, batch: Batch) -> dict[str, tuple[Tensor, int]]:
+        """Return the loss in nats per token and the bits per byte of the scored tokens.
+
+        Special tokens have a loss and no bytes.
+        """
+        targets = batch["targets"]  # (B, T)
+        nats = next_token_loss(self.model, batch["input_ids"], targets, batch.get("documents"))
+        scored = targets != -100
+        n_bytes = self.token_bytes[targets.clamp(min=0)].where(scored, 0).sum()
+        sums = torch.stack([nats.float(), scored.sum(), n_bytes]).cpu().double()
+        nats, n_tokens, n_bytes = sums
+        return {
+            "loss": (nats / n_tokens.clamp(min=1), int(n_tokens)),
+            "bits_per_byte": (nats / math.log(2) / n_bytes.clamp(min=1), int(n_bytes)),
+        }
