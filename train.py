@@ -135,15 +135,15 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     """Train one run on this rank, or find it finished; return its summary."""
     import torch
 
-    from nanogpt.checkpoint import record, with_special_tokens
+    from nanogpt.checkpoint import with_special_tokens
     from nanogpt.data.module import split_step
     from nanogpt.model import GPT
     from nanogpt.optim import may_extend
-    from nanogpt.ranks import Ranks, on_rank_zero
+    from nanogpt.ranks import Ranks
     from nanogpt.runs.identity import budget_steps
     from nanogpt.runs.run import open_run
     from nanogpt.training import summary
-    from nanogpt.training.autotune import autotune, given_settings, log_settings
+    from nanogpt.training.autotune import autotune_run
     from nanogpt.training.launch import resolve_device
     from nanogpt.training.logs import quieten_lightning
     from nanogpt.training.trainer import build_trainer, fit
@@ -184,50 +184,26 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
 
         # How this machine runs it
         run.check_corpus(data.fingerprint)
-        split: dict[str, Any] = {
-            "rows_per_rank": rows_per_rank,
-            "local_world_size": ranks.local_world_size,
-        }
-        settings = on_rank_zero(
-            lambda: autotune(
-                model_config,
-                device=device,
-                max_steps=run.max_steps,
-                data_dir=Path(config["data_dir"]),
-                deterministic=config["trainer"]["deterministic"],
-                remeasure=config["remeasure"],
-                **split,
-                **given_settings(config, run.recorded, **split),
-            )
-        )
+        settings = autotune_run(run, model_config, device, rows_per_rank)
         run.begin({"corpus": data.fingerprint, **settings.resolved()})
         torch.set_num_threads(settings.threads)
-        log_settings(settings, config, rows_per_rank, block_size)
         data.micro_batch = settings.micro_batch
 
         # Training
         torch.manual_seed(config["seed"])
         model = GPT(model_config) if start is None else start.model
         template, labels = getattr(data, "template", None), getattr(data, "labels", None)
-        about = record(
-            config["stage"],
-            model_config,
-            tokenizer,
-            template=template and template.name,
-            labels=labels,
-            init_from=run.init_from,
-        )
         live |= {
             "model": model,
             "tokenizer": tokenizer,
             "data": data,
             "template": template,
+            "metadata": run.metadata(model_config, tokenizer, template, labels),
             "make_optimizer": partial(build_optimizer, config["optim"]),
             "schedule": schedule,
             "max_steps": run.max_steps,
             "compiled": settings.compile,
             "peak_flops": settings.peak_flops,
-            "metadata": {**about, "run": run.binding},
             "wandb_id": run.recorded["wandb_id"],
         }
         module = build(config["module"], "module", **live)

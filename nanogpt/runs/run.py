@@ -19,12 +19,15 @@ from nanogpt.checkpoint import (
     find_init_from,
     init_model,
     load_checkpoint,
+    record,
     verify_checkpoint,
     weights_sha256,
     with_block_size,
     with_dropout,
 )
 from nanogpt.disk import link_atomically
+from nanogpt.model import GPTConfig
+from nanogpt.prompts import Template
 from nanogpt.ranks import Ranks, join, leave_with_launcher, on_rank_zero
 from nanogpt.runs.directory import NEW_OR_ANEW, RunDirectory, RunLock, cut_samples, reached
 from nanogpt.runs.identity import (
@@ -36,6 +39,7 @@ from nanogpt.runs.identity import (
 )
 from nanogpt.runs.log import log_to
 from nanogpt.runs.metrics import MetricsFile
+from nanogpt.tokenizer import Tokenizer
 
 log = logging.getLogger("nanogpt")
 
@@ -99,8 +103,26 @@ class Run:
 
     @property
     def binding(self) -> dict[str, str]:
-        """The entry `run` of the record of this run's checkpoints."""
+        """What binds this run's checkpoints to it."""
         return binding(self._as_recorded(self.recorded))
+
+    def metadata(
+        self,
+        model_config: GPTConfig,
+        tokenizer: Tokenizer,
+        template: Template | None,
+        labels: list[str] | None,
+    ) -> dict[str, Any]:
+        """Return what this run's checkpoints say of themselves."""
+        about = record(
+            self.config["stage"],
+            model_config,
+            tokenizer,
+            template=None if template is None else template.name,
+            labels=labels,
+            init_from=self.init_from,
+        )
+        return {**about, "run": self.binding}
 
     def end_by(self, step: int) -> None:
         """End the run at a step, where its budget goes beyond."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from nanogpt.model import GPTConfig
+from nanogpt.ranks import on_rank_zero
+from nanogpt.runs.run import Run
 from nanogpt.training.bench import DTYPES, Bench, undisturbed
 from nanogpt.training.machine import missing_for_compile, usable_cores, usable_memory_bytes
 
@@ -132,23 +134,37 @@ def given_settings(
     }
 
 
-def log_settings(
-    settings: Settings, config: Mapping[str, Any], rows_per_rank: int, block_size: int
-) -> None:
-    """Log each setting with its reason, and how a step is split."""
+def autotune_run(
+    run: Run, model_config: GPTConfig, device: torch.device, rows_per_rank: int
+) -> Settings:
+    """Return the settings of a run, decided by rank zero and logged with their reasons."""
+    config, n_local = run.config, run.ranks.local_world_size
+    split: dict[str, Any] = {"rows_per_rank": rows_per_rank, "local_world_size": n_local}
+    settings = on_rank_zero(
+        lambda: autotune(
+            model_config,
+            device=device,
+            max_steps=run.max_steps,
+            data_dir=Path(config["data_dir"]),
+            deterministic=config["trainer"]["deterministic"],
+            remeasure=config["remeasure"],
+            **split,
+            **given_settings(config, run.recorded, **split),
+        )
+    )
     for reason in settings.reasons:
         key = reason.partition(" ")[0]
         is_auto = config["trainer"].get(key, config.get(key)) == "auto"
         log.info("%s", reason.replace(": as given", ": same as before") if is_auto else reason)
-    tokens_per_step = config["tokens_per_step"]
     log.info(
         "tokens_per_step %s = %s rank(s) x %s micro-batch(es) x %s rows x block_size %s",
-        f"{tokens_per_step:,}",
-        tokens_per_step // (rows_per_rank * block_size),
+        f"{config['tokens_per_step']:,}",
+        run.ranks.world_size,
         rows_per_rank // settings.micro_batch,
         settings.micro_batch,
-        block_size,
+        model_config.block_size,
     )
+    return settings
 
 
 def _choose_threads(local_world_size: int) -> tuple[int, str]:

@@ -72,6 +72,15 @@ def fit(
     Leaves by SystemExit 143 or 130 after a checkpoint where a signal ended training. Raises
     RuntimeError, naming the callback, where one of the user's own raises.
     """
+    log.info(
+        "model: %s parameters in %s layers; budget: %s steps, %s tokens",
+        f"{module.model.num_parameters():,}",
+        module.model.config.n_layer,
+        f"{trainer.max_steps:,}",
+        f"{trainer.max_steps * module.tokens_per_step:,}",
+    )
+    if module.compiled:
+        log.info("compiling at the first step, which takes a minute or more")
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except Exception as error:
