@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from nanogpt.command import first_line, guard_output, parse, run_command
 from nanogpt.data.fineweb_edu import FineWebEdu
 from nanogpt.data.hub import HubDataset
@@ -30,6 +32,7 @@ from nanogpt.data.source import Source
 from nanogpt.data.text import TextFiles
 from nanogpt.pretrained import PUBLISHED, fetch_pretrained
 from nanogpt.tokenizer import bpe_tokenizer, byte_tokenizer, gpt2_tokenizer
+from nanogpt.values import explain
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "fineweb_edu": FineWebEdu,
@@ -122,7 +125,10 @@ def choose_source(options: argparse.Namespace) -> Source:
     fields = make.__dataclass_fields__
     if unknown := [key for key in given if key not in fields]:
         raise ValueError(f"{name} has no option --{unknown[0].replace('_', '-')}; leave it out")
-    source: Source = make(**given)
+    try:
+        source: Source = make(**given)
+    except ValidationError as error:
+        raise ValueError(explain(error)) from error
     return source
 
 

@@ -1,5 +1,6 @@
 """The types of configuration values, which pydantic validates, and its errors as one sentence."""
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import ConfigDict, Field, StrictBool, ValidationError
@@ -12,6 +13,7 @@ Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]  # from 0 to 1
 Share = Annotated[float, Field(strict=True, gt=0, lt=1)]  # between 0 and 1
 Flag = StrictBool
 Text = Annotated[str, Field(strict=True, min_length=1)]
+FilePath = Text | Annotated[Path, Field(strict=True)]
 
 CHECKED = ConfigDict(extra="forbid")  # of a dataclass: @dataclass(config=CHECKED)
 WORDS = {

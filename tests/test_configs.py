@@ -144,7 +144,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("+foo=1", "there is no key foo"),
         ("+optim.learning_rat=1", "did you mean optim.learning_rate?"),
         ("seed=99999999999999999999", "below 9223372036854775808"),
-        ("data.val_fraction=a", "between 0 and 1"),
+        ("data.val_fraction=a", "data.val_fraction='a' should be a number"),
         ("data.prompts=5", "a list of texts"),
         ("model=5", "group override must be a string"),
         ("threads=1000000", "threads=1000000 but this machine has"),
@@ -184,6 +184,7 @@ def test_an_empty_text_is_refused_by_its_key(key: str) -> None:
     config = composed("stage=pretrain", "data=text", "init_from=null", f"{key}=")
     with pytest.raises(ValueError, match=f"^{key} is empty .an unset variable of the shell"):
         check_values(config)
+        train.build_source(config["data"])
 
 
 def test_a_key_of_another_data_set_is_not_suggested_for_itself() -> None:

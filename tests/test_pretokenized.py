@@ -281,12 +281,6 @@ def test_what_cannot_be_right_is_refused_by_name(
     assert "\n" not in str(error.value)
 
 
-def test_a_fraction_that_is_none_is_refused(tmp_path: Path) -> None:
-    write_bin(tmp_path / "a.bin", TOKENS)
-    with pytest.raises(ValueError, match="val_fraction=1 must lie between 0 and 1"):
-        open_shards(tmp_path, val_fraction=1)
-
-
 def test_paths_that_are_no_data_set_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data=shards needs data\.path="):
         TokenShards().open(BYTES, "byte")

@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 import nanogpt.data.source
 from nanogpt.data import files, records
+from nanogpt.data.dolly import Dolly
 from nanogpt.data.files import Reader
 from nanogpt.data.fineweb_edu import FineWebEdu
 from nanogpt.data.hub import HubDataset
@@ -28,8 +30,10 @@ from nanogpt.data.instructions import Instructions
 from nanogpt.data.labelled import LabelledTexts
 from nanogpt.data.pretokenized import TokenShards
 from nanogpt.data.python_stdlib import PythonStdlib
+from nanogpt.data.sms_spam import SmsSpam
 from nanogpt.data.source import Extent, Source, files_fingerprint
 from nanogpt.data.text import TextFiles
+from nanogpt.values import explain
 from tests import hub_server
 from tests.hub_server import COMMIT, Hub
 
@@ -193,13 +197,44 @@ def test_links_alone_are_named_in_the_error(linked: Path) -> None:
 def test_an_empty_path_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("not meant")
     monkeypatch.chdir(tmp_path)
-    hub = HubDataset("owner/name", path="")
-    for source in (TextFiles(""), hub, LabelledTexts(""), Instructions("")):
-        with pytest.raises(ValueError, match=r"needs data\.path=.*it is empty \(an unset variable"):
-            all_read(source)
-    with pytest.raises(ValueError, match="it is empty"):
-        TokenShards("").open(None, "byte")
+    for make in (TextFiles, FineWebEdu, LabelledTexts, Instructions, TokenShards):
+        with pytest.raises(ValidationError) as error:
+            make(path="")
+        assert explain(error.value, "data").startswith("data.path is empty (an unset variable")
     assert all_read(TextFiles(".")) == ["not meant"]
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "value"),
+    [
+        (TextFiles, "val_fraction", 0),
+        (PythonStdlib, "val_fraction", 1.0),
+        (FineWebEdu, "val_fraction", "0.1"),
+        (HubDataset, "val_fraction", True),
+        (Dolly, "val_fraction", -0.1),
+        (TokenShards, "val_fraction", 1),
+        (LabelledTexts, "test_fraction", 0.0),
+        (SmsSpam, "test_fraction", None),
+        (TextFiles, "skip_bad", "yes"),
+        (Dolly, "skip_bad", 1),
+        (LabelledTexts, "balance", "true"),
+        (Instructions, "max_examples", 0),
+        (LabelledTexts, "max_examples", 2.5),
+        (LabelledTexts, "split_seed", "a"),
+        (TextFiles, "separator", ""),
+        (TextFiles, "text_column", 3),
+        (HubDataset, "revision", 5),
+        (TokenShards, "path", 5),
+        (PythonStdlib, "path", "text.txt"),
+    ],
+)
+def test_a_wrong_value_of_a_source_is_one_sentence(make: Any, key: str, value: Any) -> None:
+    needed = {"repository": "owner/name"} if make is HubDataset else {}
+    with pytest.raises(ValidationError) as error:
+        make(**needed, **{key: value})
+    sentence = explain(error.value, "data")
+    assert f"data.{key}" in sentence
+    assert "\n" not in sentence
 
 
 MARK = "<|endoftext|>"
@@ -256,8 +291,6 @@ def test_the_separator_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a--b")
     prints = {TextFiles(tmp_path, separator=s).fingerprint() for s in (None, "-", "--")}
     assert len(prints) == 3
-    with pytest.raises(ValueError, match=r"data\.separator is empty"):
-        all_read(TextFiles(tmp_path, separator=""))
 
 
 def test_text_may_have_another_name(tmp_path: Path) -> None:

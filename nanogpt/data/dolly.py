@@ -1,24 +1,26 @@
 """Dolly: 15,000 instructions written by Databricks' employees (CC BY-SA 3.0), from the hub."""
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from pydantic.dataclasses import dataclass
 
 from nanogpt.command import first_line
 from nanogpt.data.instructions import Instructions
 from nanogpt.hub import check_reachable
+from nanogpt.values import CHECKED, Share, Text
 
 FILE = "databricks-dolly-15k.jsonl"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class Dolly(Instructions):
     """databricks-dolly-15k, kept in huggingface_hub's cache, or a copy of its file (`path`)."""
 
-    val_fraction: float = 0.05
-    name: str = "dolly"
-    repository: str = "databricks/databricks-dolly-15k"
-    revision: str = "main"
+    val_fraction: Share = 0.05
+    name: Text = "dolly"
+    repository: Text = "databricks/databricks-dolly-15k"
+    revision: Text = "main"
 
     def file(self) -> Path:
         """Return the file, fetched where it is not there yet.

@@ -58,10 +58,6 @@ class Reader:
     skip_bad: bool = False
     separator: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.separator == "":
-            raise ValueError("data.separator is empty; pass the text between documents, or null")
-
     def documents(self, paths: Sequence[str], skip: int = 0) -> Iterator[str | None]:
         """Yield the documents after the first `skip`.
 

@@ -1,15 +1,16 @@
 """FineWeb-Edu: educational web pages from the Hugging Face hub, or from parquet files at hand."""
 
-from dataclasses import dataclass
+from pydantic.dataclasses import dataclass
 
 from nanogpt.data.hub import HubDataset
+from nanogpt.values import CHECKED, Share, Text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class FineWebEdu(HubDataset):
     """The pages of one subset, streamed, or those of local parquet files (`path`)."""
 
-    repository: str = "HuggingFaceFW/fineweb-edu"
-    subset: str | None = "sample-10BT"
-    val_fraction: float = 0.001
-    name: str = "fineweb_edu"
+    repository: Text = "HuggingFaceFW/fineweb-edu"
+    subset: Text | None = "sample-10BT"
+    val_fraction: Share = 0.001
+    name: Text = "fineweb_edu"

@@ -11,14 +11,17 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
+
+from pydantic.dataclasses import dataclass
 
 from nanogpt.data.files import JSON, RECORDS, Reader
 from nanogpt.data.records import open_file
 from nanogpt.data.source import Extent, Source
 from nanogpt.data.text import TextFiles
 from nanogpt.hub import check_reachable
+from nanogpt.values import CHECKED, FilePath, Flag, Share, Text
 
 READABLE = (*RECORDS, *JSON, ".txt")
 LISTED_NAMES = 20  # of subsets, in an error
@@ -26,7 +29,7 @@ ANSWER_S = 10.0  # for the revision; reading has time limits and retries of hugg
 TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "h11", "aiohttp"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class HubDataset(Source):
     """One split of a data set on the hub, or files of it on this machine (`path`).
 
@@ -34,16 +37,16 @@ class HubDataset(Source):
     text files. With `skip_bad`, records that cannot be read are None instead of an error.
     """
 
-    repository: str
-    subset: str | None = None
-    split: str = "train"
-    revision: str = "main"
-    text_column: str = "text"
-    path: str | None = None
-    val_fraction: float = 0.01
-    skip_bad: bool = False
-    separator: str | None = None
-    name: str = "hub"
+    repository: Text
+    subset: Text | None = None
+    split: Text = "train"
+    revision: Text = "main"
+    text_column: Text = "text"
+    path: FilePath | None = None
+    val_fraction: Share = 0.01
+    skip_bad: Flag = False
+    separator: Text | None = None
+    name: Text = "hub"
 
     def documents(self, skip: int = 0) -> Iterator[str | None]:
         """Yield the documents after the first `skip`.

@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic.dataclasses import dataclass as checked_dataclass
+
 from nanogpt.data.records import (
     BadRecord,
     check_text,
@@ -27,6 +29,7 @@ from nanogpt.data.records import (
 from nanogpt.data.source import Source, files_fingerprint, local_path
 from nanogpt.data.tokenizing import choose_split
 from nanogpt.prompts import ROLES, Message, trimmed
+from nanogpt.values import CHECKED, Count, FilePath, Flag, Share, Text
 
 SUFFIXES = (".jsonl", ".json")
 ASKED = ("instruction", "prompt", "question")
@@ -49,7 +52,7 @@ class ConversationSplits:
     val: list[Conversation]
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=CHECKED)
 class Instructions(Source):
     """The conversations of one file, at most the first `max_examples` of them.
 
@@ -57,11 +60,11 @@ class Instructions(Source):
     that read text, a conversation is what is said in it.
     """
 
-    path: str | Path | None = None
-    val_fraction: float = 0.1
-    max_examples: int | None = None
-    skip_bad: bool = False
-    name: str = "instructions"
+    path: FilePath | None = None
+    val_fraction: Share = 0.1
+    max_examples: Count | None = None
+    skip_bad: Flag = False
+    name: Text = "instructions"
 
     @cached_property
     def conversations(self) -> list[Conversation]:

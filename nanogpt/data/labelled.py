@@ -3,16 +3,18 @@
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from pydantic.dataclasses import dataclass
 
 from nanogpt.command import expand_home
 from nanogpt.data.records import BadRecord, check_text, decoded, json_records, kind_of, read_all
 from nanogpt.data.source import Source, local_path
 from nanogpt.data.splits import Example, Splits, examples_sha256, split
 from nanogpt.tokenizer import SURROGATE
+from nanogpt.values import CHECKED, Count, FilePath, Flag, Seed, Share, Text
 
 Cells = Mapping[str, Any]  # by the names of the columns
 Row = tuple[str, Cells | BadRecord]  # with its place, such as `line 3`
@@ -20,7 +22,7 @@ Row = tuple[str, Cells | BadRecord]  # with its place, such as `line 3`
 LONGEST_CELL = 2**27  # characters; csv's own limit of 131,072 is less than a long article
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class LabelledTexts(Source):
     """A labelled file, and how it is split for training.
 
@@ -30,16 +32,16 @@ class LabelledTexts(Source):
     text, an example is its text.
     """
 
-    path: str | Path | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    balance: bool = False
-    max_examples: int | None = None
-    val_fraction: float = 0.1
-    test_fraction: float = 0.2
-    split_seed: int = 0
-    skip_bad: bool | None = None
-    name: str = "labelled"
+    path: FilePath | None = None
+    text_column: Text = "text"
+    label_column: Text = "label"
+    balance: Flag = False
+    max_examples: Count | None = None
+    val_fraction: Share = 0.1
+    test_fraction: Share = 0.2
+    split_seed: Seed = 0
+    skip_bad: Flag | None = None
+    name: Text = "labelled"
 
     def examples(self) -> list[Example]:
         """Return the examples in the order of the file."""

@@ -14,13 +14,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from pydantic.dataclasses import dataclass
 
 from nanogpt.command import expand_home, first_line
 from nanogpt.data.corpus import Corpus, open_corpus
@@ -39,6 +39,7 @@ from nanogpt.data.writer import JOURNAL
 from nanogpt.disk import wait_for_lock
 from nanogpt.hub import check_reachable
 from nanogpt.tokenizer import Tokenizer
+from nanogpt.values import CHECKED, FilePath, Share, Text
 
 LEAST_VAL_TOKENS = 1025  # one row of GPT-2's, where the last part of the tokens is held out
 READ_WHOLE_BYTES = 100 * 2**20  # shards of more in all are known by blocks spread over each
@@ -50,7 +51,7 @@ FETCHED = "fetched.json"  # written last
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class TokenShards:
     """The shards in a folder, or a single file of tokens, made elsewhere with a known tokenizer.
 
@@ -60,9 +61,9 @@ class TokenShards:
     cut is in both.
     """
 
-    path: str | Path | None = None
-    val_fraction: float = 0.001
-    name: str = "shards"
+    path: FilePath | None = None
+    val_fraction: Share = 0.001
+    name: Text = "shards"
 
     def open(self, tokenizer: Tokenizer | None, tokenizer_key: str) -> Corpus:
         """Return the shards as a corpus of the given tokenizer.
@@ -130,10 +131,6 @@ class TokenShards:
 
     def _hold_out(self, parts: list[Part]) -> dict[str, list[Part]]:
         """Hold out the last part of the tokens."""
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(
-                f"data.val_fraction={self.val_fraction} must lie between 0 and 1, such as 0.001"
-            )
         n_tokens = sum(part.n_tokens for part in parts)
         wanted = max(round(n_tokens * self.val_fraction), LEAST_VAL_TOKENS)
         n_train = n_tokens - min(wanted, n_tokens // 2)

@@ -3,12 +3,14 @@
 import platform
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pydantic.dataclasses import dataclass
+
 from nanogpt.data.source import Extent, Source, files_fingerprint
+from nanogpt.values import CHECKED, Share, Text
 
 LEFT_OUT = {
     *("test", "tests", "idle_test"),  # much of it generated, or text in odd encodings
@@ -17,12 +19,12 @@ LEFT_OUT = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class PythonStdlib(Source):
     """The sources of the running interpreter's standard library, one document per file."""
 
-    val_fraction: float = 0.1
-    name: str = "python_stdlib"
+    val_fraction: Share = 0.1
+    name: Text = "python_stdlib"
 
     def documents(self, skip: int = 0) -> Iterator[str]:
         """Yield each source file after the first `skip`; those that are not UTF-8 are left out."""

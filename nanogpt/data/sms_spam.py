@@ -1,25 +1,26 @@
 """The SMS Spam Collection: 5,574 text messages, 747 of them spam (Almeida and others, UCI)."""
 
-from dataclasses import dataclass
+from pydantic.dataclasses import dataclass
 
 from nanogpt.data.labelled import LabelledTexts
 from nanogpt.data.splits import Example
 from nanogpt.hub import check_reachable
+from nanogpt.values import CHECKED, Flag, Text
 
 REPOSITORY = "ucirvine/sms_spam"
 PARQUET = "plain_text/train-00000-of-00001.parquet"
 LABELS = ("ham", "spam")  # what the numbers in the repository mean
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class SmsSpam(LabelledTexts):
     """The collection from its file `SMSSpamCollection` (`path`), or from the Hugging Face hub.
 
     What was fetched once is found again in the hub's own cache, without a network.
     """
 
-    balance: bool = True
-    name: str = "sms_spam"
+    balance: Flag = True
+    name: Text = "sms_spam"
 
     def examples(self) -> list[Example]:
         if self.path is not None:

@@ -64,13 +64,9 @@ def name_of(source: object) -> str:
 
 
 def local_path(path: str | Path | None, name: str, what: str) -> Path:
-    """Return `data.path`, `~` expanded; raises ValueError where none is given or it is empty.
-
-    An empty path would be the current folder.
-    """
-    if path is None or not str(path):
-        found = "" if path is None else ", and it is empty (an unset variable of the shell?)"
-        raise ValueError(f"data={name} needs data.path=<{what}>{found}")
+    """Return `data.path`, `~` expanded; raises ValueError where none is given."""
+    if path is None:
+        raise ValueError(f"data={name} needs data.path=<{what}>")
     return Path(expand_home(str(path)))
 
 

@@ -98,7 +98,11 @@ def split(
 
     Raises ValueError where there are no two classes, or one is too small to be in all three.
     """
-    _check_fractions(val_fraction, test_fraction)
+    if val_fraction + test_fraction >= 1:
+        raise ValueError(
+            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave "
+            f"nothing to train on; pass smaller ones"
+        )
     by_label = _shuffled_texts(examples, seed)
     if len(by_label) < 2:
         raise ValueError(f"all texts are of only one class, {min(by_label)!r}; pass two or more")
@@ -180,17 +184,6 @@ def _fill(texts: list[list[Example]], quotas: list[int]) -> list[list[Example]]:
         room = (i for i, n in enumerate(quotas) if len(parts[i]) + len(text) <= n)
         parts[next(room, -1)] += text
     return parts
-
-
-def _check_fractions(val_fraction: float, test_fraction: float) -> None:
-    for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-        if not 0 < value < 1:
-            raise ValueError(f"data.{name}={value!r} is not a number between 0 and 1")
-    if val_fraction + test_fraction >= 1:
-        raise ValueError(
-            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave "
-            f"nothing to train on; pass smaller ones"
-        )
 
 
 def _sizes(label: str, n: int, parts: list[list[Example]]) -> str:

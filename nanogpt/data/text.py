@@ -2,21 +2,23 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from glob import has_magic
 from pathlib import Path
 from typing import Any
 
+from pydantic.dataclasses import dataclass
+
 from nanogpt.data.files import JSON, RECORDS, TEXTS, Reader
 from nanogpt.data.records import log_once
 from nanogpt.data.source import Extent, Source, files_fingerprint, local_path
+from nanogpt.values import CHECKED, FilePath, Flag, Share, Text
 
 SUFFIXES = (*TEXTS, *RECORDS)
 MAX_NAMED = 5  # of each kind of what is left out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class TextFiles(Source):
     """A file, every file below a folder, or those of a pattern, in the order of their names.
 
@@ -28,12 +30,12 @@ class TextFiles(Source):
     error.
     """
 
-    path: str | Path | None = None
-    text_column: str = "text"
-    val_fraction: float = 0.1
-    skip_bad: bool = False
-    separator: str | None = None
-    name: str = "text"
+    path: FilePath | None = None
+    text_column: Text = "text"
+    val_fraction: Share = 0.1
+    skip_bad: Flag = False
+    separator: Text | None = None
+    name: Text = "text"
     suffixes: tuple[str, ...] = SUFFIXES
 
     def documents(self, skip: int = 0) -> Iterator[str | None]:
