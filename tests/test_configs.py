@@ -183,8 +183,13 @@ def test_a_typed_budget_clears_the_other_one(tmp_path: Path) -> None:
 def test_an_empty_text_is_refused_by_its_key(key: str) -> None:
     config = composed("stage=pretrain", "data=text", "init_from=null", f"{key}=")
     with pytest.raises(ValueError, match=f"^{key} is empty .an unset variable of the shell"):
-        check_values(config)
-        train.build_source(config["data"])
+        check_and_build(config)
+
+
+def check_and_build(config: dict[str, Any]) -> None:
+    check_values(config)
+    plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
+    build_data(config, **plain, block_size=8)
 
 
 def test_a_key_of_another_data_set_is_not_suggested_for_itself() -> None:
