@@ -111,6 +111,7 @@ class Checkpointing(Checkpoint):
             self.best = (loss, step)
         self.stopped = "" if module.stop_signal else stopping_reason(trainer)
         with module.off_the_clock():
+            self.directory.mkdir(parents=True, exist_ok=True)
             path = self.directory / f"step_{step:06d}.ckpt"
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsLogger):
