@@ -126,11 +126,9 @@ def build_data(config: Mapping[str, Any], **live: Any) -> Any:
     Keys of `data` that the source does not take are the data module's. A LightningDataModule of the
     user's own has the batch contract; what else a run asks of its data has defaults.
     """
-    from lightning.pytorch import LightningDataModule
-
     node = {key: value for key, value in config["data"].items() if key not in NOT_OF_DATA}
     target, taken = parameters(node, "data")
-    if isinstance(target, type) and issubclass(target, LightningDataModule):
+    if hasattr(target, "train_dataloader"):
         return _with_defaults(build(node, "data", **live), config["data"])
     own = {key: value for key, value in node.items() if key in taken or key.startswith("_")}
     rest = {key: value for key, value in node.items() if key not in own}

@@ -1,8 +1,6 @@
 """Every YAML composes and builds, and mistakes in a command are said in one sentence."""
 
 import inspect
-import subprocess
-import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+import train
 from nanogpt.build import ConfigurationError, build, build_data, build_each
 from nanogpt.config import (
     as_overrides,
@@ -25,7 +24,7 @@ from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Constant, Cosine, WarmupStableDecay, check_schedule, learning_rates
 from nanogpt.runs.identity import budget_steps
-from tests.configs import CONF, ROOT, options
+from tests.configs import CONF, options
 
 
 def composed(*overrides: str) -> dict[str, Any]:
@@ -117,15 +116,6 @@ def test_an_optimizer_builds_from_its_yaml(optim: str) -> None:
     assert min(learning_rates(optimizer)) > 0
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-    )
-
-
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
@@ -161,12 +151,18 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_a_mistake_in_the_command_is_one_sentence(
-    argument: str, expected: str, tiny_run: list[str], tmp_path: Path
+    argument: str,
+    expected: str,
+    tiny_run: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    done = run(*tiny_run, argument, cwd=tmp_path)
-    assert done.returncode in (1, 2)
-    assert expected in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "failures", [])
+    assert train.main([*tiny_run, argument]) in (1, 2)
+    [line] = capfd.readouterr().err.splitlines()
+    assert expected in line
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.ckpt"))
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,8 +60,8 @@ def runs(corpus_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     folders = {state: tmp_path_factory.mktemp(state) for state in ("finished", "interrupted")}
     save = Checkpointing.save
 
-    def interrupted(self: Checkpointing, trainer: object, module: object) -> None:
-        save(self, trainer, module)  # type: ignore[arg-type]
+    def interrupted(self: Checkpointing, *args: Any) -> None:
+        save(self, *args)
         if self.saved_step == 4:
             raise OSError("interrupted")
 

@@ -46,15 +46,15 @@ TINY = (
 # Leaves as a power cut would, in the middle of a step: at the 20th forward.
 KILLED = """
 import os, runpy, signal, sys
-from nanogpt.training import pretrain
-forward, n_calls = pretrain.next_token_loss, 0
+from nanogpt.training import language_model
+forward, n_calls = language_model.next_token_loss, 0
 def dying(*args):
     global n_calls
     n_calls += 1
     if n_calls == 20:
         os.kill(os.getpid(), signal.SIGKILL)
     return forward(*args)
-pretrain.next_token_loss = dying
+language_model.next_token_loss = dying
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -126,7 +126,7 @@ def test_every_micro_batch_gives_the_same_losses(
         ("nanogpt.training.language_model.next_token_loss", 20, ["optim=muon", "micro_batch=2"]),
         ("nanogpt.checkpoint._HashingWriter.write", 400, ["model.dropout=0.1", "data.workers=2"]),
         ("nanogpt.training.checkpointing.link_atomically", 2, ["optim=adamw", "data.workers=2"]),
-        ("nanogpt.training.session.write_report", 1, ["optim=adamw"]),
+        ("nanogpt.training.summary.write_report", 1, ["optim=adamw"]),
     ],
 )
 def test_a_killed_run_continues_to_the_same_bits(
