@@ -194,7 +194,7 @@ def _nested(value: Any, where: str, live: Mapping[str, Any]) -> Any:
         if "_target_" in value:
             return build(value, where, **live)
         return {key: _nested(inner, f"{where}.{key}", live) for key, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         return [_nested(inner, f"{where}[{i}]", live) for i, inner in enumerate(value)]
     return value
 

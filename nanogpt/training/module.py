@@ -242,10 +242,12 @@ class StageModule(LightningModule):
     def _log_scores(self, split: str, batch: Batch) -> None:
         """Log the weighted means over all batches of all ranks, in float64.
 
-        Lightning labels metrics with the metric `step` where there is one.
+        Lightning labels metrics with the metric `step` where there is one. It divides the sum of
+        the weights by the number of ranks and drops the remainder, hence multiples of that number.
         """
+        world_size = self.trainer.world_size
         for name, (mean, weight) in self.scores(batch).items():
-            self.log(f"{split}/{name}", mean, batch_size=weight, sync_dist=True)
+            self.log(f"{split}/{name}", mean, batch_size=weight * world_size, sync_dist=True)
         step = torch.tensor(self.trainer.global_step, dtype=torch.float64)
         self.log("step", step, batch_size=1, reduce_fx="max", sync_dist=True)
 
