@@ -25,6 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nanogpt_shakespeare import read_module
 from torch.utils.data import DataLoader
 
+from nanogpt.checkpoint import record
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Constant, adamw
 from nanogpt.tokenizer import byte_tokenizer
@@ -108,16 +109,17 @@ def alternate(
             self.began = time.perf_counter()
 
     max_steps = WARMUP_STEPS + rounds * steps
+    tokenizer = byte_tokenizer()
     module = LanguageModel(
         _seeded_model(config),
-        tokenizer=byte_tokenizer(),
+        tokenizer=tokenizer,
         make_optimizer=_optimizer,
         schedule=Constant(),
         max_steps=max_steps,
         tokens_per_step=batches[0]["input_ids"].numel(),
         grad_clip=1.0,
         compiled=False,
-        metadata={},
+        metadata=record("pretrain", config, tokenizer),
     )
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
