@@ -133,11 +133,14 @@ def build_data(config: Mapping[str, Any], **live: Any) -> Any:
     own = {key: value for key, value in node.items() if key in taken or key.startswith("_")}
     rest = {key: value for key, value in node.items() if key not in own}
     _, of_module = parameters(config["datamodule"], "datamodule")
-    if unknown := [key for key in rest if key not in of_module]:
+    unknown = [key for key in rest if key not in of_module]
+    rest = {key: value for key, value in rest.items() if key in of_module}
+    source = build(own, "data")
+    data = build({**config["datamodule"], **rest}, "data", source=source, **live)
+    if unknown:  # to a data module that takes this source
         name = node["_target_"].rpartition(".")[2]
         raise unknown_argument("data", unknown[0], [*taken, *NOT_OF_DATA], name)
-    source = build(own, "data")
-    return build({**config["datamodule"], **rest}, "data", source=source, **live)
+    return data
 
 
 def source_fingerprint(data: Any) -> str:

@@ -70,6 +70,21 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run train.py in this process and return its exit code."""
+    import train
+
+    def run(*arguments: str) -> int:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(train, "failures", [])
+        monkeypatch.setattr(sys, "argv", ["train.py"])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        return train.main(arguments)
+
+    return run
+
+
 @pytest.fixture(params=["closed", "full", "left"])
 def failing_output(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     """Options of subprocess under which neither output can be written.

@@ -1,7 +1,7 @@
 """Every YAML composes and builds, and mistakes in a command are said in one sentence."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-import train
 from nanogpt.build import ConfigurationError, build, build_data, build_each
 from nanogpt.config import (
     as_overrides,
@@ -155,12 +154,10 @@ def test_a_mistake_in_the_command_is_one_sentence(
     expected: str,
     tiny_run: list[str],
     tmp_path: Path,
+    main: Callable[..., int],
     capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "failures", [])
-    assert train.main([*tiny_run, argument]) in (1, 2)
+    assert main(*tiny_run, argument) in (1, 2)
     [line] = capfd.readouterr().err.splitlines()
     assert expected in line
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.ckpt"))

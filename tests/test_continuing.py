@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,10 +121,14 @@ def test_a_run_whose_raw_text_is_gone_continues_with_its_shards(
     ],
 )
 def test_a_failed_command_leaves_no_run_directory(
-    option: str, tiny_run: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    option: str,
+    tiny_run: list[str],
+    tmp_path: Path,
+    main: Callable[..., int],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with pytest.raises((ValueError, OSError)), caplog.at_level(logging.INFO):
-        fit(*tiny_run, option)
+    with caplog.at_level(logging.INFO):
+        assert main(*tiny_run, option) in (1, 2)
     assert not (tmp_path / "runs").exists()
     assert "a new run" not in caplog.text
 

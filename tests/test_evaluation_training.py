@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.evaluate import main
+from nanogpt.evaluate import main as evaluate
 from nanogpt.runs.metrics import read_metrics
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+Main = Callable[..., int]
 
 
 @pytest.fixture
@@ -31,17 +32,16 @@ def items_path(tmp_path: Path) -> Path:
 
 
 def test_the_figures_are_those_of_the_checkpoint(
-    command: Command, tiny_run: list[str], items_path: Path, tmp_path: Path
+    main: Main, tiny_run: list[str], items_path: Path, tmp_path: Path
 ) -> None:
     keys = ["callbacks.hellaswag.every_n_steps=4", f"callbacks.hellaswag.path={items_path}"]
-    done = command(*tiny_run, *keys)
-    assert done.returncode == 0, done.stderr
+    assert main(*tiny_run, *keys) == 0
     run_dir = tmp_path / "runs" / "tiny"
     metrics = read_metrics(run_dir / "metrics.csv")
     assert [step for step, _ in metrics["hellaswag/acc"]] == [4, 8, 12]
     summary = json.loads((run_dir / "summary.json").read_text())
     arguments = [str(run_dir), "--task", "hellaswag", "--data", str(items_path)]
-    assert main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    assert evaluate([*arguments, "--json", str(tmp_path / "out.json")]) == 0
     [row] = json.loads((tmp_path / "out.json").read_text())
     for name in ("acc", "acc_norm"):
         assert (
@@ -59,20 +59,22 @@ def test_ranks_share_the_items(
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
     arguments = [str(tmp_path / "runs" / "tiny"), "--task", "hellaswag", "--data", str(items_path)]
-    assert main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    assert evaluate([*arguments, "--json", str(tmp_path / "out.json")]) == 0
     [row] = json.loads((tmp_path / "out.json").read_text())
     assert summary["hellaswag_acc_norm"] == row["results"]["acc_norm"]
 
 
 def test_what_is_measured_of_a_run_is_in_its_report(
-    command: Command, tiny_run: list[str], items_path: Path, tmp_path: Path
+    main: Main, tiny_run: list[str], items_path: Path, tmp_path: Path
 ) -> None:
-    assert command(*tiny_run).returncode == 0
+    assert main(*tiny_run) == 0
     run_dir = tmp_path / "runs" / "tiny"
     arguments = [str(run_dir), "--task", "hellaswag", "--data", str(items_path)]
-    assert main([*arguments, "--no-report"]) == 0
+    assert evaluate([*arguments, "--no-report"]) == 0
     assert not (run_dir / "evaluations.json").exists()
-    assert main(arguments) == main(arguments) == 0  # the second takes the place of the first
+    assert (
+        evaluate(arguments) == evaluate(arguments) == 0
+    )  # the second takes the place of the first
     [kept] = json.loads((run_dir / "evaluations.json").read_text())
     assert kept["about"] == {"step": 12, "data": str(items_path), "limit": None}
     report = (run_dir / "report.html").read_text()
@@ -81,19 +83,18 @@ def test_what_is_measured_of_a_run_is_in_its_report(
 
 
 def test_a_classifier_in_training_is_refused_at_once(
-    command: Command, tmp_path: Path, items_path: Path
+    main: Main, tmp_path: Path, items_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     keys = ["callbacks.hellaswag.every_n_steps=4", f"callbacks.hellaswag.path={items_path}"]
-    done = command("stage=classify", f"runs_dir={tmp_path}", "init_from=null", *keys)
-    assert done.returncode == 1
-    assert "stage=classify trains none" in done.stderr
+    code = main("stage=classify", f"runs_dir={tmp_path}", "init_from=null", *keys)
+    assert code == 2
+    assert "stage=classify trains none" in capfd.readouterr().err
 
 
 def test_a_file_that_is_not_there_is_said_before_anything_else(
-    command: Command, tiny_run: list[str], tmp_path: Path
+    main: Main, tiny_run: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     keys = ["callbacks.hellaswag.every_n_steps=4", "callbacks.hellaswag.path=nowhere.jsonl"]
-    done = command(*tiny_run, *keys)
-    assert done.returncode == 1
-    assert "nowhere.jsonl is no file" in done.stderr
+    assert main(*tiny_run, *keys) == 1
+    assert "nowhere.jsonl is no file" in capfd.readouterr().err
     assert not (tmp_path / "data").exists()

@@ -166,12 +166,11 @@ def test_a_tokenizer_is_learnt_from_the_conversations(tiny_run: list[str], tmp_p
 
 
 def test_it_ends_after_the_passes_unless_a_budget_is_typed(
-    tiny_run: list[str], tmp_path: Path, command: Command
+    tiny_run: list[str], tmp_path: Path, main: Callable[..., int]
 ) -> None:
     summary = fit(*tiny_run, "max_steps=100", "instruct.max_passes=2", "name=passes")
     assert summary["steps"] == math.ceil(2 * summary["splits"]["train"]["rows"] * 64 / 256)
-    typed = command(*tiny_run, "max_steps=9", "instruct.max_passes=1", "name=typed")
-    assert typed.returncode == 0, typed.stderr
+    assert main(*tiny_run, "max_steps=9", "instruct.max_passes=1", "name=typed") == 0
     assert json.loads((tmp_path / "runs/typed/summary.json").read_text())["steps"] == 9
 
 

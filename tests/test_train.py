@@ -25,6 +25,7 @@ from nanogpt.checkpoint import load_checkpoint, read_checkpoint
 ROOT = Path(__file__).parent.parent
 POSIX = pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
 Command = Callable[..., subprocess.CompletedProcess[str]]
+Main = Callable[..., int]
 WITHOUT_AND_WITH_DROPOUT = pytest.mark.parametrize("dropout", [0.0, 0.1])
 
 # Killed at the n-th call of a function, the process leaves as a power cut would.
@@ -261,13 +262,13 @@ def test_a_run_starts_from_another_runs_weights(tiny_run: list[str], tmp_path: P
 
 
 def test_a_typed_model_key_that_differs_from_init_from_is_refused(
-    tiny_run: list[str], command: Command
+    tiny_run: list[str], main: Main, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fit(*tiny_run, "max_steps=1")
-    other = command(*tiny_run, "name=other", "init_from=tiny", "model.n_layer=1")
-    assert other.returncode == 1
-    assert "has n_layer=2 but the command says model.n_layer=1" in other.stderr
-    assert len(other.stderr.splitlines()) == 1
+    capfd.readouterr()
+    assert main(*tiny_run, "name=other", "init_from=tiny", "model.n_layer=1") == 1
+    [line] = capfd.readouterr().err.splitlines()
+    assert "has n_layer=2 but the command says model.n_layer=1" in line
 
 
 def test_a_continued_run_does_not_need_what_it_started_from(
@@ -282,11 +283,10 @@ def test_a_continued_run_does_not_need_what_it_started_from(
 
 
 def test_a_list_on_the_command_line_names_a_run(
-    tiny_run: list[str], tmp_path: Path, command: Command
+    tiny_run: list[str], tmp_path: Path, main: Main
 ) -> None:
     unnamed = [word for word in tiny_run if not word.startswith("name=")]
-    done = command(*unnamed, "max_steps=1", "optim=adamw", "optim.betas=[0.9,0.99]")
-    assert done.returncode == 0, done.stderr
+    assert main(*unnamed, "max_steps=1", "optim=adamw", "optim.betas=[0.9,0.99]") == 0
     assert len(list((tmp_path / "runs").glob("quickstart-nano-text-*/summary.json"))) == 1
 
 
@@ -456,25 +456,30 @@ def test_a_signal_reaches_all_ranks(tiny_run: list[str], tmp_path: Path) -> None
 
 
 def test_a_sweep_has_one_directory_per_job_and_skips_the_finished(
-    tiny_run: list[str], tmp_path: Path, command: Command
+    tiny_run: list[str], tmp_path: Path, main: Main, capfd: pytest.CaptureFixture[str]
 ) -> None:
     sweep = ["-m", *tiny_run[:-1], "max_steps=2", "seed=1,2"]
-    first = command(*sweep)
-    assert first.returncode == 0, first.stderr
+    assert main(*sweep) == 0
     jobs = sorted((tmp_path / "runs").glob("sweep-*/*/summary.json"))
     assert len(jobs) == 2
     before = [job.stat().st_mtime_ns for job in jobs]
-    again = command(*sweep)
-    assert again.stdout.count("already finished") == 2
+    capfd.readouterr()
+    assert main(*sweep) == 0
+    assert capfd.readouterr().out.count("already finished") == 2
     assert [job.stat().st_mtime_ns for job in jobs] == before
     assert len([p for p in (tmp_path / "runs").glob("sweep-*/*") if p.is_dir()]) == 2
 
 
-def test_torchrun_refuses_a_sweep(tiny_run: list[str], command: Command) -> None:
-    environment = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "1"}
-    done = command("-m", *tiny_run, "seed=1,2", env=environment)
-    assert done.returncode == 1
-    assert "torchrun cannot run a sweep" in done.stderr
+def test_torchrun_refuses_a_sweep(
+    tiny_run: list[str],
+    main: Main,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    assert main("-m", *tiny_run, "seed=1,2") == 1
+    assert "torchrun cannot run a sweep" in capfd.readouterr().err
 
 
 def free_port() -> int:

@@ -89,7 +89,11 @@ class ClassifyModule(StageModule):
         train_layers(classifier, layers)
         super().__init__(classifier, **kwargs)
         self.data = data
-        loss = Loss(list(data.class_weights), label_smoothing, lm_weight)
+        loss = Loss(
+            class_weights=list(data.class_weights),
+            label_smoothing=label_smoothing,
+            lm_weight=lm_weight,
+        )
         self.loss = torch.compile(loss, dynamic=True) if self.compiled else loss
 
     def measure(self) -> dict[str, Any]:
