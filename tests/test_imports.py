@@ -112,6 +112,38 @@ def test_serving_keeps_to_the_core() -> None:
             assert not uses(imported(path), "torch"), path
 
 
+def reached(module: str) -> set[str]:
+    """Return all that importing one of our modules imports, through others of ours too."""
+    names: set[str] = set()
+    waiting = [module]
+    while waiting:
+        path = ROOT / waiting.pop().replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        new = imported(path, lazy=False) - names
+        names |= new
+        waiting += [name for name in new if uses({name}, "nanogpt")]
+    return names
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "build",
+        "evaluate",
+        "export",
+        "generate",
+        "inspect",
+        "prepare",
+        "ranks",
+        "runs.run",
+        "values",
+    ],
+)
+def test_it_is_imported_without_lightning_and_hydra(module: str) -> None:
+    names = reached(f"nanogpt.{module}")
+    assert not any(uses(names, package) for package in ("lightning", "hydra", "omegaconf"))
+
+
 def modules_after(code: str) -> set[str]:
     """Return the top-level packages that a fresh interpreter holds after running code."""
     script = f"{code}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
