@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from nanogpt.checkpoint import record, weights_sha256, write_checkpoint
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
-from nanogpt.training.callbacks import StopSignals
+from nanogpt.training.callbacks import Samples, StopSignals
 from nanogpt.training.checkpointing import AtomicCheckpointIO, Checkpointing
 from nanogpt.training.language_model import LanguageModel
 from nanogpt.training.loggers import MetricsLogger
@@ -228,6 +228,46 @@ def test_early_stopping_ends_training_with_a_checkpoint_and_its_reason(tmp_path:
         resumed = Run(tmp_path / str(step), early(), max_steps=100, start=start)
         assert resumed.trainer.global_step == 8
         assert resumed.weights == stopped.weights
+
+
+class StopAt(Callback):
+    """End training at a step, without a reason."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.should_stop = True
+
+
+def test_a_run_that_a_callback_stopped_takes_no_further_step(tmp_path: Path) -> None:
+    Run(tmp_path, StopAt(5))
+    resumed = Run(tmp_path, StopAt(5), start=tmp_path / "checkpoints" / "last.ckpt")
+    assert resumed.trainer.global_step == 5
+    assert resumed.checkpointing.stopped == "a callback set should_stop"
+    grown = Run(tmp_path, max_steps=20, start=resumed.checkpoint(5))
+    assert (grown.trainer.global_step, grown.checkpointing.stopped) == (20, "")
+
+
+def test_a_signal_at_the_step_of_early_stopping_does_not_undo_it(tmp_path: Path) -> None:
+    stopped = Run(tmp_path, early(), Kill(8), max_steps=100)
+    assert stopped.module.stop_signal == signal.SIGTERM
+    resumed = Run(tmp_path, early(), max_steps=100, start=stopped.checkpoint(8))
+    assert resumed.trainer.global_step == 8
+    assert resumed.checkpointing.stopped.startswith("EarlyStopping: Monitored metric val/loss")
+
+
+def test_samples_of_a_killed_process_are_replaced(tmp_path: Path) -> None:
+    def samples() -> Samples:
+        return Samples(tmp_path, 0, prompts=["a"], every_n_steps=50, max_new_tokens=2)
+
+    stopped = Run(tmp_path, early(), samples(), max_steps=100)
+    written = stopped.directory / "samples.txt"
+    text = written.read_bytes()
+    assert text.startswith(b"=== step 8 ===\na")
+    Run(tmp_path, early(), samples(), max_steps=100, start=stopped.checkpoint(8))
+    assert written.read_bytes() == text
 
 
 def test_stock_monitors_write_into_metrics_csv(tmp_path: Path) -> None:

@@ -89,6 +89,12 @@ def test_headline_tells_the_figures(run_dir: Path) -> None:
         assert figure in text
 
 
+def test_headline_tells_why_a_run_stopped_before_its_budget(run_dir: Path) -> None:
+    stopped = "EarlyStopping: val/loss did not improve"
+    (run_dir / "summary.json").write_text(json.dumps(SUMMARY | {"stopped": stopped}))
+    assert f"finished after 300 steps ({stopped})" in visible_text(html_of(run_dir))
+
+
 def test_every_measured_quantity_has_a_chart(run_dir: Path) -> None:
     charts = [
         attrs["aria-label"] for tag, attrs in Elements(html_of(run_dir)).found if tag == "svg"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from lightning.pytorch import Callback, Trainer
 from omegaconf import OmegaConf
 
 import nanogpt.checkpoint
@@ -394,6 +395,30 @@ def test_a_signal_before_the_first_step_still_leaves_a_checkpoint(
         fit(*tiny_run)
     assert exit_.value.code == 143
     assert load_checkpoint("tiny", runs_dir=tmp_path / "runs").step == 1
+
+
+class SignalInFinalValidation(Callback):
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.state.fn == "validate":
+            os.kill(os.getpid(), self.signum)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_the_final_validation_leaves_at_once(
+    signum: signal.Signals, code: int, tiny_run: list[str], tmp_path: Path
+) -> None:
+    part = [*tiny_run, "callbacks.validation.tokens=64"]
+    callback = f"{{_target_: {__name__}.SignalInFinalValidation, signum: {int(signum)}}}"
+    with pytest.raises(SystemExit) as exit_:
+        fit(*part, f"+callbacks.signal={callback}")
+    assert exit_.value.code == code
+    assert not (tmp_path / "runs" / "tiny" / "summary.json").exists()
+    continued, whole = fit(*part), fit(*part, "name=whole")
+    assert continued["weights_sha256"] == whole["weights_sha256"]
+    assert losses(tmp_path / "runs" / "tiny") == losses(tmp_path / "runs" / "whole")
 
 
 @WITHOUT_AND_WITH_DROPOUT

@@ -6,7 +6,7 @@ All intervals are optimizer steps; these are Lightning callbacks like a user's o
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import validate_call
 
 from nanogpt.evaluation import hellaswag
@@ -21,6 +22,7 @@ from nanogpt.evaluation.examples import find_benchmark
 from nanogpt.generation import check_sampling, generate
 from nanogpt.prompts import Message
 from nanogpt.ranks import on_rank_zero
+from nanogpt.runs.directory import cut_samples
 from nanogpt.training.checkpointing import will_validate
 from nanogpt.training.module import StageModule, is_due
 from nanogpt.values import Amount, Count, Text
@@ -135,7 +137,6 @@ class Samples(Periodic):
         assert isinstance(pl_module, StageModule)
         is_before = pl_module.template is not None and trainer.global_step == 0
         if is_before and self.every_n_steps is not None and trainer.is_global_zero:
-            self.path.unlink(missing_ok=True)  # of a start that reached no checkpoint
             self.write(pl_module, 0)
 
     def act(self, trainer: Trainer, module: StageModule) -> None:
@@ -143,7 +144,11 @@ class Samples(Periodic):
             self.write(module, trainer.global_step)
 
     def write(self, module: StageModule, step: int) -> None:
-        """Append the continuations of all prompts, or the replies to them, to samples.txt."""
+        """Append the continuations of all prompts, or the replies to them, to samples.txt.
+
+        Those that a killed process wrote at this step are replaced.
+        """
+        cut_samples(self.path, step - 1)
         generated = self.continuation if module.template is None else self.reply
         texts = [generated(module, prompt) for prompt in self.prompts]
         text = "\n---\n".join(texts)
@@ -173,9 +178,10 @@ class Samples(Periodic):
 class StopSignals(Callback):
     """On SIGTERM or SIGINT finish the step, write the checkpoint and leave.
 
-    A second SIGINT leaves at once. The ranks agree on the step without waiting: each starts a
-    reduction of its flag over gloo and reads the previous step's. The signals are blocked until
-    training starts, so that Lightning's own handler, which broadcasts, never runs.
+    A second SIGINT leaves at once, as either does in the validation after training. The ranks agree
+    on the step without waiting: each starts a reduction of its flag over gloo and reads the
+    previous step's. The signals are blocked until training or that validation starts, so that
+    Lightning's own handler, which broadcasts, never runs.
     """
 
     def __init__(self) -> None:
@@ -183,17 +189,18 @@ class StopSignals(Callback):
         self._reduction: tuple[Any, torch.Tensor] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and _handles_signals():
+        if _handles_signals():
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning would ask all ranks, and wait for the device, before every step.
         epoch_loop: Any = trainer.fit_loop.epoch_loop
         epoch_loop._broadcast_sigterm_tensor = lambda: None
-        if _handles_signals():
-            for signum in STOP_SIGNALS:  # Lightning restores the former handlers
-                signal.signal(signum, self._receive)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        self._handle(self._receive)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:  # which the same command repeats
+            self._handle(_leave)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         signum = self._agreed()
@@ -209,6 +216,12 @@ class StopSignals(Callback):
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         if _handles_signals():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def _handle(self, handler: Callable[[int, FrameType | None], None]) -> None:
+        if _handles_signals():
+            for signum in STOP_SIGNALS:  # Lightning restores the former handlers
+                signal.signal(signum, handler)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
@@ -228,6 +241,10 @@ class StopSignals(Callback):
         flag = torch.tensor(self.received or 0)
         self._reduction = (dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag)
         return agreed
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
 
 
 def _handles_signals() -> bool:

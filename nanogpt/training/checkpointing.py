@@ -65,6 +65,7 @@ class Checkpointing(Checkpoint):
         self.best: tuple[float, int] | None = None  # (validation loss, step)
         self.saved_step = -1
         self.stopped = ""  # why training ended before its budget
+        self.max_steps = 0  # that budget
 
     @property
     def best_model_path(self) -> str:
@@ -73,7 +74,8 @@ class Checkpointing(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         by, _, _ = self.stopped.partition(":")
-        if by in (type(callback).__name__ for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        names = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        if by in names or (by and self.max_steps == trainer.max_steps):
             trainer.should_stop = True  # as it had, when the process ended
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -109,7 +111,7 @@ class Checkpointing(Checkpoint):
             return
         if loss is not None and (self.best is None or loss < self.best[0]):
             self.best = (loss, step)
-        self.stopped = "" if module.stop_signal else stopping_reason(trainer)
+        self.stopped, self.max_steps = stopping_reason(trainer), trainer.max_steps
         with module.off_the_clock():
             self.directory.mkdir(parents=True, exist_ok=True)
             path = self.directory / f"step_{step:06d}.ckpt"
@@ -135,12 +137,14 @@ class Checkpointing(Checkpoint):
             steps[old].unlink()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": list(self.best) if self.best else None, "stopped": self.stopped}
+        best = list(self.best) if self.best else None
+        return {"best": best, "stopped": self.stopped, "max_steps": self.max_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         best = state_dict["best"]
         self.best = (float(best[0]), int(best[1])) if best else None
         self.stopped = state_dict.get("stopped", "")
+        self.max_steps = state_dict.get("max_steps", 0)
 
 
 def stopping_reason(trainer: Trainer) -> str:
@@ -150,7 +154,8 @@ def stopping_reason(trainer: Trainer) -> str:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if message := getattr(callback, "stopping_reason_message", None):  # EarlyStopping's
             return f"{type(callback).__name__}: {message}"
-    return "a callback set should_stop"
+    by_signal = getattr(trainer.lightning_module, "stop_signal", None)
+    return "" if by_signal else "a callback set should_stop"
 
 
 def will_validate(trainer: Trainer) -> bool:

@@ -30,7 +30,7 @@ VALIDATION_COLUMNS = ("tokens", "val/loss", "val/bits_per_byte", "val/accuracy")
 
 # keys of the summary that the headline tells
 TOLD = {"name", "stage", "steps", "tokens", "wall_s", "train_s", "tokens_per_s", "mfu", "n_params"}
-TOLD |= {"val_loss", "val_bits_per_byte", "gzip_bits_per_byte"}
+TOLD |= {"val_loss", "val_bits_per_byte", "gzip_bits_per_byte", "stopped"}
 TOLD |= TOLD_OF_CLASSES
 
 LABELS = {"train_loss": "train loss, last step"}  # the curve's is smoothed
@@ -235,7 +235,8 @@ SECTIONS: tuple[Callable[[RunFiles], str], ...] = (
 
 def _how_far(run: RunFiles) -> str:
     if run.summary:
-        return f"finished after {_steps(run):,} steps"
+        stopped = run.summary.get("stopped")
+        return f"finished after {_steps(run):,} steps" + (f" ({stopped})" if stopped else "")
     total = run.config.get("max_steps")
     return f"not finished: step {run.reached:,}" + (
         f" of {total:,}" if isinstance(total, int) else ""
