@@ -57,7 +57,7 @@ def build(node: Any, where: str, /, **live: Any) -> Any:
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise ConfigurationError(f"{where} has no _target_; give it the class's import path")
-    target = _locate(node["_target_"], where)
+    target = locate(node["_target_"], f"{where}._target_={node['_target_']}")
     if node.get("_recursive_", True):
         node = {key: _nested(value, f"{where}.{key}", live) for key, value in node.items()}
     arguments = node.get("_args_", [])
@@ -202,9 +202,11 @@ def _nested(value: Any, where: str, live: Mapping[str, Any]) -> Any:
     return value
 
 
-def _locate(path: Any, where: str) -> Callable[..., Any]:
-    """Return the callable with an import path, such as `torch.optim.AdamW`."""
-    key = f"{where}._target_={path}"
+def locate(path: Any, key: str) -> Callable[..., Any]:
+    """Return the callable with an import path, such as `torch.optim.AdamW`.
+
+    Raises ConfigurationError, one sentence that begins with `key`, where there is none.
+    """
     parts = path.split(".") if isinstance(path, str) else [""]
     if not all(parts):
         raise ConfigurationError(f"{key} is not the import path of a class or function")
@@ -218,7 +220,7 @@ def _locate(path: Any, where: str) -> Callable[..., Any]:
             found = importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise _missing_package(error, where) from error
+                raise _missing_package(error, key) from error
             parent = ".".join(parts[: n - 1])
             near = difflib.get_close_matches(part, dir(found) if n > 1 else [], n=1)
             hint = f"did you mean {near[0]}?" if near else "is it installed, or on PYTHONPATH?"
@@ -261,7 +263,7 @@ def parameters(node: Mapping[str, Any], where: str) -> tuple[Callable[..., Any],
     """Return what a node builds, and the names of the arguments that it takes."""
     if "_target_" not in node:
         raise ConfigurationError(f"{where} has no _target_; give it the class's import path")
-    target = _locate(node["_target_"], where)
+    target = locate(node["_target_"], f"{where}._target_={node['_target_']}")
     return target, [p.name for p in _parameters(target) if p.kind is not p.VAR_KEYWORD]
 
 

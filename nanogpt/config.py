@@ -156,9 +156,13 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     elif config["name"] is None:
         config["name"] = name
     config["typed"] = typed
-    config["command"] = shlex.join(
-        ["python", "train.py", *(word.lstrip("+") for word in overrides)]
-    )
+    own = [s.path for s in hydra_config.runtime.config_sources if s.provider == "command-line"]
+    words = [*(f"--config-dir={path}" for path in own), *(word.lstrip("+") for word in overrides)]
+    words += [word for word in hydra_config.overrides.hydra if word.startswith("hydra.searchpath")]
+    config["command"] = shlex.join(["python", "train.py", *words])
+    if config["trainer"].get("fast_dev_run"):  # a trial beside the run, anew each time
+        name = f"{config['name']}-fast_dev_run"
+        config |= {"name": name, "resume": False, "overwrite": True}
     return config
 
 

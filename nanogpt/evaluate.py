@@ -24,7 +24,7 @@ from nanogpt.evaluation import processes
 from nanogpt.evaluation.picture import picture
 from nanogpt.evaluation.results import Row, keep, run_dir_of, table, write_rows
 from nanogpt.evaluation.scoring import BATCH_SIZE
-from nanogpt.evaluation.tasks import TASKS
+from nanogpt.evaluation.tasks import TASKS, find_task
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def check(options: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')} {value} is not a number of at least 1")
     several = max(options.processes, processes.world_size()) > 1
-    if several and not TASKS[options.task].shares_work:
+    if several and not find_task(options.task).shares_work:
         raise ValueError(f"--task {options.task} runs in one process; leave --processes out")
 
 
@@ -106,7 +106,7 @@ def row(reference: str, path: Path, options: argparse.Namespace) -> Row:
         else init_model(path)
     )
     checkpoint.model.to(device).eval()
-    results = TASKS[options.task].run(checkpoint, options)
+    results = find_task(options.task).run(checkpoint, options)
     new = {"checkpoint": str(reference), "task": options.task, "results": results}
     run_dir = run_dir_of(checkpoint.path)
     if run_dir is not None and processes.rank() == 0 and options.report:
@@ -124,7 +124,7 @@ def add_to_report(
         "limit": options.limit,
         **{
             name: getattr(options, name)
-            for name in TASKS[options.task].reads
+            for name in find_task(options.task).reads
             if getattr(options, name) != parser().get_default(name)
         },
     }
@@ -148,6 +148,15 @@ def tell(rows: Sequence[Row], options: argparse.Namespace) -> None:
         options.picture.write_text(picture(rows), encoding="utf-8")
 
 
+def task_name(text: str) -> str:
+    """Return the name of a task; raises ArgumentTypeError where there is none."""
+    try:
+        find_task(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(
@@ -160,7 +169,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="a .ckpt, a run, a run's name, a Hugging Face directory, or gpt2 to gpt2-xl",
     )
-    add("--task", required=True, choices=sorted(TASKS))
+    add(
+        "--task",
+        required=True,
+        type=task_name,
+        help=f"{', '.join(sorted(TASKS))}, or the import path of a function",
+    )
     add("--data", type=Path, help="what to score (default of benchmarks: the hub's file)")
     add(
         "--limit",

@@ -143,6 +143,24 @@ def test_a_missing_column_is_one_sentence(
     assert main([*arguments, "--text-column", "body"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("clasify", "there is no task clasify; it is one of classify, "),
+        ("json.lodas", "json.lodas cannot be imported: json has no lodas; did you mean loads?"),
+        ("no_such.task", "no_such.task cannot be imported: there is no module no_such"),
+        ("math.pi", "math.pi is not a class or function, but float"),
+    ],
+)
+def test_a_task_that_is_not_there_is_wrong_usage(
+    task: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["gpt2", "--task", task])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_no_data_says_what_to_pass(always_ham: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "needs --data FILE" in fails([str(always_ham), "--task", "classify"], capsys)
 

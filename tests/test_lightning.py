@@ -278,6 +278,18 @@ def test_stock_monitors_write_into_metrics_csv(tmp_path: Path) -> None:
     assert {row["lr-AdamW"] for row in table if row["lr-AdamW"]} == {"0.01"}
 
 
+class LogStep(Callback):
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        pl_module.log("its_step", float(trainer.global_step))
+
+
+def test_what_a_callback_logs_stands_in_the_row_of_its_step(tmp_path: Path) -> None:
+    Run(tmp_path, LogStep())
+    with open(tmp_path / "metrics.csv", encoding="utf-8") as file:
+        found = [(row["step"], row["its_step"]) for row in csv.DictReader(file) if row["its_step"]]
+    assert found == [(step, f"{step}.0") for step in ("3", "6", "9", "12", "13")]
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_checkpoint_is_validated_and_tested_by_itself(whole: Run) -> None:
     module = LanguageModel(

@@ -42,5 +42,12 @@ def test_the_next_commands_fit_what_was_done() -> None:
     assert any("YOUR_FILE" in c for c in next_commands("instruct", run_dir, "x"))
 
 
+def test_a_model_with_a_foreign_block_is_generated_from_with_its_package_allowed() -> None:
+    commands = next_commands("pretrain", Path("r"), "x", block="my_package.blocks.MyBlock")
+    assert commands == [
+        "python -m nanogpt.generate r --prompt x --allow-module my_package",
+    ]
+
+
 def test_a_classifier_is_not_asked_to_write() -> None:
     assert not any("generate" in command for command in next_commands("classify", Path("r"), "x"))

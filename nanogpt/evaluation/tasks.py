@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from nanogpt.build import locate
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.classifier import Classifier, class_probabilities
 from nanogpt.data.corpus import MANIFEST, open_corpus
@@ -180,6 +181,21 @@ TASKS: Mapping[str, Task] = {
     "judge": Task(run_judge, reads=("judge_model", "max_new_tokens")),
     "harness": Task(run_harness, reads=("harness_tasks",)),
 }
+
+
+def find_task(name: str) -> Task:
+    """Return the task of a name, or that of a function's import path.
+
+    Raises ValueError where there is none.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    if "." not in name:
+        raise ValueError(
+            f"there is no task {name}; it is one of {', '.join(sorted(TASKS))}, or the import path "
+            "of a function, such as my_package.tasks.my_task"
+        )
+    return Task(locate(name, name))
 
 
 def data_of(options: argparse.Namespace, benchmark: Benchmark | None = None) -> Path:

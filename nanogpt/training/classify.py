@@ -39,7 +39,7 @@ class Loss:
     def __call__(self, model: Classifier, batch: Batch) -> Tensor:
         """Return the loss of a micro-batch, to be divided by the step's `step_targets`."""
         input_ids, lengths, labels = batch["input_ids"], batch["lengths"], batch["labels"]
-        hidden_states = model.hidden_states(input_ids, row_seeds=batch["row_seeds"])
+        hidden_states = model.hidden_states(input_ids, row_seeds=batch.get("row_seeds"))
         loss = F.cross_entropy(
             model.classify(hidden_states, lengths),
             labels,

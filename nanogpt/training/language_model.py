@@ -42,7 +42,7 @@ class LanguageModel(StageModule):
             batch["input_ids"],
             batch["targets"],
             batch.get("documents"),
-            batch["row_seeds"],
+            batch.get("row_seeds"),
         )
 
     def scores(self, batch: Batch) -> dict[str, tuple[Tensor, int]]:

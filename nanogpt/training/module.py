@@ -131,8 +131,9 @@ class StageModule(LightningModule):
         if step == 1 or is_due(step, trainer.log_every_n_steps, trainer):
             names = {"loss": "train/loss", "grad_norm": "train/grad_norm"}
             figures = {names.get(k, k): v for k, v in self.read_figures().items() if k != "step"}
-            # For callbacks; Lightning itself would label the metrics with the step before.
+            # For callbacks; loggers have them below, `metrics.csv` without rounding.
             self.log_dict(figures, logger=False)
+            self.log("step", float(step))  # by which Lightning labels what callbacks log
             for logger in self.trainer.loggers:
                 logger.log_metrics({**figures, "wall_s": self.wall_s()}, step)
         if step == self.trainer.max_steps:

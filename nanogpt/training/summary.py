@@ -27,11 +27,15 @@ log = logging.getLogger("nanogpt")
 def finish(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write summary.json and report.html of a trained run and log what was reached.
 
-    `facts` are what the caller knows beyond the metrics. Called on every rank; returns the summary.
+    `facts` are what the caller knows beyond the metrics. Called on every rank; returns the summary,
+    an empty one after `trainer.fast_dev_run`, which saves nothing.
     """
+    if module.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        log.info("fast_dev_run: training and validation work; nothing was saved")
+        return {}
     summary = run.finish(on_rank_zero(lambda: summarise(run, module, facts)))
     on_rank_zero(lambda: _write_report(run))
-    tell(summary, run.path, run.config["data"])
+    tell(summary, run.path, run.config["data"], module.model.config.block)
     return summary
 
 
@@ -85,7 +89,9 @@ def summarise(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[s
     }
 
 
-def tell(summary: Mapping[str, Any], run_dir: Path, data: Mapping[str, Any]) -> None:
+def tell(
+    summary: Mapping[str, Any], run_dir: Path, data: Mapping[str, Any], block: str | None = None
+) -> None:
     """Log what was reached and what may come next, with the first prompt of the `data` node."""
     log.info(
         "finished: %s steps, %s tokens in %s, %s of it training (%s tokens/s%s)",
@@ -101,27 +107,38 @@ def tell(summary: Mapping[str, Any], run_dir: Path, data: Mapping[str, Any]) -> 
     commands = next_commands(
         summary["stage"],
         run_dir,
-        next(filter(None, data["prompts"]), "The"),
+        next(filter(None, data.get("prompts", ())), "The"),
         own_data=data.get("path") is not None,
         large=summary.get("n_params", 0) >= LARGE_PARAMS,
+        block=block,
     )
     log.info("next:\n%s", "\n".join(f"  {command}" for command in commands))
 
 
 def next_commands(
-    stage: str, run_dir: Path, prompt: str, *, own_data: bool = False, large: bool = False
+    stage: str,
+    run_dir: Path,
+    prompt: str,
+    *,
+    own_data: bool = False,
+    large: bool = False,
+    block: str | None = None,
 ) -> list[str]:
     """Return what may be done with the run, or after it.
 
     `own_data` says that the data were the user's own, `large` that the model was a GPT-2's size.
+    Models with a block of another package are generated from alone: the server refuses them.
     """
     run = shlex.quote(str(run_dir))
+    generate = f"python -m nanogpt.generate {run} --prompt {shlex.quote(prompt)}"
+    if block is not None:
+        return [f"{generate} --allow-module {block.partition('.')[0]}"]
     serve = f"python serve.py checkpoint={run}    # a page to write on, and the OpenAI API"
     if stage == "classify":
         evaluate = f"python -m nanogpt.evaluate {run} --task classify --data YOUR_FILE"
         own = "python train.py stage=classify data=labelled data.path=YOUR_FILE    # own classes"
         return [evaluate, serve, *([] if own_data else [own])]
-    commands = [f"python -m nanogpt.generate {run} --prompt {shlex.quote(prompt)}", serve]
+    commands = [generate, serve]
     if stage == "instruct":
         own = "python train.py stage=instruct data=instructions data.path=YOUR_FILE.jsonl"
         return [*commands, *([] if own_data else [own])]
