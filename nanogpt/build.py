@@ -17,7 +17,7 @@ from nanogpt.values import explain
 
 RESERVED = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # as Hydra names them
 PLAIN_KEYS = ("log_every_n_steps", "progress_every_s", "validation")  # of callbacks: no nodes
-NOT_OF_DATA = ("prompts",)  # keys of data that callbacks.samples reads
+NOT_OF_DATA = {"prompts"}  # keys of data that callbacks.samples reads
 # Keys of other training programs, by which key of ours stands for them.
 OTHER_NAMES = {
     "batch_size": "tokens_per_step (an optimizer step's, over all devices) or micro_batch",
@@ -306,6 +306,8 @@ def _call(
         raise
     except ValueError as error:
         text = " ".join(str(error).split())
+        if text.partition("=")[0] in keys:
+            text = f"{where}.{text}"
         raise ConfigurationError(text if where in text else f"{where}: {text}") from error
     except Exception as error:
         if isinstance(error, OSError) or out_of_memory(error):

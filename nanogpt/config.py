@@ -20,11 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from nanogpt.build import OTHER_NAMES, ConfigurationError
+from nanogpt.build import NOT_OF_DATA, OTHER_NAMES, PLAIN_KEYS, ConfigurationError
 from nanogpt.command import expand_home, first_line, is_path, out_of_memory
 from nanogpt.runs.identity import flatten, run_name
-from nanogpt.training.kinds import check_kinds
-from nanogpt.values import CHECKED, Count, Flag, Text, explain
+from nanogpt.values import CHECKED, Amount, Count, Flag, Text, explain
 
 CONF = Path(__file__).parent.parent / "conf"
 SWEEP = ("-m", "--multirun")
@@ -186,9 +185,17 @@ def make_whole(config: dict[str, Any]) -> None:
 def check_values(config: Mapping[str, Any]) -> None:
     """Raise ConfigurationError for a value of the wrong kind that no object checks when built."""
     plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
+    callbacks = config["callbacks"]
     parts = (
         ("", Values, {key: plain[key] for key in plain.keys() - {"command", "typed"}}),
         ("trainer", TrainerValues, config["trainer"]),
+        ("callbacks", Intervals, {key: callbacks[key] for key in PLAIN_KEYS if key in callbacks}),
+        ("callbacks.validation", Validation, callbacks["validation"]),
+        (
+            "data",
+            Prompts,
+            {key: config["data"][key] for key in NOT_OF_DATA & config["data"].keys()},
+        ),
     )
     for where, kind, values in parts:
         try:
@@ -198,7 +205,6 @@ def check_values(config: Mapping[str, Any]) -> None:
     for key, instead in INSTEAD.items():
         if f"trainer.{key}" in config.get("typed", ()):
             raise ConfigurationError(f"trainer.{key} is set by train.py; pass {instead}")
-    check_kinds(config)
 
 
 @dataclass(config=CHECKED)
@@ -233,6 +239,31 @@ class TrainerValues:
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
     deterministic: Flag
     detect_anomaly: Flag
+
+
+@dataclass(config=CHECKED)
+class Validation:
+    """The keys of `callbacks.validation`."""
+
+    every_n_steps: Count
+    tokens: Count | None
+    final_tokens: Count | None
+
+
+@dataclass(config=CHECKED)
+class Intervals:
+    """The keys of `callbacks` that are no callbacks."""
+
+    log_every_n_steps: Count
+    progress_every_s: Amount
+    validation: dict[str, Any]
+
+
+@dataclass(config=CHECKED)
+class Prompts:
+    """The keys of `data` that callbacks.samples and the suggestions at the end of a run read."""
+
+    prompts: list[str] = Field(default_factory=list)
 
 
 def explain_failure(error: Exception) -> str:

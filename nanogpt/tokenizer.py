@@ -142,10 +142,10 @@ def bpe_tokenizer(documents: Iterable[str], vocab_size: int) -> "BytePairTokeniz
     the same tokenizer. Only about the first `TRAINING_SAMPLE_BYTES` are read.
     """
     n_special = 1 + len(RESERVED)
-    if vocab_size < 256 + n_special:
+    if type(vocab_size) is not int or vocab_size < 256 + n_special:
         raise ValueError(
-            f"vocab_size={vocab_size} is too small for a byte-level BPE: 256 bytes, {END_OF_TEXT} "
-            f"and {len(RESERVED)} reserved ids need at least {256 + n_special}"
+            f"vocab_size={vocab_size!r} is not a whole number of at least {256 + n_special}: "
+            f"256 bytes, {END_OF_TEXT} and {len(RESERVED)} reserved ids"
         )
     merged = _tokens(_train(_sample(documents), vocab_size - n_special))[256:]
     tokens = [*(bytes([i]) for i in range(256)), *merged]

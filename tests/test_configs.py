@@ -134,15 +134,17 @@ def test_an_optimizer_builds_from_its_yaml(optim: str) -> None:
         ("+optim.learning_rat=1", "did you mean optim.learning_rate?"),
         ("seed=99999999999999999999", "below 9223372036854775808"),
         ("data.val_fraction=a", "data.val_fraction='a' should be a number"),
-        ("data.prompts=5", "a list of texts"),
+        ("data.prompts=5", "data.prompts=5 should be a list"),
         ("model=5", "group override must be a string"),
         ("threads=1000000", "threads=1000000 but this machine has"),
         ("optim.learning_rate=abc", "learning_rate"),
         ("name=../x", "no directory under runs_dir"),
         ("grad_clip=-1", "grad_clip=-1 should be above 0"),
-        ("callbacks.samples.top_k=0", "callbacks.samples.top_k=0 is not null or a whole number"),
-        ("callbacks.samples.temperature=hot", "temperature='hot' is not a number of at least 0"),
-        ("callbacks.progress_every_s=often", "progress_every_s='often' is not a number of at"),
+        ("callbacks.samples.top_k=0", "callbacks.samples.top_k=0 should be at least 1"),
+        ("callbacks.samples.temperature=hot", "temperature='hot' should be a number"),
+        ("callbacks.hellaswag.path=", "callbacks.hellaswag.path is empty"),
+        ("tokenizer=bpe tokenizer.vocab_size=some", "tokenizer.vocab_size='some' is not a whole"),
+        ("callbacks.progress_every_s=often", "progress_every_s='often' should be a number"),
         ("trainer.detect_anomaly=1", "trainer.detect_anomaly=1 should be true or false"),
         ("model.n_head=5", "n_embd=16 does not divide"),
         ("data.path=nowhere.txt", "nowhere.txt"),
@@ -157,7 +159,7 @@ def test_a_mistake_in_the_command_is_one_sentence(
     main: Callable[..., int],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(*tiny_run, argument) in (1, 2)
+    assert main(*tiny_run, *argument.split(" ")) in (1, 2)
     [line] = capfd.readouterr().err.splitlines()
     assert expected in line
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.ckpt"))
@@ -170,9 +172,7 @@ def test_a_typed_budget_clears_the_other_one(tmp_path: Path) -> None:
     assert (config["max_steps"], config["max_tokens"]) == (7, None)
 
 
-@pytest.mark.parametrize(
-    "key", ["data.path", "data.separator", "data_dir", "runs_dir", "callbacks.hellaswag.path"]
-)
+@pytest.mark.parametrize("key", ["data.path", "data.separator", "data_dir", "runs_dir"])
 def test_an_empty_text_is_refused_by_its_key(key: str) -> None:
     config = composed("stage=pretrain", "data=text", "init_from=null", f"{key}=")
     with pytest.raises(ValueError, match=f"^{key} is empty .an unset variable of the shell"):
