@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -68,7 +70,8 @@ def as_overrides(arguments: Sequence[str]) -> list[str]:
     """Return a command line with the value of every path and name as one quoted text for Hydra.
 
     `~` becomes the home directory in paths. Quoted values and `null` stay as they are; in a sweep
-    (`-m`) a comma outside quotes separates the choices. Keys under a `_target_` may be new (`++`).
+    (`-m`) a comma outside quotes separates the choices. Nodes with a `_target_`, and keys under
+    one, may be new (`++`).
 
     >>> as_overrides(["init_from=数据 (1), b.ckpt", "optim.fused=true"])
     ["init_from='数据 (1), b.ckpt'", '++optim.fused=true']
@@ -86,7 +89,8 @@ def _as_override(word: str, sweep: bool) -> str:
     if is_text(key) and not (sweep and FUNCTION.fullmatch(value)):
         choices = CHOICE.findall(value) if sweep else [value]
         value = ",".join(_quote(key, choice) for choice in choices)
-    return f"{'++' if OPEN.match(key) else ''}{key}={value}"
+    is_node = value.startswith("{") and "_target_" in value
+    return f"{'++' if is_node or OPEN.match(key) else ''}{key}={value}"
 
 
 def _quote(key: str, text: str) -> str:
@@ -135,12 +139,14 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     """
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
+    parsed = OverridesParser.create().parse_overrides(overrides)
     choices = dict(hydra_config.runtime.choices)
+    replace_nodes(cfg, parsed)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     typed: dict[str, Any] = {}
-    for override in OverridesParser.create().parse_overrides(overrides):
+    for override in parsed:
         key = override.key_or_group
-        if override.is_add() and key not in choices and not OPEN.match(key):
+        if override.is_add() and key not in choices and not OPEN.match(f"{key}."):
             raise ConfigurationError(unknown_key(key))
         value = override.value() if key in choices else OmegaConf.select(cfg, key)
         is_node = OmegaConf.is_config(value)
@@ -149,8 +155,9 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     clear_other_budget(config, typed)
     make_whole(config)
     check_values({**config, "typed": typed})
-    name = run_name(choices, typed)
-    if hydra_config.mode == RunMode.MULTIRUN:
+    is_sweep = hydra_config.mode == RunMode.MULTIRUN
+    name = run_name(choices, typed, typed.keys() - _same_in_all_jobs() if is_sweep else ())
+    if is_sweep:
         config["name"] = f"{Path(hydra_config.sweep.dir).name}/{name}"
     elif config["name"] is None:
         config["name"] = name
@@ -163,6 +170,25 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
         name = f"{config['name']}-fast_dev_run"
         config |= {"name": name, "resume": False, "overwrite": True}
     return config
+
+
+def replace_nodes(cfg: DictConfig, overrides: Sequence[Override]) -> None:
+    """Let a typed node with a `_target_` replace the whole node that Hydra merged it with."""
+    replaced: list[str] = []
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        is_node = isinstance(value, dict) and "_target_" in value
+        if is_node or key.startswith(tuple(f"{node}." for node in replaced)):
+            OmegaConf.update(cfg, key, value, merge=not is_node, force_add=True)
+        if is_node:
+            replaced.append(key)
+
+
+def _same_in_all_jobs() -> set[str]:
+    """Return the keys of the command line that a sweep does not vary."""
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    overrides = OverridesParser.create().parse_overrides(words)
+    return {o.key_or_group for o in overrides if not o.is_sweep_override()}
 
 
 def clear_other_budget(config: dict[str, Any], typed: Mapping[str, Any]) -> None:

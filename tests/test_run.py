@@ -31,6 +31,18 @@ def test_operational_keys_do_not_change_the_name() -> None:
     assert run_name(CHOICES, typed) == run_name(CHOICES, {})
 
 
+def test_a_key_that_a_sweep_varies_names_its_jobs() -> None:
+    names = [run_name(CHOICES, {"threads": n}, swept={"threads"}) for n in (1, 2)]
+    assert names[0].startswith("quickstart-nano-python_stdlib-threads-1-")
+    assert names[0] != names[1]
+
+
+def test_a_node_in_place_of_an_option_names_the_run_by_its_class() -> None:
+    name = run_name(CHOICES, {"data": {"_target_": "my_package.MyData", "path": "a"}})
+    assert name.startswith("quickstart-nano-MyData-")
+    assert name != run_name(CHOICES, {"data": {"_target_": "my_package.MyData", "path": "b"}})
+
+
 def test_an_identity_key_adds_a_readable_slug_and_a_hash() -> None:
     name = run_name(CHOICES, {"optim.learning_rate": 0.001})
     assert name.startswith("quickstart-nano-python_stdlib-learning_rate-0.001-")

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 import nanogpt.checkpoint
 import train
 from nanogpt.checkpoint import load_checkpoint, read_checkpoint
+from nanogpt.runs.directory import read_config
 
 ROOT = Path(__file__).parent.parent
 POSIX = pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
@@ -505,6 +506,33 @@ def test_a_sweep_has_one_directory_per_job_and_skips_the_finished(
     assert capfd.readouterr().out.count("already finished") == 2
     assert [job.stat().st_mtime_ns for job in jobs] == before
     assert len([p for p in (tmp_path / "runs").glob("sweep-*/*") if p.is_dir()]) == 2
+
+
+def test_a_sweep_over_an_operational_key_has_a_run_for_each_value(
+    tiny_run: list[str], tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    early = (
+        "callbacks.early={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss}"
+    )
+    options = [word for word in tiny_run if not word.startswith("name=")]
+    assert main("-m", *options, "max_steps=1", early, "callbacks.early.patience=1,2") == 0
+    recorded = [read_config(path) for path in (tmp_path / "runs").glob("*/*/config.yaml")]
+    assert sorted(config["callbacks"]["early"]["patience"] for config in recorded) == [1, 2]
+
+
+def test_a_typed_node_replaces_the_node_that_was_there(
+    tiny_run: list[str], tmp_path: Path, main: Callable[..., int]
+) -> None:
+    nodes = [
+        "optim={_target_: torch.optim.SGD, lr: 0.1, momentum: 0.8}",
+        "schedule={_target_: nanogpt.optim.Constant}",
+        "callbacks.samples={_target_: lightning.pytorch.Callback}",
+    ]
+    assert main(*tiny_run, "max_steps=1", *nodes, "optim.momentum=0.9") == 0
+    config = read_config(tmp_path / "runs" / "tiny" / "config.yaml")
+    assert config["optim"] == {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}
+    assert config["schedule"] == {"_target_": "nanogpt.optim.Constant"}
+    assert config["callbacks"]["samples"] == {"_target_": "lightning.pytorch.Callback"}
 
 
 def test_torchrun_refuses_a_sweep(

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +52,25 @@ NEW_OR_ANEW = "name=<new name> for a new run, or resume=false overwrite=true to 
 MAX_SLUG_CHARS = 48
 
 
-def run_name(choices: Mapping[str, str | None], typed: Mapping[str, Any]) -> str:
+def run_name(
+    choices: Mapping[str, str | None], typed: Mapping[str, Any], swept: Collection[str] = ()
+) -> str:
     """Return `<stage>-<model>-<data>`, and a slug and 8 hex digits where identity keys were typed.
 
     `choices` are the selected options of the config groups; `typed` the keys given on the command
-    line with their values. `data.path` is typed identity too: another file is another run.
+    line with their values. `data.path` is typed identity too: another file is another run; and
+    so is every `swept` key. A node in place of a group's option is named by its class.
     """
-    name = "-".join(str(choices[group]) for group in NAMED_BY_CHOICE)
+    nodes = {key: value for key, value in typed.items() if isinstance(value, Mapping)}
+    classes = {
+        key: str(node.get("_target_", key)).rpartition(".")[2] for key, node in nodes.items()
+    }
+    name = "-".join(classes.get(group, str(choices[group])) for group in NAMED_BY_CHOICE)
     changed = {
         key: value
         for key, value in sorted(typed.items())
-        if key not in NAMED_BY_CHOICE and (is_identity(key) or key == "data.path")
+        if (key in nodes or key not in NAMED_BY_CHOICE)
+        and (is_identity(key) or key == "data.path" or key in swept)
     }
     if not changed:
         return name
