@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import train
 from nanogpt.checkpoint import (
     KEY,
     Checkpoint,
@@ -361,15 +360,15 @@ SWIGLU = "model.block=other.blocks.SwiGLUBlock"
 
 
 def test_an_interrupted_run_continues_to_the_same_weights(
-    package: Path, tiny_run: list[str], tmp_path: Path
+    package: Path, tiny_run: list[str], tmp_path: Path, main: Callable[..., int]
 ) -> None:
-    assert train.main([*tiny_run, SWIGLU]) == 0
+    assert main(*tiny_run, SWIGLU) == 0
     run = tmp_path / "runs" / "tiny"
     whole = load_checkpoint(run, allow_modules=["other"]).model.state_dict()
     (run / "summary.json").unlink()
     for name in ("step_000012.ckpt", "last.ckpt"):
         (run / "checkpoints" / name).unlink()
-    assert train.main([*tiny_run, SWIGLU]) == 0
+    assert main(*tiny_run, SWIGLU) == 0
     loaded = load_checkpoint(run, allow_modules=["other"])
     assert loaded.step == 12
     assert "h.0.mlp.gate.weight" in whole
@@ -377,17 +376,21 @@ def test_an_interrupted_run_continues_to_the_same_weights(
 
 
 def test_a_run_starts_from_a_model_whose_class_the_command_names(
-    package: Path, tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    package: Path,
+    tiny_run: list[str],
+    tmp_path: Path,
+    main: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     save(build("SwiGLUBlock"), tmp_path / "a.ckpt")
     words = [word for word in tiny_run if not word.startswith("model")]
     words.append(f"init_from={tmp_path / 'a.ckpt'}")
-    assert train.main([*words, SWIGLU]) == 0
+    assert main(*words, SWIGLU) == 0
     loaded = load_checkpoint("tiny", runs_dir=tmp_path / "runs", allow_modules=["other"])
     assert loaded.config.block == "other.blocks.SwiGLUBlock"
     forget(package)
     capsys.readouterr()
-    assert train.main([*words, "name=second"]) == 1
+    assert main(*words, "name=second") == 1
     assert f"or {SWIGLU} (train.py)" in capsys.readouterr().err
     assert not (package / "other" / "blocks.imported").exists()
 
