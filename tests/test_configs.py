@@ -204,12 +204,14 @@ LIVE = ("model", "tokenizer", "data", "prompts", "seed", "template", "wandb_id",
 @pytest.mark.parametrize("choice", [f"logger={o}" for o in options("logger")] + ["trainer=debug"])
 def test_every_callback_logger_and_trainer_builds(choice: str, tmp_path: Path) -> None:
     config = composed(choice, "trainer.accelerator=cpu", "trainer.precision=32-true")
-    live = {name: AnyValue() for name in LIVE} | {"run_dir": tmp_path, "save_dir": tmp_path}
+    plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
+    places = {"run_dir": tmp_path, "save_dir": tmp_path}
+    live = {name: AnyValue() for name in LIVE} | plain | places | {"name": "a"}
     if choice == "logger=mlflow" and not find_spec("mlflow"):
         with pytest.raises(ConfigurationError, match=r"logger\.mlflow needs a package that is not"):
             build_each(config["logger"], "logger", **live)
         return
-    loggers = list(build_each(config["logger"], "logger", name="a", **live).values())
+    loggers = list(build_each(config["logger"], "logger", **live).values())
     callbacks = list(build_each(config["callbacks"], "callbacks", **live).values())
     trainer = build(config["trainer"], "trainer", logger=loggers, callbacks=callbacks, max_steps=5)
     assert trainer.max_steps == 5

@@ -184,7 +184,7 @@ def test_a_record_with_everything_is_loaded(tmp_path: Path) -> None:
         ((KEY, "clock", "timed_steps"), 1.5, "has a dict for clock"),
         ((KEY, "init_from", "sha256"), None, "has a dict for init_from"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_a_value_that_no_run_writes_is_named(
     place: tuple[Any, ...], value: Any, reason: str, tmp_path: Path
