@@ -64,6 +64,12 @@ def test_published_sizes_are_exact(name: str, expected: int) -> None:
     assert sum(tensor.numel() for tensor in model.state_dict().values()) == expected
 
 
+def node(file: str) -> tuple[str, dict[str, Any]]:
+    """Return the class that a file of conf/model names, and its other keys."""
+    values = yaml.safe_load((CONF / "model" / f"{file}.yaml").read_text())
+    return values.pop("_target_"), values
+
+
 @pytest.mark.parametrize(
     ("preset", "file"),
     [
@@ -74,13 +80,14 @@ def test_published_sizes_are_exact(name: str, expected: int) -> None:
     ],
 )
 def test_presets_equal_their_files(preset: str, file: str) -> None:
-    values = yaml.safe_load((CONF / "model" / f"{file}.yaml").read_text())
+    _, values = node(file)
     assert {**values, "vocab_size": 50257} == asdict(GPTConfig.preset(preset))
 
 
 @pytest.mark.parametrize("file", options("model"))
 def test_every_file_names_every_key_and_builds(file: str) -> None:
-    values = yaml.safe_load((CONF / "model" / f"{file}.yaml").read_text())
+    target, values = node(file)
+    assert target == "nanogpt.model.GPTConfig"
     config = GPTConfig(vocab_size=300, **values)
     assert list(values) == [key for key in asdict(config) if key != "vocab_size"]
     with torch.device("meta"):
