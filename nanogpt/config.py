@@ -186,7 +186,7 @@ def replace_nodes(cfg: DictConfig, overrides: Sequence[Override]) -> None:
 
 def _same_in_all_jobs() -> set[str]:
     """Return the keys of the command line that a sweep does not vary."""
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    words = [w for w in sys.argv[1:] if re.match(r"~|[^-].*=", w)]  # no options, nor their values
     overrides = OverridesParser.create().parse_overrides(words)
     return {o.key_or_group for o in overrides if not o.is_sweep_override()}
 
