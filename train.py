@@ -28,7 +28,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.build import (
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def compose(cfg: DictConfig) -> float:
     """Run one composed job; return its validation loss, which a sweeper may minimise."""
-    return run_job(OmegaConf.to_container(cfg, resolve=True), lambda _: start(freeze(cfg)))
+    return run_job(cfg, lambda _: start(freeze(cfg)))
 
 
 def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
@@ -95,7 +95,8 @@ def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
     except Exception as error:
         if config["debug"] is True:
             raise
-        failures.append(WRONG_USAGE if isinstance(error, ConfigurationError) else FAILED)
+        is_usage = isinstance(error, ConfigurationError | OmegaConfBaseException)
+        failures.append(WRONG_USAGE if is_usage else FAILED)
         if text := explain_failure(error):
             print(f"train.py: {text}", file=sys.stderr)
         return math.nan
@@ -210,7 +211,8 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         loggers = build_each(config["logger"], "logger", **live)
         trainer = build_trainer(config["trainer"], run, device, callbacks, loggers)
         run.rewind()
-        fit(trainer, module, data, callbacks, run.checkpoint)
+        named = {"callbacks": callbacks, "logger": loggers}
+        fit(trainer, module, data, named, run.checkpoint)
         return summary.finish(run, module, data.facts())
 
 

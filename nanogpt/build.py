@@ -45,6 +45,10 @@ class ConfigurationError(ValueError):
     """A node of the configuration that cannot be built."""
 
 
+class CallbackError(RuntimeError):
+    """A callback, logger or data module of the user's own raised."""
+
+
 def build(node: Any, where: str, /, **live: Any) -> Any:
     """Instantiate a `_target_` node, as `hydra.utils.instantiate` does.
 
@@ -114,7 +118,7 @@ def check_nodes(config: Mapping[str, Any], max_steps: int) -> None:
     build(config["model"], "model", vocab_size=1)
     build_optimizer(config["optim"], GPT(smallest))
     check_schedule(build_schedule(config["schedule"]), max_steps)
-    for where in ("module", "trainer"):
+    for where in ("module", "trainer", "tokenizer"):
         build({**config[where], "_partial_": True}, where)
     for name, node in named_nodes(config["logger"]).items():
         build({**node, "_partial_": True}, f"logger.{name}")
@@ -277,16 +281,22 @@ def unknown_argument(where: str, key: str, known: Iterable[str], name: str) -> "
 
 
 def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Return the parameters of a callable; a class's **kwargs are those of the class it extends."""
+    """Return the parameters of a callable; **kwargs are those of our class that it extends."""
     found: dict[str, inspect.Parameter] = {}
     for one in target.__mro__[:-1] if isinstance(target, type) else [target]:
         try:
             signature = inspect.signature(one)
         except ValueError:  # of some callables written in C
             return [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
-        is_open = False
+        is_foreign = one is not target and not one.__module__.startswith("nanogpt.")
+        is_open = is_foreign  # its **kwargs may be for something else
         for parameter in signature.parameters.values():
             is_open |= parameter.kind is parameter.VAR_KEYWORD
+            if is_foreign and parameter.kind not in (
+                parameter.VAR_POSITIONAL,
+                parameter.VAR_KEYWORD,
+            ):
+                parameter = parameter.replace(default=None)  # not required either
             found.setdefault(parameter.name, parameter)
         if not is_open:
             return [p for p in found.values() if p.kind is not p.VAR_KEYWORD]

@@ -22,7 +22,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from nanogpt.build import NOT_OF_DATA, OTHER_NAMES, PLAIN_KEYS, ConfigurationError
+from nanogpt.build import (
+    NOT_OF_DATA,
+    OTHER_NAMES,
+    PLAIN_KEYS,
+    CallbackError,
+    ConfigurationError,
+)
 from nanogpt.command import expand_home, first_line, is_path, out_of_memory
 from nanogpt.runs.identity import flatten, run_name
 from nanogpt.values import CHECKED, Amount, Count, Flag, Text, explain
@@ -47,6 +53,18 @@ OPEN = re.compile(
     r"(data|optim|schedule|tokenizer|trainer|module|datamodule|logger"
     r"|callbacks(?!\.(log_every|progress_every|validation)))\."
 )
+NODES = (
+    "tokenizer",
+    "model",
+    "data",
+    "schedule",
+    "optim",
+    "trainer",
+    "callbacks",
+    "logger",
+    "module",
+    "datamodule",
+)
 # Arguments of the Trainer that train.py hands over or does itself, and the keys to use.
 INSTEAD = {
     "max_steps": "max_steps",
@@ -56,6 +74,7 @@ INSTEAD = {
     "default_root_dir": "runs_dir and name",
     "gradient_clip_val": "grad_clip",
     "accumulate_grad_batches": "tokens_per_step (the accumulation follows from it)",
+    "overfit_batches": "a small data set, such as data=text data.path=FILE",
 }
 OVERRIDE = re.compile(r"(\+{0,2}[\w./@-]*[\w.])=(.*)", re.DOTALL)
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
@@ -143,6 +162,9 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     choices = dict(hydra_config.runtime.choices)
     replace_nodes(cfg, parsed)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    for group in NODES:
+        if config.get(group) is None:
+            raise ConfigurationError(f"a run needs {group}; choose one, or leave it as it was")
     typed: dict[str, Any] = {}
     for override in parsed:
         key = override.key_or_group
@@ -230,7 +252,7 @@ def check_values(config: Mapping[str, Any]) -> None:
             raise ConfigurationError(explain(error, where)) from None
     for key, instead in INSTEAD.items():
         if f"trainer.{key}" in config.get("typed", ()):
-            raise ConfigurationError(f"trainer.{key} is set by train.py; pass {instead}")
+            raise ConfigurationError(f"trainer.{key} is not used here; pass {instead}")
 
 
 @dataclass(config=CHECKED)
@@ -265,6 +287,7 @@ class TrainerValues:
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
     deterministic: Flag
     detect_anomaly: Flag
+    val_check_interval: Count = 1  # optimizer steps
 
 
 @dataclass(config=CHECKED)
@@ -310,7 +333,7 @@ def explain_failure(error: Exception) -> str:
         )
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain_composition(error)
-    if reported_by_rank_zero:
+    if reported_by_rank_zero or isinstance(error, CallbackError):
         return text
     return f"{type(error).__name__}: {text} (debug=true shows where)"
 
@@ -327,6 +350,12 @@ def explain_composition(error: Exception, config_name: str = "train") -> str:
     text = str(error)
     if missing := re.search(r"full_key: (\S+)", text) if "Missing mandatory" in text else None:
         return f"{missing[1]} must be given; pass {missing[1]}=... (conf/ says what it is)"
+    if "Config group override" in text:
+        return _no_option()
+    if needed := re.search(
+        r"Interpolation key '(\S+)' not found full_key: (\S+)", " ".join(text.split())
+    ):
+        return f"{needed[1]} is missing, which {needed[2]} refers to; leave it as it was"
     if unknown := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, option = unknown[1], unknown[2]
         options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
@@ -336,6 +365,17 @@ def explain_composition(error: Exception, config_name: str = "train") -> str:
     if unknown := re.search(r"Could not (?:override|find) '([^'@]+)'", text):
         return unknown_key(unknown[1], config_name)
     return " ".join(text.split())
+
+
+def _no_option() -> str:
+    """Return the sentence for a value, such as null, that no option of a group can have."""
+    words = [word for word in sys.argv[1:] if (CONF / word.partition("=")[0]).is_dir()]
+    for typed in OverridesParser.create().parse_overrides(words):
+        group, options = typed.key_or_group, (CONF / typed.key_or_group).glob("*.yaml")
+        if not isinstance(typed.value(), str | list | dict):
+            known = ", ".join(sorted(path.stem for path in options))
+            return f"{typed.input_line} is no option; {group} is one of {known}"
+    return "a group is given a value that is no option"
 
 
 def unknown_key(key: str, config_name: str = "train") -> str:

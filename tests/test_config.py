@@ -248,6 +248,11 @@ def test_nested_nodes_are_built_first_in_lists_and_mappings_too() -> None:
     assert unbuilt == inner
 
 
+def test_a_class_of_a_library_takes_keys_that_its_signature_leaves_open() -> None:
+    strategy = "lightning.pytorch.strategies.DDPStrategy"
+    assert build({"_target_": strategy, "find_unused_parameters": True}, "it", **LIVE)
+
+
 def test_a_callable_without_a_signature_is_called_as_it_is() -> None:
     assert build({"_target_": "builtins.dict", "a": 1}, "it", **LIVE) == {"a": 1}
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 
 import nanogpt.checkpoint
@@ -533,6 +534,96 @@ def test_a_typed_node_replaces_the_node_that_was_there(
     assert config["optim"] == {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}
     assert config["schedule"] == {"_target_": "nanogpt.optim.Constant"}
     assert config["callbacks"]["samples"] == {"_target_": "lightning.pytorch.Callback"}
+
+
+class Raises(Callback):
+    """Raise in one hook, from the given step on."""
+
+    def __init__(self, hook: str, step: int = 0) -> None:
+        def fail(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+            if trainer.global_step >= step:
+                raise RuntimeError(f"in {hook}")
+
+        setattr(self, hook, fail)
+
+
+class Unpicklable(Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"owner": self}
+
+
+class WithoutRows(LightningDataModule):
+    def train_dataloader(self) -> Any:
+        raise KeyError("rows")
+
+    def val_dataloader(self) -> Any:
+        return []
+
+
+class Unreachable(Logger):
+    name = version = "none"
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        raise ConnectionError("no server")
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Ignore them."""
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end", "on_save_checkpoint"])
+def test_a_run_whose_callback_raises_names_it_and_continues_without_it(
+    hook: str,
+    tiny_run: list[str],
+    tmp_path: Path,
+    main: Callable[..., int],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    callback = f"callbacks.mine={{_target_: {__name__}.Raises, hook: {hook}, step: 8}}"
+    assert main(*tiny_run, callback) == 1
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"train.py: callbacks.mine failed at step 8: RuntimeError: in {hook}; ")
+    assert load_checkpoint("tiny", runs_dir=tmp_path / "runs").step == 4
+    assert main(*tiny_run) == 0
+    assert load_checkpoint("tiny", runs_dir=tmp_path / "runs").step == 12
+
+
+@pytest.mark.parametrize(
+    ("node", "expected"),
+    [
+        ("callbacks.mine={_target_: NAME.Raises, hook: setup}", "callbacks.mine failed at step 0"),
+        ("callbacks.mine={_target_: NAME.Unpicklable}", "state_dict() of the callback Unpicklable"),
+        ("logger.mine={_target_: NAME.Unreachable}", "logger.mine failed at step 1: Connection"),
+        (
+            "callbacks.mine={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/l}",
+            "callbacks.mine failed at step 4: RuntimeError: Early stopping conditioned on metric",
+        ),
+        ("data={_target_: NAME.WithoutRows}", "data failed at step 0: KeyError: 'rows'"),
+    ],
+)
+def test_what_fails_in_training_is_named(
+    node: str,
+    expected: str,
+    tiny_run: list[str],
+    tmp_path: Path,
+    main: Callable[..., int],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    options = [w for w in tiny_run if not (w.startswith("data.") and node.startswith("data="))]
+    assert main(*options, node.replace("NAME", __name__)) == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith(f"train.py: {expected}")
+    assert "step 0" not in expected or not (tmp_path / "runs").exists()
+
+
+def test_a_profiler_of_lightning_prints_its_table_without_our_progress(
+    tiny_run: list[str],
+    main: Callable[..., int],
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    words = ["trainer.profiler=simple", "trainer.enable_progress_bar=false", "max_steps=2"]
+    assert main(*tiny_run, *words) == 0
+    assert "run_training_batch" in caplog.text
+    assert "step 1/2" not in capfd.readouterr().out
 
 
 def test_torchrun_refuses_a_sweep(

@@ -65,7 +65,7 @@ def run_name(
     classes = {
         key: str(node.get("_target_", key)).rpartition(".")[2] for key, node in nodes.items()
     }
-    name = "-".join(classes.get(group, str(choices[group])) for group in NAMED_BY_CHOICE)
+    name = "-".join(classes.get(group, str(choices.get(group))) for group in NAMED_BY_CHOICE)
     changed = {
         key: value
         for key, value in sorted(typed.items())

@@ -373,8 +373,8 @@ class _Opening:
 
     def _remove_unbegun(self, kind: type[BaseException] | None, made: list[Path]) -> None:
         """Remove the directories that a failed command made, unless steps were taken."""
-        expected = kind is not None and issubclass(kind, ValueError | OSError | KeyboardInterrupt)
-        if expected and not self.files.has_begun:
+        has_failed = kind is not None and issubclass(kind, Exception | KeyboardInterrupt)
+        if has_failed and not self.files.has_begun:
             shutil.rmtree(made[0], ignore_errors=True)
             for parent in made[1:]:
                 with contextlib.suppress(OSError):  # another run is there by now

@@ -1,10 +1,13 @@
 """When checkpoints are written, which of them stay, and how Lightning writes and reads them."""
 
+import io
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
@@ -35,8 +38,14 @@ class AtomicCheckpointIO(CheckpointIO):
         log.debug("%s: sha256 %s", path, write_checkpoint(checkpoint, Path(path)))
         try:
             read_record(Path(path))
-        except ValueError:
+        except ValueError as error:
             Path(path).unlink()
+            for name, state in checkpoint.get("callbacks", {}).items():
+                if not _is_plain(state):
+                    raise ValueError(
+                        f"state_dict() of the callback {name} holds Python objects, which can run "
+                        "code when loaded; let it return tensors, numbers, text, lists and dicts"
+                    ) from error
             raise
 
     def load_checkpoint(
@@ -96,7 +105,7 @@ class Checkpointing(Checkpoint):
         """Save the step that a user's own callback failed after, which others need not agree on."""
         is_between_steps = trainer.fit_loop.total_batch_idx + 1 == trainer.global_step > 0
         if (
-            failing_callback(exception, trainer) is not None
+            failing_part(exception, trainer) is not None
             and is_between_steps
             and trainer.world_size == 1
             and not (trainer.fast_dev_run or will_validate(trainer))  # type: ignore[attr-defined]
@@ -147,6 +156,18 @@ class Checkpointing(Checkpoint):
         self.max_steps = state_dict.get("max_steps", 0)
 
 
+def _is_plain(state: Any) -> bool:
+    """Return whether a checkpoint may hold a callback's state."""
+    file = io.BytesIO()
+    try:
+        torch.save(state, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except (pickle.PickleError, TypeError, AttributeError):
+        return False
+    return True
+
+
 def stopping_reason(trainer: Trainer) -> str:
     """Return which callback ended training before its budget, and why; empty where none did."""
     if not trainer.should_stop or trainer.global_step == trainer.max_steps:
@@ -165,13 +186,15 @@ def will_validate(trainer: Trainer) -> bool:
     return trainer.enable_validation and (trainer.should_stop or is_due)
 
 
-def failing_callback(error: BaseException, trainer: Trainer) -> Callback | None:
-    """Return the user's own or Lightning's callback in which an error was raised, if in one."""
+def failing_part(error: BaseException, trainer: Trainer) -> Any:
+    """Return the callback, logger or data module in which an error was raised, None for ours."""
     failing, trace = None, error.__traceback__
+    parts = [*trainer.callbacks, *trainer.loggers, trainer.datamodule]  # type: ignore[attr-defined]
     while trace is not None:
-        instance = trace.tb_frame.f_locals.get("self")
-        is_ours = type(instance).__module__.startswith("nanogpt.")
-        if isinstance(instance, Callback) and instance in trainer.callbacks and not is_ours:  # type: ignore[attr-defined]
-            failing = instance
+        for name in ("self", "callback"):  # the latter in Lightning's calls of hooks
+            instance = trace.tb_frame.f_locals.get(name)
+            is_ours = type(instance).__module__.startswith("nanogpt.")
+            if any(instance is part for part in parts) and not is_ours:
+                failing = instance
         trace = trace.tb_next
     return failing

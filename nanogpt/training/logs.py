@@ -19,5 +19,6 @@ def quieten_lightning() -> None:
     """Silence Lightning's progress notes and the advice that does not fit."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # their tables
     for message in MISFITTING:
         warnings.filterwarnings("ignore", message=message)

@@ -11,10 +11,9 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
-from nanogpt.build import build
-from nanogpt.command import first_line
+from nanogpt.build import CallbackError, build
 from nanogpt.runs.run import Run
-from nanogpt.training.checkpointing import AtomicCheckpointIO, failing_callback
+from nanogpt.training.checkpointing import AtomicCheckpointIO, failing_part
 from nanogpt.training.loggers import MetricsLogger
 from nanogpt.training.module import StageModule
 from nanogpt.training.progress import Progress
@@ -36,7 +35,8 @@ def build_trainer(
     ranks = run.ranks
     several = ranks.world_size > 1
     bars = [callback for callback in callbacks.values() if isinstance(callback, ProgressBar)]
-    replaced = [bar for bar in bars if isinstance(bar, Progress) and len(bars) > 1]
+    gives_way = len(bars) > 1 or not node.get("enable_progress_bar", True)
+    replaced = [bar for bar in bars if isinstance(bar, Progress) and gives_way]
     has_metrics = any(isinstance(logger, MetricsLogger) for logger in loggers.values())
     keys = {
         "enable_progress_bar": bool(bars),
@@ -64,13 +64,14 @@ def fit(
     trainer: Trainer,
     module: StageModule,
     data: LightningDataModule,
-    callbacks: Mapping[str, Callback],
+    parts: Mapping[str, Mapping[str, Any]],
     checkpoint: Path | None,
 ) -> None:
     """Train to the end of the budget, then validate on the final part of the validation set.
 
     Leaves by SystemExit 143 or 130 after a checkpoint where a signal ended training. Raises
-    RuntimeError, naming the callback, where one of the user's own raises.
+    CallbackError where a callback, logger or data module of the user's own raises; `parts` are the
+    callbacks and loggers by group and name.
     """
     log.info(
         "model: %s parameters in %s layers; budget: %s steps, %s tokens",
@@ -83,20 +84,21 @@ def fit(
         log.info("compiling at the first step, which takes a minute or more")
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        if module.stop_signal is not None:
+            step = trainer.global_step
+            log.info("stopped by a signal at step %s; the same command continues", step)
+            raise SystemExit(128 + module.stop_signal)
+        tokens = {getattr(data, name, None) for name in ("val_tokens", "final_val_tokens")}
+        if len(tokens) > 1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.validate(module, datamodule=data, verbose=False)
     except Exception as error:
-        failed = failing_callback(error, trainer)
-        for name, callback in callbacks.items():
-            if callback is failed:
-                what = f"{type(error).__name__}: {first_line(error)}"
-                raise RuntimeError(
-                    f"callbacks.{name} failed at step {trainer.global_step}: {what}; mend it, and "
-                    "the same command continues from the last checkpoint"
+        failed = failing_part(error, trainer)
+        names = {f"{group}.{name}": part for group in parts for name, part in parts[group].items()}
+        for name, part in {**names, "data": data}.items():
+            if part is failed:
+                what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise CallbackError(
+                    f"{name} failed at step {trainer.global_step}: {what}; mend it, and the same "
+                    "command continues from the last checkpoint, if there is one"
                 ) from error
         raise
-    if module.stop_signal is not None:
-        step = trainer.global_step
-        log.info("stopped by a signal at step %s; the same command continues", step)
-        raise SystemExit(128 + module.stop_signal)
-    parts = {getattr(data, name, None) for name in ("val_tokens", "final_val_tokens")}
-    if len(parts) > 1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        trainer.validate(module, datamodule=data, verbose=False)
