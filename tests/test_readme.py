@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from nanogpt.config import as_overrides
+
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.zh-CN.md")
 
@@ -33,7 +35,7 @@ def test_a_command_parses(command: str) -> None:
         if overrides[:1] == ["-m"]:  # of a sweep, its first job
             overrides = [re.sub(r"=([^,]+),.*", r"=\1", word) for word in overrides[1:]]
         with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-            compose("train", overrides=overrides)
+            compose("train", overrides=as_overrides(overrides))
     elif "serve.py" in words:
         overrides = words[words.index("serve.py") + 1 :]
         with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
@@ -56,5 +58,5 @@ def test_both_languages_give_the_same_commands() -> None:
 
 @pytest.mark.parametrize("readme", READMES)
 def test_every_link_to_a_file_leads_somewhere(readme: str) -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / readme).read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(([^)#:]+)[)#]", (ROOT / readme).read_text(encoding="utf-8"))
     assert all((ROOT / link).exists() for link in links)

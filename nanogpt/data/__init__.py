@@ -17,5 +17,6 @@
     labelled.py, sms_spam.py         examples with labels, a data set or kind of file each
     splits.py, labelled_module.py    their splits without copies across, and their batches
 
-A new data set is one file here and one YAML in conf/data.
+A new data set is one file here and one YAML in conf/data; outside the repository, one file and one
+YAML of a package of one's own (docs/EXTENDING.md).
 """
