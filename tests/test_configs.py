@@ -2,6 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,16 @@ from nanogpt.runs.identity import budget_steps
 from tests.configs import CONF, options
 
 
-def composed(*overrides: str) -> dict[str, Any]:
+@cache
+def composed_once(*overrides: str) -> dict[str, Any]:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose("train", overrides=list(overrides))
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     return dict(config)
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    return deepcopy(composed_once(*overrides))
 
 
 NEEDED = {"data=hub": ["data.repository=owner/name"]}
