@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +281,18 @@ def test_values_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         decide_tiny(tmp_path, **values)
+
+
+def test_cublas_is_deterministic_before_the_first_product_is_timed(
+    main: Callable[..., int], tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen: list[str | None] = []
+
+    def measure(*_: Any, **__: Any) -> Settings:
+        seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        raise ValueError("measured")
+
+    monkeypatch.setattr(autotune, "autotune", measure)
+    main(*tiny_run, "trainer.deterministic=true")
+    assert seen == [":4096:8"]

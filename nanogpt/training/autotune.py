@@ -140,6 +140,8 @@ def autotune_run(
     """Return the settings of a run, decided by rank zero and logged with their reasons."""
     config, n_local = run.config, run.ranks.local_world_size
     split: dict[str, Any] = {"rows_per_rank": rows_per_rank, "local_world_size": n_local}
+    if config["trainer"]["deterministic"]:  # cuBLAS reads it at its first product, which is timed
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     settings = on_rank_zero(
         lambda: autotune(
             model_config,
