@@ -19,7 +19,7 @@ from nanogpt.data.packing import PackedRows
 from nanogpt.data.source import name_of
 from nanogpt.prompts import Encoded, Template, find_template
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.values import Count, Seed, Size, Text
+from nanogpt.values import Count, Text
 
 log = logging.getLogger(__name__)
 
@@ -87,23 +87,11 @@ class InstructionDataModule(RowsDataModule):
         *,
         source: Any,
         template: Text,
-        block_size: Count,
-        tokens_per_step: Count,
-        seed: Seed,
         loss_on: Literal["responses", "all"] = "responses",
         max_passes: Count | None = None,
-        workers: Size = 0,
-        val_tokens: Count | None = None,
-        final_val_tokens: Count | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            block_size=block_size,
-            tokens_per_step=tokens_per_step,
-            seed=seed,
-            workers=workers,
-            val_tokens=val_tokens,
-            final_val_tokens=final_val_tokens,
-        )
+        super().__init__(**shared)
         if not isinstance(source, Instructions):
             raise ValueError(
                 f"stage=instruct learns from conversations and data={name_of(source)} has none; "

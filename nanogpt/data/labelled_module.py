@@ -19,7 +19,7 @@ from nanogpt.data.source import name_of
 from nanogpt.data.splits import Example, class_weights
 from nanogpt.data.windows import NOT_SCORED
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.values import Count, Flag, Fraction, Seed, Size
+from nanogpt.values import Flag, Fraction
 
 VAL_BATCH_ROWS = 32  # whatever the training's micro-batch, so that it never changes a score
 
@@ -139,25 +139,13 @@ class LabelledDataModule(StepDataModule):
         self,
         *,
         source: Any,
-        block_size: Count,
-        tokens_per_step: Count,
-        seed: Seed,
         recase: Fraction = 0.0,
         token_split: Fraction = 0.0,
         token_dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0,
         class_weights: Flag = False,
-        workers: Size = 0,
-        val_tokens: Count | None = None,
-        final_val_tokens: Count | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            block_size=block_size,
-            tokens_per_step=tokens_per_step,
-            seed=seed,
-            workers=workers,
-            val_tokens=val_tokens,
-            final_val_tokens=final_val_tokens,
-        )
+        super().__init__(**shared)
         if not isinstance(source, LabelledTexts):
             raise ValueError(
                 f"stage=classify learns from labelled texts and data={name_of(source)} has no "

@@ -110,7 +110,7 @@ class StepDataModule(LightningDataModule):
     An item of `train_dataloader` is one optimizer step: the list of its micro-batches. Which rows
     a step sees depends on the seed, the data and the step alone. Validation scores about
     `val_tokens` tokens while fitting, and `final_val_tokens` in `trainer.validate` and
-    `trainer.test`; None scores all.
+    `trainer.test`; None scores all. The arguments here are `**shared` in subclasses.
     """
 
     fingerprint: str  # of all that decides the rows; known after use_tokenizer
@@ -118,15 +118,16 @@ class StepDataModule(LightningDataModule):
     special_tokens: tuple[str, ...] = ()  # that the tokenizer must have
     max_steps: int | None = None  # after which the data ends, None for an endless supply
 
+    @CHECK_ARGUMENTS
     def __init__(
         self,
         *,
-        block_size: int,
-        tokens_per_step: int,
-        seed: int,
-        workers: int,
-        val_tokens: int | None,
-        final_val_tokens: int | None,
+        block_size: Count,
+        tokens_per_step: Count,
+        seed: Seed,
+        workers: Size = 0,
+        val_tokens: Count | None = None,
+        final_val_tokens: Count | None = None,
     ) -> None:
         super().__init__()
         self.block_size = block_size
@@ -236,26 +237,14 @@ class CorpusDataModule(RowsDataModule):
         self,
         *,
         source: Source | TokenShards,
-        block_size: Count,
-        tokens_per_step: Count,
-        seed: Seed,
         data_dir: str | Path,
-        workers: Size = 0,
-        val_tokens: Count | None = None,
-        final_val_tokens: Count | None = None,
         tokens: Count | None = None,
         shard_tokens: Count = SHARD_TOKENS,
         pretokenized: Text | None = None,
         prepared: str | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            block_size=block_size,
-            tokens_per_step=tokens_per_step,
-            seed=seed,
-            workers=workers,
-            val_tokens=val_tokens,
-            final_val_tokens=final_val_tokens,
-        )
+        super().__init__(**shared)
         self.source = source
         self.data_dir = Path(data_dir)
         self.tokens = tokens

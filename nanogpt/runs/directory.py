@@ -166,7 +166,7 @@ def reached(summary: Mapping[str, Any]) -> str:
     per_byte = "" if bits is None else f", {bits:.3f} bits per byte"
     beside = f" (gzip -9 needs {gzip:.3f})" if bits is not None and gzip is not None else ""
     if (loss := summary.get("val_loss")) is None:
-        return "validation loss unknown (metrics.csv was lost)"
+        return "no validation loss is in metrics.csv"
     return f"validation loss {loss:.4f}{per_byte}{beside}"
 
 
