@@ -50,6 +50,7 @@ from nanogpt.config import (
     explain_composition,
     explain_failure,
     freeze,
+    named_as_typed,
     sweep_name,
 )
 
@@ -97,7 +98,10 @@ def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
             raise
         is_usage = isinstance(error, ConfigurationError | OmegaConfBaseException)
         failures.append(WRONG_USAGE if is_usage else FAILED)
-        if text := explain_failure(error):
+        text = explain_failure(error)
+        if isinstance(error, ConfigurationError):
+            text = named_as_typed(text, config)
+        if text:
             print(f"train.py: {text}", file=sys.stderr)
         return math.nan
 

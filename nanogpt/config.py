@@ -31,7 +31,7 @@ from nanogpt.build import (
 )
 from nanogpt.command import expand_home, first_line, is_path, out_of_memory
 from nanogpt.runs.identity import flatten, run_name
-from nanogpt.values import CHECKED, Amount, Count, Flag, Text, explain
+from nanogpt.values import CHECKED, Amount, Count, Flag, Size, Text, explain
 
 CONF = Path(__file__).parent.parent / "conf"
 SWEEP = ("-m", "--multirun")
@@ -287,7 +287,13 @@ class TrainerValues:
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
     deterministic: Flag
     detect_anomaly: Flag
+    accelerator: Text = "auto"
     val_check_interval: Count = 1  # optimizer steps
+    check_val_every_n_epoch: Count | None = None
+    log_every_n_steps: Count = 1
+    num_sanity_val_steps: Size | Literal[-1] = 0
+    use_distributed_sampler: Flag = False
+    enable_model_summary: Flag = False
 
 
 @dataclass(config=CHECKED)
@@ -336,6 +342,18 @@ def explain_failure(error: Exception) -> str:
     if reported_by_rank_zero or isinstance(error, CallbackError):
         return text
     return f"{type(error).__name__}: {text} (debug=true shows where)"
+
+
+def named_as_typed(text: str, config: Mapping[str, Any]) -> str:
+    """Return a sentence about a key of the stage's modules with the key that sets it.
+
+    >>> named_as_typed("module.layers=1 should be text", config)
+    'classify.layers=1 should be text'
+    """
+    stage = config["stage"]
+    keys = "|".join(config.get(stage) or ())
+    place = rf"\b(?:data|datamodule|module)\.({keys})\b"
+    return re.sub(place, rf"{stage}.\1", text) if keys else text
 
 
 def explain_composition(error: Exception, config_name: str = "train") -> str:

@@ -1,5 +1,6 @@
 """Every YAML composes and builds, and mistakes in a command are said in one sentence."""
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -14,17 +15,19 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from nanogpt.build import ConfigurationError, build, build_data, build_each
+from nanogpt.build import ConfigurationError, build, build_data, build_each, check_nodes
 from nanogpt.config import (
     as_overrides,
     check_values,
     clear_other_budget,
     explain_composition,
+    named_as_typed,
 )
 from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Constant, Cosine, WarmupStableDecay, check_schedule, learning_rates
-from nanogpt.runs.identity import budget_steps
+from nanogpt.runs.identity import budget_steps, flatten
+from nanogpt.training.launch import count_devices
 from tests.configs import CONF, options
 
 
@@ -178,6 +181,75 @@ def test_a_mistake_in_the_command_is_one_sentence(
     [line] = capfd.readouterr().err.splitlines()
     assert expected in line
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.ckpt"))
+
+
+NONSENSE = ([1], {"a": 1}, "some text", -1, None)
+TEXTS = {"name", "init_from", "runs_dir", "data_dir", "path", "text_column", "label_column"}
+TEXTS |= {"separator", "revision", "subset", "pretokenized"}
+MAY_BE_NULL = {
+    "grad_clip",
+    "tokens",
+    "final_tokens",
+    "val_tokens",
+    "final_val_tokens",
+    "top_k",
+    "for_width",
+}
+MAY_BE_NULL |= {"path", "subset", "max_passes", "samples.every_n_steps"}
+NEGATIVE = {"seed", "split_seed", "num_sanity_val_steps"}
+CHECKED_LATER = ("stage", "classify.", "instruct.", "module.", "tokenizer.", "trainer.max_epochs")
+
+
+def means_something(key: str, value: Any) -> bool:
+    allowed = {"some text": TEXTS, None: MAY_BE_NULL, -1: NEGATIVE}
+    last = {key.rpartition(".")[2], key.partition(".")[2]}
+    return isinstance(value, str | int | None) and bool(last & allowed[value])
+
+
+def refusal_of(config: dict[str, Any], run_dir: Path) -> str:
+    """Return what is wrong with what train() checks and builds before it prepares data."""
+    plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
+    try:
+        check_values(config)
+        check_nodes(config, budget_steps(config))
+        build_data(config, **plain, block_size=config["model"]["block_size"])
+        build_each(config["callbacks"], "callbacks", **plain, run_dir=run_dir)
+        count_devices(config["trainer"]["devices"], config["trainer"]["accelerator"])
+        whole = {**config["trainer"], "precision": "32-true", "enable_progress_bar": False}
+        build(whole, "trainer", logger=False)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "words", ["data=text", "data=fineweb_edu optim=adamw", "stage=instruct", "stage=classify"]
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_the_name_of_its_key(
+    words: str, tmp_path: Path
+) -> None:
+    config = composed(*words.split(), "trainer.accelerator=cpu", "init_from=null")
+    config["data"]["path"] = str(tmp_path)
+    assert not refusal_of(config, tmp_path)
+    for key, right in flatten(config).items():
+        if key.startswith(CHECKED_LATER) or key.endswith("_target_"):
+            continue
+        for value in NONSENSE:
+            if value != right and not means_something(key, value):
+                broken = node = copy.deepcopy(config)
+                *path, last = key.split(".")
+                for part in path:
+                    node = node[part]
+                node[last] = value
+                refusal = refusal_of(broken, tmp_path)
+                assert last in refusal, f"{key}={value!r}"
+                assert "\n" not in refusal
+
+
+def test_a_key_of_a_stage_is_named_as_it_is_typed() -> None:
+    config = {"stage": "classify", "classify": {"layers": "all"}}
+    assert named_as_typed("module.layers=1 is", config) == "classify.layers=1 is"
+    assert named_as_typed("module.layer=1 is", config) == "module.layer=1 is"
 
 
 def test_a_typed_budget_clears_the_other_one(tmp_path: Path) -> None:
