@@ -81,6 +81,17 @@ def add_allow_module(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_directory(parser: argparse.ArgumentParser, name: str, what: str) -> None:
+    """Add `--runs-dir` or `--data-dir`, whose default the environment may set."""
+    variable = f"NANOGPT_{name.upper()}_DIR"
+    parser.add_argument(
+        f"--{name}-dir",
+        type=Path,
+        default=Path(os.environ.get(variable, name)),
+        help=f"where {what} (default {name}, or {variable})",
+    )
+
+
 class OutputClosedError(BrokenPipeError):
     """The reader of a command's product has left."""
 

@@ -12,14 +12,13 @@ docs/EVALUATION.md says what every task does.
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nanogpt.checkpoint import Checkpoint, find_init_from, init_model, load_checkpoint
-from nanogpt.command import add_allow_module, guard_output, parse, run_command
+from nanogpt.command import add_allow_module, add_directory, guard_output, parse, run_command
 from nanogpt.evaluation import processes
 from nanogpt.evaluation.picture import picture
 from nanogpt.evaluation.results import Row, keep, run_dir_of, table, write_rows
@@ -204,16 +203,8 @@ def parser() -> argparse.ArgumentParser:
     add("--answers", type=Path, help="judge: where answers are kept (default: judge.jsonl)")
     add("--harness-tasks", metavar="NAMES", help="harness: its tasks, with commas between")
     add("--include-path", type=Path, metavar="DIR", help="harness: a folder of task files")
-    add(
-        "--runs-dir",
-        default=os.environ.get("NANOGPT_RUNS_DIR", "runs"),
-        help="where runs lie (default runs, or NANOGPT_RUNS_DIR)",
-    )
-    add(
-        "--data-dir",
-        default=os.environ.get("NANOGPT_DATA_DIR", "data"),
-        help="where benchmarks are kept (default data, or NANOGPT_DATA_DIR)",
-    )
+    add_directory(parser, "runs", "runs lie")
+    add_directory(parser, "data", "benchmarks are kept")
     return parser
 
 

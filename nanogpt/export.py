@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
-from nanogpt.command import guard_output, parse, run_command
+from nanogpt.command import add_directory, guard_output, parse, run_command
 from nanogpt.gguf_file import write_gguf
 from nanogpt.model import NORM_EPSILON, GPTConfig
 from nanogpt.pretrained import CONFIG, SAFETENSORS, published_weights
@@ -135,11 +135,7 @@ def parser() -> argparse.ArgumentParser:
         help="of the matrices in a GGUF file (default f32)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
-    parser.add_argument(
-        "--runs-dir",
-        default=os.environ.get("NANOGPT_RUNS_DIR", "runs"),
-        help="where runs lie (default runs, or NANOGPT_RUNS_DIR)",
-    )
+    add_directory(parser, "runs", "runs lie")
     return parser
 
 

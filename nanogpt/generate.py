@@ -8,13 +8,12 @@ reply (stage=instruct) gets the prompt as a message, and its reply alone is prin
 
 import argparse
 import codecs
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
-from nanogpt.command import add_allow_module, guard_output, parse, run_command
+from nanogpt.command import add_allow_module, add_directory, guard_output, parse, run_command
 from nanogpt.generation import generate
 from nanogpt.prompts import Message, Template, find_template
 
@@ -116,11 +115,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
     add_allow_module(parser)
-    parser.add_argument(
-        "--runs-dir",
-        default=os.environ.get("NANOGPT_RUNS_DIR", "runs"),
-        help="where runs lie (default runs, or NANOGPT_RUNS_DIR)",
-    )
+    add_directory(parser, "runs", "runs lie")
     return parser
 
 

@@ -10,7 +10,6 @@ corpora under data/ are listed.
 
 import argparse
 import hashlib
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nanogpt.command import guard_output, parse, run_command
+from nanogpt.command import add_directory, guard_output, parse, run_command
 from nanogpt.data.corpus import Corpus, open_corpus, read_json
 from nanogpt.data.pretokenized import TokenShards, is_prepared
 from nanogpt.data.shards import REMEDY
@@ -247,12 +246,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--samples", type=int, default=3, help="documents to show (default 3)")
     parser.add_argument("--no-verify", action="store_true", help="read no shard as a whole")
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("NANOGPT_DATA_DIR", "data")),
-        help="where corpora are listed (default data, or NANOGPT_DATA_DIR)",
-    )
+    add_directory(parser, "data", "corpora are listed")
     return parser
 
 

@@ -12,7 +12,6 @@ a corpus elsewhere is `data=shards data.path=DIR`.
 
 import argparse
 import logging
-import os
 import re
 import signal
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nanogpt.command import first_line, guard_output, parse, run_command
+from nanogpt.command import add_directory, first_line, guard_output, parse, run_command
 from nanogpt.data.fineweb_edu import FineWebEdu
 from nanogpt.data.hub import HubDataset
 from nanogpt.data.preparing import MakeTokenizer, Preparation, prepare
@@ -183,12 +182,7 @@ def parser() -> argparse.ArgumentParser:
     add("--shard-tokens", type=count, default=Preparation.shard_tokens, help="default 100M")
     add("--workers", type=int, help="tokenizing threads (default: all cores)")
     add("--out", type=Path, help="the corpus's folder (default: one under the data directory)")
-    add(
-        "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("NANOGPT_DATA_DIR", "data")),
-        help="where prepared data lies (default data, or NANOGPT_DATA_DIR)",
-    )
+    add_directory(parser, "data", "prepared data lies")
     return parser
 
 
