@@ -9,7 +9,6 @@ corpora under data/ are listed.
 """
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from nanogpt.command import add_directory, guard_output, parse, run_command
 from nanogpt.data.corpus import Corpus, open_corpus, read_json
 from nanogpt.data.pretokenized import TokenShards, is_prepared
 from nanogpt.data.shards import REMEDY
+from nanogpt.data.source import file_sha256
 from nanogpt.data.windows import Tokens
 from nanogpt.data.writer import JOURNAL
 from nanogpt.tokenizer import byte_tokenizer, gpt2_tokenizer
@@ -169,7 +169,7 @@ def verify(corpus: Corpus) -> str:
         return "no SHA-256 is recorded for these shards; their sizes and token ids are in order"
     n_bytes = sum(path.stat().st_size for path, _ in shards)
     with tqdm(total=n_bytes, desc="verifying", unit="B", unit_scale=True, disable=None) as bar:
-        damaged = [path.name for path, sha256 in shards if _sha256(path, bar) != sha256]
+        damaged = [path.name for path, sha256 in shards if file_sha256(path, bar.update) != sha256]
     if damaged:
         raise ValueError(
             f"{', '.join(damaged)} in {corpus.directory} changed since written: not the SHA-256 "
@@ -210,15 +210,6 @@ def _beginning(corpus: Corpus, start: int) -> str:
     shown = text[:SAMPLE_CHARS] + ("…" if len(text) > SAMPLE_CHARS else "")
     # control characters and those that turn the direction of writing could garble a terminal
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in shown)
-
-
-def _sha256(path: Path, bar: Any) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-            bar.update(len(piece))
-    return digest.hexdigest()
 
 
 def _print(*lines: str) -> None:

@@ -350,7 +350,7 @@ def test_a_repository_is_fetched_once_and_found_again_without_a_network(tmp_path
     ("repository", "words"),
     [
         ("someone/something", "ValueError: the data set someone/something has no .bin or .npy"),
-        ("someone/else", "FileNotFoundError: someone/else is neither a folder here nor a data set"),
+        ("someone/else", "FileNotFoundError: someone/else is no folder here, and the data set "),
     ],
 )
 def test_a_repository_without_shards_is_refused(

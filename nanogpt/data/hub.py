@@ -17,7 +17,7 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from nanogpt.data.files import JSON, RECORDS, Reader
-from nanogpt.data.records import open_file
+from nanogpt.data.records import brief, open_file
 from nanogpt.data.source import Extent, Source
 from nanogpt.data.text import TextFiles
 from nanogpt.hub import check_reachable
@@ -182,47 +182,48 @@ class HubDataset(Source):
         try:
             yield
         except Exception as error:
-            explained = self._explanation(error)
+            explained = explanation(error, self.repository, self.revision)
             if explained is None:
                 raise
             raise explained from error
 
-    def _explanation(self, error: BaseException | None) -> Exception | None:
-        """Return an error in one sentence for one of huggingface_hub or below, else None."""
-        from huggingface_hub import utils as errors
 
-        chain = list(_causes(error))
-        data_set = f"the data set {self.repository}"
-        token = "set HF_TOKEN to a token that may read it (huggingface.co/settings/tokens)"
-        if any(isinstance(e, errors.GatedRepoError) for e in chain):
-            return PermissionError(
-                f"{data_set} is gated; accept its terms on https://huggingface.co/datasets/"
-                f"{self.repository} and {token}"
-            )
-        if any(isinstance(e, errors.RevisionNotFoundError) for e in chain):
-            return ValueError(
-                f"{data_set} has no revision {self.revision}; pass data.revision=<a branch, tag or "
-                f"commit of it>"
-            )
-        if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain):
-            return FileNotFoundError(
-                f"{data_set} is not on the hub, or is private; mend data.repository, or {token}"
-            )
-        if any(_status(e) in (401, 403) for e in chain):
-            return PermissionError(f"the hub does not let this machine read {data_set}; {token}")
-        if any(_status(e) or _is_transport(e) for e in chain):
-            return ConnectionError(
-                f"reading {data_set} broke off ({type(error).__name__}: {_first_line(error)}); "
-                "give the same command again, which continues from what is prepared"
-            )
-        if "scripts are no longer supported" in str(error):
-            return ValueError(
-                f"{data_set} is made by a program of its own, which is not run; pass "
-                "data.revision=refs/convert/parquet, the hub's parquet copy of it"
-            )
-        if type(error).__module__.startswith("datasets."):
-            return ValueError(f"{data_set} cannot be read: {_first_line(error)}")
-        return None
+def explanation(error: Exception, repository: str, revision: str = "main") -> Exception | None:
+    """Return an error of huggingface_hub, or of what it uses, in one sentence; None for others."""
+    from huggingface_hub import utils as errors
+
+    chain = list(_causes(error))
+    data_set = f"the data set {repository}"
+    token = "set HF_TOKEN to a token that may read it (huggingface.co/settings/tokens)"
+    if any(isinstance(e, errors.GatedRepoError) for e in chain):
+        return PermissionError(
+            f"{data_set} is gated; accept its terms on https://huggingface.co/datasets/"
+            f"{repository} and {token}"
+        )
+    if any(isinstance(e, errors.RevisionNotFoundError) for e in chain):
+        return ValueError(
+            f"{data_set} has no revision {revision}; pass data.revision=<a branch, tag or "
+            f"commit of it>"
+        )
+    if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain):
+        return FileNotFoundError(
+            f"{data_set} is not on the hub, or is private; correct its name, or {token}"
+        )
+    if any(_status(e) in (401, 403) for e in chain):
+        return PermissionError(f"the hub does not let this machine read {data_set}; {token}")
+    if any(_status(e) or _is_transport(e) for e in chain):
+        return ConnectionError(
+            f"reading {data_set} broke off ({type(error).__name__}: {brief(error)}); "
+            "give the same command again, which continues from what is prepared"
+        )
+    if "scripts are no longer supported" in str(error):
+        return ValueError(
+            f"{data_set} is made by a program of its own, which is not run; pass "
+            "data.revision=refs/convert/parquet, the hub's parquet copy of it"
+        )
+    if type(error).__module__.startswith("datasets."):
+        return ValueError(f"{data_set} cannot be read: {brief(error)}")
+    return None
 
 
 @contextmanager
@@ -271,10 +272,6 @@ def _status(error: BaseException) -> int | None:
 def _is_transport(error: BaseException) -> bool:
     known = isinstance(error, (ConnectionError, TimeoutError))
     return known or type(error).__module__.partition(".")[0] in TRANSPORTS
-
-
-def _first_line(error: BaseException | None) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")[:200]
 
 
 def _some(names: list[str]) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock
 from pydantic.dataclasses import dataclass
 
-from nanogpt.command import expand_home, first_line
+from nanogpt.command import expand_home
 from nanogpt.data.corpus import Corpus, open_corpus
 from nanogpt.data.foreign import (
     SUFFIXES,
@@ -32,7 +32,7 @@ from nanogpt.data.foreign import (
     names_validation,
     recognise,
 )
-from nanogpt.data.hub import TRANSPORTS
+from nanogpt.data.hub import explanation
 from nanogpt.data.shards import Part, TokenStream
 from nanogpt.data.source import files_fingerprint, local_path
 from nanogpt.data.writer import JOURNAL
@@ -269,9 +269,11 @@ def _fetch(repository: str, directory: Path) -> None:
             allow_patterns=list(sizes),
         )
     except Exception as error:
-        explained = _explained(repository, error)
+        explained = explanation(error, repository)
         if explained is None:
             raise
+        if isinstance(explained, FileNotFoundError):
+            explained = FileNotFoundError(f"{repository} is no folder here, and {explained}")
         raise explained from error
     record = {"repository": repository, "revision": revision, "files": sizes}
     partial = directory / f".{FETCHED}"
@@ -295,29 +297,6 @@ def _sizes(repository: str, revision: str | None) -> dict[str, int]:
             f"shards, such as kjj0/finewebedu10B-gpt2"
         )
     return sizes
-
-
-def _explained(repository: str, error: Exception) -> OSError | None:
-    """Return what went wrong on the way from the hub in one sentence; None for other errors."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return PermissionError(
-            f"the data set {repository} is gated; accept its terms on "
-            f"https://huggingface.co/datasets/{repository} and set HF_TOKEN"
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return FileNotFoundError(
-            f"{repository} is neither a folder here nor a data set that the hub shows; mend the "
-            f"name, or set HF_TOKEN where it is private"
-        )
-    of_the_way = isinstance(error, errors.HfHubHTTPError | ConnectionError | TimeoutError)
-    if of_the_way or type(error).__module__.partition(".")[0] in TRANSPORTS:
-        return ConnectionError(
-            f"fetching {repository} broke off ({first_line(error)}); give the same command again, "
-            f"which goes on from what is here"
-        )
-    return None
 
 
 def _fingerprint(files: list[Part], splits: dict[str, list[Part]], tokenizer: Tokenizer) -> str:

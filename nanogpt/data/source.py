@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,12 +84,13 @@ def files_fingerprint(root: Path, paths: Sequence[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read in pieces."""
+def file_sha256(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:
+    """Return the SHA-256 of a file; `progress` is called with the bytes of each piece read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**20):
             digest.update(piece)
+            progress(len(piece))
     return digest.hexdigest()
 
 
