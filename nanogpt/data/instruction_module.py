@@ -60,18 +60,9 @@ class PackedConversations:
     val: PackedSplit
     fingerprint: str
 
-    def facts(self) -> dict[str, Any]:
-        """Return plain values for the summary."""
-        return {"splits": {"train": self.train.facts(), "val": self.val.facts()}}
-
     def steps_of(self, passes: int, tokens_per_step: int) -> int:
         """Return the optimizer steps of so many passes over the training rows."""
         return -(-passes * len(self.train.rows) * self.block_size // tokens_per_step)
-
-    def tell_passes(self, n_steps: int, tokens_per_step: int) -> None:
-        """Log how often so many steps go through the training rows."""
-        passes = n_steps * tokens_per_step / (len(self.train.rows) * self.block_size)
-        log.info("%s steps are %.1f passes over the training conversations", n_steps, passes)
 
 
 class InstructionDataModule(RowsDataModule):
@@ -119,10 +110,14 @@ class InstructionDataModule(RowsDataModule):
     def setup(self, stage: str) -> None:
         """Log how many passes over the training rows the trainer's steps are."""
         if stage == "fit":
-            self.packed.tell_passes(self._attached_trainer().max_steps, self.tokens_per_step)
+            n_steps = self._attached_trainer().max_steps
+            tokens_per_pass = len(self.train_rows) * self.block_size
+            passes = n_steps * self.tokens_per_step / tokens_per_pass
+            log.info("%s steps are %.1f passes over the training conversations", n_steps, passes)
 
     def facts(self) -> dict[str, Any]:
-        return {"template": self.template.name, "loss_on": self.loss_on, **self.packed.facts()}
+        splits = {"train": self.packed.train.facts(), "val": self.packed.val.facts()}
+        return {"template": self.template.name, "loss_on": self.loss_on, "splits": splits}
 
 
 def pack_conversations(
@@ -180,7 +175,7 @@ def _packed(
         n_cut=n_cut,
         n_dropped=n_dropped,
     )
-    _tell(name, split)
+    _log_split(name, split)
     return split
 
 
@@ -190,7 +185,7 @@ def _fit(encoded: Encoded, block_size: int) -> Encoded | None:
     return Encoded(ids, is_response) if any(is_response) else None
 
 
-def _tell(name: str, split: PackedSplit) -> None:
+def _log_split(name: str, split: PackedSplit) -> None:
     rows = split.rows
     log.info(
         "%s: %s conversations, %s tokens in %s rows of %s, %.1f %% of them padding",

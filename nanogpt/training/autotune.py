@@ -72,7 +72,8 @@ def autotune(
     everything with `remeasure`. Leaves random states and the number of threads as they were. Raises
     ValueError for a value that cannot be.
     """
-    _check_given(precision, compile, micro_batch, threads, rows_per_rank)
+    counts = {"micro_batch": micro_batch, "threads": threads}
+    _check_given(precision, compile, counts, rows_per_rank)
     if threads == "auto":
         threads, why_threads = _choose_threads(local_world_size)
     else:
@@ -267,11 +268,7 @@ def _bytes_per_token(config: GPTConfig) -> int:
 
 
 def _check_given(
-    precision: str,
-    compile: bool | str,
-    micro_batch: int | str,
-    threads: int | str,
-    rows_per_rank: int,
+    precision: str, compile: bool | str, counts: Mapping[str, int | str], rows_per_rank: int
 ) -> None:
     if precision != "auto" and precision not in DTYPES:
         raise ValueError(
@@ -279,17 +276,15 @@ def _check_given(
         )
     if compile != "auto" and not isinstance(compile, bool):
         raise ValueError(f"compile={compile} is unknown; choose auto, true or false")
-    if threads != "auto" and (type(threads) is not int or threads < 1):
-        raise ValueError(f"threads={threads!r} is neither auto nor a number of at least 1")
-    if threads != "auto" and int(threads) > 4 * (os.cpu_count() or 1):
+    given: dict[str, Any] = {key: value for key, value in counts.items() if value != "auto"}
+    for key, value in given.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{key}={value!r} is neither auto nor a number of at least 1")
+    if (threads := given.get("threads", 1)) > 4 * (os.cpu_count() or 1):
         raise ValueError(
             f"threads={threads} but this machine has {os.cpu_count()} CPUs; pass at most as many"
         )
-    if micro_batch == "auto":
-        return
-    if type(micro_batch) is not int or micro_batch < 1:
-        raise ValueError(f"micro_batch={micro_batch!r} is neither auto nor a number of at least 1")
-    if rows_per_rank % micro_batch:
+    if rows_per_rank % (micro_batch := given.get("micro_batch", 1)):
         divisors = [n for n in range(1, rows_per_rank + 1) if rows_per_rank % n == 0]
         raise ValueError(
             f"micro_batch={micro_batch} does not divide the {rows_per_rank} rows that a rank has "
