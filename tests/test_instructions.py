@@ -267,10 +267,11 @@ def test_the_tokenizer_of_a_new_model_learns_the_templates_tokens(tmp_path: Path
     assert tokenizer.fingerprint == BYTES.fingerprint
     assert data.special_tokens == tuple(CHAT.special_tokens)
     assert data.fingerprint == packed(path).fingerprint
+    same = packed(path)
     assert data.facts() == {
         "template": "chat",
         "loss_on": "responses",
-        **packed(path).facts(),
+        "splits": {"train": same.train.facts(), "val": same.val.facts()},
     }
 
 
