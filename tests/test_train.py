@@ -521,6 +521,15 @@ def test_a_sweep_over_an_operational_key_has_a_run_for_each_value(
     assert sorted(config["callbacks"]["early"]["patience"] for config in recorded) == [1, 2]
 
 
+def test_a_run_that_a_callback_ended_says_why_then_and_again(
+    tiny_run: list[str], main: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    early = "lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss, patience: 1, mode: max"
+    for _ in range(2):
+        assert main(*tiny_run, f"callbacks.early={{_target_: {early}}}") == 0
+        assert "ended before its budget by EarlyStopping: Monitored" in capsys.readouterr().out
+
+
 def test_a_typed_node_replaces_the_node_that_was_there(
     tiny_run: list[str], tmp_path: Path, main: Callable[..., int]
 ) -> None:

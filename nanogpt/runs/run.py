@@ -226,6 +226,8 @@ class Run:
         """Log what is continued, or that nothing is left to do."""
         if self.finished is not None:
             what = f"{self.finished['steps']} steps, {reached(self.finished)}"
+            if stopped := self.finished.get("stopped"):
+                what += f"; ended before its budget by {stopped}"
             log.info(
                 "%s is already finished (%s); name=<new name> starts another run", self.path, what
             )

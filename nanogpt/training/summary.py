@@ -102,6 +102,8 @@ def tell(
         f"{summary['tokens_per_s']:,.0f}",
         f", MFU {percent(summary['mfu'])}" if summary["mfu"] else "",  # 0 where it is unknown
     )
+    if stopped := summary.get("stopped"):
+        log.info("ended before its budget by %s", stopped)
     log.info("%s", reached(summary))
     log.info("report: %s", run_dir / "report.html")
     commands = next_commands(
