@@ -315,6 +315,21 @@ def test_a_checkpoint_is_validated_and_tested_by_itself(whole: Run) -> None:
     assert tested["test/loss"] == metrics["val/loss"]
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(("which", "step"), [("best", None), ("last", MAX_STEPS)])
+def test_best_and_last_are_found_by_name(tmp_path: Path, which: str, step: int | None) -> None:
+    run = Run(tmp_path)
+    step = step or (run.checkpointing.best or (0, 0))[1]
+    for parameter in run.module.parameters():
+        parameter.data.zero_()
+    loader = Data().val_dataloader()
+    metrics = run.trainer.validate(
+        run.module, loader, ckpt_path=which, verbose=False, weights_only=True
+    )[0]
+    expected = float({s: loss for s, _, loss in run.metrics()}[str(step)])
+    assert metrics["val/loss"] == pytest.approx(expected, abs=1e-9)
+
+
 # Private members of libraries in use, each with its reason.
 EXCEPTIONS = {
     # Lightning would ask all ranks, and wait for the device, before every step.

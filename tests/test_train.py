@@ -411,21 +411,24 @@ def test_a_signal_before_the_first_step_still_leaves_a_checkpoint(
     assert load_checkpoint("tiny", runs_dir=tmp_path / "runs").step == 1
 
 
-class SignalInFinalValidation(Callback):
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
+class SignalAtTheEnd(Callback):
+    """Signal in the last validation while fitting, or in the one after it."""
+
+    def __init__(self, signum: int, fn: str) -> None:
+        self.signum, self.fn = signum, fn
 
     def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.state.fn == "validate":
+        if trainer.state.fn == self.fn and trainer.global_step == trainer.max_steps:
             os.kill(os.getpid(), self.signum)
 
 
+@pytest.mark.parametrize("fn", ["fit", "validate"])
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_in_the_final_validation_leaves_at_once(
-    signum: signal.Signals, code: int, tiny_run: list[str], tmp_path: Path
+def test_a_signal_after_the_last_step_leaves_before_the_final_validation_ends(
+    signum: signal.Signals, code: int, fn: str, tiny_run: list[str], tmp_path: Path
 ) -> None:
     part = [*tiny_run, "callbacks.validation.tokens=64"]
-    callback = f"{{_target_: {__name__}.SignalInFinalValidation, signum: {int(signum)}}}"
+    callback = f"{{_target_: {__name__}.SignalAtTheEnd, signum: {int(signum)}, fn: {fn}}}"
     with pytest.raises(SystemExit) as exit_:
         fit(*part, f"+callbacks.signal={callback}")
     assert exit_.value.code == code

@@ -201,6 +201,8 @@ class StopSignals(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:  # which the same command repeats
             self._handle(_leave)
+            if self.received is not None:  # after the last step
+                _leave(self.received)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         signum = self._agreed()
@@ -243,7 +245,7 @@ class StopSignals(Callback):
         return agreed
 
 
-def _leave(signum: int, frame: FrameType | None) -> None:
+def _leave(signum: int, frame: FrameType | None = None) -> None:
     raise SystemExit(128 + signum)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import validate_call
@@ -57,7 +57,7 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-class Checkpointing(Checkpoint):
+class Checkpointing(ModelCheckpoint):
     """Write `step_000500.ckpt` every n steps and at the end; `last.ckpt` is its second name.
 
     The last `keep` stay, and the one of the best validation loss. Where a step is validated, its
@@ -68,18 +68,15 @@ class Checkpointing(Checkpoint):
 
     @validate_call
     def __init__(self, run_dir: Path, *, every_n_steps: Count = 500, keep: Size = 2) -> None:
+        # Lightning finds `last` by its directory, and warns of one in use where it writes itself.
+        super().__init__(dirpath=run_dir / "checkpoints", save_top_k=0)
         self.directory = run_dir / "checkpoints"
         self.every_n_steps = every_n_steps
         self.keep = keep
-        self.best: tuple[float, int] | None = None  # (validation loss, step)
+        self.best: tuple[float, int] | None = None  # (validation loss, step); Lightning's `best`
         self.saved_step = -1
         self.stopped = ""  # why training ended before its budget
         self.max_steps = 0  # that budget
-
-    @property
-    def best_model_path(self) -> str:
-        """The checkpoint of the best validation loss, empty without one: Lightning's `best`."""
-        return str(self.directory / f"step_{self.best[1]:06d}.ckpt") if self.best else ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         by, _, _ = self.stopped.partition(":")
@@ -94,6 +91,9 @@ class Checkpointing(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_due(trainer):
             self.save(trainer, pl_module, float(trainer.callback_metrics["val/loss"]))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write nothing: all of training is one epoch."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -119,7 +119,7 @@ class Checkpointing(Checkpoint):
         if step == self.saved_step:
             return
         if loss is not None and (self.best is None or loss < self.best[0]):
-            self.best = (loss, step)
+            self._name_best((loss, step))
         self.stopped, self.max_steps = stopping_reason(trainer), trainer.max_steps
         with module.off_the_clock():
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -132,6 +132,10 @@ class Checkpointing(Checkpoint):
                 link_atomically(path, self.directory / LAST)
                 self._remove_old(step)
             self.saved_step = step
+
+    def _name_best(self, best: tuple[float, int]) -> None:
+        self.best = best
+        self.best_model_path = str(self.directory / f"step_{best[1]:06d}.ckpt")
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -151,7 +155,8 @@ class Checkpointing(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         best = state_dict["best"]
-        self.best = (float(best[0]), int(best[1])) if best else None
+        if best:
+            self._name_best((float(best[0]), int(best[1])))
         self.stopped = state_dict.get("stopped", "")
         self.max_steps = state_dict.get("max_steps", 0)
 
