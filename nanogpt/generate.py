@@ -15,7 +15,7 @@ from functools import partial
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.command import add_allow_module, add_directory, guard_output, parse, run_command
 from nanogpt.generation import generate
-from nanogpt.prompts import Message, Template, find_template
+from nanogpt.prompts import encode_prompt, find_template
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(options: argparse.Namespace) -> None:
-    """Write what the model says, as it says it."""
+    """Write the completion, or the reply to the prompt, token by token."""
     checkpoint = load_checkpoint(
         options.checkpoint,
         device=options.device,
@@ -34,36 +34,10 @@ def write(options: argparse.Namespace) -> None:
         allow_modules=options.allow_module,
     )
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    if checkpoint.template is None or options.raw:
-        ids = completion(checkpoint, prompt, options)
-        _write(prompt)
-    else:
-        ids = reply(checkpoint, find_template(checkpoint.template), prompt, options)
-    for text in stream_text(checkpoint, ids):
-        _write(text)
-    _write("\n")
-
-
-def completion(checkpoint: Checkpoint, prompt: str, options: argparse.Namespace) -> Iterator[int]:
-    """Yield the ids that follow a prompt, up to the end of the text; without one, of a document."""
-    tokenizer = checkpoint.tokenizer
-    ids = tokenizer.encode_prompt(prompt)
-    return _generated(checkpoint, ids, [tokenizer.eot_id], options)
-
-
-def reply(
-    checkpoint: Checkpoint, template: Template, prompt: str, options: argparse.Namespace
-) -> Iterator[int]:
-    """Yield the ids of the reply to a user's message."""
-    asked = [Message("user", prompt)]
-    ids, _ = template.encode(checkpoint.tokenizer, asked, add_generation_prompt=True)
-    return _generated(checkpoint, ids, template.stop_ids(checkpoint.tokenizer), options)
-
-
-def _generated(
-    checkpoint: Checkpoint, ids: list[int], stop_ids: list[int], options: argparse.Namespace
-) -> Iterator[int]:
-    return generate(
+    name = None if options.raw else checkpoint.template
+    template = None if name is None else find_template(name)
+    ids, stop_ids = encode_prompt(checkpoint.tokenizer, template, prompt)
+    new_ids = generate(
         checkpoint.model,
         ids,
         max_new_tokens=options.max_new_tokens,
@@ -74,6 +48,11 @@ def _generated(
         stop_ids=stop_ids,
         seed=options.seed,
     )
+    if template is None:
+        _write(prompt)
+    for text in stream_text(checkpoint, new_ids):
+        _write(text)
+    _write("\n")
 
 
 def stream_text(checkpoint: Checkpoint, ids: Iterable[int]) -> Iterator[str]:

@@ -27,6 +27,8 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_prompt(self, text: str) -> list[int]: ...
+
     def decode(self, ids: Iterable[int]) -> str: ...
 
 
@@ -251,6 +253,20 @@ def find_template(name: str) -> Template:
     if name not in TEMPLATES:
         raise ValueError(f"template={name!r} is unknown; choose one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, template: Template | None, prompt: str
+) -> tuple[list[int], list[int]]:
+    """Return the ids of a prompt, and those that end what follows.
+
+    With a template the prompt is a user's message; without one an empty prompt begins a document.
+    """
+    if template is None:
+        return tokenizer.encode_prompt(prompt), [_id(tokenizer, END_OF_TEXT)]
+    messages = [Message("user", prompt)]
+    ids, _ = template.encode(tokenizer, messages, add_generation_prompt=True)
+    return ids, template.stop_ids(tokenizer)
 
 
 def trimmed(text: str) -> str:

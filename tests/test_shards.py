@@ -134,7 +134,7 @@ def test_a_stream_of_parts_reads_runs_of_any_type_at_any_offset(
         path.write_bytes(b"\xff" * offset_bytes + tokens.astype(dtype).tobytes() + b"\xff" * 3)
         parts.append(Part(path, np.dtype(dtype), offset_bytes, n_tokens))
         expected += tokens.tolist()
-    stream = TokenStream.of_parts(parts)
+    stream = TokenStream(parts)
     assert len(stream) == len(expected)
     start, stop = sorted(min(bound, len(expected)) for bound in bounds)
     with pytest.MonkeyPatch.context() as patch:

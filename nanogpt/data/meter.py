@@ -1,7 +1,6 @@
 """What a person sees of a preparation: an estimate, then a bar, or a line now and then."""
 
 import logging
-import multiprocessing
 import shutil
 import sys
 import time
@@ -61,7 +60,7 @@ class Meter:
         if not self._estimated:
             self._estimated = True
             self._estimate(pace)
-            if sys.stderr.isatty() and multiprocessing.parent_process() is None:
+            if sys.stderr.isatty():
                 self._bar = _bar(self._n_tokens)
         elif self._bar is None:
             log.info("%s tokens%s", _short(self._n_tokens), self._left(pace))

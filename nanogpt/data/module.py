@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
@@ -51,7 +50,7 @@ class TokenizerChoice:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "TokenizerChoice":
         """Return the choice of an existing tokenizer."""
-        return cls(partial(_ignore_documents, tokenizer), tokenizer.fingerprint, tokenizer)
+        return cls(lambda documents: tokenizer, tokenizer.fingerprint, tokenizer)
 
     def make_without_text(self) -> Tokenizer | None:
         """Return the tokenizer, None where it is learned from documents."""
@@ -402,10 +401,6 @@ class _NoDocuments:
     def __iter__(self) -> Iterator[str]:
         self.were_read = True
         return iter(())
-
-
-def _ignore_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Tokenizer:
-    return tokenizer
 
 
 def _as_it_is(item: object) -> object:

@@ -56,7 +56,7 @@ class Preparation:
     """What makes a corpus: the source, its tokenizer, how much of it, and where it goes.
 
     `make_tokenizer` gets the documents of the training split; `tokenizer_key` names what it makes,
-    settings included (`gpt2`, `bpe-2048`). It can be sent to another process.
+    settings included (`gpt2`, `bpe-2048`).
     """
 
     source: Source

@@ -90,8 +90,8 @@ class TokenShards:
         return Corpus(
             directory=folder,
             tokenizer=tokenizer,
-            train=TokenStream.of_parts(splits["train"]),
-            val=TokenStream.of_parts(splits["val"]),
+            train=TokenStream(splits["train"]),
+            val=TokenStream(splits["val"]),
             fingerprint=_fingerprint(files, splits, tokenizer),
             manifest=self._manifest(splits, tokenizer, tokenizer_key),
         )

@@ -9,7 +9,7 @@ version 7, holds uint32 (Llama 3). Its readers and modded-nanogpt's take what is
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -100,7 +100,7 @@ def shard_part(path: Path, remedy: str = REMEDY) -> Part:
 
 
 class TokenStream:
-    """The tokens of several shards end to end, read in place; cheap to send to another process.
+    """The tokens of shards, or of parts of files, end to end and read in place; cheap to pickle.
 
     Memory stays flat however much is read. A page that was touched counts as resident for as long
     as its map lives, with its neighbours (Linux maps 64 KiB around a touch), so maps that are kept
@@ -108,15 +108,11 @@ class TokenStream:
     stay in the system's cache.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._lay_out(shard_part(Path(path)) for path in paths)
-
-    @classmethod
-    def of_parts(cls, parts: Iterable[Part]) -> "TokenStream":
-        """Return the stream of runs of tokens in files of any make."""
-        stream = cls(())
-        stream._lay_out(parts)
-        return stream
+    def __init__(self, parts: Iterable[Part | Path]) -> None:
+        self._parts = [part if isinstance(part, Part) else shard_part(part) for part in parts]
+        # where each part begins, then the end
+        self._starts = [0, *accumulate(part.n_tokens for part in self._parts)]
+        self._forget_maps()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -138,12 +134,6 @@ class TokenStream:
         if self._touched_bytes > MAPPED_BYTES:
             self._forget_maps()
         return tokens
-
-    def _lay_out(self, parts: Iterable[Part]) -> None:
-        self._parts = tuple(parts)
-        # where each part begins, then the end
-        self._starts = [0, *accumulate(part.n_tokens for part in self._parts)]
-        self._forget_maps()
 
     def _forget_maps(self) -> None:
         self._maps: dict[int, np.ndarray] = {}  # by part; the last reference to a map unmaps it
