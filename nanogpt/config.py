@@ -188,9 +188,8 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     words = [*(f"--config-dir={path}" for path in own), *(word.lstrip("+") for word in overrides)]
     words += [word for word in hydra_config.overrides.hydra if word.startswith("hydra.searchpath")]
     config["command"] = shlex.join(["python", "train.py", *words])
-    if config["trainer"].get("fast_dev_run"):  # a trial beside the run, anew each time
-        name = f"{config['name']}-fast_dev_run"
-        config |= {"name": name, "resume": False, "overwrite": True}
+    if config["trainer"].get("fast_dev_run"):  # a trial beside the run, which saves nothing
+        config["name"] += "-fast_dev_run"
     return config
 
 

@@ -251,8 +251,8 @@ def test_fast_dev_run_leaves_the_run_as_it_is(tiny_run: list[str], tmp_path: Pat
     assert train.main([*tiny_run, "max_steps=4"]) == 0
     run_dir = tmp_path / "runs" / "tiny"
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    for n in (1, 2):  # anew each time
-        assert train.main([*tiny_run, "trainer.fast_dev_run=true"]) == 0
+    for n in (1, 2):  # anew each time, of another identity too
+        assert train.main([*tiny_run, "trainer.fast_dev_run=true", f"seed={n}"]) == 0
         log = (tmp_path / "runs" / "tiny-fast_dev_run" / "train.log").read_text()
         assert log.count("fast_dev_run: training and validation work") == n
     assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
