@@ -61,7 +61,7 @@ def adamw(
         config: Any = model.config
         learning_rate *= for_width / config.n_embd
     return torch.optim.AdamW(
-        parameter_groups(model, weight_decay),
+        parameter_groups(model.parameters(), weight_decay),
         lr=learning_rate,
         betas=betas,
         eps=eps,
@@ -113,13 +113,8 @@ def muon(
     }
     return MuonAdamW(
         [{"params": matrices[n], "row_blocks": n, **muon_settings} for n in sorted(matrices)]
-        + [{**group, **adamw_settings} for group in _decay_groups(rest, weight_decay)]
+        + [{**group, **adamw_settings} for group in parameter_groups(rest, weight_decay)]
     )
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[Group]:
-    """Split the trainable parameters: matrices decayed (embeddings too, as GPT-2), vectors not."""
-    return _decay_groups(model.parameters(), weight_decay)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -331,7 +326,8 @@ def _grads(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[Group]:
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[Group]:
+    """Split the trainable parameters: matrices decayed (embeddings too, as GPT-2), vectors not."""
     trainable = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": float(weight_decay)},

@@ -104,7 +104,7 @@ def through_file(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_matrices_decay_and_vectors_do_not(model: Parameters) -> None:
-    decayed, plain = parameter_groups(model, 0.1)
+    decayed, plain = parameter_groups(model.parameters(), 0.1)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert {p.ndim for p in decayed["params"]} == {2}
     assert {p.ndim for p in plain["params"]} == {1}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.training.summary import next_commands, tell
+from nanogpt.training.summary import log_summary, next_commands
 
 
 @pytest.mark.parametrize(("mfu", "shown"), [(0.0, ""), (0.38, ", MFU 38 %")])
@@ -15,7 +15,7 @@ def test_an_unknown_mfu_is_left_out(
 ) -> None:
     figures = {"stage": "pretrain", "steps": 2, "tokens": 512, "wall_s": 2, "train_s": 1}
     with caplog.at_level(logging.INFO):
-        tell(
+        log_summary(
             {**figures, "tokens_per_s": 512.0, "mfu": mfu, "val_loss": 1.0},
             Path("r"),
             {"prompts": []},

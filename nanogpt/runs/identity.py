@@ -209,17 +209,17 @@ def budget_steps(config: Mapping[str, Any]) -> int:
     return int(min(budgets))
 
 
-def operational_differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def operational_differences(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Return one line per key that may change between two starts of a run, and did."""
     return _differences(
-        recorded, wanted, lambda key: not is_identity(key) and not _under(key, "resolved")
+        recorded, config, lambda key: not is_identity(key) and not _under(key, "resolved")
     )
 
 
 def _differences(
-    recorded: Mapping[str, Any], wanted: Mapping[str, Any], counts: Callable[[str], bool]
+    recorded: Mapping[str, Any], config: Mapping[str, Any], counts: Callable[[str], bool]
 ) -> list[str]:
-    old, new = flatten(recorded), flatten(wanted)
+    old, new = flatten(recorded), flatten(config)
     return [
         f"{key}: {old.get(key)!r} is recorded, {new.get(key)!r} was asked for"
         for key in sorted(old.keys() | new.keys())

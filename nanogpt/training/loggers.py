@@ -21,17 +21,12 @@ log = logging.getLogger("nanogpt")
 class MetricsLogger(Logger):
     """Write the run's `metrics.csv`."""
 
+    name = ""
+    version = ""
+
     def __init__(self, run_dir: Path) -> None:
         super().__init__()
         self.file = MetricsFile(run_dir / "metrics.csv")
-
-    @property
-    def name(self) -> str:
-        return ""
-
-    @property
-    def version(self) -> str:
-        return ""
 
     @property
     def save_dir(self) -> str:

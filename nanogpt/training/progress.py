@@ -53,14 +53,7 @@ class Progress(ProgressBar):
                 dynamic_ncols=True,
             )
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         now = time.monotonic()
         if now >= self._due:
             self._due = now + (self.every_s if self._bar is None else BAR_EVERY_S)
@@ -71,12 +64,10 @@ class Progress(ProgressBar):
             self._show(trainer, pl_module, time.monotonic())
         self._close()
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *args: Any) -> None:
         self._close()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
         self._close()
 
     def _show(self, trainer: Trainer, pl_module: LightningModule, now: float) -> None:

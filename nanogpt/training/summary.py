@@ -35,7 +35,7 @@ def finish(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[str,
         return {}
     summary = run.finish(on_rank_zero(lambda: summarise(run, module, facts)))
     on_rank_zero(lambda: _write_report(run))
-    tell(summary, run.path, run.config["data"], module.model.config.block)
+    log_summary(summary, run.path, run.config["data"], module.model.config.block)
     return summary
 
 
@@ -89,7 +89,7 @@ def summarise(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[s
     }
 
 
-def tell(
+def log_summary(
     summary: Mapping[str, Any], run_dir: Path, data: Mapping[str, Any], block: str | None = None
 ) -> None:
     """Log what was reached and what may come next, with the first prompt of the `data` node."""
