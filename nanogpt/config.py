@@ -139,7 +139,8 @@ def expand_paths(tree: Any, key: str = "") -> Any:
     """Return a configuration with `~` expanded in every path."""
     if isinstance(tree, dict):
         return {name: expand_paths(value, str(name)) for name, value in tree.items()}
-    return expand_home(tree) if isinstance(tree, str) and is_path(key) else tree
+    is_home = isinstance(tree, str) and tree.startswith("~") and is_path(key)
+    return expand_home(tree) if is_home else tree
 
 
 def sweep_name(arguments: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ MISFITTING = (
     ".*exists and is not empty.*",
     ".*recommended to use `sync_dist=True`.*",
     ".*LeafSpec.*",
+    ".*broadcast_buffers.*",
     ".*`broadcast_buffers` is deprecated.*",
 )
 
