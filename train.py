@@ -132,6 +132,7 @@ def start(config: dict[str, Any]) -> Mapping[str, Any]:
     if code in STOPPED_BY_SIGNAL:
         raise SystemExit(code)
     if code:
+        failures.append(code)
         raise RankZeroFailedError  # and has said why
     return RunDirectory.of(config).summary() or {}
 

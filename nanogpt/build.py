@@ -149,7 +149,8 @@ def build_data(config: Mapping[str, Any], **live: Any) -> Any:
 
 def source_fingerprint(data: Any) -> str:
     """Return the fingerprint of what a data module reads, before it is prepared."""
-    fingerprint: str = data.source.fingerprint() if hasattr(data, "source") else data.fingerprint
+    source: Any = getattr(data, "source", None)  # of a user's module, this may be anything
+    fingerprint: str = source.fingerprint() if hasattr(source, "fingerprint") else data.fingerprint
     return fingerprint
 
 

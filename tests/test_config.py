@@ -6,6 +6,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import pydantic
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 
 import serve
 import train
-from nanogpt.build import ConfigurationError, build
+from nanogpt.build import ConfigurationError, build, source_fingerprint
 from nanogpt.command import parse
 from nanogpt.config import as_overrides, explain_composition
 from nanogpt.generate import parser
@@ -336,3 +337,8 @@ def test_an_error_of_the_machine_is_raised_as_it_is(
     with pytest.raises(type(error)) as caught:
         build(here("holds"), "it")
     assert caught.value is error
+
+
+def test_a_data_module_may_have_a_source_of_its_own_kind() -> None:
+    data = SimpleNamespace(source="https://example.org/text", fingerprint="abc")
+    assert source_fingerprint(data) == "abc"

@@ -1,5 +1,6 @@
 """Devices, ranks, and what rank zero decides for all."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,3 +58,14 @@ def test_ranks_of_one_machine_meet_without_its_name(monkeypatch: pytest.MonkeyPa
 
 def test_alone_rank_zero_decides_at_once() -> None:
     assert on_rank_zero(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_ranks_that_fail_end_the_command_with_their_code(
+    code: int,
+    main: Callable[..., int],
+    tiny_run: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nanogpt.training.launch.launch", lambda config, n: code)
+    assert main(*tiny_run, "trainer.devices=2") == code
