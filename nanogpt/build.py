@@ -321,7 +321,9 @@ def _call(
             text = f"{where}.{text}"
         raise ConfigurationError(text if where in text else f"{where}: {text}") from error
     except Exception as error:
-        if isinstance(error, OSError) or out_of_memory(error):
+        from nanogpt.ranks import RankZeroFailedError
+
+        if isinstance(error, OSError | RankZeroFailedError) or out_of_memory(error):
             raise
         what = f"{_name(target)}(...) failed: {type(error).__name__}: {first_line(error)}"
         raise ConfigurationError(f"{where}: {what}") from error

@@ -21,6 +21,7 @@ from nanogpt.build import ConfigurationError, build, source_fingerprint
 from nanogpt.command import parse
 from nanogpt.config import as_overrides, explain_composition
 from nanogpt.generate import parser
+from nanogpt.ranks import RankZeroFailedError
 from nanogpt.values import CHECKED, Count
 from serving import environment
 from serving.engine.messages import Settings
@@ -342,3 +343,12 @@ def test_an_error_of_the_machine_is_raised_as_it_is(
 def test_a_data_module_may_have_a_source_of_its_own_kind() -> None:
     data = SimpleNamespace(source="https://example.org/text", fingerprint="abc")
     assert source_fingerprint(data) == "abc"
+
+
+def fail_as_rank_zero_did() -> None:
+    raise RankZeroFailedError
+
+
+def test_a_node_that_fails_on_rank_zero_is_no_wrong_usage_on_other_ranks() -> None:
+    with pytest.raises(RankZeroFailedError):
+        build({"_target_": f"{__name__}.fail_as_rank_zero_did"}, "callbacks.x")
