@@ -57,6 +57,9 @@ from nanogpt.config import (
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 STOPPED_BY_SIGNAL = (130, 143)
 
+# Plain values that constructors of nodes receive where they name them.
+HANDED_OVER = ("seed", "stage", "data_dir", "tokens_per_step", "grad_clip")
+
 failures: list[int] = []  # exit codes of this command's jobs
 
 
@@ -157,7 +160,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     quieten_lightning()
     check_nodes(config, budget_steps(config))
     device, ranks = resolve_device(config["trainer"]["accelerator"]), Ranks.from_environment()
-    plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
+    plain = {key: config[key] for key in HANDED_OVER}
     data = build_data(config, **plain, block_size=config["model"]["block_size"])
     schedule = build_schedule(config["schedule"])
     opened = open_run(
@@ -213,7 +216,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
             "wandb_id": run.recorded["wandb_id"],
         }
         module = build(config["module"], "module", **live)
-        loggers = build_each(config["logger"], "logger", **live)
+        loggers = build_each(config["logger"], "logger", **live, name=config["name"])
         trainer = build_trainer(config["trainer"], run, device, callbacks, loggers)
         run.rewind()
         named = {"callbacks": callbacks, "logger": loggers}

@@ -250,6 +250,11 @@ def check_values(config: Mapping[str, Any]) -> None:
             kind(**values)
         except ValidationError as error:
             raise ConfigurationError(explain(error, where)) from None
+    if not callbacks.get("checkpoint"):
+        raise ConfigurationError(
+            "callbacks.checkpoint is missing, and a run continues from its checkpoints; to write "
+            "fewer raise callbacks.checkpoint.every_n_steps"
+        )
     for key, instead in INSTEAD.items():
         if f"trainer.{key}" in config.get("typed", ()):
             raise ConfigurationError(f"trainer.{key} is not used here; pass {instead}")

@@ -305,6 +305,12 @@ def test_every_callback_logger_and_trainer_builds(choice: str, tmp_path: Path) -
     assert set(callbacks) <= set(trainer.callbacks)
 
 
+@pytest.mark.parametrize("word", ["~callbacks.checkpoint", "callbacks.checkpoint=null"])
+def test_checkpoints_cannot_be_left_out(word: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"callbacks\.checkpoint is missing"):
+        check_values(composed("stage=quickstart", word))
+
+
 @pytest.mark.parametrize(
     ("word", "instead"),
     [

@@ -202,7 +202,7 @@ def test_constructors_receive_what_the_table_says(folder: Path) -> None:
     of_data = handed_over("`data`: a data module")
     of_callbacks = handed_over("`callbacks.*`")
     of_loggers = [*of_callbacks, *handed_over("`logger.*`, `module`")]
-    assert (len(of_data), len(of_callbacks), len(of_loggers)) == (6, 7, 18)
+    assert (len(of_data), len(of_callbacks), len(of_loggers)) == (6, 7, 19)
     probes = (
         ("Data", "windows.RandomWindows", of_data, "'text.txt', seed, block_size, tokens_per_step"),
         ("Callback", "callbacks.WeightNorm", of_callbacks, ""),

@@ -90,7 +90,8 @@ class Checkpointing(ModelCheckpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_due(trainer):
-            self.save(trainer, pl_module, float(trainer.callback_metrics["val/loss"]))
+            loss = trainer.callback_metrics.get("val/loss")
+            self.save(trainer, pl_module, None if loss is None else float(loss))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write nothing: all of training is one epoch."""
