@@ -590,6 +590,7 @@ def test_newer_weights_of_an_evicted_model_are_not_loaded(
     paths = {name: tmp_path / name / "checkpoints" / "last.ckpt" for name in "ab"}
     for path in paths.values():
         write_model(path)
+    monkeypatch.setattr(engine_module, "PATIENCE_S", 60.0)  # a slow load would let another begin
     asked = Asked(tmp_path, max_models=2, cache_gb=SLOT_BYTES / 1e9)
     ask(asked, "a")
     loaded = loads(monkeypatch, lambda: newer(asked, paths["a"]))
