@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -393,15 +394,25 @@ def test_a_signal_leaves_a_checkpoint_and_its_code(
     assert f"stopped by a signal at step {step}" in out
 
 
+@pytest.mark.parametrize("in_another_thread", [False, True])  # which does not block signals
 def test_a_signal_before_the_first_step_still_leaves_a_checkpoint(
-    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_another_thread: bool, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nanogpt.data.module import CorpusDataModule
 
     loader = CorpusDataModule.train_dataloader
 
+    def kill() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
     def signalled(self: CorpusDataModule) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        if in_another_thread:
+            thread = threading.Thread(target=kill)
+            thread.start()
+            thread.join()
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
         return loader(self)
 
     monkeypatch.setattr(CorpusDataModule, "train_dataloader", signalled)

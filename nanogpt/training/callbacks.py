@@ -197,6 +197,8 @@ class StopSignals(Callback):
         epoch_loop: Any = trainer.fit_loop.epoch_loop
         epoch_loop._broadcast_sigterm_tensor = lambda: None
         self._handle(self._receive)
+        if trainer.received_sigterm:  # before, by another thread, which does not block it
+            self.received = signal.SIGTERM
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:  # which the same command repeats

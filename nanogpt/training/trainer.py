@@ -1,6 +1,7 @@
 """The Lightning Trainer of a run: from its node of the configuration, callbacks and loggers."""
 
 import logging
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from nanogpt.build import CallbackError, build
 from nanogpt.runs.run import Run
@@ -91,6 +93,8 @@ def fit(
         tokens = {getattr(data, name, None) for name in ("val_tokens", "final_val_tokens")}
         if len(tokens) > 1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.validate(module, datamodule=data, verbose=False)
+    except SIGTERMException:  # Lightning's, for a signal before training or validation started
+        raise SystemExit(128 + signal.SIGTERM) from None
     except Exception as error:
         failed = failing_part(error, trainer)
         names = {f"{group}.{name}": part for group in parts for name, part in parts[group].items()}
