@@ -20,7 +20,7 @@ from pydantic import validate_call
 from nanogpt.evaluation import hellaswag
 from nanogpt.evaluation.examples import find_benchmark
 from nanogpt.generation import check_sampling, generate
-from nanogpt.prompts import Message
+from nanogpt.prompts import encode_prompt
 from nanogpt.ranks import on_rank_zero
 from nanogpt.runs.directory import cut_samples
 from nanogpt.training.checkpointing import will_validate
@@ -149,30 +149,21 @@ class Samples(Periodic):
         Those that a killed process wrote at this step are replaced.
         """
         cut_samples(self.path, step - 1)
-        generated = self.continuation if module.template is None else self.reply
-        texts = [generated(module, prompt) for prompt in self.prompts]
+        texts = [self.sample(module, prompt) for prompt in self.prompts]
         text = "\n---\n".join(texts)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(f"=== step {step} ===\n{text}\n")
 
-    def continuation(self, module: StageModule, prompt: str) -> str:
-        """Return the prompt with its continuation; an empty prompt begins a document."""
-        tokenizer = module.tokenizer
-        ids = tokenizer.encode_prompt(prompt)
-        options: Any = self.options
-        new_ids = generate(module.model, ids, stop_ids=[tokenizer.eot_id], **options)
-        return prompt + tokenizer.decode(list(new_ids))
-
-    def reply(self, module: StageModule, prompt: str) -> str:
-        """Return the prompt and, on the next line, the model's reply to it as a message."""
+    def sample(self, module: StageModule, prompt: str) -> str:
+        """Return the prompt with its continuation, or with the reply to it on the next line."""
         tokenizer, template = module.tokenizer, module.template
-        assert template is not None
-        messages = [Message("user", prompt)]
-        ids, _ = template.encode(tokenizer, messages, add_generation_prompt=True)
+        ids, stop_ids = encode_prompt(tokenizer, template, prompt)
         options: Any = self.options
-        new_ids = generate(module.model, ids, stop_ids=template.stop_ids(tokenizer), **options)
-        reply = template.until_stop(tokenizer.decode(list(new_ids)))
-        return f"> {prompt}\n{reply or '(it ends its reply at once)'}"
+        new_ids = generate(module.model, ids, stop_ids=stop_ids, **options)
+        text = tokenizer.decode(list(new_ids))
+        if template is None:
+            return prompt + text
+        return f"> {prompt}\n{template.until_stop(text) or '(it ends its reply at once)'}"
 
 
 class StopSignals(Callback):
@@ -180,8 +171,8 @@ class StopSignals(Callback):
 
     A second SIGINT leaves at once, as either does in the validation after training. The ranks agree
     on the step without waiting: each starts a reduction of its flag over gloo and reads the
-    previous step's. The signals are blocked until training or that validation starts, so that
-    Lightning's own handler, which broadcasts, never runs.
+    previous step's. The main thread blocks the signals until training or that validation starts,
+    since Lightning's own handler broadcasts; one that another thread takes is heeded then.
     """
 
     def __init__(self) -> None:
