@@ -185,9 +185,12 @@ def test_the_lock_is_free_again_after_the_block(tmp_path: Path) -> None:
 
 def _hold_with_forked_child(directory: Path, child_pid: "multiprocessing.Queue[int]") -> None:
     with RunLock(directory):
+        forked, in_child = os.pipe()
         pid = os.fork()
         if pid == 0:
+            os.write(in_child, b".")
             time.sleep(60)
+        os.read(forked, 1)  # the child's fork handlers, which close its copy, have run
         child_pid.put(pid)
         time.sleep(60)
 
