@@ -21,6 +21,7 @@ CORE = {
     "record",
     "weights",
     "optim",
+    "splitmix",
     "hub",
     "tokenizer_files",
     "command",

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.data.order import RowOrder, permute, row_seeds
+from nanogpt.splitmix import GAMMA, splitmix64
 
 SIZES = st.integers(1, 5000)
 
@@ -125,3 +126,10 @@ def _defined(value: int, n: int, key: str) -> int:
         value = left * b + right
         if value < n:
             return value
+
+
+def test_splitmix_is_the_published_one_for_integers_and_arrays() -> None:
+    assert splitmix64(GAMMA) == 0xE220A8397B1DCDAF  # the first output of seed 0
+    values = [0, 1, 2**63, 2**64 - 1]
+    assert splitmix64(np.array(values, np.uint64)).tolist() == [splitmix64(v) for v in values]
+    assert splitmix64(2**64 + 5) == splitmix64(5)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanogpt.splitmix import splitmix64
+
 ROUNDS = 8
 
 
@@ -42,7 +44,7 @@ def row_seeds(seed: int, step: int, n_rows: int) -> np.ndarray:
     """
     key = hashlib.sha256(f"{seed}/{step}".encode()).digest()
     first = np.frombuffer(key[:8], dtype="<u8")
-    return _mix(first + np.arange(n_rows, dtype=np.uint64)).view(np.int64)
+    return splitmix64(first + np.arange(n_rows, dtype=np.uint64)).view(np.int64)
 
 
 def permute(positions: np.ndarray, n: int, key: str) -> np.ndarray:
@@ -68,13 +70,6 @@ def _network(values: np.ndarray, a: int, b: int, round_keys: np.ndarray) -> np.n
     a_, b_ = np.uint64(a), np.uint64(b)
     left, right = np.divmod(values, b_)
     for i in range(0, ROUNDS, 2):
-        left = (left + _mix(right ^ round_keys[i]) % a_) % a_
-        right = (right + _mix(left ^ round_keys[i + 1]) % b_) % b_
+        left = (left + splitmix64(right ^ round_keys[i]) % a_) % a_
+        right = (right + splitmix64(left ^ round_keys[i + 1]) % b_) % b_
     return left * b_ + right
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """Return a 64-bit hash of each value (the finalizer of SplitMix64, Steele et al., 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

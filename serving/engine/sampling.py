@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nanogpt.splitmix import GAMMA, splitmix64
 from serving.engine.messages import MIN_LOGPROB, SamplingParams
 
 CANDIDATES = (256, 4096)  # likeliest tokens that are sorted; more only where they do not suffice
 MAX_TOP = 20  # likeliest tokens that can be asked for
 LEAST_TEMPERATURE = 1e-5  # below it the rounding of float32 logits decides: the likeliest is taken
-_WORD = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,10 @@ def choose(logits: Tensor, draws: list[Draw]) -> list[Chosen | NotFinite]:
 def uniform(seed: int, position: int) -> float:
     """Return the number in [0, 1) of a seed and a position: 53 bits of SplitMix64, twice.
 
-    "Fast Splittable Pseudorandom Number Generators" (Steele, Lea, Flood, 2014), section 5.
-
     >>> uniform(1, 2) == uniform(1, 2) != uniform(1, 3)
     True
     """
-    return (_mixed(_mixed(seed) + position) >> 11) * 2.0**-53
+    return (splitmix64(splitmix64(seed + GAMMA) + position + GAMMA) >> 11) * 2.0**-53
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
@@ -104,14 +102,6 @@ def likeliest(logprobs: Tensor, n: int) -> tuple[list[list[int]], list[list[floa
     """Return the n likeliest tokens of each row of log-probabilities (R, V), and theirs."""
     best = logprobs.topk(min(n, logprobs.size(-1)))
     return best.indices.tolist(), best.values.tolist()
-
-
-def _mixed(value: int) -> int:
-    """Return the SplitMix64 hash of a number."""
-    value = (value + 0x9E3779B97F4A7C15) & _WORD
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _WORD
-    return value ^ (value >> 31)
 
 
 def _adjusted(logits: Tensor, draws: list[Draw]) -> Tensor:
