@@ -137,7 +137,7 @@ def start(config: dict[str, Any]) -> Mapping[str, Any]:
     if code:
         failures.append(code)
         raise RankZeroFailedError  # and has said why
-    return RunDirectory.of(config).summary() or {}
+    return RunDirectory.from_config(config).summary() or {}
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,6 @@ code.
 
 import contextlib
 import hashlib
-import json
-import logging
 import math
 import os
 import zipfile
@@ -22,21 +20,18 @@ import torch
 
 from nanogpt.archive import load_archive
 from nanogpt.classifier import Classifier
-from nanogpt.disk import find_files, open_regular, sync_directory
+from nanogpt.disk import sync_directory
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.pretrained import PUBLISHED, fetch_pretrained, load_pretrained
 from nanogpt.prompts import TEMPLATES
 from nanogpt.record import FORMAT, check_record
+from nanogpt.runs.directory import find_checkpoint, step_checkpoints
 from nanogpt.tokenizer import Tokenizer, from_record, gpt2_tokenizer
 from nanogpt.tokenizer_files import read_tokenizer
 from nanogpt.weights import check_weights, model_without_weights
 
 KEY = "nanogpt"
 WEIGHTS_PREFIX = "model."
-LAST = "last.ckpt"
-MAX_SUMMARY_BYTES = 16 * 2**20
-
-log = logging.getLogger("nanogpt")
 
 
 @dataclass(frozen=True)
@@ -226,51 +221,6 @@ def model_weights(raw: dict[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def find_checkpoint(reference: str | Path, runs_dir: str | Path = "runs") -> Path:
-    """Return the file that a `.ckpt` path, a run directory or a run's name stands for."""
-    if str(reference) == "latest":
-        return _latest_pretraining(Path(runs_dir))
-    for path in (Path(reference), Path(runs_dir) / reference):
-        if path.is_file():
-            return path
-        for inside in (path / "checkpoints" / "last.ckpt", path / "last.ckpt"):
-            if inside.is_file():
-                return inside
-        if path.is_dir():
-            raise FileNotFoundError(
-                f"{path} holds no checkpoint (no checkpoints/last.ckpt); "
-                "pass a .ckpt file or the directory of a run that has written one"
-            )
-    raise FileNotFoundError(
-        f"there is no checkpoint {str(reference)!r}: neither a file, nor a run directory, "
-        f"nor a run under {runs_dir}; pass one of these"
-    )
-
-
-def _latest_pretraining(runs_dir: Path) -> Path:
-    finished = []
-    for summary in find_files(runs_dir, "summary.json"):
-        path = summary.parent / "checkpoints" / "last.ckpt"
-        if os.path.isfile(path) and _stage(summary) == "pretrain":
-            finished.append((summary.stat().st_mtime_ns, path))
-    if not finished:
-        raise FileNotFoundError(
-            f"init_from=latest found no finished pretraining run under {runs_dir}; "
-            "pretrain first (python train.py) or pass init_from=PATH"
-        )
-    return max(finished)[1]
-
-
-def _stage(summary: Path) -> object:
-    """Return the stage of a summary, None with a warning for a damaged one."""
-    try:
-        with open_regular(summary, MAX_SUMMARY_BYTES) as file:
-            return json.load(file)["stage"]
-    except Exception as error:  # whatever a file can do to its reader
-        log.warning("skipping a run: %s is damaged (%s)", summary, type(error).__name__)
-        return None
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint file, memory-mapped, after checking every byte of it.
 
@@ -284,22 +234,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint file as `read_checkpoint` does, which adds what to do."""
     return _read(path).raw
-
-
-def step_checkpoints(directory: Path) -> dict[int, Path]:
-    """Return the files `step_<number>.ckpt` of a directory by their number, ascending."""
-    numbered = {path.stem.removeprefix("step_"): path for path in directory.glob("step_*.ckpt")}
-    found = {int(n): path for n, path in numbered.items() if n.isdecimal() and path.is_file()}
-    return dict(sorted(found.items()))
-
-
-def checkpoints_of(directory: Path) -> list[Path]:
-    """Return the checkpoints of a run, the newest first; two names of one file are `last.ckpt`."""
-    last, steps = directory / LAST, list(step_checkpoints(directory).values())[::-1]
-    if not last.is_file():
-        return steps
-    twins = [path for path in steps if path.samefile(last)]
-    return [last if path in twins else path for path in steps] if twins else [last, *steps]
 
 
 def read_record(path: Path) -> dict[str, Any]:

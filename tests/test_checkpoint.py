@@ -16,17 +16,15 @@ import torch
 import nanogpt.checkpoint
 from nanogpt.checkpoint import (
     Checkpoint,
-    checkpoints_of,
-    find_checkpoint,
     load_checkpoint,
     read_checkpoint,
     record,
-    step_checkpoints,
     weights_sha256,
     with_special_tokens,
     write_checkpoint,
 )
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.runs.directory import RunDirectory, find_checkpoint, step_checkpoints
 from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, BytePairTokenizer, byte_tokenizer
 
 CONFIG = GPTConfig(block_size=8, vocab_size=273, n_layer=1, n_head=2, n_embd=8)
@@ -140,13 +138,15 @@ def test_a_step_of_another_form_is_no_checkpoint_of_a_step(tmp_path: Path) -> No
 
 
 def test_a_file_with_two_names_is_one_checkpoint(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.create()
     for number in (4, 8, 12):
-        (tmp_path / f"step_{number:06d}.ckpt").touch()
-    assert [p.stem for p in checkpoints_of(tmp_path)] == [f"step_{n:06d}" for n in (12, 8, 4)]
-    os.link(tmp_path / "step_000008.ckpt", tmp_path / "last.ckpt")
-    assert [p.stem for p in checkpoints_of(tmp_path)] == ["step_000012", "last", "step_000004"]
-    (tmp_path / "step_000008.ckpt").unlink()
-    assert [p.stem for p in checkpoints_of(tmp_path)] == ["last", "step_000012", "step_000004"]
+        (run.checkpoints_dir / f"step_{number:06d}.ckpt").touch()
+    assert [p.stem for p in run.checkpoints()] == [f"step_{n:06d}" for n in (12, 8, 4)]
+    os.link(run.checkpoints_dir / "step_000008.ckpt", run.last_checkpoint)
+    assert [p.stem for p in run.checkpoints()] == ["step_000012", "last", "step_000004"]
+    (run.checkpoints_dir / "step_000008.ckpt").unlink()
+    assert [p.stem for p in run.checkpoints()] == ["last", "step_000012", "step_000004"]
 
 
 class Malicious:

@@ -27,6 +27,8 @@ CORE = {
     "command",
     "disk",
     "values",
+    "runs.directory",
+    "runs.identity",
 }
 
 
@@ -96,7 +98,7 @@ def test_the_foundations_import_nothing_of_ours(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(CORE))
 def test_the_core_imports_only_the_core(name: str) -> None:
-    path = ROOT / "nanogpt" / f"{name}.py"
+    path = ROOT / "nanogpt" / f"{name.replace('.', '/')}.py"
     if path.exists():
         ours = {n for n in imported(path) if uses({n}, "nanogpt")}
         assert ours <= {"nanogpt"} | {f"nanogpt.{other}" for other in CORE}
@@ -171,6 +173,11 @@ def test_the_library_names_bring_neither_lightning_nor_hydra() -> None:
 
 def test_the_tokenizer_alone_brings_no_torch() -> None:
     assert "torch" not in modules_after("import nanogpt.tokenizer")
+
+
+def test_runs_are_read_without_torch() -> None:
+    code = "import nanogpt.runs.directory, nanogpt.runs.identity, nanogpt.runs.metrics"
+    assert not modules_after(code) & {"torch", "lightning", "hydra", "omegaconf"}
 
 
 def test_a_front_end_brings_neither_torch_nor_what_training_needs() -> None:

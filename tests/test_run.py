@@ -146,7 +146,9 @@ def test_a_recorded_count_below_one_is_damage(key: str, tmp_path: Path) -> None:
     assert run.recorded_config() is not None
     (recorded if key in recorded else resolved)[key] = 0
     run.write_config({**recorded, "resolved": resolved})
-    with pytest.raises(ValueError, match=rf"config\.yaml is damaged \({key} is 0\)"):
+    with pytest.raises(
+        ValueError, match=rf"config\.yaml is damaged \({key}=0 should be at least 1\)"
+    ):
         run.recorded_config()
 
 
@@ -160,7 +162,7 @@ def test_the_budget_may_grow_where_the_schedule_permits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [".", "..", "../x", "/tmp/x", ""])
 def test_a_name_stays_under_runs_dir(name: str) -> None:
     with pytest.raises(ValueError, match="no directory under runs_dir"):
-        RunDirectory.of({"runs_dir": "runs", "name": name})
+        RunDirectory.from_config({"runs_dir": "runs", "name": name})
 
 
 def test_overwriting_removes_nothing_that_the_run_did_not_write(tmp_path: Path) -> None:

@@ -1,4 +1,18 @@
-"""The directory of a run: its files, and the lock that gives it to one process."""
+"""The directory of a run: its files, their readers, and the lock that gives it to one process.
+
+Training, reports, evaluation and the server read runs through this module, which imports neither
+torch nor Lightning (the reader of `metrics.csv` is `nanogpt.runs.metrics.read_metrics`):
+
+    for run in find_runs(Path("runs")):                     # newest first
+        config, summary = read_config(run.config_path), read_summary(run.summary_path)
+        metrics = read_metrics(run.metrics_path)            # {"val/loss": [(step, value), ...]}
+        samples = read_samples(run.samples_path)            # [(step, text), ...]
+        checkpoints = run.checkpoints()                     # newest first
+    find_checkpoint("latest"), find_checkpoint("run1")      # what a command's CHECKPOINT names
+
+Readers raise OSError, or ValueError for damage; `max_bytes` bounds what they read of files that
+nobody vouches for.
+"""
 
 import contextlib
 import errno
@@ -8,32 +22,44 @@ import os
 import re
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 
-from nanogpt.disk import write_atomically
+from nanogpt.disk import find_files, open_regular, write_atomically
 from nanogpt.runs.identity import NEW_OR_ANEW
+from nanogpt.values import Count, Flag, Text, explain
 
-RECORDED = {  # what a continued run needs of its config.yaml, with the types
-    "tokens_per_step": int,
-    "max_steps": (int, type(None)),
-    "max_tokens": (int, type(None)),
-    "resolved": dict,
-}
-RESOLVED = {
-    "corpus": str,
-    "precision": str,
-    "compile": bool,
-    "micro_batch": int,
-    "threads": int,
-    "local_world_size": int,
-    "wandb_id": str,
-}
+MAX_BYTES = 16 * 2**20  # of a config.yaml or summary.json
 
 log = logging.getLogger("nanogpt")
+
+
+@dataclass(config=ConfigDict(extra="ignore"))
+class Resolved:
+    """The values under `resolved` in config.yaml that continuing a run needs."""
+
+    corpus: Text
+    precision: Text
+    compile: Flag
+    micro_batch: Count
+    threads: Count
+    local_world_size: Count
+    wandb_id: Text
+
+
+@dataclass(config=ConfigDict(extra="ignore"))
+class Recorded:
+    """The values at the top level of config.yaml that continuing a run needs."""
+
+    tokens_per_step: Count
+    max_steps: Count | None
+    max_tokens: Count | None
+    resolved: dict[str, Any]
 
 
 class RunDirectory:
@@ -52,8 +78,11 @@ class RunDirectory:
         self.last_checkpoint = self.checkpoints_dir / "last.ckpt"
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "RunDirectory":
-        """Return the directory of a configured run: `runs_dir/name`."""
+    def from_config(cls, config: Mapping[str, Any]) -> "RunDirectory":
+        """Return the directory of a configured run, `runs_dir/name`.
+
+        Raises ValueError for a name that leaves `runs_dir`.
+        """
         name = Path(str(config["name"]))
         if name.is_absolute() or not name.parts or ".." in name.parts:
             raise ValueError(
@@ -83,13 +112,12 @@ class RunDirectory:
             return None
         try:
             config = read_config(self.config_path)
-            mistyped = [*_mistyped(config, RECORDED), *_mistyped(config["resolved"], RESOLVED)]
-        except (ValueError, KeyError, TypeError) as error:
-            mistyped = [str(error)]
-        if mistyped:
+            Resolved(**Recorded(**config).resolved)
+        except (ValueError, TypeError) as error:
+            reason = explain(error) if isinstance(error, ValidationError) else error
             raise ValueError(
-                f"{self.config_path} is damaged ({mistyped[0]}); restore it, or pass {NEW_OR_ANEW}"
-            )
+                f"{self.config_path} is damaged ({reason}); restore it, or pass {NEW_OR_ANEW}"
+            ) from error
         return config
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -97,13 +125,13 @@ class RunDirectory:
         write_atomically(self.config_path, text.encode())
 
     def summary(self) -> dict[str, Any] | None:
-        """Return the summary of a finished run, None before; a damaged one is to be made anew."""
+        """Return the summary of a finished run; None, with a warning, for a damaged one."""
         if not self.summary_path.is_file():
             return None
         try:
             return read_summary(self.summary_path)
         except ValueError as error:
-            log.warning("%s; it is made anew", error)
+            log.warning("%s; it is written again", error)
             return None
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -113,6 +141,14 @@ class RunDirectory:
         """Append an error's traceback to train.log alone."""
         with contextlib.suppress(OSError), open(self.log_path, "a", encoding="utf-8") as file:
             file.write("".join(traceback.format_exception(error)))
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoints, the newest first; two names of one file are `last.ckpt`."""
+        last, steps = self.last_checkpoint, [*step_checkpoints(self.checkpoints_dir).values()][::-1]
+        if not last.is_file():
+            return steps
+        twins = [path for path in steps if path.samefile(last)]
+        return [last if path in twins else path for path in steps] if twins else [last, *steps]
 
     def create(self) -> None:
         self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
@@ -127,10 +163,20 @@ class RunDirectory:
         self.create()
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Return a run's config.yaml. Raises ValueError where it is no mapping of plain values."""
+def find_runs(runs_dir: Path) -> list[RunDirectory]:
+    """Return the runs under a directory that have metrics, the most recently logged first."""
+    found = []
+    for path in find_files(runs_dir, "metrics.csv"):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            found.append((os.lstat(path).st_mtime_ns, path.parent))
+    return [RunDirectory(path) for _, path in sorted(found, reverse=True)]
+
+
+def read_config(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Return a run's config.yaml. Raises ValueError unless it is a mapping of plain values."""
     try:
-        config = yaml.safe_load(path.read_bytes())
+        with open_regular(path, max_bytes) as file:
+            config = yaml.safe_load(file)
         json.dumps(config)  # refuses dates, and an anchor inside itself
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -140,16 +186,77 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_summary(path: Path) -> dict[str, Any]:
+def read_summary(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """Return a run's summary.json. Raises ValueError, naming the file, where it is damaged."""
     try:
-        summary: dict[str, Any] = json.loads(path.read_bytes())
-        mistyped = [*_mistyped({"val_loss": 0.0, **summary}, {"steps": int, "val_loss": float})]
-    except (ValueError, TypeError, RecursionError) as error:
-        mistyped = [str(error)]
-    if mistyped:
-        raise ValueError(f"{path} is damaged ({mistyped[0]})")
+        with open_regular(path, max_bytes) as file:
+            summary: dict[str, Any] = json.load(file)
+        if type(summary["steps"]) is not int or not isinstance(summary.get("val_loss", 0.0), float):
+            raise ValueError("steps or val_loss is no number")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is damaged ({reason})") from error
     return summary
+
+
+def read_samples(path: Path) -> list[tuple[int, str]]:
+    """Return (step, text) pairs of a samples.txt, ascending; the later text of a step counts."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    parts = re.split(r"^=== step ([0-9]{1,18}) ===\n", text, flags=re.MULTILINE)
+    by_step = dict(zip(map(int, parts[1::2]), parts[2::2], strict=True))
+    return [(step, by_step[step].strip("\n")) for step in sorted(by_step)]
+
+
+def step_checkpoints(directory: Path) -> dict[int, Path]:
+    """Return the files `step_<number>.ckpt` of a directory by their number, ascending."""
+    numbered = {path.stem.removeprefix("step_"): path for path in directory.glob("step_*.ckpt")}
+    found = {int(n): path for n, path in numbered.items() if n.isdecimal() and path.is_file()}
+    return dict(sorted(found.items()))
+
+
+def find_checkpoint(reference: str | Path, runs_dir: str | Path = "runs") -> Path:
+    """Return the file of a `.ckpt` path, a run directory, a run's name, or `latest`.
+
+    `latest` is the last checkpoint of the newest finished pretraining run. Raises
+    FileNotFoundError.
+    """
+    if str(reference) == "latest":
+        return _latest_pretraining(Path(runs_dir))
+    for path in (Path(reference), Path(runs_dir) / reference):
+        if path.is_file():
+            return path
+        for inside in (RunDirectory(path).last_checkpoint, path / "last.ckpt"):
+            if inside.is_file():
+                return inside
+        if path.is_dir():
+            raise FileNotFoundError(
+                f"{path} holds no checkpoint (no checkpoints/last.ckpt); "
+                "pass a .ckpt file or the directory of a run that has written one"
+            )
+    raise FileNotFoundError(
+        f"there is no checkpoint {str(reference)!r}: neither a file, nor a run directory, "
+        f"nor a run under {runs_dir}; pass one of these"
+    )
+
+
+def _latest_pretraining(runs_dir: Path) -> Path:
+    finished = []
+    for path in find_files(runs_dir, "summary.json"):
+        last = RunDirectory(path.parent).last_checkpoint
+        try:
+            with open_regular(path, MAX_BYTES) as file:
+                stage = json.load(file)["stage"]
+        except Exception as error:  # whatever a file can do to its reader
+            log.warning("skipping a run: %s is damaged (%s)", path, type(error).__name__)
+            continue
+        if stage == "pretrain" and last.is_file():
+            finished.append((path.stat().st_mtime_ns, last))
+    if not finished:
+        raise FileNotFoundError(
+            f"init_from=latest found no finished pretraining run under {runs_dir}; "
+            "pretrain first (python train.py) or pass init_from=PATH"
+        )
+    return max(finished)[1]
 
 
 def reached(summary: Mapping[str, Any]) -> str:
@@ -167,20 +274,6 @@ def reached(summary: Mapping[str, Any]) -> str:
     if (loss := summary.get("val_loss")) is None:
         return "no validation loss is in metrics.csv"
     return f"validation loss {loss:.4f}{per_byte}{beside}"
-
-
-def _mistyped(values: Mapping[str, Any], types: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the values of the keys that are needed."""
-    if not isinstance(values, dict):
-        raise TypeError(f"a {type(values).__name__} in place of a mapping")
-    for key, kind in types.items():
-        if key not in values:
-            yield f"it lacks {key}"
-            continue
-        value = values[key]
-        is_typed = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-        if not is_typed or (type(value) is int and value < 1):
-            yield f"{key} is {value!r}"[:80]
 
 
 def cut_samples(path: Path, step: int) -> None:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from nanogpt.checkpoint import (
     KEY,
     Checkpoint,
-    checkpoints_of,
     find_init_from,
     init_model,
     load_checkpoint,
@@ -253,7 +252,7 @@ def open_run(
     on, where the directory holds another run or another process has it.
     """
     leave_with_launcher()
-    ranks, files = Ranks.from_environment(), RunDirectory.of(config)
+    ranks, files = Ranks.from_environment(), RunDirectory.from_config(config)
     with contextlib.ExitStack() as stack:
         if ranks.world_size > 1:
             join(device)
@@ -339,7 +338,7 @@ class _Opening:
 
         Raises ValueError where all are damaged, or where it is another run's.
         """
-        found = checkpoints_of(self.files.checkpoints_dir)
+        found = self.files.checkpoints()
         own = [{"identity": identity, "corpus": corpus} for identity in identities]
         foreign = ""
         for path in found:

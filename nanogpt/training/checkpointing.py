@@ -14,13 +14,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import validate_call
 
 from nanogpt.checkpoint import (
-    LAST,
     read_checkpoint,
     read_record,
-    step_checkpoints,
     write_checkpoint,
 )
 from nanogpt.disk import link_atomically
+from nanogpt.runs.directory import step_checkpoints
 from nanogpt.training.loggers import MetricsLogger
 from nanogpt.training.module import StageModule, is_due
 from nanogpt.values import Count, Size
@@ -130,7 +129,7 @@ class Checkpointing(ModelCheckpoint):
                     logger.flush()
             trainer.save_checkpoint(path)
             if trainer.is_global_zero:
-                link_atomically(path, self.directory / LAST)
+                link_atomically(path, self.directory / "last.ckpt")
                 self._remove_old(step)
             self.saved_step = step
 
