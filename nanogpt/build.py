@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nanogpt.command import first_line, out_of_memory
+from nanogpt.command import out_of_memory
+from nanogpt.text import first_line
 from nanogpt.values import explain
 
 RESERVED = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # as Hydra names them

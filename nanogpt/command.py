@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from nanogpt.text import first_line
+
 INTERRUPTED = 130
 # Options and configuration keys that name a file or directory, besides *path and *dir.
 PATHS = ("checkpoint", "checkpoints", "dataset", "init_from", "models", "pretokenized")
@@ -27,11 +29,6 @@ EXPECTED: tuple[type[Exception], ...] = (
 
 
 OUT_OF_MEMORY = re.compile("out of memory|n.t allocate memory|cannot allocate|ALLOC_FAILED", re.I)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its kind where it says nothing."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -29,8 +29,9 @@ from nanogpt.build import (
     CallbackError,
     ConfigurationError,
 )
-from nanogpt.command import expand_home, first_line, is_path, out_of_memory
+from nanogpt.command import expand_home, is_path, out_of_memory
 from nanogpt.runs.identity import flatten, run_name
+from nanogpt.text import first_line
 from nanogpt.values import CHECKED, Amount, Count, Flag, Size, Text, explain
 
 CONF = Path(__file__).parent.parent / "conf"

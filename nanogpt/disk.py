@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
@@ -28,27 +28,45 @@ def wait_for_lock(lock: FileLock, work: str) -> AcquireReturnProxy:
         return lock.acquire()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: a reader, also after a power cut, finds the old or the new one."""
+@contextmanager
+def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a file that replaces `path` as a whole once the block ends.
+
+    A reader, also after a power cut, finds the old file or the new one: the content is synchronised
+    to the disk, then renamed, then its directory is synchronised. A block that raises leaves `path`
+    as it was. Text is UTF-8. An OSError names `path`.
+
+    >>> with replacing(path) as file:
+    ...     file.write(content)
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with naming(path), temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file as a whole."""
+    with replacing(path) as file:
+        file.write(content)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in a failed write's error (a full disk), where the system leaves it out."""
+    """Name the file in the system's errors; that of a full disk has no name."""
     try:
         yield
     except OSError as error:
+        if error.errno is None:
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

@@ -1,49 +1,116 @@
-"""Whether the Hugging Face hub answers: asked once and briefly, before anything is fetched."""
+"""Access to the Hugging Face hub: its reachability and its errors, each in one sentence."""
 
 import logging
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-ANSWERS_WITHIN_S = 5.0
-log = logging.getLogger("nanogpt")
+from nanogpt.text import first_line
+
+TIMEOUT_S = 5.0
 BAD_GATEWAY = (502, 503, 504)  # a proxy that has no way to the hub
+TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "h11", "aiohttp"}
+TOKEN = "set HF_TOKEN to a token that may read it (huggingface.co/settings/tokens)"
+
+log = logging.getLogger("nanogpt")
 
 
-def check_reachable(wanted: str, instead: str) -> None:
-    """Raise ConnectionError, within `ANSWERS_WITHIN_S` seconds, where the hub does not answer.
+@contextmanager
+def hub_errors(what: str, instead: str) -> Iterator[None]:
+    """Check that the hub answers; raise an error of the hub in the block in one sentence.
 
-    Asked through huggingface_hub's own session, so that proxies, HF_ENDPOINT and HF_HUB_OFFLINE
-    count; its downloads would retry for a minute and more. `wanted` is what was to be fetched and
-    `instead` what the user can do without: they complete the sentence.
+    `what` is fetched in the block, `instead` is how a user avoids it: both complete the sentence.
+    Raises ConnectionError where the hub cannot be reached, at once or in the middle, and
+    FileNotFoundError, PermissionError or ValueError where it has no such repository, revision or
+    file, does not let this machine read it, or the `datasets` library cannot. Other errors pass.
 
-    >>> check_reachable("the weights of gpt2", "copy data/weights/gpt2 here")
+    >>> with hub_errors("the weights of gpt2", "copy data/weights/gpt2 here"):
+    ...     hf_hub_download("openai-community/gpt2", "config.json")
     ConnectionError: the weights of gpt2 cannot be fetched: https://huggingface.co cannot be reached
     (ConnectError); copy data/weights/gpt2 here
     """
+    check_reachable(what, instead)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no warning for each retry
+    try:
+        yield
+    except Exception as error:
+        explained = explanation(error, what, instead)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def check_reachable(what: str, instead: str) -> None:
+    """Raise ConnectionError, within seconds, where the hub does not answer.
+
+    The request is one of huggingface_hub's own session, so that proxies, HF_ENDPOINT and
+    HF_HUB_OFFLINE apply; its downloads would retry for a minute and more.
+    """
     from huggingface_hub import constants
 
-    problem = "HF_HUB_OFFLINE is set"
-    if not constants.HF_HUB_OFFLINE:
-        problem = problem_of(constants.ENDPOINT)
+    offline = constants.HF_HUB_OFFLINE
+    problem = "HF_HUB_OFFLINE is set" if offline else problem_of(constants.ENDPOINT)
     if problem:
-        raise ConnectionError(f"{wanted} cannot be fetched: {problem}; {instead}")
+        raise ConnectionError(f"{what} cannot be fetched: {problem}; {instead}")
 
 
 def problem_of(endpoint: str) -> str:
-    """Return why an endpoint does not answer within `ANSWERS_WITHIN_S` seconds, "" if it does."""
-    log.info("connecting to %s", endpoint)
-    found: list[str] = []
-    # The name service has no time limit of its own, hence a thread that can be left behind.
-    thread = threading.Thread(target=lambda: found.append(_ask(endpoint)), daemon=True)
-    thread.start()
-    thread.join(ANSWERS_WITHIN_S)
-    return found[0] if found else f"{endpoint} did not answer in {ANSWERS_WITHIN_S:g} s"
-
-
-def _ask(endpoint: str) -> str:
+    """Return why an endpoint does not answer within `TIMEOUT_S` seconds, "" if it does."""
     from huggingface_hub.utils import get_session
 
+    log.info("connecting to %s", endpoint)
     try:
-        answer = get_session().head(endpoint, timeout=ANSWERS_WITHIN_S)
+        answer = get_session().head(endpoint, timeout=TIMEOUT_S)
     except Exception as error:  # of requests, httpx or httpx2, by the version of huggingface_hub
         return f"{endpoint} cannot be reached ({type(error).__name__})"
     return f"{endpoint} answered {answer.status_code}" if answer.status_code in BAD_GATEWAY else ""
+
+
+def explanation(error: Exception, what: str, instead: str) -> Exception | None:
+    """Return an error of huggingface_hub, or of a library below it, as one sentence, else None."""
+    from huggingface_hub import errors
+
+    chain = list(_causes(error))
+
+    def is_a(*kinds: type[Exception]) -> bool:
+        return any(isinstance(e, kinds) for e in chain)
+
+    http = [e for e in chain if isinstance(e, errors.HfHubHTTPError)]
+    status = next((e.response.status_code for e in http if e.response is not None), None)
+    is_lost = is_a(errors.LocalEntryNotFoundError) or any(map(_is_transport, chain))
+    if is_a(errors.GatedRepoError):
+        page = "its page on huggingface.co"
+        return PermissionError(f"{what} is gated; accept its terms on {page} and {TOKEN}")
+    if is_a(errors.RevisionNotFoundError):
+        return ValueError(f"{what} has no such revision; pass a branch, tag or commit of it")
+    if is_a(errors.EntryNotFoundError) and not is_lost:
+        return FileNotFoundError(f"{what} has no such file ({first_line(error)}); {instead}")
+    if is_a(errors.RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"{what} is not on the hub, or is private; correct its name, or {TOKEN}"
+        )
+    if status in (401, 403):
+        return PermissionError(f"the hub does not let this machine read {what}; {TOKEN}")
+    if status or is_lost:
+        return ConnectionError(
+            f"fetching {what} broke off ({type(error).__name__}: {brief(error)}); "
+            f"the same command continues it, or {instead}"
+        )
+    if type(error).__module__.startswith("datasets."):
+        return ValueError(f"{what} cannot be read ({brief(error)}); {instead}")
+    return None
+
+
+def brief(error: Exception) -> str:
+    """Return the first line of an error's message within 200 characters."""
+    return first_line(error).rstrip(".")[:200]
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_transport(error: BaseException) -> bool:
+    known = isinstance(error, (ConnectionError, TimeoutError))
+    return known or type(error).__module__.partition(".")[0] in TRANSPORTS

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nanogpt.command import add_directory, first_line, guard_output, parse, run_command
+from nanogpt.command import add_directory, guard_output, parse, run_command
 from nanogpt.data.fineweb_edu import FineWebEdu
 from nanogpt.data.hub import HubDataset
 from nanogpt.data.preparing import MakeTokenizer, Preparation, prepare
@@ -30,6 +30,7 @@ from nanogpt.data.python_stdlib import PythonStdlib
 from nanogpt.data.source import Source
 from nanogpt.data.text import TextFiles
 from nanogpt.pretrained import PUBLISHED, fetch_pretrained
+from nanogpt.text import first_line
 from nanogpt.tokenizer import bpe_tokenizer, byte_tokenizer, gpt2_tokenizer
 from nanogpt.values import explain
 

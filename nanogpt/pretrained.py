@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt.archive import load_archive
-from nanogpt.command import first_line
 from nanogpt.disk import wait_for_lock
 from nanogpt.hub import check_reachable
 from nanogpt.model import GPT, NORM_EPSILON, PRESETS, GPTConfig
 from nanogpt.record import are_tensors
+from nanogpt.text import first_line
 from nanogpt.tokenizer_files import MERGES, VOCAB, read_json, read_tokenizer
 from nanogpt.weights import check_weights, model_without_weights
 

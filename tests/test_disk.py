@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from nanogpt.checkpoint import write_checkpoint
 from nanogpt.data.writer import CorpusWriter, Tokenized
-from nanogpt.disk import PATIENCE_S, link_atomically, wait_for_lock, write_atomically
+from nanogpt.disk import PATIENCE_S, link_atomically, replacing, wait_for_lock
 
 HEADER_BYTES, TOKEN_BYTES = 1024, 2
 
@@ -46,7 +46,8 @@ def without_sizes_of_directories(calls: list[tuple[Any, ...]]) -> list[tuple[Any
 def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_return(
     calls: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
-    write_atomically(tmp_path / "config.yaml", b"seed: 1\n")
+    with replacing(tmp_path / "config.yaml", "w") as file:
+        file.write("seed: 1\n")
     assert without_sizes_of_directories(calls) == [
         ("fsync", ".config.yaml.tmp", 8),
         ("rename", ".config.yaml.tmp", "config.yaml"),
@@ -127,3 +128,21 @@ def test_a_lock_that_is_held_is_named(tmp_path: Path, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO, "nanogpt"):
         wait_for_lock(FileLock(tmp_path / ".lock"), "fetches gpt2").lock.release()
     assert "waiting for the process that fetches gpt2" in caplog.text
+
+
+def test_a_failed_replacement_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'"), replacing(path) as to:
+        to.write(b"new")
+    with pytest.raises(ConnectionError, match=r"^broke off$"), replacing(path):
+        raise ConnectionError("broke off")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"

@@ -1,14 +1,15 @@
-"""The hub's silence is noticed within seconds and told in one sentence."""
+"""A hub that does not answer or refuses is one sentence, within seconds."""
 
 import socket
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from nanogpt.hub import check_reachable
+from nanogpt.hub import check_reachable, hub_errors
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
@@ -62,15 +63,59 @@ def test_a_closed_port_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) 
         ask()
 
 
-def test_silence_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanogpt.hub.ANSWERS_WITHIN_S", 0.05)
-    monkeypatch.setattr("nanogpt.hub._ask", lambda endpoint: time.sleep(0.5))
-    with pytest.raises(ConnectionError, match=r"huggingface\.co did not answer in 0\.05 s; copy"):
-        ask()
+def test_silence_ends_with_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanogpt.hub.TIMEOUT_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        with pytest.raises(ConnectionError, match=rf"{endpoint} cannot be reached \(ReadT"):
+            ask()
 
 
-def test_offline_mode_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanogpt.hub._ask", pytest.fail)
+def test_offline_mode_sends_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanogpt.hub.problem_of", pytest.fail)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="fetched: HF_HUB_OFFLINE is set; copy them here"):
         ask()
+
+
+def refusal(kind: str, status: int) -> Exception:
+    """Return an error of huggingface_hub for a response with this status."""
+    from huggingface_hub import errors
+
+    response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
+    error: type[errors.HfHubHTTPError] = getattr(errors, kind)
+    return error("of the hub\nin two lines", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "type_", "words"),
+    [
+        (lambda: refusal("GatedRepoError", 403), PermissionError, "gated; accept its .*HF_TOKEN"),
+        (lambda: refusal("RevisionNotFoundError", 404), ValueError, "has no such revision; pass"),
+        (lambda: refusal("RemoteEntryNotFoundError", 404), FileNotFoundError, "no such file .*; c"),
+        (lambda: refusal("RepositoryNotFoundError", 404), FileNotFoundError, "is not on the hub"),
+        (lambda: refusal("HfHubHTTPError", 401), PermissionError, "not let this machine"),
+        (
+            lambda: refusal("HfHubHTTPError", 500),
+            ConnectionError,
+            "off .*same command continues",
+        ),
+        (lambda: ConnectionResetError("reset"), ConnectionError, "broke off .*; .* or copy it"),
+        (lambda: TimeoutError(), ConnectionError, "fetching gpt2 broke off"),
+    ],
+)
+def test_an_error_of_the_hub_is_one_sentence(
+    server: HTTPServer, error: Callable[[], Exception], type_: type[Exception], words: str
+) -> None:
+    cause = error()
+    with pytest.raises(type_, match=words) as raised, hub_errors("gpt2", "copy it"):
+        raise ValueError("of a library above") from cause
+    assert "\n" not in str(raised.value)
+
+
+def test_an_error_that_is_not_the_hubs_passes(server: HTTPServer) -> None:
+    error = OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space left") as raised, hub_errors("gpt2", "copy it"):
+        raise error
+    assert raised.value is error

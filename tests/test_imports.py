@@ -26,6 +26,7 @@ CORE = {
     "tokenizer_files",
     "command",
     "disk",
+    "text",
     "values",
     "runs.directory",
     "runs.identity",

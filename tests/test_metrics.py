@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.disk import write_atomically
 from nanogpt.runs.metrics import (
     COLUMNS,
     MetricsFile,
@@ -235,22 +234,6 @@ def test_tensors_are_numbers(file: MetricsFile) -> None:
 
 def test_a_missing_file_has_no_metrics(file: MetricsFile) -> None:
     assert read_metrics(file.path) == {}
-
-
-def test_a_failed_replacement_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device: '.*file'"):
-        write_atomically(path, b"new")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
-    assert path.read_bytes() == b"old"
 
 
 def test_the_logger_keeps_lightnings_epoch_out(file: MetricsFile) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from nanogpt.command import first_line
 from nanogpt.data.instructions import Instructions
 from nanogpt.hub import check_reachable
+from nanogpt.text import first_line
 from nanogpt.values import CHECKED, Share, Text
 
 FILE = "databricks-dolly-15k.jsonl"

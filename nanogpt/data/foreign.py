@@ -9,8 +9,8 @@ from typing import IO
 
 import numpy as np
 
-from nanogpt.command import first_line
 from nanogpt.data.shards import MAGIC_AND_VERSION, UINT16, Part, shard_part
+from nanogpt.text import first_line
 
 SUFFIXES = (".bin", ".npy")
 VAL_WORDS = {"val", "valid", "validation", "test"}

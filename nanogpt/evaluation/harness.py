@@ -20,10 +20,10 @@ from typing import Any
 import yaml
 
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.command import first_line
 from nanogpt.evaluation.results import STDERR, Results
 from nanogpt.evaluation.scoring import BATCH_SIZE, Question, answer
 from nanogpt.generation import generate
+from nanogpt.text import first_line
 
 try:
     import lm_eval

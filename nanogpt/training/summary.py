@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.checkpoint import weights_sha256
-from nanogpt.command import first_line
 from nanogpt.ranks import on_rank_zero
 from nanogpt.runs.directory import reached
 from nanogpt.runs.metrics import read_metrics
 from nanogpt.runs.run import Run
+from nanogpt.text import first_line
 from nanogpt.training.checkpointing import stopping_reason
 from nanogpt.training.machine import device_name, git_revision, versions
 from nanogpt.training.module import StageModule

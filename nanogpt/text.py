@@ -1,0 +1,69 @@
+"""Numbers, durations, errors and JSON Lines as text: formatted, printed and read in one way."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def format_number(number: float, digits: int = 3) -> str:
+    """Return a number in a few significant digits, with an SI prefix from a thousand on.
+
+    >>> [format_number(n) for n in (7, 0.25, 1234, 124_439_808, 0.0003)]
+    ['7', '0.25', '1.23k', '124M', '3e-4']
+    """
+    rounded = float(f"{number:.{digits}g}")  # 999,999 is 1M and not 1000k
+    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(rounded) >= scale:
+            return f"{rounded / scale:.{digits}g}{prefix}"
+    if 0 < abs(rounded) < 1e-3:
+        mantissa, _, exponent = f"{rounded:.{digits - 1}e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{rounded:.{digits}g}"
+
+
+def format_percent(fraction: float) -> str:
+    """Return a fraction as a percentage, with a decimal below ten: `38 %`, `9.1 %`."""
+    digits = 0 if 100 * abs(fraction) >= 9.95 else 1
+    return f"{100 * fraction:.{digits}f} %"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in its two largest units: `45 s`, `1 min 20 s`, `2 h 05 min`, `3 d 4 h`."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02} s"
+    if s < 86400:
+        return f"{s // 3600} h {s % 3600 // 60:02} min"
+    return f"{s // 86400} d {s % 86400 // 3600} h"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where the message is empty."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def print_line(text: str = "", end: str = "\n", *, flush: bool = False) -> None:
+    """Print to standard output; characters that its encoding lacks become question marks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), end=end, flush=flush)
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, object]]:
+    """Yield each record of a JSON Lines file after its position, `PATH, line 3`.
+
+    Blank lines are skipped. Raises ValueError, naming the line, where one is not JSON in UTF-8, and
+    FileNotFoundError where there is no such file.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                try:
+                    yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(
+                        f"{where} is not JSON ({first_line(error)}); write one record per line"
+                    ) from error
