@@ -331,7 +331,7 @@ def test_dolly_is_fetched_once(tmp_path: Path) -> None:
         (folder / FILE).unlink()
         assert process.submit(hub_server.documents, Dolly()).result(timeout=60) == said
         other = process.submit(hub_server.documents, Dolly(revision="none"))
-        with pytest.raises(ConnectionError, match="at none could not be fetched"):
+        with pytest.raises(ValueError, match="at none has no such revision"):
             other.result(timeout=60)
 
 

@@ -192,11 +192,14 @@ def _overwrite(path: Path, data: bytes) -> None:
     ("damage", "words"),
     [
         (lambda path: path.unlink(), "is missing"),
-        (lambda path: path.write_bytes(b""), "not a token shard: it has 0 bytes"),
-        (lambda path: _overwrite(path, b"\x80\x02ab"), "not a token shard: it begins with"),
+        (lambda path: path.write_bytes(b""), "not a token shard: its 0 bytes"),
+        (
+            lambda path: _overwrite(path, b"\x80\x02ab"),
+            "not a token shard: its 1044 bytes begin with",
+        ),
         (lambda path: _overwrite(path, np.array([20240520, 2], "<i4").tobytes()), "version 2"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cut short"),
-        (lambda path: path.write_bytes(path.read_bytes() + b"\0\0"), "longer than it says"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0\0"), "longer than its header"),
         (
             lambda path: _overwrite(path, np.array([20240520, 1, -1], "<i4").tobytes()),
             "promises -1 tokens",

@@ -284,7 +284,7 @@ def test_the_marker_is_named_once_where_no_separator_is_passed(
     with caplog.at_level(logging.INFO):
         assert all_read(source) == all_read(source) == [f"one{MARK}two"] * 2
     [line] = [record.getMessage() for record in caplog.records]
-    assert re.search(r"a\.txt holds <\|endoftext\|>, which .*data\.separator", line)
+    assert re.search(r"text in .* holds <\|endoftext\|>, which .*data\.separator", line)
 
 
 def test_the_separator_is_part_of_the_fingerprint(tmp_path: Path) -> None:
@@ -595,7 +595,7 @@ def visit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
         yield Visit(hub, cache, process)
 
 
-DATA_SET = HubDataset("someone/something", "pages")
+DATA_SET = HubDataset(repository="someone/something", subset="pages")
 
 
 @pytest.mark.parametrize("skip", [0, 1, 25, 60, 99, 100])
@@ -609,7 +609,7 @@ def test_another_split_may_be_read(visit: Visit) -> None:
 
 @pytest.mark.parametrize("name", ["lines", "texts", "compressed", "array", "table"])
 def test_other_kinds_of_files_are_read(visit: Visit, name: str) -> None:
-    source = HubDataset(f"someone/{name}")
+    source = HubDataset(repository=f"someone/{name}")
     assert visit.read(source) == ["first", "second"]
     assert visit.read(source, skip=1) == ["second"]
 
@@ -653,11 +653,23 @@ def test_a_busy_hub_is_asked_again(visit: Visit) -> None:
         (replace(DATA_SET, subset=None), ValueError, "needs a subset; .*pages, others"),
         (replace(DATA_SET, subset="x"), ValueError, "has no subset x; .*pages, others"),
         (replace(DATA_SET, split="val"), ValueError, "no split val; .* one of test, train"),
-        (replace(DATA_SET, revision="v2"), ValueError, "has no revision v2"),
+        (replace(DATA_SET, revision="v2"), ValueError, "at v2 has no such revision"),
         (replace(DATA_SET, text_column="body"), ValueError, "has columns text, n; pass"),
-        (HubDataset("someone/table", text_column="b"), ValueError, "record 1 .*it has text, n"),
-        (HubDataset("someone/program"), ValueError, "is made by a program.*refs/convert"),
-        (HubDataset("someone/else"), FileNotFoundError, "is not on the hub, or is private; .*HF_T"),
+        (
+            HubDataset(repository="someone/table", text_column="b"),
+            ValueError,
+            "record 1 .*it has text, n",
+        ),
+        (
+            HubDataset(repository="someone/program"),
+            ValueError,
+            "is made by a program.*refs/convert",
+        ),
+        (
+            HubDataset(repository="someone/else"),
+            FileNotFoundError,
+            "is not on the hub, or is private; .*HF_T",
+        ),
     ],
 )
 def test_what_the_hub_has_not_is_told_in_one_sentence(
@@ -673,7 +685,7 @@ def test_what_the_hub_has_not_is_told_in_one_sentence(
     [
         (401, "", PermissionError, "does not let this machine read .* HF_TOKEN"),
         (403, "GatedRepo", PermissionError, "is gated; accept its terms on .* HF_TOKEN"),
-        (410, "", ConnectionError, "broke off .* give the same command again"),
+        (410, "", ConnectionError, "broke off .* the same command continues it"),
     ],
 )
 def test_a_refusal_of_the_hub_is_told_in_one_sentence(

@@ -101,6 +101,16 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+def describe_tokenizer(tokenizer: Tokenizer, key: str) -> dict[str, Any]:
+    """Return a manifest's entry for a tokenizer."""
+    return {
+        "key": key,
+        "name": tokenizer.name,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+    }
+
+
 def _shards(manifest: Mapping[str, Any]) -> dict[str, list[Shard]]:
     return {
         split: [Shard(**shard) for shard in manifest["splits"][split]["shards"]] for split in SPLITS

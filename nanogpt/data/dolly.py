@@ -1,13 +1,11 @@
 """Dolly: 15,000 instructions written by Databricks' employees (CC BY-SA 3.0), from the hub."""
 
-from functools import partial
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
 from nanogpt.data.instructions import Instructions
-from nanogpt.hub import check_reachable
-from nanogpt.text import first_line
+from nanogpt.data.source import fetch_file
 from nanogpt.values import CHECKED, Share, Text
 
 FILE = "databricks-dolly-15k.jsonl"
@@ -15,7 +13,7 @@ FILE = "databricks-dolly-15k.jsonl"
 
 @dataclass(frozen=True, config=CHECKED)
 class Dolly(Instructions):
-    """databricks-dolly-15k, kept in huggingface_hub's cache, or a copy of its file (`path`)."""
+    """databricks-dolly-15k, from huggingface_hub's cache, or a copy of its file (`path`)."""
 
     val_fraction: Share = 0.05
     name: Text = "dolly"
@@ -23,31 +21,11 @@ class Dolly(Instructions):
     revision: Text = "main"
 
     def file(self) -> Path:
-        """Return the file, fetched where it is not there yet.
-
-        Raises ConnectionError, within seconds, where the hub cannot be reached.
-        """
+        """Return the file, fetched unless it is in the cache; raises as `hub_errors` does."""
         if self.path is not None:
             return super().file()
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        fetch = partial(
-            hf_hub_download, self.repository, FILE, repo_type="dataset", revision=self.revision
+        instead = (
+            f"fetch it from huggingface.co/datasets/{self.repository} elsewhere and pass "
+            "data.path=<that file>, or data=instructions data.path=<your own>"
         )
-        try:
-            return Path(fetch(local_files_only=True))
-        except LocalEntryNotFoundError:
-            check_reachable(
-                f"data={self.name}: {FILE}",
-                f"fetch it from huggingface.co/datasets/{self.repository} elsewhere and pass "
-                "data.path=<that file>, or data=instructions data.path=<your own>",
-            )
-        try:
-            return Path(fetch())
-        except HfHubHTTPError as error:
-            raise ConnectionError(
-                f"data={self.name}: {self.repository} at {self.revision} could not be fetched "
-                f"({first_line(error)}); give the command again, or pass "
-                "data.path=<a copy of the file>"
-            ) from error
+        return fetch_file(self.repository, FILE, self.revision, instead)

@@ -7,51 +7,48 @@ JSON Lines by the line. Only a plain text file, which is one document, is held w
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice, repeat
-from typing import Any
+from typing import IO, Any
 
 from nanogpt.data.records import (
-    PASS_OVER,
     BadRecord,
-    brief,
-    decoded,
+    decode,
     is_damage,
     is_remote,
     lines,
     open_file,
-    parsed,
+    parse_json,
     text_under,
 )
 from nanogpt.data.source import Extent
+from nanogpt.hub import brief
 from nanogpt.tokenizer import END_OF_TEXT
 
 RECORDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
-JSON = (".json", ".json.gz", ".json.zst")  # JSON Lines by another name, where they are asked for
+JSON = (".json", ".json.gz", ".json.zst")  # JSON Lines by another name, where a path names them
 TEXTS = (".txt", ".md", ".py")
 STRING_TYPES = ("string", "large_string", "string_view")  # of Arrow, dictionaries of them too
 BATCH_ROWS = 64  # of parquet, decoded together
 BUFFER_BYTES = 2**20  # of a parquet column or a plain text file, read together
-MEASURED_FILES = 16  # looked into for an estimate of all
+MEASURED_FILES = 16  # read in part for an estimate of all
 MEASURED_LINES = 200  # of each
 
 log = logging.getLogger(__name__)
-_marked_folders: set[str] = set()
 
-# Each record of a file is its text, or what is wrong with it
-Record = str | ValueError
+Record = str | ValueError  # a document, or its error
+Block = tuple[int, Iterable[Record]]  # records that are skipped together, and their number
 
 
 @dataclass(frozen=True)
 class Reader:
     """Reads the documents of files one after the other.
 
-    `text_column` names the text among the columns of parquet and the names of JSON records. What
-    cannot be read is a ValueError naming file and row or line, or None where `skip_bad`. Plain text
-    files are one document each, or several where a `separator` stands between them; line breaks
-    beside it are no part of a document, and blank documents are left out.
+    `text_column` is the column of parquet, and the key of JSON records, that holds the text. What
+    cannot be read is a ValueError naming file and row or line, or None with `skip_bad`. A plain
+    text file is one document, or several with a `separator` between them; line breaks next to it
+    are not part of a document, and blank documents are left out.
     """
 
     text_column: str = "text"
@@ -61,22 +58,23 @@ class Reader:
     def documents(self, paths: Sequence[str], skip: int = 0) -> Iterator[str | None]:
         """Yield the documents after the first `skip`.
 
-        A parquet file is passed by the number of rows in its footer, JSON Lines by counting lines.
-        A file that cannot be opened as parquet counts as one record, the lost rows of a damaged row
-        group as one each.
+        Row groups of parquet are skipped by their footer, JSON Lines by counting lines. A file that
+        cannot be opened as parquet is one record, the lost rows of a damaged row group are one
+        each. Raises ValueError for a record that cannot be read, unless `skip_bad`.
         """
         for path in paths:
-            if skip and (n_records := self._count(path)) <= skip:
-                skip -= n_records
-                continue
-            for record in self._records(path, skip):
-                if isinstance(record, ValueError) and not self.skip_bad:
-                    raise record
-                yield record if isinstance(record, str) else None
-            skip = 0
+            for n_records, records in self._blocks(path):
+                if n_records <= skip:
+                    skip -= n_records
+                    continue
+                for record in islice(records, skip, None):
+                    if isinstance(record, ValueError) and not self.skip_bad:
+                        raise record
+                    yield record if isinstance(record, str) else None
+                skip = 0
 
     def extent(self, paths: Sequence[str]) -> Extent:
-        """Estimate what is read of the files, and the text in it, from a look into some of them."""
+        """Estimate the bytes to read, and those of text in them, from parts of some files."""
         sizes = file_sizes(paths)
         measured = range(0, len(paths), -(-len(paths) // MEASURED_FILES))
         parts = [self._measure(paths[i], sizes[i]) for i in measured]
@@ -85,57 +83,50 @@ class Reader:
         remote = any(is_remote(path) for path in paths)
         return Extent(len(paths), read_bytes if remote else 0, text_bytes)
 
-    def _records(self, path: str, skip: int) -> Iterator[Record]:
-        if is_plain_text(path):
-            return islice(self._text_records(path), skip, None)
-        if path.lower().endswith(".parquet"):
-            return self._parquet_records(path, skip)
-        return self._json_records(path, skip)
-
-    def _count(self, path: str) -> int:
-        """Return the number of records, without reading their texts."""
-        if is_plain_text(path):
-            return 1 if self.separator is None else sum(1 for _ in self._text_records(path))
-        if not path.lower().endswith(".parquet"):
-            with open_file(path) as raw:
-                return sum(1 for _ in lines(raw, path))
-        try:
-            with _opened_parquet(path) as parquet:
-                return int(parquet.metadata.num_rows)
-        except _Unreadable:
-            return 1
-
-    def _text_records(self, path: str) -> Iterator[Record]:
+    def _blocks(self, path: str) -> Iterator[Block]:
         with open_file(path) as file:
-            pieces = iter(partial(file.read, BUFFER_BYTES), b"")  # asked for again where it fails
-            if self.separator is None:
-                data = b"".join(pieces)
-                if END_OF_TEXT.encode() in data:
-                    _log_marker(path)
-                yield _at(path, decoded(data, data[:8]))
-                return
-            for number, data in enumerate(_separated(pieces, self.separator.encode()), start=1):
-                if data.strip():
-                    where = f"{path}, document {number}"
-                    yield _at(where, decoded(data.strip(b"\r\n"), data[:8]))
+            if path.lower().endswith(TEXTS):
+                yield from self._text_blocks(file, path)
+            elif path.lower().endswith(".parquet"):
+                yield from self._parquet_blocks(file, path)
+            else:
+                yield from self._json_blocks(file, path)
 
-    def _parquet_records(self, path: str, skip: int) -> Iterator[Record]:
+    def _text_blocks(self, file: IO[bytes], path: str) -> Iterator[Block]:
+        pieces = iter(partial(file.read, BUFFER_BYTES), b"")  # the hub repeats each where it fails
+        if self.separator is None:
+            yield 1, _whole(pieces, path)
+            return
+        for number, data in enumerate(_separated(pieces, self.separator.encode()), start=1):
+            if data.strip():
+                yield 1, _document(data.strip(b"\r\n"), f"{path}, document {number}")
+
+    def _json_blocks(self, file: IO[bytes], path: str) -> Iterator[Block]:
+        for number, line in lines(file, path):
+            yield 1, self._json_text(line, f"{path}, line {number}")
+
+    def _json_text(self, line: bytes | BadRecord, where: str) -> Iterator[Record]:
+        shape = f'write records such as {{"{self.text_column}": "..."}}'
         try:
-            with _opened_parquet(path) as parquet:
-                self._check_column(path, parquet.schema_arrow)
-                start = 0
-                for group in range(parquet.num_row_groups):
-                    stop = start + parquet.metadata.row_group(group).num_rows
-                    if skip < stop:
-                        records = self._row_group(path, parquet, group, start, stop)
-                        yield from islice(records, max(skip - start, 0), None)
-                    start = stop
-        except _Unreadable as error:
-            if not skip:
-                yield error
+            remedy = f"{shape}, or pass data.text_column=NAME"
+            yield text_under(parse_json(line), self.text_column, remedy)
+        except BadRecord as error:
+            yield error.at(where)
+
+    def _parquet_blocks(self, file: IO[bytes], path: str) -> Iterator[Block]:
+        try:
+            parquet = self._open_parquet(file, path)
+        except BadRecord as error:
+            yield 1, [error.at(path)]
+            return
+        start = 0
+        for group in range(parquet.num_row_groups):
+            n_rows = parquet.metadata.row_group(group).num_rows
+            yield n_rows, self._row_group(parquet, path, group, start, start + n_rows)
+            start += n_rows
 
     def _row_group(
-        self, path: str, parquet: Any, group: int, start: int, stop: int
+        self, parquet: Any, path: str, group: int, start: int, stop: int
     ) -> Iterator[Record]:
         """Yield the records from `start` up to `stop`: as many as the row group has rows."""
         import pyarrow
@@ -146,26 +137,36 @@ class Reader:
         )
         try:
             for batch in batches:
-                for text in _texts(batch.column(0)):
+                for data in _as_bytes(batch.column(0)).to_pylist():
                     row += 1
-                    yield self._cell(text, f"{path}, row {row}")
+                    where = f"{path}, row {row}"
+                    if data is None:
+                        yield BadRecord(f"is null under {self.text_column!r}").at(where)
+                    else:
+                        yield from _document(data, where)
         except (OSError, pyarrow.ArrowException) as error:
             if not is_damage(error):
                 raise
-            lost = ValueError(
-                f"{path} is damaged in row group {group}, rows {row + 1} to {stop} "
-                f"({brief(error)}); fetch the file again, {PASS_OVER}"
-            )
-            yield from repeat(lost, stop - row)
+            rows = f"rows {row + 1} to {stop} ({brief(error)})"
+            lost = BadRecord(f"is damaged in row group {group}, {rows}", "fetch the file again")
+            yield from repeat(lost.at(path), stop - row)
 
-    def _cell(self, value: bytes | str | None, where: str) -> Record:
-        if value is None:
-            return ValueError(
-                f"{where} is null under {self.text_column!r}; mend the file, {PASS_OVER}"
-            )
-        return value if isinstance(value, str) else _at(where, decoded(value))
+    def _open_parquet(self, file: IO[bytes], path: str) -> Any:
+        """Open a parquet file to be read in small pieces.
 
-    def _check_column(self, path: str, schema: Any) -> None:
+        Raises BadRecord where it is none, and ValueError where it has no such column of text.
+        """
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            parquet = pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+        except (OSError, pyarrow.ArrowException) as error:
+            if not is_damage(error):
+                raise
+            found = f"is not a whole parquet file ({brief(error)})"
+            raise BadRecord(found, "fetch it again") from error
+        schema = parquet.schema_arrow
         if self.text_column not in schema.names:
             raise ValueError(
                 f"{path} has no column {self.text_column!r}; it has columns "
@@ -178,63 +179,34 @@ class Reader:
                 f"column {self.text_column!r} of {path} holds {kind} and not text; pass "
                 f"data.text_column=NAME (text is in {', '.join(texts) or 'none of its columns'})"
             )
-
-    def _json_records(self, path: str, skip: int) -> Iterator[Record]:
-        with open_file(path) as raw:
-            yield from self._values(path, islice(lines(raw, path), skip, None))
-
-    def _values(
-        self, path: str, numbered: Iterable[tuple[int, str | BadRecord]]
-    ) -> Iterator[Record]:
-        for number, line in numbered:
-            yield _at(f"{path}, line {number}", self._value(line))
-
-    def _value(self, line: str | BadRecord) -> str | BadRecord:
-        record = parsed(line) if isinstance(line, str) else line
-        if isinstance(record, BadRecord):
-            return record
-        try:
-            return text_under(record, self.text_column)
-        except BadRecord as error:
-            named = isinstance(record, dict) and self.text_column not in record
-            shape = f'write records such as {{"{self.text_column}": "..."}}'
-            return BadRecord(str(error), "pass data.text_column=NAME" if named else shape)
+        return parquet
 
     def _measure(self, path: str, n_bytes: int) -> tuple[int, int]:
         """Estimate how many bytes of a file are read, and of them, how many are text."""
-        if is_plain_text(path):
+        if path.lower().endswith(TEXTS):
             return n_bytes, n_bytes
-        if path.lower().endswith(".parquet"):
-            return self._measure_parquet(path)
-        with open_file(path) as raw:
-            texts = self._values(path, lines(raw, path))
-            head = list(islice(texts, MEASURED_LINES))
-            n_read = raw.tell() if len(head) == MEASURED_LINES else n_bytes
-        n_text = sum(len(t.encode("utf-8", "surrogatepass")) for t in head if isinstance(t, str))
+        with open_file(path) as file:
+            if path.lower().endswith(".parquet"):
+                return self._measure_parquet(file, path)
+            blocks = list(islice(self._json_blocks(file, path), MEASURED_LINES))
+            n_read = file.tell() if len(blocks) == MEASURED_LINES else n_bytes
+            texts = [t for _, records in blocks for t in records if isinstance(t, str)]
+        n_text = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
         return n_bytes, round(n_text * n_bytes / max(n_read, 1))
 
-    def _measure_parquet(self, path: str) -> tuple[int, int]:
+    def _measure_parquet(self, file: IO[bytes], path: str) -> tuple[int, int]:
         try:
-            with _opened_parquet(path) as parquet:
-                self._check_column(path, parquet.schema_arrow)
-                groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
-                leaves = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
-                column = leaves.index(self.text_column)
-        except _Unreadable:
+            parquet = self._open_parquet(file, path)
+        except BadRecord:
             return 0, 0
+        leaves = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
+        column = leaves.index(self.text_column)
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
         chunks = [group.column(column) for group in groups]
         return (
             sum(chunk.total_compressed_size for chunk in chunks),
             sum(chunk.total_uncompressed_size for chunk in chunks),
         )
-
-
-class _Unreadable(ValueError):
-    """A file is damaged as a whole, so that nothing in it can be counted."""
-
-
-def is_plain_text(path: str) -> bool:
-    return path.lower().endswith(TEXTS)
 
 
 def file_sizes(paths: Sequence[str]) -> list[int]:
@@ -245,30 +217,26 @@ def file_sizes(paths: Sequence[str]) -> list[int]:
 
     filesystem, _ = fsspec.core.url_to_fs(paths[0])
     for folder in dict.fromkeys(path.rpartition("/")[0] for path in paths):
-        filesystem.ls(folder)  # one request instead of one for each file; it is remembered
+        filesystem.ls(folder)  # one request instead of one for each file; it is cached
     return [int(filesystem.size(path)) for path in paths]
 
 
-@contextmanager
-def _opened_parquet(path: str) -> Iterator[Any]:
-    """Open a parquet file to be read in small pieces; raises _Unreadable where it is none."""
-    import pyarrow
-    import pyarrow.parquet
+def _document(data: bytes, where: str) -> Iterator[Record]:
+    try:
+        yield decode(data)
+    except BadRecord as error:
+        yield error.at(where)
 
-    with open_file(path) as file:
-        try:
-            parquet = pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
-        except (OSError, pyarrow.ArrowException) as error:
-            if not is_damage(error):
-                raise
-            raise _Unreadable(
-                f"{path} is not a whole parquet file ({brief(error)}); fetch it again, {PASS_OVER}"
-            ) from error
-        yield parquet
+
+def _whole(pieces: Iterable[bytes], path: str) -> Iterator[Record]:
+    data = b"".join(pieces)
+    if END_OF_TEXT.encode() in data:
+        _log_marker(os.path.dirname(path))
+    yield from _document(data, path)
 
 
 def _separated(pieces: Iterable[bytes], separator: bytes) -> Iterator[bytes]:
-    """Yield what stands between the separators; one may reach over two pieces."""
+    """Yield the bytes between the separators; one may reach over two pieces."""
     begun: list[bytes] = []
     end = b""  # of the pieces so far, which may begin a separator
     for piece in pieces:
@@ -282,32 +250,24 @@ def _separated(pieces: Iterable[bytes], separator: bytes) -> Iterator[bytes]:
     yield b"".join([*begun, end])
 
 
-def _log_marker(path: str) -> None:
-    """Log, for the first such file of a folder, that it holds the end-of-text marker."""
-    folder = os.path.dirname(path)
-    if folder in _marked_folders:
-        return
-    _marked_folders.add(folder)
+@cache
+def _log_marker(folder: str) -> None:
+    """Log, once for each folder, that its files hold the end-of-text marker."""
     log.info(
-        "%s holds %s, which is read as plain text; where it separates documents, pass it as "
-        "separator (data.separator, or --separator)",
-        path,
+        "text in %s holds %s, which is read as plain text; where it separates documents, pass it "
+        "as separator (data.separator, or --separator)",
+        folder,
         END_OF_TEXT,
     )
 
 
-def _at(where: str, found: str | BadRecord) -> Record:
-    return found.at(where) if isinstance(found, BadRecord) else found
-
-
-def _texts(column: Any) -> list[Any]:
-    """Return the strings of a column, or all their bytes where one of them is not UTF-8."""
+def _as_bytes(column: Any) -> Any:
+    """Return a column of text as bytes, which need not be UTF-8."""
     import pyarrow
 
-    try:
-        return list(column.to_pylist())
-    except UnicodeDecodeError:
-        return list(column.cast(pyarrow.large_binary()).to_pylist())
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pyarrow.large_binary())
 
 
 def _is_string(kind: Any) -> bool:

@@ -20,10 +20,9 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from nanogpt.data.records import (
     BadRecord,
     check_text,
-    decoded,
     json_records,
     kind_of,
-    parsed,
+    parse_json,
     read_all,
 )
 from nanogpt.data.source import Source, files_fingerprint, local_path
@@ -121,23 +120,21 @@ class Instructions(Source):
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the place of each record of a JSON array or of JSON Lines, and the record.
+    """Yield the position of each record of a JSON array or of JSON Lines, and the record.
 
-    A line that is not JSON is a BadRecord in place of its record.
+    A line that is not JSON is a BadRecord in place of its record. Raises ValueError for an array
+    that is not JSON.
     """
     check_text(path)
     with path.open("rb") as file:
         is_array = file.read(2**10).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-    return _array(path) if is_array else json_records(path)
-
-
-def _array(path: Path) -> Iterator[tuple[str, Any]]:
-    text = decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8))
-    if isinstance(text, BadRecord):
-        raise ValueError(f"{path} {text}; {text.remedy}")
-    records = parsed(text)
-    if isinstance(records, BadRecord):
-        raise ValueError(f"{path} {records}; mend the array, or write one record per line")
+    if not is_array:
+        yield from json_records(path)
+        return
+    try:
+        records = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+    except BadRecord as error:
+        raise ValueError(f"{path} {error}; {error.remedy}") from error
     for number, record in enumerate(records, start=1):
         yield f"record {number}", record
 

@@ -1,8 +1,8 @@
-"""Labelled texts of one's own: TSV, CSV or JSON Lines, one example per row, any classes."""
+"""Labelled texts in a local file: TSV, CSV or JSON Lines, one example per row, any classes."""
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,26 +10,24 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from nanogpt.command import expand_home
-from nanogpt.data.records import BadRecord, check_text, decoded, json_records, kind_of, read_all
+from nanogpt.data.records import BadRecord, check_text, decode, json_records, read_all, text_under
 from nanogpt.data.source import Source, local_path
 from nanogpt.data.splits import Example, Splits, examples_sha256, split
 from nanogpt.tokenizer import SURROGATE
 from nanogpt.values import CHECKED, Count, FilePath, Flag, Seed, Share, Text
 
-Cells = Mapping[str, Any]  # by the names of the columns
-Row = tuple[str, Cells | BadRecord]  # with its place, such as `line 3`
-
-LONGEST_CELL = 2**27  # characters; csv's own limit of 131,072 is less than a long article
+REMEDY = "correct it, or pass text_column and label_column"
+csv.field_size_limit(2**27)  # characters; the default of 131,072 is less than a long article
 
 
 @dataclass(frozen=True, config=CHECKED)
 class LabelledTexts(Source):
-    """A labelled file, and how it is split for training.
+    """A labelled file, and its splits for training.
 
-    `balance` leaves out what a class has more than the smallest one; the left-over examples are
-    tested on apart. `max_examples` bounds what is used of the rest, the classes in proportion. With
-    `skip_bad`, rows that cannot be read are left out, and counted in the log. To stages that read
-    text, an example is its text.
+    `balance` uses as many examples of each class as the smallest has; the others are a test set of
+    their own. `max_examples` bounds the number of used examples, the classes in proportion. With
+    `skip_bad`, rows that cannot be read are left out, and their number is logged. To stages that
+    read text, an example is its text.
     """
 
     path: FilePath | None = None
@@ -100,82 +98,66 @@ def read_examples(
     return examples
 
 
-def _rows(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
-    """Yield the rows of a file, each with its place or what is wrong with it."""
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the position of each row, `line 3`, and its cells by column or a BadRecord."""
     if path.suffix.lower() in (".jsonl", ".json"):
         yield from json_records(path)
         return
     check_text(path)
-    read = _csv_rows if path.suffix.lower() == ".csv" else _tsv_rows
+    is_csv = path.suffix.lower() == ".csv"
+    bad: dict[int, BadRecord] = {}  # by line
+    header: list[str] = []
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        bad: dict[int, BadRecord] = {}
-        yield from read(_noting(file, bad), bad, path, columns)
-
-
-def _noting(lines: Iterable[str], bad: dict[int, BadRecord]) -> Iterator[str]:
-    """Yield the lines, and note by number those that hold bytes other than UTF-8."""
-    for number, line in enumerate(lines, start=1):
-        if not line.isascii():
-            text = decoded(line.encode("utf-8", "surrogateescape"))
-            if isinstance(text, BadRecord):
-                bad[number] = text
-        yield line
-
-
-def _csv_rows(
-    lines: Iterator[str], bad: Mapping[int, BadRecord], path: Path, columns: tuple[str, str]
-) -> Iterator[Row]:
-    before = csv.field_size_limit(LONGEST_CELL)
-    try:
-        reader = csv.reader(lines, strict=True)
-        header: list[str] | None = None
+        lines = _checked_lines(file, bad)
+        reader = (
+            csv.reader(lines, strict=True)
+            if is_csv
+            else csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        )
         while True:
             first = reader.line_num + 1
-            row: Mapping[str, str] | BadRecord | None = None
+            row: Any = None
             try:
-                cells = next(reader, None)
+                cells = next(reader)
+            except StopIteration:
+                break
             except csv.Error as error:
                 if reader.line_num > first:  # other rows may be lost with it
                     raise ValueError(
                         f"{path}, line {first} opens a quote that ends nowhere up to line "
                         f"{reader.line_num} ({error}); close it"
                     ) from error
-                row = BadRecord(f"is no CSV ({error})", "mend its quotes")
+                row = BadRecord(f"is not CSV ({error})", "correct its quotes")
             else:
-                if cells is None:
-                    break
-                if header is None:
-                    header = _checked_header(cells, path, columns)
-                    continue
-                row = _named(cells, header) if cells else None
+                if not header:
+                    has_header = is_csv or set(columns) <= set(cells) or len(cells) != 2
+                    header = cells if has_header else [columns[1], columns[0]]  # label, text
+                    _check_header(header, path, columns)
+                    if has_header:
+                        continue
+                if "".join(cells).strip():
+                    row = dict(zip(header, cells, strict=False))
+                    if len(cells) != len(header):
+                        names = f"{len(header)} are expected ({', '.join(header)})"
+                        row = BadRecord(f"has {len(cells)} cells and {names}")
             number = next((n for n in range(first, reader.line_num + 1) if n in bad), first)
-            row = bad.get(number, row)
             if row is not None:
-                yield f"line {number}", row
-        if header is None:
-            _checked_header([], path, columns)
-    finally:
-        csv.field_size_limit(before)
+                yield f"line {number}", bad.get(number, row)
+    _check_header(header, path, columns)
 
 
-def _tsv_rows(
-    lines: Iterator[str], bad: Mapping[int, BadRecord], path: Path, columns: tuple[str, str]
-) -> Iterator[Row]:
-    header: list[str] = []
+def _checked_lines(lines: Iterable[str], bad: dict[int, BadRecord]) -> Iterator[str]:
+    """Yield the lines; those with bytes other than UTF-8 are added to `bad` by number."""
     for number, line in enumerate(lines, start=1):
-        cells = line.rstrip("\r\n").split("\t")
-        if not header:
-            has_header = set(columns) <= set(cells)
-            header = cells if has_header else [columns[1], columns[0]]  # label, text
-            if has_header:
-                continue
-            if len(cells) != 2:
-                _checked_header(cells, path, columns)
-        if line.strip():
-            yield f"line {number}", bad[number] if number in bad else _named(cells, header)
+        try:
+            if not line.isascii():
+                decode(line.encode("utf-8", "surrogateescape"))
+        except BadRecord as error:
+            bad[number] = error
+        yield line
 
 
-def _checked_header(header: list[str], path: Path, columns: tuple[str, str]) -> list[str]:
+def _check_header(header: list[str], path: Path, columns: Sequence[str]) -> None:
     for column in columns:
         if column not in header:
             names = ", ".join(header).encode("utf-8", "replace").decode()
@@ -183,40 +165,17 @@ def _checked_header(header: list[str], path: Path, columns: tuple[str, str]) -> 
                 f"{path} has no column {column!r} (its first line has {names}); name "
                 f"the columns in the first line, or pass text_column and label_column"
             )
-    return header
-
-
-def _named(cells: list[str], header: list[str]) -> Mapping[str, str] | BadRecord:
-    if len(cells) == len(header):
-        return dict(zip(header, cells, strict=True))
-    names = ", ".join(header)
-    return BadRecord(f"has {len(cells)} cells and {len(header)} are expected ({names})")
 
 
 def _example(row: Any, *, text_column: str, label_column: str) -> Example:
-    if not isinstance(row, dict):
-        raise BadRecord(f"is no JSON object but {kind_of(row)}", "write one object per line")
-    for column in (text_column, label_column):
-        if column not in row:
-            raise BadRecord(
-                f"has no {column!r} (it has {', '.join(row)})",
-                "mend it, or pass text_column and label_column",
-            )
-    text, label = row[text_column], row[label_column]
-    if not isinstance(text, str) or not text.strip():
-        raise BadRecord(f"has no text under {text_column!r} ({_found(text)})")
-    if isinstance(label, str):
-        label = label.strip()
-    elif isinstance(label, int):
-        label = json.dumps(label)
-    if not isinstance(label, str) or not label:
+    text, label = text_under(row, text_column, REMEDY), row.get(label_column)
+    if not text.strip():
+        raise BadRecord(f"has no text under {text_column!r} (it is empty)")
+    name = label.strip() if isinstance(label, str) else json.dumps(label)
+    if not isinstance(label, str | int) or not name or SURROGATE.search(name):
         raise BadRecord(
-            f"has no label under {label_column!r} ({_found(label)}), a text or a whole number"
+            f"has no label under {label_column!r}, a text or a whole number "
+            f"({json.dumps(label)} is there)",
+            REMEDY,
         )
-    if SURROGATE.search(label):
-        raise BadRecord(f"has no label under {label_column!r}: {label!r} has half a character")
-    return Example(text, label)
-
-
-def _found(value: Any) -> str:
-    return "it is empty" if isinstance(value, str) else f"{kind_of(value)} is there"
+    return Example(text, name)

@@ -22,12 +22,13 @@ from nanogpt.data.corpus import (
     MANIFEST,
     TOKENIZER,
     Corpus,
+    describe_tokenizer,
     digest,
     open_corpus,
     read_tokenizer,
 )
 from nanogpt.data.meter import Meter
-from nanogpt.data.shards import MOST_SHARD_TOKENS, SHARD_TOKENS, TokenStream, token_dtype
+from nanogpt.data.shards import MAX_SHARD_TOKENS, SHARD_TOKENS, TokenStream, token_dtype
 from nanogpt.data.source import Source
 from nanogpt.data.tokenizing import Batch, Encoder, Split, batches, choose_split, in_order, n_cores
 from nanogpt.data.writer import (
@@ -73,9 +74,9 @@ class Preparation:
             raise ValueError(
                 f"val_fraction={self.source.val_fraction} must lie between 0 and 1, such as 0.1"
             )
-        if not 0 < self.shard_tokens <= MOST_SHARD_TOKENS:
+        if not 0 < self.shard_tokens <= MAX_SHARD_TOKENS:
             raise ValueError(
-                f"shard_tokens={self.shard_tokens} must lie between 1 and {MOST_SHARD_TOKENS}, "
+                f"shard_tokens={self.shard_tokens} must lie between 1 and {MAX_SHARD_TOKENS}, "
                 f"all that a shard's header can count; pass another, such as {SHARD_TOKENS}"
             )
         if self.workers is not None and self.workers < 1:
@@ -189,12 +190,7 @@ def _make(preparation: Preparation, directory: Path) -> None:
             **source.description(),
         },
         "split": {"val_fraction": source.val_fraction, **settled["split"]},
-        "tokenizer": {
-            "key": preparation.tokenizer_key,
-            "name": tokenizer.name,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-        },
+        "tokenizer": describe_tokenizer(tokenizer, preparation.tokenizer_key),
         **counts,
         "gzip_bits_per_byte": _gzip_bits_per_byte(directory, tokenizer, writer.progress),
     }

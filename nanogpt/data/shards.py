@@ -1,9 +1,9 @@
 """Token shards: a header of 256 int32 and then the tokens, as llm.c and modded-nanogpt write them.
 
 The header begins with a magic number, a version and the number of tokens; the rest is zero. llm.c
-has two kinds, told apart by the magic number: 20240520, version 1, holds uint16 (GPT-2); 20240801,
-version 7, holds uint32 (Llama 3). Its readers and modded-nanogpt's take what is written here
-(llm.c, dev/data/data_common.py; modded-nanogpt, train_gpt.py). Only shards end in `.bin`.
+has two kinds: magic number 20240520 with version 1 holds uint16 (GPT-2), 20240801 with version 7
+holds uint32 (Llama 3). Its readers and modded-nanogpt's read these shards (llm.c,
+dev/data/data_common.py; modded-nanogpt, train_gpt.py). Only shards end in `.bin`.
 """
 
 import mmap
@@ -22,11 +22,12 @@ HEADER_BYTES = 4 * HEADER_INTS
 UINT16: np.dtype = np.dtype("<u2")
 UINT32: np.dtype = np.dtype("<u4")
 MAGIC_AND_VERSION = {UINT16: (20240520, 1), UINT32: (20240801, 7)}
+MAGIC_NUMBERS = {magic for magic, _ in MAGIC_AND_VERSION.values()}
 REMEDY = "remove its folder and run the command again to prepare the data anew"
 MAPPED_BYTES = 64 * 2**20  # of a stream's files, at most about, are in a process's memory at a time
 FAULT_BYTES = 64 * 2**10  # what Linux maps around one touch (fault_around_bytes)
 SHARD_TOKENS = 100_000_000  # as the field cuts FineWeb-Edu
-MOST_SHARD_TOKENS = 2**31 - 1  # that the header can count
+MAX_SHARD_TOKENS = 2**31 - 1  # that the header can count
 
 
 @dataclass(frozen=True)
@@ -46,46 +47,36 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def read_header(path: Path, remedy: str = REMEDY) -> tuple[np.dtype, int]:
     """Return the type and the number of a shard's tokens.
 
-    Raises FileNotFoundError or ValueError, naming the file, where it is not a whole shard;
-    `remedy` says what to do about it.
+    Raises FileNotFoundError or ValueError, naming the file and the remedy, where it is not a whole
+    shard.
     """
     try:
         with path.open("rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
+            header = file.read(HEADER_BYTES)
             n_bytes = os.fstat(file.fileno()).st_size
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the token shard {path} is missing; {remedy}") from error
-    if len(header) < HEADER_BYTES:
+    magic, version, n_tokens = np.frombuffer(header.ljust(12, b"\0"), "<i4")[:3].tolist()
+    dtypes = {made: dtype for dtype, made in MAGIC_AND_VERSION.items()}
+    dtype = dtypes.get((magic, version))
+    if dtype is None or n_bytes < HEADER_BYTES:
+        known = " or ".join(f"{number} and version {v}" for number, v in dtypes)
         raise ValueError(
-            f"{path} is not a token shard: it has {n_bytes} bytes and the header alone has "
-            f"{HEADER_BYTES}; {remedy}"
-        )
-    magic, version, n_tokens = (int(value) for value in header.view("<i4")[:3])
-    dtypes = {known: dtype for dtype, (known, _) in MAGIC_AND_VERSION.items()}
-    if magic not in dtypes:
-        raise ValueError(
-            f"{path} is not a token shard: it begins with {magic} and not with "
-            f"{' or '.join(str(known) for known in dtypes)}; {remedy}"
-        )
-    dtype = dtypes[magic]
-    if version != MAGIC_AND_VERSION[dtype][1]:
-        raise ValueError(
-            f"{path} is a token shard of version {version} and only version "
-            f"{MAGIC_AND_VERSION[dtype][1]} of its kind ({magic}) is known; {remedy}"
+            f"{path} is not a token shard: its {n_bytes} bytes begin with {magic} and version "
+            f"{version}, and not with {known} in a header of {HEADER_BYTES} bytes; {remedy}"
         )
     promised = HEADER_BYTES + n_tokens * dtype.itemsize
     if n_tokens < 0 or n_bytes != promised:
         raise ValueError(
-            f"{path} is {'cut short' if n_bytes < promised else 'longer than it says'}: its "
-            f"header promises {n_tokens} tokens, which is {promised} bytes, and it has {n_bytes}; "
-            f"{remedy}"
+            f"{path} is {'cut short' if n_bytes < promised else 'longer than its header'}, which "
+            f"promises {n_tokens} tokens in {promised} bytes: it has {n_bytes}; {remedy}"
         )
     return dtype, n_tokens
 
 
 @dataclass(frozen=True)
 class Part:
-    """A run of tokens inside a file; nothing says what stands before and after it."""
+    """A run of tokens inside a file, in which any bytes may precede and follow it."""
 
     path: Path
     dtype: np.dtype
@@ -103,7 +94,7 @@ class TokenStream:
     """The tokens of shards, or of parts of files, end to end and read in place; cheap to pickle.
 
     Memory stays flat however much is read. A page that was touched counts as resident for as long
-    as its map lives, with its neighbours (Linux maps 64 KiB around a touch), so maps that are kept
+    as its map lives, with its neighbours (Linux maps 64 KiB around a touch), so maps that live on
     end up holding the whole corpus. They are made anew after `MAPPED_BYTES`; the pages themselves
     stay in the system's cache.
     """
@@ -118,7 +109,10 @@ class TokenStream:
         return self._starts[-1]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the tokens from `start` up to `stop`, (stop - start,) int64."""
+        """Return the tokens from `start` up to `stop`, (N,) int64 with N = stop - start.
+
+        Raises IndexError outside of the stream.
+        """
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of a stream of {len(self)}")
         tokens = np.empty(stop - start, dtype=np.int64)

@@ -1,25 +1,28 @@
-"""What a data set is: an object that yields documents and says when they change."""
+"""The interface of a data set: its documents, and a fingerprint that changes with them."""
 
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanogpt.command import expand_home
+from nanogpt.hub import hub_errors
 
-HASHED_WHOLE_BYTES = 2**30  # files of more in all are told apart by their sizes and samples
+HASHED_WHOLE_BYTES = 2**30  # of files above this size in all, samples are hashed
 SAMPLES = 64  # of each such file
 SAMPLE_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True)
 class Extent:
-    """What there is to read, for an estimate; all of it is approximate."""
+    """The approximate size of a source."""
 
     files: int
-    download_bytes: int  # 0 for what is on this machine
+    download_bytes: int  # 0 for local files
     text_bytes: int  # UTF-8, of the text in all documents
 
 
@@ -36,17 +39,17 @@ class Source(ABC):
     def documents(self, skip: int = 0) -> Iterator[str | None]:
         """Yield the documents after the first `skip`, the same ones in the same order every time.
 
-        None stands for a record that cannot be read, where the source was told to pass over those.
-        `skip` counts every item, empty documents and None too, and costs little. Raises ValueError,
-        FileNotFoundError or ConnectionError, in one sentence, for what a user can mend.
+        None stands for a record that cannot be read, where the source is to leave those out. `skip`
+        counts every item, empty documents and None too, and costs little. Raises ValueError,
+        FileNotFoundError or ConnectionError, in one sentence, for what a user can correct.
         """
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a word that changes when the documents do, quickly and without a network."""
+        """Return a text that changes when the documents do, quickly and without a network."""
 
     def extent(self) -> Extent | None:
-        """Return how much there is to read, or None where nothing says so; may ask the hub."""
+        """Return the size of the source, None where it is unknown; may send requests to the hub."""
         return None
 
     def pinned(self, revision: str | None = None) -> "Source":
@@ -54,7 +57,7 @@ class Source(ABC):
         return self
 
     def description(self) -> dict[str, Any]:
-        """Return plain values that say where the documents come from."""
+        """Return plain values that describe the origin of the documents."""
         return {}
 
 
@@ -82,6 +85,21 @@ def files_fingerprint(root: Path, paths: Sequence[Path]) -> str:
         content = file_sha256(path) if whole else _sampled_sha256(path)
         digest.update(f"{name}\0{content}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
+
+
+def fetch_file(repository: str, name: str, revision: str, instead: str) -> Path:
+    """Return a file of a data set repository in the hub's cache, downloaded unless it is there.
+
+    Raises as `hub_errors` does.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    fetch = partial(hf_hub_download, repository, name, repo_type="dataset", revision=revision)
+    with suppress(LocalEntryNotFoundError):
+        return Path(fetch(local_files_only=True))
+    with hub_errors(f"{name} of the data set {repository} at {revision}", instead):
+        return Path(fetch())
 
 
 def file_sha256(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:
