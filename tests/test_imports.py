@@ -1,151 +1,113 @@
-"""Who may import whom: the table that keeps the layers apart."""
+"""Who may import whom: the table of docs/ARCHITECTURE.md, directly and through others."""
 
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
-ENTRY_POINTS = {"train.py", "serve.py"}
 CORE = {
-    "model",
-    "tokenizer",
-    "prompts",
-    "generation",
-    "pretrained",
-    "classifier",
-    "checkpoint",
-    "archive",
-    "record",
-    "weights",
-    "optim",
-    "splitmix",
-    "hub",
-    "tokenizer_files",
-    "command",
-    "disk",
-    "text",
-    "values",
-    "runs.directory",
-    "runs.identity",
-}
-
-
-def sources() -> list[Path]:
-    files = [ROOT / name for name in sorted(ENTRY_POINTS) if (ROOT / name).exists()]
-    return (
-        files + sorted((ROOT / "nanogpt").rglob("*.py")) + sorted((ROOT / "serving").rglob("*.py"))
+    f"nanogpt.{name}"
+    for name in (
+        *("model", "tokenizer", "prompts", "generation", "pretrained", "classifier", "checkpoint"),
+        *("archive", "record", "weights", "optim", "splitmix", "hub", "tokenizer_files", "command"),
+        *("disk", "text", "values", "runs.directory", "runs.identity"),
     )
+}
+HYDRA, LIGHTNING, TORCH = ("hydra", "omegaconf"), ("lightning",), ("torch",)
+DATA, TRAINING = ("nanogpt.data",), ("nanogpt.training",)
+
+# Modules by prefix, what none of their statements imports, and the modules excepted.
+NEVER = (
+    (("",), HYDRA, ("train", "serve", "nanogpt.config")),
+    (("",), LIGHTNING, ("train", *DATA, *TRAINING)),
+    (DATA, TRAINING, ()),
+    (TRAINING, DATA, ()),
+    (("nanogpt.runs", "nanogpt.ranks"), (*DATA, *TRAINING), ()),
+    (("serving",), (*DATA, *TRAINING), ()),
+    (("serving.engine",), ("fastapi",), ()),
+    (("serving.api",), TORCH, ()),
+)
+COMMANDS = tuple(f"nanogpt.{name}" for name in ("evaluate", "export", "generate", "inspect"))
+# The same of all that importing the modules imports, through others of ours too.
+NOT_WHEN_IMPORTED = (
+    ((*COMMANDS, "nanogpt.prepare"), (*LIGHTNING, *HYDRA), ()),
+    (("nanogpt.build", "nanogpt.ranks", "nanogpt.values"), (*LIGHTNING, *HYDRA), ()),
+    (("nanogpt.runs",), (*LIGHTNING, *HYDRA), ()),
+    (("serving",), (*LIGHTNING, *HYDRA, *DATA, *TRAINING), ()),
+    (("serving.api",), TORCH, ()),
+)
 
 
-def imported(path: Path, *, lazy: bool = True) -> set[str]:
+def is_under(module: str, prefixes: tuple[str, ...]) -> bool:
+    return any(not p or module == p or module.startswith(f"{p}.") for p in prefixes)
+
+
+def sources() -> dict[str, Path]:
+    """Return the product's files by module."""
+    files = [ROOT / "train.py", ROOT / "serve.py"]
+    for package in ("nanogpt", "serving"):
+        files += (ROOT / package).rglob("*.py")
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in files
+    }
+
+
+SOURCES = sources()
+
+
+@cache
+def imported(module: str, *, lazy: bool = True) -> frozenset[str]:
     """Return the modules that a file imports; with lazy=False only those imported when it is."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = ast.parse(SOURCES[module].read_text(encoding="utf-8"))
     names: set[str] = set()
     for node in ast.walk(tree) if lazy else tree.body:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(str(node.module))
-    return names
-
-
-def uses(names: set[str], package: str) -> bool:
-    return any(name == package or name.startswith(package + ".") for name in names)
-
-
-def relative(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-@pytest.mark.parametrize("path", sources(), ids=relative)
-def test_only_the_entry_points_know_hydra(path: Path) -> None:
-    if relative(path) not in {*ENTRY_POINTS, "nanogpt/config.py"}:
-        assert not uses(imported(path), "hydra")
-        assert not uses(imported(path), "omegaconf")
-
-
-@pytest.mark.parametrize("path", sources(), ids=relative)
-def test_only_data_training_and_train_know_lightning(path: Path) -> None:
-    if not relative(path).startswith(("nanogpt/data/", "nanogpt/training/", "train.py")):
-        assert not uses(imported(path), "lightning")
-
-
-def test_data_and_training_never_import_each_other() -> None:
-    for path in sources():
-        if relative(path).startswith("nanogpt/data/"):
-            assert not uses(imported(path), "nanogpt.training"), path
-        if relative(path).startswith("nanogpt/training/"):
-            assert not uses(imported(path), "nanogpt.data"), path
-
-
-def test_runs_are_kept_without_training_or_data() -> None:
-    for path in sources():
-        if relative(path).startswith(("nanogpt/runs/", "nanogpt/ranks.py")):
-            assert not uses(imported(path), "nanogpt.training"), path
-            assert not uses(imported(path), "nanogpt.data"), path
-
-
-@pytest.mark.parametrize("name", ["model", "tokenizer", "prompts"])
-def test_the_foundations_import_nothing_of_ours(name: str) -> None:
-    path = ROOT / "nanogpt" / f"{name}.py"
-    if path.exists():
-        allowed = {"nanogpt.pretrained"} if name == "model" else set()
-        assert {n for n in imported(path) if uses({n}, "nanogpt")} <= allowed
-        assert not uses(imported(path, lazy=False), "nanogpt")
-
-
-@pytest.mark.parametrize("name", sorted(CORE))
-def test_the_core_imports_only_the_core(name: str) -> None:
-    path = ROOT / "nanogpt" / f"{name.replace('.', '/')}.py"
-    if path.exists():
-        ours = {n for n in imported(path) if uses({n}, "nanogpt")}
-        assert ours <= {"nanogpt"} | {f"nanogpt.{other}" for other in CORE}
-
-
-def test_serving_keeps_to_the_core() -> None:
-    for path in sources():
-        if relative(path).startswith("serving/"):
-            for package in ("lightning", "hydra", "nanogpt.data", "nanogpt.training"):
-                assert not uses(imported(path), package), path
-        if relative(path).startswith("serving/engine/"):
-            assert not uses(imported(path), "fastapi"), path
-        if relative(path).startswith("serving/api/"):
-            assert not uses(imported(path), "torch"), path
+            names |= {str(node.module)}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} & SOURCES.keys()
+    return frozenset(names)
 
 
 def reached(module: str) -> set[str]:
-    """Return all that importing one of our modules imports, through others of ours too."""
+    """Return all that importing a module imports, through others of ours too."""
     names: set[str] = set()
     waiting = [module]
     while waiting:
-        path = ROOT / waiting.pop().replace(".", "/")
-        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        new = imported(path, lazy=False) - names
+        new = imported(waiting.pop(), lazy=False) - names
         names |= new
-        waiting += [name for name in new if uses({name}, "nanogpt")]
+        waiting += new & SOURCES.keys()
     return names
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "build",
-        "evaluate",
-        "export",
-        "generate",
-        "inspect",
-        "prepare",
-        "ranks",
-        "runs.run",
-        "values",
-    ],
-)
-def test_it_is_imported_without_lightning_and_hydra(module: str) -> None:
-    names = reached(f"nanogpt.{module}")
-    assert not any(uses(names, package) for package in ("lightning", "hydra", "omegaconf"))
+def test_no_module_imports_what_its_layer_may_not() -> None:
+    for prefixes, forbidden, excepted in NEVER:
+        for module in SOURCES:
+            if is_under(module, prefixes) and not is_under(module, excepted):
+                found = {name for name in imported(module) if is_under(name, forbidden)}
+                assert not found, f"{module} imports {found}"
+
+
+def test_nothing_forbidden_is_imported_through_others() -> None:
+    for prefixes, forbidden, _ in NOT_WHEN_IMPORTED:
+        for module in SOURCES:
+            if is_under(module, prefixes):
+                found = {name for name in reached(module) if is_under(name, forbidden)}
+                assert not found, f"importing {module} imports {found}"
+
+
+def test_the_core_imports_only_the_core() -> None:
+    for module in CORE & SOURCES.keys():
+        ours = {name for name in imported(module) & SOURCES.keys() if is_under(name, ("nanogpt",))}
+        assert ours <= CORE | {"nanogpt"}, f"{module} imports {ours - CORE}"
+
+
+def test_the_foundations_import_nothing_of_ours() -> None:
+    for name in ("model", "tokenizer", "prompts"):
+        assert not imported(f"nanogpt.{name}", lazy=False) & SOURCES.keys(), name
 
 
 def modules_after(code: str) -> set[str]:
