@@ -2,20 +2,19 @@
 
     python -m nanogpt.generate CHECKPOINT --prompt "def main(" --max-new-tokens 100
 
-CHECKPOINT is a .ckpt, a run directory, or the name of a run under runs/. A model that was taught to
-reply (stage=instruct) gets the prompt as a message, and its reply alone is printed.
+CHECKPOINT is a .ckpt, a run directory, or the name of a run under runs/. For an instruction-tuned
+model (stage=instruct) the prompt is a user's message, and only the reply is printed.
 """
 
 import argparse
-import codecs
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-from nanogpt.checkpoint import Checkpoint, load_checkpoint
+from nanogpt.checkpoint import load_checkpoint
 from nanogpt.command import add_allow_module, add_directory, guard_output, parse, run_command
-from nanogpt.generation import generate
-from nanogpt.prompts import encode_prompt, find_template
+from nanogpt.generation import Reply
+from nanogpt.prompts import find_template
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,37 +35,27 @@ def write(options: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     name = None if options.raw else checkpoint.template
     template = None if name is None else find_template(name)
-    ids, stop_ids = encode_prompt(checkpoint.tokenizer, template, prompt)
-    new_ids = generate(
+    reply = Reply(
         checkpoint.model,
-        ids,
+        checkpoint.tokenizer,
+        prompt,
+        template,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         min_p=options.min_p,
-        stop_ids=stop_ids,
         seed=options.seed,
     )
     if template is None:
         _write(prompt)
-    for text in stream_text(checkpoint, new_ids):
+    for text in reply:
         _write(text)
     _write("\n")
 
 
-def stream_text(checkpoint: Checkpoint, ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of ids as it becomes whole: a character may take several tokens."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in ids:
-        if text := decoder.decode(checkpoint.tokenizer.decode_bytes([token])):
-            yield text
-    if rest := decoder.decode(b"", final=True):
-        yield rest
-
-
 def _write(text: str) -> None:
-    """Write text at once; on a terminal without the control characters a young model may utter."""
+    """Write and flush text; a terminal gets no control characters."""
     if sys.stdout.isatty():
         text = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
     encoding = sys.stdout.encoding or "utf-8"
@@ -85,12 +74,16 @@ def parser() -> argparse.ArgumentParser:
         default="",
         help="the text to continue (default: begin a document); - reads standard input",
     )
-    parser.add_argument("--raw", action="store_true", help="continue the prompt as text anyway")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the prompt as text, without the template"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="sample among the likeliest of sum p")
-    parser.add_argument("--min-p", type=float, help="leave out tokens below p times the likeliest")
+    parser.add_argument(
+        "--top-p", type=float, help="sample among the likeliest tokens that sum to p"
+    )
+    parser.add_argument("--min-p", type=float, help="drop tokens below p times the likeliest")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
     add_allow_module(parser)

@@ -1,4 +1,4 @@
-"""Turn logits into tokens, one at a time, from a cache of keys and values.
+"""Autoregressive generation: replies to conversations, sampling, the cache of keys and values.
 
 Shapes: B batch, T time, H heads, D head size, V vocabulary.
 """
@@ -6,11 +6,78 @@ Shapes: B batch, T time, H heads, D head size, V vocabulary.
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanogpt.detokenizer import Detokenizer
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.prompts import Message, Template, trimmed
+from nanogpt.tokenizer import Tokenizer
+
+
+class Reply:
+    """A model's reply to a conversation, or its continuation of a text.
+
+    Iterate over the pieces of its text, or `read` it as a whole. It ends at a stop token or stop
+    string, which is no part of `text`, or after `max_new_tokens`. A `prompt` with a template is a
+    conversation, or its only message; without one, an empty prompt begins a document. `sampling`
+    is that of `generate`. `text`, `ids` and `is_complete` (whether it ended before
+    `max_new_tokens`) grow with the iteration; after a stop string `ids` are those of `text`.
+
+    Raises ValueError for a prompt that the template cannot encode and as `generate` does.
+
+        >>> Reply(model, tokenizer, "Hello", template, max_new_tokens=9).read().text
+        'Hello! How can I'
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        prompt: str | Sequence[Message],
+        template: Template | None = None,
+        *,
+        stops: Sequence[str] = (),
+        max_new_tokens: int,
+        **sampling: Any,
+    ) -> None:
+        if template is None:
+            assert isinstance(prompt, str)
+            prompt_ids, stop_ids = tokenizer.encode_prompt(prompt), [tokenizer.eot_id]
+        else:
+            messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
+            prompt_ids, _ = template.encode(tokenizer, messages, add_generation_prompt=True)
+            stop_ids, stops = template.stop_ids(tokenizer), [*stops, *template.stop_texts]
+        self.text, self.is_complete = "", False
+        self.ids: list[int] = []
+        self._tokenizer, self._max_new_tokens = tokenizer, max_new_tokens
+        self._detokenizer = Detokenizer(tokenizer.token_bytes(), stops)
+        self._new_ids = generate(
+            model, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, **sampling
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        for token in self._new_ids:
+            self.ids.append(token)
+            yield self._add(self._detokenizer.feed([token]))
+            if self._detokenizer.stopped:
+                break
+        self.is_complete = self._detokenizer.stopped or len(self.ids) < self._max_new_tokens
+        yield self._add(self._detokenizer.finish())
+        if self._detokenizer.stopped:
+            self.ids = self._tokenizer.encode(trimmed(self.text))
+
+    def read(self) -> "Reply":
+        """Generate the rest of the reply, and return it."""
+        for _ in self:
+            pass
+        return self
+
+    def _add(self, text: str) -> str:
+        self.text += text
+        return text
 
 
 def generate(
@@ -25,18 +92,20 @@ def generate(
     stop_ids: Collection[int] = (),
     seed: int | None = None,
 ) -> Iterator[int]:
-    """Return an iterator over the tokens that continue `input_ids`, each computed when asked for.
+    """Return a lazy iterator over the tokens that continue `input_ids`.
 
     It ends after `max_new_tokens`, or before the first of `stop_ids`, which is not yielded.
     A temperature of 0 always takes the likeliest token. The same seed gives the same tokens; the
-    random state of torch is neither read nor changed. Of a prompt longer than the context the end
-    is read; when the context is full, the model reads its last half again and goes on from there.
-    A model whose blocks use no cache (see `Block`) reads the whole context for each token.
+    random state of torch is neither read nor changed. A prompt longer than the context is truncated
+    to its end; when the context is full, generation continues from its last half. A model whose
+    blocks use no cache (see `Block`) recomputes the whole context for each token.
+
+    Raises ValueError, at once, for an empty prompt, unknown ids and invalid sampling options.
 
         >>> list(generate(model, tokenizer.encode("def "), max_new_tokens=3, temperature=0))
         [305, 1117, 40]
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p, min_p)
+    _check_sampling(max_new_tokens, temperature, top_k, top_p, min_p)
     _check_prompt(input_ids, model.config.vocab_size)
     generator = torch.Generator(model.wte.weight.device)
     if seed is None:
@@ -46,32 +115,31 @@ def generate(
 
     def tokens() -> Iterator[int]:
         block_size = model.config.block_size
-        context = list(input_ids)[-block_size:]
-        unread = context
+        new = context = list(input_ids)[-block_size:]
         n_tokens = min(block_size, len(context) + max_new_tokens)
         cache = KVCache.like(model, n_tokens=n_tokens) if model.uses_cache else None
         for _ in range(max_new_tokens):
             if len(context) > block_size:
-                unread = context = context[-max(1, block_size // 2) :]
+                new = context = context[-max(1, block_size // 2) :]
                 if cache is not None:
                     cache.length = 0
-            logits = next_logits(model, unread, cache)
+            logits = next_logits(model, new, cache)
             weights = probabilities(logits, temperature, top_k, top_p, min_p)
             token = int(torch.multinomial(weights, 1, generator=generator))
             if token in stop_ids:
                 return
             yield token
             context.append(token)
-            unread = context if cache is None else [token]
+            new = context if cache is None else [token]
 
     return tokens()
 
 
 class KVCache:
-    """The keys and values that a model computed for the tokens it has read.
+    """The keys and values of the tokens that a model has processed.
 
-    Memory for `n_tokens`, by default `block_size`, is taken at once; setting `length` to less
-    forgets the rest.
+    Memory for `n_tokens`, by default `block_size`, is allocated at once; a smaller `length`
+    truncates the cache.
     """
 
     def __init__(
@@ -102,9 +170,9 @@ class KVCache:
 
     @torch.no_grad()
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a layer's keys and values (B, H, T, D); return all it holds, old and new.
+        """Append a layer's keys and values (B, H, T, D); return all, old and new.
 
-        `length` grows when the last layer is in, so that all layers of a call start alike. No
+        `length` grows with the last layer, so that all layers of a call start at one position. No
         gradient passes through the cache.
         """
         end = self.length + k.size(2)
@@ -118,9 +186,9 @@ class KVCache:
 
 @torch.inference_mode()
 def next_logits(model: GPT, input_ids: Sequence[int], cache: KVCache | None) -> Tensor:
-    """Read more tokens into the cache and return the logits (V,) of the one that follows.
+    """Append tokens to the cache and return the logits (V,) of the next one.
 
-    Raises ValueError where a block of another class leaves the cache as it was.
+    Raises ValueError where a block of another package does not update the cache.
     """
     ids = torch.tensor([input_ids], device=model.wte.weight.device)  # (1, T)
     end = len(input_ids) + (0 if cache is None else cache.length)
@@ -141,9 +209,9 @@ def probabilities(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Tensor:
-    """Return the distribution (..., V) to draw from, narrowed by each rule given, in this order.
+    """Return the sampling distribution (..., V) of logits (..., V), filtered in this order.
 
-    Temperature 0 is the limit: all on the likeliest token.
+    Temperature 0 is the limit: probability 1 for the likeliest token.
     """
     logits = logits.float()
     if temperature == 0:
@@ -159,15 +227,15 @@ def probabilities(
 
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Rule out all but the `top_k` likeliest tokens."""
+    """Set logits (..., V) to minus infinity except for the `top_k` likeliest tokens."""
     best = logits.topk(min(top_k, logits.size(-1)))
     return torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Rule out all but the likeliest tokens that together reach the probability `top_p`.
+    """Set logits (..., V) to minus infinity except for the likeliest tokens that sum to `top_p`.
 
-    "The Curious Case of Neural Text Degeneration", section 3.1. The likeliest always stays.
+    "The Curious Case of Neural Text Degeneration", section 3.1. The likeliest is never removed.
     """
     ordered, indices = logits.sort(descending=True)
     weights = ordered.softmax(-1)
@@ -177,14 +245,17 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
-    """Rule out tokens under `min_p` times the likeliest ("Min-p Sampling", arXiv 2407.01082)."""
+    """Set logits (..., V) below `min_p` times the likeliest to minus infinity.
+
+    "Min-p Sampling" (arXiv 2407.01082).
+    """
     weights = logits.softmax(-1)
     return logits.masked_fill(weights < min_p * weights.amax(-1, keepdim=True), -math.inf)
 
 
 @contextmanager
 def _evaluating(model: GPT) -> Iterator[None]:
-    """Turn dropout off, for the model work alone: between two tokens the caller may train."""
+    """Disable dropout during the forward only: between two tokens the caller may train."""
     if not model.training:
         yield
         return
@@ -205,21 +276,19 @@ def _check_prompt(input_ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def check_sampling(
+def _check_sampling(
     max_new_tokens: int,
     temperature: float,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> None:
-    """Raise ValueError, in one sentence, for a value that `generate` cannot use."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} is negative; pass 0 or more")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature} is not a number of at least 0")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} leaves no token; pass 1 or more, or null for all")
-    if top_p is not None and not 0 <= top_p <= 1:
-        raise ValueError(f"top_p={top_p} is not a probability; pass a number from 0 to 1")
-    if min_p is not None and not 0 <= min_p <= 1:
-        raise ValueError(f"min_p={min_p} is not a probability; pass a number from 0 to 1")
+    for name, value in (("top_p", top_p), ("min_p", min_p)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} is not a probability; pass a number from 0 to 1")

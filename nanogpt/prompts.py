@@ -1,40 +1,30 @@
-"""How a conversation becomes tokens: the one truth for training, evaluation and serving.
+"""Chat templates: how training, evaluation and serving encode a conversation.
 
 A template is a scaffold of texts around the contents of messages. Special tokens of the scaffold
 become their ids; contents are always encoded as plain text, so that no content can end a text or
-begin another's turn by spelling a special token. Scaffolds that are text themselves (`alpaca`,
-`plain`) can be imitated by a content that repeats them: only who wrote which token is sure, since
-that is taken from the messages and never searched for in the text.
+begin another's turn by spelling a special token. A content can imitate scaffolds that are plain
+text (`alpaca`, `plain`): which tokens are a response's is taken from the messages, and never
+searched for in the text.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-END_OF_TEXT = "<|endoftext|>"
+from nanogpt.tokenizer import END_OF_TEXT, Tokenizer
+
 ROLES = ("system", "user", "assistant")
 _SPECIAL = re.compile(r"(<\|[a-z]+\|>)")  # searched for in scaffolds only
 
-
-class Tokenizer(Protocol):
-    """What a template asks of a tokenizer."""
-
-    name: str
-    special_tokens: dict[str, int]
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_prompt(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Iterable[int]) -> str: ...
+Around = tuple[str, str]  # the scaffold before and after a content
 
 
 @dataclass(frozen=True)
 class Message:
-    """What one side says; `context` is what a user's instruction is about, where it stands apart.
+    """One turn of a conversation; `context` is a separate text that a user's instruction refers to.
 
     Raises ValueError for a role other than system, user and assistant.
     """
@@ -48,23 +38,16 @@ class Message:
             raise ValueError(f"a message has role {self.role!r}; it is one of {', '.join(ROLES)}")
 
 
-class Around(NamedTuple):
-    """The scaffold before and after a content."""
-
-    before: str
-    after: str
-
-
 class Segment(NamedTuple):
-    """A piece of a conversation; `is_response` is what a model is to learn to say."""
+    """A piece of a conversation: a special token or text, of a response or not."""
 
     text: str
-    is_scaffold: bool
+    is_special: bool
     is_response: bool
 
 
 class Encoded(NamedTuple):
-    """The ids of a conversation, and for each whether it is a response's."""
+    """The ids of a conversation, and for each whether it belongs to a response."""
 
     ids: list[int]
     is_response: list[bool]
@@ -74,9 +57,9 @@ class Encoded(NamedTuple):
 class Template:
     """A scaffold for each role, after an opening.
 
-    `default_system` is said where no system message is. With `trims`, contents lose white space at
-    both ends, which would merge with a scaffold that is text; a response keeps the indentation of
-    its first line. `stop_texts` end a reply too, beside the ids of `stop_ids`.
+    `default_system` stands in for a missing system message. With `trims`, contents are stripped of
+    white space, which would merge with a scaffold that is text; a response keeps the indentation of
+    its first line. A reply ends at a token of `stop_ids` or a text of `stop_texts`.
     """
 
     name: str
@@ -92,23 +75,17 @@ class Template:
     @property
     def special_tokens(self) -> list[str]:
         """The special tokens of the scaffold, end of text apart."""
-        found = _SPECIAL.findall("".join(text for role in ROLES for text in self._around(role)))
+        found = _SPECIAL.findall("".join(text for role in ROLES for text in getattr(self, role)))
         return [name for name in dict.fromkeys(found) if name != END_OF_TEXT]
 
     @property
     def teaches_end(self) -> bool:
         """Whether a response ends with the end of text, so that a model learns to stop."""
-        return self.assistant.after == END_OF_TEXT
+        return self.assistant[1] == END_OF_TEXT
 
     def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
         """Return the ids that end a reply: end of text, and the markers of another turn."""
-        return [_id(tokenizer, name) for name in (END_OF_TEXT, *self.special_tokens)]
-
-    def until_stop(self, reply: str) -> str:
-        """Return a reply up to the first of `stop_texts`, trimmed as a response is."""
-        for text in self.stop_texts:
-            reply = reply.partition(text)[0]
-        return trimmed(reply)
+        return [_special_id(tokenizer, name) for name in (END_OF_TEXT, *self.special_tokens)]
 
     def encode(
         self,
@@ -120,21 +97,19 @@ class Template:
     ) -> Encoded:
         """Return the ids of a conversation, and which of them are responses'.
 
-        The end of a response belongs to it. With `add_generation_prompt` the assistant's turn is
-        opened at the end, for a model to fill; with `continue_final_message` it is the last
-        message, which is left open.
+        The end of a response belongs to it. `add_generation_prompt` opens the assistant's turn
+        after the last message; `continue_final_message` leaves the last message open.
+
+        Raises ValueError for a conversation out of order and for a tokenizer without the
+        template's special tokens.
         """
         ids: list[int] = []
         is_response: list[bool] = []
-        segments = self.render(messages, add_generation_prompt=add_generation_prompt)
-        if continue_final_message:
-            content = messages[-1].content
-            segments[-2:] = [Segment(content.lstrip() if self.trims else content, False, True)]
-        pieces = _pieces(segments)
-        for (special, response), group in groupby(pieces, key=lambda piece: piece[1:]):
-            texts = [piece[0] for piece in group]
+        segments = self.render(messages, add_generation_prompt, continue_final_message)
+        for (special, response), group in groupby(segments, key=lambda segment: segment[1:]):
+            texts = [segment.text for segment in group]
             if special:
-                new = [_id(tokenizer, name) for name in texts]
+                new = [_special_id(tokenizer, name) for name in texts]
             else:
                 new = tokenizer.encode("".join(texts))
             ids += new
@@ -142,18 +117,41 @@ class Template:
         return Encoded(ids, is_response)
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = False
-    ) -> list[Segment]:
-        """Return the pieces of a conversation; raises ValueError for a late system message."""
-        _check_order(messages)
-        segments = [Segment(self.opening, True, False)]
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+    ) -> Iterator[Segment]:
+        """Yield the pieces of a conversation; the flags are those of `encode`.
+
+        Raises ValueError for an empty conversation and for a system message that is not the first.
+        """
+        if not messages:
+            raise ValueError("the conversation is empty; give at least one message")
+        if any(message.role == "system" for message in messages[1:]):
+            raise ValueError("a system message comes after another one; put it first")
+        yield from _scaffold(self.opening)
         if self.default_system and messages[0].role != "system":
-            segments += self._turn(Message("system", self.default_system))
-        for message in messages:
-            segments += self._turn(message)
+            yield from self._turn(Message("system", self.default_system))
+        for i, message in enumerate(messages, start=1):
+            yield from self._turn(message, continue_final_message and i == len(messages))
         if add_generation_prompt:
-            segments.append(Segment(self.assistant.before, True, False))
-        return segments
+            yield from _scaffold(self.assistant[0])
+
+    def _turn(self, message: Message, is_open: bool = False) -> Iterator[Segment]:
+        (before, after), is_response = getattr(self, message.role), message.role == "assistant"
+        content, context = message.content, message.context
+        if self.trims:
+            trim = str.lstrip if is_open else trimmed if is_response else str.strip
+            content, context = trim(content), context.strip()
+        yield from _scaffold(before)
+        yield Segment(content, False, is_response)
+        if not is_open:
+            yield from _scaffold(after, is_response)
+        if context:
+            yield from _scaffold(self.context[0])
+            yield Segment(context, False, is_response)
+            yield from _scaffold(self.context[1], is_response)
 
     def jinja(self) -> str:
         """Return this template for Hugging Face's `apply_chat_template`, to the same ids.
@@ -162,86 +160,59 @@ class Template:
         that spells a special token becomes that token, and the indentation of an earlier response
         may merge with a scaffold that is text.
         """
-        turns = [
-            f"{{% if message.role == '{r}' %}}{self._jinja_turn(r)}{{% endif %}}" for r in ROLES
-        ]
-        return "".join(
-            [
-                _literal(self.opening),
-                self._jinja_default(),
-                "{% for message in messages %}",
-                *turns,
-                "{% endfor %}{% if add_generation_prompt %}",
-                _literal(self.assistant.before),
-                "{% endif %}",
-            ]
-        )
 
-    def _jinja_turn(self, role: str) -> str:
-        def surrounded(around: Around, key: str) -> str:
-            trim = ".rstrip().lstrip('\\r\\n')" if role == "assistant" else " | trim"
+        def surrounded(around: Around, key: str, trim: str) -> str:
             content = f"{{{{ message.{key}{trim if self.trims else ''} }}}}"
-            return _literal(around.before) + content + _literal(around.after)
+            return _literal(around[0]) + content + _literal(around[1])
 
-        context = surrounded(self.context, "context")
-        said = surrounded(self._around(role), "content")
-        return f"{said}{{% if message.context %}}{context}{{% endif %}}"
-
-    def _jinja_default(self) -> str:
-        if not self.default_system:
-            return ""
-        before, after = self.system
-        text = _literal(before + self.default_system + after)
-        return f"{{% if messages[0].role != 'system' %}}{text}{{% endif %}}"
-
-    def _around(self, role: str) -> Around:
-        around: Around = getattr(self, role)
-        return around
-
-    def _turn(self, message: Message) -> list[Segment]:
-        is_response = message.role == "assistant"
-        content, context = message.content, message.context
-        if self.trims:
-            content, context = trimmed(content) if is_response else content.strip(), context.strip()
-        segments = _surrounded(self._around(message.role), content, is_response)
-        if context:
-            segments += _surrounded(self.context, context, is_response)
-        return segments
+        default, turns = "", ""
+        if self.default_system:
+            text = _literal(self.default_system.join(self.system))
+            default = f"{{% if messages[0].role != 'system' %}}{text}{{% endif %}}"
+        for role in ROLES:
+            trim = ".rstrip().lstrip('\\r\\n')" if role == "assistant" else " | trim"
+            turns += f"{{% if message.role == '{role}' %}}"
+            turns += surrounded(getattr(self, role), "content", trim) + "{% if message.context %}"
+            turns += surrounded(self.context, "context", trim) + "{% endif %}{% endif %}"
+        return (
+            f"{_literal(self.opening)}{default}{{% for message in messages %}}{turns}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{_literal(self.assistant[0])}{{% endif %}}"
+        )
 
 
 TEMPLATES = {
     template.name: template
     for template in (
-        # Turns begin with ids of their own and a reply ends with the end of text.
+        # Special tokens begin the turns, and a reply ends with the end of text.
         Template(
             name="chat",
-            system=Around("<|system|>", ""),
-            user=Around("<|user|>", ""),
-            context=Around("\n\n", ""),
-            assistant=Around("<|assistant|>", END_OF_TEXT),
+            system=("<|system|>", ""),
+            user=("<|user|>", ""),
+            context=("\n\n", ""),
+            assistant=("<|assistant|>", END_OF_TEXT),
             trims=False,
         ),
-        # Stanford Alpaca's words (tatsu-lab/stanford_alpaca, train.py), its form without an input
-        # for both; a system message takes the place of the first sentence.
+        # The texts of Stanford Alpaca (tatsu-lab/stanford_alpaca, train.py), without the other
+        # opening for instructions with an input; a system message replaces the first sentence.
         Template(
             name="alpaca",
-            system=Around("", "\n\n"),
-            user=Around("### Instruction:\n", "\n\n"),
-            context=Around("### Input:\n", "\n\n"),
-            assistant=Around("### Response:\n", END_OF_TEXT),
+            system=("", "\n\n"),
+            user=("### Instruction:\n", "\n\n"),
+            context=("### Input:\n", "\n\n"),
+            assistant=("### Response:\n", END_OF_TEXT),
             default_system=(
                 "Below is an instruction that describes a task. "
                 "Write a response that appropriately completes the request."
             ),
             stop_texts=("\n### Instruction:",),
         ),
-        # For a model that was never taught a template: a dialogue, as it may have read some.
+        # For base models: a dialogue as it may occur in their training text.
         Template(
             name="plain",
-            system=Around("", "\n\n"),
-            user=Around("User:\n", "\n\n"),
-            context=Around("", "\n\n"),
-            assistant=Around("Assistant:\n", "\n\n"),
+            system=("", "\n\n"),
+            user=("User:\n", "\n\n"),
+            context=("", "\n\n"),
+            assistant=("Assistant:\n", "\n\n"),
             stop_texts=("\nUser:",),
         ),
     )
@@ -249,51 +220,26 @@ TEMPLATES = {
 
 
 def find_template(name: str) -> Template:
-    """Return the template of this name."""
+    """Return the template of this name; raises ValueError for an unknown one."""
     if name not in TEMPLATES:
         raise ValueError(f"template={name!r} is unknown; choose one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 
-def encode_prompt(
-    tokenizer: Tokenizer, template: Template | None, prompt: str
-) -> tuple[list[int], list[int]]:
-    """Return the ids of a prompt, and those that end what follows.
-
-    With a template the prompt is a user's message; without one an empty prompt begins a document.
-    """
-    if template is None:
-        return tokenizer.encode_prompt(prompt), [_id(tokenizer, END_OF_TEXT)]
-    messages = [Message("user", prompt)]
-    ids, _ = template.encode(tokenizer, messages, add_generation_prompt=True)
-    return ids, template.stop_ids(tokenizer)
-
-
 def trimmed(text: str) -> str:
     """Return a text without line breaks before it and white space after it.
 
-    The indentation of its first line is part of it, as in code.
+    The indentation of its first line is preserved, as code needs it.
     """
     return text.rstrip().lstrip("\r\n")
 
 
-def _surrounded(around: Around, content: str, is_response: bool) -> list[Segment]:
-    return [
-        Segment(around.before, True, False),
-        Segment(content, False, is_response),
-        Segment(around.after, True, is_response),
-    ]
+def _scaffold(text: str, is_response: bool = False) -> Iterator[Segment]:
+    for piece in filter(None, _SPECIAL.split(text)):
+        yield Segment(piece, bool(_SPECIAL.fullmatch(piece)), is_response)
 
 
-def _pieces(segments: Iterable[Segment]) -> Iterator[tuple[str, bool, bool]]:
-    """Yield texts, whether each is a special token, and whether it is a response's."""
-    for text, is_scaffold, is_response in segments:
-        for piece in _SPECIAL.split(text) if is_scaffold else [text]:
-            if piece:
-                yield piece, is_scaffold and bool(_SPECIAL.fullmatch(piece)), is_response
-
-
-def _id(tokenizer: Tokenizer, name: str) -> int:
+def _special_id(tokenizer: Tokenizer, name: str) -> int:
     if name not in tokenizer.special_tokens:
         raise ValueError(
             f"the tokenizer {tokenizer.name} has no {name}, which the template needs; use the "
@@ -302,13 +248,6 @@ def _id(tokenizer: Tokenizer, name: str) -> int:
     return tokenizer.special_tokens[name]
 
 
-def _check_order(messages: Sequence[Message]) -> None:
-    if not messages:
-        raise ValueError("the conversation is empty; give at least one message")
-    if any(message.role == "system" for message in messages[1:]):
-        raise ValueError("a system message comes after another one; put it first")
-
-
 def _literal(text: str) -> str:
-    """Return an expression of Jinja that gives the text."""
+    """Return a Jinja expression of the text."""
     return f"{{{{ {json.dumps(text)} }}}}" if text else ""

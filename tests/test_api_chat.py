@@ -330,13 +330,13 @@ def test_a_large_conversation_is_encoded_in_a_thread(
     client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, messages: Any
 ) -> None:
     threads: list[str] = []
-    pieces = prompts._pieces
+    render = prompts.Template.render
 
-    def recorded(segments: Any) -> Any:
+    def recorded(*arguments: Any) -> Any:
         threads.append(threading.current_thread().name)
-        return pieces(segments)
+        return render(*arguments)
 
-    monkeypatch.setattr(prompts, "_pieces", recorded)
+    monkeypatch.setattr(prompts.Template, "render", recorded)
     httpx.post(f"{client.base_url}tokenize", json={"messages": HELLO})
     httpx.post(f"{client.base_url}tokenize", json={"messages": messages})
     assert [name.startswith("asyncio_") for name in threads] == [False, True]

@@ -6,8 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
+from nanogpt.detokenizer import Detokenizer
 from nanogpt.tokenizer import ByteTokenizer
-from serving.api.detokenizer import Detokenizer
 from serving.api.settings import ApiSettings
 from serving.engine.client import EngineClient
 from tests.fake_engine import FakeEngine

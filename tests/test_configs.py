@@ -23,10 +23,10 @@ from nanogpt.config import (
     explain_composition,
     named_as_typed,
 )
-from nanogpt.generation import check_sampling
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Constant, Cosine, WarmupStableDecay, check_schedule, learning_rates
 from nanogpt.runs.identity import budget_steps, flatten
+from nanogpt.training.callbacks import Samples
 from nanogpt.training.launch import count_devices
 from tests.configs import CONF, options
 
@@ -74,7 +74,8 @@ def test_every_yaml_composes_and_builds(choice: str) -> None:
     assert callable(source.open if choice == "data=shards" else source.documents)
     make_tokenizer = instantiate(config["tokenizer"], _partial_=True)
     inspect.signature(make_tokenizer.func).bind(["a document"], **make_tokenizer.keywords)
-    check_sampling(**{k: v for k, v in config["callbacks"]["samples"].items() if k in SAMPLING})
+    samples = {k: v for k, v in config["callbacks"]["samples"].items() if k in SAMPLING}
+    Samples(CONF, 0, prompts=[], **samples)
 
 
 @pytest.mark.parametrize("group", ["tokenizer", "model", "data", "optim", "schedule"])

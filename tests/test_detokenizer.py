@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.api.detokenizer import Detokenizer
+from nanogpt.detokenizer import Detokenizer
 
 BYTES = [bytes([i]) for i in range(256)]
 
@@ -59,7 +59,7 @@ def test_tokens_after_a_stop_string_are_not_counted() -> None:
 def test_only_tokens_with_text_before_the_stop_string_are_told() -> None:
     detokenizer = Detokenizer([b"a", b"bE", b"ND", b"c"], ["END"])
     detokenizer.feed([0, 1, 2, 3])
-    assert detokenizer.n_told == 2  # "a" and "bE"; "ND" is within the stop string
+    assert detokenizer.n_emitted == 2  # "a" and "bE"; "ND" is within the stop string
 
 
 def test_a_special_token_has_no_text() -> None:

@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt.prompts import END_OF_TEXT, TEMPLATES, Message, find_template
-from nanogpt.tokenizer import BytePairTokenizer, ByteTokenizer, Tokenizer, bpe_tokenizer
+from nanogpt.detokenizer import Detokenizer
+from nanogpt.prompts import TEMPLATES, Message, find_template, trimmed
+from nanogpt.tokenizer import (
+    END_OF_TEXT,
+    BytePairTokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    bpe_tokenizer,
+)
 from nanogpt.tokenizer_files import write_tokenizer
 
 CHAT, ALPACA = find_template("chat"), find_template("alpaca")
@@ -151,7 +158,9 @@ def test_hugging_face_keeps_the_indentation_of_a_response(name: str) -> None:
 
 
 def test_a_reply_keeps_its_indentation() -> None:
-    assert ALPACA.until_stop("\n    return x\n\n### Instruction:\nx") == "    return x"
+    text = "\n    return x\n\n### Instruction:\nx"
+    detokenizer = Detokenizer(TOKENIZERS[0].token_bytes(), ALPACA.stop_texts)
+    assert trimmed(detokenizer.feed(TOKENIZERS[0].encode(text))) == "    return x"
 
 
 def test_a_tokenizer_without_the_markers_is_refused() -> None:

@@ -140,7 +140,7 @@ def test_the_loss_is_of_the_responses_and_their_ends() -> None:
     logits = checkpoint.model(torch.tensor([ids[:-1]]))[0].detach()
     losses = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
     expected = losses[torch.tensor(is_response[1:])].mean()
-    found = instructions.response_loss(checkpoint, template, [messages])
+    found = instructions.response_loss(checkpoint, [messages])
     assert found["loss"] == pytest.approx(float(expected), abs=1e-5)
 
 
@@ -232,7 +232,7 @@ def test_a_classifier_is_refused_in_one_sentence(
         (["--task", "hellaswag", "--batch-size", "0"], "--batch-size 0 is not a number"),
         (["--task", "judge", "--processes", "2"], "--task judge runs in one process"),
         (["--task", "judge"], "--task judge needs --judge-url URL"),
-        (["--task", "instructions", "--data", "a.jsonl"], "a.ckpt was not taught to reply"),
+        (["--task", "instructions", "--data", "a.jsonl"], "a.ckpt is not instruction-tuned"),
         (["--task", "lambada", "--data", "a.txt"], "a.txt, line 1 is not JSON"),
         (["--task", "lambada", "--picture", "no/a.svg"], "there is no folder for it"),
         (["--task", "lambada", "--json", "."], "--json . is a folder; name a file"),

@@ -22,7 +22,7 @@ import yaml
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.evaluation.results import STDERR, Results
 from nanogpt.evaluation.scoring import BATCH_SIZE, Question, answer
-from nanogpt.generation import generate
+from nanogpt.generation import Reply
 from nanogpt.text import first_line
 
 try:
@@ -109,24 +109,14 @@ class HarnessModel(TemplateLM):
 
     def _continue(self, context: str, options: dict[str, Any]) -> str:
         until = options.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
-        tokenizer, temperature = self.checkpoint.tokenizer, options.get("temperature") or 0.0
-        ids: list[int] = []
-        for token in generate(
-            self.checkpoint.model,
-            tokenizer.encode_prompt(context),
+        reply = Reply(
+            *(self.checkpoint.model, self.checkpoint.tokenizer, context),
+            stops=[until] if isinstance(until, str) else until,
             max_new_tokens=options.get("max_gen_toks", MAX_NEW_TOKENS),
-            temperature=temperature if options.get("do_sample") else 0.0,
-            stop_ids=[self.eot_token_id],
+            temperature=(options.get("do_sample") and options.get("temperature")) or 0.0,
             seed=0,
-        ):
-            ids.append(token)
-            if any(stop in tokenizer.decode(ids) for stop in stops):
-                break
-        text = tokenizer.decode(ids)
-        for stop in stops:
-            text = text.partition(stop)[0]
-        return text
+        )
+        return reply.read().text
 
 
 def evaluate(

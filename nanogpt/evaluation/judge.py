@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 
 from nanogpt.checkpoint import Checkpoint, weights_sha256
-from nanogpt.evaluation.instructions import Conversation, reply, template_of
+from nanogpt.evaluation.instructions import Conversation, reply
 from nanogpt.evaluation.results import Results, mean_and_error
+from nanogpt.prompts import trimmed
 
 log = logging.getLogger(__name__)
 
@@ -173,15 +174,13 @@ def evaluate(
     Raises ValueError where the judge does not give a number in three attempts at one reply; all of
     its answers up to then are kept.
     """
-    template = template_of(checkpoint)
     weights = weights_sha256(checkpoint.model)
     known = read_answers(answers_path)
     scores = []
     for number, messages in enumerate(conversations, start=1):
         key = _key(weights, messages, max_new_tokens, judge.model)
         if key not in known:
-            ids, _ = reply(checkpoint, template, messages[:-1], max_new_tokens)
-            said = template.until_stop(checkpoint.tokenizer.decode(ids))
+            said = trimmed(reply(checkpoint, messages[:-1], max_new_tokens).text)
             known[key] = _score(judge, messages, said, key, answers_path)
         scores.append(known[key])
         log.info("%s of %s: %s", number, len(conversations), known[key])

@@ -19,8 +19,8 @@ from pydantic import validate_call
 
 from nanogpt.evaluation import hellaswag
 from nanogpt.evaluation.examples import find_benchmark
-from nanogpt.generation import check_sampling, generate
-from nanogpt.prompts import encode_prompt
+from nanogpt.generation import Reply
+from nanogpt.prompts import trimmed
 from nanogpt.ranks import on_rank_zero
 from nanogpt.runs.directory import cut_samples
 from nanogpt.training.checkpointing import will_validate
@@ -103,10 +103,9 @@ class HellaSwag(Periodic):
 
 
 class Samples(Periodic):
-    """Write what the model generates every n steps and at the end: same prompts, same seed.
+    """Write samples of the model every n steps and at the end, with the same prompts and seed.
 
-    With a template the prompts are a user's messages, and the model first replies to them before
-    any step.
+    With a template the prompts are a user's messages, and there is a sample before the first step.
     """
 
     @validate_call
@@ -121,16 +120,11 @@ class Samples(Periodic):
         temperature: Amount = 0.8,
         top_k: Count | None = 50,
     ) -> None:
-        check_sampling(max_new_tokens, temperature, top_k)
         super().__init__(every_n_steps if prompts else None)
         self.path = run_dir / "samples.txt"
         self.prompts = prompts
-        self.options = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "seed": seed,
-        }
+        self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "seed": seed}
+        self.max_new_tokens = max_new_tokens
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -144,9 +138,9 @@ class Samples(Periodic):
             self.write(module, trainer.global_step)
 
     def write(self, module: StageModule, step: int) -> None:
-        """Append the continuations of all prompts, or the replies to them, to samples.txt.
+        """Append a sample for each prompt to samples.txt.
 
-        Those that a killed process wrote at this step are replaced.
+        Replaces those that a killed process wrote at this step.
         """
         cut_samples(self.path, step - 1)
         texts = [self.sample(module, prompt) for prompt in self.prompts]
@@ -156,14 +150,15 @@ class Samples(Periodic):
 
     def sample(self, module: StageModule, prompt: str) -> str:
         """Return the prompt with its continuation, or with the reply to it on the next line."""
-        tokenizer, template = module.tokenizer, module.template
-        ids, stop_ids = encode_prompt(tokenizer, template, prompt)
-        options: Any = self.options
-        new_ids = generate(module.model, ids, stop_ids=stop_ids, **options)
-        text = tokenizer.decode(list(new_ids))
-        if template is None:
+        reply = Reply(
+            *(module.model, module.tokenizer, prompt, module.template),
+            max_new_tokens=self.max_new_tokens,
+            **self.sampling,
+        )
+        text = reply.read().text
+        if module.template is None:
             return prompt + text
-        return f"> {prompt}\n{template.until_stop(text) or '(it ends its reply at once)'}"
+        return f"> {prompt}\n{trimmed(text) or '(it ends its reply at once)'}"
 
 
 class StopSignals(Callback):

@@ -10,9 +10,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from nanogpt.detokenizer import Detokenizer
 from serving.api import errors
 from serving.api.deadlines import Deadlines
-from serving.api.detokenizer import Detokenizer
 from serving.api.errors import ApiError
 from serving.engine.client import EngineClient
 from serving.engine.messages import Finished, Generate, Scored, Tokens
@@ -71,7 +71,7 @@ class Choice:
         self._detokenizer = Detokenizer(token_bytes, stops)
         self._offset = len(echo.text) if echo else 0
         self._untold: list[Token] = []  # whose text is held back
-        self._n_told = 0
+        self._n_emitted = 0
 
     @property
     def completion_tokens(self) -> int:
@@ -112,8 +112,8 @@ class Choice:
         return tokens_of(event.ids, offsets, *scores)
 
     def _told(self) -> list[Token]:
-        n_new = self._detokenizer.n_told - self._n_told
-        self._n_told += n_new
+        n_new = self._detokenizer.n_emitted - self._n_emitted
+        self._n_emitted += n_new
         told, self._untold = self._untold[:n_new], self._untold[n_new:]
         return told
 
