@@ -20,10 +20,11 @@ from typing import Any
 from nanogpt.checkpoint import Checkpoint, find_init_from, init_model, load_checkpoint
 from nanogpt.command import add_allow_module, add_directory, guard_output, parse, run_command
 from nanogpt.evaluation import processes
-from nanogpt.evaluation.picture import picture
-from nanogpt.evaluation.results import Row, keep, run_dir_of, table, write_rows
+from nanogpt.evaluation.results import Row, add_evaluation, lines, run_dir_of, table, write_rows
 from nanogpt.evaluation.scoring import BATCH_SIZE
 from nanogpt.evaluation.tasks import TASKS, find_task
+from nanogpt.report.figures import draw_scores, drawn_metrics, standalone
+from nanogpt.text import print_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +85,7 @@ def measure(options: argparse.Namespace) -> None:
     finally:
         try:
             if rows and processes.rank() == 0:
-                tell(rows, options)
+                print_results(rows, options)
         finally:
             processes.leave()
 
@@ -128,23 +129,30 @@ def add_to_report(
         },
     }
     try:
-        keep(run_dir, {**new, "checkpoint": run_dir.name}, about)
+        add_evaluation(run_dir, {**new, "checkpoint": run_dir.name}, about)
         if (run_dir / "report.html").is_file():  # of a finished run
-            from nanogpt.training.report import write_report
+            from nanogpt.report.report import write_report
 
             write_report(run_dir)
     except OSError as error:
         print(f"nanogpt.evaluate: {run_dir} is left as it was ({error})", file=sys.stderr)
 
 
-def tell(rows: Sequence[Row], options: argparse.Namespace) -> None:
-    """Write the figures where that was asked for, print the table, and draw it."""
+def print_results(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """Write `--json`, print the table, draw `--picture`; raises ValueError for an empty picture."""
     if options.json is not None:
         write_rows(options.json, rows)
-    encoding = sys.stdout.encoding or "utf-8"
-    print(table(rows).encode(encoding, "replace").decode(encoding))
+    print_line(table(rows))
     if options.picture is not None:
-        options.picture.write_text(picture(rows), encoding="utf-8")
+        scores = lines(rows)
+        metrics = drawn_metrics(scores)
+        if not metrics:
+            raise ValueError(
+                "there is nothing to draw, as no metric has a standard error; the table has them "
+                "all: leave --picture out, or score more than one example"
+            )
+        picture = standalone(draw_scores(scores, metrics))
+        options.picture.write_text(picture, encoding="utf-8")
 
 
 def task_name(text: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
-from nanogpt.training.report import write_report
+from nanogpt.report.report import write_report
 from serving.api.settings import ApiSettings
 from serving.engine.messages import Generate, Tokens
 from tests import fake_engine

@@ -8,9 +8,9 @@ from nanogpt.evaluation.classification import (
     baselines,
     confusion_matrix,
     majority_class,
-    reduced_confusion,
     scores,
 )
+from nanogpt.evaluation.results import reduced_confusion
 
 
 def test_a_confusion_matrix_has_a_row_per_true_class() -> None:

@@ -1,7 +1,9 @@
 """The classification loss and its figures, by hand; every split of a step gives one update."""
 
+import json
 import logging
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +16,8 @@ from torch.utils.data import DataLoader
 from nanogpt.classifier import Classifier, pad
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Constant, adamw
+from nanogpt.report.report import write_report
 from nanogpt.tokenizer import byte_tokenizer
-from nanogpt.training.classes import classes_section, confusion_picture
 from nanogpt.training.classify import ClassifyModule, Loss, measure, mistakes
 from nanogpt.training.module import Batch
 
@@ -184,47 +186,40 @@ def summary(**changes: Any) -> dict[str, Any]:
     return {**facts, **changes}
 
 
-def test_the_report_has_scores_beside_the_baselines_and_mistakes_as_text() -> None:
-    page = classes_section(summary())
-    assert "this model</th><td>50.0 %</td>" in page
-    assert "bag of words</th><td>100.0 %</td>" in page
+def report(run_dir: Path, facts: dict[str, Any]) -> str:
+    """Return the report of a finished run with these facts in its summary."""
+    (run_dir / "summary.json").write_text(json.dumps({"steps": 1, **facts}))
+    return write_report(run_dir).read_text()
+
+
+def test_the_report_has_scores_beside_the_baselines_and_mistakes_as_text(tmp_path: Path) -> None:
+    page = report(tmp_path, summary())
+    assert '<th scope="col">this model</th><th scope="col">bag of words</th>' in page
+    assert "test accuracy</th><td>50.0 %</td><td>100.0 %</td>" in page
     assert "imbalanced" not in page
     assert "&lt;good&gt;" in page
     assert "<good>" not in page
 
 
-def test_the_confusion_picture_has_a_cell_per_pair_and_says_them_in_words() -> None:
-    picture = confusion_picture(["a", "b & c"], [[3, 1], [0, 4]])
-    assert picture.count("<rect") == 4
-    assert "a: 3 as a, 1 as b &amp; c; b &amp; c: 0 as a, 4 as b &amp; c" in picture
-    assert picture.count('fill-opacity="0.540"') == 1  # all of a row in one cell
+def test_the_confusion_has_a_cell_per_pair_shaded_by_its_share_of_the_row(tmp_path: Path) -> None:
+    page = report(tmp_path, summary(labels=["a", "b & c"], confusion=[[3, 1], [0, 4]]))
+    assert page.count('<td style="--share') == 4
+    assert page.count("--share: 1.000") == 1  # all of a row in one cell
+    row = '<th scope="row" title="b &amp; c">b &amp; c</th>\n'
+    assert f'{row}<td style="--share: 0.000">0</td><td style="--share: 1.000">4</td>' in page
 
 
-def test_the_confusion_picture_is_centred_and_its_headings_do_not_overlap() -> None:
-    assert '<figure class="centred">' in classes_section(summary())
-    assert "rotate" not in confusion_picture(["short", "短的"], [[3, 1], [0, 4]])
-    for name in ("a long label", "客户服务投诉"):
-        slanted = confusion_picture([name, "b"], [[3, 1], [0, 4]])
-        assert slanted.count('transform="rotate(-40') == 2
-
-
-def test_names_are_shortened_by_the_width_that_they_take() -> None:
-    picture = confusion_picture(["abcdefghijklmn", "一二三四五六七八"], [[3, 1], [0, 4]])
-    assert ">abcdefghijklmn<" in picture
-    assert ">一二三四五六…<" in picture
-
-
-def test_of_many_classes_the_most_confused_are_pictured() -> None:
+def test_of_many_classes_the_most_confused_are_shown(tmp_path: Path) -> None:
     labels = [f"class {i}" for i in range(25)]
     confusion = np.eye(25, dtype=int) * 9
     confusion[24, 23] = 5
-    page = classes_section(summary(labels=labels, confusion=confusion.tolist()))
-    assert page.count("<rect") == 20 * 20
-    assert "class 24: " in page
-    assert "5 as class 23, 9 as class 24" in page
+    page = report(tmp_path, summary(labels=labels, confusion=confusion.tolist()))
+    assert page.count('<td style="--share') == 20 * 20
+    assert ">5</td><td" in page
     assert "6 others" in page
-    assert "class 18: " not in page
+    assert '"class 24"' in page
+    assert '"class 18"' not in page
 
 
-def test_other_stages_have_no_section_on_classes() -> None:
-    assert classes_section({"stage": "pretrain"}) == ""
+def test_other_stages_have_no_section_on_classes(tmp_path: Path) -> None:
+    assert "Classes" not in report(tmp_path, {"stage": "pretrain"})

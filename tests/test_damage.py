@@ -11,9 +11,9 @@ import pytest
 
 import train
 from nanogpt.checkpoint import read_checkpoint
-from nanogpt.evaluation.results import keep
+from nanogpt.evaluation.results import add_evaluation
+from nanogpt.report.report import is_whole
 from nanogpt.training.checkpointing import Checkpointing
-from nanogpt.training.report import is_whole
 from tests.conftest import TINY_RUN
 
 OPTIONS = (
@@ -72,7 +72,7 @@ def runs(corpus_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
                 patch.setattr(Checkpointing, "save", interrupted)
             assert command(folder) == (state == "interrupted")
         row = {"checkpoint": "tiny", "task": "perplexity", "results": {"perplexity": 2.0}}
-        keep(folder / "runs" / "tiny", row, {"step": 4})
+        add_evaluation(folder / "runs" / "tiny", row, {"step": 4})
     return folders
 
 

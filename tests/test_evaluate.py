@@ -1,6 +1,8 @@
 """The evaluate command: figures by hand, the JSON rows, and mistakes in one sentence."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +173,23 @@ def test_a_folder_that_is_not_there_is_said_before_scoring(
     out = str(tmp_path / "nowhere" / "out.json")
     arguments = [str(always_ham), "--task", "classify", "--data", str(file), "--json", out]
     assert "there is no folder for it" in fails(arguments, capsys)
+
+
+def test_a_whole_evaluation_of_a_run_imports_no_lightning(
+    always_ham: Path, file: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(always_ham.read_bytes())
+    (tmp_path / "run" / "config.yaml").write_text("stage: classify\n")
+    report = tmp_path / "run" / "report.html"
+    report.touch()
+    arguments = [str(tmp_path / "run"), "--task", "classify", "--data", str(file)]
+    script = f"""
+import sys
+from nanogpt.evaluate import main
+assert main({arguments!r}) == 0
+assert not {{"lightning", "hydra", "torchmetrics"}} & set(sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Evaluations" in report.read_text()

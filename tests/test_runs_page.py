@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nanogpt.training.report import write_report
+from nanogpt.report.report import write_report
 from serving.api.settings import ApiSettings
 from tests.fake_engine import FakeEngine
 from tests.front_end import serve

@@ -15,12 +15,19 @@ from nanogpt.checkpoint import Checkpoint, record, write_checkpoint
 from nanogpt.classifier import Classifier
 from nanogpt.evaluate import main
 from nanogpt.evaluation import instructions, lambada, perplexity, processes
-from nanogpt.evaluation.picture import picture
-from nanogpt.evaluation.results import keep, mean_and_error, read_kept, table, with_published
+from nanogpt.evaluation.results import (
+    add_evaluation,
+    lines,
+    mean_and_error,
+    read_evaluations,
+    table,
+    with_published,
+)
 from nanogpt.evaluation.scoring import Question, encode_pair
 from nanogpt.export import main as export
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.prompts import Message, find_template
+from nanogpt.report.figures import draw_scores
 from nanogpt.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -169,10 +176,10 @@ def test_published_figures_are_lines_of_their_own() -> None:
 
 def test_the_picture_tells_its_figures_in_words_too() -> None:
     row = {"checkpoint": "<a>", "task": "lambada", "results": {"acc": 0.5, "acc_stderr": 0.1}}
-    drawn = picture([row])
+    drawn = draw_scores(lines([row]), ["acc"])
     assert drawn.startswith("<svg ")
     assert "accuracy: &lt;a&gt; 0.5000 ± 0.1000" in drawn
-    assert drawn.count("<circle") == 1
+    assert drawn.count("<use") == 1
 
 
 def test_the_limit_of_a_single_document_counts_windows(tmp_path: Path) -> None:
@@ -349,9 +356,9 @@ def test_a_run_keeps_what_was_measured_with_other_options(tmp_path: Path) -> Non
 @pytest.mark.parametrize("text", ["5", "null", '[{"results": {}}]', "{", ""])
 def test_a_damaged_file_of_evaluations_is_begun_anew(tmp_path: Path, text: str) -> None:
     (tmp_path / "evaluations.json").write_text(text)
-    assert read_kept(tmp_path) == []
-    keep(tmp_path, {"checkpoint": "a", "task": "b", "results": {}}, {})
-    assert len(read_kept(tmp_path)) == 1
+    assert read_evaluations(tmp_path) == []
+    add_evaluation(tmp_path, {"checkpoint": "a", "task": "b", "results": {}}, {})
+    assert len(read_evaluations(tmp_path)) == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell script stands for the processes")

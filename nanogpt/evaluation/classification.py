@@ -26,25 +26,6 @@ def confusion_matrix(labels: Sequence[int], predicted: Sequence[int], n_labels: 
     return confusion
 
 
-def reduced_confusion(
-    labels: Sequence[str], confusion: np.ndarray, max_classes: int
-) -> tuple[list[str], np.ndarray]:
-    """Return a confusion matrix of at most so many classes.
-
-    Of more classes those with the most mistakes, as truth or as prediction, stay in their order;
-    all others become the last one.
-    """
-    if len(labels) <= max_classes:
-        return list(labels), confusion
-    mistakes = confusion.sum(0) + confusion.sum(1) - 2 * np.diag(confusion)
-    kept = sorted(np.argsort(-mistakes, kind="stable")[: max_classes - 1].tolist())
-    place = np.full(len(labels), len(kept))
-    place[kept] = np.arange(len(kept))
-    reduced = np.zeros((len(kept) + 1, len(kept) + 1), dtype=confusion.dtype)
-    np.add.at(reduced, (place[:, None], place[None, :]), confusion)
-    return [*(labels[i] for i in kept), f"{len(labels) - len(kept)} others"], reduced
-
-
 def scores(confusion: np.ndarray) -> dict[str, float]:
     """Return accuracy and macro-F1 of a confusion matrix.
 

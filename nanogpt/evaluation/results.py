@@ -1,34 +1,45 @@
-"""What tasks found: rows for people, for programs, and for the run that the checkpoint is of.
+"""Results of tasks: their table, and the `evaluations.json` of the run that a checkpoint is of.
 
-A row is `{"checkpoint", "task", "results"}`. Results are figures by name: `<figure>_stderr` is the
-standard error of `<figure>`, and `baseline_<who>_<figure>` is what somebody or something else
-reaches; `who` begins with `published_` where it was not measured here. What begins with
-`confusion_`, the texts of each class that were taken for another, stays out of the table.
+A row is `{"checkpoint", "task", "results"}`, in files also `"about"`. Results are metrics by name:
+`<metric>_stderr` is the standard error of `<metric>`; `baseline_<who>_<metric>` is the score of
+something else, whose `<who>` begins with `published_` where it was not measured here. What begins
+with `confusion_`, counts of a class predicted as another, stays out of the table.
 """
 
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, TypeAdapter
 
-from nanogpt.disk import write_atomically
+from nanogpt.disk import replacing
+from nanogpt.runs.directory import RunDirectory
 
 log = logging.getLogger("nanogpt")
 
 Results = dict[str, float]
-Row = dict[str, Any]  # {"checkpoint", "task", "results"}, as in the JSON file
+Row = dict[str, Any]
 
 STDERR, BASELINE, PUBLISHED, CONFUSION = "_stderr", "baseline_", "published_", "confusion_"
-KEPT = "evaluations.json"  # in a run's directory
+
+
+class _StoredRow(BaseModel, extra="allow"):
+    checkpoint: str
+    task: str
+    results: dict[str, int | float]
+    about: dict[str, Any] = {}
+
+
+_STORED_ROWS = TypeAdapter(list[_StoredRow])
 
 
 def mean_and_error(name: str, values: np.ndarray) -> Results:
-    """Return the mean of independent values and its standard error, under a name.
+    """Return the mean of independent values (N,) and its standard error, under a name.
 
     >>> mean_and_error("acc", np.array([True, False, True, True]))
     {'acc': 0.75, 'acc_stderr': 0.25}
@@ -39,144 +50,139 @@ def mean_and_error(name: str, values: np.ndarray) -> Results:
 
 
 def with_published(results: Results, published: Mapping[str, Results]) -> Results:
-    """Return results with what others have published beside them."""
-    beside = {
+    """Return results together with published ones, by the name of their model."""
+    return results | {
         f"{BASELINE}{PUBLISHED}{who}_{name}": value
-        for who, figures in published.items()
-        for name, value in figures.items()
+        for who, metrics in published.items()
+        for name, value in metrics.items()
     }
-    return {**results, **beside}
 
 
 @dataclass(frozen=True)
 class Line:
-    """Figures of a checkpoint, or of what it is compared with, each with its standard error."""
+    """The metrics of a checkpoint or a baseline in a task: a value and a standard error each."""
 
     who: str
     task: str
-    figures: dict[str, tuple[float, float | None]]
+    metrics: dict[str, tuple[float, float | None]]
     is_baseline: bool = False
 
 
 def lines(rows: Sequence[Row]) -> list[Line]:
-    """Return a line for every row, and then one for everything that they are compared with."""
-    ours = [Line(row["checkpoint"], row["task"], _own(row["results"])) for row in rows]
-    beside: dict[tuple[str, str], dict[str, tuple[float, float | None]]] = {}
+    """Return a line for every row, then one for each baseline of a task."""
+    own: list[Line] = []
+    baselines: dict[tuple[str, str], Line] = {}
     for row in rows:
-        for who, name, value in _baselines(row["results"]):
-            beside.setdefault((row["task"], who), {})[name] = (value, None)
-    return ours + [
-        Line(_said(who), task, figures, is_baseline=True) for (task, who), figures in beside.items()
-    ]
+        task, results = row["task"], row["results"]
+        names = [name for name in results if not name.startswith((BASELINE, CONFUSION))]
+        names = [name for name in names if not name.endswith(STDERR)]
+        metrics = {name: (results[name], results.get(f"{name}{STDERR}")) for name in names}
+        own.append(Line(row["checkpoint"], task, metrics))
+        for key in results:
+            if key.startswith(BASELINE):
+                rest = key.removeprefix(BASELINE)
+                ends = [name for name in names if rest.endswith(f"_{name}")]
+                name = max(ends, key=len, default=rest.rpartition("_")[2])
+                who = rest.removesuffix(f"_{name}")
+                kind = "published" if who.startswith(PUBLISHED) else "baseline"
+                title = f"{who.removeprefix(PUBLISHED).replace('_', ' ')} ({kind})"
+                line = baselines.setdefault((task, who), Line(title, task, {}, is_baseline=True))
+                line.metrics[name] = (results[key], None)
+    return [*own, *baselines.values()]
 
 
-def _own(results: Results) -> dict[str, tuple[float, float | None]]:
-    return {
-        name: (value, results.get(f"{name}{STDERR}"))
-        for name, value in results.items()
-        if not name.endswith(STDERR) and not name.startswith((BASELINE, CONFUSION))
-    }
-
-
-def _baselines(results: Results) -> Iterator[tuple[str, str, float]]:
-    """Yield who reached it, the figure's name and the figure."""
-    names = sorted(_own(results), key=len, reverse=True)
-    for key, value in results.items():
-        if key.startswith(BASELINE):
-            rest = key.removeprefix(BASELINE)
-            name = next((n for n in names if rest.endswith(f"_{n}")), rest.rpartition("_")[2])
-            yield rest.removesuffix(f"_{name}"), name, value
-
-
-def _said(who: str) -> str:
-    """Return e.g. `gpt2 124M (published)`."""
-    if who.startswith(PUBLISHED):
-        return f"{who.removeprefix(PUBLISHED).replace('_', ' ')} (published)"
-    return f"{who.replace('_', ' ')} (baseline)"
+def cells(of: Sequence[Line]) -> list[list[str]]:
+    """Return lines as a table: a header, whose first cell is empty, and a row for each line."""
+    names = list(dict.fromkeys(name for line in of for name in line.metrics))
+    rows = [[format_metric(*line.metrics.get(n, (None,))) for n in names] for line in of]
+    return [["", *names], *([line.who, *row] for line, row in zip(of, rows, strict=True))]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the figures as text, with standard errors, a line per checkpoint or baseline."""
-    told = lines(rows)
-    names = list(dict.fromkeys(name for line in told for name in line.figures))
-    cells = [["checkpoint", "task", *names]]
-    for line in told:
-        figures = [figure(*line.figures.get(name, (None, None))) for name in names]
-        cells.append([line.who, line.task, *figures])
+    """Return rows as text, a line per checkpoint or baseline."""
+    of = lines(rows)
+    header, *body = cells(of)
+    with_task = [[row[0], line.task, *row[1:]] for line, row in zip(of, body, strict=True)]
+    return align([["checkpoint", "task", *header[1:]], *with_task], n_left=2)
+
+
+def align(cells: Sequence[Sequence[str]], n_left: int = 0) -> str:
+    """Return rows of cells as text in columns, the first `n_left` aligned on the left."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if i < n_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for line in cells
+        for row in cells
     )
 
 
-def figure(value: float | None, error: float | None = None) -> str:
-    """Return e.g. `0.2955 ± 0.0046`."""
+def format_metric(value: float | None, error: float | None = None) -> str:
+    """Return a value with its standard error, e.g. `0.2955 ± 0.0046`; "" for None."""
     if value is None:
         return ""
     if value > 1 and float(value).is_integer() and error is None:
         return f"{value:.0f}"
     digits = 4 if abs(value) < 1000 else 0
-    told = f"{value:.{digits}f}"
-    return told if error is None else f"{told} ± {error:.{digits}f}"
+    text = f"{value:.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"
+
+
+def reduced_confusion(
+    labels: Sequence[str], confusion: np.ndarray, max_classes: int = 20
+) -> tuple[list[str], np.ndarray]:
+    """Return a confusion matrix (K, K) of at most so many classes, and their labels.
+
+    Of more classes those with the most mistakes, as truth or as prediction, stay in their order;
+    all others become the last one.
+    """
+    if len(labels) <= max_classes:
+        return list(labels), confusion
+    mistakes = confusion.sum(0) + confusion.sum(1) - 2 * np.diag(confusion)
+    shown = np.sort(np.argsort(-mistakes, kind="stable")[: max_classes - 1])
+    index = np.full(len(labels), len(shown))
+    index[shown] = np.arange(len(shown))
+    reduced = np.zeros((len(shown) + 1, len(shown) + 1), dtype=confusion.dtype)
+    np.add.at(reduced, (index[:, None], index[None, :]), confusion)
+    return [*(labels[i] for i in shown), f"{len(labels) - len(shown)} others"], reduced
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as JSON, the file as a whole."""
-    write_atomically(path, (json.dumps(rows, indent=2) + "\n").encode())
+    with replacing(path, "w") as file:
+        file.write(json.dumps(rows, indent=2) + "\n")
 
 
 def run_dir_of(checkpoint_path: Path) -> Path | None:
-    """Return the run that a checkpoint file lies in, None where it lies elsewhere."""
+    """Return the run directory that a checkpoint file lies in, None where it lies elsewhere."""
     run_dir = checkpoint_path.resolve().parent.parent
     is_run = checkpoint_path.parent.name == "checkpoints" and (run_dir / "config.yaml").is_file()
     return run_dir if is_run else None
 
 
-def keep(run_dir: Path, row: Row, about: Mapping[str, Any]) -> None:
-    """Add a row to those of a run, in place of one about the same.
+def add_evaluation(run_dir: Path, row: Row, about: Mapping[str, Any]) -> None:
+    """Add a row to a run's evaluations.json, in place of one of the same task and `about`.
 
-    `about` says what was measured: the step, the data and how much of it, and what the task reads.
-    A damaged file is moved aside, to `evaluations.json.damaged`.
+    `about` has the step, the data and their limit, and the task's own options. A damaged file is
+    renamed to `evaluations.json.damaged`.
     """
-    path, new = run_dir / KEPT, {**row, "about": dict(about)}
-    rows, is_damaged = _read_rows(path)
-    if is_damaged:
-        path.replace(path.with_name(f"{KEPT}.damaged"))
-    write_rows(path, [*(old for old in rows if not _same(old, new)), new])
+    path, new = RunDirectory(run_dir).evaluations_path, {**row, "about": dict(about)}
+    rows = read_evaluations(run_dir)
+    if not rows and path.exists():
+        path.replace(path.with_name(f"{path.name}.damaged"))
+    subject = (new["task"], new["about"])
+    write_rows(path, [*(old for old in rows if (old["task"], old.get("about")) != subject), new])
 
 
-def read_kept(run_dir: Path) -> list[Row]:
-    """Return the rows that were measured of a run, without those that are damaged."""
-    return _read_rows(run_dir / KEPT)[0]
-
-
-def _read_rows(path: Path) -> tuple[list[Row], bool]:
-    """Return the rows of a run's evaluations.json, and whether anything there is damaged."""
+def read_evaluations(run_dir: Path) -> list[Row]:
+    """Return the rows of a run's evaluations.json, none where it is missing or damaged."""
+    path = RunDirectory(run_dir).evaluations_path
     try:
-        found = json.loads(path.read_bytes()) if path.is_file() else []
-    except (ValueError, RecursionError):
-        found = None
-    rows = [row for row in found if _is_row(row)] if isinstance(found, list) else []
-    is_damaged = found != rows
-    if is_damaged:
-        log.warning("%s is damaged: %s rows of it can be read", path, len(rows))
-    return rows, is_damaged
-
-
-def _is_row(row: object) -> bool:
-    return (
-        isinstance(row, dict)
-        and isinstance(row.get("checkpoint"), str)
-        and isinstance(row.get("about", {}), dict)
-        and isinstance(row.get("task"), str)
-        and isinstance(row.get("results"), dict)
-        and all(isinstance(value, int | float) for value in row["results"].values())
-    )
-
-
-def _same(a: Row, b: Row) -> bool:
-    return (a["task"], a.get("about")) == (b["task"], b.get("about"))
+        rows = _STORED_ROWS.validate_json(path.read_bytes())
+        return [row.model_dump(exclude_unset=True) for row in rows]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        log.warning("%s is damaged: %s", path, str(error).partition("\n")[0])
+        return []

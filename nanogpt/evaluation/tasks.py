@@ -27,17 +27,23 @@ from nanogpt.evaluation import hellaswag, instructions, lambada, perplexity
 from nanogpt.evaluation.classification import (
     confusion_matrix,
     majority_class,
-    reduced_confusion,
     scores,
 )
 from nanogpt.evaluation.examples import Benchmark, find_benchmark
 from nanogpt.evaluation.judge import Judge, environment_key
 from nanogpt.evaluation.judge import evaluate as ask_judge
 from nanogpt.evaluation.processes import rank_zero_first
-from nanogpt.evaluation.results import CONFUSION, Results, run_dir_of, with_published
+from nanogpt.evaluation.results import (
+    CONFUSION,
+    Results,
+    align,
+    reduced_confusion,
+    run_dir_of,
+    with_published,
+)
+from nanogpt.text import print_line
 
 GZIP_BYTES = 64 * 2**20  # of a text, at most, are compressed for comparison
-MOST_CLASSES = 20  # of a confusion matrix that is printed
 SHARDS = (".bin", ".npy")
 
 
@@ -109,8 +115,10 @@ def run_classify(checkpoint: Checkpoint, options: argparse.Namespace) -> Results
     predicted = class_probabilities(model, checkpoint.tokenizer, texts).argmax(-1).tolist()
     confusion = confusion_matrix(numbers, predicted, len(labels))
     guessed = confusion_matrix(numbers, [majority_class(numbers)] * len(numbers), len(labels))
-    names, shown = reduced_confusion(labels, confusion, MOST_CLASSES)
-    print(f"{checkpoint.path}\n{confusion_text(shown, names)}\n")
+    names, shown = reduced_confusion(labels, confusion)
+    counts = [[name, *map(str, row)] for name, row in zip(names, shown, strict=True)]
+    printed = align([["true \\ predicted", *names], *counts])
+    print_line(f"{checkpoint.path}\n{printed}\n")
     accuracy = scores(confusion)["accuracy"]
     return {
         **scores(confusion),
@@ -299,14 +307,3 @@ def class_numbers(examples: Sequence[Example], labels: Sequence[str], path: Path
             "pass a file with these labels"
         )
     return [labels.index(example.label) for example in examples]
-
-
-def confusion_text(confusion: np.ndarray, labels: Sequence[str]) -> str:
-    """Return a confusion matrix as text: a row per true class, a column per predicted one."""
-    cells = [["true \\ predicted", *labels]]
-    cells += [[label, *map(str, row)] for label, row in zip(labels, confusion, strict=True)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in cells
-    )

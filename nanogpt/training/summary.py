@@ -8,6 +8,7 @@ from typing import Any
 
 from nanogpt.checkpoint import weights_sha256
 from nanogpt.ranks import on_rank_zero
+from nanogpt.report.report import is_whole, write_report
 from nanogpt.runs.directory import reached
 from nanogpt.runs.metrics import read_metrics
 from nanogpt.runs.run import Run
@@ -16,7 +17,6 @@ from nanogpt.training.checkpointing import stopping_reason
 from nanogpt.training.machine import device_name, git_revision, versions
 from nanogpt.training.module import StageModule
 from nanogpt.training.progress import duration, percent
-from nanogpt.training.report import is_whole, write_report
 
 LARGE_PARAMS = 100_000_000  # GPT-2 small has 124 million
 IN_SUMMARY = ("val/", "hellaswag/")  # columns of metrics.csv

@@ -1,0 +1,1 @@
+"""A run's report.html: its text (`report.py`, `template.html`) and its figures (`figures.py`)."""

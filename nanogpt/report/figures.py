@@ -1,0 +1,303 @@
+"""Figures as SVG in the fonts and colours of the page around them: curves, scores, confusion."""
+
+import html
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nanogpt.evaluation.results import Line, format_metric
+from nanogpt.runs.log import visible
+from nanogpt.text import format_number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Points = list[tuple[int, float]]  # (step, value)
+
+STYLESHEET = Path(__file__).parent / "style.css"
+WIDTH = 400  # of the view box: text stays legible in a phone's narrow column
+CURVE_HEIGHT = 208
+MAX_POINTS = 600  # of a curve
+MAX_NAME_CHARS = 44  # of a checkpoint
+
+# colours that matplotlib draws with, each replaced by a CSS variable of the page
+_INK, _MUTED, _GRID, _REFERENCE, _ACCENT, _CARD = (f"#00000{i}" for i in range(1, 7))
+_SERIES = ("#000011", "#000012")
+_VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _REFERENCE: "reference"}
+_VARIABLES |= {_ACCENT: "accent", _CARD: "card"}
+_VARIABLES |= {colour: f"series-{i}" for i, colour in enumerate(_SERIES)}
+_STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 10.5,
+    "axes.edgecolor": _GRID,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 1,
+    "text.color": _INK,
+    **{f"{axis}tick.color": _MUTED for axis in "xy"},
+    **{f"{axis}tick.{which}.size": 0 for axis in "xy" for which in ("major", "minor")},
+    **{f"{axis}tick.major.pad": 5 for axis in "xy"},
+}
+
+# titles of metrics, in the order of their panels; other metrics follow, under their own names,
+# where they have a standard error
+METRICS = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy, normalised by length",
+    "harness_acc": "accuracy, harness style",
+    "harness_acc_norm": "accuracy, harness style, normalised by length",
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "loss": "loss, nats per token",
+    "bits_per_byte": "bits per byte",
+    "terminated": "replies that end by themselves",
+    "score": "judge's score, 0 to 100",
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve in the page's colour 0 or 1; a noisy one lies faintly below its moving average."""
+
+    label: str
+    points: Points
+    colour: int = 0
+    noisy: bool = False
+
+    @property
+    def curve(self) -> Points:
+        return smooth(self.points) if self.noisy else self.points
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over optimizer steps in one frame; `reference` is a labelled horizontal line."""
+
+    title: str
+    note: str
+    series: Sequence[Series]
+    format: Callable[[float], str] = "{:.4f}".format
+    reference: tuple[str, float] | None = None
+    from_zero: bool = False
+    percent: bool = False
+
+    @property
+    def legend(self) -> list[tuple[Series, str]]:
+        """The curves, each with its last value."""
+        return [(series, self.format(series.curve[-1][1])) for series in self.series]
+
+    @property
+    def alt(self) -> str:
+        """The curves in words."""
+        text = f"{self.title} over optimizer steps."
+        for series, last in self.legend:
+            first_step, first = series.points[0]
+            ends = f"from {self.format(first)} at step {first_step:,} to {last}"
+            text += f" {f'{series.label} {ends}'.strip().capitalize()}"
+            text += f" at step {series.points[-1][0]:,}."
+        return text
+
+
+def draw_curves(chart: Chart, last_step: int) -> str:
+    """Return a chart from step 0 to `last_step` as an `<svg>`.
+
+    The vertical axis holds every value; it is logarithmic where the greatest is more than 30 times
+    the median.
+    """
+    return _draw(CURVE_HEIGHT, chart.alt, partial(_paint_curves, chart, last_step))
+
+
+def draw_scores(lines: Sequence[Line], metrics: Sequence[str]) -> str:
+    """Return a panel for each metric as an `<svg>`, with a row for each line that has it.
+
+    A checkpoint is a dot with a bar of one standard error, a baseline or a published score a ring.
+    """
+    panels = {name: [line for line in lines if name in line.metrics] for name in metrics}
+    alt = "; ".join(
+        f"{metric_title(name)}: "
+        + ", ".join(f"{line.who} {format_metric(*line.metrics[name])}" for line in panel)
+        for name, panel in panels.items()
+    )
+    height = sum(34 + 34 * len(panel) for panel in panels.values())
+    return _draw(height, alt, partial(_paint_scores, panels, height))
+
+
+def drawn_metrics(lines: Sequence[Line]) -> list[str]:
+    """Return the metrics that are drawn: the known ones, then others with a standard error."""
+    with_error = {
+        name: any(line.metrics[name][1] is not None for line in lines if name in line.metrics)
+        for line in lines
+        for name in line.metrics
+    }
+    known = [name for name in METRICS if name in with_error]
+    return known + [n for n, has_error in with_error.items() if has_error and n not in METRICS]
+
+
+def metric_title(name: str) -> str:
+    """Return the title of a metric's panel."""
+    return METRICS.get(name, name.replace("_", " "))
+
+
+def standalone(svg: str) -> str:
+    """Return an `<svg>` as a document of its own, with the stylesheet of the page."""
+    style = f"<style>{STYLESHEET.read_text(encoding='utf-8')}</style>"
+    return svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1).replace(
+        ">", f">{style}", 1
+    )
+
+
+def smooth(points: Points) -> Points:
+    """Return the centred moving average, taken twice, over about a thirtieth of the points."""
+    values = np.array([value for _, value in points])
+    half = len(points) // 60
+    index = np.arange(len(points))
+    first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, len(points))
+    for _ in range(2):
+        sums = np.concatenate([[0.0], np.cumsum(values)])
+        values = (sums[last] - sums[first]) / (last - first)
+    return [(step, float(value)) for (step, _), value in zip(points, values, strict=True)]
+
+
+def _paint_curves(chart: Chart, last_step: int, figure: "Figure") -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+    width, height = figure.get_size_inches() * 72
+    axes = figure.add_axes((46 / width, 24 / height, 1 - 58 / width, 1 - 34 / height))
+    low, high, is_logarithmic = _limits(chart)
+    if is_logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.set(xlim=(0, max(last_step, 1) * 1.01), ylim=(low, high))
+    axes.grid(axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_number(x, 4)))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: f"{100 * y:.4g} %" if chart.percent else format_number(y, 4))
+    )
+    if chart.reference is not None:
+        label, value = chart.reference
+        axes.axhline(value, color=_REFERENCE, linewidth=1.2, dashes=(4, 3))
+        at, offset = {"xycoords": ("axes fraction", "data")}, {"textcoords": "offset points"}
+        axes.annotate(label, (1, value), (0, 4), **at, **offset, ha="right", color=_REFERENCE)
+    for series in chart.series:
+        colour, is_long = _SERIES[series.colour], len(series.points) > MAX_POINTS
+        if series.noisy:
+            axes.plot(*_thin(series.points), color=colour, linewidth=0.8, alpha=0.35)
+        axes.plot(
+            *_thin(series.curve),
+            color=colour,
+            linewidth=1.0 if is_long and not series.noisy else 1.7,
+            marker="o" if len(series.points) <= 40 and not series.noisy else "",
+            markersize=3.4,
+        )
+
+
+def _limits(chart: Chart) -> tuple[float, float, bool]:
+    """Return the vertical limits and whether the axis is logarithmic."""
+    values = [value for series in chart.series for _, value in series.points]
+    if chart.reference is not None:
+        values.append(chart.reference[1])
+    low, high = min(values), max(values)
+    if low > 0 and high > 30 * median(values):
+        return low / 1.3, high * 1.3, True
+    margin = 0.07 * (high - low) or 0.07 * abs(high) or 1.0
+    if chart.from_zero and low >= 0:
+        return 0.0, (high or 1.0) * 1.07, False
+    return low - margin, high + margin, False
+
+
+def _thin(points: Points) -> np.ndarray:
+    """Return steps and values (2, N), of a long curve the extremes of every stretch of steps."""
+    array = np.array(points).T
+    if len(points) <= MAX_POINTS:
+        return array
+    stretches = np.array_split(np.arange(len(points)), MAX_POINTS // 2)
+    extremes = [s[[array[1, s].argmin(), array[1, s].argmax()]] for s in stretches]
+    return array[:, np.unique(extremes)]
+
+
+def _paint_scores(panels: dict[str, list[Line]], height: int, figure: "Figure") -> None:
+    top = height
+    for name, lines in panels.items():
+        bottom = top - 34 - 34 * len(lines)
+        axes = figure.add_axes((0, bottom / height, 1, (top - bottom) / height))
+        axes.set(ylim=(-len(lines), 1), yticks=[], xticks=[])
+        axes.spines["bottom"].set_visible(False)
+        scores = [line.metrics[name] for line in lines]
+        low = min(value - 2 * (error or 0) for value, error in scores)
+        high = max(value + 2 * (error or 0) for value, error in scores)
+        margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_xlim(low - margin, high + margin)
+        frame = axes.get_yaxis_transform()
+        axes.text(0, 0.7, metric_title(name), transform=frame, weight="semibold", va="center")
+        for i, (line, (value, error)) in enumerate(zip(lines, scores, strict=True)):
+            colour = _MUTED if line.is_baseline else _ACCENT
+            about = {
+                "transform": frame,
+                "va": "center",
+                "color": _MUTED if line.is_baseline else _INK,
+            }
+            who = visible(line.who)
+            if len(who) > MAX_NAME_CHARS:  # checkpoints differ at the end
+                who = f"…{who[1 - MAX_NAME_CHARS :]}"
+            axes.text(0, 0.1 - i, who, **about)
+            axes.text(1, 0.1 - i, format_metric(value, error), **about, ha="right")
+            axes.axhline(-0.4 - i, color=_GRID, linewidth=1)
+            axes.errorbar(
+                value,
+                -0.4 - i,
+                xerr=error or None,
+                fmt="o",
+                markersize=6,
+                markeredgewidth=1.5,
+                color=colour,
+                markerfacecolor=_CARD if line.is_baseline else colour,
+            )
+        top = bottom
+
+
+def _draw(height: int, alt: str, paint: Callable[["Figure"], None]) -> str:
+    """Return what `paint` draws as an `<svg>` that `alt` describes in words."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no line on font caches
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    svg = io.StringIO()
+    style = ["default", {**_STYLE, "svg.hashsalt": alt}]
+    with matplotlib.style.context(style), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on glyphs that the page's fonts have
+        figure = Figure(figsize=(WIDTH / 72, height / 72))
+        paint(figure)
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(svg, format="svg", transparent=True, metadata=metadata)
+    return _inline(svg.getvalue(), alt, f"0 0 {WIDTH} {height}")
+
+
+def _inline(svg: str, alt: str, view_box: str) -> str:
+    """Return matplotlib's document as an element of an HTML page, coloured by its variables."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("xlink:href", "href")
+    label = html.escape(visible(alt))
+    head = f'<svg viewBox="{view_box}" role="img" aria-label="{label}">'
+    svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return re.sub(r"\s*\n\s*", " ", svg).strip()
