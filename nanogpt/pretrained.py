@@ -3,6 +3,7 @@
 There, linear maps are stored input by output ("Conv1D"): the transpose of ours.
 """
 
+import json
 import logging
 import os
 import zipfile
@@ -22,7 +23,7 @@ from nanogpt.hub import check_reachable
 from nanogpt.model import GPT, NORM_EPSILON, PRESETS, GPTConfig
 from nanogpt.record import are_tensors
 from nanogpt.text import first_line
-from nanogpt.tokenizer_files import MERGES, VOCAB, read_json, read_tokenizer
+from nanogpt.tokenizer_files import MERGES, VOCAB, read_tokenizer
 from nanogpt.weights import check_weights, model_without_weights
 
 PUBLISHED = tuple(PRESETS)  # the names under which weights are fetched
@@ -106,7 +107,7 @@ def _unreadable(directory: Path) -> list[str]:
     """Return which of the fetched files are missing or damaged."""
     unreadable = []
     try:
-        read_json(directory / CONFIG)
+        _read_json(directory / CONFIG)
     except (ValueError, OSError):
         unreadable.append(CONFIG)
     try:
@@ -189,7 +190,7 @@ def _read_config(directory: Path) -> GPTConfig:
         raise FileNotFoundError(
             f"{path} does not exist; pass a directory in which a Hugging Face GPT-2 was saved"
         )
-    found = read_json(path)
+    found = _read_json(path)
     if found.get("model_type") != "gpt2":
         raise ValueError(
             f"{path} has model_type={found.get('model_type')!r}; only 'gpt2' can be read"
@@ -211,6 +212,17 @@ def _read_config(directory: Path) -> GPTConfig:
             f"four times n_embd, can be read"
         )
     return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; raise ValueError where it is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON; fetch it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} does not hold a JSON object; fetch it again")
+    return found
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:
@@ -247,7 +259,7 @@ def _weight_paths(directory: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[str]:
     """Return the names of the files that an index lists."""
-    found = read_json(index).get("weight_map")
+    found = _read_json(index).get("weight_map")
     names = list(found.values()) if isinstance(found, dict) else []
     if not names or not all(type(name) is str and Path(name).name == name for name in names):
         raise ValueError(f"{index} lists no files of its directory; fetch it again")

@@ -1,9 +1,9 @@
-"""Tokenizers: bytes, GPT-2's byte pairs and byte pairs trained on one's own text, as tables.
+"""Tokenizers: bytes, GPT-2's byte pairs, and byte pairs trained on the user's own text.
 
-A tokenizer is the bytes of every ordinary token, by id, and the names of the special tokens that
-follow them. The whole table travels with prepared data and with checkpoints (`record`,
-`from_record`), so that reading either needs neither the network nor the library that made it.
-Encoding never gives a special token: a text that spells `<|endoftext|>` is thirteen characters.
+A tokenizer is a table: the bytes of every ordinary token by id, then the names of the special
+tokens. The whole table travels with prepared data and with checkpoints (`record`, `from_record`),
+so that reading either needs neither the network nor the library that trained it. Encoding never
+returns a special token: a text that spells `<|endoftext|>` is thirteen characters.
 """
 
 import base64
@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
 
 if TYPE_CHECKING:
     import tiktoken
@@ -47,9 +48,6 @@ BPE_PATTERN = "|".join(
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_VOCAB_SIZE = 50257
 
-# Of a tokenizer's record; BPE_PATTERN has some 200 characters, and a token of 64 KiB is nearly as
-# long as the longest runs of one letter that vocabularies were ever trained on.
-MAX_NAME_CHARS, MAX_TOKEN_BYTES = 2_000, 2**16
 SURROGATE = re.compile("[\ud800-\udfff]")
 PATTERN_SAMPLE = "It's 1,234 words: naïve\n\n  \tif (x != 0) {\r\n 中文，テスト   🙂\u00a0..."
 
@@ -68,47 +66,21 @@ _LONG_SPACE = re.compile(rf"(?<!\s)\s{{{LONGEST_SPACE}}}\s+")
 PIECE_CHARS = 2**20
 _SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[A-Za-z])(?= [A-Za-z])")
 
-# Stand for <|endoftext|> and for a cut where many texts are encoded as one. No end of a mark is the
-# beginning of one, so none can be found where a text merely ends like it.
-_DOCUMENT, _CUT = "\x00document\x01", "\x00cut\x01"
+Name = Annotated[str, Field(strict=True, max_length=2000)]
 
 
-class Tokenizer(Protocol):
-    """What the rest of the project asks of a tokenizer."""
+class Record(TypedDict):
+    """A tokenizer as plain values; `tokens` are the ordinary ones, in base64."""
 
-    name: str
-    special_tokens: dict[str, int]
-    bos_token: str | None
+    kind: Literal["byte", "bpe"]
+    name: Name
+    pattern: Name
+    tokens: Annotated[list[Annotated[str, Field(strict=True)]], Field(strict=True)]
+    special_tokens: Annotated[list[Name], Field(strict=True)]
+    bos_token: NotRequired[Name]
 
-    @property
-    def vocab_size(self) -> int: ...
 
-    @property
-    def eot_id(self) -> int: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def bos_id(self) -> int | None: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_prompt(self, text: str) -> list[int]: ...
-
-    def encode_parts(self, parts: Sequence[str | None]) -> np.ndarray: ...
-
-    def pieces(self, text: str) -> list[str]: ...
-
-    def decode(self, ids: Iterable[int]) -> str: ...
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
-
-    def token_bytes(self) -> list[bytes]: ...
-
-    def record(self) -> dict[str, Any]: ...
-
-    def with_special_tokens(self, names: Sequence[str]) -> "Tokenizer": ...
+_RECORD = TypeAdapter(Record)
 
 
 def byte_tokenizer(documents: Iterable[str] | None = None) -> "ByteTokenizer":
@@ -127,9 +99,10 @@ def gpt2_tokenizer(documents: Iterable[str] | None = None) -> "BytePairTokenizer
         encoding = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"GPT-2's tokens are not in {_tiktoken_cache_dir()} and could not be downloaded "
-            f"from openaipublic.blob.core.windows.net ({type(error).__name__}); set "
-            f"TIKTOKEN_CACHE_DIR to a folder with them, or choose the tokenizer bpe or byte"
+            f"GPT-2's tokens are not in {os.environ.get('TIKTOKEN_CACHE_DIR', 'a cache')} and "
+            f"could not be downloaded from openaipublic.blob.core.windows.net "
+            f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder with them, or choose "
+            f"the tokenizer bpe or byte"
         ) from error
     tokens = [encoding.decode_single_token_bytes(i) for i in range(GPT2_VOCAB_SIZE - 1)]
     return BytePairTokenizer("gpt2", GPT2_PATTERN, tokens, [END_OF_TEXT])
@@ -139,7 +112,8 @@ def bpe_tokenizer(documents: Iterable[str], vocab_size: int) -> "BytePairTokeniz
     """Train a byte-level BPE of at most `vocab_size` ids, special ones included, on the documents.
 
     A text with too few pairs that occur twice gives a smaller vocabulary. The same documents give
-    the same tokenizer. Only about the first `TRAINING_SAMPLE_BYTES` are read.
+    the same tokenizer. Only about the first `TRAINING_SAMPLE_BYTES` are read. Raises ValueError for
+    a vocabulary below the 256 bytes and the special tokens.
     """
     n_special = 1 + len(RESERVED)
     if type(vocab_size) is not int or vocab_size < 256 + n_special:
@@ -152,34 +126,38 @@ def bpe_tokenizer(documents: Iterable[str], vocab_size: int) -> "BytePairTokeniz
     return BytePairTokenizer("bpe", BPE_PATTERN, tokens, [END_OF_TEXT, *RESERVED])
 
 
-def from_record(record: dict[str, Any]) -> Tokenizer:
-    """Rebuild the tokenizer that `record` describes.
+def from_record(record: Any) -> "Tokenizer":
+    """Return the tokenizer that a record describes.
 
-    Raises ValueError where the record is not one of ours.
+    Raises ValueError where it is no `Record`, or its tokens or pattern lose part of a text.
     """
-    _check_types(record)
-    kind, special_tokens = record["kind"], record["special_tokens"]
-    bos_token = record.get("bos_token")
     try:
+        _RECORD.validate_python(record)
         tokens = [base64.b64decode(token, validate=True) for token in record["tokens"]]
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "table"
+        raise _malformed(f"{key}: {first['msg']}") from error
     except ValueError as error:
-        raise _malformed("its tokens are not base64") from error
-    if kind == "byte":
+        raise _malformed("tokens are not base64") from error
+    special_tokens, bos_token = record["special_tokens"], record.get("bos_token")
+    if len({END_OF_TEXT, *special_tokens}) != len(special_tokens):
+        raise _malformed(f"special tokens are not distinct names with {END_OF_TEXT} among them")
+    if bos_token not in (None, *special_tokens):
+        raise _malformed("bos_token is not a special token")
+    if record["kind"] == "byte":
         tokenizer: Tokenizer = ByteTokenizer(special_tokens, bos_token)
         if record != tokenizer.record() or len(special_tokens) <= len(RESERVED):
-            raise _malformed("it says kind='byte' but is not the byte tokenizer's table")
-    elif kind == "bpe":
-        _check_tokens(tokens)
-        _check_pattern(record["pattern"])
-        name, pattern = record["name"], record["pattern"]
-        tokenizer = BytePairTokenizer(name, pattern, tokens, special_tokens, bos_token)
-    else:
-        raise _malformed("its kind is neither 'byte' nor 'bpe'")
-    return tokenizer
+            raise _malformed("kind='byte' with another table than the byte tokenizer's")
+        return tokenizer
+    if len({b"", *tokens}) <= len(tokens) or not {bytes([i]) for i in range(256)} <= {*tokens}:
+        raise _malformed("tokens are not distinct, or lack some of the 256 bytes")
+    _check_pattern(record["pattern"])
+    return BytePairTokenizer(record["name"], record["pattern"], tokens, special_tokens, bos_token)
 
 
-class _Table:
-    """The bytes of the ordinary tokens by id, then the special tokens: all but the encoding."""
+class Tokenizer:
+    """The bytes of the ordinary tokens by id, then the special tokens; a subclass encodes."""
 
     kind: str
 
@@ -212,9 +190,34 @@ class _Table:
         """The id that begins every text, None where the tokenizer declares none, as ours."""
         return None if self.bos_token is None else self.special_tokens[self.bos_token]
 
+    def encode_array(self, text: str) -> np.ndarray:
+        """Return the ids of the text, (N,) uint16 or uint32."""
+        raise NotImplementedError
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of the text."""
-        raise NotImplementedError
+        ids: list[int] = self.encode_array(text).tolist()
+        return ids
+
+    def encode_parts(self, parts: Sequence[str | None]) -> np.ndarray:
+        """Return the ids of the texts end to end, (N,); None stands for `<|endoftext|>`."""
+        none = self.encode_array("")
+        eot = np.array([self.eot_id], dtype=none.dtype)
+        return np.concatenate(
+            [none, *(eot if part is None else self.encode_array(part) for part in parts)]
+        )
+
+    def pieces(self, text: str) -> list[str]:
+        """Return the text in pieces that, encoded on their own, give its ids end to end.
+
+        Each has about a million characters where the text has line breaks or words.
+        """
+        if len(text) <= PIECE_CHARS or self.pattern not in ("", GPT2_PATTERN, BPE_PATTERN):
+            return [text]
+        cuts = [0]
+        while cut := _SAFE_CUT.search(text, cuts[-1] + PIECE_CHARS):
+            cuts.append(cut.start())
+        return _cut(text, cuts)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids that a model reads of a text, after the `bos_id` where there is one.
@@ -278,7 +281,7 @@ class _Table:
         return from_record({**self.record(), "special_tokens": special_tokens})
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Table) and self.record() == other.record()
+        return isinstance(other, Tokenizer) and self.record() == other.record()
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
@@ -287,7 +290,7 @@ class _Table:
         return f"{type(self).__name__}({self.name!r}, vocab_size={self.vocab_size})"
 
 
-class ByteTokenizer(_Table):
+class ByteTokenizer(Tokenizer):
     """One token per byte of UTF-8."""
 
     kind = "byte"
@@ -300,77 +303,39 @@ class ByteTokenizer(_Table):
         tokens = [bytes([i]) for i in range(256)]
         super().__init__("byte", "", tokens, special_tokens, bos_token)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of the text."""
-        return list(_well_formed(text).encode())
-
-    def encode_parts(self, parts: Sequence[str | None]) -> np.ndarray:
-        """Return the ids of the texts end to end, (N,) uint16; None stands for `<|endoftext|>`."""
-        arrays = [
-            np.array([self.eot_id], dtype=np.uint16)
-            if part is None
-            else np.frombuffer(_well_formed(part).encode(), dtype=np.uint8).astype(np.uint16)
-            for part in parts
-        ]
-        return np.concatenate(arrays) if arrays else np.empty(0, dtype=np.uint16)
-
-    def pieces(self, text: str) -> list[str]:
-        """Return the text in pieces of about a million characters."""
-        return [text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS)]
+    def encode_array(self, text: str) -> np.ndarray:
+        """Return the ids of the text, (N,) uint16."""
+        return np.frombuffer(_well_formed(text).encode(), dtype=np.uint8).astype(np.uint16)
 
 
-class BytePairTokenizer(_Table):
-    """Byte pairs merged in the order of their ids, run by tiktoken."""
+class BytePairTokenizer(Tokenizer):
+    """Byte pairs merged in the order of their ids, by tiktoken."""
 
     kind = "bpe"
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of the text."""
-        short = _within_longest_space(_well_formed(text))
-        return [i for piece in short for i in self._encoding.encode_ordinary(piece)]
-
-    def encode_parts(self, parts: Sequence[str | None]) -> np.ndarray:
-        """Return the ids of the texts end to end, (N,) uint32; None stands for `<|endoftext|>`.
-
-        Texts are encoded on their own, even side by side. It is one call of tiktoken's that does
-        not hold the GIL, a fifth faster than its `encode_ordinary_batch`, so threads scale.
-        """
-        marked, n_cuts = _joined(parts)
-        if marked.count(_DOCUMENT) != parts.count(None) or marked.count(_CUT) != n_cuts:
-            return self._encode_one_by_one(parts)  # a text that spells our marks
-        ids = self._encoding.encode_to_numpy(marked, allowed_special={_DOCUMENT, _CUT})
-        return ids[ids != self.vocab_size] if n_cuts else ids
-
-    def pieces(self, text: str) -> list[str]:
-        """Return the text in pieces that, encoded on their own, give its ids end to end.
-
-        Each has about a million characters where the text has line breaks or words.
-        """
-        if len(text) <= PIECE_CHARS or self.pattern not in (GPT2_PATTERN, BPE_PATTERN):
-            return [text]
-        cuts = [0]
-        while cut := _SAFE_CUT.search(text, cuts[-1] + PIECE_CHARS):
-            cuts.append(cut.start())
-        return _cut(text, cuts)
-
-    def _encode_one_by_one(self, parts: Sequence[str | None]) -> np.ndarray:
-        ids = ([self.eot_id] if part is None else self.encode(part) for part in parts)
-        return np.concatenate([np.array(i, dtype=np.uint32) for i in ids])
+    def encode_array(self, text: str) -> np.ndarray:
+        """Return the ids of the text, (N,) uint32. The GIL is released, so threads scale."""
+        encode = partial(self._encoding.encode_to_numpy, disallowed_special=())
+        ids = [encode(piece) for piece in _within_longest_space(_well_formed(text))]
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
 
     @cached_property
     def _encoding(self) -> "tiktoken.Encoding":
-        import tiktoken
-
         ranks = {token: i for i, token in enumerate(self._token_bytes) if token}
-        return tiktoken.Encoding(
-            self.name,
-            pat_str=self.pattern,
-            mergeable_ranks=ranks,
-            special_tokens={_DOCUMENT: self.eot_id, _CUT: self.vocab_size},
-        )
+        return _encoding(self.name, self.pattern, ranks)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_encoding"}
+
+
+def _encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> "tiktoken.Encoding":
+    import tiktoken
+
+    # Without any special token tiktoken would search for the empty text; this one is never allowed.
+    special_tokens = {END_OF_TEXT: max(ranks.values()) + 1}
+    return tiktoken.Encoding(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+    )
 
 
 def _well_formed(text: str) -> str:
@@ -380,19 +345,6 @@ def _well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _joined(parts: Sequence[str | None]) -> tuple[str, int]:
-    """Return the texts as one with marks between them, and how many of these are cuts."""
-    marked: list[str] = []
-    n_cuts = 0
-    for part in parts:
-        for piece in [_DOCUMENT] if part is None else _within_longest_space(part):
-            if marked and piece is not _DOCUMENT and marked[-1] is not _DOCUMENT:
-                marked.append(_CUT)
-                n_cuts += 1
-            marked.append(piece)
-    return _well_formed("".join(marked)), n_cuts
 
 
 def _within_longest_space(text: str) -> list[str]:
@@ -407,11 +359,6 @@ def _within_longest_space(text: str) -> list[str]:
 
 def _cut(text: str, cuts: list[int]) -> list[str]:
     return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
-
-
-def _tiktoken_cache_dir() -> str:
-    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    return os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
 
 
 def _sample(documents: Iterable[str]) -> Iterator[str]:
@@ -466,56 +413,21 @@ def byte_of_letter() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-def _check_types(record: dict[str, Any]) -> None:
-    fields = {"kind": str, "name": str, "pattern": str, "tokens": list, "special_tokens": list}
-    if not isinstance(record, dict):
-        raise _malformed(f"it is a {type(record).__name__}, not a dict")
-    for field, type_ in fields.items():
-        if type(record.get(field)) is not type_:
-            raise _malformed(f"its {field!r} is not a {type_.__name__}")
-    special_tokens = record["special_tokens"]
-    if not all(type(s) is str for s in (*record["tokens"], *special_tokens)):
-        raise _malformed("its tokens are not all strings")
-    if END_OF_TEXT not in special_tokens or len(set(special_tokens)) != len(special_tokens):
-        raise _malformed(f"its special tokens are not distinct names with {END_OF_TEXT} among them")
-    if record.get("bos_token", END_OF_TEXT) not in special_tokens:
-        raise _malformed("its 'bos_token' is not among its special tokens")
-    names = (record["name"], record["pattern"], *special_tokens)
-    if max(map(len, names)) > MAX_NAME_CHARS or any(map(SURROGATE.search, names)):
-        raise _malformed(f"a name or its pattern is no text of at most {MAX_NAME_CHARS} characters")
-
-
-def _check_tokens(tokens: list[bytes]) -> None:
-    if len(set(tokens)) != len(tokens) or b"" in tokens:
-        raise _malformed("its tokens are not distinct and non-empty")
-    if not {bytes([i]) for i in range(256)} <= set(tokens):
-        raise _malformed("its tokens lack some of the 256 bytes")
-    if max(map(len, tokens)) > MAX_TOKEN_BYTES:
-        raise _malformed(f"it has a token of more than {MAX_TOKEN_BYTES:,} bytes")
-
-
 def _check_pattern(pattern: str) -> None:
-    """Check that a pattern can be read and cuts a text without a rest."""
-    import tiktoken
-
-    ranks = {bytes([i]): i for i in range(256)}
+    """Raise ValueError for a pattern that is no regular expression or drops part of a sample."""
     try:
-        encoding = tiktoken.Encoding(
-            "check", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
-        )
-        whole = encoding.encode_ordinary(PATTERN_SAMPLE) == list(PATTERN_SAMPLE.encode())
-    except ValueError as error:
-        raise _malformed("its pattern is not a regular expression") from error
-    except BaseException as error:  # of a panic in tiktoken, where an empty piece is cut
-        if type(error).__name__ != "PanicException":
-            raise
-        whole = False
-    if not whole:
-        raise _malformed("its pattern cuts texts into pieces that are not all of the text")
+        encoding = _encoding("check", pattern, {bytes([i]): i for i in range(256)})
+        is_whole = encoding.encode_ordinary(PATTERN_SAMPLE) == list(PATTERN_SAMPLE.encode())
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # tiktoken panics where an empty piece is cut
+        is_whole = False
+    if not is_whole:
+        raise _malformed("pattern is no regular expression, or drops part of a text")
 
 
 def _malformed(found: str) -> ValueError:
     return ValueError(
-        f"the tokenizer's record is malformed: {found}; use the checkpoint or tokenizer.json as it "
-        f"was written, or make it again"
+        f"the tokenizer's record is malformed: its {found}; use the checkpoint or tokenizer.json "
+        f"as it was written, or make it again"
     )

@@ -1,18 +1,18 @@
 """Tokenizers in Hugging Face's files: tokenizer.json, or vocab.json with merges.txt.
 
-There a byte is spelt as a letter, and a token is made by merging a listed pair of tokens; ours are
-merged in the order of their ids, so the pairs follow from the table and the table from the pairs.
+There a byte is spelled as a letter, and a token is the merge of a listed pair of tokens; ours are
+merged in the order of their ids, so that the pairs follow from the table and the table from them.
 """
 
 import base64
 import json
-from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from nanogpt.text import first_line
 from nanogpt.tokenizer import (
     END_OF_TEXT,
     GPT2_PATTERN,
@@ -24,9 +24,11 @@ from nanogpt.tokenizer import (
     from_record,
 )
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Library
+
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-GPT2_FINGERPRINT = "5ef7e0bf39ac26d0"  # of GPT-2's table, as gpt2_tokenizer() gives it
+GPT2_FINGERPRINT = "5ef7e0bf39ac26d0"  # of GPT-2's table, as gpt2_tokenizer() returns it
 
 Merge = tuple[bytes, bytes]
 
@@ -34,20 +36,26 @@ Merge = tuple[bytes, bytes]
 def read_tokenizer(directory: Path) -> Tokenizer | None:
     """Return the tokenizer whose files lie in a directory, None where there are none.
 
-    tokenizer.json comes first, since only it tells the pattern; with vocab.json and merges.txt it
-    is GPT-2's. Raises ValueError where the files are damaged, or describe anything but byte pairs
+    tokenizer.json comes first, since it alone has the pattern; that of vocab.json and merges.txt is
+    GPT-2's. Raises ValueError where the files are damaged, or describe anything but byte pairs
     that are merged in the order of their ids.
     """
-    if (path := directory / TOKENIZER).is_file():
-        files = _read_tokenizer_json(path)
-    elif (path := directory / VOCAB).is_file() and (directory / MERGES).is_file():
-        lines = _read_text(directory / MERGES).split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        special_tokens = {END_OF_TEXT, *RESERVED}
-        files = _Files(path, read_json(path), _pairs(path, merges), special_tokens, GPT2_PATTERN)
-    else:
-        return None
-    return files.tokenizer()
+    for path in (directory / TOKENIZER, directory / VOCAB):
+        if path.is_file() and (path.name == TOKENIZER or (directory / MERGES).is_file()):
+            try:
+                library = _load(path)
+            except Exception as error:  # the library raises no other class
+                raise ValueError(
+                    f"{path} cannot be read ({first_line(error)}); fetch it again"
+                ) from error
+            try:
+                return _from_library(library)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} {first_line(error)}; only byte-level BPE tokenizers like GPT-2's, "
+                    f"merged in the order of their ids, can be read"
+                ) from error
+    return None
 
 
 def write_tokenizer(
@@ -62,15 +70,12 @@ def write_tokenizer(
 
     Special tokens in a text are text, as with us, unless there is a chat template: it writes turn
     markers into the text. With `framed`, texts stand between two `<|endoftext|>`, also where they
-    are cut, and shorter ones are padded on the right. Raises ValueError where the merges cannot be
-    told from the table.
+    are cut, and shorter ones are padded on the right. Raises ValueError where no merges lead to the
+    table.
     """
-    vocab = {token: i for i, token in enumerate(spellings(tokenizer))}
-    merges = [f"{spell(a)} {spell(b)}" for a, b in merges_of(tokenizer)]
-    _write_json(directory / VOCAB, vocab)
-    (directory / MERGES).write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    _write_json(directory / TOKENIZER, _tokenizer_json(tokenizer, vocab, merges, framed))
-    bos_token = tokenizer.bos_token or END_OF_TEXT
+    library = _to_library(tokenizer, framed)
+    library.save(str(directory / TOKENIZER))
+    library.model.save(str(directory))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
@@ -78,14 +83,15 @@ def write_tokenizer(
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": chat_template is None,
         **dict.fromkeys(("eos_token", "unk_token"), END_OF_TEXT),
-        "bos_token": bos_token,
+        "bos_token": tokenizer.bos_token or END_OF_TEXT,
     }
     if chat_template is not None:
         config["chat_template"] = chat_template
     if framed:
         pad_token = spellings(tokenizer)[padding_id(tokenizer)]
         config |= {"pad_token": pad_token, "padding_side": "right"}
-    _write_json(directory / "tokenizer_config.json", config)
+    text = json.dumps(config, ensure_ascii=False, indent=1) + "\n"
+    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
@@ -120,179 +126,120 @@ def spell(token: bytes) -> str:
     return "".join([letters[byte] for byte in token])
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raise ValueError where it is none."""
-    text = _read_text(path)
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON; fetch it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} does not hold a JSON object; fetch it again")
-    return found
+def _load(path: Path) -> "Library":
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, pre_tokenizers
+
+    if path.name == TOKENIZER:
+        return Library.from_file(str(path))
+    library = Library(models.BPE.from_file(str(path), str(path.with_name(MERGES))))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    names = [END_OF_TEXT, *RESERVED]
+    library.add_special_tokens([name for name in names if library.token_to_id(name) is not None])
+    return library
 
 
-@dataclass(frozen=True)
-class _Files:
-    """What the files of a tokenizer say; `pattern` is None where texts are not cut."""
-
-    path: Path
-    vocab: Mapping[str, int]
-    merges: list[tuple[str, str]]
-    special_tokens: Set[str]
-    pattern: str | None
-    bos_token: str | None = None
-
-    def tokenizer(self) -> Tokenizer:
-        tokens, special_tokens = self._table()
-        if self.pattern is None and tokens != [bytes([i]) for i in range(256)]:
-            raise _refused(self.path, "does not cut texts into words")
-        is_gpt2 = self.bos_token is None and _is_gpt2(tokens, self.pattern)
-        kind = "byte" if self.pattern is None else "bpe"
-        record = {
+def _from_library(library: "Library") -> Tokenizer:
+    """Return our tokenizer for the library's; raise ValueError where there is none."""
+    content = json.loads(library.to_str())
+    model = content["model"]
+    affixes = ("continuing_subword_prefix", "end_of_word_suffix")
+    if model["type"] != "BPE" or any(map(model.get, affixes)) or content["normalizer"]:
+        raise ValueError("is not a byte-level BPE without normalisation")
+    pattern = _pattern(content["pre_tokenizer"] or {})
+    vocab = library.get_vocab(with_added_tokens=True)
+    by_id = sorted(vocab, key=vocab.__getitem__)
+    merges = [tuple(merge) for merge in model["merges"]]
+    ordinary, special_tokens = by_id[: 256 + len(merges)], by_id[256 + len(merges) :]
+    added = {token.content for token in library.get_added_tokens_decoder().values()}
+    byte_of = byte_of_letter()
+    if (
+        not {END_OF_TEXT} <= {*special_tokens} <= added
+        or not set("".join(ordinary)) <= byte_of.keys()
+        or vocab[by_id[-1]] >= len(by_id)
+    ):
+        raise ValueError(
+            f"has ids other than those of 256 bytes, {len(merges)} merges and special tokens with "
+            f"{END_OF_TEXT} among them"
+        )
+    tokens = [bytes(byte_of[letter] for letter in token) for token in ordinary]
+    if not pattern and tokens != [bytes([i]) for i in range(256)]:
+        raise ValueError("does not cut texts into words")
+    bos_token = _bos_token(content["post_processor"] or {})
+    is_gpt2 = bos_token is None and _is_gpt2(tokens, pattern)
+    kind = "bpe" if pattern else "byte"
+    tokenizer = from_record(
+        {
             "kind": kind,
             "name": "gpt2" if is_gpt2 else kind,
-            "pattern": self.pattern or "",
+            "pattern": pattern,
             "tokens": [base64.b64encode(token).decode() for token in tokens],
             "special_tokens": special_tokens,
-            **({} if self.bos_token is None else {"bos_token": self.bos_token}),
+            **({} if bos_token is None else {"bos_token": bos_token}),
         }
-        try:
-            tokenizer = from_record(record)
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from error
-        if is_gpt2 or [(spell(a), spell(b)) for a, b in merges_of(tokenizer)] == self.merges:
-            return tokenizer
-        raise _refused(self.path, "merges pairs that lower ids do not lead to")
-
-    def _table(self) -> tuple[list[bytes], list[str]]:
-        """Return the bytes of the ordinary tokens by id, and the special ones that follow them."""
-        byte_of = byte_of_letter()
-        texts = (*self.vocab, *(token for pair in self.merges for token in pair))
-        if {*map(type, texts), *map(type, self.vocab.values())} != {str, int}:
-            raise _refused(self.path, "has tokens that are not texts, or ids that are not numbers")
-        by_id = sorted(self.vocab, key=lambda token: self.vocab[token])
-        if [self.vocab[token] for token in by_id] != list(range(len(by_id))):
-            raise _refused(self.path, "does not number its tokens from 0 up without a gap")
-        special = self.special_tokens - byte_of.keys()  # a byte may pad: see padding_id
-        ordinary = [token for token in by_id if token not in special]
-        merged = [a + b for a, b in self.merges]
-        if set(ordinary) != {*byte_of, *merged} or by_id[: len(ordinary)] != ordinary:
-            raise _refused(
-                self.path,
-                f"has tokens other than 256 bytes, {len(merged)} merges and final special ones",
-            )
-        if [token for token in ordinary if token not in byte_of] != merged:
-            raise _refused(self.path, "does not merge in the order of its ids")
-        special_tokens = by_id[len(ordinary) :]
-        if END_OF_TEXT not in special_tokens:
-            raise _refused(self.path, f"has no {END_OF_TEXT}")
-        return [bytes(byte_of[letter] for letter in token) for token in ordinary], special_tokens
+    )
+    if not is_gpt2 and [(spell(a), spell(b)) for a, b in merges_of(tokenizer)] != merges:
+        raise ValueError("does not merge in the order of its ids")
+    return tokenizer
 
 
-def _is_gpt2(tokens: list[bytes], pattern: str | None) -> bool:
+def _is_gpt2(tokens: list[bytes], pattern: str) -> bool:
     """Whether a table is GPT-2's, whatever its special tokens are."""
-    if pattern is None or len(tokens) != GPT2_VOCAB_SIZE - 1:
+    if len(tokens) != GPT2_VOCAB_SIZE - 1:
         return False
     return BytePairTokenizer("gpt2", pattern, tokens, [END_OF_TEXT]).fingerprint == GPT2_FINGERPRINT
 
 
-def _read_tokenizer_json(path: Path) -> _Files:
-    found = read_json(path)
-    try:
-        model = found["model"]
-        pattern = _pattern(found["pre_tokenizer"])
-        plain = not any(
-            model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")
-        )
-        if model.get("type", "BPE") != "BPE" or found.get("normalizer") or not plain:
-            raise KeyError("type")
-        added = {token["content"]: token["id"] for token in found.get("added_tokens", ())}
-        merges = _pairs(path, model["merges"])
-        bos_token = _bos_token(found.get("post_processor") or {})
-        return _Files(path, {**model["vocab"], **added}, merges, added.keys(), pattern, bos_token)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _refused(path, "is not a byte-level BPE without normalisation") from error
-
-
-def _pattern(pre_tokenizer: Mapping[str, Any]) -> str | None:
-    """Return the pattern that cuts texts, None for none; raise KeyError for any other way."""
+def _pattern(pre_tokenizer: Mapping[str, Any]) -> str:
+    """Return the pattern that cuts texts, "" for none; raise ValueError for any other way."""
     *splits, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    cuts_words = last.get("use_regex", True)
-    if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
+    if last.get("type") == "ByteLevel" and not last["add_prefix_space"]:
         if not splits:
-            return GPT2_PATTERN if cuts_words else None
-        isolating = {"type": "Split", "behavior": "Isolated", "invert": False}
-        if len(splits) == 1 and isolating.items() <= splits[0].items() and not cuts_words:
-            return str(splits[0]["pattern"]["Regex"])
-    raise KeyError("pre_tokenizer")
+            return GPT2_PATTERN if last["use_regex"] else ""
+        pattern = splits[0].get("pattern", {}).get("Regex")
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+        if splits == [{**split, "invert": False}] and pattern and not last["use_regex"]:
+            return str(pattern)
+    raise ValueError("is not a byte-level BPE")
 
 
 def _bos_token(post_processor: Mapping[str, Any]) -> str | None:
     """Return the special token that is put before a text and not after it, None for none."""
     for processor in [post_processor, *post_processor.get("processors", ())]:
-        if processor["type"] == "TemplateProcessing" and "SpecialToken" in processor["single"][0]:
+        if processor.get("type") == "TemplateProcessing":
             first, *_, last = processor["single"]
-            return None if "SpecialToken" in last else str(first["SpecialToken"]["id"])
+            if "SpecialToken" in first and "SpecialToken" not in last:
+                return str(first["SpecialToken"]["id"])
     return None
 
 
-def _pairs(path: Path, merges: list[Any]) -> list[tuple[str, str]]:
-    """Return merges, each "a b" or ["a", "b"], as pairs."""
-    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-    if any(len(pair) != 2 for pair in pairs):
-        raise _refused(path, "goes with merges that are not all of two tokens")
-    return pairs
+def _to_library(tokenizer: Tokenizer, framed: bool) -> "Library":
+    """Return the library's tokenizer that encodes as ours, with special tokens around a text."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Library
 
-
-def _tokenizer_json(
-    tokenizer: Tokenizer, vocab: Mapping[str, int], merges: list[str], framed: bool
-) -> dict[str, Any]:
-    pattern = tokenizer.record()["pattern"]
-    cut = {**BYTE_LEVEL, "use_regex": pattern == GPT2_PATTERN}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-    plain = pattern in (GPT2_PATTERN, "")
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": i, "content": content, **flags, "special": True}
-            for content, i in tokenizer.special_tokens.items()
-        ],
-        "normalizer": None,
-        "pre_tokenizer": cut
-        if plain
-        else {"type": "Sequence", "pretokenizers": [{**split, "invert": False}, cut]},
-        "post_processor": _post_processor(tokenizer, framed),
-        "decoder": {**BYTE_LEVEL, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            **dict.fromkeys(("dropout", "unk_token")),
-            **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix")),
-            **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
-            "vocab": vocab,
-            "merges": merges,
-        },
-    }
-
-
-def _post_processor(tokenizer: Tokenizer, framed: bool) -> dict[str, Any]:
-    """Return what puts special tokens around a text: `<|endoftext|>` on both sides, or a BOS."""
+    vocab = {token: i for i, token in enumerate(spellings(tokenizer))}
+    library = Library(models.BPE(vocab, [(spell(a), spell(b)) for a, b in merges_of(tokenizer)]))
+    byte_level = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, trim_offsets=False, use_regex=tokenizer.pattern == GPT2_PATTERN
+    )
+    library.pre_tokenizer = byte_level
+    if tokenizer.pattern not in (GPT2_PATTERN, ""):
+        split = pre_tokenizers.Split(Regex(tokenizer.pattern), "isolated")
+        library.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    library.decoder = decoders.ByteLevel()
+    library.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
     token = END_OF_TEXT if framed else tokenizer.bos_token
-    if token is None:
-        return {**BYTE_LEVEL, "use_regex": True}
-    special = {"SpecialToken": {"id": token, "type_id": 0}}
-    end = [special] if framed else []
-    first, second = ({"Sequence": {"id": text, "type_id": 0}} for text in "AB")
-    ids = {"id": token, "ids": [tokenizer.special_tokens[token]], "tokens": [token]}
-    return {
-        "type": "TemplateProcessing",
-        "single": [special, first, *end],
-        "pair": [special, first, *end, second, *end],
-        "special_tokens": {token: ids},
-    }
+    if token is not None:
+        end = [token] if framed else []
+        library.post_processor = processors.TemplateProcessing(
+            [token, "$A", *end],
+            [token, "$A", *end, "$B:0", *end],
+            [(token, tokenizer.special_tokens[token])],
+        )
+    names = tokenizer.special_tokens
+    library.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    return library
 
 
 def _halves(token: bytes, ranks: Mapping[bytes, int]) -> Merge:
@@ -313,21 +260,3 @@ def _halves(token: bytes, ranks: Mapping[bytes, int]) -> Merge:
 @cache
 def _letters() -> dict[int, str]:
     return {byte: letter for letter, byte in byte_of_letter().items()}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8; fetch it again") from error
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
-def _refused(path: Path, found: str) -> ValueError:
-    return ValueError(
-        f"{path} {found}; only byte-level BPE tokenizers like GPT-2's, merged in the order of "
-        f"their ids, can be read"
-    )

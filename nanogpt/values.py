@@ -1,6 +1,7 @@
 """The types of configuration values, which pydantic validates, and its errors as one sentence."""
 
 from pathlib import Path
+from reprlib import Repr
 from typing import Annotated
 
 from pydantic import ConfigDict, Field, StrictBool, ValidationError
@@ -39,8 +40,8 @@ def explain(error: ValidationError, where: str = "") -> str:
     'optim.momentum=2 should be at most 1'
     """
     errors = error.errors(include_url=False)
-    place = errors[0]["loc"][:1]
-    key = ".".join(filter(None, (where, *map(str, place))))
+    first = errors[0]["loc"][:1]
+    key = ".".join(filter(None, (where, *map(str, first))))
     value = errors[0]["input"]
     if value == "":
         return f"{key} is empty (an unset variable of the shell?); give it a value or omit it"
@@ -48,8 +49,10 @@ def explain(error: ValidationError, where: str = "") -> str:
         return f"there is no key {key}"
     if errors[0]["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key} must be given"
-    reasons = dict.fromkeys(_reason(e["msg"]) for e in errors if e["loc"][:1] == place)
-    return f"{key}={value!r} should be {' or '.join(reasons)}"[:500]
+    reasons = dict.fromkeys(_reason(e["msg"]) for e in errors if e["loc"][:1] == first)
+    short = Repr()  # a value may be nested, or its parts shared, without end
+    short.maxstring = short.maxother = 200
+    return f"{key}={short.repr(value)} should be {' or '.join(reasons)}"[:500]
 
 
 def _reason(message: str) -> str:
