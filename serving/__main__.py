@@ -75,7 +75,7 @@ def read_settings(variables: Mapping[str, str]) -> tuple[Binding, ApiSettings]:
 
 def check_exposure(host: str, settings: ApiSettings) -> None:
     """Raise ValueError where other machines could ask without a key."""
-    if not settings.api_keys and not settings.insecure and not is_loopback((host, 0)):
+    if not settings.api_keys and not settings.insecure and not is_loopback(host):
         raise ValueError(
             f"host={host} lets other machines ask, and there is no API key; set NANOGPT_API_KEYS, "
             "or pass insecure=true to answer anyone"

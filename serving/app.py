@@ -21,17 +21,16 @@ from types import FrameType
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware import Middleware
 from fastapi.middleware.gzip import GZipMiddleware
 
 import nanogpt
 from serving import environment
 from serving.api import errors, pages, predict, runs, service, v1
-from serving.api.auth import ApiKeys, Auth
-from serving.api.connection import Door
-from serving.api.cors import Cors, Origins
+from serving.api.admission import Admission
+from serving.api.auth import ApiKeys
+from serving.api.cors import Cors
 from serving.api.front_end import FrontEnd
-from serving.api.limits import Admission, Arrivals, Body
-from serving.api.local import LocalOnly
 from serving.api.logs import RequestLog
 from serving.api.metrics import Metrics
 from serving.api.models import Catalogue
@@ -60,6 +59,7 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
     if settings is None:
         environment.check_names(os.environ, Binding, ApiSettings, Settings)
         settings = environment.read(ApiSettings, os.environ)
+    metrics, keys = Metrics(), ApiKeys(settings.api_keys)
     app = FastAPI(
         title="nanogpt",
         version=nanogpt.__version__,
@@ -67,26 +67,18 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
         docs_url=None,  # FastAPI's pages for /openapi.json are fetched from elsewhere
         redoc_url=None,
         redirect_slashes=False,
-        strict_content_type=False,  # Body looks at it
+        strict_content_type=False,  # Admission looks at it
         responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
+        exception_handlers=errors.HANDLERS,
+        middleware=[  # in the order in which they see a request
+            Middleware(Paths),
+            Middleware(RequestLog, metrics=metrics),
+            Middleware(Cors, settings=settings),
+            Middleware(Admission, settings=settings, keys=keys),
+        ],
     )
-    errors.install(app)
+    app.state.settings, app.state.metrics, app.state.api_keys = settings, metrics, keys
     _add_routes(app)
-    metrics = Metrics()
-    app.state.metrics = metrics
-    origins = app.state.origins = Origins(settings)
-    app.state.door = Door(settings, metrics, Arrivals(), origins)
-    # The last added is the first to see a request.
-    app.add_middleware(Body, settings=settings)
-    app.add_middleware(Admission, settings=settings, arrivals=app.state.door.arrivals)
-    app.state.api_keys = ApiKeys(settings.api_keys)
-    app.add_middleware(Auth, keys=app.state.api_keys)
-    app.add_middleware(runs.KeyPage)
-    app.add_middleware(errors.CatchAll)
-    app.add_middleware(Cors, origins=origins, private_network=settings.cors_private_network)
-    app.add_middleware(LocalOnly, settings=settings, origins=origins)
-    app.add_middleware(RequestLog, metrics=metrics)
-    app.add_middleware(Paths)
     return app
 
 
@@ -108,7 +100,7 @@ def _add_routes(app: FastAPI) -> None:
 
 def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Door]]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         async with _engine(client, settings.stall_s) as engine:
             front = FrontEnd(
                 settings=settings,
@@ -121,7 +113,7 @@ def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:
             gc.freeze()  # what was imported lives as long as the process
             gc.set_threshold(GC_OBJECTS, *gc.get_threshold()[1:])
             with _at_signal(lambda: _drain(front)):
-                yield {"door": app.state.door}
+                yield {"settings": settings, "metrics": app.state.metrics}  # for Connection
 
     return lifespan
 

@@ -1,7 +1,6 @@
 """Who is answered, and who is not."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import pytest
@@ -50,7 +49,7 @@ def test_a_key_opens_the_api(url: str, headers: dict[str, str]) -> None:
     ],
 )
 def test_no_key_or_a_wrong_one_is_told_so(url: str, headers: dict[str, str]) -> None:
-    answer = httpx.get(f"{url}/v1/models", headers=headers)
+    answer = httpx.get(f"{url}/v1/models", headers={**headers, "Origin": "https://a.example"})
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
     assert answer.headers["access-control-allow-origin"] == "*"
@@ -105,19 +104,18 @@ def test_a_path_that_only_looks_public_needs_a_key(url: str, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("server", "expected"),
+    ("host", "expected"),
     [
-        (("127.0.0.1", 1), True),
-        (("::1", 1), True),
-        (("localhost", 1), True),
-        (("/run/x.sock", None), True),
-        (("0.0.0.0", 1), False),
-        (("10.0.0.1", 1), False),
-        (("example.org", 1), False),
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("10.0.0.1", False),
+        ("example.org", False),
     ],
 )
-def test_loopback_is_this_machine(server: Any, expected: bool) -> None:
-    assert is_loopback(server) is expected
+def test_loopback_is_this_machine(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
 
 
 def test_the_page_s_files_are_public() -> None:

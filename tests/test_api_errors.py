@@ -13,8 +13,8 @@ from serving.engine.client import EngineClient
 from tests.fake_engine import FakeEngine
 from tests.front_end import says, serve
 
-JSON = {"Content-Type": "application/json"}
 ORIGIN = {"Origin": "https://chat.example"}
+JSON = {"Content-Type": "application/json", **ORIGIN}
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +60,20 @@ def test_a_number_of_hundreds_of_digits_is_only_a_number(url: str) -> None:
 
 
 def test_an_unknown_route_names_the_api(url: str) -> None:
-    answer = httpx.post(f"{url}/v1/responses", json={})
+    answer = httpx.post(f"{url}/v1/responses", json={}, headers=ORIGIN)
     assert answer.status_code == 404
     assert "/v1" in error_of(answer)["message"]
 
 
 def test_a_wrong_method_says_the_right_one(url: str) -> None:
-    answer = httpx.get(f"{url}/v1/chat/completions")
+    answer = httpx.get(f"{url}/v1/chat/completions", headers=ORIGIN)
     assert answer.status_code == 405
     assert answer.headers["allow"] == "POST"
     error_of(answer)
 
 
 def test_a_body_that_is_not_json_says_what_to_send(url: str) -> None:
-    answer = httpx.post(f"{url}/v1/completions", data={"prompt": "x"})
+    answer = httpx.post(f"{url}/v1/completions", data={"prompt": "x"}, headers=ORIGIN)
     assert answer.status_code == 415
     assert "application/json" in error_of(answer)["message"]
 
@@ -88,14 +88,14 @@ def test_a_body_that_is_too_large_is_refused(url: str, chunked: bool) -> None:
 
 
 def test_missing_messages_are_named(url: str) -> None:
-    answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "tiny"})
+    answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "tiny"}, headers=ORIGIN)
     assert answer.status_code == 400
     assert error_of(answer)["param"] == "messages"
 
 
 def test_a_message_of_an_unknown_role_is_refused(url: str) -> None:
     body = {"messages": [{"role": "root", "content": "x"}]}
-    answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers=ORIGIN)
     assert answer.status_code == 400
     error_of(answer)
 
@@ -107,7 +107,7 @@ def test_what_nobody_foresaw_is_an_error_object_that_tells_nothing(
         raise RuntimeError("secret")
 
     monkeypatch.setattr(EngineClient, "models", fail)
-    answer = httpx.get(f"{url}/v1/models")
+    answer = httpx.get(f"{url}/v1/models", headers=ORIGIN)
     assert answer.status_code == 500
     assert answer.headers["x-should-retry"] == "false"
     assert "secret" not in error_of(answer)["message"]
@@ -145,7 +145,8 @@ def test_a_text_that_breaks_the_tokenizer_fails_alone(
 
     monkeypatch.setattr(ByteTokenizer, "encode", broken)
     poisoned, other = (
-        httpx.post(f"{url}/v1/completions", json={"prompt": text}) for text in ("poison", "x")
+        httpx.post(f"{url}/v1/completions", json={"prompt": text}, headers=ORIGIN)
+        for text in ("poison", "x")
     )
     assert poisoned.status_code == 500
     error_of(poisoned)
@@ -177,9 +178,9 @@ def test_only_listed_origins_are_allowed_where_they_are_listed(tmp_path: Any) ->
     with serve(FakeEngine(f"unix:{tmp_path}/e"), settings) as url:
         ours = httpx.get(f"{url}/v1/models", headers=ORIGIN)
         theirs = httpx.get(f"{url}/v1/models", headers={"Origin": "https://evil.example"})
-        private = httpx.options(
-            f"{url}/v1/models", headers={**ORIGIN, "Access-Control-Request-Private-Network": "true"}
-        )
+        asked = {"Access-Control-Request-Method": "GET"}
+        asked["Access-Control-Request-Private-Network"] = "true"
+        private = httpx.options(f"{url}/v1/models", headers={**ORIGIN, **asked})
     assert ours.headers["access-control-allow-origin"] == "https://chat.example"
     assert "access-control-allow-origin" not in theirs.headers
     assert private.headers["access-control-allow-private-network"] == "true"

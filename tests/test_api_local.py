@@ -8,8 +8,8 @@ import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from serving.api.cors import Origins
-from serving.api.local import LocalOnly
+from serving.api.admission import Admission
+from serving.api.auth import ApiKeys
 from serving.api.settings import ApiSettings
 from tests.fake_engine import FakeEngine
 from tests.front_end import generated, serve
@@ -186,6 +186,7 @@ async def _status(settings: ApiSettings, server: tuple[str, int | None]) -> int:
         "path": "/v1/models",
         "headers": [(b"host", b"localhost")],
         "server": server,
+        "state": {"request_id": "test"},
     }
     statuses: list[int] = []
 
@@ -195,7 +196,7 @@ async def _status(settings: ApiSettings, server: tuple[str, int | None]) -> int:
     async def send(message: Message) -> None:
         statuses.append(message.get("status", 0))
 
-    await LocalOnly(_ok, settings, Origins(settings))(scope, receive, send)
+    await Admission(_ok, settings, ApiKeys([]))(scope, receive, send)
     return statuses[0]
 
 
@@ -205,13 +206,18 @@ async def _ok(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    ("host", "insecure", "status"),
-    [("127.0.0.1", False, 200), ("192.168.1.5", False, 403), ("192.168.1.5", True, 200)],
+    ("server", "insecure", "status"),
+    [
+        (("127.0.0.1", 5001), False, 200),
+        (("192.168.1.5", 5001), False, 403),
+        (("192.168.1.5", 5001), True, 200),
+        (("/run/x.sock", None), False, 200),
+    ],
 )
 async def test_without_keys_only_this_machine_is_answered(
-    host: str, insecure: bool, status: int
+    server: tuple[str, int | None], insecure: bool, status: int
 ) -> None:
-    assert await _status(ApiSettings(insecure=insecure), (host, 5001)) == status
+    assert await _status(ApiSettings(insecure=insecure), server) == status
 
 
 @pytest.fixture

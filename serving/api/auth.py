@@ -1,4 +1,10 @@
-"""Authentication by API keys, and the names of loopback addresses."""
+"""Authentication: API keys, or without keys only programs and pages of this machine.
+
+A loopback address keeps other machines out, but not what reaches it through this one: a web page
+in its user's browser sends requests across sites, or lets its own host name resolve to 127.0.0.1
+(DNS rebinding), and a reverse proxy passes on what others send. A proxy that adds no forwarding
+header cannot be recognised.
+"""
 
 import hashlib
 import hmac
@@ -10,17 +16,24 @@ from functools import lru_cache
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
 from serving.api.errors import ApiError
+from serving.api.settings import ApiSettings
 
 PUBLIC = {"/", "/health", "/ready"}
 PUBLIC_PREFIX = "/static/"  # the page's files
 TICKET_S = 3600
+FORWARDING = {
+    *("forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "true-client-ip"),
+    *("cf-connecting-ip", "fastly-client-ip", "x-original-host", "x-original-forwarded-for"),
+    *("x-envoy-external-address", "x-proxycontextpath"),
+}
+SET_KEYS = "set NANOGPT_API_KEYS and send a key"
 
 
 class ApiKeys:
-    """The keys that open the API; only their hashes are kept."""
+    """The keys that open the API, as hashes."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys if key]
@@ -29,7 +42,7 @@ class ApiKeys:
         return bool(self._digests)
 
     def identify(self, key: bytes) -> str | None:
-        """Return a name for the key that does not tell it, or None where it is not one of ours.
+        """Return a name for a key that does not reveal it, None for an unknown one.
 
         Takes as long for a right key as for a wrong one.
         """
@@ -42,7 +55,7 @@ class ApiKeys:
         return self._ticket(path, int(time.time()) + TICKET_S)
 
     def admits(self, path: str, ticket: str) -> bool:
-        """Return whether a ticket is one of ours, for this path, and not too old."""
+        """Return whether a ticket was issued here, for this path, and has not expired."""
         expires = ticket.partition("-")[0]
         if not (expires.isascii() and expires.isdecimal()) or len(expires) > 12 or not self:
             return False
@@ -54,35 +67,29 @@ class ApiKeys:
         return f"{expires}-{hmac.new(b''.join(self._digests), message, 'sha256').hexdigest()}"
 
 
-class Auth:
-    """Require a key where there are any; `scope["state"]["key"]` names the one given."""
+def authenticate(scope: Scope, settings: ApiSettings, keys: ApiKeys) -> str:
+    """Return the name of the key that a request carries, "" where none is needed.
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
-        self.app = app
-        self.keys = keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_public(scope["path"]):
-            try:
-                scope.setdefault("state", {})["key"] = self._identify(scope)
-            except ApiError as error:
-                await error.response()(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-    def _identify(self, scope: Scope) -> str:
-        if not self.keys:
-            return ""
-        if self.keys.admits(scope["path"], _given_ticket(scope)):
-            return "ticket"
-        given = _given_key(Headers(scope=scope))
-        name = self.keys.identify(given) if given else None
-        if name is None:
-            what = "Incorrect API key" if given else "No API key"
-            message = f"{what}; send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'."
-            headers = {"WWW-Authenticate": "Bearer"}
-            raise ApiError(401, message, code="invalid_api_key", headers=headers)
-        return name
+    Raises ApiError: 401 for an unknown key, 403 without keys for a request of another machine, or
+    of a page of another site.
+    """
+    if not keys:
+        if not settings.insecure:
+            check_local(scope, settings)
+        return ""
+    path = scope["path"]
+    if is_public(path) or scope["method"] == "OPTIONS":
+        return ""
+    if keys.admits(path, _given_ticket(scope)):
+        return "ticket"
+    given = _given_key(Headers(scope=scope))
+    name = keys.identify(given) if given else None
+    if name is None:
+        what = "Incorrect API key" if given else "No API key"
+        message = f"{what}; send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'."
+        headers = {"WWW-Authenticate": "Bearer"}
+        raise ApiError(401, message, code="invalid_api_key", headers=headers)
+    return name
 
 
 def is_public(path: str) -> bool:
@@ -90,15 +97,64 @@ def is_public(path: str) -> bool:
     return path in PUBLIC or path.startswith(PUBLIC_PREFIX)
 
 
-def is_loopback(server: tuple[str, int | None] | None) -> bool:
-    """Return whether a request came to an address that only this machine can reach."""
-    if server is None or server[1] is None:  # a Unix socket
-        return True
-    return _is_loopback(server[0])
+def check_local(scope: Scope, settings: ApiSettings) -> None:
+    """Raise ApiError 403 for what another machine, or a page of another site, may have sent."""
+    headers = Headers(scope=scope)
+    hosts = [host_name(host) for host in headers.getlist("host")] or [""]
+    is_listed = {host.lower() for host in settings.allowed_hosts}.issuperset(hosts)
+    proxies = [h for h in headers if h in FORWARDING or h.startswith("x-forwarded-")]
+    address, port = scope.get("server") or ("", None)  # no port: a Unix socket
+    if port is not None and not is_loopback(address):
+        code, message = "no_api_keys", f"its own machine only; {SET_KEYS}"
+    elif not is_listed and not all(map(is_loopback, hosts)):
+        code, message = (
+            "host_not_allowed",
+            (
+                "requests whose Host is a loopback name or one of allowed_hosts, and this Host is "
+                f"{hosts[0][:80]!r}; add it there, or {SET_KEYS}"
+            ),
+        )
+    elif proxies and not is_listed:
+        code, message = (
+            "proxy_not_allowed",
+            (
+                f"no proxy (the request carries {proxies[0]!r}); add the proxy's Host to "
+                f"allowed_hosts, or {SET_KEYS}"
+            ),
+        )
+    elif not _is_same_site(headers, scope["method"], settings):
+        code, message = (
+            "origin_not_allowed",
+            (
+                "pages of its own origin and of cors_origins; add "
+                f"{headers.get('origin', 'the origin')[:80]!r} there, or {SET_KEYS}"
+            ),
+        )
+    else:
+        return
+    raise ApiError(403, f"Without API keys this server answers {message}.", code=code)
+
+
+def allows_origin(origin: str, settings: ApiSettings) -> bool:
+    """Return whether pages of an origin may call the API; see `allows_any_origin`.
+
+    With `auto` among `cors_origins`, those of loopback addresses may.
+    """
+    scheme, _, host = origin.partition("://")
+    is_local = scheme in ("http", "https") and is_loopback(host_name(host))
+    listed = settings.cors_origins
+    return allows_any_origin(settings) or origin in listed or (is_local and "auto" in listed)
+
+
+def allows_any_origin(settings: ApiSettings) -> bool:
+    """Return whether pages of all origins may call the API: with keys that is the default."""
+    listed = settings.cors_origins
+    return "*" in listed or ("auto" in listed and bool(settings.api_keys))
 
 
 @lru_cache(maxsize=64)
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach a host."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -110,6 +166,21 @@ def host_name(host: str) -> str:
     with suppress(ValueError):
         return urlsplit(f"//{host}").hostname or ""
     return ""
+
+
+def _is_same_site(headers: Headers, method: str, settings: ApiSettings) -> bool:
+    """Return whether a page that may call the API sent a request, or none did.
+
+    Browsers name the page's origin but where it navigates or embeds; older ones send no
+    Sec-Fetch-Site.
+    """
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site in ("same-origin", "none"):
+        return True
+    if origin is not None:
+        return origin.partition("://")[2] == headers["host"] or allows_origin(origin, settings)
+    followed_a_link = headers.get("sec-fetch-dest") == "document" and method in ("GET", "HEAD")
+    return site != "cross-site" or followed_a_link
 
 
 def _given_key(headers: Headers) -> bytes | None:

@@ -1,192 +1,111 @@
-"""Connections: what is answered before the application hears of it, as errors are everywhere.
+"""Connections: the limits below HTTP, for any server that uvicorn runs.
 
-uvicorn runs this where `python -m serving` started it. Under another server the application refuses
-requests too, but later: that takes about five times as long, which counts when a thousand come at
-once.
+    uvicorn serving.app:create_app --factory --http serving.api.connection:Connection
+
+as `python -m serving` does. An application learns of a request when its headers are complete, and
+cannot cut off a client that does not read; all other limits are in `serving/api/admission.py`.
 """
 
 import asyncio
-import json
 import logging
+import secrets
+from http import HTTPStatus
 from typing import Any
 
-from starlette.datastructures import Headers
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from serving.api.cors import Origins
 from serving.api.errors import ApiError
-from serving.api.limits import Arrivals, busy
-from serving.api.logs import new_request_id
-from serving.api.metrics import Metrics
-from serving.api.settings import ApiSettings
 from serving.logs import of_request
 
 MAX_HEAD_BYTES = 2**16  # of a request line and its headers
-LOG_S = 1.0  # many refused at once are one line of the log
 
 log = logging.getLogger("nanogpt.access")
 
 
-class Door:
-    """Answers of a front end to those who do not get in."""
+class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """A connection that ends where a request is not sent, or an answer not read, in time.
 
-    def __init__(
-        self, settings: ApiSettings, metrics: Metrics, arrivals: Arrivals, origins: Origins
-    ) -> None:
-        self.settings = settings
-        self.arrivals = arrivals
-        self._metrics = metrics
-        self._origins = origins
-        self._n_refused = 0
-
-    def answer(self, method: str, error: ApiError, asked: Headers, *, close: bool) -> bytes:
-        """Return a whole answer, and count it."""
-        body = json.dumps(error.content()).encode()
-        headers = {
-            "content-type": "application/json",
-            "content-length": str(len(body)),
-            "x-request-id": new_request_id(asked),
-            "vary": "Origin",
-            "cache-control": "no-store",
-            **self._origins.headers(asked.get("origin", "")),
-            **error.headers,
-            **({"connection": "close"} if close else {}),
-        }
-        self._metrics.count(method, "refused", error.status, 0.0)
-        self._note()
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        return STATUS_LINE[error.status] + lines.encode("latin-1") + b"\r\n" + body
-
-    def _note(self) -> None:
-        if not self._n_refused:
-            asyncio.get_running_loop().call_later(LOG_S, self._log)
-        self._n_refused += 1
-
-    def _log(self) -> None:
-        fields = {"refused": self._n_refused}
-        log.warning("refused %d requests as they came", self._n_refused, extra={"fields": fields})
-        self._n_refused = 0
-
-
-class Connection(HttpToolsProtocol):
-    """A connection that refuses what comes while the front end is full, too slowly, or as no HTTP.
-
-    A request that is refused is read to its end all the same: an answer before that is lost to
-    clients that still write (the system resets their connection). A client that does not take what
-    was sent is cut off: to close would be to wait for it.
+    It overrides asyncio's methods, and uvicorn's answer to what is not HTTP. The application finds
+    it in the state of a request, and calls `request_started` and `request_ended`.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._door: Door = self.app_state["door"]
+    def __init__(self, *, app_state: dict[str, Any], **options: Any) -> None:
+        super().__init__(app_state={**app_state, "connection": self}, **options)
+        self._settings, self._metrics = app_state["settings"], app_state["metrics"]
+        self._request_id = ""  # of the last request
+        self._is_answering = False
         self._n_head_bytes = 0
-        self._in_head = True
-        self._refused = False
-        self._late: asyncio.TimerHandle | None = None
-        self._unread: asyncio.TimerHandle | None = None
+        self._timers: dict[str, asyncio.TimerHandle] = {}
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
         super().connection_made(transport)
-        self._door.arrivals.n += 1
-        self._expect()
+        self._start_timer("head", self._settings.body_s, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._arrived()
-        self._taken()
+        self._stop_timer("head")
+        self._stop_timer("write")
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._is_answering:
+            self._start_timer("head", self._settings.body_s, self._transport.close)
+            self._n_head_bytes += len(data)
+        super().data_received(data)
+        if self._n_head_bytes > MAX_HEAD_BYTES:  # a body's too, where its request starts now
+            asyncio.get_running_loop().call_soon(self._check_head)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._look_later()
+        self._start_timer("write", self._settings.write_s, self._check_read)
 
     def resume_writing(self) -> None:
-        self._taken()
+        self._stop_timer("write")
         super().resume_writing()
 
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._look_later()  # what is left of an answer does not pause the writing
-
-    def data_received(self, data: bytes) -> None:
-        self._n_head_bytes += len(data) if self._in_head else 0
-        super().data_received(data)
-        if self._in_head and self._n_head_bytes > MAX_HEAD_BYTES:
-            message = f"The headers are larger than {MAX_HEAD_BYTES:,} bytes."
-            self._answer(ApiError(431, message), close=True)
-
     def send_400_response(self, msg: str) -> None:
-        self._answer(ApiError(400, "This is not HTTP.", code="invalid_http"), close=True)
+        self._refuse(ApiError(400, "This is not HTTP.", code="invalid_http"))
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._refused = False
-        if not self.transport.get_write_buffer_size():
-            self._taken()
-        self._expect()
+    def request_started(self, request_id: str) -> None:
+        """Stop the timer of the headers: they are complete."""
+        self._request_id, self._is_answering, self._n_head_bytes = request_id, True, 0
+        self._stop_timer("head")
+        if not self._transport.get_write_buffer_size():
+            self._stop_timer("write")
 
-    def on_headers_complete(self) -> None:
-        self._in_head, self._n_head_bytes = False, 0
-        idle = self.cycle is None or self.cycle.response_complete
-        full = len(self.tasks) >= self._door.settings.max_open
-        self._refused = full and idle and self.parser.get_method() == b"POST"
-        if not self._refused:
-            super().on_headers_complete()
-        elif self.expect_100_continue:
-            self._answer(busy(), close=True)
+    def request_ended(self) -> None:
+        """Start the timer of what is left of the answer, too little to pause the writing."""
+        self._is_answering = False
+        self._start_timer("write", self._settings.write_s, self._check_read)
 
-    def on_body(self, body: bytes) -> None:
-        if not self._refused:
-            super().on_body(body)
+    def _start_timer(self, name: str, seconds: float, action: Any) -> None:
+        if name not in self._timers:
+            self._timers[name] = asyncio.get_running_loop().call_later(seconds, action)
 
-    def on_message_complete(self) -> None:
-        self._in_head = True
-        self._arrived()
-        if not self._refused:
-            super().on_message_complete()
-        elif not self.transport.is_closing():
-            self._answer(busy(), close=not self.parser.should_keep_alive())
+    def _stop_timer(self, name: str) -> None:
+        if timer := self._timers.pop(name, None):
+            timer.cancel()
 
-    def _answer(self, error: ApiError, *, close: bool) -> None:
-        asked = Headers(raw=self.headers or [])
-        self.transport.write(self._door.answer("POST", error, asked, close=close))
-        if close:
-            self.transport.close()
-        else:
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+    def _check_head(self) -> None:
+        if self._n_head_bytes > MAX_HEAD_BYTES and not self._transport.is_closing():
+            self._refuse(ApiError(431, f"The headers are larger than {MAX_HEAD_BYTES:,} bytes."))
 
-    def _expect(self) -> None:
-        """Wait for a whole request, but not for long."""
-        if self._late is None:
-            self._late = self.loop.call_later(self._door.settings.body_s, self._is_late)
+    def _check_read(self) -> None:
+        del self._timers["write"]
+        if self._transport.get_write_buffer_size():
+            extra = of_request(self._request_id)
+            log.warning("a client read too slowly; it is cut off", extra=extra)
+            self._transport.abort()  # closing would wait for the client
 
-    def _arrived(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
-
-    def _is_late(self) -> None:
-        self._late = None
-        if self._in_head or self._refused or self.cycle.response_complete:
-            self.transport.close()
-        else:  # the application waits for the body, and says so where it is late
-            self._expect()
-
-    def _look_later(self) -> None:
-        if self._unread is None:
-            self._unread = self.loop.call_later(self._door.settings.write_s, self._look)
-
-    def _taken(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
-
-    def _look(self) -> None:
-        self._unread = None
-        if not self.transport.get_write_buffer_size():
-            return
-        state = self.cycle.scope["state"] if self.cycle else {}
-        extra = of_request(state.get("request_id", ""))
-        log.warning("a client read too slowly; it is cut off", extra=extra)
-        self.transport.abort()
+    def _refuse(self, error: ApiError) -> None:
+        """Answer what is no request, and close the connection."""
+        response = error.response()
+        response.headers.update(
+            {"x-request-id": f"req-{secrets.token_hex(12)}", "connection": "close"}
+        )
+        self._metrics.count("other", "refused", error.status, 0.0)
+        lines = [name + b": " + value for name, value in response.raw_headers]
+        status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()
+        head = b"\r\n".join([status, *lines, b"", b""])
+        self._transport.write(head + response.body)
+        self._transport.close()

@@ -122,7 +122,6 @@ class FrontEnd:
                     generation,
                     form,
                     include_usage=body.include_usage,
-                    write_s=self.settings.write_s,
                     on_end=lambda: _note(request, generation),
                 )
             answers = await unless_left(request, collected(generation))

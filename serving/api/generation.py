@@ -203,7 +203,7 @@ class Generation:
             self._open -= 1
             self._changed.set()
         except Exception as error:
-            self._fail(errors.of_any(error, choice.request.request_id))
+            self._fail(errors.from_exception(error, choice.request.request_id))
 
     def _put(self, piece: Piece) -> None:
         self._timers[0].cancel()

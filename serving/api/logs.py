@@ -1,5 +1,6 @@
 """One line of the log for each request, with the request's id and without its text."""
 
+import asyncio
 import logging
 import re
 import secrets
@@ -10,6 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.metrics import Metrics
 
+OVERLOAD_LOG_S = 1.0  # requests refused within it are one line of the log
+QUIET = ("/health", "/ready", "/metrics")
+
 access = logging.getLogger("nanogpt.access")
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -17,28 +21,41 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class RequestLog:
     """Give a request its id, and count and log the end of it.
 
-    Routes add to `scope["state"]["log"]` what they know: model, tokens, finish reason.
+    Routes add to `scope["state"]["log"]` what they know: model, tokens, finish reason. Answers are
+    not stored by caches unless their route sets other headers.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
         self.metrics = metrics
+        self._n_refused = 0  # for want of room, since the last line about such
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = new_request_id(Headers(scope=scope))
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _SANE_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         state = scope.setdefault("state", {})
         status, began = 0, time.monotonic()
-        state.update(request_id=request_id, log={}, arrived=began)
+        state.update(request_id=request_id, key="", log={}, arrived=began)
+        if connection := state.get("connection"):
+            connection.request_started(request_id)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers.setdefault("Cache-Control", "no-store")
             await send(message)
+            if (
+                connection
+                and message["type"] == "http.response.body"
+                and not message.get("more_body")
+            ):
+                connection.request_ended()
 
         self.metrics.open += 1
         try:
@@ -46,34 +63,37 @@ class RequestLog:
         finally:
             self.metrics.open -= 1
             seconds = time.monotonic() - began
-            self.metrics.count(scope["method"], _route(scope), status, seconds)
-            self._log(scope, status, seconds)
+            route = getattr(scope.get("route"), "path", "unknown")  # there are only so many
+            if state.get("is_overload"):
+                self._log_overload()
+                route = "refused"
+            else:
+                self._log(scope, status, seconds)
+            self.metrics.count(scope["method"], route, status, seconds)
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
-        state = scope["state"]
+        state, method, path = scope["state"], scope["method"], scope["path"][:200]
         fields = {
             "request_id": state["request_id"],
-            "method": scope["method"],
-            "path": scope["path"][:200],
+            "method": method,
+            "path": path,
             "status": status,
             "duration_ms": round(seconds * 1e3, 1),
             "client": (scope.get("client") or ("",))[0],
-            "key": state.get("key", "")[:8],
+            "key": state["key"][:8],
             **state["log"],
         }
-        quiet = scope["path"] in ("/health", "/ready", "/metrics") and status < 400
-        level = logging.DEBUG if quiet else logging.INFO
-        access.log(
-            level, "%s %s %d", scope["method"], fields["path"], status, extra={"fields": fields}
+        level = logging.DEBUG if path in QUIET and status < 400 else logging.INFO
+        access.log(level, "%s %s %d", method, path, status, extra={"fields": fields})
+
+    def _log_overload(self) -> None:
+        if not self._n_refused:
+            asyncio.get_running_loop().call_later(OVERLOAD_LOG_S, self._log_refused)
+        self._n_refused += 1
+
+    def _log_refused(self) -> None:
+        fields = {"refused": self._n_refused}
+        access.warning(
+            "refused %d requests as they came", self._n_refused, extra={"fields": fields}
         )
-
-
-def new_request_id(headers: Headers) -> str:
-    """Return the client's id for the request where it is harmless, else a new one."""
-    given = headers.get("x-request-id", "")
-    return given if _SANE_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
-
-
-def _route(scope: Scope) -> str:
-    """Return the route's pattern, so that there are only so many labels of a metric."""
-    return getattr(scope.get("route"), "path", "unknown")
+        self._n_refused = 0

@@ -1,6 +1,6 @@
 """Addresses as clients write them: superfluous slashes, a doubled /v1, routes of other servers."""
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 CHAT, COMPLETIONS = "POST /v1/chat/completions", "POST /v1/completions"
 # Routes of the OpenAI API, of Anthropic's, Ollama's, llama.cpp's and TGI's, by the first part.
@@ -29,15 +29,8 @@ class Paths:
             if path.startswith("/v1") or scope["method"] == "POST":
                 scope["path"] = root + path
             if scope["method"] == "HEAD":
-                scope, send = {**scope, "method": "GET"}, _without_body(send)
+                scope = {**scope, "method": "GET"}  # servers leave out the body
         await self.app(scope, receive, send)
-
-
-def _without_body(send: Send) -> Send:
-    async def send_headers(message: Message) -> None:
-        await send({**message, "body": b""} if "body" in message else message)
-
-    return send_headers
 
 
 def normalized(path: str) -> str:

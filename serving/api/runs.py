@@ -13,12 +13,12 @@ from urllib.parse import quote
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
 from serving.api import run_files
+from serving.api.auth import check_local
 from serving.api.errors import ApiError
 from serving.api.front_end import front_end, json_response
-from serving.api.local import check_local
 from serving.api.pages import HEADERS, STATIC
 from serving.api.run_files import Run
 from serving.engine.messages import ModelInfo
@@ -84,35 +84,20 @@ def check_asker(request: Request) -> None:
     """
     if request.app.state.api_keys:
         return  # Auth has checked one
-    check_local(request.scope, front_end(request).settings, request.app.state.origins)
+    check_local(request.scope, front_end(request).settings)
     origin = request.headers.get("origin")
     if origin and origin.partition("://")[2] != request.headers["host"]:
         message = "The runs are not shown to pages of other origins."
         raise ApiError(403, message, code="origin_not_allowed")
 
 
-class KeyPage:
-    """Give a browser that may not see the runs their empty page, which asks for a key."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        wanted = scope["type"] == "http" and (scope["method"], scope["path"]) == ("GET", "/runs")
-        if not wanted or "text/html" not in Headers(scope=scope).get("accept", ""):
-            await self.app(scope, receive, send)
-            return
-        status = 0
-
-        async def send_unless_refused(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            if status not in (401, 403):
-                await send(message)
-
-        await self.app(scope, receive, send_unless_refused)
-        if status in (401, 403):
-            await _document("", status)(scope, receive, send)
+def key_page(scope: Scope, status: int) -> Response | None:
+    """Return the empty page of the runs, which asks for a key, for a browser that lacks one."""
+    is_page = (scope["method"], scope["path"]) == ("GET", "/runs")
+    if status not in (401, 403) or not is_page:
+        return None
+    accepted = Headers(scope=scope).get("accept", "")
+    return _document("", status) if "text/html" in accepted else None
 
 
 async def _runs(request: Request) -> list[Run]:

@@ -7,7 +7,6 @@ one, a ping reads as an empty event (openai/openai-python, `_streaming.py`).
 
 import asyncio
 import json
-import logging
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -17,13 +16,12 @@ from typing import Any
 
 import anyio
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import AppStatus, SendTimeoutError
+from sse_starlette.sse import AppStatus
 from starlette.types import Receive, Scope, Send
 
 from serving.api.errors import ApiError
 from serving.api.generation import Generation, Piece
 from serving.api.models import ServedModel
-from serving.logs import of_request
 
 DONE = b"data: [DONE]\n\n"
 PING_S = 15
@@ -33,7 +31,6 @@ STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream
 LINE_SEPARATORS = {"\u2028": "\\u2028", "\u2029": "\\u2029", "\u0085": "\\u0085"}
 TEXT = "\x00text\x00"  # where the text goes in a chunk that TextFrames renders
 
-log = logging.getLogger(__name__)
 AppStatus.disable_automatic_graceful_drain()  # open answers finish: see serving/app.py
 
 
@@ -88,7 +85,6 @@ class EventStream(EventSourceResponse):
         form: Format,
         *,
         include_usage: bool,
-        write_s: float,
         on_end: Callable[[], None],
     ) -> None:
         super().__init__(
@@ -97,7 +93,6 @@ class EventStream(EventSourceResponse):
             ping=PING_S,
             ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
             sep="\n",
-            send_timeout=write_s,
         )
         self.generation = generation
         self.on_end = on_end
@@ -105,9 +100,6 @@ class EventStream(EventSourceResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        except SendTimeoutError:
-            extra = of_request(scope["state"]["request_id"])
-            log.warning("a client read too slowly; its answer ends", extra=extra)
         finally:
             with anyio.CancelScope(shield=True):
                 await self.generation.close()
