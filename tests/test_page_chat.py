@@ -11,25 +11,6 @@ from tests.fake_engine import FakeEngine
 from tests.front_end import eventually, generated, says
 from tests.page import answers, opened, send
 
-MARKDOWN = """# Title
-Some **bold** and *slanted* text, `code`, snake_case_name and 2 * 3 * 4.
-
-1. one
-2. two
-   - inner
-
-> quoted
-
-| a | b |
-|---|---|
-| 1 | 2 |
-
-```python
-print("<b>")
-```
-[here](https://example.org/x) ~~gone~~
-"""
-
 
 def said(request: Generate) -> str:
     """Return the prompt that a request carries."""
@@ -198,28 +179,6 @@ def test_a_full_storage_is_told_and_the_conversation_goes_on(page: Any) -> None:
     assert answers(page) == ["Answer 1"]
 
 
-def test_markdown_becomes_elements(page: Any, engine: FakeEngine) -> None:
-    engine.reply = says(MARKDOWN)
-    page.click("#settings-button")
-    page.fill("#sampling-max_tokens", "900")
-    send(page, "Hello")
-    found = page.locator(".theirs .text")
-    for selector, text in [
-        ("h3", "Title"),
-        ("strong", "bold"),
-        ("em", "slanted"),
-        ("p > code", "code"),
-        ("ol > li ul li", "inner"),
-        ("blockquote", "quoted"),
-        ("td >> nth=1", "2"),
-        ("pre code", 'print("<b>")'),
-        ("a[href='https://example.org/x']", "here"),
-        ("del", "gone"),
-    ]:
-        assert found.locator(selector).inner_text() == text
-    assert "snake_case_name and 2 * 3 * 4." in found.inner_text()
-
-
 def test_sampling_controls_are_sent_within_their_limits_and_reset(
     page: Any, engine: FakeEngine
 ) -> None:
@@ -263,17 +222,6 @@ def test_a_stop_string_ends_an_answer(page: Any, engine: FakeEngine) -> None:
 def test_the_tokens_of_the_conversation_are_counted(page: Any) -> None:
     page.fill("#chat-text", "Hello")
     page.wait_for_selector("#chat-meter:has-text('of 1,024 tokens')")
-
-
-def test_enter_that_ends_the_input_of_chinese_sends_nothing(page: Any) -> None:
-    page.fill("#chat-text", "你好")
-    composing = {"key": "Enter", "isComposing": True, "bubbles": True, "cancelable": True}
-    page.eval_on_selector(
-        "#chat-text", "(e, keys) => e.dispatchEvent(new KeyboardEvent('keydown', keys))", composing
-    )
-    assert page.locator("article").count() == 0
-    page.press("#chat-text", "Shift+Enter")
-    assert page.input_value("#chat-text") == "你好\n"
 
 
 def test_long_words_and_other_directions_stay_within_the_page(

@@ -105,8 +105,14 @@ def enter_key(page: Any) -> None:
     page.keyboard.press("Enter")
 
 
-@pytest.mark.parametrize("prefix", ["/", "/llm/", "/user/ann/proxy/5001/"])
-@pytest.mark.parametrize("required", [None, ("Authorization", BASIC), ("Cookie", COOKIE)])
+@pytest.mark.parametrize(
+    ("prefix", "required"),
+    [
+        ("/llm/", None),
+        ("/", ("Authorization", BASIC)),
+        ("/user/ann/proxy/5001/", ("Cookie", COOKIE)),
+    ],
+)
 def test_all_of_the_page_works_behind_a_proxy(
     browser: Any, url: str, prefix: str, required: tuple[str, str] | None
 ) -> None:
