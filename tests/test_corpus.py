@@ -35,7 +35,7 @@ def _flip_a_token(path: Path) -> None:
         (
             "val_000000.bin",
             lambda path: shutil.copy(path.with_name("train_000000.bin"), path),
-            "the manifest beside it says",
+            "in the manifest",
         ),
         ("manifest.json", Path.unlink, "is missing"),
         ("manifest.json", lambda path: path.write_text("{"), "is not JSON"),

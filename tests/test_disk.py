@@ -99,7 +99,7 @@ def test_shards_are_on_the_disk_before_the_journal_that_counts_their_tokens(
     with CorpusWriter(tmp_path, np.dtype("<u2"), 100, {}) as writer:
         writer.append({"train": tokens(30), "val": tokens(10)})
         writer.commit()
-    journal = calls.index(("rename", "journal.json.partial", "journal.json"))
+    journal = calls.index(("rename", ".journal.json.tmp", "journal.json"))
     for name, n in (("train_000000.bin.partial", 30), ("val_000000.bin.partial", 10)):
         assert ("fsync", name, HEADER_BYTES + TOKEN_BYTES * n) in calls[:journal]
     assert without_sizes_of_directories(calls)[journal + 1] == ("fsync", ".")

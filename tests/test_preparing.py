@@ -385,7 +385,7 @@ def test_a_lost_unfinished_shard_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         _prepare(MANY, tmp_path, out=tmp_path)
     (tmp_path / "train_000000.bin.partial").unlink()
-    with pytest.raises(FileNotFoundError, match=r"train_000000\.bin\.partial is missing, and"):
+    with pytest.raises(ValueError, match=r"train_000000\.bin\.partial is missing or shorter"):
         _prepare(MANY, tmp_path, out=tmp_path)
 
 
@@ -397,7 +397,7 @@ def test_a_full_disk_keeps_what_is_prepared(
 
     with monkeypatch.context() as patch:
         patch.setattr(preparing.CorpusWriter, "append", no_room)
-        with pytest.raises(OSError, match="is full; what is prepared is kept: make room"):
+        with pytest.raises(OSError, match="is full; the prepared part is safe: make room"):
             _prepare(MANY, tmp_path)
     assert len(_prepare(MANY, tmp_path).train) > 0
 
@@ -411,7 +411,7 @@ def test_an_unfinished_folder_is_no_corpus(tmp_path: Path) -> None:
 
 def test_shards_of_others_are_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "fineweb_train_000001.bin").write_bytes(b"precious")
-    with pytest.raises(ValueError, match="made otherwise"):
+    with pytest.raises(ValueError, match="shards of another make"):
         _prepare(MANY, tmp_path, out=tmp_path)
     assert (tmp_path / "fineweb_train_000001.bin").read_bytes() == b"precious"
 

@@ -1,4 +1,4 @@
-"""A corpus: both splits as shards, the tokenizer's table, and a manifest that says what it is.
+"""A corpus: both splits as shards, the tokenizer's table, and a manifest that describes them.
 
 `nanogpt.data.preparing` makes it, in `data_dir/<source>-<tokenizer>-<8 hex digits>/`; the manifest
 is written last, so a folder without one is not finished.
@@ -17,14 +17,14 @@ from nanogpt.data.windows import Tokens
 from nanogpt.data.writer import SPLITS
 from nanogpt.tokenizer import Tokenizer, from_record
 
-FORMAT = 2  # of the manifest and all that it describes; another one is another corpus
+FORMAT = 2  # of the manifest and the files that it describes; another one is another corpus
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 HASHED_AT_OPEN_BYTES = 100 * 2**20  # smaller corpora are compared with their hashes at every start
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus, opened. `fingerprint` stands for the tokenizer's table and every token."""
+    """An opened corpus. `fingerprint` stands for the tokenizer's table and every token."""
 
     directory: Path
     tokenizer: Tokenizer
@@ -37,13 +37,13 @@ class Corpus:
 def open_corpus(directory: Path) -> Corpus:
     """Open a prepared corpus.
 
-    Raises ValueError or FileNotFoundError, naming the file, where it is not as its manifest says.
+    Raises ValueError or FileNotFoundError, naming the file, where it differs from its manifest.
     """
     manifest = _read_manifest(directory / MANIFEST)
     tokenizer = read_tokenizer(directory / TOKENIZER)
     if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
         raise ValueError(
-            f"{directory / TOKENIZER} is not the tokenizer that made the shards beside it "
+            f"{directory / TOKENIZER} is not the tokenizer that made the shards in its folder "
             f"({tokenizer.fingerprint}, not {manifest['tokenizer']['fingerprint']}); {REMEDY}"
         )
     shards = _shards(manifest)
@@ -68,7 +68,7 @@ def find_corpus(data_dir: Path, fingerprint: str | None) -> Corpus | None:
             manifest = _read_manifest(path)
             found = _fingerprint(manifest["tokenizer"]["fingerprint"], _shards(manifest))
         except (ValueError, KeyError, TypeError):
-            continue  # another folder than of a corpus
+            continue  # not the folder of a corpus
         if found == fingerprint:
             return open_corpus(path.parent)
     return None
@@ -124,15 +124,15 @@ def _verify(directory: Path, shards: list[Shard]) -> None:
         n_bytes += n_tokens * dtype.itemsize
         if n_tokens != shard.n_tokens:
             raise ValueError(
-                f"{directory / shard.file} has {n_tokens} tokens and the manifest beside it says "
-                f"{shard.n_tokens}; {REMEDY}"
+                f"{directory / shard.file} has {n_tokens} tokens and {shard.n_tokens} in the "
+                f"manifest; {REMEDY}"
             )
     if n_bytes <= HASHED_AT_OPEN_BYTES:
         for shard in shards:
             if file_sha256(directory / shard.file) != shard.sha256:
                 raise ValueError(
-                    f"{directory / shard.file} was altered since it was written (its SHA-256 is "
-                    f"not the manifest's); {REMEDY}"
+                    f"{directory / shard.file} was altered since it was written, as its SHA-256 "
+                    f"differs from the manifest; {REMEDY}"
                 )
 
 
@@ -143,13 +143,10 @@ def _fingerprint(tokenizer: str, shards: Mapping[str, Sequence[Shard]]) -> str:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path)
-    if not isinstance(manifest.get("format"), int):
-        raise ValueError(f"{path} was not written here; pass another folder")
-    if manifest["format"] != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{path} has format {manifest.get('format')!r} and only {FORMAT} is known; {REMEDY}"
         )
-    missing = {"source", "split", "tokenizer", "splits"} - manifest.keys()
-    if missing:
+    if missing := {"source", "split", "tokenizer", "splits"} - manifest.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; {REMEDY}")
     return manifest

@@ -5,17 +5,19 @@ does not grow with the source.
 """
 
 import errno
+import gzip
 import logging
 import re
+import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
+from tqdm import tqdm
 
 from nanogpt.data.corpus import (
     FORMAT,
@@ -27,23 +29,17 @@ from nanogpt.data.corpus import (
     open_corpus,
     read_tokenizer,
 )
-from nanogpt.data.meter import Meter
 from nanogpt.data.shards import MAX_SHARD_TOKENS, SHARD_TOKENS, TokenStream, token_dtype
-from nanogpt.data.source import Source
-from nanogpt.data.tokenizing import Batch, Encoder, Split, batches, choose_split, in_order, n_cores
-from nanogpt.data.writer import (
-    JOURNAL,
-    CorpusWriter,
-    Progress,
-    Tokenized,
-    read_journal,
-    write_json,
-)
+from nanogpt.data.source import Extent, Source
+from nanogpt.data.tokenizing import Encoder, Split, batches, choose_split, in_order, n_cores
+from nanogpt.data.writer import JOURNAL, CorpusWriter, Progress, read_journal, write_json
 from nanogpt.disk import wait_for_lock
+from nanogpt.text import format_duration, format_number
 from nanogpt.tokenizer import Tokenizer
 
-COMMIT_EVERY_S = 5.0  # at most this much work is done again after a kill
-GZIP_WBITS = 31  # zlib's word for the gzip format
+COMMIT_EVERY_S = 5.0  # at most this much work is repeated after a kill
+ESTIMATE_AFTER_S = 2.0  # shorter preparations need no estimate
+LOG_EVERY_S = 30.0  # where no terminal shows the bar
 DECODED_TOKENS = 2**18  # at a time
 GZIPPED_BYTES = 16 * 2**20  # the validation text is gzipped, for comparison, up to this size
 
@@ -54,9 +50,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preparation:
-    """What makes a corpus: the source, its tokenizer, how much of it, and where it goes.
+    """The identity of a corpus, source, tokenizer and size, and its folder.
 
-    `make_tokenizer` gets the documents of the training split; `tokenizer_key` names what it makes,
+    `make_tokenizer` receives the documents of the training split; `tokenizer_key` names its result,
     settings included (`gpt2`, `bpe-2048`).
     """
 
@@ -64,29 +60,26 @@ class Preparation:
     make_tokenizer: MakeTokenizer
     tokenizer_key: str
     data_dir: Path
-    out: Path | None = None  # the corpus's folder, where it shall not be one under data_dir
+    out: Path | None = None  # the corpus's folder, None for one under data_dir
     tokens: int | None = None  # of training, after which to stop; None takes all
     shard_tokens: int = SHARD_TOKENS
     workers: int | None = None  # tokenizing threads; None takes all cores
 
     def __post_init__(self) -> None:
-        if not 0 < self.source.val_fraction < 1:
-            raise ValueError(
-                f"val_fraction={self.source.val_fraction} must lie between 0 and 1, such as 0.1"
-            )
+        val_fraction, workers = self.source.val_fraction, self.workers
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction={val_fraction} must be between 0 and 1, such as 0.1")
         if not 0 < self.shard_tokens <= MAX_SHARD_TOKENS:
             raise ValueError(
-                f"shard_tokens={self.shard_tokens} must lie between 1 and {MAX_SHARD_TOKENS}, "
-                f"all that a shard's header can count; pass another, such as {SHARD_TOKENS}"
+                f"shard_tokens={self.shard_tokens} must be from 1 to {MAX_SHARD_TOKENS}, the "
+                f"largest number of a shard's header; pass another, such as {SHARD_TOKENS}"
             )
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(
-                f"workers={self.workers} must be at least 1; leave it out for all cores"
-            )
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers={workers} must be at least 1; omit it for all cores")
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the corpus is, as plain values known before it is made."""
+        """Plain values, known in advance, that decide every byte of the corpus."""
         return {
             "format": FORMAT,
             "source": self.source.fingerprint(),
@@ -108,40 +101,36 @@ class Preparation:
 def prepare(preparation: Preparation) -> Corpus:
     """Return the corpus, made now unless an earlier call has made it.
 
-    Any number of processes may call this at once: one works, the others wait. One that is killed
-    is continued by the next call.
+    Any number of processes may call this at once: one works, the others wait. A killed one is
+    continued by the next call. Raises ValueError where the folder holds something else, and OSError
+    where it cannot be written.
     """
     directory = preparation.directory
     if not (directory / MANIFEST).exists():
-        _make_folder(directory)
-        with wait_for_lock(_lock(directory), f"prepares {directory}"):
-            _make_unless_made(preparation)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with wait_for_lock(FileLock(directory / ".lock"), f"prepares {directory}"):
+                if not (directory / MANIFEST).exists():
+                    _make(preparation, directory)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OSError(
+                f"the disk of {directory} is full; the prepared part is safe: make room and issue "
+                "the command again, which continues, or pass another folder"
+            ) from error
     corpus = open_corpus(directory)
     _check_identity(directory, corpus.manifest.get("identity"), preparation)
     return corpus
 
 
-def _make_unless_made(preparation: Preparation) -> None:
-    """Make the corpus, or what is left of it to make; the caller holds the lock."""
-    directory = preparation.directory
-    try:
-        if not (directory / MANIFEST).exists():
-            _make(preparation, directory)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            f"the disk of {directory} is full; what is prepared is kept: make room and issue the "
-            "command again, which continues, or pass another folder"
-        ) from error
-
-
 def _check_identity(directory: Path, found: object, preparation: Preparation) -> None:
     """Raise ValueError where a folder, finished or not, holds another corpus than this one."""
     known = found if isinstance(found, Mapping) else {}
-    wanted = preparation.identity
     if differences := [
-        f"{key}={known.get(key)}" for key in wanted if known.get(key) != wanted[key]
+        f"{key}={known.get(key)}"
+        for key, value in preparation.identity.items()
+        if known.get(key) != value
     ]:
         raise ValueError(
             f"{directory} holds another corpus ({', '.join(differences)}); pass another folder, or "
@@ -149,26 +138,8 @@ def _check_identity(directory: Path, found: object, preparation: Preparation) ->
         )
 
 
-def _make_folder(directory: Path) -> None:
-    """Make the corpus's folder; raises OSError in one sentence where that cannot be."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _lock(directory).acquire(timeout=0).lock.release()
-    except Timeout:
-        pass  # another process writes there
-    except OSError as error:
-        raise OSError(
-            f"{directory} cannot be written ({error.strerror}); pass another folder"
-        ) from error
-
-
-def _lock(directory: Path) -> FileLock:
-    """Return the lock of the process that prepares in this folder."""
-    return FileLock(directory / ".lock")
-
-
 def _make(preparation: Preparation, directory: Path) -> None:
-    """Write the corpus, or go on where an earlier process was stopped."""
+    """Write the corpus, or continue where an earlier process was stopped."""
     source = preparation.source
     settled, tokenizer, progress = _begin_or_continue(preparation, directory)
     source = source.pinned(settled["revision"])
@@ -206,7 +177,7 @@ def _make(preparation: Preparation, directory: Path) -> None:
 def _begin_or_continue(
     preparation: Preparation, directory: Path
 ) -> tuple[dict[str, Any], Tokenizer, Progress | None]:
-    """Return what is settled once for a corpus, its tokenizer, and how far it has come."""
+    """Return the journal's settings of a corpus, its tokenizer, and its progress."""
     source, path = preparation.source, directory / TOKENIZER
     begun = read_journal(directory)
     if begun is not None:
@@ -215,8 +186,14 @@ def _begin_or_continue(
         log.info("%s: continuing after %s documents", directory, f"{progress.records:,}")
         return settled, read_tokenizer(path), progress
     if any(directory.glob("*.bin")):
-        raise ValueError(f"{directory} holds shards that were made otherwise; pass another folder")
-    _check_replaceable(path)
+        raise ValueError(f"{directory} holds shards of another make; pass another folder")
+    if path.exists():
+        try:
+            read_tokenizer(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} was not written here and would be overwritten; pass another folder"
+            ) from error
     log.info(
         "preparing %s with tokenizer %s in %s", source.name, preparation.tokenizer_key, directory
     )
@@ -237,17 +214,6 @@ def _begin_or_continue(
     return settled, tokenizer, None
 
 
-def _check_replaceable(path: Path) -> None:
-    """Raise ValueError where the tokenizer's table would take the place of another project's."""
-    if path.exists():
-        try:
-            read_tokenizer(path)
-        except ValueError as error:
-            raise ValueError(
-                f"{path} was not written here and would be overwritten; pass another folder"
-            ) from error
-
-
 def _write(
     preparation: Preparation,
     source: Source,
@@ -255,67 +221,110 @@ def _write(
     tokenizer: Tokenizer,
     writer: CorpusWriter,
 ) -> None:
-    """Bring the shards from where the writer stands to the end of the source, or to the limit."""
-    if not writer.progress.records:
+    """Write the shards from the writer's progress to the end of the source, or to the limit."""
+    progress, limit = writer.progress, preparation.tokens
+    if not progress.records:
         writer.commit()
     encoder = Encoder(tokenizer)
-    to_come = batches(source, split, tokenizer, writer.progress)
     workers = n_cores() if preparation.workers is None else preparation.workers
     committed = time.monotonic()
-    with _meter(preparation, source, writer.progress, tokenizer) as meter:
-        for batch, parts in in_order(to_come, encoder, workers):
-            enough = _cut_to(preparation.tokens, writer.progress, batch, parts, encoder)
+    token_bytes = token_dtype(tokenizer.vocab_size).itemsize
+    display = _Display(preparation.directory, source.extent(), progress, limit, token_bytes)
+    with display.bar:
+        for batch, parts in in_order(batches(source, split, tokenizer, progress), encoder, workers):
+            enough = False
+            missing = None if limit is None else limit - progress.splits["train"].tokens
+            if missing is not None and len(parts["train"].tokens) >= missing:
+                # cut after the document that reaches the limit
+                cut = encoder.cut(parts["train"], missing)
+                parts["train"] = parts["train"] if cut is None else cut
+                enough = cut is not None or batch.ends_with_document
             rolled = writer.append(parts)
-            writer.progress.records, writer.progress.bad_records = batch.records, batch.bad_records
+            progress.records, progress.bad_records = batch.records, batch.bad_records
             if enough:
                 break
             due = rolled or time.monotonic() - committed >= COMMIT_EVERY_S
             if due and batch.ends_with_document:
                 writer.commit()
                 committed = time.monotonic()
-            meter.show()
+            display.show()
     writer.finish()
 
 
-def _cut_to(
-    limit: int | None,
-    progress: Progress,
-    batch: Batch,
-    parts: dict[str, Tokenized],
-    encoder: Encoder,
-) -> bool:
-    """Cut the training part after the document that reaches the limit; return whether one does."""
-    if limit is None:
-        return False
-    wanted = limit - progress.splits["train"].tokens
-    if len(parts["train"].tokens) < wanted:
-        return False
-    cut = encoder.cut(parts["train"], wanted)
-    parts["train"] = parts["train"] if cut is None else cut
-    return cut is not None or batch.ends_with_document
+class _Display:
+    """The progress of a preparation: a bar on a terminal, elsewhere a line in the log."""
 
+    def __init__(
+        self,
+        directory: Path,
+        extent: Extent | None,
+        progress: Progress,
+        limit: int | None,
+        token_bytes: int,
+    ) -> None:
+        self._directory, self._extent, self._progress = directory, extent, progress
+        self._limit, self._token_bytes = limit, token_bytes
+        self._is_estimated = False
+        self._began, self._before = time.monotonic(), progress.tokens
+        self._due = self._began + ESTIMATE_AFTER_S
+        self.bar = tqdm(
+            initial=progress.tokens,
+            unit=" tokens",
+            unit_scale=True,
+            smoothing=0.05,
+            dynamic_ncols=True,
+            delay=ESTIMATE_AFTER_S,
+            disable=None,  # where there is no terminal
+        )
 
-def _meter(
-    preparation: Preparation, source: Source, progress: Progress, tokenizer: Tokenizer
-) -> Meter:
-    return Meter(
-        preparation.directory,
-        source.extent(),
-        progress,
-        limit=preparation.tokens,
-        token_bytes=token_dtype(tokenizer.vocab_size).itemsize,
-    )
+    def show(self) -> None:
+        """Show the number of tokens, the expected total and the time left, where it is time to."""
+        now, n_tokens = time.monotonic(), self._progress.tokens
+        if now < self._due:
+            return
+        totals = [] if self._limit is None else [self._limit]
+        if self._extent is not None and self._progress.bytes:
+            totals.append(self._extent.text_bytes * n_tokens // self._progress.bytes)
+        total = max(min(totals), n_tokens) if totals else None
+        if total is not None and not self._is_estimated:
+            self._is_estimated = True
+            self._log_estimate(total)
+        if not self.bar.disable:
+            self.bar.total = total
+            self.bar.update(n_tokens - self.bar.n)
+            return
+        pace = max(n_tokens - self._before, 1) / (now - self._began)
+        left = "" if total is None else f"{format_duration((total - n_tokens) / pace)} left at "
+        log.info("%s tokens, %s%s/s", format_number(n_tokens), left, format_number(pace))
+        self._due = now + LOG_EVERY_S
+
+    def _log_estimate(self, total: int) -> None:
+        """Log the sizes of the download and of the corpus, with a warning where it cannot fit."""
+        download = ""
+        if self._extent is not None and self._extent.download_bytes:
+            size = format_number(self._extent.download_bytes)
+            download = f" from {size}B in {self._extent.files} files"
+        needed = (total - self._progress.tokens) * self._token_bytes
+        free = shutil.disk_usage(self._directory).free
+        sizes = (format_number(total), download, format_number(needed))
+        log.info("about %s tokens%s: %sB on the disk", *sizes)
+        if needed > free:
+            log.warning(
+                "%s has %sB free and needs about %sB: preparing will stop there, and continue when "
+                "the command is issued again with more room",
+                self._directory,
+                format_number(free),
+                format_number(needed),
+            )
 
 
 def _gzip_bits_per_byte(directory: Path, tokenizer: Tokenizer, progress: Progress) -> float | None:
-    """Return what gzip needs for the validation text, where that is short enough to try."""
+    """Return the compression by gzip of the validation text, None where that is long."""
     val = progress.splits["val"]
     if not 0 < val.bytes <= GZIPPED_BYTES:
         return None
     stream = TokenStream([directory / shard.file for shard in val.shards])
-    gzipped = zlib.compressobj(level=9, wbits=GZIP_WBITS)
-    n_bytes = 0
-    for start in range(0, len(stream), DECODED_TOKENS):
-        ids = stream.read(start, min(start + DECODED_TOKENS, len(stream)))
-        n_bytes += len(gzipped.compress(tokenizer.decode_bytes(ids.tolist())))
-    return 8 * (n_bytes + len(gzipped.flush())) / val.bytes
+    starts = range(0, len(stream), DECODED_TOKENS)
+    ids = (stream.read(start, min(start + DECODED_TOKENS, len(stream))) for start in starts)
+    data = b"".join(tokenizer.decode_bytes(some.tolist()) for some in ids)
+    return 8 * len(gzip.compress(data, 9)) / val.bytes

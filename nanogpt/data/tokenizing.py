@@ -22,10 +22,10 @@ BATCH_CHARS = 2**20
 
 @dataclass(frozen=True)
 class Split:
-    """Which split a text goes to: by its hash, so that it stays there when other documents come.
+    """The split of a text by its hash, which stays the same when documents are added.
 
-    Documents whose place, a hash spread over 0 .. 1, is below `val_below` are validation. Where
-    that would leave one side empty, the border moves past the nearest document. A document alone
+    Documents whose hash, a number from 0 up to 1, is below `val_below` are validation. Where that
+    would leave one side empty, the border moves past the nearest document. A single document
     (`val_below` is None) is cut: the last tenth of its characters is validation, as in nanoGPT's
     data/shakespeare_char/prepare.py.
     """
@@ -39,17 +39,20 @@ class Split:
             parts = (("train", document[:cut]), ("val", document[cut:]))
             yield from ((split, text) for split, text in parts if text)
         elif document:
-            yield ("val" if _place(document) < self.val_below else "train"), document
+            yield ("val" if _hash(document) < self.val_below else "train"), document
 
 
 def choose_split(source: Source) -> Split:
-    """Return the split rule for a source, from as many documents as it takes to know both sides."""
+    """Return the split rule for a source, from its first documents up to one of each split.
+
+    Raises ValueError where the source has no text.
+    """
     val_below = source.val_fraction
-    lowest: list[float] = []  # the two lowest places
+    lowest: list[float] = []  # the two lowest hashes
     highest = 0.0
     for document in filter(None, source.documents()):
-        place = _place(document)
-        lowest, highest = sorted({*lowest, place})[:2], max(highest, place)
+        value = _hash(document)
+        lowest, highest = sorted({*lowest, value})[:2], max(highest, value)
         if lowest[0] < val_below <= highest:
             return Split(val_below)
     if not lowest:
@@ -63,7 +66,7 @@ def choose_split(source: Source) -> Split:
 class Batch:
     """Texts of consecutive documents by split; None stands for <|endoftext|>."""
 
-    records: int  # of the source that have been read at its end
+    records: int  # of the source, up to its end
     bad_records: int
     texts: dict[str, list[str | None]] = field(default_factory=lambda: {s: [] for s in SPLITS})
     n_chars: int = 0
@@ -77,7 +80,7 @@ class Batch:
 def batches(
     source: Source, split: Split, tokenizer: Tokenizer, progress: Progress
 ) -> Iterator[Batch]:
-    """Yield the documents that are yet to be written; long ones reach over several batches."""
+    """Yield the documents that are not written yet; long ones reach over several batches."""
     batch = Batch(progress.records, progress.bad_records)
     for document in source.documents(skip=progress.records):
         for name, text in split.parts(document or ""):
@@ -97,7 +100,7 @@ def batches(
 
 
 class Encoder:
-    """Tokenizes batches, and counts what they hold."""
+    """Tokenizes batches, and counts their documents and bytes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -109,10 +112,10 @@ class Encoder:
             for split, texts in batch.texts.items()
         }
 
-    def cut(self, part: Tokenized, wanted: int) -> Tokenized | None:
-        """Return the part up to the first document that begins after `wanted` tokens, if any."""
+    def cut(self, part: Tokenized, n_tokens: int) -> Tokenized | None:
+        """Return the part up to the first document that begins after `n_tokens` tokens, if any."""
         begins = np.flatnonzero(part.tokens == self.tokenizer.eot_id)
-        later = begins[begins >= wanted]
+        later = begins[begins >= n_tokens]
         return self._part(part.tokens[: later[0]]) if len(later) else None
 
     def _part(self, tokens: np.ndarray) -> Tokenized:
@@ -145,7 +148,7 @@ def n_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _place(document: str) -> float:
-    """Return the hash of a text as a number from 0 up to 1."""
+def _hash(document: str) -> float:
+    """Return a hash of a text as a number from 0 up to 1."""
     data = document.encode("utf-8", "surrogatepass")  # a JSON string may hold half of a pair
     return int.from_bytes(hashlib.sha256(data).digest()[:6], "big") / 2**48

@@ -1,7 +1,7 @@
-"""Shards that grow document by document, and a journal that says how far they are safe on the disk.
+"""Shards that grow document by document, and a journal of what of them is safe on the disk.
 
-A process may be killed at any moment: the next one opens the journal, cuts the files back to what
-it says, and goes on with the record after the last one counted there.
+A process may be killed at any moment: the next one reads the journal, cuts the files back to what
+it records, and continues with the record after the last one counted there.
 """
 
 import contextlib
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from nanogpt.data.shards import HEADER_BYTES, HEADER_INTS, MAGIC_AND_VERSION, REMEDY, Shard
 from nanogpt.data.source import file_sha256
-from nanogpt.disk import sync_directory
+from nanogpt.disk import replacing
 
 JOURNAL = "journal.json"
 SPLITS = ("train", "val")
@@ -24,7 +25,7 @@ SPLITS = ("train", "val")
 
 @dataclass
 class Tokenized:
-    """What one batch of documents adds to one split."""
+    """The tokens of a batch of documents for one split."""
 
     tokens: np.ndarray  # (N,), <|endoftext|> before each document
     documents: int
@@ -33,7 +34,7 @@ class Tokenized:
 
 @dataclass
 class SplitProgress:
-    """How far one split has come."""
+    """The written part of one split."""
 
     documents: int = 0
     bytes: int = 0
@@ -42,13 +43,13 @@ class SplitProgress:
 
     @property
     def open_tokens(self) -> int:
-        """The tokens of the shard that is not finished."""
+        """The tokens of the unfinished shard."""
         return self.tokens - sum(shard.n_tokens for shard in self.shards)
 
 
 @dataclass
 class Progress:
-    """How far the writing has come, in records of the source and in what was made of them."""
+    """The written part of a corpus, and the records of the source that it comes from."""
 
     records: int = 0
     bad_records: int = 0
@@ -56,9 +57,17 @@ class Progress:
         default_factory=lambda: {split: SplitProgress() for split in SPLITS}
     )
 
+    @property
+    def tokens(self) -> int:
+        return sum(split.tokens for split in self.splits.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(split.bytes for split in self.splits.values())
+
 
 def read_journal(directory: Path) -> tuple[dict[str, Any], Progress] | None:
-    """Return what was settled when the writing began, and how far it came; None if it never did.
+    """Return the settings recorded when the writing began, and its progress; None if it never did.
 
     Raises ValueError where the file is not such a journal.
     """
@@ -67,14 +76,7 @@ def read_journal(directory: Path) -> tuple[dict[str, Any], Progress] | None:
         return None
     try:
         journal = json.loads(path.read_bytes())
-        progress = journal.pop("progress")
-        splits = {
-            split: SplitProgress(
-                **{**counts, "shards": [Shard(**shard) for shard in counts["shards"]]}
-            )
-            for split, counts in progress.pop("splits").items()
-        }
-        return journal, Progress(**progress, splits=splits)
+        return journal, TypeAdapter(Progress).validate_python(journal.pop("progress"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not the journal of a preparation; pass another folder, or remove this one"
@@ -85,8 +87,8 @@ class CorpusWriter:
     """Writes both splits as `train_000000.bin`, `val_000000.bin` and so on.
 
     A validation shard ends where its training shard does, so that the first N of both are a corpus
-    of their own. `settled` goes into the journal as it is. A shard has its name only once it is
-    whole; until then it ends in `.partial`. As a context it closes what `finish` has not named.
+    of their own. `settled` are plain values for the journal. A shard has its name only once it is
+    whole; until then it ends in `.partial`. As a context it closes unfinished shards.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class CorpusWriter:
             file.close()
 
     def append(self, parts: Mapping[str, Tokenized]) -> bool:
-        """Add what a batch holds for each split; return whether a shard was finished."""
+        """Append a batch's tokens of each split; return whether a shard was finished."""
         for split, part in parts.items():
             self.progress.splits[split].documents += part.documents
             self.progress.splits[split].bytes += part.n_bytes
@@ -126,12 +128,13 @@ class CorpusWriter:
             self._files["train"].write(taken)
             tokens = tokens[len(taken) :]
             if train.open_tokens == self._shard_tokens:
-                self._finish_shards()
+                for file in self._files.values():
+                    file.finish()
                 rolled = True
         return rolled
 
     def commit(self) -> None:
-        """Put everything written so far on the disk, and then say so in the journal."""
+        """Synchronise everything written so far to the disk, then record it in the journal."""
         for file in self._files.values():
             file.synchronise()
         write_json(self._directory / JOURNAL, {**self._settled, "progress": asdict(self.progress)})
@@ -141,10 +144,6 @@ class CorpusWriter:
         for name, split in self.progress.splits.items():
             if split.open_tokens or not split.shards:
                 self._files[name].finish()
-
-    def _finish_shards(self) -> None:
-        for file in self._files.values():
-            file.finish()
 
 
 class _ShardFile:
@@ -173,7 +172,7 @@ class _ShardFile:
 
     def close(self) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # of a full disk, which has been said
+            with contextlib.suppress(OSError):  # of a full disk, which was raised before
                 self._file.close()
 
     def finish(self) -> None:
@@ -184,55 +183,40 @@ class _ShardFile:
         with self._open() as file:
             file.seek(0)
             file.write(header.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        path = self._path()
-        os.replace(_partial(path), path)
+            self.synchronise()
+        path, partial = self._paths()
+        os.replace(partial, path)
         self._progress.shards.append(Shard(path.name, n_tokens, file_sha256(path)))
         self._file = None
 
-    def _path(self) -> Path:
-        return self._directory / f"{self._split}_{len(self._progress.shards):06d}.bin"
+    def _paths(self) -> tuple[Path, Path]:
+        """Return the paths of the shard when it is finished, and until then."""
+        name = f"{self._split}_{len(self._progress.shards):06d}.bin"
+        return self._directory / name, self._directory / f"{name}.partial"
 
     def _open(self) -> IO[bytes]:
         if self._file is None:
-            self._file = _partial(self._path()).open("wb")
+            self._file = self._paths()[1].open("wb")
             self._file.write(bytes(HEADER_BYTES))
         return self._file
 
     def _reopen(self) -> None:
-        """Cut the shard back to what the journal says; it may have been finished since."""
-        path, n_bytes = (
-            self._path(),
-            HEADER_BYTES + self._progress.open_tokens * self._dtype.itemsize,
-        )
+        """Cut the shard back to its size in the journal; it may have been finished since."""
+        path, partial = self._paths()
         if path.exists():
-            os.replace(path, _partial(path))
-        if not _partial(path).exists():
-            raise FileNotFoundError(
-                f"{_partial(path)} is missing, and {path.with_name(JOURNAL).name} beside it counts "
-                f"on it; {REMEDY}"
-            )
-        self._file = _partial(path).open("r+b")
-        if self._file.seek(0, os.SEEK_END) < n_bytes:
+            os.replace(path, partial)
+        n_bytes = HEADER_BYTES + self._progress.open_tokens * self._dtype.itemsize
+        if not partial.exists() or partial.stat().st_size < n_bytes:
             raise ValueError(
-                f"{_partial(path)} is shorter than {path.with_name(JOURNAL).name} beside it says; "
-                f"{REMEDY}"
+                f"{partial} is missing or shorter than {JOURNAL} in its folder records; {REMEDY}"
             )
+        self._file = partial.open("r+b")
         self._file.truncate(n_bytes)
         self._file.seek(n_bytes)
 
 
 def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> None:
     """Write a JSON file that is whole at every moment."""
-    with _partial(path).open("w", encoding="utf-8") as file:
+    with replacing(path, "w") as file:
         json.dump(value, file, indent=indent)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(_partial(path), path)
-    sync_directory(path.parent)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
