@@ -17,12 +17,11 @@ from torch import Tensor
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.export import main as export
-from serving.engine.counters import Counters
 from serving.engine.forward import Span
 from serving.engine.loading import cache_dtype, make_forward
-from serving.engine.messages import Generate, SamplingParams, Tokens
+from serving.engine.messages import Counters, Generate, SamplingParams, Tokens
 from serving.engine.runner import Runner
-from serving.engine.scheduler import Scheduler, Sequence
+from serving.engine.scheduler import Scheduler
 from serving.engine.slots import Slots
 
 MOST_STREAMS = 32
@@ -84,10 +83,7 @@ class Ours(Program):
         params = SamplingParams(n_new, temperature=self.temperature)
         start, first = time.perf_counter(), 0.0
         for n, prompt in enumerate(prompts):
-            request = Generate(str(n), "m", prompt, params, scope)
-            ids = list(prompt)
-            sequence = Sequence(str(n), None, "write", ids, len(ids), scope, request=request)
-            self.runner.scheduler.waiting.append(sequence)
+            self.runner.add(None, Generate(str(n), "m", prompt, params, key=scope))
         written: list[list[int]] = [[] for _ in prompts]
         while not self.runner.scheduler.idle:
             for event in self.runner.step():

@@ -58,19 +58,18 @@ def import_torch_s() -> float:
 
 def start(settings: Settings) -> tuple[float, float]:
     """Start an engine and ask it for a token; return when it was ready, and when that came."""
-    with tempfile.TemporaryDirectory() as directory:
-        process = EngineProcess(settings, directory)
-        started = time.perf_counter()
-        process.start()
-        try:
-            ready, first_token = asyncio.run(_ask(process))
-        finally:
-            process.stop()
+    process = EngineProcess(settings)
+    started = time.perf_counter()
+    process.start()
+    try:
+        ready, first_token = asyncio.run(_ask(process))
+    finally:
+        process.stop()
     return ready - started, first_token - started
 
 
 async def _ask(process: EngineProcess) -> tuple[float, float]:
-    client = EngineClient(process.address, process.secret)
+    client = EngineClient(process.address)
     await client.connect()
     ready = time.perf_counter()
     params = SamplingParams(1, temperature=0)

@@ -30,7 +30,7 @@ from pathlib import Path
 import load
 
 from nanogpt.tokenizer import byte_tokenizer, from_record
-from serving.engine.client import SECRET_VARIABLE, EngineClient, EngineProcess, read_frame
+from serving.engine.client import EngineClient, EngineProcess, read_frame
 from serving.engine.messages import (
     Cancel,
     Describe,
@@ -91,7 +91,7 @@ def share_of_engine(options: argparse.Namespace) -> dict[str, object]:
     straight: list[float] = []
     through_http: list[float] = []
     try:
-        with front_end(engine.address, engine.secret):
+        with front_end(engine.address):
             for number in range(2 * (options.rounds + 1)):  # other prompts each time: no cache
                 seeded = load.parser().parse_args([f"{URL}/v1", *asked, "--seed", str(number)])
                 if number % 4 in (0, 3):
@@ -112,9 +112,9 @@ def share_of_engine(options: argparse.Namespace) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def front_end(engine: str, secret: str = "") -> Iterator[None]:
+def front_end(engine: str) -> Iterator[None]:
     """Run a front end before the engine at an address."""
-    variables = {"NANOGPT_ENGINE": engine, SECRET_VARIABLE: secret, "NANOGPT_PORT": str(PORT)}
+    variables = {"NANOGPT_ENGINE": engine, "NANOGPT_PORT": str(PORT)}
     front = subprocess.Popen(
         [sys.executable, "-m", "serving"],
         env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
@@ -137,7 +137,7 @@ def _http_rate(options: argparse.Namespace) -> float:
 
 async def _straight_rate(engine: EngineProcess, options: argparse.Namespace) -> float:
     """Ask what load.py asks, without HTTP."""
-    client = EngineClient(engine.address, engine.secret)
+    client = EngineClient(engine.address)
     await client.connect()
     model = client.find(None)
     tokenizer = from_record((await client.details(model)).tokenizer)

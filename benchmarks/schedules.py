@@ -20,7 +20,6 @@ import json
 import os
 import random
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -28,6 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from msgspec import structs
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from serving.engine import compiling, native
@@ -167,17 +167,16 @@ async def run_schedules(
     numbers: list[int], settings: Settings, about: Checkpoint
 ) -> list[tuple[int, list[Asked], int]]:
     """Hold the conversations of some schedules with one engine process."""
-    with tempfile.TemporaryDirectory() as directory:
-        process = EngineProcess(settings, directory)
-        process.start()
-        client = EngineClient(process.address, process.secret)
-        try:
-            await client.connect()
-            await client.details(client.find(None))  # loads the model
-            return [(n, *await Schedule(n, client, about).run()) for n in numbers]
-        finally:
-            await client.close()
-            await asyncio.to_thread(process.stop)
+    process = EngineProcess(settings)
+    process.start()
+    client = EngineClient(process.address)
+    try:
+        await client.connect()
+        await client.details(client.find(None))  # loads the model
+        return [(n, *await Schedule(n, client, about).run()) for n in numbers]
+    finally:
+        await client.close()
+        await asyncio.to_thread(process.stop)
 
 
 class Schedule:
@@ -209,7 +208,7 @@ class Schedule:
         for _ in range(rng.choice([1, 1, 2, 3])):
             params = self._params(rng)
             answers = [
-                self._ask(prompt, replace(params, seed=(params.seed + i) % 2**64), key, rng)
+                self._ask(prompt, structs.replace(params, seed=(params.seed + i) % 2**64), key, rng)
                 for i in range(rng.choice([1, 1, 1, 1, 3]))
             ]
             said = await asyncio.gather(*answers)
@@ -221,7 +220,7 @@ class Schedule:
         self, prompt: list[int], params: SamplingParams, key: str, rng: random.Random
     ) -> Answer:
         origin = rng.choice(ORIGINS)
-        request = Generate(self.client.new_id(), self.model, prompt, params, key, origin)
+        request = Generate(self.client.new_id(), self.model, prompt, params, key=key, origin=origin)
         answer, leaves_after = Answer(), rng.randint(0, 12) if rng.random() < 0.15 else None
         self.asked.append((request, answer))
         async with self._place(), aclosing(self.client.generate(request)) as messages:

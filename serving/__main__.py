@@ -20,7 +20,7 @@ from serving.api.auth import is_loopback
 from serving.api.connection import Connection
 from serving.api.settings import ApiSettings, Binding
 from serving.app import ENGINE_VARIABLE, engine_settings, term_at_hangup
-from serving.engine.client import SECRET_VARIABLE, EngineProcess
+from serving.engine.client import EngineProcess
 from serving.engine.messages import Settings
 from serving.logs import configure
 
@@ -152,7 +152,7 @@ def shared_engine() -> Iterator[None]:
         yield
         return
     engine = EngineProcess(engine_settings(os.environ))
-    os.environ.update({ENGINE_VARIABLE: engine.address, SECRET_VARIABLE: engine.secret})
+    os.environ[ENGINE_VARIABLE] = engine.address
     engine.start()
     try:
         yield

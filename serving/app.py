@@ -125,12 +125,12 @@ async def _engine(client: EngineClient | None, stall_s: float) -> AsyncIterator[
         yield client
         return
     process = None
-    address, secret = os.environ.get(ENGINE_VARIABLE), None
+    address = os.environ.get(ENGINE_VARIABLE)
     if not address:
         process = EngineProcess(engine_settings(os.environ))
         process.start()
-        address, secret = process.address, process.secret
-    client = EngineClient(address, secret, stall_s)
+        address = process.address
+    client = EngineClient(address, stall_s)
     connecting = asyncio.create_task(_connect(client))
     try:
         yield client

@@ -16,7 +16,7 @@ PREFIX = "NANOGPT_"
 # Variables that are no settings: of training, of tests, and of the server's own processes.
 OTHERS = {
     *("NANOGPT_CHECKPOINT", "NANOGPT_DATA_DIR", "NANOGPT_SWEEP", "NANOGPT_LAUNCHER_PID"),
-    *("NANOGPT_ENGINE", "NANOGPT_ENGINE_SECRET", "NANOGPT_NO_KERNELS"),
+    *("NANOGPT_ENGINE", "NANOGPT_NO_KERNELS"),
     *("NANOGPT_TEST_DATA", "NANOGPT_TEST_NPM"),
 }
 

@@ -95,7 +95,7 @@ class Asked:
         for request in requests:
             self.engine.accept(self, request)
         self.settle()
-        return {r.request_id: self.answers[r.request_id] for r in requests}  # type: ignore[union-attr]
+        return {r.request_id: self.answers[r.request_id] for r in requests}  # type: ignore[attr-defined]
 
     def settle(self) -> None:
         """Compute until nothing is left to do."""
@@ -114,4 +114,4 @@ def generate(
 ) -> Generate:
     """Return a request for the only model."""
     params = {"max_tokens": 8, "temperature": 0.0, **params}
-    return Generate(request_id, "run", prompt_ids, SamplingParams(**params), key, origin)
+    return Generate(request_id, "run", prompt_ids, SamplingParams(**params), key=key, origin=origin)

@@ -7,7 +7,6 @@ from typing import Any
 from nanogpt.tokenizer import Tokenizer, byte_tokenizer
 from serving.engine.client import read_frame
 from serving.engine.messages import (
-    AskStats,
     Cancel,
     Classified,
     Classify,
@@ -15,7 +14,7 @@ from serving.engine.messages import (
     Failed,
     Finished,
     Generate,
-    Histogram,
+    GetStats,
     Message,
     ModelDetails,
     ModelInfo,
@@ -148,27 +147,15 @@ class FakeEngine:
             labels = self.about["labels"] or []
             even = [1 / len(labels)] * len(labels)
             return Classified(message.request_id, even, 3)
-        if isinstance(message, AskStats):
-            none = Histogram([1.0], [0, 0], 0.0)
+        if isinstance(message, GetStats):
             return Stats(
-                message.request_id,
-                4,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                none,
-                none,
-                none,
-                "cpu",
-                "fp32",
-                1,
+                request_id=message.request_id,
+                slots=4,
+                slots_used=0,
+                queued=0,
+                device="cpu",
+                dtype="fp32",
+                threads=1,
             )
         return None
 

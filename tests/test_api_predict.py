@@ -27,7 +27,7 @@ def test_a_text_is_classified(classifier: FakeEngine) -> None:
 def test_a_text_is_encoded_before_it_reaches_the_engine(classifier: FakeEngine) -> None:
     with serve(classifier) as url:
         httpx.post(f"{url}/classify", json={"input": ["win now", "x" * 20_000]})
-    asked = [message.ids for message in classifier.requests if isinstance(message, Classify)]
+    asked = [message.prompt_ids for message in classifier.requests if isinstance(message, Classify)]
     assert asked == [list(b"win now"), list(b"x" * 1024)]  # no more is read
 
 

@@ -31,9 +31,8 @@ from nanogpt.generation import generate
 from nanogpt.model import GPT, Block, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
 from nanogpt.training.throughput import flops_per_token
-from serving.engine.counters import Counters
 from serving.engine.loading import load_runner
-from serving.engine.messages import Settings
+from serving.engine.messages import Counters, Settings
 from serving.engine.registry import Registry
 
 SOURCE = """

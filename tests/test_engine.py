@@ -4,12 +4,12 @@ import os
 import random
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from nanogpt.classifier import class_probabilities
 from nanogpt.generation import generate as generate_alone
@@ -63,7 +63,7 @@ def random_requests(n: int, seed: int) -> list[Generate]:
                 logprobs=rng.choice([0, 3]),
                 stop_ids=(10,),
             ),
-            rng.choice(["", "a"]),
+            key=rng.choice(["", "a"]),
         )
         for i in range(n)
     ]
@@ -216,7 +216,7 @@ def test_a_cancelled_request_frees_its_slot_at_once(checkpoint: Path) -> None:
     asked.step()
     asked.engine.accept(asked, Cancel("a"))
     (runner,) = asked.engine.runners.values()
-    assert runner.scheduler.slots.n_used == 0
+    assert runner.scheduler.slots.n_free == 1
 
 
 @pytest.mark.parametrize(("reason", "finished"), [("stop", 1), ("left", 0)])
@@ -633,7 +633,7 @@ def test_a_failed_load_is_logged_once_and_named_without_paths(
         assert isinstance(end, Failed)
         assert end.message.startswith("bad could not be loaded: last.ckpt is no readable")
         assert str(tmp_path) not in end.message
-        broken = asked.engine._broken
+        broken = asked.engine.registry.failures
         broken.update({key: (0.0, why) for key, (_, why) in broken.items()})  # long ago
     records = [r for r in caplog.records if r.name == "serving.engine.engine"]
     assert [r.getMessage().partition(":")[0] for r in records] == ["could not load bad"]
@@ -853,7 +853,7 @@ def test_a_slot_that_is_free_goes_to_the_key_with_the_fewest(checkpoint: Path) -
         asked.step()
     asked.step()
     (runner,) = asked.engine.runners.values()
-    assert [s.request_id for s in runner.scheduler.running] == ["b", "c"]
+    assert [s.request.request_id for s in runner.scheduler.running] == ["b", "c"]
 
 
 def test_keys_take_turns_at_the_only_slot(checkpoint: Path) -> None:
@@ -868,7 +868,7 @@ def test_keys_take_turns_at_the_only_slot(checkpoint: Path) -> None:
 
 def test_a_scored_prompt_that_made_room_is_scored_from_its_start(checkpoint: Path) -> None:
     asked = Asked(checkpoint, max_slots=2)
-    score = Score("s", "run", list(range(90)), 2, "hog", "one")
+    score = Score("s", "run", list(range(90)), 2, key="hog", origin="one")
     alone = asked.one(score).end
     begun(asked, hog("a"))
     asked.answers["s"].end = None
@@ -876,7 +876,7 @@ def test_a_scored_prompt_that_made_room_is_scored_from_its_start(checkpoint: Pat
     asked.step()
     steps_to_end(asked, generate("new", [7], key="another", max_tokens=1))
     (runner,) = asked.engine.runners.values()
-    assert [s.request_id for s in runner.scheduler.waiting] == ["s"]
+    assert [s.request.request_id for s in runner.scheduler.waiting] == ["s"]
     asked.settle()
     assert asked.answers["s"].end == alone
 

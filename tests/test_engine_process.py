@@ -16,7 +16,8 @@ import pytest
 from serving.engine import engine as engine_module
 from serving.engine.client import EngineClient, EngineError, EngineProcess
 from serving.engine.engine import Engine
-from serving.engine.messages import Finished, Generate, SamplingParams, Settings, Tokens
+from serving.engine.messages import Beat, Finished, Generate, SamplingParams, Settings, Tokens
+from serving.engine.runner import Event
 from serving.engine.server import Server
 from tests.engine_models import write_model
 from tests.front_end import eventually
@@ -28,14 +29,14 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="stops a process as L
 def process(tmp_path: Path) -> Iterator[EngineProcess]:
     write_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
     settings = Settings(str(tmp_path), dtype="fp32", cache_gb=0.1, threads=1, drain_s=20, hang_s=3)
-    process = EngineProcess(settings, tmp_path)
+    process = EngineProcess(settings)
     process.start()
     yield process
     process.stop()
 
 
 async def connected(process: EngineProcess) -> EngineClient:
-    client = EngineClient(process.address, process.secret)
+    client = EngineClient(process.address)
     await client.connect(60)
     return client
 
@@ -82,15 +83,13 @@ def test_a_process_serves_front_ends_survives_a_kill_and_drains(process: EngineP
     assert process.stop() == 0
 
 
-def test_a_front_end_without_the_secret_hears_nothing(process: EngineProcess) -> None:
+def test_no_other_user_can_connect(process: EngineProcess) -> None:
     async def run() -> None:
         await (await connected(process)).close()
-        stranger = EngineClient(process.address, "guess")
-        with pytest.raises(EngineError, match="no engine answers"):
-            await stranger.connect(1)
-        await stranger.close()
 
     asyncio.run(run())
+    socket = Path(process.address.removeprefix("unix:"))
+    assert [path.stat().st_mode & 0o777 for path in (socket, socket.parent)] == [0o600, 0o700]
 
 
 @LINUX
@@ -98,7 +97,7 @@ def test_a_stopped_process_is_replaced(
     process: EngineProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
-        client = EngineClient(process.address, process.secret, stall_s=1.5)
+        client = EngineClient(process.address, stall_s=1.5)
         await client.connect(60)
         said = await ids(client, 20)
         stopped = client.generate(request(client, 250))
@@ -136,9 +135,9 @@ def test_a_heartbeat_is_that_of_the_computing_thread(
     goes_on = threading.Event()
 
     async def run() -> None:
-        server = Server(Settings(str(tmp_path)), f"unix:{tmp_path}/e", "")
+        server = Server(Settings(str(tmp_path)), f"unix:{tmp_path}/e")
         serving = asyncio.create_task(server.serve())
-        client = EngineClient(f"unix:{tmp_path}/e", "", stall_s=1.5)
+        client = EngineClient(f"unix:{tmp_path}/e", stall_s=1.5)
         await client.connect(20)
         await client.stats()
         server.engine.post(partial(wait_for, goes_on))
@@ -158,18 +157,18 @@ def test_a_heartbeat_goes_on_while_a_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_model(tmp_path / "run" / "last.ckpt")
-    loaded, beats = threading.Event(), []
+    loaded, events = threading.Event(), list[Event]()
 
     def load(*arguments: object) -> None:
         loaded.wait()
         raise ValueError("injected")
 
     monkeypatch.setattr(engine_module, "load_runner", load)
-    engine = Engine(Settings(str(tmp_path)), lambda events: None, lambda: beats.append(loaded))
+    engine = Engine(Settings(str(tmp_path)), events.extend)
     thread = threading.Thread(target=engine.run)
     thread.start()
     try:
-        assert eventually(lambda: len(beats) > 3)
+        assert eventually(lambda: sum(isinstance(e.message, Beat) for e in events) > 3)
     finally:
         loaded.set()
         engine.post(engine.drain)
@@ -194,11 +193,12 @@ def test_an_engine_that_dies_at_once_is_started_less_and_less_often(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    process = EngineProcess(Settings(str(tmp_path)), tmp_path)
+    process = EngineProcess(Settings(str(tmp_path)))
     pauses = process._stopping = Pauses(9)
     process.start()
     ended = eventually(lambda: not process._watcher.is_alive(), 30)
     pauses.set()
+    process.stop()
     assert ended
     assert pauses.seconds == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0, 10.0]
     assert process.restarts == 8
@@ -215,7 +215,7 @@ def test_the_watcher_outlives_a_look_that_fails(
         return look
 
     async def run() -> None:
-        server = Server(Settings(str(tmp_path), watch_s=0.001), f"unix:{tmp_path}/e", "")
+        server = Server(Settings(str(tmp_path), watch_s=0.001), f"unix:{tmp_path}/e")
         monkeypatch.setattr(server.engine.registry, "rescan", rescan)
         changed = asyncio.Event()
         monkeypatch.setattr(server.engine, "post", lambda work: changed.set())

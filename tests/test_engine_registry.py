@@ -148,13 +148,13 @@ def test_names_are_keys_and_never_paths(tmp_path: Path) -> None:
     registry = Registry(str(tmp_path / "runs"))
     for name in (str(path), "../runs/a", "a/checkpoints/last.ckpt", ""):
         assert registry.find(name) is None
-    assert registry.find("a.pt") == registry.find("a") == registry.default
+    assert registry.find("a.pt") == registry.find("a") == registry.default()
 
 
 def test_the_default_is_the_one_named(tmp_path: Path) -> None:
     for name in ("a", "b"):
         touch(tmp_path / name / "checkpoints" / "last.ckpt")
-    default = Registry(str(tmp_path), default="a.ckpt").default
+    default = Registry(str(tmp_path), default="a.ckpt").default()
     assert default is not None
     assert default.id == "a"
 
@@ -178,7 +178,7 @@ def test_the_default_is_the_newest_training_that_finished(
         os.utime(path, (seconds, seconds))
         if steps is not None:
             (tmp_path / str(seconds) / "summary.json").write_text(json.dumps({"steps": steps}))
-    assert id_of(Registry(str(tmp_path)).default) == expected
+    assert id_of(Registry(str(tmp_path)).default()) == expected
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000, '{"steps": NaN}', "\0"])
@@ -194,11 +194,11 @@ def test_the_default_to_classify_is_a_classifier_where_there_is_one(tmp_path: Pa
     os.utime(tmp_path / "spam" / "last.ckpt", (1, 1))
     write_model(tmp_path / "text" / "last.ckpt")
     registry = Registry(str(tmp_path))
-    assert id_of(registry.default_to_classify) == "spam"
-    assert id_of(registry.default) == id_of(registry.default_to_generate) == "text"
+    assert id_of(registry.default("classify")) == "spam"
+    assert id_of(registry.default()) == id_of(registry.default("generate")) == "text"
     shutil.rmtree(tmp_path / "spam")
     registry.rescan()
-    assert id_of(registry.default_to_classify) == "text"
+    assert id_of(registry.default("classify")) == "text"
 
 
 def test_the_default_to_generate_is_the_newest_that_can(tmp_path: Path) -> None:
@@ -208,13 +208,13 @@ def test_the_default_to_generate_is_the_newest_that_can(tmp_path: Path) -> None:
         touch(path) if name == "broken" else write_model(path, labels=labels)
         os.utime(path, (seconds, seconds))
     registry = Registry(str(tmp_path))
-    assert (id_of(registry.default), id_of(registry.default_to_generate)) == ("broken", "newer")
+    assert (id_of(registry.default()), id_of(registry.default("generate"))) == ("broken", "newer")
     shutil.rmtree(tmp_path / "newer")
     registry.rescan()
-    assert id_of(registry.default_to_generate) == "older"
+    assert id_of(registry.default("generate")) == "older"
     shutil.rmtree(tmp_path / "older")
     registry.rescan()
-    assert registry.default_to_generate == registry.default
+    assert registry.default("generate") == registry.default()
 
 
 def id_of(entry: Entry | None) -> str:
@@ -225,7 +225,7 @@ def id_of(entry: Entry | None) -> str:
 def test_the_default_that_is_named_is_the_default_to_generate_too(tmp_path: Path) -> None:
     write_model(tmp_path / "spam" / "checkpoints" / "last.ckpt", labels=["ham", "spam"])
     write_model(tmp_path / "text" / "checkpoints" / "last.ckpt")
-    assert id_of(Registry(str(tmp_path), default="spam").default_to_generate) == "spam"
+    assert id_of(Registry(str(tmp_path), default="spam").default("generate")) == "spam"
 
 
 def test_a_directory_that_vanishes_is_passed_over(
@@ -246,7 +246,7 @@ def test_a_directory_that_vanishes_is_passed_over(
 
 def test_a_directory_may_fill_later(tmp_path: Path) -> None:
     registry = Registry(str(tmp_path / "runs"))
-    assert registry.default is None
+    assert registry.default() is None
     touch(tmp_path / "runs" / "a" / "checkpoints" / "last.ckpt")
     assert registry.rescan()
     assert not registry.rescan()
@@ -266,11 +266,11 @@ def test_an_entry_that_did_not_load_is_no_default_while_there_is_another(tmp_pat
         write_model(path)
         os.utime(path, (seconds, seconds))
     registry = Registry(str(tmp_path))
-    newer = registry.default
+    newer = registry.default()
     assert newer is not None
     assert newer.id == "newer"
-    registry.pass_over(newer)
-    assert (id_of(registry.default), id_of(registry.default_to_generate)) == ("older", "older")
+    registry.failures[newer.key] = (0.0, "injected")
+    assert (id_of(registry.default()), id_of(registry.default("generate"))) == ("older", "older")
     os.utime(newer.path, (5, 5))
     registry.rescan()
-    assert id_of(registry.default) == "newer"
+    assert id_of(registry.default()) == "newer"

@@ -1,11 +1,11 @@
 """States of the page that need no answer: input methods, unknown models, tabs, examples, legend."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from tests.fake_engine import FakeEngine
 from tests.front_end import generated, says, serve

@@ -2,7 +2,8 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from serving.api.errors import ApiError
 from serving.api.models import ServedModel
@@ -25,7 +26,7 @@ def params_of(
     return SamplingParams(
         max_tokens=0,
         temperature=_given(body.temperature, 1.0),
-        top_k=body.top_k if body.top_k is not None and body.top_k > 0 else None,
+        top_k=min(body.top_k, model.details.vocab_size) if body.top_k and body.top_k > 0 else None,
         top_p=body.top_p,
         min_p=body.min_p,
         presence_penalty=_given(body.presence_penalty, 0.0),

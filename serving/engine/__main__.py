@@ -5,8 +5,9 @@
 Its kernels compile, where they have to, while torch is imported.
 """
 
+import asyncio
 import json
-import os
+import signal
 import sys
 
 from serving.engine import compiling
@@ -15,15 +16,24 @@ from serving.logs import configure
 
 
 def main(address: str, settings: Settings) -> None:
-    """Run an engine until it is told to end; standard output carries its heartbeats alone."""
-    pulse = os.dup(1)
-    os.dup2(2, 1)
+    """Run an engine until it has drained; an engine that listens is ready."""
     configure()
     if settings.device in ("auto", "cpu"):
         compiling.begin()
-    from serving.engine.server import run
+    import torch
 
-    run(address, settings, pulse)
+    from serving.engine.loading import choose_device
+    from serving.engine.native import load_library
+    from serving.engine.server import Server
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    if choose_device(settings.device).type == "cpu":
+        load_library()
+    try:
+        asyncio.run(Server(settings, address).serve())
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has ended as requested
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ from torch import Tensor
 from nanogpt.checkpoint import load_checkpoint
 from nanogpt.model import GPT
 from serving.engine import native
-from serving.engine.counters import Counters
 from serving.engine.forward import Computes, Forward, round_to_24_bits
-from serving.engine.messages import Settings
+from serving.engine.messages import Counters, Settings
 from serving.engine.registry import Entry
 from serving.engine.runner import Runner
 from serving.engine.scheduler import Scheduler

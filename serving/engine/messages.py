@@ -1,20 +1,23 @@
-"""What front ends and the engine tell each other: plain values, sent as frames of JSON.
+"""The protocol between front ends and the engine: typed messages, sent as frames of msgpack.
 
-A frame is its length (4 bytes, big-endian) and a JSON list of messages; a message is a list of its
-name and its fields in order. Everything an engine step has to say to a front end is one frame.
+A frame is its length (4 bytes, big-endian) and a list of messages; a message is a list of its name
+and its fields in order, checked against their types when it is decoded. All messages of an engine
+step to a front end are one frame.
 """
 
-import json
+from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
+import msgspec
 import pydantic.dataclasses
+from msgspec import Struct
 from pydantic import BeforeValidator, Field
 
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 256 * 2**20  # a whole tokenizer table is a few MB
-MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
+MIN_LOGPROB = -9999.0  # stands for minus infinity, which the API's JSON lacks
+BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 Task = Literal["generate", "classify"]
 FailureKind = Literal[
@@ -65,11 +68,18 @@ class Settings:
     hang_s: Heartbeat = 60.0  # without a heartbeat of the computing thread: killed and restarted
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen. A temperature near 0 takes the likeliest; seed and place key the draw.
+class EngineError(Exception):
+    """A request that the engine refused, or did not answer."""
 
-    Narrowed in this order: penalties and bias, temperature, top_k, top_p, min_p. With `logprobs`
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class SamplingParams(Struct, frozen=True, array_like=True):
+    """How tokens are sampled. A temperature near 0 takes the likeliest; seed and position key it.
+
+    Filtered in this order: penalties and bias, temperature, top_k, top_p, min_p. With `logprobs`
     each token comes with its log-probability and with those of that many likeliest tokens (0 to
     20): of the model itself, before penalties, bias and temperature.
     """
@@ -83,146 +93,47 @@ class SamplingParams:
     presence_penalty: float = 0.0  # counted over the answer's tokens, as frequency_penalty is
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0  # over prompt and answer
-    logit_bias: dict[int, float] = field(default_factory=dict)
+    logit_bias: dict[int, float] = {}
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False  # go on after stop_ids, as if there were none
     logprobs: int | None = None
 
 
-@dataclass(frozen=True)
-class Generate:
-    """Continue a prompt; answered by Tokens, then Finished, or by Failed.
+class Histogram(Struct):
+    """The number of durations up to each of `bounds` (seconds); the last count is the rest."""
 
-    Requests with different `key` labels take turns, and reuse no prefixes of each other; `origin`
-    is the client's request that this one belongs to, and those of one key take turns, too.
-    """
+    bounds: list[float]
+    counts: list[int]
+    total: float
 
-    request_id: str
-    model: str
-    prompt_ids: list[int]
-    params: SamplingParams
-    key: str = ""
-    origin: str = ""
+    def add(self, seconds: float) -> None:
+        """Count one more duration."""
+        self.counts[bisect_left(self.bounds, seconds)] += 1
+        self.total += seconds
 
 
-@dataclass(frozen=True)
-class Cancel:
-    """Forget a request: nothing more is said of it.
-
-    `reason` is why: the client left, or a stop string ended the answer, which is complete.
-    """
-
-    request_id: str
-    reason: Literal["left", "stop"] = "left"
+def _histogram() -> Histogram:
+    return Histogram(list(BOUNDS_S), [0] * (len(BOUNDS_S) + 1), 0.0)
 
 
-@dataclass(frozen=True)
-class Score:
-    """Ask for the log-probabilities of a prompt's own tokens (echo); answered by Scored."""
+class Counters(Struct, kw_only=True):
+    """The engine's totals since it started."""
 
-    request_id: str
-    model: str
-    prompt_ids: list[int]
-    top: int = 0
-    key: str = ""
-    origin: str = ""
-
-
-@dataclass(frozen=True)
-class Classify:
-    """Ask for the class of a text, given as ids; answered by Classified."""
-
-    request_id: str
-    model: str
-    ids: list[int]
-    key: str = ""
-    origin: str = ""
+    requests: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    steps: int = 0
+    queue_s: Histogram = msgspec.field(default_factory=_histogram)
+    first_token_s: Histogram = msgspec.field(default_factory=_histogram)
+    inter_token_s: Histogram = msgspec.field(default_factory=_histogram)
 
 
-@dataclass(frozen=True)
-class Describe:
-    """Ask for all about a model, which is loaded for it; answered by ModelDetails."""
-
-    request_id: str
-    model: str
-
-
-@dataclass(frozen=True)
-class AskStats:
-    """Ask for the engine's counters; answered by Stats."""
-
-    request_id: str
-
-
-@dataclass(frozen=True)
-class Hello:
-    """What a front end says first; the secret matters on loopback TCP only."""
-
-    secret: str = ""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The next tokens of an answer. A token that ends it (stop_ids) is not among them.
-
-    Where asked for: each token's log-probability, and the likeliest tokens in its place. The first
-    ones say how much of the prompt was not computed again and how long it waited for a slot, as a
-    stop string may end the answer before there is a Finished.
-    """
-
-    request_id: str
-    ids: list[int]
-    logprobs: list[float] | None = None
-    top_ids: list[list[int]] | None = None
-    top_logprobs: list[list[float]] | None = None
-    cached_tokens: int | None = None
-    queue_s: float | None = None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The end of an answer: "stop" after one of stop_ids, "length" at max_tokens or a full context.
-
-    There may have been no Tokens, so it says again what the first of them say.
-    """
-
-    request_id: str
-    reason: Literal["stop", "length"]
-    cached_tokens: int
-    queue_s: float
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A request that will not be answered, and why, in one sentence."""
-
-    request_id: str
-    kind: FailureKind
-    message: str
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The log-probability of each prompt token after those before it; the first has none."""
-
-    request_id: str
-    logprobs: list[float | None]
-    top_ids: list[list[int]]
-    top_logprobs: list[list[float]]
-
-
-@dataclass(frozen=True)
-class Classified:
-    """The probability of each label, and how many tokens were read."""
-
-    request_id: str
-    probabilities: list[float]
-    n_tokens: int
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """A model that can be asked for, by its id or an alias; a new `revision` has new weights.
+class ModelInfo(Struct, frozen=True):
+    """A model that is served, by its id or an alias; a new `revision` has new weights.
 
     While newer weights are loaded, `created` and `revision` are those of the weights that compute.
     """
@@ -237,12 +148,138 @@ class ModelInfo:
     default_to_classify: bool = False  # of those for labels
     name: str = ""  # the run's own
     max_model_len: int | None = None  # tokens of the context, None for a broken file
-    error: str = ""  # why this revision could not be loaded, when last tried
+    error: str = ""  # why this revision could not be loaded, at the last attempt
 
 
-@dataclass(frozen=True)
-class ModelDetails:
-    """All that a front end needs to know of a model; `tokenizer` is its record.
+class Message(Struct, tag=True, array_like=True):
+    """Anything that is sent as part of a frame."""
+
+
+class Labelled(Message, kw_only=True):
+    """The labels of a request: its API key, and the client's request that it belongs to."""
+
+    key: str = ""
+    origin: str = ""
+
+
+class Computation(Labelled):
+    """A request that takes a slot.
+
+    Those with different keys take turns and reuse no prefixes of each other; of one key, those with
+    different origins take turns, too.
+    """
+
+    request_id: str
+    model: str
+    prompt_ids: list[int]
+
+
+class Generate(Computation):
+    """Continue a prompt; answered by Tokens, then Finished, or by Failed."""
+
+    params: SamplingParams
+
+
+class Score(Computation):
+    """Return the log-probabilities of a prompt's own tokens (echo); answered by Scored."""
+
+    top: int = 0  # the number of likeliest tokens at each position
+
+
+class Classify(Computation):
+    """Return the class of a text; answered by Classified."""
+
+
+class Describe(Message):
+    """Load a model and describe it; answered by ModelDetails."""
+
+    request_id: str
+    model: str
+
+
+class GetStats(Message):
+    """Return the engine's counters; answered by Stats."""
+
+    request_id: str
+
+
+class Cancel(Message):
+    """Drop a request, which is not answered any more.
+
+    `reason` is why: the client left, or a stop string ended the answer, which is complete.
+    """
+
+    request_id: str
+    reason: Literal["left", "stop"] = "left"
+
+
+class Tokens(Message):
+    """The next tokens of an answer. A token that ends it (stop_ids) is not among them.
+
+    With `params.logprobs`: each token's log-probability, and the likeliest tokens at its position.
+    The first message has the number of prompt tokens that were in the cache and the time in the
+    queue, as a stop string may end the answer before there is a Finished.
+    """
+
+    request_id: str
+    ids: list[int]
+    logprobs: list[float] | None = None
+    top_ids: list[list[int]] | None = None
+    top_logprobs: list[list[float]] | None = None
+    cached_tokens: int | None = None
+    queue_s: float | None = None
+
+    def extend(self, later: "Tokens") -> None:
+        """Append the tokens that follow."""
+        self.ids.extend(later.ids)
+        for own, others in (
+            (self.logprobs, later.logprobs),
+            (self.top_ids, later.top_ids),
+            (self.top_logprobs, later.top_logprobs),
+        ):
+            if own is not None and others is not None:
+                own.extend(others)  # type: ignore[arg-type]
+
+
+class Finished(Message):
+    """The end of an answer: "stop" after one of stop_ids, "length" at max_tokens or a full context.
+
+    There may have been no Tokens, so it repeats what the first of them has.
+    """
+
+    request_id: str
+    reason: Literal["stop", "length"]
+    cached_tokens: int
+    queue_s: float
+
+
+class Failed(Message):
+    """A request that will not be answered, and why, in one sentence."""
+
+    request_id: str
+    kind: FailureKind
+    message: str
+
+
+class Scored(Message):
+    """The log-probability of each prompt token after those before it; the first has none."""
+
+    request_id: str
+    logprobs: list[float | None]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
+
+
+class Classified(Message):
+    """The probability of each label, and the number of tokens of the text."""
+
+    request_id: str
+    probabilities: list[float]
+    n_tokens: int
+
+
+class ModelDetails(Message):
+    """The facts about a model that a front end needs; `tokenizer` is its record.
 
     `nanogpt.tokenizer.from_record` turns that into a tokenizer.
     """
@@ -261,115 +298,42 @@ class ModelDetails:
     labels: list[str] | None
 
 
-@dataclass(frozen=True)
-class Models:
-    """The models there are: sent to every front end when it connects and when they change."""
+class Models(Message):
+    """The models that are served: sent to every front end when it connects and when they change."""
 
     models: list[ModelInfo]
 
 
-@dataclass(frozen=True)
-class Beat:
-    """A heartbeat of the computing thread, sent to every front end about once a second."""
+class Beat(Message):
+    """A heartbeat of the computing thread, sent to every front end about twice a second."""
 
 
-@dataclass(frozen=True)
-class Histogram:
-    """How often a duration was at most each of `bounds` (seconds); the last count is the rest."""
-
-    bounds: list[float]
-    counts: list[int]
-    total: float
-
-
-@dataclass(frozen=True)
-class Stats:
-    """The engine's counters since it started, and what it is doing now."""
+class Stats(Counters, Message, kw_only=True):
+    """The engine's counters since it started, and its present load."""
 
     request_id: str
     slots: int
     slots_used: int
     queued: int
-    requests: int
-    finished: int
-    failed: int
-    cancelled: int
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    steps: int
-    queue_s: Histogram
-    first_token_s: Histogram
-    inter_token_s: Histogram
     device: str
     dtype: str
     threads: int
 
 
-Request = Generate | Score | Classify | Describe | AskStats
-Message = (
-    Request
-    | Hello
-    | Cancel
-    | Tokens
-    | Finished
-    | Failed
-    | Scored
-    | Classified
-    | ModelDetails
-    | Models
-    | Beat
-    | Stats
-)
-
-_KINDS: dict[str, type] = {kind.__name__: kind for kind in get_args(Message)}
-_NAMES = {kind: tuple(f.name for f in fields(kind)) for kind in _KINDS.values()}
+Request = Generate | Score | Classify | Describe | GetStats
+Answer = Tokens | Finished | Failed | Scored | Classified | ModelDetails | Stats
+_decoder = msgspec.msgpack.Decoder(list[Request | Cancel | Answer | Models | Beat])
 
 
 def to_frame(messages: Iterable[Message]) -> bytes:
     """Return messages as one frame, its length included."""
-    content = json.dumps(
-        [
-            [type(m).__name__, *(_plain(getattr(m, name)) for name in _NAMES[type(m)])]
-            for m in messages
-        ],
-        separators=(",", ":"),
-    ).encode()
+    content = msgspec.msgpack.encode(list(messages))
     return len(content).to_bytes(LENGTH_BYTES, "big") + content
 
 
-def from_frame(content: bytes) -> list[Message]:
-    """Return the messages of a frame's content, without its length."""
-    return [_message(name, values) for name, *values in json.loads(content)]
+def from_frame(content: bytes) -> list[Any]:
+    """Return the messages of a frame's content, without its length.
 
-
-def settings_json(settings: Settings) -> str:
-    """Return settings as the text that an engine process is started with."""
-    return json.dumps({f.name: getattr(settings, f.name) for f in fields(settings)})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, SamplingParams | Histogram | ModelInfo):
-        return vars(value)
-    if isinstance(value, list) and value and isinstance(value[0], ModelInfo):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _message(name: str, values: list[Any]) -> Message:
-    kind = _KINDS[name]
-    if kind is Generate:
-        values[3] = _params(values[3])
-    elif kind is Models:
-        values[0] = [ModelInfo(**item) for item in values[0]]
-    elif kind is Stats:
-        values = [Histogram(**v) if isinstance(v, dict) else v for v in values]
-    message: Message = kind(*values)
-    return message
-
-
-def _params(values: dict[str, Any]) -> SamplingParams:
-    bias = {int(token): value for token, value in values.pop("logit_bias").items()}
-    return SamplingParams(
-        **{**values, "logit_bias": bias, "stop_ids": tuple(values.pop("stop_ids"))}
-    )
+    Raises ValueError for content of another form.
+    """
+    return _decoder.decode(content)

@@ -1,7 +1,6 @@
-"""Which checkpoints there are to serve, and by which names they can be asked for."""
+"""The checkpoints that are served, and the names by which requests choose one."""
 
 import hashlib
-import json
 import re
 import stat
 import unicodedata
@@ -12,7 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from nanogpt.checkpoint import read_record
-from nanogpt.disk import display_name, find_files, open_regular
+from nanogpt.disk import display_name, find_files
+from nanogpt.runs.directory import read_summary
 from serving.engine.messages import Task
 
 # Chat clients hide models whose ids contain these: they belong to other kinds of models.
@@ -36,7 +36,6 @@ _CHANGED = re.compile(
 )
 
 ENDINGS = ("", ".ckpt", ".pt")  # that a model's name may have
-MAX_SUMMARY_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -54,14 +53,21 @@ class Entry:
     created: int  # seconds since 1970
     revision: str
     rank: int
-    max_model_len: int | None  # tokens of the context, None for a broken file
+    task: Task | None  # None for a broken file, as max_model_len
+    max_model_len: int | None  # tokens of the context
     size: int = 0  # bytes
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The id and the revision."""
+        return self.id, self.revision
 
 
 class Registry:
     """The entries found under a `.ckpt`, a run, or a directory of runs.
 
-    Names are keys of this table and never paths.
+    Names are keys of this table and never paths. `failures` has the time and the reason of each
+    load that failed, by the entry's key.
     """
 
     def __init__(self, models: str, runs_dir: str = "runs", default: str | None = None) -> None:
@@ -69,49 +75,36 @@ class Registry:
         self.models = named if named.exists() and not Path(models).exists() else Path(models)
         self.default_name = default
         self.entries: list[Entry] = []
-        self.default: Entry | None = None  # for requests that name no model
-        self.default_to_generate: Entry | None = None
-        self.default_to_classify: Entry | None = None
-        self._failing: set[tuple[str, str]] = set()  # id and revision of what did not load
+        self.failures: dict[tuple[str, str], tuple[float, str]] = {}
         self.rescan()
 
     def rescan(self) -> bool:
         """Look again; return whether anything changed."""
         before = self.entries
         self.entries = find_entries(self.models)
-        self._choose_defaults()
         return self.entries != before
 
-    def pass_over(self, entry: Entry) -> None:
-        """Prefer other entries as defaults to one that could not be loaded."""
-        self._failing.add((entry.id, entry.revision))
-        self._choose_defaults()
+    def default(self, task: Task | None = None) -> Entry | None:
+        """Return the entry of requests that name none: the configured one, or the best for a task.
 
-    def readmit(self, id_: str, revision: str) -> None:
-        """Rank an entry that could not be loaded, and now is, as others are."""
-        self._failing.discard((id_, revision))
-        self._choose_defaults()
-
-    def _choose_defaults(self) -> None:
-        loads = {e.id: (e.id, e.revision) not in self._failing for e in self.entries}
-        ranked = sorted(self.entries, key=lambda e: (loads[e.id], e.rank, e.created), reverse=True)
-        self.default = (
-            self.find(self.default_name) if self.default_name else next(iter(ranked), None)
+        Entries that could not be loaded come last.
+        """
+        if self.default_name:
+            return self.find(self.default_name)
+        return max(
+            self.entries,
+            key=lambda e: (
+                task is not None and e.task == task,
+                e.key not in self.failures,
+                e.rank,
+                e.created,
+            ),
+            default=None,
         )
-        self.default_to_generate = self._default_to("generate", ranked)
-        self.default_to_classify = self._default_to("classify", ranked)
-
-    def _default_to(self, task: Task, ranked: list[Entry]) -> Entry | None:
-        """Return the best ranked entry for a task; the default where it is configured or alone."""
-        for entry in [] if self.default_name else ranked:
-            with suppress(OSError):
-                if _about(entry.path, entry.revision)[0] == task:
-                    return entry
-        return self.default
 
     def check_default(self) -> None:
         """Raise ValueError where the configured default is none of the models."""
-        if self.default_name and self.default is None:
+        if self.default_name and self.default() is None:
             ids = ", ".join(entry.id for entry in self.entries) or "none"
             raise ValueError(
                 f"default_model={self.default_name} is none of the models ({ids}); pass one of them"
@@ -136,14 +129,14 @@ def find_entries(models: Path) -> list[Entry]:
                 entry = replace(entry, id=f"{entry.id}-{_hash(repr(path))}")
             if entry:
                 entries[entry.id] = entry
-    return _told_apart(sorted(entries.values(), key=lambda entry: entry.id))
+    return _with_own_aliases(sorted(entries.values(), key=lambda entry: entry.id))
 
 
 def model_id(name: str) -> str:
     """Return an id for a run's name that no chat client hides or treats as another model's.
 
-    It depends on the name alone. Letters of every script are kept; where other characters are
-    lost, or the name reads like one that was changed here, a hash of the name tells ids apart.
+    It depends on the name alone and has letters of every script; where other characters are lost,
+    or the name reads like one that was changed here, a hash of the name is appended.
 
     >>> model_id("中文模型"), model_id("gpt2-adamw"), model_id("o3"), model_id("Quick Start!")
     ('中文模型', 'gpt2-a-damw', 'model-o3', 'Quick-Start-5a9ed0')
@@ -161,8 +154,8 @@ def _slug(name: str) -> str:
 
 def _legible(name: str) -> str:
     """Return the letters, marks and numbers of a name, `-` for what lies between."""
-    kept = (c if c in "._-" or unicodedata.category(c)[0] in "LMN" else " " for c in name)
-    return re.sub(" +", "-", "".join(kept)).strip("-.") or "model"
+    legible = (c if c in "._-" or unicodedata.category(c)[0] in "LMN" else " " for c in name)
+    return re.sub(" +", "-", "".join(legible)).strip("-.") or "model"
 
 
 def _hash(text: str) -> str:
@@ -172,10 +165,7 @@ def _hash(text: str) -> str:
 def _checkpoints(models: Path) -> Iterator[tuple[Path, str]]:
     """Yield the path and the name of each checkpoint."""
     if models.is_file():
-        name = models.stem
-        if name == "last":
-            parent = models.resolve().parent
-            name = (parent.parent if parent.name == "checkpoints" else parent).name
+        name = models.stem if models.stem != "last" else _run_dir(models.resolve()).name
         yield models, display_name(Path(name))
         return
     for path in find_files(models, "last.ckpt"):
@@ -191,9 +181,9 @@ def _run_dir(path: Path) -> Path:
 
 
 def _entry(path: Path, name: str) -> Entry | None:
-    """Return an entry whose aliases are all that it may be called, the best claims first.
+    """Return an entry whose aliases are all of its names, the best claims first.
 
-    None for what is no file: reading a FIFO would block.
+    None for anything but a file: reading a FIFO would block.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -201,6 +191,7 @@ def _entry(path: Path, name: str) -> Entry | None:
     id_ = model_id(name)
     revision = f"{status.st_mtime_ns:x}-{status.st_size:x}"
     names = ((id_, name), (name.rpartition("/")[2],), (_slug(name).lower(),))
+    task, max_model_len = _read_record(path, revision)
     return Entry(
         id=id_,
         name=name,
@@ -209,44 +200,41 @@ def _entry(path: Path, name: str) -> Entry | None:
         created=int(status.st_mtime),
         revision=revision,
         rank=_rank(_run_dir(path) / "summary.json"),
-        max_model_len=_about(path, revision)[1],
+        task=task,
+        max_model_len=max_model_len,
         size=status.st_size,
     )
 
 
 def _rank(path: Path) -> int:
     """Return the rank of a run by its summary: see Entry."""
-    try:
-        status = path.stat()
-    except OSError:
-        return 0
-    return _rank_once(path, status.st_mtime_ns, status.st_size)
+    with suppress(OSError, ValueError):  # there is none, or it is damaged
+        return min(len(str(_n_steps(path, path.stat().st_mtime_ns))), 3)
+    return 0
 
 
 @lru_cache(1024)
-def _rank_once(path: Path, *version: int) -> int:
-    try:
-        with open_regular(path, MAX_SUMMARY_BYTES) as file:
-            steps = json.load(file).get("steps")
-    except Exception:  # whatever a file can do to its reader: the run counts as unfinished
-        return 0
-    return min(len(str(steps)), 3) if isinstance(steps, int) else 3
+def _n_steps(path: Path, version: int) -> int:
+    return int(read_summary(path)["steps"])
 
 
 @lru_cache(4096)
-def _about(path: Path, revision: str) -> tuple[Task | None, int | None]:
-    """Return what a file's model is for and its context in tokens; None for a broken file."""
+def _read_record(path: Path, revision: str) -> tuple[Task | None, int | None]:
+    """Return the task of a file's model and its context in tokens; None for a broken file.
+
+    Raises OSError, which may pass and is not cached.
+    """
     try:
         record = read_record(path)
         task: Task = "generate" if record["labels"] is None else "classify"
         return task, int(record["model"]["block_size"])
-    except OSError:  # may pass, and is not remembered
+    except OSError:
         raise
-    except Exception:  # whatever a file can do to its reader: it is told when it is asked for
+    except Exception:  # whatever a file can do to its reader: reported when it is loaded
         return None, None
 
 
-def _told_apart(entries: list[Entry]) -> list[Entry]:
+def _with_own_aliases(entries: list[Entry]) -> list[Entry]:
     """Leave each name to the one entry with the best claim to it: where there is `q`, not `a/q`."""
     owners: dict[str, str] = {}
     for names in zip(*(entry.aliases for entry in entries), strict=True):

@@ -4,44 +4,50 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanogpt.checkpoint import Checkpoint
+from nanogpt.classifier import enclose
 from serving.engine import sampling
-from serving.engine.counters import Counters
 from serving.engine.forward import Computes, Span
 from serving.engine.messages import (
     Classified,
+    Classify,
+    Computation,
+    Counters,
+    EngineError,
     Failed,
-    FailureKind,
     Finished,
+    Generate,
     Message,
+    ModelDetails,
+    Score,
     Scored,
     Tokens,
 )
 from serving.engine.sampling import Chosen
-from serving.engine.scheduler import Scheduler, Sequence
+from serving.engine.scheduler import Scheduler, SequenceState
 from serving.logs import of_request
 
-LEAST_TOKENS = 8  # of a prompt that are read at a time where memory is short
+MIN_TOKENS = 8  # of a prefill in one step where memory is short
 
 log = logging.getLogger(__name__)
 
 
 class Event(NamedTuple):
-    """Something to tell a client."""
+    """A message to a client, or to all for None."""
 
     client: object
     message: Message
 
 
-class Read(NamedTuple):
-    """What a step read of a sequence, and the states (R, C) it left."""
+class Computed(NamedTuple):
+    """The states (R, C) that a step computed of a sequence."""
 
-    sequence: Sequence
+    sequence: SequenceState
     states: Tensor
 
 
@@ -57,7 +63,55 @@ class Runner:
     scheduler: Scheduler
     counters: Counters
     created: int = 0  # seconds since 1970
-    used: float = 0.0  # when it was asked last
+    used: float = 0.0  # the time of its latest request or step
+
+    def add(self, client: object, request: Computation) -> None:
+        """Queue a request; raises EngineError for a prompt that the model cannot compute."""
+        about, ids = self.checkpoint, list(request.prompt_ids)
+        block_size, vocab_size = about.config.block_size, about.config.vocab_size
+        if isinstance(request, Classify):
+            if about.labels is None:
+                what = f"The model {self.id} was not trained to classify."
+                raise EngineError("invalid", what)
+            ids = enclose(ids, about.tokenizer.eot_id, block_size)
+        if not ids:
+            raise EngineError("invalid", "The prompt is empty; it needs at least one token.")
+        if len(ids) + isinstance(request, Generate) > block_size:
+            what = f"The model's context is {block_size} tokens and the prompt has {len(ids)}"
+            raise EngineError("context_length", f"{what}; shorten it.")
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            what = f"The prompt has token ids from {min(ids)} to {max(ids)}"
+            raise EngineError("invalid", f"{what}; the model knows 0 to {vocab_size - 1}.")
+        self.scheduler.waiting.append(SequenceState(request, client, ids))
+
+    def details(self, request_id: str) -> ModelDetails:
+        """Return the facts about the model that a front end needs."""
+        about = self.checkpoint
+        return ModelDetails(
+            request_id,
+            id=self.id,
+            revision=self.revision,
+            stage=about.stage,
+            step=about.step,
+            block_size=about.config.block_size,
+            vocab_size=about.config.vocab_size,
+            n_params=about.model.num_parameters(),
+            dtype=self.dtype,
+            tokenizer=about.tokenizer.record(),
+            template=about.template,
+            labels=about.labels,
+        )
+
+    def drop(self, client: object, request_id: str | None = None) -> int:
+        """Drop a client's request, or all of them; return how many there were."""
+        gone = [
+            s
+            for s in [*self.scheduler.running, *self.scheduler.waiting]
+            if s.client is client and request_id in (None, s.request.request_id)
+        ]
+        for sequence in gone:
+            self.scheduler.remove(sequence)
+        return len(gone)
 
     def step(self) -> list[Event]:
         """Compute the next tokens; return what came of it."""
@@ -68,28 +122,22 @@ class Runner:
         self.counters.steps += 1
         self.used = time.monotonic()
         events: list[Event] = []
-        ready: list[Read] = []
-        for read in self._isolated(self._read, plan, events):
-            if read.sequence.aim == "score":
-                events += self._isolated(self._score, [read], events)
-            elif read.sequence.n_read == len(read.sequence.ids):
-                if read.sequence.aim == "classify":
-                    events += self._isolated(self._classify, [read], events)
-                else:
-                    ready.append(Read(read.sequence, read.states[-1:]))
-        for sequence, chosen in self._isolated(self._choose, ready, events):
-            events += self._write(sequence, chosen)
+        ready: list[Computed] = []
+        for computed in self._isolated(self._forward, plan, events):
+            sequence = computed.sequence
+            is_whole = sequence.n_computed == len(sequence.ids)
+            if isinstance(sequence.request, Score):
+                events += self._isolated(self._score, [computed], events)
+            elif is_whole and isinstance(sequence.request, Classify):
+                events += self._isolated(self._classify, [computed], events)
+            elif is_whole:
+                ready.append(Computed(sequence, computed.states[-1:]))
+        for sequence, chosen in self._isolated(self._sample, ready, events):
+            events += self._append(sequence, chosen)
         return events
 
-    def forget(self, unwanted: Callable[[Sequence], bool]) -> int:
-        """Drop the sequences that nobody waits for; return how many there were."""
-        gone = [s for s in [*self.scheduler.running, *self.scheduler.waiting] if unwanted(s)]
-        for sequence in gone:
-            self.scheduler.remove(sequence)
-        return len(gone)
-
     def _isolated(self, compute: Callable, items: list, events: list[Event]) -> Iterator:
-        """Yield what `compute` makes of all items; where it raises, of each alone, or a failure."""
+        """Yield the results of all items; where that raises, of each alone, or its failure."""
         if not items:
             return
         try:
@@ -103,57 +151,67 @@ class Runner:
             return
         yield from results
 
-    def _read(self, plan: list[tuple[Sequence, Span]]) -> list[Read]:
+    def _forward(self, plan: list[tuple[SequenceState, Span]]) -> list[Computed]:
         try:
             states = self.forward.hidden_states([span for _, span in plan])
         except Exception as error:
-            if len(plan) == 1 and is_out_of_memory(error) and self._read_less(*plan[0]):
-                return self._read([(s, self.scheduler.shortened(s, span)) for s, span in plan])
+            if len(plan) == 1 and is_out_of_memory(error) and self._halve(*plan[0]):
+                return self._forward([(s, s.next_span(len(span.ids))) for s, span in plan])
             raise
         parts = states.split([len(span.ids) for _, span in plan])
         for sequence, span in plan:
-            sequence.n_read += len(span.ids)
-            if not sequence.first_token and sequence.n_read == len(sequence.ids):
+            sequence.n_computed += len(span.ids)
+            if not sequence.first_token and sequence.n_computed == len(sequence.ids):
                 assert sequence.slot is not None
                 self.scheduler.slots.hold(sequence.slot, sequence.ids)  # others may use it now
-        return [Read(sequence, part) for (sequence, _), part in zip(plan, parts, strict=True)]
+        return [Computed(sequence, part) for (sequence, _), part in zip(plan, parts, strict=True)]
 
-    def _read_less(self, sequence: Sequence, span: Span) -> bool:
-        """Halve what is read of a sequence at a time; return whether that could be done.
+    def _halve(self, sequence: SequenceState, span: Span) -> bool:
+        """Halve a sequence's tokens per step; return whether that could be done.
 
         Its answer stays the same: states do not depend on how a text is cut.
         """
-        if len(span.ids) <= LEAST_TOKENS:
+        if len(span.ids) <= MIN_TOKENS:
             return False
-        sequence.most_tokens = max(LEAST_TOKENS, len(span.ids) // 2)
-        what = "out of memory; reading %d tokens at a time"
-        log.warning(what, sequence.most_tokens, extra=of_request(sequence.request_id))
+        sequence.max_tokens = max(MIN_TOKENS, len(span.ids) // 2)
+        what, extra = "out of memory; %d tokens at a time", of_request(sequence.request.request_id)
+        log.warning(what, sequence.max_tokens, extra=extra)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return True
 
-    def _choose(self, ready: list[Read]) -> list[tuple[Sequence, Chosen | Exception]]:
-        logits = self.forward.logits(torch.cat([read.states for read in ready]))
-        chosen = sampling.choose(logits, [read.sequence.draw for read in ready])
-        return [(read.sequence, c) for read, c in zip(ready, chosen, strict=True)]
+    def _sample(self, ready: list[Computed]) -> list[tuple[SequenceState, Chosen | Exception]]:
+        logits = self.forward.logits(torch.cat([computed.states for computed in ready]))
+        chosen = sampling.choose(logits, [computed.sequence.draw for computed in ready])
+        return [(computed.sequence, c) for computed, c in zip(ready, chosen, strict=True)]
 
-    def _write(self, sequence: Sequence, chosen: Chosen | Exception) -> list[Event]:
+    def _append(self, sequence: SequenceState, chosen: Chosen | Exception) -> list[Event]:
+        """Append a token to an answer; return the messages about it."""
         if isinstance(chosen, Exception):
             return [self._fail(sequence, chosen)]
-        assert sequence.request is not None
-        params = sequence.request.params
+        assert isinstance(sequence.request, Generate)
+        params, is_first = sequence.request.params, not sequence.first_token
         self._count_token(sequence)
         if chosen.token in params.stop_ids and not params.ignore_eos:
             return [self._finish(sequence, "stop")]
         sequence.ids.append(chosen.token)
         self.counters.completion_tokens += 1
-        events = [Event(sequence.client, _tokens(sequence, chosen))]
-        full = len(sequence.ids) >= self.checkpoint.config.block_size
-        if full or len(sequence.ids) - sequence.n_prompt >= params.max_tokens:
+        tokens = Tokens(
+            sequence.request.request_id,
+            [chosen.token],
+            logprobs=None if chosen.logprob is None else [chosen.logprob],
+            top_ids=None if chosen.logprob is None else [chosen.top_ids],
+            top_logprobs=None if chosen.logprob is None else [chosen.top_logprobs],
+            cached_tokens=sequence.n_cached if is_first else None,
+            queue_s=sequence.queue_s if is_first else None,
+        )
+        events = [Event(sequence.client, tokens)]
+        is_full = len(sequence.ids) >= self.checkpoint.config.block_size
+        if is_full or len(sequence.ids) - sequence.n_prompt >= params.max_tokens:
             events.append(self._finish(sequence, "length"))
         return events
 
-    def _count_token(self, sequence: Sequence) -> None:
+    def _count_token(self, sequence: SequenceState) -> None:
         now = time.monotonic()
         if sequence.first_token:
             self.counters.inter_token_s.add(now - sequence.last_token)
@@ -165,54 +223,51 @@ class Runner:
             self.counters.cached_tokens += sequence.n_cached
         sequence.last_token = now
 
-    def _finish(self, sequence: Sequence, reason: str) -> Event:
+    def _finish(self, sequence: SequenceState, reason: Literal["stop", "length"]) -> Event:
         self.scheduler.remove(sequence)
         self.counters.finished += 1
-        finished = Finished(
-            sequence.request_id,
-            reason,  # type: ignore[arg-type]
-            cached_tokens=sequence.n_cached,
-            queue_s=sequence.queue_s,
-        )
-        return Event(sequence.client, finished)
+        request_id, n_cached = sequence.request.request_id, sequence.n_cached
+        return Event(sequence.client, Finished(request_id, reason, n_cached, sequence.queue_s))
 
-    def _fail(self, sequence: Sequence, error: Exception) -> Event:
+    def _fail(self, sequence: SequenceState, error: Exception) -> Event:
         self.scheduler.remove(sequence, clean=False)
         self.counters.failed += 1
-        log.error("a request failed", exc_info=error, extra=of_request(sequence.request_id))
+        request_id = sequence.request.request_id
+        log.error("a request failed", exc_info=error, extra=of_request(request_id))
         why = f"The answer could not be computed ({type(error).__name__}: {error})."
-        kind: FailureKind = "overloaded" if is_out_of_memory(error) else "internal"
-        return Event(sequence.client, Failed(sequence.request_id, kind, why))
+        kind: Literal["overloaded", "internal"] = (
+            "overloaded" if is_out_of_memory(error) else "internal"
+        )
+        return Event(sequence.client, Failed(request_id, kind, why))
 
-    def _score(self, reads: list[Read]) -> list[Event]:
-        """Tell the prompt's log-probabilities when all of it is read."""
-        ((sequence, states),) = reads
+    def _score(self, computed: list[Computed]) -> list[Event]:
+        """Note the log-probabilities of the step's tokens; return all after the last."""
+        ((sequence, states),) = computed
+        assert isinstance(sequence.request, Score)
         logprobs = sampling.log_probabilities(self.forward.logits(states))
-        start = sequence.n_read - len(logprobs)
-        following = sequence.ids[start + 1 : sequence.n_read + 1]
+        start, n_top = sequence.n_computed - len(logprobs), sequence.request.top
+        following = sequence.ids[start + 1 : sequence.n_computed + 1]
         own = logprobs[range(len(following)), following].tolist()
         top_ids, top = sampling.likeliest(logprobs, sampling.MAX_TOP)
         for n, value in enumerate(own):
-            sequence.scores.append((value, top_ids[n][: sequence.top], top[n][: sequence.top]))
-        if sequence.n_read < len(sequence.ids):
+            sequence.scores.append((value, top_ids[n][:n_top], top[n][:n_top]))
+        if sequence.n_computed < len(sequence.ids):
             return []
-        self._end(sequence)
         values, ids, tops = zip(*[(None, [], []), *sequence.scores], strict=True)
-        scored = Scored(sequence.request_id, list(values), list(ids), list(tops))
-        return [Event(sequence.client, scored)]
+        scored = Scored(sequence.request.request_id, list(values), list(ids), list(tops))
+        return [self._answer(sequence, scored)]
 
-    def _classify(self, reads: list[Read]) -> list[Event]:
-        """Tell the class of a text that is read."""
-        ((sequence, states),) = reads
+    def _classify(self, computed: list[Computed]) -> list[Event]:
+        ((sequence, states),) = computed
         (probabilities,) = self.forward.class_probabilities(states[-1:]).tolist()
-        self._end(sequence)
-        classified = Classified(sequence.request_id, probabilities, sequence.n_prompt)
-        return [Event(sequence.client, classified)]
+        request_id = sequence.request.request_id
+        return [self._answer(sequence, Classified(request_id, probabilities, sequence.n_prompt))]
 
-    def _end(self, sequence: Sequence) -> None:
+    def _answer(self, sequence: SequenceState, answer: Message) -> Event:
         self.scheduler.remove(sequence)
         self.counters.finished += 1
         self.counters.prompt_tokens += sequence.n_prompt
+        return Event(sequence.client, answer)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -220,17 +275,3 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
-
-
-def _tokens(sequence: Sequence, chosen: Chosen) -> Tokens:
-    is_first = len(sequence.ids) == sequence.n_prompt + 1
-    told = chosen.logprob is not None
-    return Tokens(
-        sequence.request_id,
-        [chosen.token],
-        logprobs=[chosen.logprob] if chosen.logprob is not None else None,
-        top_ids=[chosen.top_ids] if told else None,
-        top_logprobs=[chosen.top_logprobs] if told else None,
-        cached_tokens=sequence.n_cached if is_first else None,
-        queue_s=sequence.queue_s if is_first else None,
-    )

@@ -1,4 +1,4 @@
-"""Where sequences lie in the KV cache, and which of their beginnings can be used again.
+"""The slots of the KV cache, and the prefixes in them that can be reused.
 
 Shapes: L layers, S slots, H heads, T time, D head size.
 """
@@ -18,17 +18,17 @@ from nanogpt.model import GPTConfig
 
 @dataclass
 class Slot:
-    """One sequence's place: the tokens whose keys and values it holds, and who may use them."""
+    """The room for one sequence: the tokens whose keys and values it holds, and their scope."""
 
     index: int
     busy: bool = False
     scope: str = ""
-    used: int = 0  # when it was last taken or given back; the order matters only
+    used: int = 0  # when it was last acquired or released; only the order matters
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 class Slots:
-    """The KV cache of a model (L, 2, S, H, T, D), allocated once, and who has which slot of it."""
+    """The KV cache of a model (L, 2, S, H, T, D), allocated once, and the state of its slots."""
 
     def __init__(
         self, config: GPTConfig, n_slots: int, dtype: torch.dtype, device: torch.device
@@ -40,47 +40,45 @@ class Slots:
         self._clock = 0
 
     @property
-    def n_used(self) -> int:
-        """How many slots are taken."""
-        return sum(slot.busy for slot in self.slots)
+    def n_free(self) -> int:
+        """The number of free slots."""
+        return sum(not slot.busy for slot in self.slots)
 
-    def acquire(self, prompt_ids: list[int], scope: str) -> tuple[Slot, int] | None:
-        """Take a slot for a prompt; return it and how many tokens it holds of the prompt already.
+    def acquire(self, prompt_ids: list[int], scope: str) -> tuple[Slot, int]:
+        """Take a free slot for a prompt; return it and the number of prompt tokens that it holds.
 
-        The longest common prefix with any slot of the same scope is used again: in place where the
+        The longest common prefix with any slot of the same scope is reused: in place where the
         slot is free and holds nothing else, else as a copy in another one, so that a conversation
-        does not lose its context to one that began alike. None when all are taken.
+        does not lose its context to one that began alike.
         """
-        free = [slot for slot in self.slots if not slot.busy]
-        if not free:
-            return None
-        wanted = np.asarray(prompt_ids[:-1], np.int64)  # the last token is read for its logits
-        lengths = {s.index: _common(s.ids, wanted) for s in self.slots if s.scope == scope}
+        prompt = np.asarray(prompt_ids[:-1], np.int64)  # the last token is computed for its logits
+        lengths = {s.index: _common(s.ids, prompt) for s in self.slots if s.scope == scope}
         best = max(lengths, key=lambda i: (lengths[i], not self.slots[i].busy), default=0)
         n_cached = lengths.get(best, 0)
         source = self.slots[best]
         if n_cached and not source.busy and n_cached == len(source.ids):
             slot = source
         else:
-            slot = self._least_valuable(free)
-            self._copy(source, slot, n_cached)
-        slot.busy, slot.scope, slot.ids = True, scope, wanted[:n_cached]
-        slot.used = self._tick()
+            slot = self._least_valuable()
+            if n_cached and source is not slot:
+                prefix = self.cache[:, :, source.index, :, :n_cached]
+                self.cache[:, :, slot.index, :, :n_cached] = prefix
+        slot.busy, slot.scope, slot.ids, slot.used = True, scope, prompt[:n_cached], self._tick()
         return slot, n_cached
 
     def hold(self, slot: Slot, ids: list[int]) -> None:
-        """Note the tokens whose keys and values are in a slot now."""
+        """Record the tokens whose keys and values are in a slot now."""
         slot.ids = np.asarray(ids, np.int64)
 
     def release(self, slot: Slot, *, clean: bool = True) -> None:
-        """Give a slot back; what it holds may be used again unless it is not `clean`."""
+        """Free a slot; its content may be reused if it is `clean`."""
         slot.busy, slot.used = False, self._tick()
         if not clean:
             slot.ids = slot.ids[:0]
             self.cache[:, :, slot.index].zero_()  # not a number times nothing is not nothing
 
-    def _least_valuable(self, free: list[Slot]) -> Slot:
-        """Return the slot that loses least: an empty one, a superseded text, or the oldest.
+    def _least_valuable(self) -> Slot:
+        """Return a free slot: an empty one, one with a superseded text, or the oldest.
 
         A text is superseded where a later one of its scope begins with 7/8 of it.
         """
@@ -98,12 +96,7 @@ class Slots:
             is_held = len(slot.ids) > 0
             return is_held, is_held and not is_superseded(slot), slot.used
 
-        return min(free, key=value)
-
-    def _copy(self, source: Slot, target: Slot, n_tokens: int) -> None:
-        if n_tokens and source is not target:
-            kept = self.cache[:, :, source.index, :, :n_tokens]
-            self.cache[:, :, target.index, :, :n_tokens] = kept
+        return min((slot for slot in self.slots if not slot.busy), key=value)
 
     def _tick(self) -> int:
         self._clock += 1
@@ -116,11 +109,11 @@ def slot_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros; in a CPU's memory the system gives their pages when they are written to.
+    """Return zeros; on a CPU the system allocates their pages when they are written to.
 
     torch would write to all of them at once: gigabytes, of which a quiet server needs little. Pages
-    are small: large ones (numpy asks for such) come to whole slots, and the first 32 tokens of one,
-    of 124M parameters, took 20 to 220 ms with them and 20 with small ones; later steps are alike.
+    are small: NumPy's large ones come to whole slots, and the first 32 tokens of one, of 124M
+    parameters, took 20 to 220 ms with them and 20 with small ones; later steps are alike.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -133,7 +126,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def _common(held: np.ndarray, wanted: np.ndarray) -> int:
-    n = min(len(held), len(wanted))
-    differs = held[:n] != wanted[:n]
+def _common(held: np.ndarray, prompt: np.ndarray) -> int:
+    """Return the length of the longest common prefix of ids (T,) and others."""
+    n = min(len(held), len(prompt))
+    differs = held[:n] != prompt[:n]
     return int(differs.argmax()) if differs.any() else n
