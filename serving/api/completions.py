@@ -1,57 +1,41 @@
-"""Completions of texts: how they are continued, and how that is written."""
+"""The route of completions, and their JSON."""
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from nanogpt.detokenizer import Detokenizer
 from serving.api.errors import ApiError
 from serving.api.front_end import front_end
-from serving.api.generation import Choice, Piece, Token, echo_of
+from serving.api.generation import Piece, Prompt, Token, tokens_of
 from serving.api.models import ServedModel
-from serving.api.sampling import each, params_of, room_for
+from serving.api.sampling import params_of, room_for
 from serving.api.schemas import CompletionRequest
-from serving.api.stream import STREAMS, TEXT, Format, TextFrames, answer_head, frame
-from serving.engine.messages import Score, Scored
+from serving.api.stream import STREAMS, Format
+from serving.engine.messages import Score
 
 DEFAULT_TOKENS = 16  # the OpenAI API's
 
 router = APIRouter()
 
 
-@dataclass
-class Prompt:
-    """A text to continue by `max_tokens`; `echo` is what its answers begin with."""
-
-    ids: list[int]
-    text: str
-    max_tokens: int
-    echo: Piece | None = None
-
-
 @router.post("/completions", responses=STREAMS)
 async def completions(request: Request, body: CompletionRequest) -> Response:
-    """Continue one text or several."""
+    """Continue one text or several; raises ApiError for a suffix."""
     if body.suffix:
         raise ApiError(400, "suffix is not supported: these models only continue.", param="suffix")
     front = front_end(request)
     model = await front.language_model(request, body)
     prompts = await _prompts(body, model, front.most_prompts(body.n or 1))
     params = params_of(body, model, stop_ids=[model.tokenizer.eot_id], logprobs=body.logprobs)
-    if body.echo:
-        await _echo(request, body, model, prompts)
-    choices: list[Choice] = []
-    for prompt in prompts:
-        for p in each(params, body, prompt.max_tokens):
-            said = (request, model, prompt.ids, p, body.stops)
-            choices.append(front.choice(*said, index=len(choices), echo=prompt.echo))
-    head = answer_head("cmpl", model)
+    if body.echo and body.logprobs is not None:
+        await _score(request, model, prompts, body.logprobs)
+    choices = front.choices(request, body, model, prompts, params, body.stops)
     form = CompletionFormat(
-        head,
+        model,
         len(choices),
-        model.token_bytes,
         with_logprobs=body.logprobs is not None,
         include_usage=body.include_usage,
     )
@@ -61,44 +45,14 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 class CompletionFormat(Format):
     """The objects of `/v1/completions`."""
 
-    def __init__(
-        self, head: dict[str, Any], n: int, token_bytes: Sequence[bytes], **options: bool
-    ) -> None:
-        kinds = ("text_completion", "text_completion")
-        super().__init__(head, n, token_bytes, kinds=kinds, **options)
-        self._texts = [TextFrames(self._chunk(i, TEXT)) for i in range(n)]
+    prefix, kinds = "cmpl", ("text_completion", "text_completion")
 
-    def frames(self, piece: Piece) -> bytes:
-        """Return a frame with the text, and one with the reason why it ends."""
-        logprobs = self._logprobs(piece.tokens) if piece.tokens else None
-        if logprobs is not None:
-            content = frame(self._chunk(piece.index, piece.text, logprobs))
-        else:
-            content = self._texts[piece.index].render(piece.text) if piece.text else b""
-        if piece.finish_reason is None:
-            return content
-        return content + frame(self._chunk(piece.index, "", None, piece.finish_reason))
+    def delta(self, text: str) -> dict[str, Any]:
+        return {"text": text}
 
-    def choice(self, answer: Piece) -> dict[str, Any]:
-        """Return a whole answer."""
-        logprobs = self._logprobs(answer.tokens) if self._with_logprobs else None
-        return self._choice(answer.index, answer.text, logprobs, answer.finish_reason)
+    message = delta
 
-    def _chunk(
-        self,
-        index: int,
-        text: str,
-        logprobs: dict[str, Any] | None = None,
-        finish_reason: str | None = None,
-    ) -> dict[str, Any]:
-        return {**self._chunk_head, "choices": [self._choice(index, text, logprobs, finish_reason)]}
-
-    def _choice(
-        self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None
-    ) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-
-    def _logprobs(self, tokens: list[Token]) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         return {
             "tokens": [self._name(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
@@ -107,7 +61,7 @@ class CompletionFormat(Format):
         }
 
     def _top(self, token: Token) -> dict[str, float] | None:
-        """Return the likeliest tokens and the chosen one; None where nothing is known."""
+        """Return the likeliest tokens and the chosen one, with their log-probabilities."""
         if token.logprob is None:
             return None
         top = {self._name(i): logprob for i, logprob in zip(*token.top, strict=True)}
@@ -122,44 +76,47 @@ class CompletionFormat(Format):
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-async def _prompts(body: CompletionRequest, model: ServedModel, most: int) -> list[Prompt]:
-    """Return the prompts, one or several, as texts or as ids."""
+async def _prompts(body: CompletionRequest, model: ServedModel, limit: int) -> list[Prompt]:
+    """Return the prompts, one or several, given as texts or as ids."""
     given: Any = "" if body.prompt is None else body.prompt
     several = isinstance(given, list) and not (given and isinstance(given[0], int))
     prompts = given if several else [given]
-    if not 1 <= len(prompts) <= most:
+    if not 1 <= len(prompts) <= limit:
         with_n = f", with n={body.n}" if body.n else ""
-        message = f"There are {len(prompts)} prompts{with_n}; give 1 to {most} of them."
+        message = f"There are {len(prompts)} prompts{with_n}; give 1 to {limit} of them."
         raise ApiError(400, message, param="prompt")
-    wanted = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     if body.add_special_tokens is False and not all(prompts):
         raise ApiError(400, "A prompt is empty, and add_special_tokens is false.", param="prompt")
-    return [await _prompt(prompt, wanted, model, body.add_special_tokens) for prompt in prompts]
+    max_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+    return [await _prompt(prompt, max_tokens, model, body) for prompt in prompts]
 
 
 async def _prompt(
-    given: str | list[int], wanted: int, model: ServedModel, add_special_tokens: bool | None
+    given: str | list[int], max_tokens: int, model: ServedModel, body: CompletionRequest
 ) -> Prompt:
     if isinstance(given, str):
         model.check_chars(len(given), "prompt")
-        ids = await model.encode(given, add_special_tokens=add_special_tokens)
-        return Prompt(ids, given, room_for(ids, wanted, model, "prompt"))
-    ids = given or await model.encode("")
-    max_tokens = room_for(ids, wanted, model, "prompt")
+        ids = await model.encode(given, add_special_tokens=body.add_special_tokens)
+    else:
+        ids = given or await model.encode("")
+    prompt = Prompt(ids, room_for(ids, max_tokens, model, "prompt"))
     model.check_ids(ids, "prompt")
-    return Prompt(ids, model.tokenizer.decode(ids), max_tokens)
+    if body.echo:
+        text = given if isinstance(given, str) else model.tokenizer.decode(ids)
+        prompt.echo = Piece(0, text)
+    return prompt
 
 
-async def _echo(
-    request: Request, body: CompletionRequest, model: ServedModel, prompts: Sequence[Prompt]
-) -> None:
-    """Let answers begin with their prompts, with log-probabilities where they were requested."""
-    front, top = front_end(request), body.logprobs
-    scores: Sequence[Scored | None] = [None] * len(prompts)
-    if top is not None:
-        labels = front.labels(request)
-        asked = [Score(front.new_id(request), model.id, p.ids, top, **labels) for p in prompts]
-        scores = await front.ask(request, [front.client.score(score) for score in asked])
-    for prompt, scored in zip(prompts, scores, strict=True):
-        prompt.echo = echo_of(prompt.text, prompt.ids, model.token_bytes, scored)
+async def _score(request: Request, model: ServedModel, prompts: Sequence[Prompt], top: int) -> None:
+    """Add log-probabilities to the echoes of prompts."""
+    front = front_end(request)
+    labels = front.labels(request)
+    scores = [Score(front.new_id(request), model.id, p.ids, top, **labels) for p in prompts]
+    answers = await front.ask(request, [front.client.score(score) for score in scores])
+    for prompt, scored in zip(prompts, answers, strict=True):
+        assert prompt.echo is not None
+        detokenizer = Detokenizer(model.token_bytes)
+        detokenizer.feed(prompt.ids)
+        logprobs = (scored.logprobs, scored.top_ids, scored.top_logprobs)
+        prompt.echo.tokens = tokens_of(prompt.ids, detokenizer.starts, *logprobs)
         await asyncio.sleep(0)

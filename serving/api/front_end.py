@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
+from msgspec.structs import replace
 from starlette.requests import ClientDisconnect
 
 from serving.api.deadlines import Deadlines
 from serving.api.errors import ApiError
-from serving.api.generation import Choice, Generation, Piece
+from serving.api.generation import Choice, Generation, Prompt
 from serving.api.metrics import Metrics
 from serving.api.models import Catalogue, ServedModel
+from serving.api.sampling import seeds
 from serving.api.schemas import SamplingRequest
 from serving.api.settings import ApiSettings
 from serving.api.stream import EventStream, Format, to_json, whole
@@ -84,23 +86,27 @@ class FrontEnd:
         """Return whose turn the engine's work for a request counts as: the key's hash, an id."""
         return {"key": request.state.key, "origin": request.state.request_id}
 
-    def choice(
+    def choices(
         self,
         request: Request,
+        body: SamplingRequest,
         model: ServedModel,
-        ids: list[int],
+        prompts: Sequence[Prompt],
         params: SamplingParams,
-        stops: Sequence[str] = (),
-        *,
-        index: int = 0,
-        echo: Piece | None = None,
-    ) -> Choice:
-        """Return one answer, to be generated."""
-        if self.settings.log_prompts:
-            request.state.log.setdefault("prompts", {})[index] = model.tokenizer.decode(ids)
-        labels = self.labels(request)
-        generate = Generate(self.new_id(request), model.id, ids, params, **labels)
-        return Choice(index, generate, model.token_bytes, stops, echo)
+        stops: Sequence[str],
+    ) -> list[Choice]:
+        """Return `n` answers for each prompt, which differ in the seed, to be generated."""
+        choices: list[Choice] = []
+        for prompt in prompts:
+            for seed in seeds(body.seed, 1 if body.n is None else body.n):
+                if self.settings.log_prompts:
+                    logged = request.state.log.setdefault("prompts", {})
+                    logged[len(choices)] = model.tokenizer.decode(prompt.ids)
+                own = replace(params, max_tokens=prompt.max_tokens, seed=seed)
+                labels = self.labels(request)
+                asked = Generate(self.new_id(request), model.id, prompt.ids, own, **labels)
+                choices.append(Choice(len(choices), asked, model.token_bytes, stops, prompt.echo))
+        return choices
 
     def generation(self, request: Request, choices: Sequence[Choice]) -> Generation:
         """Start to generate answers; whoever asked closes it."""
@@ -124,7 +130,7 @@ class FrontEnd:
                     include_usage=body.include_usage,
                     on_end=lambda: _note(request, generation),
                 )
-            answers = await unless_left(request, collected(generation))
+            answers = await unless_left(request, generation.whole())
             content = await whole(form, answers, generation.usage())
             return Response(content, media_type="application/json")
         finally:
@@ -142,15 +148,6 @@ def front_end(request: Request) -> FrontEnd:
 def json_response(content: Any) -> Response:
     """Return an answer of 200."""
     return Response(to_json(content), media_type="application/json")
-
-
-async def collected(generation: Generation) -> list[Piece]:
-    """Return whole answers."""
-    answers = [Piece(choice.index, "") for choice in generation.choices]
-    async for pieces in generation:
-        for piece in pieces:
-            answers[piece.index].add(piece)
-    return answers
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:

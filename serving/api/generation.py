@@ -1,13 +1,13 @@
-"""One request's answers: `n` for each prompt, computed side by side, their text as it becomes sure.
+"""The answers to one request: `n` for each prompt, generated concurrently and detokenized.
 
-Streamed or not, an answer comes from here, so both have the same text.
+Streamed and whole answers both come from here, so their texts are equal.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nanogpt.detokenizer import Detokenizer
@@ -15,15 +15,15 @@ from serving.api import errors
 from serving.api.deadlines import Deadlines
 from serving.api.errors import ApiError
 from serving.engine.client import EngineClient
-from serving.engine.messages import Finished, Generate, Scored, Tokens
+from serving.engine.messages import Finished, Generate, Tokens
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token, where its text begins in the answer, and how likely it and others were in its place.
+    """A token, the offset of its text in the answer, and its log-probability.
 
-    `top` is the ids of the likeliest tokens and their log-probabilities. The first token of a
-    prompt has no log-probability.
+    `top` is the ids of the likeliest tokens in its place and their log-probabilities. The first
+    token of a prompt has no log-probability.
     """
 
     id: int
@@ -34,7 +34,7 @@ class Token:
 
 @dataclass
 class Piece:
-    """What an answer grows by; `tokens` only where log-probabilities were asked for."""
+    """New text of an answer; `tokens` only where log-probabilities were requested."""
 
     index: int
     text: str
@@ -42,17 +42,23 @@ class Piece:
     finish_reason: Literal["stop", "length"] | None = None
 
     def add(self, later: "Piece") -> None:
-        """Take in the piece that follows."""
+        """Append the piece that follows."""
         self.text += later.text
         self.tokens += later.tokens
         self.finish_reason = later.finish_reason
 
 
-class Choice:
-    """One answer: what is asked of the engine, and the text of what came.
+@dataclass
+class Prompt:
+    """The ids of a prompt and the most tokens of an answer to it, which begins with `echo`."""
 
-    `echo` is what the answer begins with, of the prompt; several answers may share it.
-    """
+    ids: list[int]
+    max_tokens: int
+    echo: Piece | None = None
+
+
+class Choice:
+    """One answer: the engine's request, and the text of its tokens."""
 
     def __init__(
         self,
@@ -66,12 +72,11 @@ class Choice:
         self.request = request
         self.cached_tokens = 0
         self.wait_s = 0.0  # for a slot
-        self.finish_reason: str | None = None
-        self._echo = replace(echo, index=index, tokens=[*echo.tokens]) if echo else None
+        self.finish_reason: Literal["stop", "length"] | None = None
         self._detokenizer = Detokenizer(token_bytes, stops)
-        self._offset = len(echo.text) if echo else 0
-        self._untold: list[Token] = []  # whose text is held back
-        self._n_emitted = 0
+        self._next = Piece(index, echo.text, [*echo.tokens]) if echo else Piece(index, "")
+        self._offset = len(self._next.text)
+        self._pending: list[Token] = []  # whose text is held back
 
     @property
     def completion_tokens(self) -> int:
@@ -79,64 +84,49 @@ class Choice:
         return self._detokenizer.n_tokens
 
     def take(self, event: Tokens | Finished) -> Piece:
-        """Return what an event of the engine adds to the answer."""
-        piece = Piece(self.index, "")
+        """Return what an event of the engine adds to the answer, its first piece with the echo."""
+        detokenizer, n_before = self._detokenizer, self._detokenizer.n_tokens
+        piece, self._next = self._next, Piece(self.index, "")
         if isinstance(event, Tokens):
-            n_before = self._detokenizer.n_tokens
-            piece.text = self._detokenizer.feed(event.ids)
+            piece.text += detokenizer.feed(event.ids)
             if event.logprobs is not None:
-                self._untold += self._with_logprobs(event, n_before)
+                offsets = [self._offset + start for start in detokenizer.starts[n_before:]]
+                scores = (event.logprobs, event.top_ids, event.top_logprobs)
+                self._pending += tokens_of(event.ids, offsets, *scores)
         else:
-            piece.text = self._detokenizer.finish()
+            piece.text += detokenizer.finish()
             piece.finish_reason = event.reason
         if event.cached_tokens is not None and event.queue_s is not None:
             self.cached_tokens, self.wait_s = event.cached_tokens, event.queue_s
-        if self._detokenizer.stopped:
+        if detokenizer.stopped:
             piece.finish_reason = "stop"
         self.finish_reason = piece.finish_reason
-        if self._untold:
-            piece.tokens = self._told()
-        return self.after_echo(piece)
-
-    def after_echo(self, piece: Piece) -> Piece:
-        """Return a piece, what the answer begins with before it where it is the first."""
-        if self._echo is None:
-            return piece
-        first, self._echo = self._echo, None
-        first.add(piece)
-        return first
-
-    def _with_logprobs(self, event: Tokens, n_before: int) -> list[Token]:
-        offsets = [self._offset + start for start in self._detokenizer.starts[n_before:]]
-        scores = (event.logprobs or (), event.top_ids, event.top_logprobs)
-        return tokens_of(event.ids, offsets, *scores)
-
-    def _told(self) -> list[Token]:
-        n_new = self._detokenizer.n_emitted - self._n_emitted
-        self._n_emitted += n_new
-        told, self._untold = self._untold[:n_new], self._untold[n_new:]
-        return told
+        n_emitted = len(self._pending) - (detokenizer.n_tokens - detokenizer.n_emitted)
+        if n_emitted > 0:
+            piece.tokens += self._pending[:n_emitted]
+            del self._pending[:n_emitted]
+        return piece
 
 
 class Generation:
-    """The answers to one request as they grow: iterate it, and close it whatever happens.
+    """The answers to one request as they grow: iterate over it, and close it in any case.
 
-    Reading the engine never waits for the client: a slow one finds more text in the next piece.
+    The engine is read without waiting for the client: a slow one gets longer pieces.
     """
 
     def __init__(self, client: EngineClient, choices: Sequence[Choice]) -> None:
         self.choices = choices
         self.began = time.monotonic()
         self._client = client
-        self._waiting: list[Piece] = []
+        self._pieces: dict[int, Piece] = {}  # not yet iterated over, by the index of the answer
         self._changed = asyncio.Event()
         self._error: ApiError | None = None
-        self._open = len(choices)
+        self._n_open = len(choices)
         self._tasks: list[asyncio.Task[None]] = []
         self._timers: list[asyncio.TimerHandle] = []
 
     def start(self, deadlines: Deadlines) -> None:
-        """Ask the engine; fail where its first token or the last does not come in time."""
+        """Send the requests to the engine; fail when a deadline passes."""
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._read(choice)) for choice in self.choices]
         self._timers = [
@@ -145,29 +135,34 @@ class Generation:
         ]
 
     async def wait_for_first(self, seconds: float) -> None:
-        """Wait until there is a piece, for so long; raises what failed before there was one."""
-        waiting = asyncio.ensure_future(self._changed.wait())
-        try:
-            await asyncio.wait([waiting], timeout=seconds)
-        finally:
-            waiting.cancel()
-        if self._error and not self._waiting:
+        """Wait for the first piece; raises ApiError where the generation failed before it."""
+        with suppress(asyncio.TimeoutError, TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), seconds)
+        if self._error and not self._pieces:
             raise self._error
 
     async def __aiter__(self) -> AsyncIterator[list[Piece]]:
-        """Yield what has come meanwhile, at most one piece for each answer; raises ApiError."""
-        while self._waiting or self._open:
-            if self._waiting:
-                pieces, self._waiting = self._waiting, []
-                yield _joined(pieces)
+        """Yield the new pieces, at most one for each answer; raises ApiError."""
+        while self._pieces or self._n_open:
+            if self._pieces:
+                pieces, self._pieces = self._pieces, {}
+                yield list(pieces.values())
             elif self._error:
                 raise self._error
             else:
                 self._changed.clear()
                 await self._changed.wait()
 
+    async def whole(self) -> list[Piece]:
+        """Return the complete answers."""
+        answers = [Piece(choice.index, "") for choice in self.choices]
+        async for pieces in self:
+            for piece in pieces:
+                answers[piece.index].add(piece)
+        return answers
+
     async def close(self) -> None:
-        """Let the engine forget what is not finished."""
+        """Cancel the requests that are not finished."""
         for timer in self._timers:
             timer.cancel()
         for task in self._tasks:
@@ -190,42 +185,33 @@ class Generation:
         }
 
     async def _read(self, choice: Choice) -> None:
+        request = choice.request
         try:
-            if choice.request.params.max_tokens:
-                async with aclosing(self._client.generate(choice.request)) as events:
+            if request.params.max_tokens:
+                async with aclosing(self._client.generate(request)) as events:
                     async for event in events:
                         self._put(choice.take(event))
                         if choice.finish_reason:
-                            self._client.stop(choice.request.request_id)
+                            self._client.stop(request.request_id)
                             break
             else:
-                self._put(choice.after_echo(Piece(choice.index, "", finish_reason="length")))
-            self._open -= 1
+                self._put(choice.take(Finished(request.request_id, "length", 0, 0.0)))
+            self._n_open -= 1
             self._changed.set()
         except Exception as error:
-            self._fail(errors.from_exception(error, choice.request.request_id))
+            self._fail(errors.from_exception(error, request.request_id))
 
     def _put(self, piece: Piece) -> None:
         self._timers[0].cancel()
-        if piece.text or piece.tokens or piece.finish_reason:
-            self._waiting.append(piece)
+        if piece.index in self._pieces:
+            self._pieces[piece.index].add(piece)
+        elif piece.text or piece.tokens or piece.finish_reason:
+            self._pieces[piece.index] = piece
             self._changed.set()
 
     def _fail(self, error: ApiError) -> None:
         self._error = self._error or error
         self._changed.set()
-
-
-def echo_of(
-    text: str, ids: Sequence[int], token_bytes: Sequence[bytes], scored: Scored | None
-) -> Piece:
-    """Return what an answer to a prompt begins with, and how likely it was where that is known."""
-    if scored is None:
-        return Piece(0, text)
-    measure = Detokenizer(token_bytes)
-    measure.feed(ids)
-    scores = (scored.logprobs, scored.top_ids, scored.top_logprobs)
-    return Piece(0, text, tokens_of(ids, measure.starts, *scores))
 
 
 def tokens_of(
@@ -235,23 +221,10 @@ def tokens_of(
     top_ids: Sequence[Sequence[int]] | None,
     top_logprobs: Sequence[Sequence[float]] | None,
 ) -> list[Token]:
-    """Return tokens with what is known of each; of what goes beyond `offsets`, nothing."""
-    nothing: Sequence[Sequence[Any]] = [()] * len(ids)
-    tops = zip(top_ids or nothing, top_logprobs or nothing, strict=True)
+    """Return tokens with their log-probabilities, as many as there are offsets."""
+    none: Sequence[Sequence[Any]] = [()] * len(ids)
+    tops = zip(top_ids or none, top_logprobs or none, strict=True)
     return [
         Token(i, offset, logprob, top)
-        for i, offset, logprob, top in zip(ids, offsets, logprobs, tops, strict=False)  # cut short
+        for i, offset, logprob, top in zip(ids, offsets, logprobs, tops, strict=False)
     ]
-
-
-def _joined(pieces: list[Piece]) -> list[Piece]:
-    """Return pieces with those of one answer joined, in the order of the first of each."""
-    if len(pieces) == 1:
-        return pieces
-    joined: dict[int, Piece] = {}
-    for piece in pieces:
-        if piece.index in joined:
-            joined[piece.index].add(piece)
-        else:
-            joined[piece.index] = piece
-    return list(joined.values())

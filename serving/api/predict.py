@@ -6,9 +6,10 @@ import time
 from fastapi import APIRouter, Request, Response
 
 from serving.api.errors import ApiError
-from serving.api.front_end import collected, front_end, json_response, unless_left
+from serving.api.front_end import front_end, json_response, unless_left
+from serving.api.generation import Prompt
 from serving.api.models import ServedModel
-from serving.api.sampling import each, params_of, room_for
+from serving.api.sampling import params_of, room_for
 from serving.api.schemas import (
     ChatMessage,
     ClassifyRequest,
@@ -120,20 +121,15 @@ async def _answer(request: Request, model: ServedModel, body: PredictRequest) ->
         ids = await model.encode_chat([ChatMessage(role="user", content=body.input_data)])
     else:
         ids = await model.encode(body.input_data)
-    wanted = PREDICTED_TOKENS if body.max_tokens is None else body.max_tokens
-    max_tokens = room_for(ids, wanted, model, "input_data")
+    limit = PREDICTED_TOKENS if body.max_tokens is None else body.max_tokens
+    prompt = Prompt(ids, room_for(ids, limit, model, "input_data"))
     sampling = SamplingRequest(temperature=body.temperature, seed=body.seed)
-    params = params_of(
-        sampling,
-        model,
-        stop_ids=template.stop_ids(model.tokenizer) if template else [model.tokenizer.eot_id],
-        logprobs=None,
-    )
-    (params,) = each(params, sampling, max_tokens)
+    stop_ids = template.stop_ids(model.tokenizer) if template else [model.tokenizer.eot_id]
+    params = params_of(sampling, model, stop_ids=stop_ids, logprobs=None)
     stops = template.stop_texts if template else ()
-    choice = front.choice(request, model, ids, params, stops)
-    generation = front.generation(request, [choice])
+    choices = front.choices(request, sampling, model, [prompt], params, stops)
+    generation = front.generation(request, choices)
     try:
-        return (await unless_left(request, collected(generation)))[0].text
+        return (await unless_left(request, generation.whole()))[0].text
     finally:
         await generation.close()

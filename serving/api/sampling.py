@@ -1,9 +1,7 @@
-"""From a request's fields to what the engine is asked: one set of parameters for each answer."""
+"""The engine's sampling parameters from the fields of a request."""
 
 import secrets
 from collections.abc import Mapping, Sequence
-
-from msgspec.structs import replace
 
 from serving.api.errors import ApiError
 from serving.api.models import ServedModel
@@ -12,12 +10,16 @@ from serving.engine.messages import SamplingParams
 
 SEED_STEP = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: seeds of n answers are far apart
 MASK = 2**64 - 1
+SHARED = {  # fields with the same names, ranges and defaults
+    *("temperature", "top_p", "min_p"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+}
 
 
 def params_of(
     body: SamplingRequest, model: ServedModel, *, stop_ids: Sequence[int], logprobs: int | None
 ) -> SamplingParams:
-    """Return what all answers to a request share; `each` adds their number of tokens and seeds.
+    """Return what all answers to a request share, all but the number of tokens and the seed.
 
     Raises ApiError for ids that the model lacks.
     """
@@ -25,47 +27,32 @@ def params_of(
     model.check_ids(own_stops, "stop_token_ids")
     return SamplingParams(
         max_tokens=0,
-        temperature=_given(body.temperature, 1.0),
         top_k=min(body.top_k, model.details.vocab_size) if body.top_k and body.top_k > 0 else None,
-        top_p=body.top_p,
-        min_p=body.min_p,
-        presence_penalty=_given(body.presence_penalty, 0.0),
-        frequency_penalty=_given(body.frequency_penalty, 0.0),
-        repetition_penalty=_given(body.repetition_penalty, 1.0),
         logit_bias=_bias(body.logit_bias or {}, model),
         stop_ids=tuple(dict.fromkeys([*stop_ids, *own_stops])),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
+        **body.model_dump(include=SHARED, exclude_none=True),
     )
 
 
-def each(params: SamplingParams, body: SamplingRequest, max_tokens: int) -> list[SamplingParams]:
-    """Return the parameters of each of `n` answers to a prompt, which differ in the seed."""
-    n = 1 if body.n is None else body.n
-    return [replace(params, max_tokens=max_tokens, seed=seed) for seed in seeds(body.seed, n)]
+def room_for(ids: Sequence[int], limit: int | None, model: ServedModel, param: str) -> int:
+    """Return how many tokens may follow a prompt, up to a limit and the end of the context.
 
-
-def room_for(ids: Sequence[int], wanted: int | None, model: ServedModel, param: str) -> int:
-    """Return how many tokens may follow a prompt: those wanted, at most to the end of the context.
-
-    -1 is as many as fit. Raises ApiError where there is room for none.
+    None and -1 are no limit. Raises ApiError for a prompt that leaves no room.
     """
     room = model.details.block_size - len(ids)
-    if wanted == 0 and room >= 0:
+    if limit == 0 and room >= 0:
         return 0
     if room < 1:
         raise model.too_long(f"{len(ids)}", param)
-    return room if wanted is None or wanted < 0 else min(wanted, room)
+    return room if limit is None or limit < 0 else min(limit, room)
 
 
 def seeds(seed: int | None, n: int) -> list[int]:
     """Return a seed for each of n answers; the first is the one given."""
     first = secrets.randbits(63) if seed is None else seed & MASK
     return [(first + i * SEED_STEP) & MASK for i in range(n)]
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value
 
 
 def _bias(bias: Mapping[str, float], model: ServedModel) -> dict[int, float]:

@@ -1,8 +1,8 @@
-"""Server-sent events in the grammar that every client reads.
+"""The JSON objects of answers, and streams of server-sent events as OpenAI's clients parse them.
 
-`data: {...}` and a blank line; the first chunk of a chat has the role, then text, then a chunk with
-the finish reason and no text, the usage where it was asked for, and `[DONE]`. No `id:` lines: after
-one, a ping reads as an empty event (openai/openai-python, `_streaming.py`).
+An event is `data: {...}` and a blank line. The first chunk of a chat has the role; chunks of text
+follow, one with the finish reason and no text, the usage if requested, and `[DONE]`. There are no
+`id:` lines: after one, a ping reads as an empty event (openai/openai-python, `_streaming.py`).
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from sse_starlette.sse import AppStatus
 from starlette.types import Receive, Scope, Send
 
 from serving.api.errors import ApiError
-from serving.api.generation import Generation, Piece
+from serving.api.generation import Generation, Piece, Token
 from serving.api.models import ServedModel
 
 DONE = b"data: [DONE]\n\n"
@@ -29,55 +29,91 @@ LONG_BYTES = 10_000  # frames that take about a millisecond to render
 STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 # str.splitlines, and so the line readers of httpx and requests, split at these too.
 LINE_SEPARATORS = {"\u2028": "\\u2028", "\u2029": "\\u2029", "\u0085": "\\u0085"}
-TEXT = "\x00text\x00"  # where the text goes in a chunk that TextFrames renders
+TEXT = "\x00text\x00"  # a placeholder in rendered JSON
 
 AppStatus.disable_automatic_graceful_drain()  # open answers finish: see serving/app.py
 
 
 class Format(ABC):
-    """How one of the two APIs writes an answer.
+    """The JSON objects of an answer of one of the two APIs; all share id, time and model."""
 
-    All objects of one answer share `head`: id, time, model.
-    """
+    prefix: str  # of the id
+    kinds: tuple[str, str]  # of a whole answer and of a chunk
 
     def __init__(
-        self,
-        head: dict[str, Any],
-        n: int,
-        token_bytes: Sequence[bytes],
-        *,
-        kinds: tuple[str, str],
-        with_logprobs: bool,
-        include_usage: bool,
+        self, model: ServedModel, n: int, *, with_logprobs: bool, include_usage: bool
     ) -> None:
-        whole, chunk = kinds
-        self.head = {**head, "object": whole}
-        self._chunk_head = {**head, "object": chunk}
-        if include_usage:  # where the last chunk has the usage, the others name it
+        whole, chunk = self.kinds
+        self.head: dict[str, Any] = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "object": whole,
+            "created": int(time.time()),
+            "model": model.id,
+            "system_fingerprint": model.fingerprint,
+        }
+        self._chunk_head = {**self.head, "object": chunk}
+        if include_usage:  # null in all chunks but the last
             self._chunk_head["usage"] = None
         self._n = n
-        self._token_bytes = token_bytes
+        self._token_bytes = model.token_bytes
         self._with_logprobs = with_logprobs
+        # Frames of text alone are rendered once, but for the text.
+        self._texts = [self._frame(i, self.delta(TEXT)).split(to_json(TEXT)) for i in range(n)]
+
+    @abstractmethod
+    def delta(self, text: str) -> dict[str, Any]:
+        """Return the text of a chunk."""
+
+    @abstractmethod
+    def message(self, text: str) -> dict[str, Any]:
+        """Return the text of a whole answer."""
+
+    @abstractmethod
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """Return tokens with their log-probabilities."""
 
     def opening(self) -> bytes:
         """Return the frames before any text."""
         return b""
 
-    @abstractmethod
     def frames(self, piece: Piece) -> bytes:
-        """Return the frames of what an answer grew by, and of the reason why it ends."""
+        """Return a frame with the new text and tokens, and one with the finish reason."""
+        content = b""
+        if piece.tokens:
+            logprobs = self.logprobs(piece.tokens)
+            content = self._frame(piece.index, self.delta(piece.text), logprobs)
+        elif piece.text:
+            content = to_json(piece.text).join(self._texts[piece.index])
+        if piece.finish_reason is None:
+            return content
+        return content + self._frame(piece.index, self.delta(""), None, piece.finish_reason)
 
-    @abstractmethod
     def choice(self, answer: Piece) -> dict[str, Any]:
         """Return a whole answer, not streamed."""
+        return {
+            "index": answer.index,
+            **self.message(answer.text),
+            "logprobs": self.logprobs(answer.tokens) if self._with_logprobs else None,
+            "finish_reason": answer.finish_reason,
+        }
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         """Return the frame with the usage."""
         return frame({**self._chunk_head, "choices": [], "usage": usage})
 
+    def _frame(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+    ) -> bytes:
+        rest = {"logprobs": logprobs, "finish_reason": finish_reason}
+        return frame({**self._chunk_head, "choices": [{"index": index, **delta, **rest}]})
+
 
 class EventStream(EventSourceResponse):
-    """A generation as it grows; whatever ends the stream closes the generation."""
+    """The stream of a generation, which is closed when the stream ends for any reason."""
 
     def __init__(
         self,
@@ -107,11 +143,11 @@ class EventStream(EventSourceResponse):
 
 
 async def events(generation: Generation, form: Format, include_usage: bool) -> AsyncIterator[bytes]:
-    """Yield the frames of a stream; a failure on the way is a frame too, before the end."""
+    """Yield the frames of a stream; an error during generation is a frame before `[DONE]`."""
     yield form.opening()
     try:
-        async with aclosing(generation.__aiter__()) as growth:  # type: ignore[type-var]
-            async for pieces in growth:
+        async with aclosing(generation.__aiter__()) as iterator:  # type: ignore[type-var]
+            async for pieces in iterator:
                 frames = []
                 for piece in pieces:
                     frames.append(form.frames(piece))
@@ -126,7 +162,7 @@ async def events(generation: Generation, form: Format, include_usage: bool) -> A
 
 
 async def whole(form: Format, answers: Sequence[Piece], usage: dict[str, Any]) -> bytes:
-    """Return answers as one JSON object; the event loop runs between two of them."""
+    """Return answers as one JSON object, yielding to the event loop after each."""
     before, after = to_json({**form.head, "choices": [TEXT], "usage": usage}).split(to_json(TEXT))
     parts = [before]
     for answer in answers:
@@ -135,40 +171,15 @@ async def whole(form: Format, answers: Sequence[Piece], usage: dict[str, Any]) -
     return b"".join([*parts[:-1], after])
 
 
-def answer_head(prefix: str, model: ServedModel) -> dict[str, Any]:
-    """Return what every object of an answer begins with."""
-    return {
-        "id": f"{prefix}-{secrets.token_hex(12)}",
-        "object": "",  # the format's
-        "created": int(time.time()),
-        "model": model.id,
-        "system_fingerprint": model.fingerprint,
-    }
-
-
 def frame(content: dict[str, Any]) -> bytes:
     """Return one event."""
     return b"data: " + to_json(content) + b"\n\n"
 
 
 def to_json(content: Any) -> bytes:
-    """Return compact JSON on what every reader takes for one line.
-
-    Lone surrogates, which a client may have sent, and line separators are escaped.
-    """
+    """Return compact JSON on one line, with lone surrogates and Unicode line separators escaped."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     if not text.isascii():
         for separator, escape in LINE_SEPARATORS.items():
             text = text.replace(separator, escape)
     return text.encode("utf-8", "backslashreplace")
-
-
-class TextFrames:
-    """Frames that differ in a text only: all else is rendered once."""
-
-    def __init__(self, chunk: dict[str, Any]) -> None:
-        self._before, self._after = frame(chunk).split(to_json(TEXT))
-
-    def render(self, text: str) -> bytes:
-        """Return the frame with this text."""
-        return self._before + to_json(text) + self._after
