@@ -15,16 +15,20 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from nanogpt.checkpoint import Checkpoint, find_init_from, init_model, load_checkpoint
+from nanogpt.checkpoint import find_init_from, init_model, load_checkpoint
 from nanogpt.command import add_allow_module, add_directory, guard_output, parse, run_command
 from nanogpt.evaluation import processes
 from nanogpt.evaluation.results import Row, add_evaluation, lines, run_dir_of, table, write_rows
 from nanogpt.evaluation.scoring import BATCH_SIZE
-from nanogpt.evaluation.tasks import TASKS, find_task
+from nanogpt.evaluation.tasks import SHARED, TASKS, find_task, task_options
 from nanogpt.report.figures import draw_scores, drawn_metrics, standalone
+from nanogpt.report.report import write_report
+from nanogpt.runs.directory import RunDirectory
 from nanogpt.text import print_line
+
+NOT_RECORDED = {"data", "limit", "data_dir", "batch_size", "options"}  # or recorded by other keys
+NOT_RECORDED |= {"judge_url", "judge_key", "answers", "include_path"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nonlocal exit_code
         check(options)
         if options.processes > 1 and processes.world_size() == 1:
-            find_checkpoints(options)  # so that what is not there is said once
+            find_checkpoints(options)  # so that one process reports a missing one
             exit_code = processes.launch(options.processes, given)
         else:
             measure(options)
@@ -47,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise for what cannot work, before anything is loaded."""
+    """Raise ValueError or OSError for options that cannot work, before anything is loaded."""
     for option in ("json", "picture"):
         path = getattr(options, option)
         if path is not None and not path.parent.is_dir():
@@ -59,12 +63,12 @@ def check(options: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')} {value} is not a number of at least 1")
     several = max(options.processes, processes.world_size()) > 1
-    if several and not find_task(options.task).shares_work:
+    if several and options.task not in SHARED:
         raise ValueError(f"--task {options.task} runs in one process; leave --processes out")
 
 
 def find_checkpoints(options: argparse.Namespace) -> list[Path]:
-    """Return where the checkpoints lie, published ones fetched; raises where one is missing."""
+    """Return the paths of the checkpoints, published ones fetched; raises where one is missing."""
     with processes.rank_zero_first():
         return [
             find_init_from(reference, options.runs_dir, options.data_dir)
@@ -73,32 +77,28 @@ def find_checkpoints(options: argparse.Namespace) -> list[Path]:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Score all checkpoints and tell the figures, also where a later one cannot be scored."""
-    if processes.rank() == 0:
-        show_progress()
+    """Score all checkpoints and print the results, also where a later one cannot be scored."""
+    is_first = processes.rank() == 0
+    if is_first:
+        log = logging.getLogger("nanogpt.evaluation")  # the scorer's progress
+        log.handlers = [logging.StreamHandler()]
+        log.setLevel(logging.INFO)
     processes.join()
     rows: list[Row] = []
     try:
         paths = find_checkpoints(options)
         for reference, path in zip(options.checkpoints, paths, strict=True):
-            rows.append(row(reference, path, options))
+            rows.append(score(reference, path, options))
     finally:
         try:
-            if rows and processes.rank() == 0:
+            if rows and is_first:
                 print_results(rows, options)
         finally:
             processes.leave()
 
 
-def show_progress() -> None:
-    """Send the scorer's log to standard error."""
-    log = logging.getLogger("nanogpt.evaluation")
-    log.handlers = [logging.StreamHandler()]
-    log.setLevel(logging.INFO)
-
-
-def row(reference: str, path: Path, options: argparse.Namespace) -> Row:
-    """Return what a task makes of one checkpoint, kept with the run that it is of."""
+def score(reference: str, path: Path, options: argparse.Namespace) -> Row:
+    """Return the results of a checkpoint; rank zero adds them to the report of its run."""
     device = processes.device_of_rank(options.device)
     checkpoint = (
         load_checkpoint(path, device=device, allow_modules=options.allow_module)
@@ -106,36 +106,22 @@ def row(reference: str, path: Path, options: argparse.Namespace) -> Row:
         else init_model(path)
     )
     checkpoint.model.to(device).eval()
-    results = find_task(options.task).run(checkpoint, options)
-    new = {"checkpoint": str(reference), "task": options.task, "results": results}
+    task = find_task(options.task)
+    read = task_options(task, options)
+    row = {"checkpoint": reference, "task": options.task, "results": task(checkpoint, **read)}
     run_dir = run_dir_of(checkpoint.path)
     if run_dir is not None and processes.rank() == 0 and options.report:
-        add_to_report(run_dir, new, checkpoint, options)
-    return new
-
-
-def add_to_report(
-    run_dir: Path, new: Row, checkpoint: Checkpoint, options: argparse.Namespace
-) -> None:
-    """Write a row into a run's evaluations.json, and its report.html anew."""
-    about: dict[str, Any] = {
-        "step": checkpoint.step,
-        "data": None if options.data is None else str(options.data.resolve()),
-        "limit": options.limit,
-        **{
-            name: getattr(options, name)
-            for name in find_task(options.task).reads
-            if getattr(options, name) != parser().get_default(name)
-        },
-    }
-    try:
-        add_evaluation(run_dir, {**new, "checkpoint": run_dir.name}, about)
-        if (run_dir / "report.html").is_file():  # of a finished run
-            from nanogpt.report.report import write_report
-
-            write_report(run_dir)
-    except OSError as error:
-        print(f"nanogpt.evaluate: {run_dir} is left as it was ({error})", file=sys.stderr)
+        default = parser().get_default
+        own = {k: v for k, v in read.items() if k not in NOT_RECORDED and v != default(k)}
+        data = None if options.data is None else str(options.data.resolve())
+        about = {"step": checkpoint.step, "data": data, "limit": options.limit, **own}
+        try:
+            add_evaluation(run_dir, {**row, "checkpoint": run_dir.name}, about)
+            if RunDirectory(run_dir).report_path.is_file():  # of a finished run
+                write_report(run_dir)
+        except OSError as error:
+            print(f"nanogpt.evaluate: {run_dir} stays as it was ({error})", file=sys.stderr)
+    return row
 
 
 def print_results(rows: Sequence[Row], options: argparse.Namespace) -> None:
@@ -156,7 +142,7 @@ def print_results(rows: Sequence[Row], options: argparse.Namespace) -> None:
 
 
 def task_name(text: str) -> str:
-    """Return the name of a task; raises ArgumentTypeError where there is none."""
+    """Return the name of a task; raises ArgumentTypeError for an unknown one."""
     try:
         find_task(text)
     except ValueError as error:

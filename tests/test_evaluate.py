@@ -3,16 +3,18 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nanogpt.checkpoint import record, write_checkpoint
+from nanogpt.checkpoint import Checkpoint, record, write_checkpoint
 from nanogpt.classifier import Classifier
 from nanogpt.evaluate import main
 from nanogpt.evaluation.results import table
+from nanogpt.evaluation.tasks import task_options
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
 
@@ -161,6 +163,18 @@ def test_a_task_that_is_not_there_is_wrong_usage(
         main(["gpt2", "--task", task])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_task_gets_the_options_that_it_names_or_all_of_them() -> None:
+    def own(checkpoint: Checkpoint, limit: int) -> dict[str, float]:
+        return {}
+
+    def everything(checkpoint: Checkpoint, options: Namespace) -> dict[str, float]:
+        return {}
+
+    options = Namespace(limit=2, stride=None)
+    assert task_options(own, options) == {"limit": 2}
+    assert task_options(everything, options) == {"options": options}
 
 
 def test_no_data_says_what_to_pass(always_ham: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -217,7 +217,7 @@ def test_a_broken_judge_is_one_sentence(
         ("--judge-url", "http://[::1", "'http://[::1' is no address; pass http"),
         ("--judge-url", "http://127.0.0.1:port/v1", "is no address; pass http"),
         ("--judge-url", "http:///v1", "is no address; pass http"),
-        ("--judge-url", "http://127.0.0.1:9/é", "cannot be asked; mend --judge-url"),
+        ("--judge-url", "http://127.0.0.1:9/é", "cannot be reached; correct --judge-url"),
     ],
 )
 def test_an_address_or_a_key_that_is_none_is_one_sentence(

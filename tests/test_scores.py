@@ -226,7 +226,7 @@ def test_a_classifier_is_refused_in_one_sentence(
         (["--task", "hellaswag", "--data", "nowhere.jsonl"], "nowhere.jsonl is no file"),
         (["--task", "perplexity"], "--task perplexity needs --data PATH"),
         (["--task", "perplexity", "--data", "b.txt"], "--data b.txt does not exist; pass a file"),
-        (["--task", "perplexity", "--data", "a.jsonl"], "; pass --text-column NAME"),
+        (["--task", "perplexity", "--data", "a.jsonl"], "pass --text-column NAME"),
         (
             ["--task", "judge", "--judge-url", "http://a", "--judge-model", "b"],
             "judge needs --data",

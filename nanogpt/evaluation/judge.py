@@ -3,9 +3,9 @@
     python -m nanogpt.evaluate RUN --task judge --data FILE.jsonl \\
         --judge-url http://127.0.0.1:11434/v1 --judge-model llama3 [--answers FILE.jsonl]
 
-The judge sees instruction, reference and reply, and is to answer with a number alone. Every answer
-is written to `--answers` as it comes, word for word, with what was asked; the same command goes on
-after the last one. The key is --judge-key, or OPENAI_API_KEY for the hosts that it is meant for.
+The judge reads instruction, reference and reply, and is to answer with a number alone. Each answer
+is appended to `--answers` word for word, with its prompt; the same command continues after the last
+one. The key is --judge-key, or OPENAI_API_KEY for the hosts that it is meant for.
 """
 
 import contextlib
@@ -17,14 +17,15 @@ import logging
 import os
 import re
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
 from nanogpt.checkpoint import Checkpoint, weights_sha256
 from nanogpt.evaluation.instructions import Conversation, reply
@@ -33,7 +34,7 @@ from nanogpt.prompts import trimmed
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 3  # the later ones at a temperature, for the judge to find other words
+ATTEMPTS = 3  # the later ones at a temperature, so that the judge finds other words
 ANSWER_TOKENS = 32
 TIMEOUT_S = 120.0
 _OUT_OF = re.compile(r"\s*(/|out of)\s*100\b")
@@ -42,7 +43,7 @@ _SCORE = re.compile(
     r"(?<![\w.,/–-])(?!1[.)]\s+\w)(\d{1,3})(?:\s*%|\s+points?\b)?(?=[^\w\s/–-]*(?:\s*$|[.,;]\s))",
     re.MULTILINE,
 )
-_BEGINNING = re.compile(rb'\{"key": "[0-9a-f]{64}", "score": ')  # of every answer that is kept
+_BEGINNING = re.compile(rb'\{"key": "[0-9a-f]{64}", "score": ')  # of every stored answer
 PROMPT = """You are grading a reply to an instruction.
 
 Instruction:
@@ -60,91 +61,76 @@ Answer with one whole number and nothing else."""
 
 @dataclass(frozen=True)
 class Judge:
-    """A model behind an OpenAI-compatible API."""
+    """A model behind an OpenAI-compatible API; raises ValueError for a malformed URL or key."""
 
     url: str
     model: str
     key: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key", self.key.strip())  # of a file's line end
-        if not _is_address(self.url):
+        if _address(self.url) is None:
             raise ValueError(f"--judge-url {self.url!r} is no address; pass http://HOST:PORT/v1")
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError(
                 "--judge-key (or OPENAI_API_KEY) has characters that no key has; copy it anew"
             )
 
-    def ask(self, prompt: str, temperature: float = 0.0) -> str:
+    def complete(self, prompt: str, temperature: float = 0.0) -> str:
         """Return the judge's answer; raises ConnectionError, with the address, where none comes."""
-        request = self._request(prompt, temperature)
-        judge = f"the judge at {request.full_url}"
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-                text = response.read()
-        except urllib.error.HTTPError as error:
-            said = self._without_key(error.read().decode("utf-8", "replace"))[:300]
-            raise ConnectionError(f"{judge} refused with {error.code}: {said}") from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            raise ConnectionError(
-                f"{judge} cannot be reached ({reason}); start it or mend --judge-url"
-            ) from error
-        except ValueError as error:  # its text may quote a header
-            raise ConnectionError(f"{judge} cannot be asked; mend --judge-url") from error
-        try:
-            answered = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConnectionError(f"{judge} did not answer in JSON ({error})") from error
-        try:
-            return str(answered["choices"][0]["message"]["content"] or "")
-        except (LookupError, TypeError) as error:
-            said = self._without_key(str(answered))[:200]
-            raise ConnectionError(f"{judge} answered {said}, no chat completion") from error
-
-    def _request(self, prompt: str, temperature: float) -> urllib.request.Request:
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": temperature,
             "max_tokens": ANSWER_TOKENS,
         }
-        request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
+        url = f"{self.url.rstrip('/')}/chat/completions"
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         if self.key:  # for this address alone, whatever it redirects to
             request.add_unredirected_header("Authorization", f"Bearer {self.key}")
-        return request
+        answered: Any = None
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+                answered = json.load(response)
+            return str(answered["choices"][0]["message"]["content"] or "")
+        except urllib.error.HTTPError as error:
+            text = self._redacted(error.read().decode("utf-8", "replace"))
+            problem = f"refused with {error.code}: {text}"
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            problem = f"cannot be reached ({reason}); start it or correct --judge-url"
+        except (LookupError, TypeError):
+            problem = f"answered {self._redacted(str(answered))}, no chat completion"
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            problem = f"did not answer in JSON ({error})"
+        except ValueError:  # its message may quote a header
+            problem = "cannot be reached; correct --judge-url"
+        raise ConnectionError(f"the judge at {url} {problem}")
 
-    def _without_key(self, said: str) -> str:
-        """Return a server's words in one line; some repeat what they were sent."""
-        line = " ".join(said.split())
-        return line.replace(self.key, "***") if self.key else line
+    def _redacted(self, text: str) -> str:
+        """Return the beginning of a server's text in one line; some repeat the key."""
+        line = " ".join(text.split())
+        return (line.replace(self.key, "***") if self.key else line)[:300]
 
 
 def environment_key(url: str) -> str:
-    """Return OPENAI_API_KEY where a judge's address may have it, else an empty key.
+    """Return OPENAI_API_KEY where it may be sent to a judge's address, else an empty key.
 
-    It goes to OpenAI's API or the host of OPENAI_BASE_URL, over TLS, and to loopback addresses;
+    It is sent to OpenAI's API or the host of OPENAI_BASE_URL, over TLS, and to loopback addresses;
     another host would learn a key that was set for other programs.
     """
-    key = os.environ.get("OPENAI_API_KEY", "")
-    own = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    if not key or not _is_address(url):
+    key, address = os.environ.get("OPENAI_API_KEY", ""), _address(url)
+    own = _address(os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
+    if not key or address is None:
         return ""
-    host, scheme = _host(url), urllib.parse.urlsplit(url).scheme
-    if _is_loopback(host) or (scheme == "https" and host == _host(own)):
+    host = address.hostname or ""
+    is_own = address.scheme == "https" and own is not None and host == own.hostname
+    if is_own or _is_loopback(host):
         return key
     log.warning(
         "OPENAI_API_KEY is not sent to %s; pass --judge-key KEY if it is meant for it", host
     )
     return ""
-
-
-def _host(url: str) -> str:
-    return urllib.parse.urlsplit(url).hostname or ""
 
 
 def _is_loopback(host: str) -> bool:
@@ -153,12 +139,12 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
-def _is_address(url: str) -> bool:
-    try:
-        parts = urllib.parse.urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of brackets or a port
-        return False
+def _address(url: str) -> SplitResult | None:
+    with contextlib.suppress(ValueError):  # of brackets or a port
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    return None
 
 
 def evaluate(
@@ -169,10 +155,10 @@ def evaluate(
     *,
     max_new_tokens: int,
 ) -> Results:
-    """Return the mean score of the replies; what was answered before is not asked again.
+    """Return the mean score of the replies; stored answers are used again.
 
-    Raises ValueError where the judge does not give a number in three attempts at one reply; all of
-    its answers up to then are kept.
+    Raises ValueError where the judge gives no number for a reply in three attempts; its answers up
+    to then are stored.
     """
     weights = weights_sha256(checkpoint.model)
     known = read_answers(answers_path)
@@ -180,29 +166,32 @@ def evaluate(
     for number, messages in enumerate(conversations, start=1):
         key = _key(weights, messages, max_new_tokens, judge.model)
         if key not in known:
-            said = trimmed(reply(checkpoint, messages[:-1], max_new_tokens).text)
-            known[key] = _score(judge, messages, said, key, answers_path)
+            text = trimmed(reply(checkpoint, messages[:-1], max_new_tokens).text)
+            known[key] = _score(judge, messages, text, key, answers_path)
         scores.append(known[key])
         log.info("%s of %s: %s", number, len(conversations), known[key])
     return {**mean_and_error("score", np.array(scores)), "examples": len(scores)}
 
 
-def _score(judge: Judge, messages: Conversation, said: str, key: str, path: Path) -> int:
-    """Ask for the score of one reply, keeping every answer."""
-    asked = "\n\n".join(text for m in messages[:-1] for text in (m.content, m.context) if text)
-    prompt = PROMPT.format(instruction=asked, reference=messages[-1].content, reply=said)
+def _score(judge: Judge, messages: Conversation, reply: str, key: str, path: Path) -> int:
+    """Return the judge's score of a reply; append each of its answers to the file."""
+    texts = [text for m in messages[:-1] for text in (m.content, m.context) if text]
+    reference = messages[-1].content
+    prompt = PROMPT.format(instruction="\n\n".join(texts), reference=reference, reply=reply)
     answer = ""
     for attempt in range(ATTEMPTS):
-        answer = judge.ask(prompt, temperature=float(attempt > 0))
+        answer = judge.complete(prompt, temperature=float(attempt > 0))
         score = read_score(answer)
         record = {"key": key, "score": score, "answer": answer, "judge": judge.model}
-        _append(path, {**record, "reply": said, "prompt": prompt})
+        record |= {"reply": reply, "prompt": prompt}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
         if score is not None:
             return score
     raise ValueError(
-        f"the judge {judge.model} gave no number from 0 to 100 in {ATTEMPTS} attempts (it said "
-        f"{answer[:80]!r}); its answers are in {path}: pass another --judge-model, and the same "
-        "command goes on from there"
+        f"the judge {judge.model} gave no number from 0 to 100 in {ATTEMPTS} attempts (the last "
+        f"answer is {answer[:80]!r}); its answers are in {path}: pass another --judge-model, and "
+        "the same command continues from there"
     )
 
 
@@ -218,54 +207,41 @@ def read_score(answer: str) -> int | None:
     return found[0] if is_one and found[0] <= 100 else None
 
 
+class _Answer(BaseModel):
+    key: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    score: Annotated[int, Field(strict=True)] | None
+
+
 def read_answers(path: Path) -> dict[str, int]:
-    """Return the scores that a file of answers has, by key, and make it end with a whole line.
+    """Return the scores of a file of answers by key, and make it end with a whole line.
 
-    What a kill left of a last line is cut off. Raises ValueError, and leaves the file as it is, for
-    one that has anything but answers.
+    The last line is cut off where a kill left it unfinished. Raises ValueError, and leaves the file
+    as it is, for one that has anything but answers.
     """
-    if not path.is_file():
-        return {}
-    text = path.read_bytes()
-    *lines, last = text.split(b"\n")
-    rows = [_row(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-    if last and (rows or _BEGINNING.match(last)) and _json(last) is None:
-        os.truncate(path, len(text) - len(last))
-    elif last.strip():
-        rows.append(_row(last, f"{path}, line {len(lines) + 1}"))
-        with path.open("ab") as file:
-            file.write(b"\n")
-    return {row["key"]: row["score"] for row in rows if row["score"] is not None}
-
-
-def _row(line: bytes, where: str) -> dict[str, Any]:
-    """Return what `_score` has written; raises ValueError where it has not."""
-    row = _json(line)
-    if (
-        not isinstance(row, dict)
-        or not re.fullmatch("[0-9a-f]{64}", str(row.get("key")))
-        or not isinstance(row.get("score", ""), int | None)
-    ):
-        raise ValueError(
-            f"{where} is no answer of a judge; pass --answers FILE, a new file or one of answers"
-        )
-    return row
-
-
-def _json(line: bytes) -> Any:
-    """Return what a line says, None where it is not JSON."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    answers: list[_Answer] = []
+    n_bytes, line = 0, b"\n"
+    content = path.read_bytes() if path.is_file() else b""
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        try:
+            answers += [_Answer.model_validate_json(line)] if line.strip() else []
+        except ValidationError as error:
+            is_cut = not line.endswith(b"\n") and error.errors()[0]["type"] == "json_invalid"
+            if is_cut and (answers or _BEGINNING.match(line)):
+                os.truncate(path, n_bytes)
+                break
+            raise ValueError(
+                f"{path}, line {number} is no answer of a judge; pass --answers FILE, a new file "
+                "or one of answers"
+            ) from error
+        n_bytes += len(line)
+    else:
+        if not line.endswith(b"\n"):
+            with path.open("ab") as file:
+                file.write(b"\n")
+    return {answer.key: answer.score for answer in answers if answer.score is not None}
 
 
 def _key(weights: str, messages: Conversation, max_new_tokens: int, judge_model: str) -> str:
-    said = [[m.role, m.content, m.context] for m in messages]
-    asked = json.dumps([weights, said, max_new_tokens, judge_model, PROMPT])
-    return hashlib.sha256(asked.encode()).hexdigest()
+    texts = [[m.role, m.content, m.context] for m in messages]
+    subject = json.dumps([weights, texts, max_new_tokens, judge_model, PROMPT])
+    return hashlib.sha256(subject.encode()).hexdigest()

@@ -1,17 +1,21 @@
-"""The tasks of `python -m nanogpt.evaluate`: from a checkpoint and the options to figures."""
+"""The tasks of `python -m nanogpt.evaluate`: functions from a checkpoint to metrics.
 
-import argparse
+The parameters of a task after the checkpoint are the options of the command that it reads; a task
+whose only other parameter is no option, such as `options`, gets all of them.
+"""
+
 import gzip
+import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import yaml
 
 from nanogpt.build import locate
 from nanogpt.checkpoint import Checkpoint
@@ -21,17 +25,10 @@ from nanogpt.data.instructions import Conversation, Instructions
 from nanogpt.data.labelled import read_examples
 from nanogpt.data.pretokenized import TokenShards
 from nanogpt.data.records import PASS_OVER
-from nanogpt.data.splits import Example
 from nanogpt.data.text import TextFiles
-from nanogpt.evaluation import hellaswag, instructions, lambada, perplexity
-from nanogpt.evaluation.classification import (
-    confusion_matrix,
-    majority_class,
-    scores,
-)
+from nanogpt.evaluation import hellaswag, instructions, judge, lambada, perplexity
+from nanogpt.evaluation.classification import confusion_matrix, majority_class, scores
 from nanogpt.evaluation.examples import Benchmark, find_benchmark
-from nanogpt.evaluation.judge import Judge, environment_key
-from nanogpt.evaluation.judge import evaluate as ask_judge
 from nanogpt.evaluation.processes import rank_zero_first
 from nanogpt.evaluation.results import (
     CONFUSION,
@@ -41,80 +38,127 @@ from nanogpt.evaluation.results import (
     run_dir_of,
     with_published,
 )
+from nanogpt.runs.directory import read_config
 from nanogpt.text import print_line
 
-GZIP_BYTES = 64 * 2**20  # of a text, at most, are compressed for comparison
+MAX_GZIP_BYTES = 64 * 2**20  # of a text that is compressed for comparison
 SHARDS = (".bin", ".npy")
 
-
-@dataclass(frozen=True)
-class Task:
-    """How figures are made, `reads` being options that they depend on beside data and limit.
-
-    Of a task that `shares_work` several processes are faster than one.
-    """
-
-    run: Callable[[Checkpoint, argparse.Namespace], Results]
-    shares_work: bool = False
-    reads: tuple[str, ...] = ()
+Task = Callable[..., Results]
 
 
-def run_hellaswag(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
-    """Score HellaSwag, the published figures of GPT-2 beside."""
+def run_hellaswag(
+    checkpoint: Checkpoint, data: Path | None, limit: int | None, batch_size: int, data_dir: Path
+) -> Results:
+    """Score HellaSwag, and return the published metrics of GPT-2 with it."""
     check_language_model(checkpoint)
-    items = hellaswag.read_items(data_of(options, hellaswag.BENCHMARK), options.limit)
-    results = hellaswag.evaluate(checkpoint.model, checkpoint.tokenizer, items, options.batch_size)
+    items = hellaswag.read_items(benchmark_path(hellaswag.BENCHMARK, data, data_dir), limit)
+    results = hellaswag.evaluate(checkpoint.model, checkpoint.tokenizer, items, batch_size)
     return with_published(results, hellaswag.PUBLISHED)
 
 
-def run_lambada(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
+def run_lambada(
+    checkpoint: Checkpoint, data: Path | None, limit: int | None, batch_size: int, data_dir: Path
+) -> Results:
     """Score the last words of LAMBADA."""
     check_language_model(checkpoint)
-    passages = lambada.read_passages(data_of(options, lambada.BENCHMARK), options.limit)
-    return lambada.evaluate(checkpoint.model, checkpoint.tokenizer, passages, options.batch_size)
+    passages = lambada.read_passages(benchmark_path(lambada.BENCHMARK, data, data_dir), limit)
+    return lambada.evaluate(checkpoint.model, checkpoint.tokenizer, passages, batch_size)
 
 
-def run_perplexity(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
-    """Score a text or prepared tokens, with what gzip needs beside."""
+def run_perplexity(
+    checkpoint: Checkpoint,
+    data: Path | None,
+    limit: int | None,
+    batch_size: int,
+    stride: int | None,
+    text_column: str,
+    separator: str | None,
+) -> Results:
+    """Score a text or prepared tokens, and compress the same text with gzip."""
     check_language_model(checkpoint)
-    path = data_of(options)
-    tokens = read_tokens(path, checkpoint, options)
-    results = perplexity.evaluate(
-        checkpoint.model,
-        checkpoint.tokenizer,
-        tokens,
-        stride=options.stride,
-        batch_size=options.batch_size,
-    )
-    if 0 < results["bytes"] <= GZIP_BYTES:
-        text = checkpoint.tokenizer.decode_bytes(tokens.tolist())
-        bits = 8 * len(gzip.compress(text, 9, mtime=0)) / len(text)
+    path = required(data, "PATH, text (.txt .md .py .jsonl .parquet) or token shards", "perplexity")
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    stride = max(model.config.block_size // 2, 1) if stride is None else stride
+    tokens = prepared_tokens(path, checkpoint, limit)
+    if tokens is None:
+        texts = TextFiles(path, text_column, separator=separator).documents()
+        with option_names():
+            documents = [
+                [tokenizer.eot_id, *tokenizer.encode(text or "")] for text in islice(texts, limit)
+            ]
+        tokens = np.array([token for ids in documents for token in ids], dtype=np.int64)
+        if limit is not None and len(documents) == 1:  # counts windows instead
+            tokens = tokens[: 1 + limit * stride]
+    results = perplexity.evaluate(model, tokenizer, tokens, stride=stride, batch_size=batch_size)
+    if 0 < results["bytes"] <= MAX_GZIP_BYTES:
+        content = tokenizer.decode_bytes(tokens.tolist())
+        bits = 8 * len(gzip.compress(content, 9, mtime=0)) / len(content)
         results["baseline_gzip_bits_per_byte"] = bits
     return results
 
 
-def run_classify(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
-    """Score a classifier on a labelled file: accuracy, macro-F1, and the majority class beside."""
-    path = data_of(options)
+def prepared_tokens(path: Path, checkpoint: Checkpoint, limit: int | None) -> np.ndarray | None:
+    """Return the tokens (N,) of shards, of a corpus those held out; None where `path` holds text.
+
+    Raises ValueError for a limit, and for tokens of another tokenizer.
+    """
+    tokenizer = checkpoint.tokenizer
+    files = path.iterdir() if path.is_dir() else [path]
+    is_corpus = (path / MANIFEST).is_file()
+    if not is_corpus and not any(file.suffix in SHARDS for file in files):
+        return None
+    if limit is not None:
+        raise ValueError(f"--limit counts documents and {path} holds tokens; leave it out")
+    with option_names():
+        corpus = (
+            open_corpus(path) if is_corpus else TokenShards(path).open(tokenizer, tokenizer.name)
+        )
+    if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{path} has tokens of {corpus.tokenizer.name} and {checkpoint.path} another "
+            f"tokenizer ({tokenizer.name}); pass the text itself"
+        )
+    parts = [corpus.val] if path.is_dir() else [corpus.train, corpus.val]
+    return np.concatenate([part.read(0, len(part)) for part in parts])
+
+
+def run_classify(
+    checkpoint: Checkpoint,
+    data: Path | None,
+    limit: int | None,
+    text_column: str,
+    label_column: str,
+) -> Results:
+    """Score a classifier on a labelled file, and the majority class with it; print the confusion.
+
+    Raises ValueError for a language model and for unknown labels.
+    """
+    path = required(data, "FILE, a labelled .tsv, .csv or .jsonl file", "classify")
     model, labels = checkpoint.model, checkpoint.labels
     if labels is None or not isinstance(model, Classifier):
         raise ValueError(
             f"{checkpoint.path} is a language model (stage {checkpoint.stage}) and names no "
             "classes; pass a checkpoint of stage=classify"
         )
-    with in_this_commands_words():
-        examples = read_examples(path, options.text_column, options.label_column)[: options.limit]
+    with option_names():
+        examples = read_examples(path, text_column, label_column)[:limit]
+    if unknown := sorted({example.label for example in examples} - set(labels)):
+        raise ValueError(
+            f"{path} has the label {unknown[0]!r} and the checkpoint knows {', '.join(labels)}; "
+            "pass a file with these labels"
+        )
     if is_training_data(checkpoint, path):
         print(
-            f"nanogpt.evaluate: {checkpoint.path} was trained on {path}, so these figures are not "
+            f"nanogpt.evaluate: {checkpoint.path} was trained on {path}, so these metrics are not "
             "those of unseen texts; the run's summary.json has the test split's",
             file=sys.stderr,
         )
-    numbers = class_numbers(examples, labels, path)
+    numbers = [labels.index(example.label) for example in examples]
     texts = [example.text for example in examples]
     predicted = class_probabilities(model, checkpoint.tokenizer, texts).argmax(-1).tolist()
     confusion = confusion_matrix(numbers, predicted, len(labels))
-    guessed = confusion_matrix(numbers, [majority_class(numbers)] * len(numbers), len(labels))
+    majority = confusion_matrix(numbers, [majority_class(numbers)] * len(numbers), len(labels))
     names, shown = reduced_confusion(labels, confusion)
     counts = [[name, *map(str, row)] for name, row in zip(names, shown, strict=True)]
     printed = align([["true \\ predicted", *names], *counts])
@@ -123,7 +167,7 @@ def run_classify(checkpoint: Checkpoint, options: argparse.Namespace) -> Results
     return {
         **scores(confusion),
         "accuracy_stderr": (accuracy * (1 - accuracy) / max(len(numbers) - 1, 1)) ** 0.5,
-        **{f"baseline_majority_{name}": value for name, value in scores(guessed).items()},
+        **{f"baseline_majority_{name}": value for name, value in scores(majority).items()},
         "examples": float(len(examples)),
         **{
             f"{CONFUSION}{label}_as_{other}": float(confusion[i, j])
@@ -133,69 +177,98 @@ def run_classify(checkpoint: Checkpoint, options: argparse.Namespace) -> Results
     }
 
 
-def run_instructions(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
+def is_training_data(checkpoint: Checkpoint, path: Path) -> bool:
+    """Return whether a file is the one that the checkpoint's run took its splits from."""
+    run_dir = run_dir_of(checkpoint.path)
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return run_dir is not None and os.path.samefile(
+            read_config(run_dir / "config.yaml")["data"]["path"], path
+        )
+    return False
+
+
+def run_instructions(
+    checkpoint: Checkpoint,
+    data: Path | None,
+    limit: int | None,
+    batch_size: int,
+    max_new_tokens: int,
+) -> Results:
     """Measure the replies to an instruction set."""
+    conversations = read_conversations(data, limit, "instructions")
     return instructions.evaluate(
-        checkpoint,
-        read_conversations(options),
-        max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size,
+        checkpoint, conversations, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
 
 
-def run_judge(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
-    """Let another model score the replies to an instruction set."""
-    if options.judge_url is None or options.judge_model is None:
+def run_judge(
+    checkpoint: Checkpoint,
+    data: Path | None,
+    limit: int | None,
+    max_new_tokens: int,
+    judge_url: str | None,
+    judge_model: str | None,
+    judge_key: str | None,
+    answers: Path | None,
+) -> Results:
+    """Let another model score the replies to an instruction set.
+
+    Raises ValueError without a judge, FileNotFoundError where the answers have no folder.
+    """
+    if judge_url is None or judge_model is None:
         raise ValueError("--task judge needs --judge-url URL and --judge-model NAME")
-    path = options.answers
-    if path is None:
-        run_dir = run_dir_of(checkpoint.path)
-        path = (run_dir or checkpoint.path.parent) / "judge.jsonl"
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--answers {path}: there is no folder for it; make one")
-    conversations = read_conversations(options)
-    key = options.judge_key
-    if key is None:
-        key = environment_key(options.judge_url)
-    judge = Judge(options.judge_url, options.judge_model, key)
-    tokens = options.max_new_tokens
-    return ask_judge(checkpoint, conversations, judge, path, max_new_tokens=tokens)
+    if answers is None:
+        answers = (run_dir_of(checkpoint.path) or checkpoint.path.parent) / "judge.jsonl"
+    if not answers.parent.is_dir():
+        raise FileNotFoundError(f"--answers {answers}: there is no folder for it; make one")
+    conversations = read_conversations(data, limit, "judge")
+    key = judge.environment_key(judge_url) if judge_key is None else judge_key
+    other = judge.Judge(judge_url, judge_model, key.strip())  # of a file's line end
+    return judge.evaluate(checkpoint, conversations, other, answers, max_new_tokens=max_new_tokens)
 
 
-def run_harness(checkpoint: Checkpoint, options: argparse.Namespace) -> Results:
-    """Run tasks of lm-evaluation-harness in this process."""
+def read_conversations(data: Path | None, limit: int | None, task: str) -> list[Conversation]:
+    """Return the conversations of an instruction set; raises ValueError where it has none."""
+    path = required(data, "FILE, a .jsonl or .json file of instructions and responses", task)
+    with option_names():
+        found = Instructions(path, max_examples=limit).conversations
+    if not found:
+        raise ValueError(f"{path} has no conversations; pass instructions and responses")
+    return found
+
+
+def run_harness(
+    checkpoint: Checkpoint,
+    limit: int | None,
+    batch_size: int,
+    harness_tasks: str | None,
+    include_path: Path | None,
+) -> Results:
+    """Run tasks of lm-evaluation-harness in this process; raises ValueError without any."""
     from nanogpt.evaluation.harness import evaluate
 
     check_language_model(checkpoint)
-    if not options.harness_tasks:
+    if not harness_tasks:
         raise ValueError("--task harness needs --harness-tasks NAME[,NAME ...]")
-    return evaluate(
-        checkpoint,
-        options.harness_tasks.split(","),
-        include_path=options.include_path,
-        limit=options.limit,
-        batch_size=options.batch_size,
-    )
+    names = harness_tasks.split(",")
+    more = {"include_path": include_path, "limit": limit, "batch_size": batch_size}
+    return evaluate(checkpoint, names, **more)
 
 
-TASKS: Mapping[str, Task] = {
-    "hellaswag": Task(run_hellaswag, shares_work=True),
-    "lambada": Task(run_lambada, shares_work=True),
-    "perplexity": Task(
-        run_perplexity, shares_work=True, reads=("stride", "text_column", "separator")
-    ),
-    "classify": Task(run_classify, reads=("text_column", "label_column")),
-    "instructions": Task(run_instructions, reads=("max_new_tokens",)),
-    "judge": Task(run_judge, reads=("judge_model", "max_new_tokens")),
-    "harness": Task(run_harness, reads=("harness_tasks",)),
+TASKS: dict[str, Task] = {
+    "hellaswag": run_hellaswag,
+    "lambada": run_lambada,
+    "perplexity": run_perplexity,
+    "classify": run_classify,
+    "instructions": run_instructions,
+    "judge": run_judge,
+    "harness": run_harness,
 }
+SHARED = {"hellaswag", "lambada", "perplexity"}  # tasks whose work several processes share
 
 
 def find_task(name: str) -> Task:
-    """Return the task of a name, or that of a function's import path.
-
-    Raises ValueError where there is none.
-    """
+    """Return the task of a name or of a function's import path; raises ValueError for neither."""
     if name in TASKS:
         return TASKS[name]
     if "." not in name:
@@ -203,22 +276,29 @@ def find_task(name: str) -> Task:
             f"there is no task {name}; it is one of {', '.join(sorted(TASKS))}, or the import path "
             "of a function, such as my_package.tasks.my_task"
         )
-    return Task(locate(name, name))
+    task: Task = locate(name, name)
+    return task
 
 
-def data_of(options: argparse.Namespace, benchmark: Benchmark | None = None) -> Path:
-    """Return the file to score: the one given, else a benchmark's own."""
-    if options.data is not None:
-        path: Path = options.data
-        return path
-    if benchmark is not None:
-        with rank_zero_first():
-            return find_benchmark(benchmark, options.data_dir)
-    what = {
-        "classify": "FILE, a labelled .tsv, .csv or .jsonl file",
-        "perplexity": "PATH, text (.txt .md .py .jsonl .parquet) or token shards",
-    }.get(options.task, "FILE, a .jsonl or .json file of instructions and responses")
-    raise ValueError(f"--task {options.task} needs --data {what}")
+def task_options(task: Task, options: Namespace) -> dict[str, Any]:
+    """Return the options of the command that a task reads, by the names of its parameters."""
+    names = [*inspect.signature(task).parameters][1:]
+    if len(names) == 1 and not hasattr(options, names[0]):
+        return {names[0]: options}
+    return {name: getattr(options, name) for name in names}
+
+
+def required(data: Path | None, what: str, task: str) -> Path:
+    """Return the file to score; raises ValueError where none is given."""
+    if data is None:
+        raise ValueError(f"--task {task} needs --data {what}")
+    return data
+
+
+def benchmark_path(benchmark: Benchmark, data: Path | None, data_dir: Path) -> Path:
+    """Return the file of a benchmark: the given one, else the hub's."""
+    with rank_zero_first():
+        return find_benchmark(benchmark, data_dir) if data is None else data
 
 
 def check_language_model(checkpoint: Checkpoint) -> None:
@@ -231,64 +311,9 @@ def check_language_model(checkpoint: Checkpoint) -> None:
         )
 
 
-def is_training_data(checkpoint: Checkpoint, path: Path) -> bool:
-    """Return whether a file is the one that the checkpoint's run took its splits from."""
-    run_dir = run_dir_of(checkpoint.path)
-    if run_dir is None:
-        return False
-    with suppress(OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-        return os.path.samefile(config["data"]["path"], path)
-    return False
-
-
-def read_tokens(path: Path, checkpoint: Checkpoint, options: argparse.Namespace) -> np.ndarray:
-    """Return the tokens to score: of texts, the documents'; of a corpus, those held out."""
-    tokenizer = checkpoint.tokenizer
-    is_corpus = (path / MANIFEST).is_file()
-    files = path.iterdir() if path.is_dir() else [path]
-    are_shards = any(file.suffix in SHARDS for file in files)
-    if options.limit is not None and (is_corpus or are_shards):
-        raise ValueError(f"--limit counts documents and {path} holds tokens; leave it out")
-    if is_corpus:
-        corpus = open_corpus(path)
-        if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise ValueError(
-                f"{path} has tokens of {corpus.tokenizer.name} and {checkpoint.path} another "
-                f"tokenizer ({tokenizer.name}); pass the text itself"
-            )
-        return corpus.val.read(0, len(corpus.val))
-    if are_shards:
-        with in_this_commands_words():
-            corpus = TokenShards(path).open(tokenizer, tokenizer.name)
-        parts = [corpus.val] if path.is_dir() else [corpus.train, corpus.val]
-        return np.concatenate([part.read(0, len(part)) for part in parts])
-    ids: list[int] = []
-    n_documents = 0
-    documents = TextFiles(path, options.text_column, separator=options.separator).documents()
-    with in_this_commands_words():
-        for text in islice(documents, options.limit):
-            ids += [tokenizer.eot_id, *tokenizer.encode(text or "")]
-            n_documents += 1
-    if options.limit is not None and n_documents == 1:  # counts windows instead
-        stride = options.stride or max(checkpoint.config.block_size // 2, 1)
-        ids = ids[: 1 + options.limit * stride]
-    return np.array(ids, dtype=np.int64)
-
-
-def read_conversations(options: argparse.Namespace) -> list[Conversation]:
-    """Return the conversations of an instruction set; raises ValueError where there are none."""
-    path = data_of(options)
-    with in_this_commands_words():
-        found = Instructions(path, max_examples=options.limit).conversations
-    if not found:
-        raise ValueError(f"{path} has no conversations; pass instructions and responses")
-    return found
-
-
 @contextmanager
-def in_this_commands_words() -> Iterator[None]:
-    """Say what is wrong with data by the names of this command's options."""
+def option_names() -> Iterator[None]:
+    """Replace keys of training's configuration by this command's options in errors on data."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -296,14 +321,3 @@ def in_this_commands_words() -> Iterator[None]:
         text = text.replace("data.text_column=", "--text-column ")
         kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
         raise kind(text) from error
-
-
-def class_numbers(examples: Sequence[Example], labels: Sequence[str], path: Path) -> list[int]:
-    """Return the number of each example's class among `labels`."""
-    unknown = sorted({example.label for example in examples} - set(labels))
-    if unknown:
-        raise ValueError(
-            f"{path} has the label {unknown[0]!r} and the checkpoint knows {', '.join(labels)}; "
-            "pass a file with these labels"
-        )
-    return [labels.index(example.label) for example in examples]
