@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.detokenizer import Detokenizer
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.model import GPT, Attend, GPTConfig, causal_attention
 from nanogpt.prompts import Message, Template, trimmed
 from nanogpt.tokenizer import Tokenizer
 
@@ -98,7 +98,7 @@ def generate(
     A temperature of 0 always takes the likeliest token. The same seed gives the same tokens; the
     random state of torch is neither read nor changed. A prompt longer than the context is truncated
     to its end; when the context is full, generation continues from its last half. A model whose
-    blocks use no cache (see `Block`) recomputes the whole context for each token.
+    blocks mix tokens outside `attend` recomputes the whole context for each token.
 
     Raises ValueError, at once, for an empty prompt, unknown ids and invalid sampling options.
 
@@ -117,7 +117,9 @@ def generate(
         block_size = model.config.block_size
         new = context = list(input_ids)[-block_size:]
         n_tokens = min(block_size, len(context) + max_new_tokens)
-        cache = KVCache.like(model, n_tokens=n_tokens) if model.uses_cache else None
+        with _evaluating(model):
+            cached = model.mixes_by_attend()
+            cache = KVCache.like(model, n_tokens=n_tokens) if cached else None
         for _ in range(max_new_tokens):
             if len(context) > block_size:
                 new = context = context[-max(1, block_size // 2) :]
@@ -135,8 +137,8 @@ def generate(
     return tokens()
 
 
-class KVCache:
-    """The keys and values of the tokens that a model has processed.
+class KVCache(Attend):
+    """Attention over the keys and values of all tokens that a model has processed.
 
     Memory for `n_tokens`, by default `block_size`, is allocated at once; a smaller `length`
     truncates the cache.
@@ -151,6 +153,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        super().__init__()
         head_size = config.n_embd // config.n_head
         n_tokens = config.block_size if n_tokens is None else n_tokens
         shape = (config.n_layer, 2, batch_size, config.n_head, n_tokens, head_size)
@@ -159,7 +162,15 @@ class KVCache:
 
     @classmethod
     def like(cls, model: GPT, batch_size: int = 1, *, n_tokens: int | None = None) -> "KVCache":
-        """Return an empty cache of the model's shape, precision and device."""
+        """Return an empty cache of the model's shape, precision and device.
+
+        Raises ValueError where the model's blocks mix tokens outside `attend`.
+        """
+        if not model.mixes_by_attend():
+            raise ValueError(
+                f"model.block={model.config.block} mixes tokens outside attend, which a cache does "
+                f"not hold; pass the whole input without a cache"
+            )
         weight = model.wte.weight
         return cls(
             *(model.config, batch_size),
@@ -168,38 +179,29 @@ class KVCache:
             device=weight.device,
         )
 
-    @torch.no_grad()
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a layer's keys and values (B, H, T, D); return all, old and new.
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append a layer's k and v and attend from q to all: (B, T, H, D) each.
 
         `length` grows with the last layer, so that all layers of a call start at one position. No
         gradient passes through the cache.
         """
-        end = self.length + k.size(2)
-        keys, values = self.entries[layer]  # (B, H, block_size, D) each
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
+        end = self.length + k.size(1)
+        keys, values = self.entries[layer]  # (B, H, n_tokens, D) each
+        with torch.no_grad():
+            keys[:, :, self.length : end] = k.transpose(1, 2)
+            values[:, :, self.length : end] = v.transpose(1, 2)
         if layer == len(self.entries) - 1:
             self.length = end
-        return keys[:, :, :end], values[:, :, :end]
+        y = causal_attention(q.transpose(1, 2), keys[:, :, :end], values[:, :, :end])
+        return y.transpose(1, 2)
 
 
 @torch.inference_mode()
 def next_logits(model: GPT, input_ids: Sequence[int], cache: KVCache | None) -> Tensor:
-    """Append tokens to the cache and return the logits (V,) of the next one.
-
-    Raises ValueError where a block of another package does not update the cache.
-    """
+    """Append tokens to the cache and return the logits (V,) of the next one."""
     ids = torch.tensor([input_ids], device=model.wte.weight.device)  # (1, T)
-    end = len(input_ids) + (0 if cache is None else cache.length)
     with _evaluating(model):
-        states = model.hidden_states(ids, cache)
-    if cache is not None and cache.length != end:
-        raise ValueError(
-            f"model.block={model.config.block} sets uses_cache = True but does not call "
-            f"cache.update in every layer; remove uses_cache"
-        )
-    return model.head(states[0, -1])
+        return model.head(model.hidden_states(ids, cache)[0, -1])
 
 
 def probabilities(

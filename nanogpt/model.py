@@ -11,17 +11,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogpt.dropout import NO_DROPOUT, RowDropout
+
 NORM_EPSILON = 1e-5
 INIT_STD = 0.02
 ROTARY_BASE = 10_000.0
-WRITTEN_OUT_TOKENS = 256  # longest context for which the scores (B, H, T, T) are kept
-PADDED_FROM_TOKENS = 8192  # smallest vocabulary whose padding pays
+WRITTEN_OUT_TOKENS = 256  # longest context for which the scores (B, H, T, T) are materialised
+PADDED_FROM_TOKENS = 8192  # smallest vocabulary that gains from padding
 DROPOUT_SITES = 3  # of a layer: its attention weights and its two branches
 
 # "Language Models are Unsupervised Multitask Learners", table 2.
@@ -56,25 +58,15 @@ class GPTConfig:
     block: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        for key, kind in get_type_hints(type(self)).items():
             value = getattr(self, key)
-            if type(value) is not int or value < 1:
+            if kind is int and (type(value) is not int or value < 1):
                 raise ValueError(f"{key}={value!r} is not a whole number of at least 1")
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"dropout={self.dropout!r} is not a number from 0 up to, not including, 1"
-            )
-        for key in ("bias", "qk_norm", "zero_init"):
-            value = getattr(self, key)
-            if type(value) is not bool:
+            if kind is float and (type(value) not in (int, float) or not 0 <= value < 1):
+                raise ValueError(f"{key}={value!r} is not a number from 0 up to, not including, 1")
+            if kind is bool and type(value) is not bool:
                 raise ValueError(f"{key}={value!r} is neither true nor false")
-        for key, known in (
-            ("position", ("learned", "rotary")),
-            ("norm", ("layernorm", "rmsnorm")),
-            ("activation", ("gelu", "relu2")),
-        ):
-            value = getattr(self, key)
-            if value not in known:
+            if get_origin(kind) is Literal and value not in (known := get_args(kind)):
                 raise ValueError(f"{key}={value!r} is unknown; choose one of {', '.join(known)}")
         if self.n_embd % self.n_head:
             raise ValueError(
@@ -86,15 +78,16 @@ class GPTConfig:
                 f"position=rotary turns pairs of channels but n_embd={self.n_embd} over "
                 f"n_head={self.n_head} gives an odd head size; make it even"
             )
-        if self.block is not None and not is_class_path(self.block):
+        names = self.block.split(".") if isinstance(self.block, str) else []
+        if self.block is not None and not (len(names) > 1 and all(map(str.isidentifier, names))):
             raise ValueError(
                 f"block={self.block!r} is not the dotted path of a class, my_package.MyBlock"
             )
 
     def record(self) -> dict[str, Any]:
-        """Return the plain values that a checkpoint holds, without `block` where it is null.
+        """Return the plain values for a checkpoint, without `block` where it is null.
 
-        Versions that lack the key read the models that they can build.
+        Versions of this package that lack the key can then read the checkpoint.
         """
         values = asdict(self)
         if self.block is None:
@@ -110,22 +103,31 @@ class GPTConfig:
         return cls(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
 
 
-class Cache(Protocol):
-    """What the model needs of a KV cache: how many tokens it holds, and a way to add more."""
+class Attend:
+    """Causal attention of a batch of rows: the one part of a forward that mixes tokens.
 
-    @property
-    def length(self) -> int: ...
+    Training, packed rows, the KV cache, the scorer's trees of tokens and the server's slots run the
+    same blocks and differ in this object. `mask` (B, 1, T, T) bool replaces the causal mask.
+    """
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a layer's new keys and values (B, H, T, D); return all of them, old and new."""
-        ...
+    length = 0  # tokens before the input's first one
+
+    def __init__(self, mask: Tensor | None = None, dropout: RowDropout = NO_DROPOUT) -> None:
+        self.mask = mask
+        self.dropout = dropout
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the attention output (B, T, H, D) of a layer's q, k and v (B, T, H, D) each."""
+        drop = partial(self.dropout, site=DROPOUT_SITES * layer) if self.dropout.rate else None
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return causal_attention(q, k, v, self.mask, drop).transpose(1, 2)
 
 
 class GPT(nn.Module):
     """A decoder-only transformer whose head shares the token embedding.
 
-    It holds no state between calls: what was read before comes in as a `cache`. Raises ValueError
-    where the class that `config.block` names cannot be a block.
+    It holds no state between calls: the tokens before come in as a `cache`. Raises ValueError where
+    the class that `config.block` names cannot be a block.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -135,8 +137,6 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(build_blocks(config))
-        # A subclass may mix tokens in other ways than its base class does: it opts in by itself.
-        self.uses_cache = config.block is None or vars(type(self.h[0])).get("uses_cache") is True
         self.ln_f = make_norm(config)
         self.init_weights()
 
@@ -150,7 +150,7 @@ class GPT(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        cache: Cache | None = None,
+        cache: Attend | None = None,
         documents: Tensor | None = None,
         row_seeds: Tensor | None = None,
     ) -> Tensor:
@@ -160,25 +160,20 @@ class GPT(nn.Module):
     def hidden_states(
         self,
         input_ids: Tensor,
-        cache: Cache | None = None,
+        cache: Attend | None = None,
         documents: Tensor | None = None,
         row_seeds: Tensor | None = None,
     ) -> Tensor:
         """Return the final, normalised states (B, T, C) of input_ids (B, T) int64.
 
-        With a cache, input_ids continue what it holds, without dropout. Where rows are packed,
-        documents (B, T) int64 number the text that each token is of: attention stays among equal
-        numbers, and positions begin at 0 with each. In training, row_seeds (B,) int64 determine
-        what dropout drops of each row; by default they are drawn from torch's generator. Raises
-        ValueError past block_size, and for a cache where the model's blocks use none.
+        With a cache, input_ids continue its tokens, without dropout. Where rows are packed,
+        documents (B, T) int64 number the text of each token: attention stays among equal numbers,
+        and positions begin at 0 in each. In training, row_seeds (B,) int64 determine the dropout
+        masks of each row; by default they are drawn from torch's generator. Raises ValueError past
+        block_size.
         """
-        assert cache is None or documents is None, "packed rows are not continued"
+        assert cache is None or documents is None, "a cache does not continue packed rows"
         config = self.config
-        if cache is not None and not self.uses_cache:
-            raise ValueError(
-                f"model.block={config.block} does not use a cache: its class lacks uses_cache = "
-                f"True; pass the whole input without a cache"
-            )
         start = 0 if cache is None else cache.length
         end = start + input_ids.size(1)
         if end > config.block_size:
@@ -186,24 +181,70 @@ class GPT(nn.Module):
                 f"the input reaches {end} tokens but the model has block_size={config.block_size}; "
                 f"shorten it"
             )
-        x = self.wte(input_ids)  # (B, T, C)
         if documents is None:
-            positions, mask = torch.arange(start, end, device=x.device), None  # (T,)
+            positions, mask = torch.arange(start, end, device=input_ids.device), None  # (T,)
         else:
             positions, mask = positions_within(documents), document_mask(documents)
-        rotation = None
+        attend = cache
+        if attend is None:
+            rate = config.dropout if self.training else 0.0
+            if rate and row_seeds is None:
+                row_seeds = torch.randint(2**63 - 1, input_ids.shape[:1], device=input_ids.device)
+            attend = Attend(mask, RowDropout(rate, row_seeds))
+        x = attend.dropout(self.embed(input_ids, positions), DROPOUT_SITES * config.n_layer)
+        return self.run_blocks(x, self.rotation(positions), attend)
+
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Return the embeddings (..., T, C) of input_ids (..., T) at positions (T,) or (..., T)."""
+        x = self.wte(input_ids)
+        return x + self.wpe(positions) if self.config.position == "learned" else x
+
+    def rotation(self, positions: Tensor) -> Tensor | None:
+        """Return the rotary angles (2, ..., T, 1, D/2) of positions (..., T), None if learned."""
+        config = self.config
         if config.position == "learned":
-            x = x + (self.wpe.weight[start:end] if documents is None else self.wpe(positions))
-        else:
-            rotation = rotary_angles(positions, config.n_embd // config.n_head)
-        rate = config.dropout if self.training and cache is None else 0.0
-        if rate and row_seeds is None:
-            row_seeds = torch.randint(2**63 - 1, x.shape[:1], device=x.device)
-        dropout = RowDropout(rate, row_seeds)
-        x = dropout(x, DROPOUT_SITES * config.n_layer)
+            return None
+        return rotary_angles(positions, config.n_embd // config.n_head)
+
+    def run_blocks(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
+        """Return the final, normalised states (B, T, C) of embeddings x (B, T, C)."""
         for block in self.h:
-            x = block(x, rotation, cache, mask, dropout)
+            x = block(x, rotation, attend)
         return self.ln_f(x)
+
+    @torch.no_grad()
+    def mixes_by_attend(self) -> bool:
+        """Return whether blocks mix tokens through `attend` alone, and call it in every layer.
+
+        Keys and values then stand for the tokens before, and rows may share tokens. Blocks of
+        another class are tried: with an attention that mixes nothing, the output of a token must
+        depend neither on the other of two tokens nor on which of them it is.
+        """
+        if self.config.block is None:
+            return True
+        weight, layers = self.wte.weight, []
+        x = torch.randn(3, self.config.n_embd, generator=torch.Generator().manual_seed(0))
+        rotation = self.rotation(torch.arange(3, device=weight.device))
+        tolerance = torch.finfo(weight.dtype).eps ** 0.5
+
+        class Unmixed(Attend):
+            def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                layers.append(layer)
+                return q
+
+        for block in self.h:
+            first, second, moved = (
+                block(
+                    x[None, pair].to(weight),
+                    None if rotation is None else rotation[:, pair],
+                    Unmixed(),
+                )[0]
+                for pair in ([0, 1], [2, 1], [1, 0])
+            )
+            is_alike = torch.allclose(first[1], moved[0], tolerance, tolerance)
+            if not (is_alike and first[1].equal(second[1])):
+                return False
+        return layers == [layer for layer in range(self.config.n_layer) for _ in range(3)]
 
     def head(self, hidden_states: Tensor) -> Tensor:
         """Return the logits (..., V) of hidden states (..., C)."""
@@ -216,43 +257,30 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw every weight anew, as GPT-2 did.
+        """Initialise embeddings and linear layers as GPT-2 did.
 
-        Normal with deviation 0.02, biases zero; projections onto the residual stream are scaled by
-        1/sqrt(number of them) (GPT-2 paper, section 2.3), or start at zero with `zero_init`. Of
-        blocks of another class only the linear layers are drawn, those named `c_proj` as
-        projections onto the residual stream; other parameters keep what their constructors set.
+        Normal with deviation 0.02, biases zero; projections onto the residual stream (`c_proj`) are
+        scaled by 1/sqrt(number of them) (GPT-2 paper, section 2.3), or zero with `zero_init`. Other
+        parameters keep the values of their constructors.
         """
         config = self.config
-        kept = set() if config.block is None else self._constructed()
         residual_std = 0.0 if config.zero_init else INIT_STD / math.sqrt(2 * config.n_layer)
-        for name, parameter in self.named_parameters():
-            if name in kept:
-                continue
-            if name == "wte.weight":
-                nn.init.normal_(parameter[: config.vocab_size], std=INIT_STD)
-                nn.init.zeros_(parameter[config.vocab_size :])
-            elif name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=residual_std)
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=INIT_STD)
-            else:
-                nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
-
-    def _constructed(self) -> set[str]:
-        """Return the names of the blocks' parameters that are not of linear layers."""
-        names = {f"h.{name}" for name, _ in self.h.named_parameters()}
-        for path, module in self.h.named_modules(prefix="h"):
+        nn.init.normal_(self.wte.weight[: config.vocab_size], std=INIT_STD)
+        if config.position == "learned":
+            nn.init.normal_(self.wpe.weight, std=INIT_STD)
+        for name, module in self.h.named_modules():
             if isinstance(module, nn.Linear):
-                names -= {f"{path}.weight", f"{path}.bias"}
-        return names
+                std = residual_std if name.endswith("c_proj") else INIT_STD
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
 
 class TokenEmbedding(nn.Module):
-    """The token table, also the head: large ones have a few more rows in memory than tokens.
+    """The token embedding, also the head, padded in memory where the vocabulary is large.
 
-    Matrix products are faster over a multiple of 64 rows. The rows beyond `vocab_size` stay zero,
-    and neither logits nor state dict show them.
+    Matrix products are faster over a multiple of 64 rows. The rows beyond `vocab_size` stay zero
+    and are absent from logits and state dict.
     """
 
     def __init__(self, vocab_size: int, n_embd: int) -> None:
@@ -273,52 +301,6 @@ class TokenEmbedding(nn.Module):
         return F.linear(hidden_states, self.weight)[..., : self.vocab_size]
 
 
-class RowDropout:
-    """Dropout whose masks depend on each row's seed alone, however the rows are batched.
-
-    Of the n elements of a token, number i is dropped where the product of two odd 32-bit integers,
-    one hashed from the token and one from i, is among the smallest: products of random odd integers
-    are uniform and, in pairs, as good as independent (multiplicative hashing, Dietzfelbinger et
-    al., "A Reliable Randomized Algorithm for the Closest-Pair Problem", 1997). So a mask costs a
-    multiplication and a comparison per element, on any device, eager or compiled.
-    """
-
-    def __init__(self, rate: float, row_seeds: Tensor | None) -> None:
-        self.rate = rate
-        self.row_seeds = row_seeds  # (B,) int64, where the rate is above 0
-
-    def __call__(self, x: Tensor, site: int) -> Tensor:
-        """Drop elements of x (B, T, C) or (B, H, T, T) and scale the others to the same mean.
-
-        Every site of a model has masks of its own. Elements beyond a row's last token change none
-        of those before.
-        """
-        if not self.rate:
-            return x
-        B, H, T, n = (x if x.dim() == 4 else x[:, None]).shape
-        of_token = self._integers(2 * site, T * H).view(B, T, H).mT.contiguous()  # (B, H, T)
-        of_element = self._integers(2 * site + 1, n)  # (B, n)
-        products = of_token[..., None] * of_element[:, None, None]  # (B, H, T, n)
-        kept = products >= int(2**32 * self.rate) - 2**31
-        return x * kept.view_as(x) * (1 / (1 - self.rate))
-
-    def _integers(self, stream: int, n: int) -> Tensor:
-        """Return the first n odd integers (B, n) int32 of a stream of each row.
-
-        They are upper halves of SplitMix64 (Steele et al., 2014). Its shifts are arithmetic here,
-        which costs a bit or two of the 64.
-        """
-        assert self.row_seeds is not None
-        places = torch.arange(n, device=self.row_seeds.device)
-        z = (self.row_seeds[:, None] + (stream << 32) + places) * -0x61C8864680B583EB
-        z = (z ^ (z >> 30)) * -0x40A7B892E31B1A47
-        z = (z ^ (z >> 27)) * -0x6B2FB644ECCEEE15
-        return (z >> 32).int() | 1
-
-
-NO_DROPOUT = RowDropout(0.0, None)
-
-
 class Block(nn.Module):
     """Attention, then a perceptron, each on a normalised copy of the residual stream.
 
@@ -330,20 +312,19 @@ class Block(nn.Module):
                 super().__init__(config, layer)
                 self.mlp = SwiGLU(config.n_embd)  # (B, T, C) to (B, T, C)
 
-    The output of a token may depend on that token and those before it only. Forward receives, by
-    position, and returns the new residual stream (B, T, C):
+    Forward receives, by position, and returns the new residual stream (B, T, C):
 
     - x (B, T, C): the residual stream.
     - rotation (2, ..., T, 1, D/2) for `rotate`; None with position=learned.
-    - cache: None but in generation, and only where the class itself sets `uses_cache = True`, which
-      subclasses do not inherit. `cache.update(layer, k, v)` is then called once in each forward;
-      x holds the new tokens alone, which follow the `cache.length` earlier ones, and no other part
-      of the block may mix tokens.
-    - mask (B, 1, T, T) bool: which keys each query may see, where rows are packed from documents;
-      None for causal attention. Attention that disregards it reads across documents.
-    - dropout: a `RowDropout`, called as dropout(x, site), with sites from 3 * layer to
-      3 * layer + 2. Its masks depend on the row's seed and the site only, so that micro-batches and
-      resumed runs drop alike; `nn.Dropout` draws from torch's generator instead.
+    - attend: an `Attend`. attend(self.layer, q, k, v), called once, is the attention of the tokens
+      to those before them: (B, T, H, D) each. attend.dropout(x, site) is a `RowDropout`, for sites
+      3 * layer + 1 and 3 * layer + 2. Its masks depend on the row's seed and the site only, so that
+      micro-batches and resumed runs drop alike; `nn.Dropout` draws from torch's generator instead.
+
+    A block that mixes tokens through `attend` alone works with the KV cache, packed rows and the
+    evaluations' shared contexts. One that mixes them in another way must be causal; generation then
+    reads the whole context for each token, evaluation every continuation as a row of its own, and
+    packed rows are not kept apart.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
@@ -354,21 +335,14 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotation: Tensor | None,
-        cache: Cache | None = None,
-        mask: Tensor | None = None,
-        dropout: RowDropout = NO_DROPOUT,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
         site = DROPOUT_SITES * self.layer
-        x = x + dropout(self.attn(self.ln_1(x), rotation, cache, mask, dropout), site + 1)
-        return x + dropout(self.mlp(self.ln_2(x)), site + 2)
+        x = x + attend.dropout(self.attn(self.ln_1(x), rotation, attend), site + 1)
+        return x + attend.dropout(self.mlp(self.ln_2(x)), site + 2)
 
 
 class CausalSelfAttention(nn.Module):
-    """Every token gathers from itself and the tokens before it."""
+    """Multi-head attention of each token to itself and the tokens before it."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -377,31 +351,16 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotation: Tensor | None,
-        cache: Cache | None = None,
-        mask: Tensor | None = None,
-        dropout: RowDropout = NO_DROPOUT,
-    ) -> Tensor:
-        q, k, v = (part.transpose(1, 2) for part in self.qkv(x, rotation))  # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        drop = partial(dropout, site=DROPOUT_SITES * self.layer) if dropout.rate else None
-        y = causal_attention(q, k, v, mask, drop)  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
-
-    def qkv(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries, keys and values (..., H, D) of normalised states (..., C)."""
-        H = self.config.n_head
-        q, k, v = self.c_attn(x).unflatten(-1, (3, H, -1)).unbind(-3)
-        if self.config.qk_norm:
-            norm = F.rms_norm if self.config.norm == "rmsnorm" else F.layer_norm
+    def forward(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
+        """Return the attention output (B, T, C) of normalised states x (B, T, C)."""
+        config = self.config
+        q, k, v = self.c_attn(x).unflatten(-1, (3, config.n_head, -1)).unbind(-3)  # (B, T, H, D)
+        if config.qk_norm:
+            norm = F.rms_norm if config.norm == "rmsnorm" else F.layer_norm
             q, k = (norm(part, part.shape[-1:], eps=NORM_EPSILON) for part in (q, k))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        return q, k, v
+        return self.c_proj(attend(self.layer, q, k, v).flatten(2))
 
 
 class MLP(nn.Module):
@@ -418,11 +377,6 @@ class MLP(nn.Module):
         relu2 = self.config.activation == "relu2"
         x = F.relu(x).square() if relu2 else F.gelu(x, approximate="tanh")
         return self.c_proj(x)
-
-
-def is_class_path(path: object) -> bool:
-    """Return whether a value is the dotted path of a class: a module and a name in it."""
-    return isinstance(path, str) and "." in path and all(map(str.isidentifier, path.split(".")))
 
 
 def import_block(path: str) -> type[nn.Module]:
@@ -452,12 +406,12 @@ def import_block(path: str) -> type[nn.Module]:
 
 def build_blocks(config: GPTConfig) -> list[nn.Module]:
     """Return the blocks of a model; raise ValueError where `config.block` cannot be one."""
-    if config.block is None:
-        return [Block(config, layer) for layer in range(config.n_layer)]
-    block = import_block(config.block)
+    block = Block if config.block is None else import_block(config.block)
     try:
         return [block(config, layer) for layer in range(config.n_layer)]
     except Exception as error:  # whatever the constructor raises
+        if config.block is None:
+            raise
         raise ValueError(
             f"model.block={config.block} cannot be constructed from a GPTConfig and the number of "
             f"its layer ({type(error).__name__}: {error})"
@@ -478,11 +432,11 @@ def causal_attention(
     mask: Tensor | None = None,
     drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Let each query (B, H, T, D) gather from the keys up to its own, the last one from all.
+    """Return the attention (B, H, T, D) of queries (B, H, T, D) to k and v (B, H, T', D).
 
-    A mask (B, 1, T, T) of booleans says instead which keys each query gathers from. `drop` is
-    applied to the attention weights (B, H, T, T), which are then kept for the backward: fused
-    kernels draw dropout of their own.
+    The last query attends to all keys, each one before to one key less. A mask (B, 1, T, T) of
+    booleans, True to attend, replaces this. `drop` is applied to the attention weights
+    (B, H, T, T), which are then stored for the backward: fused kernels draw their own dropout.
     """
     if drop is not None:
         return written_out_attention(q, k, v, mask, drop)
@@ -524,7 +478,7 @@ def written_out_attention(
 
 
 def document_mask(documents: Tensor) -> Tensor:
-    """Return which keys each query sees (B, 1, T, T): those up to its own, of its own document."""
+    """Return the mask (B, 1, T, T) bool of causal attention within documents (B, T)."""
     same = documents[:, None, :, None] == documents[:, None, None, :]
     return same.tril()
 
@@ -535,9 +489,9 @@ def positions_within(documents: Tensor) -> Tensor:
     >>> positions_within(torch.tensor([[0, 0, 0, 1, 1, 2]])).tolist()
     [[0, 1, 2, 0, 1, 0]]
     """
-    places = torch.arange(documents.size(1), device=documents.device).expand_as(documents)
+    indices = torch.arange(documents.size(1), device=documents.device).expand_as(documents)
     begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
-    return places - places.where(begins, 0).cummax(dim=1).values
+    return indices - indices.where(begins, 0).cummax(dim=1).values
 
 
 def rotary_angles(positions: Tensor, head_size: int) -> Tensor:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ from nanogpt.evaluate import main as evaluate_main
 from nanogpt.evaluation.scoring import Question, answer
 from nanogpt.export import check_exportable
 from nanogpt.generate import main as generate_main
-from nanogpt.generation import generate
+from nanogpt.generation import KVCache, generate
 from nanogpt.model import GPT, Block, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
 from nanogpt.training.throughput import flops_per_token
-from serving.engine.loading import load_runner
+from serving.engine.forward import Span
+from serving.engine.loading import load_runner, make_forward
 from serving.engine.messages import Counters, Settings
 from serving.engine.registry import Registry
 
@@ -40,7 +42,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from nanogpt.model import Block
+from nanogpt.model import Block, rotate
 
 Path(__file__).with_suffix(".imported").touch()
 
@@ -58,15 +60,39 @@ class SwiGLUBlock(Block):
         super().__init__(config, layer)
         self.mlp = SwiGLU(config.n_embd)
 
-class Cached(SwiGLUBlock):
-    uses_cache = True
+class OneHead(nn.Module):
+    def __init__(self, n, layer):
+        super().__init__()
+        self.layer, self.qkv, self.c_proj = layer, nn.Linear(n, 3 * n), nn.Linear(n, n)
 
-class Inherits(Cached):
-    pass
+    def forward(self, x, rotation, attend):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).unbind(-3)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        return self.c_proj(attend(self.layer, q, k, v).flatten(2))
 
-class Mean(nn.Module):  # of the tokens so far; keeps no keys and values
-    uses_cache = True
+class OwnAttention(Block):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.attn = OneHead(config.n_embd, layer)
 
+class Parallel(SwiGLUBlock):
+    def forward(self, x, rotation, attend):
+        return x + self.attn(self.ln_1(x), rotation, attend) + self.mlp(self.ln_2(x))
+
+class Shifted(SwiGLUBlock):  # reads the token before past the attention
+    def forward(self, x, rotation, attend):
+        return super().forward(x + F.pad(x, (0, 0, 1, 0))[:, :-1], rotation, attend)
+
+class Counted(SwiGLUBlock):  # has positions of its own
+    def forward(self, x, rotation, attend):
+        return super().forward(x + torch.arange(x.size(1))[:, None], rotation, attend)
+
+class Twice(SwiGLUBlock):
+    def forward(self, x, rotation, attend):
+        return super().forward(x, rotation, attend) + self.attn(x, rotation, attend)
+
+class Mean(nn.Module):  # of the tokens so far, without attention
     def __init__(self, config, layer):
         super().__init__()
         self.scale = nn.Parameter(torch.full((config.n_embd,), 0.5))
@@ -74,7 +100,7 @@ class Mean(nn.Module):  # of the tokens so far; keeps no keys and values
         counts = torch.arange(1.0, config.block_size + 1)[:, None]
         self.register_buffer("counts", counts, persistent=False)
 
-    def forward(self, x, rotation, cache, mask, dropout):
+    def forward(self, x, rotation, attend):
         return x + self.scale * self.linear(x.cumsum(1) / self.counts[: x.size(1)])
 
 class Plain(Mean):
@@ -155,7 +181,7 @@ def test_the_named_class_makes_every_block(package: Path) -> None:
         ("other.blocks.NoModule", "is not a subclass of torch.nn.Module"),
         ("other.blocks.function", "is not a subclass of torch.nn.Module"),
         ("os.system", "is not a subclass of torch.nn.Module"),
-        ("other.blocks.Narrow", "forward that does not take x, rotation, cache, mask, dropout by"),
+        ("other.blocks.Narrow", "forward that does not take x, rotation, attend by"),
         ("other.blocks.Lonely", r"cannot be constructed .*TypeError"),
         ("torch.nn.ReLU", "forward that does not take"),
     ],
@@ -290,7 +316,11 @@ def test_a_run_starts_from_such_a_model_with_other_tokens_and_contexts(
     assert classifier.language_model().eval()(ids).equal(start.model(ids))
 
 
-@pytest.mark.parametrize("name", ["SwiGLUBlock", "Cached", "Inherits", "Plain"])
+ATTEND = ["SwiGLUBlock", "OwnAttention", "Parallel"]  # mix tokens by attend alone
+MIX = ["Plain", "Shifted", "Counted", "Twice"]  # and in other ways
+
+
+@pytest.mark.parametrize("name", [*ATTEND, *MIX])
 def test_generation_equals_reading_the_whole_context_each_time(package: Path, name: str) -> None:
     model, context, expected = build(name, position="rotary"), some_ids(5).tolist(), []
     for parameter in model.parameters():  # so that what was read before counts
@@ -303,25 +333,42 @@ def test_generation_equals_reading_the_whole_context_each_time(package: Path, na
     assert list(generate(model, prompt, max_new_tokens=24, temperature=0)) == expected
 
 
-def test_a_cache_goes_to_classes_alone_that_ask_for_it_themselves(package: Path) -> None:
-    uses = [build(name).uses_cache for name in ("SwiGLUBlock", "Cached", "Inherits")]
-    assert [*uses, GPT(CONFIG).uses_cache] == [False, True, False, True]
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_a_cache_goes_to_blocks_that_mix_tokens_by_attend_alone(
+    package: Path, position: str
+) -> None:
+    found = {name: build(name, position=position).mixes_by_attend() for name in [*ATTEND, *MIX]}
+    assert found == {**dict.fromkeys(ATTEND, True), **dict.fromkeys(MIX, False)}
+    assert GPT(CONFIG).mixes_by_attend()
 
 
-def test_a_cache_is_refused_where_the_blocks_use_none(package: Path) -> None:
-    from nanogpt.generation import KVCache
-
-    model = build("SwiGLUBlock")
-    with pytest.raises(ValueError, match="does not use a cache"):
-        model(some_ids(1, 3), KVCache.like(model))
+def test_a_cache_is_refused_where_blocks_mix_tokens_otherwise(package: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.block=other\.blocks\.Mean mixes tokens outside"):
+        KVCache.like(build("Mean"))
 
 
-def test_a_block_that_leaves_the_cache_empty_does_not_generate(package: Path) -> None:
-    with pytest.raises(ValueError, match=r"does not call cache\.update in every layer"):
-        list(generate(build("Mean"), [1, 2], max_new_tokens=2))
+@pytest.mark.parametrize("name", ATTEND)
+def test_packed_rows_are_read_as_if_each_document_stood_alone(package: Path, name: str) -> None:
+    model, ids = build(name), some_ids(1, 16)
+    packed = model(ids, documents=torch.tensor([[0] * 5 + [1] * 11]))
+    alone = torch.cat([model(part) for part in ids.split([5, 11], dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["SwiGLUBlock", "Plain"])
+@pytest.mark.parametrize("name", ATTEND)
+def test_the_engines_forward_runs_it(package: Path, name: str) -> None:
+    model, ids = build(name, n_embd=64), some_ids(16)
+    forward = make_forward(deepcopy(model), torch.zeros(2, 2, 2, 2, 16, 32), "fp32")
+    states = torch.cat(
+        [
+            forward.hidden_states([Span(1, 0, ids[:9].tolist()), Span(0, 0, [5])])[:9],
+            forward.hidden_states([Span(1, 9, ids[9:].tolist())]),
+        ]
+    )
+    torch.testing.assert_close(forward.logits(states), model(ids[None])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*ATTEND, *MIX])
 def test_scores_are_those_of_the_models_own_forward(package: Path, name: str) -> None:
     model = build(name, block_size=20)  # no multiple of what rows are padded to
     ids = some_ids(4, 20).tolist()

@@ -12,8 +12,9 @@ from torch import Tensor
 from nanogpt.model import GPT, GPTConfig
 from serving.engine import compiling, native
 from serving.engine import forward as forward_module
-from serving.engine.forward import Computes, Forward, Span, round_to_24_bits
+from serving.engine.forward import Forward, Span, round_to_24_bits
 from serving.engine.loading import cache_dtype, make_forward
+from serving.engine.native import ForwardPass
 from tests.engine_models import MODERN
 
 IDS = torch.randint(97, (150,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -41,7 +42,7 @@ def model(**keys: Any) -> GPT:
     return made
 
 
-def forward(dtype: str, invariant: bool = True, **keys: Any) -> Computes:
+def forward(dtype: str, invariant: bool = True, **keys: Any) -> ForwardPass:
     made = model(**keys)
     c = made.config
     shape = (c.n_layer, 2, 4, c.n_head, c.block_size, c.n_embd // c.n_head)
@@ -49,7 +50,7 @@ def forward(dtype: str, invariant: bool = True, **keys: Any) -> Computes:
     return make_forward(made, cache, dtype, invariant=invariant)
 
 
-def logits(computes: Computes, *spans: Span) -> Tensor:
+def logits(computes: ForwardPass, *spans: Span) -> Tensor:
     return computes.logits(computes.hidden_states(list(spans)))
 
 
@@ -105,7 +106,7 @@ def test_rows_are_not_padded_where_they_may_depend_on_their_company(
     for invariant in (True, False):
         computes = forward("fp32", invariant)
         assert isinstance(computes, Forward)
-        hook = computes.model.ln_f.register_forward_hook(lambda *a: rows.append(len(a[1][0])))
+        hook = computes.model.ln_f.register_forward_hook(lambda *a: rows.append(a[1][0].size(-2)))
         computes.hidden_states([Span(0, 0, [1, 2, 3])])
         hook.remove()
     assert rows == [4, 3]

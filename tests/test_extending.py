@@ -180,7 +180,7 @@ def test_a_tokenizer_travels_with_its_checkpoint_and_a_task_scores_it(
 
 
 def test_a_model_block(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words, written = commands("A model block")
+    words, written, *of_attention = commands("A model block")
     run(words)
     capsys.readouterr()
     assert generate(written[2:]) == 0
@@ -190,6 +190,10 @@ def test_a_model_block(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert n_parameters == summary(Path("runs/swiglu"))["n_params"]
     assert generate(written[2:-2]) == 1  # without --allow-module
     assert "--allow-module my_package" in capsys.readouterr().err
+    run(of_attention[0])
+    assert generate(of_attention[1][2:]) == 0
+    model = load_checkpoint("multi_query", allow_modules=["my_package"]).model
+    assert model.mixes_by_attend()
 
 
 def handed_over(node: str) -> list[str]:

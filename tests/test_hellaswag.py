@@ -83,14 +83,14 @@ def test_endings_that_begin_alike_score_as_they_do_alone() -> None:
 
 def test_many_continuations_of_one_context_are_several_rows(monkeypatch: Any) -> None:
     monkeypatch.setattr(scoring, "TREE_TOKENS", 32)
-    model, read = new_model(), scoring._scored_states
+    model, read = new_model(), scoring._hidden_states
     lengths: list[int] = []
 
-    def noted(model: GPT, rows: Any, scored: Any) -> torch.Tensor:
+    def noted(model: GPT, rows: Any, *args: Any) -> torch.Tensor:
         lengths.extend(len(row.input_ids) for row in rows)
-        return read(model, rows, scored)
+        return read(model, rows, *args)
 
-    monkeypatch.setattr(scoring, "_scored_states", noted)
+    monkeypatch.setattr(scoring, "_hidden_states", noted)
     question = Question([1, 2, 3], [[n, n + 1, n + 2] * 2 for n in range(20)])
     [answers] = answer(model, [question])
     found = [one.log_likelihood for one in answers]

@@ -12,11 +12,12 @@ import yaml
 from torch import Tensor
 
 from nanogpt import model as model_module
+from nanogpt.dropout import RowDropout
 from nanogpt.generation import KVCache
 from nanogpt.model import (
     GPT,
+    Attend,
     GPTConfig,
-    RowDropout,
     causal_attention,
     document_mask,
     rotary_angles,
@@ -138,7 +139,7 @@ def test_zero_initialisation_makes_blocks_pass_their_input_on() -> None:
     model = build(replace(MODERN, zero_init=True))
     x = torch.randn(2, 5, 16)
     angles = rotary_angles(torch.arange(5), 8)
-    assert torch.equal(model.h[0](x, angles, None), x)
+    assert torch.equal(model.h[0](x, angles, Attend()), x)
 
 
 @BOTH

@@ -1,13 +1,13 @@
-"""How likely a model finds texts after others: the one scorer behind every task.
+"""Log-likelihoods of texts after others: the one scorer behind every task.
 
-A question is a context and continuations of it, in tokens. Its row is a tree: the context and what
-continuations begin with alike stand in it once, and each token sees those on its way back to the
-first. Logits, and the last block beyond its attention, are computed where something is scored and
-nowhere else; of padding there is attention alone. Models with blocks of another class read each
-continuation as a row of its own, through their own forward.
+A request is a context and continuations of it, in tokens. Its row is a tree: the context and common
+beginnings of continuations stand in it once, and each token attends to those on its path to the
+root. Rows stand one after another in one list of tokens, so that only attention computes padding;
+logits are computed for scored tokens alone. Where a model's blocks mix tokens outside `attend`,
+each continuation is a row of its own, computed alone.
 
-Shapes: B batch, T time, C channels, V vocabulary, R tokens of all rows, S scored places, N scored
-tokens.
+Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary, R tokens of all rows,
+S scored positions, N scored tokens.
 """
 
 import logging
@@ -24,14 +24,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanogpt.model import GPT, Block, causal_attention, rotary_angles
+from nanogpt.model import GPT, Attend
 from nanogpt.tokenizer import Tokenizer
 
-BATCH_SIZE = 8  # questions of a forward
-PRODUCT_ROWS = 32  # in a matrix product: what is left of a multiple is added in another order
-ROW_MULTIPLE = 16  # tokens that a row's attention is padded to
-TREE_TOKENS = 1024  # of a row: what its attention holds grows with their square
-LOGITS_ROWS = 128  # of V logits, held at a time
+BATCH_SIZE = 8  # requests per forward
+PRODUCT_ROWS = 32  # a matrix product adds the remainder of this multiple in another order
+ROW_MULTIPLE = 16  # tokens to which a row's attention is padded
+TREE_TOKENS = 1024  # largest row: its attention scores grow with their square
+LOGITS_ROWS = 128  # of V logits, computed at a time
 PROGRESS_S = 10.0  # between lines of the log
 
 Tokens = Sequence[int] | np.ndarray
@@ -69,25 +69,28 @@ def answer(
     Raises ValueError where the model gives no finite likelihoods.
     """
     assert not model.training, "dropout would change the answers"
-    pieces = [piece for i, q in enumerate(questions) for piece in _pieces(i, q, model)]
+    shares = model.mixes_by_attend()
+    tree_tokens, product_rows = (TREE_TOKENS, PRODUCT_ROWS) if shares else (0, 1)
+    block_size = model.config.block_size
+    pieces = [p for i, q in enumerate(questions) for p in _pieces(i, q, block_size, tree_tokens)]
     answers = [[Answer(0.0, True)] * len(q.continuations) for q in questions]
-    n_done, told = 0, time.monotonic()
-    for batch in _batches(pieces, batch_size):
-        for row, found in zip(batch, _answer_batch(model, batch), strict=True):
-            own = answers[row.piece.question]
-            if not all(math.isfinite(new.log_likelihood) for new in found):
+    n_done, logged = 0, time.monotonic()
+    for batch in _batches(pieces, batch_size if shares else 1):
+        owners = [(answers[piece.question], index) for piece in batch for index in piece.indices]
+        found = _answer_batch(model, [_Row(piece) for piece in batch], product_rows)
+        for (own, index), new in zip(owners, found, strict=True):
+            if not math.isfinite(new.log_likelihood):
                 raise ValueError(
                     "the model gives no finite likelihoods: its weights are damaged, or its "
                     "training diverged; pass another checkpoint"
                 )
-            for place, new in zip(row.piece.places, found, strict=True):
-                before = own[place]
-                own[place] = Answer(
-                    before.log_likelihood + new.log_likelihood, before.is_greedy and new.is_greedy
-                )
+            own[index] = Answer(
+                own[index].log_likelihood + new.log_likelihood,
+                own[index].is_greedy and new.is_greedy,
+            )
         n_done += len(batch)
-        if time.monotonic() - told > PROGRESS_S:
-            told = time.monotonic()
+        if time.monotonic() - logged > PROGRESS_S:
+            logged = time.monotonic()
             log.info("scored %s of %s", f"{n_done:,}", f"{len(pieces):,}")
     return answers
 
@@ -124,49 +127,43 @@ def encode_pair(
 
 @dataclass(frozen=True)
 class _Piece:
-    """Part of a question that fits the model: continuations, and their places in the question."""
+    """Part of a question that fits the model: some continuations, and their indices in it."""
 
     question: int
     context: Tokens
     continuations: Sequence[Tokens]
-    places: Sequence[int]
-
-    @property
-    def is_chain(self) -> bool:
-        """Whether nothing branches: attention is plainly causal."""
-        return len(self.continuations) == 1
+    indices: Sequence[int]
 
     @property
     def padded(self) -> int:
-        """The tokens that its row has at most, as a multiple of ROW_MULTIPLE."""
+        """The most tokens that its row has, as a multiple of ROW_MULTIPLE."""
         n_tokens = len(self.context) + sum(len(c) - 1 for c in self.continuations)
         return -(-n_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def _pieces(number: int, question: Question, model: GPT) -> Iterator[_Piece]:
+def _pieces(number: int, question: Question, block_size: int, tree_tokens: int) -> Iterator[_Piece]:
     """Yield continuations that fit together with their context, else each apart or in parts."""
     context, continuations = question.context, question.continuations
-    assert len(context), "there is nothing to begin from"
-    assert all(map(len, continuations)), "there is nothing to score"
-    block_size = model.config.block_size
+    assert len(context), "the context is empty"
+    assert all(map(len, continuations)), "a continuation is empty"
     together: list[int] = []
     n_tokens = len(context)
-    for place, continuation in enumerate(continuations):
-        if len(context) + len(continuation) - 1 > block_size:
-            yield from _parts(number, place, context, continuation, block_size)
+    for index, continuation in enumerate(continuations):
+        n_new = len(continuation) - 1  # the last token is a target only
+        if len(context) + n_new > block_size:
+            yield from _parts(number, index, context, continuation, block_size)
             continue
-        branches = model.config.block is None and n_tokens + len(continuation) - 1 <= TREE_TOKENS
-        if together and not branches:
+        if together and n_tokens + n_new > tree_tokens:
             yield _Piece(number, context, [continuations[i] for i in together], together)
             together, n_tokens = [], len(context)
-        together.append(place)
-        n_tokens += len(continuation) - 1
+        together.append(index)
+        n_tokens += n_new
     if together:
         yield _Piece(number, context, [continuations[i] for i in together], together)
 
 
 def _parts(
-    number: int, place: int, context: Tokens, continuation: Tokens, block_size: int
+    number: int, index: int, context: Tokens, continuation: Tokens, block_size: int
 ) -> Iterator[_Piece]:
     """Yield a continuation whole where it fits without its context, else in parts."""
     text = [*context, *continuation]
@@ -174,122 +171,122 @@ def _parts(
     for start in range(len(context), len(text), step):
         scored = text[start : start + step]
         before = text[max(start + len(scored) - 1 - block_size, 0) : start]
-        yield _Piece(number, before, [scored], [place])
+        yield _Piece(number, before, [scored], [index])
 
 
-def _batches(pieces: Sequence[_Piece], batch_size: int) -> Iterator[list["_Row"]]:
-    """Yield rows of one padded length together, the longest first.
+def _batches(pieces: Sequence[_Piece], batch_size: int) -> Iterator[list[_Piece]]:
+    """Yield pieces of one padded length together, the longest first, trees apart from chains.
 
-    So no computation of a row depends on its company, nor do, on a CPU, the bits of its answer.
+    So the computation of a row does not depend on the others, nor, on a CPU, do its bits.
     """
     alike: dict[tuple[int, bool], list[_Piece]] = defaultdict(list)
     for piece in pieces:
-        alike[piece.padded, piece.is_chain].append(piece)
+        alike[piece.padded, len(piece.continuations) == 1].append(piece)
     for _, group in sorted(alike.items(), key=lambda item: item[0], reverse=True):
         for start in range(0, len(group), batch_size):
-            yield [_Row(piece) for piece in group[start : start + batch_size]]
+            yield group[start : start + batch_size]
 
 
 class _Row:
-    """A piece as a tree: its tokens, the place before each, and where each target is scored."""
+    """A piece as a tree: its tokens, the index before each, and where each target is scored."""
 
     def __init__(self, piece: _Piece) -> None:
         n = len(piece.context)
         self.piece = piece
         self.input_ids = list(map(int, piece.context))
         self.parents = list(range(-1, n - 1))
-        self.targets: list[tuple[int, int]] = []  # place, token: of one continuation after another
-        places: dict[tuple[int, int], int] = {}  # of a token after a place
+        self.targets: list[tuple[int, int]] = []  # index, token: continuation after continuation
+        children: dict[tuple[int, int], int] = {}  # the index of a token after an index
         for continuation in piece.continuations:
-            place = n - 1
+            index = n - 1
             *inner, last = map(int, continuation)
             for token in inner:
-                self.targets.append((place, token))
-                if (place, token) not in places:
-                    places[place, token] = len(self.input_ids)
+                self.targets.append((index, token))
+                if (index, token) not in children:
+                    children[index, token] = len(self.input_ids)
                     self.input_ids.append(token)
-                    self.parents.append(place)
-                place = places[place, token]
-            self.targets.append((place, last))
+                    self.parents.append(index)
+                index = children[index, token]
+            self.targets.append((index, last))
 
     def mask(self) -> np.ndarray:
-        """Return which tokens each token sees (T, T), padding included: those before it, itself."""
+        """Return which tokens each attends to (T, T) bool, padding included: its path, itself."""
         mask = np.eye(self.piece.padded, dtype=bool)
-        for place, parent in enumerate(self.parents[1:], start=1):
-            mask[place] |= mask[parent]
+        for index, parent in enumerate(self.parents[1:], start=1):
+            mask[index] |= mask[parent]
         return mask
 
 
-def _answer_batch(model: GPT, rows: Sequence[_Row]) -> list[list[Answer]]:
-    places, targets, start = [], [], 0
+class _RowsAttend(Attend):
+    """Attention within rows that stand one after another in a list of tokens.
+
+    `is_token` (B, T) bool is false for padding, `n_tokens` is the length of the list. Rows are
+    causal unless a `mask` (B, 1, T, T) bool is given.
+    """
+
+    def __init__(self, is_token: Tensor, n_tokens: int, mask: Tensor | None) -> None:
+        super().__init__(mask)
+        flat = is_token.flatten()
+        self.indices = (flat.cumsum(0) - 1).view(is_token.shape)  # (B, T): in the list
+        self.taken = F.pad(flat.nonzero().flatten(), (0, n_tokens - int(flat.sum())))  # (R,)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the attention (1, R, H, D) of a layer's q, k and v (1, R, H, D) each."""
+        q, k, v = (part[0][self.indices] for part in (q, k, v))  # (B, T, H, D)
+        return super().__call__(layer, q, k, v).flatten(0, 1)[self.taken][None]
+
+
+def _answer_batch(model: GPT, rows: Sequence[_Row], product_rows: int) -> Iterator[Answer]:
+    """Return the answers to all continuations of all rows, in order."""
+    indices, targets, start = [], [], 0
     for row in rows:
-        places += [start + place for place, _ in row.targets]
+        indices += [start + index for index, _ in row.targets]
         targets += [token for _, token in row.targets]
         start += len(row.input_ids)
-    scored, of_target = torch.tensor(places).unique(return_inverse=True)
-    states = _scored_states(model, rows, scored)
+    scored, of_target = torch.tensor(indices).unique(return_inverse=True)
+    states = _hidden_states(model, rows, product_rows)
+    states = states[_padded(scored, product_rows).to(states.device)]
     log_likelihoods, hits = _score(model, states, of_target, torch.tensor(targets))
     sizes = [len(c) for row in rows for c in row.piece.continuations]
-    found = iter(
-        Answer(float(part.sum()), bool(hit.all()))
-        for part, hit in zip(log_likelihoods.split(sizes), hits.split(sizes), strict=True)
-    )
-    return [[next(found) for _ in row.piece.continuations] for row in rows]
+    for part, hit in zip(log_likelihoods.split(sizes), hits.split(sizes), strict=True):
+        yield Answer(float(part.sum()), bool(hit.all()))
 
 
-def _scored_states(model: GPT, rows: Sequence[_Row], scored: Tensor) -> Tensor:
-    """Return the final states (S, C) at places among the rows' tokens, and some more of padding.
+def _hidden_states(model: GPT, rows: Sequence[_Row], product_rows: int) -> Tensor:
+    """Return the final states (R, C) of the rows' tokens, and those of some padding.
 
     Linear maps take all tokens of all rows as one list; attention takes padded rows.
     """
     device = model.wte.weight.device
-    masks = None if rows[0].piece.is_chain else np.stack([row.mask() for row in rows])  # (B, T, T)
-    n_tokens = np.array([len(row.input_ids) for row in rows])
-    is_token = np.arange(rows[0].piece.padded) < n_tokens[:, None]  # (B, T)
-    depths = np.nonzero(is_token)[1] if masks is None else masks.sum(2)[is_token] - 1
+    n_tokens = torch.tensor([len(row.input_ids) for row in rows])
+    is_token = torch.arange(rows[0].piece.padded) < n_tokens[:, None]  # (B, T)
+    mask, positions = None, is_token.nonzero()[:, 1]
+    if len(rows[0].piece.continuations) > 1:
+        mask = torch.from_numpy(np.stack([row.mask() for row in rows]))[:, None]  # (B, 1, T, T)
+        positions = mask.sum(-1)[:, 0][is_token] - 1
+        mask = mask.to(device)
+    ids = torch.tensor([i for row in rows for i in row.input_ids])
+    ids, positions = (_padded(values, product_rows).to(device) for values in (ids, positions))
+    attend = _RowsAttend(is_token.to(device), len(ids), mask)
+    x = model.embed(ids, positions)[None]  # (1, R, C)
+    return model.run_blocks(x, model.rotation(positions), attend)[0]
 
-    if model.config.block is not None:
-        ids = torch.zeros(is_token.shape, dtype=torch.int64)
-        ids[torch.from_numpy(is_token)] = torch.tensor([i for row in rows for i in row.input_ids])
-        ids = ids[:, : model.config.block_size].to(device)
-        return model.hidden_states(ids)[torch.from_numpy(is_token)[:, : ids.size(1)]][scored]
 
-    def whole(values: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        values = torch.as_tensor(values)
-        return F.pad(values, (0, -len(values) % PRODUCT_ROWS)).to(device)
-
-    places = torch.from_numpy((is_token.cumsum() - 1).reshape(is_token.shape)).to(device)
-    taken, scored = whole(np.flatnonzero(is_token)), whole(scored)
-    mask = None if masks is None else torch.from_numpy(masks[:, None]).to(device)
-    x, rotation = model.wte(whole([i for row in rows for i in row.input_ids])), None  # (R, C)
-    positions = whole(depths)
-    if model.config.position == "learned":
-        x = x + model.wpe(positions)
-    else:
-        rotation = rotary_angles(positions, model.config.n_embd // model.config.n_head)
-    for block in model.h:
-        assert isinstance(block, Block)
-        qkv = block.attn.qkv(block.ln_1(x), rotation)  # (R, H, D) each
-        q, k, v = (part[places].transpose(1, 2) for part in qkv)  # (B, H, T, D)
-        y = causal_attention(q, k, v, mask).transpose(1, 2).flatten(0, 1)[taken]
-        if block is model.h[-1]:
-            x, y = x[scored], y[scored]
-        x = x + block.attn.c_proj(y.flatten(1))
-        x = x + block.mlp(block.ln_2(x))
-    return model.ln_f(x)
+def _padded(values: Tensor, multiple: int) -> Tensor:
+    return F.pad(values, (0, -len(values) % multiple))
 
 
 def _score(model: GPT, states: Tensor, of_target: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each target's log-probability (N,) float64, and whether none is likelier (N,).
+    """Return each target's log-probability (N,) float64, and whether it is the likeliest (N,).
 
-    `of_target` (N,) says which of the states (S, C) each target (N,) is to follow.
+    `of_target` (N,) is the index in states (S, C) that predicts each target (N,).
     """
     found = torch.empty(len(targets), dtype=torch.float64)
     hits = torch.empty(len(targets), dtype=torch.bool)
     for start in range(0, len(states), LOGITS_ROWS):
         logits = model.head(states[start : start + LOGITS_ROWS]).float()  # (<= LOGITS_ROWS, V)
         own = (of_target // LOGITS_ROWS == start // LOGITS_ROWS).nonzero().flatten()
-        at, wanted = (of_target[own] - start).to(logits.device), targets[own].to(logits.device)
-        found[own] = (logits[at, wanted] - logits.logsumexp(-1)[at]).cpu().double()
-        hits[own] = (logits.argmax(-1)[at] == wanted).cpu()
+        rows, ids = (of_target[own] - start).to(logits.device), targets[own].to(logits.device)
+        found[own] = (logits[rows, ids] - logits.logsumexp(-1)[rows]).cpu().double()
+        hits[own] = (logits.argmax(-1)[rows] == ids).cpu()
     return found, hits

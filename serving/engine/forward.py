@@ -1,65 +1,44 @@
-"""A GPT over slots: any tokens of any sequences in one pass, each as if it were alone.
+"""The forward pass of the server: tokens of any sequences in one pass, each row as if alone.
 
-A step computes rows: one for each sequence that writes, many for one that is read in. A row's
-result depends on its own sequence only, bit for bit. Matrix products give a row the same bits
-whatever stands beside it where the number of rows is a multiple of what `row_multiple` finds (CPU
-kernels in fp32 compute by fours and divide rows among threads; what is left over goes another way).
-Where no number does (a GPU's library may choose another kernel for each), products are computed for
-the same number of rows at a time, always. Attention is computed for each sequence apart, over its
-own context rounded up to whole blocks, so that reading and writing a token add in the same order.
+A step computes rows: one for each sequence in decode, many for one in prefill. A row's result
+depends on its own sequence only, bit for bit. Matrix products give a row the same bits in any
+company where the number of rows is a multiple of the one that `row_multiple` finds (CPU kernels in
+fp32 compute by fours and divide rows among threads; the remainder takes another path). Where no
+multiple does (a GPU's library may choose another kernel for each), products are always computed for
+the same number of rows. Attention is computed for each sequence apart, over its own context rounded
+up to whole blocks, so that prefill and decode of a token add in the same order.
 
 On a GPU this is right by design but was not measured: each sequence's attention is a launch of its
 own in every layer, and CUDA graphs, which would hide that, are not used.
 
-Shapes: R rows, C channels, H heads, D head size, T context, V vocabulary.
+Shapes: R rows, C channels, H heads, D head size, T context, V vocabulary, K classes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt.classifier import Classifier
-from nanogpt.model import GPT, Block, rotary_angles
+from nanogpt.model import GPT, Attend
 
 CONTEXT_BLOCK = 64  # tokens; attention reads whole blocks
 MULTIPLES = (1, 2, 4, 8, 16, 32)  # of rows
 PROBES = (1, 2, 3, 4, 5, 7, 8, 13)  # how many of a multiple are tried
 PROBED_ROWS = 128
-TILE_ROWS = 32  # at a time where no multiple does
+TILE_ROWS = 32  # rows of each product where no multiple is invariant
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens that follow each other in a slot, the first at `start`."""
+    """Consecutive tokens of a slot, the first at `start`."""
 
     slot: int
     start: int
     ids: list[int]
-
-
-class Computes(Protocol):
-    """What a runner asks of a forward pass."""
-
-    device: torch.device
-
-    def hidden_states(self, spans: list[Span]) -> Tensor: ...
-
-    def logits(self, hidden_states: Tensor) -> Tensor: ...
-
-    def class_probabilities(self, hidden_states: Tensor) -> Tensor: ...
-
-
-class _Piece(NamedTuple):
-    """Rows of one slot whose last positions lie in one block of context."""
-
-    rows: slice
-    slot: int
-    n_context: int
-    hidden: Tensor  # (rows, T) booleans: the keys after each row's own
 
 
 class Forward:
@@ -72,68 +51,56 @@ class Forward:
         self, model: GPT, cache: Tensor, *, int8: bool = False, invariant: bool = True
     ) -> None:
         self.model, self.config, self.cache = model, model.config, cache
-        self.device, self.dtype = cache.device, cache.dtype
+        self.device = cache.device
         self.head: Callable[[Tensor], Tensor] = model.head
         if int8:
-            self.model, self.head = with_int8_weights(model)
-        every = torch.arange(self.config.block_size, device=self.device)
-        self.rotations = rotary_angles(every, self.config.n_embd // self.config.n_head)
-        self.gather = gather
+            _replace_linear(model, lambda linear: Int8Linear(linear.weight, linear.bias))
+            self.head = Int8Linear(model.wte.weight[: self.config.vocab_size], None)
+        self.rotation = model.rotation(torch.arange(self.config.block_size, device=self.device))
+        self.max_attention_rows = self.config.block_size
         self.row_multiple = self._row_multiple() if invariant else 1
 
     def _row_multiple(self) -> int:
-        """Return the number of rows that every product gets a multiple of."""
+        """Return the number of rows of which every product gets a multiple."""
         multiples = [row_multiple(compute, like) for compute, like in self._products()]
         found = [multiple for multiple in multiples if multiple is not None]
         if len(found) == len(multiples):
             return max(found)
-        _each_linear(self.model, lambda linear: InTiles(linear, TILE_ROWS))
-        self.head, self.gather = InTiles(self.head, TILE_ROWS), gather_in_tiles
+        _replace_linear(self.model, lambda linear: InTiles(linear, TILE_ROWS))
+        self.head, self.max_attention_rows = InTiles(self.head, TILE_ROWS), TILE_ROWS
         return TILE_ROWS
 
     def _products(self) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
-        """Return one of each kind of product over rows, and what a row is like."""
-        first, row = self.model.h[0], self.model.wte.weight[0].to(self.dtype)
-        assert isinstance(first, Block)
+        """Return one of each kind of product over rows, and an example of a row."""
+        row = self.model.wte.weight[0].to(self.cache)
+        linears = [m for m in self.model.h[0].modules() if isinstance(m, nn.Linear | Int8Linear)]
         return [
-            (first.attn.c_attn, row),
-            (first.attn.c_proj, row),
-            (first.mlp.c_fc, row),
-            (first.mlp.c_proj, row.repeat(4)),
+            *((linear, linear.weight[0].to(self.cache)) for linear in linears),
             (self.head, row),
             *([(self.model.classes, row)] if isinstance(self.model, Classifier) else []),
-            *((self._gathering(n), row) for n in {CONTEXT_BLOCK, self.config.block_size}),
+            *((self._attention_over(n), row) for n in {CONTEXT_BLOCK, self.config.block_size}),
         ]
 
-    def _gathering(self, n_context: int) -> Callable[[Tensor], Tensor]:
-        """Return attention over some context as a function of queries (R, C)."""
+    def _attention_over(self, n_context: int) -> Callable[[Tensor], Tensor]:
+        """Return attention over a random context as a function of queries (R, C)."""
         n_head = self.config.n_head
-        head_size = self.config.n_embd // n_head
-        generator = torch.Generator().manual_seed(1)
-        random = torch.randn(2, n_head, n_context, head_size, generator=generator)
+        shape = (2, n_head, n_context, self.config.n_embd // n_head)
+        random = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         keys, values = random.to(self.cache)  # (H, T, D) each
-        hidden = torch.zeros(1, n_context, dtype=torch.bool, device=self.device)
-        return lambda x: gather(x.view(-1, n_head, head_size), keys, values, hidden).flatten(1)
+        masked = torch.zeros(1, n_context, dtype=torch.bool, device=self.device)
+        return lambda x: attention(x.unflatten(1, (n_head, -1)), keys, values, masked).flatten(1)
 
     @torch.inference_mode()
     def hidden_states(self, spans: list[Span]) -> Tensor:
         """Read spans into their slots; return the normalised final states (R, C) of all rows."""
-        ids = self._column([i for span in spans for i in span.ids])
+        ids = self._padded(self._column([i for span in spans for i in span.ids]))
         slots = self._column([span.slot for span in spans for _ in span.ids])
         positions = self._column([span.start + n for span in spans for n in range(len(span.ids))])
-        pieces = self._pieces(spans)
-        x = self._padded(self.model.wte(ids).to(self.dtype))  # (R, C)
-        rotation = None
-        if self.config.position == "learned":
-            x = x + self._padded(self.model.wpe(positions).to(self.dtype))
-        else:
-            rotation = self.rotations[:, F.pad(positions, (0, len(x) - len(ids)))]
-        for layer, block in enumerate(self.model.h):
-            assert isinstance(block, Block)
-            qkv = torch.stack(block.attn.qkv(block.ln_1(x), rotation))  # (3, R, H, D)
-            x = x + block.attn.c_proj(self._attention(layer, qkv, slots, positions, pieces))
-            x = x + block.mlp(block.ln_2(x))
-        return self.model.ln_f(x)[: len(ids)]
+        attend = SlotAttend(self.cache, slots, positions, self._pieces(spans))
+        positions = self._padded(positions)
+        rotation = None if self.rotation is None else self.rotation[:, positions]
+        x = self.model.embed(ids, positions)[None]  # (1, R, C)
+        return self.model.run_blocks(x, rotation, attend)[0, : len(slots)]
 
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -147,32 +114,19 @@ class Forward:
         logits = self.model.classes(self._padded(hidden_states))[: len(hidden_states)]
         return logits.float().softmax(-1)
 
-    def _attention(
-        self, layer: int, qkv: Tensor, slots: Tensor, positions: Tensor, pieces: list[_Piece]
-    ) -> Tensor:
-        """Store new keys and values; return what each row gathers (R, C)."""
-        q, k, v = qkv
-        self.cache[layer, 0][slots, :, positions] = k[: len(slots)]
-        self.cache[layer, 1][slots, :, positions] = v[: len(slots)]
-        y = torch.zeros_like(q)
-        for piece in pieces:
-            keys, values = self.cache[layer, :, piece.slot, :, : piece.n_context]  # (H, T, D) each
-            own, hidden = self._padded(q[piece.rows]), self._padded(piece.hidden)
-            y[piece.rows] = self.gather(own, keys, values, hidden)[: len(piece.hidden)]
-        return y.flatten(1)
-
-    def _pieces(self, spans: list[Span]) -> list[_Piece]:
+    def _pieces(self, spans: list[Span]) -> list["_Piece"]:
         pieces, row = [], 0
         for span in spans:
             start, end = span.start, span.start + len(span.ids)
             while start < end:
                 n_context = (start // CONTEXT_BLOCK + 1) * CONTEXT_BLOCK
-                stop = min(end, n_context)
+                stop = min(end, n_context, start + self.max_attention_rows)
                 n_context = min(n_context, self.config.block_size)
                 own = torch.arange(start, stop, device=self.device)
-                hidden = torch.arange(n_context, device=self.device) > own[:, None]
-                pieces.append(_Piece(slice(row, row + stop - start), span.slot, n_context, hidden))
-                row, start = row + stop - start, stop
+                masked = torch.arange(n_context, device=self.device) > own[:, None]
+                rows = slice(row, row + stop - start)
+                pieces.append(_Piece(rows, span.slot, n_context, self._padded(masked)))
+                row, start = rows.stop, stop
         return pieces
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -183,35 +137,65 @@ class Forward:
         return torch.tensor(values, device=self.device)
 
 
-def gather(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v (R, H, D) of queries (R, H, D) over keys (H, T, D)."""
+class _Piece(NamedTuple):
+    """Rows of one slot whose last positions lie in one block of context."""
+
+    rows: slice
+    slot: int
+    n_context: int
+    masked: Tensor  # (rows, T) bool, padded: the keys after each row's own
+
+
+class SlotAttend(Attend):
+    """Attention of rows, each to its own slot of a cache (L, 2, S, H, T, D)."""
+
+    def __init__(
+        self, cache: Tensor, slots: Tensor, positions: Tensor, pieces: list[_Piece]
+    ) -> None:
+        super().__init__()
+        self.cache, self.slots, self.positions, self.pieces = cache, slots, positions, pieces
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store a layer's k and v (1, R, H, D); return the attention (1, R, H, D) of q."""
+        q, n_rows = q[0], len(self.slots)
+        for entries, new in zip(self.cache[layer], (k[0], v[0]), strict=True):
+            entries[self.slots, :, self.positions] = new[:n_rows]
+        y = torch.zeros_like(q)
+        for rows, slot, n_context, masked in self.pieces:
+            keys, values = self.cache[layer, :, slot, :, :n_context]  # (H, T, D) each
+            own = F.pad(q[rows], (0, 0, 0, 0, 0, len(masked) - len(q[rows])))
+            y[rows] = attention(own, keys, values, masked)[: rows.stop - rows.start]
+        return y[None]
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, masked: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v (R, H, D) of queries (R, H, D) over keys (H, T, D).
+
+    `masked` (R, T) bool are the keys that a query does not attend to.
+    """
     scores = torch.bmm(q.transpose(0, 1), keys.transpose(1, 2)).float()  # (H, R, T)
-    scores = (scores * q.size(-1) ** -0.5).masked_fill(hidden, -torch.inf)
+    scores = (scores * q.size(-1) ** -0.5).masked_fill(masked, -torch.inf)
     return torch.bmm(scores.softmax(-1).to(values.dtype), values).transpose(0, 1)
 
 
-def gather_in_tiles(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
-    """Do as `gather` does, for TILE_ROWS queries at a time."""
-    tiles = zip(q.split(TILE_ROWS), hidden.split(TILE_ROWS), strict=True)
-    return torch.cat([gather(own, keys, values, unseen) for own, unseen in tiles])
-
-
 class InTiles(nn.Module):
-    """A computation over rows (R, C), R a multiple of n_rows, that gets n_rows at a time."""
+    """A computation over rows (..., R, C), R a multiple of n_rows, of n_rows at a time."""
 
     def __init__(self, compute: Callable[[Tensor], Tensor], n_rows: int) -> None:
         super().__init__()
         self.compute, self.n_rows = compute, n_rows
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.compute(rows) for rows in x.split(self.n_rows)])
+        """Return the results (..., R, N) of rows (..., R, C)."""
+        return torch.cat([self.compute(rows) for rows in x.split(self.n_rows, -2)], -2)
 
 
 @torch.inference_mode()
 def row_multiple(compute: Callable[[Tensor], Tensor], like: Tensor) -> int | None:
     """Return the number of rows whose multiples all get the same bits from a computation.
 
-    Found by trying on rows such as `like` (C,). None where there is no such number.
+    Found by trials on random rows of the shape (C,) and type of `like`. None where no such number
+    exists.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(PROBED_ROWS, len(like), generator=generator).to(like)
@@ -237,8 +221,10 @@ class Int8Linear(nn.Module):
         self.bias = None if bias is None else bias.detach().to(torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the products (..., N) of bfloat16 inputs (..., K)."""
         if x.is_cpu:
-            y = torch._weight_int8pack_mm(x, self.weight, self.scales)
+            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scales)
+            y = y.unflatten(0, x.shape[:-1])
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scales
         return y if self.bias is None else y + self.bias
@@ -248,12 +234,6 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return weights (N, K) as int8 and the float32 scale (N,) of each row, exact in bfloat16."""
     scales = (weight.float().abs().amax(1) / 127).clamp_min(1e-12).to(torch.bfloat16).float()
     return (weight.float() / scales[:, None]).round().clamp(-127, 127).to(torch.int8), scales
-
-
-def with_int8_weights(model: GPT) -> tuple[GPT, Int8Linear]:
-    """Replace the linear maps of a bfloat16 model's blocks; return it and its head as one more."""
-    _each_linear(model, lambda linear: Int8Linear(linear.weight, linear.bias))
-    return model, Int8Linear(model.wte.weight[: model.config.vocab_size], None)
 
 
 @torch.no_grad()
@@ -266,10 +246,9 @@ def round_to_24_bits(model: GPT) -> None:
             bits &= ~0xFF
 
 
-def _each_linear(model: GPT, replaced: Callable[[Any], nn.Module]) -> None:
-    """Put others in the place of the linear maps of a model's blocks."""
-    for block in model.h:
-        assert isinstance(block, Block)
-        for module in (block.attn, block.mlp):
-            for name, linear in list(module.named_children()):
-                setattr(module, name, replaced(linear))
+def _replace_linear(model: GPT, replaced: Callable[[Any], nn.Module]) -> None:
+    """Replace every linear map, plain or int8, of a model's blocks."""
+    for module in list(model.h.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear | Int8Linear):
+                setattr(module, name, replaced(child))

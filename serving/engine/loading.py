@@ -10,8 +10,9 @@ from torch import Tensor
 from nanogpt.checkpoint import load_checkpoint
 from nanogpt.model import GPT
 from serving.engine import native
-from serving.engine.forward import Computes, Forward, round_to_24_bits
+from serving.engine.forward import Forward, round_to_24_bits
 from serving.engine.messages import Counters, Settings
+from serving.engine.native import ForwardPass
 from serving.engine.registry import Entry
 from serving.engine.runner import Runner
 from serving.engine.scheduler import Scheduler
@@ -54,12 +55,11 @@ def load_runner(
     )
 
 
-def make_forward(model: GPT, cache: Tensor, dtype: str, *, invariant: bool = True) -> Computes:
+def make_forward(model: GPT, cache: Tensor, dtype: str, *, invariant: bool = True) -> ForwardPass:
     """Return the fastest forward pass that there is for a model here.
 
     Our own kernels are `invariant` at no cost; others take longer for it.
     """
-    assert model.config.block is None, "load_checkpoint refuses blocks of another class"
     if dtype == "fp24":
         round_to_24_bits(model)
     if native.supported(model, dtype, cache.device):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nanogpt.classifier import Classifier
 from nanogpt.model import GPT, Block, rotary_angles
 from serving.engine import compiling
-from serving.engine.forward import Span
+from serving.engine.forward import Forward, Span
 
 DTYPES = {"fp32": 0, "bf16": 1, "int8": 2, "fp24": 3}
 WEIGHT_BYTES = (4, 2, 1, 3)  # by the number of the dtype
@@ -169,10 +169,14 @@ class NativeForward:
         return tensor.data_ptr()
 
 
+ForwardPass = Forward | NativeForward
+
+
 def supported(model: GPT, dtype: str, device: torch.device) -> bool:
     """Return whether the kernels can be had here, and take this model in this precision."""
     config = model.config
     fits = config.n_embd % PANEL == 0 and config.n_embd // config.n_head in HEAD_SIZES
+    fits = fits and config.block is None
     if device.type != "cpu" or not fits:
         return False
     library = load_library()

@@ -12,7 +12,7 @@ from torch import Tensor
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.classifier import enclose
 from serving.engine import sampling
-from serving.engine.forward import Computes, Span
+from serving.engine.forward import Span
 from serving.engine.messages import (
     Classified,
     Classify,
@@ -28,6 +28,7 @@ from serving.engine.messages import (
     Scored,
     Tokens,
 )
+from serving.engine.native import ForwardPass
 from serving.engine.sampling import Chosen
 from serving.engine.scheduler import Scheduler, SequenceState
 from serving.logs import of_request
@@ -59,7 +60,7 @@ class Runner:
     revision: str
     checkpoint: Checkpoint
     dtype: str
-    forward: Computes
+    forward: ForwardPass
     scheduler: Scheduler
     counters: Counters
     created: int = 0  # seconds since 1970
