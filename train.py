@@ -178,7 +178,9 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         # Data, tokenizer and the model's shape
         start = run.initial_checkpoint()
         block_size = config["model"]["block_size"] if start is None else start.config.block_size
-        rows_per_rank = split_step(config["tokens_per_step"], block_size, ranks.world_size)
+        micro_batch = 1 if config["micro_batch"] == "auto" else config["micro_batch"]
+        tokens = config["tokens_per_step"]
+        rows_per_rank = split_step(tokens, block_size, ranks.world_size, micro_batch)
         data.block_size, data.prepared = block_size, run.prepared
         if start is not None:
             start = with_special_tokens(start, data.special_tokens)

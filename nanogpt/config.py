@@ -277,7 +277,7 @@ class Values:
     overwrite: Flag
     debug: Flag
     micro_batch: Count | Literal["auto"]
-    threads: Count | Literal["auto"]
+    threads: Annotated[Count, Field(le=4 * (os.cpu_count() or 1))] | Literal["auto"]
     compile: Flag | Literal["auto"]
     remeasure: Flag
     runs_dir: Text

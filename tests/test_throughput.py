@@ -34,7 +34,7 @@ def test_mfu_divides_by_all_devices() -> None:
 def test_cpu_peak_is_measured_and_leaves_the_random_state() -> None:
     state = torch.get_rng_state()
     product = make_product(CPU, torch.float32)
-    rate = product.flops / product.seconds()
+    rate = 1 / product()
     assert 1e9 < rate < 1e14
     assert peak_flops(CPU, torch.float32, rate) == (rate, "measured by a matrix product")
     assert torch.equal(torch.get_rng_state(), state)
@@ -44,7 +44,7 @@ def test_a_product_is_timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock) * 0.02)
     product = make_product(CPU, torch.float32)
-    assert product.flops / product.seconds() == pytest.approx(2 * 1024**3 / 0.02)
+    assert 1 / product() == pytest.approx(2 * 1024**3 / 0.02)
 
 
 @pytest.mark.parametrize(

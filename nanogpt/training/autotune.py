@@ -2,20 +2,22 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from nanogpt.model import GPTConfig
 from nanogpt.ranks import on_rank_zero
 from nanogpt.runs.run import Run
-from nanogpt.training.bench import DTYPES, Bench, undisturbed
 from nanogpt.training.machine import missing_for_compile, usable_cores, usable_memory_bytes
+from nanogpt.training.throughput import peak_flops
+from nanogpt.training.trials import CPU_PRECISIONS, DTYPES, Trials, isolated_measurement
 
 log = logging.getLogger("nanogpt")
+T = TypeVar("T")
 
 # bfloat16 must be this many times as fast as float32 on a CPU to be worth its rounding.
 WORTH_BF16 = 1.15
@@ -64,50 +66,44 @@ def autotune(
     threads: int | str = "auto",
     remeasure: bool = False,
 ) -> Settings:
-    """Return what was given, and for each `auto` what is best on this machine.
+    """Return the given values, and for each `auto` the best on this machine.
 
     `rows_per_rank` are the rows of `block_size` tokens of one rank and optimizer step; a
-    micro-batch divides them. Measures for seconds at the first call for a shape, later reads
-    `data_dir/probes.json`; measures again what the rounds disagreed on, as on a busy machine, and
-    everything with `remeasure`. Leaves random states and the number of threads as they were. Raises
-    ValueError for a value that cannot be.
+    micro-batch divides them. The first call for a shape measures for seconds, later ones read
+    `data_dir/probes.json`; measurements whose rounds disagreed, as on a busy machine, are repeated,
+    all of them with `remeasure`. Random states and the number of threads stay as they were.
     """
-    counts = {"micro_batch": micro_batch, "threads": threads}
-    _check_given(precision, compile, counts, rows_per_rank)
-    if threads == "auto":
-        threads, why_threads = _choose_threads(local_world_size)
-    else:
-        threads, why_threads = int(threads), "as given"
-    with undisturbed(device, threads):
-        bench = Bench(config, device, rows_per_rank, threads, local_world_size, data_dir, remeasure)
-        if precision == "auto":
-            precision, why_precision = _choose_precision(bench)
-        else:
-            why_precision = "as given"
-        if micro_batch == "auto":
-            micro_batch, why_micro_batch = _choose_micro_batch(bench, precision)
-        else:
-            micro_batch, why_micro_batch = int(micro_batch), "as given"
-        if compile == "auto":
-            compile, why_compile = _choose_compile(
-                bench, precision, micro_batch, max_steps, deterministic
-            )
-        else:
-            compile, why_compile = bool(compile), "as given"
-        peak, why_peak = bench.peak(precision)
-    reasons = [
-        f"precision {precision}: {why_precision}",
-        f"micro_batch {micro_batch}: {why_micro_batch}",
-        f"compile {str(compile).lower()}: {why_compile}",
-        f"threads {threads}: {why_threads}",
-        f"peak {peak / 1e12:.4g} TFLOP/s: {why_peak}",
-    ]
-    if bench.stored.provisional:
-        reasons.append(
+    reasons: dict[str, str] = {}
+
+    def choose(key: str, value: Any, measure: Callable[[], tuple[Any, str]]) -> Any:
+        value, why = measure() if value == "auto" else (value, "as given")
+        text = str(value).lower() if isinstance(value, bool) else value
+        reasons[key] = f"{key} {text}: {why}"
+        return value
+
+    threads = choose("threads", threads, lambda: _choose_threads(local_world_size))
+    with isolated_measurement(device, threads):
+        trials = Trials(
+            config, device, rows_per_rank, threads, local_world_size, data_dir, remeasure
+        )
+        precision = choose("precision", precision, lambda: _choose_precision(trials))
+        micro_batch = choose(
+            "micro_batch", micro_batch, lambda: _choose_micro_batch(trials, precision)
+        )
+        compile = choose(
+            "compile",
+            compile,
+            lambda: _choose_compile(trials, precision, micro_batch, max_steps, deterministic),
+        )
+        peak, source = peak_flops(device, DTYPES[precision], trials.rate(precision))
+    reasons["peak"] = f"peak {peak / 1e12:.4g} TFLOP/s: {source}"
+    ordered = [reasons[key] for key in ("precision", "micro_batch", "compile", "threads", "peak")]
+    if trials.stored.provisional:
+        ordered.append(
             "provisional: the rounds of a measurement disagree, as on a busy machine; "
             "the next run measures again"
         )
-    return Settings(precision, compile, micro_batch, threads, peak, reasons)
+    return Settings(precision, compile, micro_batch, threads, peak, ordered)
 
 
 def given_settings(
@@ -178,115 +174,84 @@ def _choose_threads(local_world_size: int) -> tuple[int, str]:
     return max(1, cores // local_world_size), f"{cores} cores for {local_world_size} process(es)"
 
 
-def _choose_precision(bench: Bench) -> tuple[str, str]:
-    if bench.device.type == "cuda":
-        with torch.cuda.device(bench.device):
+def _choose_precision(trials: Trials) -> tuple[str, str]:
+    if trials.device.type == "cuda":
+        with torch.cuda.device(trials.device):
             if torch.cuda.is_bf16_supported(including_emulation=False):
                 return "bf16-mixed", "the GPU has bfloat16"
             if torch.cuda.get_device_capability() >= (7, 0):
                 return "16-mixed", "the GPU has float16 tensor cores and no bfloat16"
         return "32-true", "the GPU has no tensor cores"
-    if bench.device.type != "cpu":
-        return "32-true", f"the gain of others on {bench.device.type} is not known"
-    rates = bench.compare_products()
-    products = rates["bf16-mixed"] / rates["32-true"]
-    if products < WORTH_BF16:
-        return "32-true", f"matrix products in bfloat16 run {products:.2f} times as fast"
-    rows = _candidates(bench)[0]
-    if bench.guess_s(rows, "32-true") > TRIED_S:
-        return "bf16-mixed", f"matrix products in bfloat16 run {products:.2f} times as fast"
-    timings = bench.time_precisions(rows)
-    gain = timings["32-true"] / timings["bf16-mixed"]
+    if trials.device.type != "cpu":
+        return "32-true", f"the gain of others on {trials.device.type} is not known"
+    rates = trials.product_rates(CPU_PRECISIONS)
+    gain, what = rates["bf16-mixed"] / rates["32-true"], "matrix products"
+    rows = _candidates(trials)[0]
+    if gain >= WORTH_BF16 and trials.guess_s(rows, "32-true") <= TRIED_S:
+        timings = trials.time_precisions(rows)
+        gain, what = timings["32-true"] / timings["bf16-mixed"], "forward and backward"
     choice = "bf16-mixed" if gain >= WORTH_BF16 else "32-true"
-    return choice, f"forward and backward in bfloat16 run {gain:.2f} times as fast"
+    return choice, f"{what} in bfloat16 run {gain:.2f} times as fast"
 
 
-def _choose_micro_batch(bench: Bench, precision: str) -> tuple[int, str]:
-    candidates = _candidates(bench)
+def _choose_micro_batch(trials: Trials, precision: str) -> tuple[int, str]:
+    candidates = _candidates(trials)
     if len(candidates) == 1:
-        return candidates[0], f"of {bench.rows_per_rank} rows per step and rank"
-    if bench.device.type not in ("cpu", "cuda"):
+        return candidates[0], f"of {trials.rows_per_rank} rows per step and rank"
+    if trials.device.type not in ("cpu", "cuda"):
         return candidates[-1], f"the largest of at most {CPU_TOKENS[0]} tokens"
-    timings = bench.time_rows(candidates, precision)
+    timings = trials.time_rows(candidates, precision)
     row_s = {rows: timings[str(rows)] / rows for rows in candidates if str(rows) in timings}
     if not row_s:
         return candidates[0], "the memory is too small even for this"
     fastest_s = min(row_s.values())
     best = max(rows for rows in row_s if row_s[rows] <= WORTH_SMALLER * fastest_s)
-    rate = bench.config.block_size / row_s[best]
+    rate = trials.config.block_size / row_s[best]
     tried = ", ".join(map(str, sorted(row_s)))
     return best, f"the fastest of {tried} ({rate:,.0f} tokens/s without the optimizer)"
 
 
 def _choose_compile(
-    bench: Bench, precision: str, micro_batch: int, max_steps: int, deterministic: bool
+    trials: Trials, precision: str, micro_batch: int, max_steps: int, deterministic: bool
 ) -> tuple[bool, str]:
-    kind = bench.device.type
+    kind = trials.device.type
     if kind not in COMPILE_GAIN:
         return False, f"its gain on {kind} is not known"
     if kind == "cuda" and deterministic:
         return False, "its kernels are chosen by timing, and trainer.deterministic is set"
-    if (missing := missing_for_compile(bench.device)) is not None:
+    if (missing := missing_for_compile(trials.device)) is not None:
         return False, f"this machine lacks {missing}"
-    trial_s = _micro_batch_s(bench, precision, micro_batch)
-    run_s = max_steps * trial_s * bench.rows_per_rank / micro_batch
+    micro_batch_s = trials.guess_s(micro_batch, precision)
+    if micro_batch_s <= TRIED_S:
+        candidates = _candidates(trials)
+        timed = candidates if micro_batch in candidates else [micro_batch]
+        timings = trials.time_rows(timed, precision)
+        micro_batch_s = timings.get(str(micro_batch), micro_batch_s)
+    run_s = max_steps * micro_batch_s * trials.rows_per_rank / micro_batch
     saved_s = COMPILE_GAIN[kind] * run_s
-    cost_s = COMPILE_S[kind] + COMPILE_LAYER_S[kind] * bench.config.n_layer
+    cost_s = COMPILE_S[kind] + COMPILE_LAYER_S[kind] * trials.config.n_layer
     return saved_s > cost_s, f"would save about {saved_s:.0f} s of the run and take {cost_s:.0f} s"
 
 
-def _micro_batch_s(bench: Bench, precision: str, micro_batch: int) -> float:
-    """Return the seconds of a micro-batch: timed with its choice, or now, or guessed if long."""
-    guess_s = bench.guess_s(micro_batch, precision)
-    if str(micro_batch) not in bench.row_timings and guess_s <= TRIED_S:
-        bench.time_rows([micro_batch], precision)
-    return bench.row_timings.get(str(micro_batch), guess_s)
-
-
-def _candidates(bench: Bench) -> list[int]:
+def _candidates(trials: Trials) -> list[int]:
     """Return micro-batches worth trying, ascending: divisors of the rows of a step."""
-    T = bench.config.block_size
-    divisors = [n for n in range(1, bench.rows_per_rank + 1) if bench.rows_per_rank % n == 0]
-    if bench.device.type == "cuda":
+    T = trials.config.block_size
+    divisors = [n for n in range(1, trials.rows_per_rank + 1) if trials.rows_per_rank % n == 0]
+    if trials.device.type == "cuda":
         doubling = [1]
         for rows in divisors:
             if rows >= 2 * doubling[-1] and rows * T <= GPU_TOKENS:
                 doubling.append(rows)
         return doubling
-    memory = usable_memory_bytes() / 4 / bench.local_world_size
-    fitting = [n for n in divisors if n * T * _bytes_per_token(bench.config) <= memory] or [1]
+    memory = usable_memory_bytes() / 4 / trials.local_world_size
+    fitting = [n for n in divisors if n * T * _bytes_per_token(trials.config) <= memory] or [1]
     largest = {max([n for n in fitting if n * T <= tokens] or [1]) for tokens in CPU_TOKENS}
-    if bench.device.type != "cpu":
+    if trials.device.type != "cpu":
         return [max(largest)]
-    quick = [n for n in largest if bench.guess_s(n, "32-true") <= TRIED_S]
+    quick = [n for n in largest if trials.guess_s(n, "32-true") <= TRIED_S]
     return sorted(quick) or [min(largest)]
 
 
 def _bytes_per_token(config: GPTConfig) -> int:
     """Return about what a token's forward keeps for its backward in float32."""
     return 4 * (20 * config.n_layer * config.n_embd + 3 * config.vocab_size)
-
-
-def _check_given(
-    precision: str, compile: bool | str, counts: Mapping[str, int | str], rows_per_rank: int
-) -> None:
-    if precision != "auto" and precision not in DTYPES:
-        raise ValueError(
-            f"trainer.precision={precision} is unknown; choose auto, {', '.join(DTYPES)}"
-        )
-    if compile != "auto" and not isinstance(compile, bool):
-        raise ValueError(f"compile={compile} is unknown; choose auto, true or false")
-    given: dict[str, Any] = {key: value for key, value in counts.items() if value != "auto"}
-    for key, value in given.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{key}={value!r} is neither auto nor a number of at least 1")
-    if (threads := given.get("threads", 1)) > 4 * (os.cpu_count() or 1):
-        raise ValueError(
-            f"threads={threads} but this machine has {os.cpu_count()} CPUs; pass at most as many"
-        )
-    if rows_per_rank % (micro_batch := given.get("micro_batch", 1)):
-        divisors = [n for n in range(1, rows_per_rank + 1) if rows_per_rank % n == 0]
-        raise ValueError(
-            f"micro_batch={micro_batch} does not divide the {rows_per_rank} rows that a rank has "
-            f"per step; choose one of {', '.join(map(str, divisors))}"
-        )

@@ -3,7 +3,6 @@
 import time
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
@@ -47,28 +46,24 @@ def mfu(
     return tokens_per_s * flops_per_token / (peak_flops * n_devices)
 
 
-class Product(NamedTuple):
-    """A square matrix product: what it takes in arithmetic, and a function that times one."""
+def make_product(device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
+    """Return a function that times one product of random matrices, in seconds per FLOP.
 
-    flops: float
-    seconds: Callable[[], float]
-
-
-def make_product(device: torch.device, dtype: torch.dtype) -> Product:
-    """Return a product of random matrices, large enough to reach the device's rate."""
+    The matrices are large enough to reach the device's rate.
+    """
     side = GEMM_SIDE.get(device.type, GEMM_SIDE_GPU)
     generator = torch.Generator(device).manual_seed(0)
     a = torch.rand(side, side, generator=generator, device=device).to(dtype)
     b = a.t().contiguous()
     out = torch.empty_like(a)
 
-    def seconds() -> float:
+    def seconds_per_flop() -> float:
         start = time.perf_counter()
         torch.mm(a, b, out=out)
         synchronize(device)
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / (2 * side**3)
 
-    return Product(2 * side**3, seconds)
+    return seconds_per_flop
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, measured: float) -> tuple[float, str]:
@@ -85,11 +80,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype, measured: float) -> tup
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    """Wait until the device has finished its queue."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _listed_flops(device: torch.device, dtype: torch.dtype) -> float | None:

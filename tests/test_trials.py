@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from nanogpt import GPTConfig
-from nanogpt.training import bench
-from nanogpt.training.bench import Bench, Measured, Measurements, undisturbed
+from nanogpt.training import trials
+from nanogpt.training.trials import Measured, Measurements, Trials, isolated_measurement
 
 CPU = torch.device("cpu")
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=2, n_embd=16)
 
 
 @pytest.fixture
-def tiny_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setattr(bench, "MEASURE_S", 0.02)
-    return Bench(TINY, CPU, rows_per_rank=8, threads=1, local_world_size=1, data_dir=tmp_path)
+def tiny_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trials:
+    monkeypatch.setattr(trials, "MEASURE_S", 0.02)
+    return Trials(TINY, CPU, rows_per_rank=8, threads=1, local_world_size=1, data_dir=tmp_path)
 
 
 def fail() -> Measured:
@@ -33,50 +33,52 @@ def sure(seconds: float) -> Measured:
 
 def record(figures: dict[str, Any]) -> dict[str, Any]:
     """Return what the file holds of sure figures."""
-    return {"figures": figures, "provisional": False}
+    return {"seconds": figures, "provisional": False}
 
 
 RECORD = record({"a": 1.0})
-NO_FIGURES: list[Any] = ["fast", -1.0, 0.0, True, 10**400, float("nan"), float("inf"), [], {}]
+NO_SECONDS: list[Any] = ["fast", -1.0, 0.0, True, 10**400, float("nan"), float("inf"), [], {}]
 
 
-def test_rows_are_timed_in_seconds(tiny_bench: Bench) -> None:
-    timings = tiny_bench.time_rows([1, 8], "32-true")
+def test_rows_are_timed_in_seconds(tiny_trials: Trials) -> None:
+    timings = tiny_trials.time_rows([1, 8], "32-true")
     assert set(timings) == {"1", "8"}
     assert all(0 < seconds < 1 for seconds in timings.values())
 
 
-def test_precisions_are_timed_in_seconds(tiny_bench: Bench) -> None:
-    assert set(tiny_bench.time_precisions(2)) == {"32-true", "bf16-mixed"}
+def test_precisions_are_timed_in_seconds(tiny_trials: Trials) -> None:
+    assert set(tiny_trials.time_precisions(2)) == {"32-true", "bf16-mixed"}
 
 
-def test_rows_grow_until_memory_is_full(tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_grow_until_memory_is_full(
+    tiny_trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def seconds(model: object, rows: int, precision: str) -> float:
         if rows > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return float(rows)
 
-    monkeypatch.setattr(tiny_bench, "_ballast", lambda model: None)
-    monkeypatch.setattr(tiny_bench, "_seconds", seconds)
-    trials = {str(rows): (rows, "bf16-mixed") for rows in (1, 2, 4, 8, 16)}
-    assert tiny_bench._time_until_full(trials).figures == {"1": 1.0, "2": 2.0, "4": 4.0}
+    monkeypatch.setattr(tiny_trials, "_memory_reserve", lambda model: None)
+    monkeypatch.setattr(tiny_trials, "_seconds", seconds)
+    shapes = {str(rows): (rows, "bf16-mixed") for rows in (1, 2, 4, 8, 16)}
+    assert tiny_trials._time_until_full(shapes).seconds == {"1": 1.0, "2": 2.0, "4": 4.0}
 
 
 def test_other_errors_of_a_trial_are_not_swallowed(
-    tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch
+    tiny_trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def seconds(model: object, rows: int, precision: str) -> float:
         raise RuntimeError("a broken kernel")
 
-    monkeypatch.setattr(tiny_bench, "_ballast", lambda model: None)
-    monkeypatch.setattr(tiny_bench, "_seconds", seconds)
+    monkeypatch.setattr(tiny_trials, "_memory_reserve", lambda model: None)
+    monkeypatch.setattr(tiny_trials, "_seconds", seconds)
     with pytest.raises(RuntimeError, match="a broken kernel"):
-        tiny_bench._time_until_full({"1": (1, "bf16-mixed")})
+        tiny_trials._time_until_full({"1": (1, "bf16-mixed")})
 
 
 def test_measuring_leaves_threads_and_random_state() -> None:
     n_threads, state = torch.get_num_threads(), torch.get_rng_state()
-    with contextlib.suppress(KeyError), undisturbed(CPU, n_threads + 1):
+    with contextlib.suppress(KeyError), isolated_measurement(CPU, n_threads + 1):
         assert torch.get_num_threads() == n_threads + 1
         torch.rand(3)
         raise KeyError
@@ -112,32 +114,32 @@ class Clock:
 
 
 def in_turn(
-    tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch, clock: Clock, *seconds: list[float]
+    tiny_trials: Trials, monkeypatch: pytest.MonkeyPatch, clock: Clock, *seconds: list[float]
 ) -> Measured:
-    monkeypatch.setattr(bench, "time", clock)
-    trials = {name: clock.trial(*some) for name, some in zip("abc", seconds, strict=False)}
-    return tiny_bench._in_turn(trials, 10.0)
+    monkeypatch.setattr(trials, "time", clock)
+    rivals = {name: clock.trial(*some) for name, some in zip("abc", seconds, strict=False)}
+    return tiny_trials._in_turn(rivals, 10.0)
 
 
 def test_rivals_take_turns_and_the_best_of_each_counts(
-    tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch
+    tiny_trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, order = Clock(), []
-    monkeypatch.setattr(bench, "time", clock)
+    monkeypatch.setattr(trials, "time", clock)
 
     def noting(name: str, trial: Callable[[], float]) -> Callable[[], float]:
         return lambda: order.append(name) or trial()  # type: ignore[func-returns-value]
 
-    trials = {"a": noting("a", clock.trial(3, 1, 1)), "b": noting("b", clock.trial(2, 2, 4))}
-    assert tiny_bench._in_turn(trials, 0.0) == Measured({"a": 1, "b": 2}, False)
+    rivals = {"a": noting("a", clock.trial(3, 1, 1)), "b": noting("b", clock.trial(2, 2, 4))}
+    assert tiny_trials._in_turn(rivals, 0.0) == Measured({"a": 1, "b": 2}, False)
     assert order == ["a", "b"] * 3
 
 
 def test_rounds_go_on_for_the_time_that_there_is(
-    tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch
+    tiny_trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    in_turn(tiny_bench, monkeypatch, clock, [0.75], [0.25])
+    in_turn(tiny_trials, monkeypatch, clock, [0.75], [0.25])
     assert clock.now == 10
 
 
@@ -156,12 +158,12 @@ def test_what_the_rounds_disagree_on_is_provisional(
     seconds: list[float],
     cpu_share: float,
     provisional: bool,
-    tiny_bench: Bench,
+    tiny_trials: Trials,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bench, "MAX_ROUNDS", 3)
+    monkeypatch.setattr(trials, "MAX_ROUNDS", 3)
     clock = Clock(cpu_share)
-    assert in_turn(tiny_bench, monkeypatch, clock, [1.0], seconds).provisional is provisional
+    assert in_turn(tiny_trials, monkeypatch, clock, [1.0], seconds).provisional is provisional
 
 
 # The file
@@ -227,8 +229,8 @@ def test_what_another_process_stored_meanwhile_stays(tmp_path: Path) -> None:
         json.dumps({"here": {"key": record({})}}),
         json.dumps({"here": {"key": record({"b": 1.0})}}),
         json.dumps({"here": {"key": {**record({"a": 1.0}), "provisional": "no"}}}),
-        json.dumps({"here": {"key": {"figures": {"a": 1.0}}}}),
-        *(json.dumps({"here": {"key": record({"a": value})}}) for value in NO_FIGURES),
+        json.dumps({"here": {"key": {"seconds": {"a": 1.0}}}}),
+        *(json.dumps({"here": {"key": record({"a": value})}}) for value in NO_SECONDS),
     ],
     ids=range(21),
 )
@@ -237,14 +239,6 @@ def test_damaged_file_is_measured_again_and_rewritten(tmp_path: Path, content: s
     path.write_bytes(content.encode("latin-1"))
     assert Measurements(path, "here").recall("key", lambda: sure(1.0), ["a"]) == {"a": 1.0}
     assert json.loads(path.read_text()) == {"here": {"key": RECORD}}
-
-
-def test_damage_of_one_record_leaves_the_others(tmp_path: Path) -> None:
-    path = tmp_path / "probes.json"
-    deep = json.loads("[" * 900 + "]" * 900)  # can be read and not written
-    path.write_text(json.dumps({"here": {"good": RECORD, "bad": deep}, "there": deep}))
-    Measurements(path, "here").recall("key", lambda: sure(1.0))
-    assert json.loads(path.read_text()) == {"here": {"good": RECORD, "key": RECORD}}
 
 
 def test_measurement_that_cannot_be_stored_is_used_all_the_same(
