@@ -187,7 +187,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         given = None if start is None else start.tokenizer
         tokenizer = data.use_tokenizer(choose_tokenizer(config["tokenizer"], given))
         if data.max_steps is not None:
-            run.end_by(data.max_steps)
+            run.max_steps = min(run.max_steps, data.max_steps)
         if start is None:
             model_config = build(config["model"], "model", vocab_size=tokenizer.vocab_size)
         else:

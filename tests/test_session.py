@@ -8,7 +8,7 @@ import pytest
 
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.runs.run import check_model_keys, shorten
+from nanogpt.runs.run import adapt
 from nanogpt.tokenizer import byte_tokenizer
 
 
@@ -28,7 +28,7 @@ def test_a_shorter_block_size_is_said_in_one_line(
     start: Checkpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="nanogpt"):
-        cut = shorten(start, 8, {"model.block_size": 8})
+        cut = adapt(start, {"block_size": 8}, {"model.block_size": 8})
     assert cut.config.block_size == 8
     assert caplog.messages == [
         "data/weights/gpt2: block_size cut from 32 to 8, with the position embeddings beyond it"
@@ -36,12 +36,10 @@ def test_a_shorter_block_size_is_said_in_one_line(
 
 
 def test_a_block_size_that_was_not_typed_cuts_nothing(start: Checkpoint) -> None:
-    assert shorten(start, 8, {"model": "nano"}) is start
+    assert adapt(start, {"block_size": 8}, {}) is start
 
 
 def test_a_longer_block_size_is_refused(start: Checkpoint) -> None:
-    typed = {"model.block_size": 64}
-    assert shorten(start, 64, typed) is start
     model = {**asdict(start.config), "block_size": 64}
     with pytest.raises(ValueError, match=r"has block_size=32 but .* model\.block_size=64"):
-        check_model_keys(start, model, typed)
+        adapt(start, model, {"model.block_size": 64})

@@ -284,7 +284,7 @@ def test_a_typed_model_key_that_differs_from_init_from_is_refused(
     capfd.readouterr()
     assert main(*tiny_run, "name=other", "init_from=tiny", "model.n_layer=1") == 1
     [line] = capfd.readouterr().err.splitlines()
-    assert "has n_layer=2 but the command says model.n_layer=1" in line
+    assert "has n_layer=2 but the command has model.n_layer=1" in line
 
 
 def test_a_continued_run_does_not_need_what_it_started_from(

@@ -46,64 +46,56 @@ SourceFingerprint = Callable[[], str]
 MayExtend = Callable[[int, int, int], bool]
 
 
-@dataclass
-class Standing:
-    """Where a run stands when it is opened.
+@dataclass(eq=False)
+class Run:
+    """A run whose directory is locked by rank zero; `open_run` returns it on every rank.
 
-    `source` is the fingerprint of the data's source, None where that is gone from a run whose data
-    it was. `recorded` is what was resolved when the run began, `checkpoint` the newest one that
-    verifies, at `step`. `identities` are the hashes that its checkpoints may carry. With
-    `replaced`, an older run in the directory is removed.
+    Attributes:
+        files: the paths of the run's files; `path` is their directory.
+        source: fingerprint of the data's source, None where the source is gone.
+        recorded: what was resolved when the run began, empty for a new one until `begin`.
+        checkpoint: the newest intact checkpoint, None to start at step 0.
+        step: its optimizer step, 0 without one.
+        finished: the summary of a run that has nothing left to do, else None.
+        identities: the hashes that the run's checkpoints may carry.
+        replaces: whether an older run in the directory is removed.
+        max_steps: the budget in optimizer steps.
     """
 
-    source: str | None
+    config: Mapping[str, Any]
+    files: RunDirectory
+    source: str | None = None
     recorded: dict[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
     step: int = 0
     finished: dict[str, Any] | None = None
     identities: list[str] = field(default_factory=list)
-    replaced: bool = False
+    replaces: bool = False
+    started_from: dict[str, str] | None = None  # on rank zero, until `begin`
 
-
-class Run:
-    """A run whose directory is locked by rank zero; `open_run` makes it.
-
-    Attributes:
-        files: the paths of the run's files; `path` is their directory.
-        finished: the summary of a run that has nothing left to do, else None.
-        recorded: what was resolved when the run began, empty for a new one until `begin`.
-        checkpoint: the checkpoint to resume from, None to start at step 0.
-        step: its optimizer step, 0 without one.
-        max_steps: the budget in optimizer steps.
-        prepared: fingerprint of the prepared corpus that replaces a missing source, else None.
-    """
-
-    def __init__(
-        self, config: Mapping[str, Any], files: RunDirectory, ranks: Ranks, standing: Standing
-    ) -> None:
-        self.config = config
-        self.files = files
-        self.path = files.path
-        self.ranks = ranks
-        self.finished = standing.finished
-        self.recorded = standing.recorded
-        self.checkpoint = standing.checkpoint
-        self.step = standing.step
-        self.max_steps = budget_steps(config)
-        is_gone = standing.recorded and standing.source is None
-        self.prepared: str | None = standing.recorded["corpus"] if is_gone else None
-        self._standing = standing
-        self._started_from: dict[str, str] | None = None
+    def __post_init__(self) -> None:
+        self.path = self.files.path
+        self.max_steps = budget_steps(self.config)
 
     @property
-    def init_from(self) -> dict[str, str] | None:
-        """Path of what the run started from, and the sha256 of its weights."""
-        return self.recorded.get("init_from")
+    def ranks(self) -> Ranks:
+        """This process among those of the run."""
+        return Ranks.from_environment()
+
+    @property
+    def prepared(self) -> str | None:
+        """Fingerprint of the prepared corpus that replaces a missing source, else None."""
+        return self.recorded.get("corpus") if self.source is None else None
 
     @property
     def binding(self) -> dict[str, str]:
         """What binds this run's checkpoints to it."""
         return binding(self._as_recorded(self.recorded))
+
+    @property
+    def init_from(self) -> dict[str, str] | None:
+        """Path of what the run started from, and the sha256 of its weights."""
+        return self.recorded.get("init_from")
 
     def metadata(
         self,
@@ -112,7 +104,7 @@ class Run:
         template: Template | None,
         labels: list[str] | None,
     ) -> dict[str, Any]:
-        """Return what this run's checkpoints say of themselves."""
+        """Return the self-description of this run's checkpoints."""
         about = record(
             self.config["stage"],
             model_config,
@@ -122,10 +114,6 @@ class Run:
             init_from=self.init_from,
         )
         return {**about, "run": self.binding}
-
-    def end_by(self, step: int) -> None:
-        """End the run at a step, where its budget goes beyond."""
-        self.max_steps = min(self.max_steps, step)
 
     def initial_checkpoint(self) -> Checkpoint | None:
         """Return the model and tokenizer that `init_from` names, None where they are to be made.
@@ -147,12 +135,12 @@ class Run:
             start = adapt(start, config["model"], config["typed"])
         if self.ranks.rank == 0 and self.init_from is None:
             path, sha256 = str(start.path.resolve()), weights_sha256(start.model)
-            self._started_from = {"path": path, "sha256": sha256}
+            self.started_from = {"path": path, "sha256": sha256}
         return start
 
     def check_corpus(self, fingerprint: str) -> None:
         """Raise ValueError where the corpus is not the one that the run began with."""
-        before = self._standing.recorded.get("corpus", fingerprint)
+        before = self.recorded.get("corpus", fingerprint)
         if before != fingerprint:
             raise ValueError(
                 f"{self.path} was trained on another corpus (fingerprint "
@@ -161,32 +149,33 @@ class Run:
             )
 
     def begin(self, resolved: Mapping[str, Any]) -> None:
-        """Clear a run that is replaced and write config.yaml, with `resolved` in it.
+        """Write config.yaml with `resolved` in it, after removing a run that is replaced.
 
         `resolved` has the fingerprint of the data, `corpus`, and the settings that were left to the
         machine. Called on every rank. Raises ValueError where the corpus is not the one that the
         run began with.
         """
+        self.check_corpus(resolved["corpus"])
+        is_new = not self.recorded
         self.recorded = on_rank_zero(lambda: self._begin(resolved))
-        if not self._standing.recorded:
+        if is_new:
             log.info("%s: a new run", self.path)
 
     def _begin(self, resolved: Mapping[str, Any]) -> dict[str, Any]:
-        standing, before = self._standing, self._standing.recorded
-        self.check_corpus(resolved["corpus"])
+        before = self.recorded
         recorded = {
             "corpus": resolved["corpus"],
-            "source": standing.source or before.get("source"),
+            "source": self.source or before.get("source"),
             "wandb_id": before.get("wandb_id", secrets.token_hex(4)),
             "local_world_size": self.ranks.local_world_size,
             **resolved,
         }
-        if init_from := before.get("init_from") or self._started_from:
+        if init_from := before.get("init_from") or self.started_from:
             recorded["init_from"] = init_from
         identity = binding(self._as_recorded(recorded))["identity"]
-        if former := [other for other in standing.identities if other != identity]:
+        if former := [other for other in self.identities if other != identity]:
             recorded["former_identities"] = former
-        if standing.replaced:
+        if self.replaces:
             self.files.clear()
         self.files.write_config(self._as_recorded(recorded))
         return recorded
@@ -207,22 +196,12 @@ class Run:
         cut_samples(self.files.samples_path, self.step)
 
     def restore_last(self) -> None:
-        """Name the checkpoint that was found `last.ckpt`, where that is missing or damaged."""
-        last = self.files.last_checkpoint
-        if self.checkpoint is not None and self.checkpoint != last:
+        """Link the newest intact checkpoint as `last.ckpt`, where that is missing or damaged."""
+        if self.checkpoint not in (None, last := self.files.last_checkpoint):
             link_atomically(self.checkpoint, last)
 
-    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Write rank zero's summary to summary.json and return it. Called on every rank."""
-
-        def write() -> dict[str, Any]:
-            self.files.write_summary(summary)
-            return summary
-
-        return on_rank_zero(write)
-
-    def log_standing(self) -> None:
-        """Log what is continued, or that nothing is left to do."""
+    def log_state(self) -> None:
+        """Log the point to continue from, or that the run is finished."""
         if self.finished is not None:
             what = f"{self.finished['steps']} steps, {reached(self.finished)}"
             if stopped := self.finished.get("stopped"):
@@ -235,101 +214,44 @@ class Run:
         elif self.recorded:
             log.info("%s: continuing at step 0: it has no checkpoint", self.path)
 
+    def find_state(
+        self, recorded: dict[str, Any], source: SourceFingerprint, may_extend: MayExtend
+    ) -> None:
+        """Find the checkpoint to continue from, and whether the run is finished.
 
-@contextlib.contextmanager
-def open_run(
-    config: Mapping[str, Any],
-    device: torch.device,
-    *,
-    source_fingerprint: SourceFingerprint,
-    may_extend: MayExtend,
-) -> Iterator[Run]:
-    """Join the ranks, lock the run's directory on rank zero, and find out where the run stands.
-
-    `source_fingerprint` returns the fingerprint of the data's source; `may_extend(step, old_max,
-    new_max)` whether the schedule lets the budget of a run at `step` change. A directory that was
-    made here is removed where the run fails before its first step. Raises ValueError, with the ways
-    on, where the directory holds another run or another process has it.
-    """
-    leave_with_launcher()
-    ranks, files = Ranks.from_environment(), RunDirectory.from_config(config)
-    with contextlib.ExitStack() as stack:
-        if ranks.world_size > 1:
-            join(device)
-            stack.callback(dist.destroy_process_group)
-        opening = _Opening(config, files, source_fingerprint, may_extend)
-        run = Run(config, files, ranks, on_rank_zero(lambda: opening.open(stack)))
-        if run.finished is not None and ranks.rank == 0:
-            run.restore_last()
-        run.log_standing()
-        try:
-            yield run
-        except BaseException as error:
-            if ranks.rank == 0 and not isinstance(error, SystemExit):
-                files.log_error(error)
-            raise
-
-
-@dataclass
-class _Opening:
-    """What rank zero does to open a run."""
-
-    config: Mapping[str, Any]
-    files: RunDirectory
-    source_fingerprint: SourceFingerprint
-    may_extend: MayExtend
-
-    def open(self, stack: contextlib.ExitStack) -> Standing:
-        """Lock the directory, open the log, and find out where the run stands."""
-        files, config = self.files, self.config
-        missing = [path for path in (files.path, *files.path.parents) if not path.exists()]
-        try:
-            files.create()
-            stack.enter_context(RunLock(files.path))
-        except OSError as error:
-            raise OSError(
-                f"{files.path} cannot be written ({error.strerror}); pass another runs_dir"
-            ) from error
-        if missing:
-            stack.push(lambda kind, *_: self._remove_unbegun(kind, missing))
-        stack.callback(log_to(files.log_path))
-        if not config["resume"] and (files.has_begun or files.config_path.is_file()):
-            if not config["overwrite"]:
-                raise ValueError(
-                    f"{files.path} holds a run and resume=false; "
-                    "pass overwrite=true to replace it, or name=<new name>"
-                )
-            return Standing(self.source_fingerprint(), replaced=True)
-        recorded = files.recorded_config()
-        if recorded is None or not files.has_begun:
-            return Standing(self.source_fingerprint())
-        return self._standing(recorded)
-
-    def _standing(self, recorded: dict[str, Any]) -> Standing:
-        """Return where a run stands that has begun; raise ValueError where it is another one."""
+        `recorded` is the run's config.yaml. Raises ValueError, with the ways on, where it records
+        another run than the configured one.
+        """
         files, config, resolved = self.files, self.config, recorded["resolved"]
         own = binding(recorded)
-        identities = list(dict.fromkeys([*resolved.get("former_identities", []), own["identity"]]))
+        former = resolved.get("former_identities", [])
+        self.identities = list(dict.fromkeys([*former, own["identity"]]))
         recorded = upgrade(recorded)
-        newest = self._newest_checkpoint(own["corpus"], identities)
-        step = 0 if newest is None else int(newest[1]["global_step"])
-        old_max, new_max = budget_steps(recorded), budget_steps(config)
-        may_extend = self.may_extend(step, old_max, new_max)
-        check_continues(files.path, recorded, config, may_extend=may_extend)
-        standing = Standing(self._source(recorded), resolved, step=step, identities=identities)
-        if newest is not None:
-            standing.checkpoint, content = newest
+        newest = self._newest_checkpoint(own["corpus"], self.identities)
+        self.step = 0 if newest is None else int(newest[1]["global_step"])
+        old_max = budget_steps(recorded)
+        extends = may_extend(self.step, old_max, self.max_steps)
+        check_continues(files.path, recorded, config, may_extend=extends)
+        try:
+            self.source = source()
+        except (ValueError, FileNotFoundError) as error:
+            path = config["data"].get("path")
+            if path is None or recorded["data"].get("path") != path:
+                raise  # it never was this run's
+            log.warning("%s; the run's prepared data replaces it", error)
+        self.recorded = resolved
+        if newest is None:  # and so it starts from the present init_from
+            self.recorded = {key: resolved[key] for key in resolved if key != "init_from"}
+        else:
+            self.checkpoint, content = newest
             if config["init_from"] is None:
-                check_shape(standing.checkpoint, content[KEY]["model"], config["model"])
-        else:  # and so it starts from what init_from is now
-            standing.recorded = {k: v for k, v in resolved.items() if k != "init_from"}
+                check_shape(self.checkpoint, content[KEY]["model"], config["model"])
         summary = files.summary()
-        same_source = standing.source in (None, resolved.get("source", standing.source))
-        if summary is not None and same_source and old_max == new_max:
-            standing.finished = summary if step in (0, summary["steps"]) else None
+        same_source = self.source in (None, resolved.get("source", self.source))
+        if summary is not None and same_source and old_max == self.max_steps:
+            self.finished = summary if self.step in (0, summary["steps"]) else None
         for line in operational_differences(recorded, config):
             log.debug("changed: %s", line)
-        return standing
 
     def _newest_checkpoint(
         self, corpus: str, identities: list[str]
@@ -358,60 +280,109 @@ class _Opening:
             raise ValueError(f"{what}; restore one of this run, or pass {NEW_OR_ANEW}")
         return None
 
-    def _source(self, recorded: Mapping[str, Any]) -> str | None:
-        """Return the fingerprint of the data's source, None where that is gone since the run began.
 
-        Raises ValueError or FileNotFoundError where the source never was this run's.
-        """
+@contextlib.contextmanager
+def open_run(
+    config: Mapping[str, Any],
+    device: torch.device,
+    *,
+    source_fingerprint: SourceFingerprint,
+    may_extend: MayExtend,
+) -> Iterator[Run]:
+    """Join the ranks, lock the run's directory on rank zero, and find the point to continue from.
+
+    `source_fingerprint` returns the fingerprint of the data's source; `may_extend(step, old_max,
+    new_max)` whether the schedule lets the budget of a run at `step` change. A directory that was
+    made here is removed where the run fails before its first step. Raises ValueError, with the ways
+    on, where the directory holds another run or another process has it.
+    """
+    leave_with_launcher()
+    files = RunDirectory.from_config(config)
+    with contextlib.ExitStack() as stack:
+        if Ranks.from_environment().world_size > 1:
+            join(device)
+            stack.callback(dist.destroy_process_group)
+        run = on_rank_zero(lambda: _open(config, files, stack, source_fingerprint, may_extend))
+        if run.finished is not None and run.ranks.rank == 0:
+            run.restore_last()
+        run.log_state()
         try:
-            return self.source_fingerprint()
-        except (ValueError, FileNotFoundError) as error:
-            path = self.config["data"].get("path")
-            if path is None or recorded["data"].get("path") != path:
-                raise
-            log.warning("%s; the run's prepared data stands for it", error)
-            return None
+            yield run
+        except BaseException as error:
+            if run.ranks.rank == 0 and not isinstance(error, SystemExit):
+                files.log_error(error)
+            raise
 
-    def _remove_unbegun(self, kind: type[BaseException] | None, made: list[Path]) -> None:
-        """Remove the directories that a failed command made, unless steps were taken."""
-        has_failed = kind is not None and issubclass(kind, Exception | KeyboardInterrupt)
-        if has_failed and not self.files.has_begun:
-            shutil.rmtree(made[0], ignore_errors=True)
-            for parent in made[1:]:
-                with contextlib.suppress(OSError):  # another run is there by now
-                    parent.rmdir()
+
+def _open(
+    config: Mapping[str, Any],
+    files: RunDirectory,
+    stack: contextlib.ExitStack,
+    source: SourceFingerprint,
+    may_extend: MayExtend,
+) -> Run:
+    """Lock the directory, open the log, and return the run with the point to continue from."""
+    missing = [path for path in (files.path, *files.path.parents) if not path.exists()]
+    try:
+        files.create()
+        stack.enter_context(RunLock(files.path))
+    except OSError as error:
+        raise OSError(
+            f"{files.path} cannot be written ({error.strerror}); pass another runs_dir"
+        ) from error
+    if missing:
+        stack.push(lambda kind, *_: _remove_unbegun(kind, files, missing))
+    stack.callback(log_to(files.log_path))
+    run = Run(config, files)
+    if not config["resume"] and (files.has_begun or files.config_path.is_file()):
+        if not config["overwrite"]:
+            raise ValueError(
+                f"{files.path} holds a run and resume=false; "
+                "pass overwrite=true to replace it, or name=<new name>"
+            )
+        run.replaces, run.source = True, source()
+    elif (recorded := files.recorded_config()) is None or not files.has_begun:
+        run.source = source()
+    else:
+        run.find_state(recorded, source, may_extend)
+    return run
+
+
+def _remove_unbegun(
+    kind: type[BaseException] | None, files: RunDirectory, made: list[Path]
+) -> None:
+    """Remove the directories that a failed command made, unless steps were taken."""
+    has_failed = kind is not None and issubclass(kind, Exception | KeyboardInterrupt)
+    if has_failed and not files.has_begun:
+        shutil.rmtree(made[0], ignore_errors=True)
+        for parent in made[1:]:
+            with contextlib.suppress(OSError):  # another run is there by now
+                parent.rmdir()
 
 
 def adapt(start: Checkpoint, model: Mapping[str, Any], typed: Mapping[str, Any]) -> Checkpoint:
-    """Return the model to start from with the model keys that may be typed beside it."""
-    start = shorten(start, model["block_size"], typed)
-    check_model_keys(start, model, typed)
-    return with_dropout(start, model["dropout"]) if "model.dropout" in typed else start
+    """Return the model to start from with the typed dropout and shorter block_size.
 
-
-def shorten(start: Checkpoint, block_size: int, typed: Mapping[str, Any]) -> Checkpoint:
-    """Return the model to start from, with the typed block_size where that is the shorter one."""
-    if "model.block_size" not in typed or block_size >= start.config.block_size:
-        return start
-    log.info(
-        "%s: block_size cut from %s to %s, with the position embeddings beyond it",
-        start.path,
-        start.config.block_size,
-        block_size,
-    )
-    return with_block_size(start, block_size)
-
-
-def check_model_keys(start: Checkpoint, model: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
-    """Raise ValueError where a model key was typed that differs from the model to start from."""
+    Raises ValueError for any other typed model key that differs.
+    """
+    length = start.config.block_size
+    if "model.block_size" in typed and model["block_size"] < length:
+        log.info(
+            "%s: block_size cut from %s to %s, with the position embeddings beyond it",
+            start.path,
+            length,
+            model["block_size"],
+        )
+        start = with_block_size(start, model["block_size"])
     for key, value in model.items():
         if key == "dropout" or not {"model", f"model.{key}"} & typed.keys():
             continue
         if (there := getattr(start.config, key, value)) != value:
             raise ValueError(
-                f"{start.path} has {key}={there!r} but the command says model.{key}={value!r}; "
+                f"{start.path} has {key}={there!r} but the command has model.{key}={value!r}; "
                 "leave the model keys out: the model comes from init_from"
             )
+    return with_dropout(start, model["dropout"]) if "model.dropout" in typed else start
 
 
 def check_shape(path: Path, there: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

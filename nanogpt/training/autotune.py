@@ -81,19 +81,17 @@ def autotune(
         reasons[key] = f"{key} {text}: {why}"
         return value
 
-    threads = choose("threads", threads, lambda: _choose_threads(local_world_size))
-    with isolated_measurement(device, threads):
+    n_threads = choose("threads", threads, lambda: _choose_threads(local_world_size))
+    with isolated_measurement(device, n_threads):
         trials = Trials(
-            config, device, rows_per_rank, threads, local_world_size, data_dir, remeasure
+            config, device, rows_per_rank, n_threads, local_world_size, data_dir, remeasure
         )
         precision = choose("precision", precision, lambda: _choose_precision(trials))
-        micro_batch = choose(
-            "micro_batch", micro_batch, lambda: _choose_micro_batch(trials, precision)
-        )
-        compile = choose(
+        rows = choose("micro_batch", micro_batch, lambda: _choose_micro_batch(trials, precision))
+        compiled = choose(
             "compile",
             compile,
-            lambda: _choose_compile(trials, precision, micro_batch, max_steps, deterministic),
+            lambda: _choose_compile(trials, precision, rows, max_steps, deterministic),
         )
         peak, source = peak_flops(device, DTYPES[precision], trials.rate(precision))
     reasons["peak"] = f"peak {peak / 1e12:.4g} TFLOP/s: {source}"
@@ -103,7 +101,7 @@ def autotune(
             "provisional: the rounds of a measurement disagree, as on a busy machine; "
             "the next run measures again"
         )
-    return Settings(precision, compile, micro_batch, threads, peak, ordered)
+    return Settings(precision, compiled, rows, n_threads, peak, ordered)
 
 
 def given_settings(

@@ -33,8 +33,14 @@ def finish(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[str,
     if module.trainer.fast_dev_run:  # type: ignore[attr-defined]
         log.info("fast_dev_run: training and validation work; nothing was saved")
         return {}
-    summary = run.finish(on_rank_zero(lambda: summarise(run, module, facts)))
-    on_rank_zero(lambda: _write_report(run))
+
+    def write() -> dict[str, Any]:
+        summary = summarise(run, module, facts)
+        run.files.write_summary(summary)
+        _write_report(run)
+        return summary
+
+    summary = on_rank_zero(write)
     log_summary(summary, run.path, run.config["data"], module.model.config.block)
     return summary
 
