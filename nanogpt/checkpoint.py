@@ -1,37 +1,77 @@
 """The checkpoint contract: a file that describes itself, written atomically and verified when read.
 
-A checkpoint is a Lightning `.ckpt` with one key of ours, `nanogpt`: the record. The weights lie in
-the file's `state_dict` under `model.`. Everything is of plain types, so that it loads with
-`torch.load(weights_only=True, mmap=True)` and needs neither Lightning nor this project's training
-code.
+A checkpoint is a Lightning `.ckpt` with one key of ours, `nanogpt`: its `Metadata`. The weights lie
+in the file's `state_dict` under `model.`. Everything is of plain types, so that it loads with
+`torch.load(weights_only=True, mmap=True)` and needs neither Lightning nor the training code.
 """
 
 import contextlib
 import hashlib
 import math
-import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
-from nanogpt.archive import load_archive
 from nanogpt.classifier import Classifier
-from nanogpt.disk import sync_directory
+from nanogpt.disk import replacing
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.pretrained import PUBLISHED, fetch_pretrained, load_pretrained
-from nanogpt.prompts import TEMPLATES
-from nanogpt.record import FORMAT, check_record
+from nanogpt.prompts import find_template
 from nanogpt.runs.directory import find_checkpoint, step_checkpoints
 from nanogpt.tokenizer import Tokenizer, from_record, gpt2_tokenizer
 from nanogpt.tokenizer_files import read_tokenizer
-from nanogpt.weights import check_weights, model_without_weights
+from nanogpt.values import Amount, Flag, Text, explain
+from nanogpt.weights import check_weights, load_archive, model_without_weights
 
 KEY = "nanogpt"
+FORMAT = 1
 WEIGHTS_PREFIX = "model."
+
+# What passes can be compared, formatted, sent as JSON and printed without another check.
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]  # JSON holds it exactly
+Line = Annotated[str, Field(strict=True, max_length=200, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]
+Label = Annotated[str, Field(strict=True, max_length=2**16)]
+
+
+class Metadata(TypedDict):
+    """A checkpoint's description of itself, under the key `nanogpt`.
+
+    `model` are the values of `GPTConfig`, `tokenizer` is the whole table. Without `labels` the
+    model is a language model. The keys that are not required are those of newer versions.
+    """
+
+    format: Count
+    version: Line
+    stage: Literal["pretrain", "instruct", "classify"]
+    model: dict[Line, Flag | Count | Amount | Line | None]
+    tokenizer: dict[str, Any]
+    template: Line | None
+    labels: Annotated[list[Label], Field(strict=True, min_length=1, max_length=2**16)] | None
+    init_from: NotRequired[
+        Annotated[dict[Literal["path", "sha256"], Text], Field(min_length=2)] | None
+    ]
+    clock: NotRequired[
+        Annotated[dict[Literal["train_s", "timed_steps", "wall_s"], Amount], Field(min_length=3)]
+    ]
+    run: NotRequired[Annotated[dict[Literal["identity", "corpus"], Line], Field(min_length=2)]]
+
+
+class Content(TypedDict):
+    """What is read of a Lightning checkpoint, but for `nanogpt`."""
+
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)  # type: ignore[misc]
+
+    state_dict: dict[str, Tensor]
+    global_step: Count
+
+
+_METADATA, _CONTENT = TypeAdapter(Metadata), TypeAdapter(Content)
 
 
 @dataclass(frozen=True)
@@ -186,7 +226,7 @@ def with_special_tokens(start: Checkpoint, names: Sequence[str]) -> Checkpoint:
     return replace(grown, tokenizer=tokenizer)
 
 
-def _rebuilt(start: Checkpoint, weights: dict[str, torch.Tensor], **changes: Any) -> Checkpoint:
+def _rebuilt(start: Checkpoint, weights: dict[str, Tensor], **changes: Any) -> Checkpoint:
     """Return a checkpoint whose model has these weights and a changed configuration."""
     config = replace(start.config, **changes)
     model = model_without_weights(config)
@@ -212,7 +252,7 @@ def find_init_from(init_from: str, runs_dir: str | Path, data_dir: str | Path) -
         raise FileNotFoundError(f"{error}, or one of {', '.join(PUBLISHED)}") from error
 
 
-def model_weights(raw: dict[str, Any]) -> dict[str, torch.Tensor]:
+def model_weights(raw: dict[str, Any]) -> dict[str, Tensor]:
     """Return the model's tensors of a checkpoint under the model's own names."""
     return {
         name.removeprefix(WEIGHTS_PREFIX): tensor
@@ -224,25 +264,24 @@ def model_weights(raw: dict[str, Any]) -> dict[str, torch.Tensor]:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint file, memory-mapped, after checking every byte of it.
 
-    Raises ValueError in one sentence where the file is truncated or altered (the archive's CRC-32
-    sums), holds Python objects, is not one of ours, or claims what it does not hold; it names an
-    intact file where there is one.
+    Raises ValueError in one sentence where the file is truncated or altered, holds Python objects,
+    is not one of ours, or has other weights than it describes; an intact file is named.
     """
     return _read_or_advise(path).raw
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint file as `read_checkpoint` does, which adds what to do."""
+    """Return the content of a checkpoint file as `read_checkpoint`, but name no other file."""
     return _read(path).raw
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return the record of a checkpoint file; the bytes of its weights are not read.
+    """Return the metadata of a checkpoint file; the bytes of its weights are not read.
 
     Raises ValueError as `read_checkpoint`.
     """
-    about: dict[str, Any] = _read(path, verify=False).raw[KEY]
-    return about
+    metadata: dict[str, Any] = _read(path, verify=False).raw[KEY]
+    return metadata
 
 
 class _Content(NamedTuple):
@@ -276,23 +315,33 @@ def _read(path: Path, *, verify: bool = True) -> _Content:
 
 
 def _checked(raw: dict[str, Any]) -> _Content:
-    """Return a checkpoint's content after checking all that is ours; raise ValueError else."""
-    about = raw[KEY]
-    check_record(raw, about)
-    labels = about["labels"]
+    """Return a checkpoint's content; raise ValueError for what no run writes."""
+    metadata = raw[KEY]
+    if isinstance(found := metadata.get("format"), int) and found > FORMAT:
+        raise ValueError(
+            f"has checkpoint format {found:.3g} and this version reads format {FORMAT}; use the "
+            f"version of nanogpt that wrote it"
+        )
+    for adapter, value, key in ((_CONTENT, raw, ""), (_METADATA, metadata, KEY)):
+        try:
+            adapter.validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"is no checkpoint: {explain(error, key)}") from error
+    labels, template = metadata["labels"], metadata["template"]
+    if labels is not None and len(set(labels)) < len(labels):
+        raise ValueError("has labels that are not distinct")
     try:
-        config = GPTConfig(**about["model"])
+        config = GPTConfig(**metadata["model"])
     except TypeError as error:
         raise ValueError(f"records a model that this version lacks: {error}") from error
     check_weights(model_weights(raw), config, None if labels is None else len(labels))
-    tokenizer = from_record(about["tokenizer"])
+    tokenizer = from_record(metadata["tokenizer"])
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
             f"has a model with vocab_size={config.vocab_size} and a tokenizer with "
             f"{tokenizer.vocab_size} ids"
         )
-    template = about["template"]
-    names = TEMPLATES[template].special_tokens if template else []
+    names = [] if template is None else find_template(template).special_tokens
     if missing := [name for name in names if name not in tokenizer.special_tokens]:
         raise ValueError(f"has template={template} and a tokenizer without {', '.join(missing)}")
     return _Content(raw, config, tokenizer)
@@ -311,41 +360,18 @@ def _alternative(path: Path) -> str:
 
 
 def write_checkpoint(content: dict[str, Any], path: Path) -> str:
-    """Write a checkpoint atomically and return its sha256.
+    """Write a checkpoint atomically, hashed while it streams; return its sha256.
 
-    A temporary file beside the target is hashed while it streams, synchronised to the disk and
-    renamed, and the archive's directory is read again: at every moment `path` is the old or the new
-    file, whole. Raises OSError where the disk is full or the directory cannot be written.
+    Raises OSError where the disk is full or the directory cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            writer = _HashingWriter(file)
+    with replacing(path) as file:
+        writer = _HashingWriter(file)
+        try:
             torch.save(content, writer)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        with zipfile.ZipFile(temporary) as archive:
-            written = sum(entry.file_size for entry in archive.infolist())
-        if written == 0 or temporary.stat().st_size != writer.n_bytes:
-            raise OSError(f"{temporary} was not written whole")
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if writer_error := _disk_error(error):
-            raise OSError(f"could not write {path}: {writer_error}") from error
-        raise
-    sync_directory(path.parent)
+        except RuntimeError as error:  # of torch's archive writer, after the system's
+            cause = error.__context__
+            raise (cause if isinstance(cause, OSError) else error) from None
     return writer.sha256.hexdigest()
-
-
-def _disk_error(error: BaseException) -> OSError | None:
-    """Return the system's error behind a failed write (torch's archive writer wraps it)."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None
 
 
 def weights_sha256(model: GPT) -> str:
@@ -363,11 +389,9 @@ class _HashingWriter:
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.sha256 = hashlib.sha256()
-        self.n_bytes = 0
 
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
-        self.n_bytes += len(data)
         return self.file.write(data)
 
     def flush(self) -> None:

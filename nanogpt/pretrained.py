@@ -17,14 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanogpt.archive import load_archive
 from nanogpt.disk import wait_for_lock
 from nanogpt.hub import check_reachable
 from nanogpt.model import GPT, NORM_EPSILON, PRESETS, GPTConfig
-from nanogpt.record import are_tensors
 from nanogpt.text import first_line
 from nanogpt.tokenizer_files import MERGES, VOCAB, read_tokenizer
-from nanogpt.weights import check_weights, model_without_weights
+from nanogpt.weights import check_weights, load_archive, model_without_weights
 
 PUBLISHED = tuple(PRESETS)  # the names under which weights are fetched
 CONFIG = "config.json"
@@ -276,7 +274,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             content = load_archive(path)
         else:  # as PyTorch wrote before 1.6, and GPT-2 was published
             content = torch.load(path, map_location="cpu", weights_only=True)
-        if are_tensors(content):
+        if all(isinstance(tensor, Tensor) for tensor in content.values()):
             return dict(content)
         raise ValueError("it holds other values")
     except OSError:

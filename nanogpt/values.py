@@ -19,6 +19,10 @@ FilePath = Text | Annotated[Path, Field(strict=True)]
 CHECKED = ConfigDict(extra="forbid")  # of a dataclass: @dataclass(config=CHECKED)
 WORDS = {
     "Input should be ": "",
+    "List should have ": "",
+    "String should have ": "",
+    "Dictionary should have ": "",
+    " after validation": "",
     "Value error, ": "",
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
@@ -52,7 +56,8 @@ def explain(error: ValidationError, where: str = "") -> str:
     reasons = dict.fromkeys(_reason(e["msg"]) for e in errors if e["loc"][:1] == first)
     short = Repr()  # a value may be nested, or its parts shared, without end
     short.maxstring = short.maxother = 200
-    return f"{key}={short.repr(value)} should be {' or '.join(reasons)}"[:500]
+    found = " ".join(short.repr(value).split())  # a tensor has lines
+    return f"{key}={found} should be {' or '.join(reasons)}"[:500]
 
 
 def _reason(message: str) -> str:

@@ -1,9 +1,12 @@
-"""The names and shapes of a model's weights, known before a model is built."""
+"""Files of weights, and the names and shapes of a model's weights before a model is built."""
 
+import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,35 @@ from nanogpt.classifier import Classifier
 from nanogpt.model import GPT, GPTConfig
 
 Shape = tuple[int, ...]
+
+
+def load_archive(path: Path, *, verify: bool = True) -> Any:
+    """Return the plain values and tensors of a file of `torch.save`; the tensors are memory-mapped.
+
+    Code in the file does not run: `torch.load` builds weights only. With `verify` every byte is
+    compared with the CRC-32 sums of the archive. Raises ValueError, without the path, for a file
+    that is damaged, of another kind, compressed, or holds Python objects.
+    """
+    n_bytes = path.stat().st_size
+    try:
+        if not path.is_file():
+            raise ValueError("it is no regular file")
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            n_claimed = sum(entry.file_size for entry in entries)
+            if n_claimed > n_bytes or any(entry.compress_type for entry in entries):
+                raise ValueError("its entries are compressed or larger than the file")
+            if verify and (broken := archive.testzip()):
+                raise ValueError(f"its entry {broken[:80]!r} is truncated or altered")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (ValueError, OSError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError("it holds Python objects, which can run code when loaded") from error
+    except Exception as error:
+        raise ValueError(
+            f"it is truncated, altered or another kind of file ({type(error).__name__})"
+        ) from error
 
 
 def model_without_weights(config: GPTConfig, n_labels: int | None = None) -> GPT:
@@ -50,8 +82,8 @@ def weight_shapes(config: GPTConfig, n_labels: int | None = None) -> Iterator[tu
 def check_weights(weights: Mapping[str, Tensor], config: GPTConfig, n_labels: int | None) -> None:
     """Raise ValueError where weights are not those of a model: other names, shapes or numbers.
 
-    It takes time in proportion to the weights, however many layers `config` has. Of blocks of
-    another class the number alone is checked: every layer has weights.
+    The time is proportional to the weights, however many layers `config` has. Of blocks of another
+    class their number alone is checked: every layer has weights.
     """
     if config.block is not None:
         layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
@@ -70,8 +102,12 @@ def check_weights(weights: Mapping[str, Tensor], config: GPTConfig, n_labels: in
         if tuple(tensor.shape) != shape:
             found = tuple(tensor.shape)
             raise ValueError(f"has {found} for {name} where its model has {shape}")
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"has {tensor.dtype} for {name} where numbers are floating-point")
+    storages = [tensor.untyped_storage() for tensor in weights.values()]
+    n_stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if sum(tensor.nbytes for tensor in weights.values()) > 2 * n_stored:  # tied weights share one
+        raise ValueError("has weights of more values than it stores")
 
 
 class _Undrawn(TorchFunctionMode):

@@ -11,7 +11,7 @@ CORE = {
     f"nanogpt.{name}"
     for name in (
         *("model", "tokenizer", "prompts", "generation", "pretrained", "classifier", "checkpoint"),
-        *("archive", "record", "weights", "optim", "splitmix", "hub", "tokenizer_files", "command"),
+        *("weights", "optim", "splitmix", "hub", "tokenizer_files", "command"),
         *("dropout", "detokenizer", "disk", "text", "values", "runs.directory", "runs.identity"),
     )
 }
