@@ -219,40 +219,34 @@ def probabilities(
     if temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # no overflow near 0
-    if top_k is not None:
-        logits = keep_top_k(logits, top_k)
-    if top_p is not None:
-        logits = keep_top_p(logits, top_p)
-    if min_p is not None:
-        logits = keep_min_p(logits, min_p)
-    return logits.softmax(-1)
+    if top_k is None and top_p is None and min_p is None:
+        return logits.softmax(-1)
+    n = min(top_k or logits.size(-1), logits.size(-1))
+    best = logits.topk(n) if top_k else logits.sort(descending=True)
+    weights = best.values.softmax(-1)
+    top_mass = 1.0 if top_p is None else top_p
+    allowed = allowed_tokens(weights, weights.cumsum(-1), n, top_mass, min_p or 0.0)
+    values = best.values.masked_fill(~allowed, -math.inf)
+    return torch.full_like(logits, -math.inf).scatter(-1, best.indices, values).softmax(-1)
 
 
-def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Set logits (..., V) to minus infinity except for the `top_k` likeliest tokens."""
-    best = logits.topk(min(top_k, logits.size(-1)))
-    return torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
+def allowed_tokens(
+    weights: Tensor,
+    sums: Tensor,
+    top_k: Tensor | int,
+    top_mass: Tensor | float,
+    min_p: Tensor | float,
+) -> Tensor:
+    """Return which tokens (..., K) may be drawn, of weights (..., K) in descending order.
 
-
-def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Set logits (..., V) to minus infinity except for the likeliest tokens that sum to `top_p`.
-
-    "The Curious Case of Neural Text Degeneration", section 3.1. The likeliest is never removed.
+    Those are the `top_k` likeliest; of them, those that sum to `top_mass`, at least one ("The
+    Curious Case of Neural Text Degeneration", section 3.1); and of them, those of at least `min_p`
+    times the largest weight ("Min-p Sampling", arXiv 2407.01082). `sums` (..., K) are the running
+    sums of the weights.
     """
-    ordered, indices = logits.sort(descending=True)
-    weights = ordered.softmax(-1)
-    likelier = weights.cumsum(-1) - weights
-    ordered = ordered.masked_fill((likelier >= top_p) & (likelier > 0), -math.inf)
-    return torch.empty_like(logits).scatter(-1, indices, ordered)
-
-
-def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
-    """Set logits (..., V) below `min_p` times the likeliest to minus infinity.
-
-    "Min-p Sampling" (arXiv 2407.01082).
-    """
-    weights = logits.softmax(-1)
-    return logits.masked_fill(weights < min_p * weights.amax(-1, keepdim=True), -math.inf)
+    ranks = torch.arange(weights.size(-1), device=weights.device)
+    is_within = (sums - weights < top_mass) | (ranks == 0)
+    return (ranks < top_k) & is_within & (weights >= min_p * weights[..., :1])
 
 
 @contextmanager

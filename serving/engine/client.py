@@ -74,7 +74,7 @@ class EngineClient:
         self.stalled = False
         self._answers: dict[str, asyncio.Queue[Message]] = {}
         self._models: list[ModelInfo] | None = None
-        self._details: dict[tuple[str, str], ModelDetails] = {}
+        self._details: dict[str, ModelDetails] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._ready = asyncio.Event()
         self._stalling: asyncio.TimerHandle | None = None
@@ -130,17 +130,15 @@ class EngineClient:
         return f"{cause}-{self._prefix}-{next(self._numbers)}"
 
     async def details(self, model: ModelInfo) -> ModelDetails:
-        """Return a model's tokenizer record, template and shape, cached for each revision.
+        """Return a model's tokenizer record, template and shape, cached until it has new weights.
 
         Raises EngineError.
         """
-        key = (model.id, model.revision)
-        if key not in self._details:
+        details = self._details.get(model.id)
+        if details is None or details.revision != model.revision:
             details = await self._answer(Describe(self.new_id(), model.id), ModelDetails)
-            for stale in [k for k in self._details if k[0] == model.id]:
-                del self._details[stale]
-            self._details[key] = details
-        return self._details[key]
+            self._details[model.id] = details
+        return details
 
     async def generate(self, request: Generate) -> AsyncGenerator[Tokens | Finished, None]:
         """Yield an answer's tokens as they come, then Finished.
@@ -344,7 +342,7 @@ class EngineProcess:
         self._process = subprocess.Popen(
             [*command, json.dumps(asdict(self.settings))],
             stdin=subprocess.PIPE,  # closed when this process ends, and with it the engine
-            stdout=2,  # this process's is for its own output
+            stdout=subprocess.DEVNULL,
             env=environment,
             start_new_session=True,  # a terminal's Ctrl-C is for the parent, which drains
         )

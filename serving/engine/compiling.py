@@ -31,7 +31,7 @@ def compiled_kernels() -> Path | None:
 
 
 def begin() -> None:
-    """Begin to compile in a thread; who asks for the library waits for it."""
+    """Begin to compile in a thread; `compiled_kernels` waits for it."""
     threading.Thread(target=compiled_kernels, name="compile", daemon=True).start()
 
 
@@ -77,7 +77,7 @@ def _fingerprint(compiler: str) -> str:
 
 
 def _cache_dir() -> Path:
-    """Return where compiled kernels are kept, or a new directory where nothing can be."""
+    """Return the cache of compiled kernels, or a new directory where that cannot be written."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     directory = Path(base) / "nanogpt"
     try:

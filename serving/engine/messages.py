@@ -45,13 +45,13 @@ class Settings:
     """What an engine process is started with; `models` is a `.ckpt`, a run, or a directory of runs.
 
     A model computes `max_slots` sequences at a time, fewer where its share of `cache_gb` does not
-    hold their keys and values; at most `max_queue` more may wait. `max_models` are kept in memory,
-    with equal shares; the one that was asked longest ago makes room.
+    hold their keys and values; at most `max_queue` more may wait. `max_models` stay in memory, with
+    equal shares; the least recently used one makes room.
     """
 
     models: str = "runs"
     runs_dir: str = "runs"  # where a run's name is looked up
-    default_model: str | None = None  # null: the newest finished run that can do what is asked
+    default_model: str | None = None  # null: the newest finished run for the task
     device: str = "auto"
     dtype: Literal["auto", "fp32", "fp24", "bf16", "int8"] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None  # null: all cores

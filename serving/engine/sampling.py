@@ -12,19 +12,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nanogpt.generation import allowed_tokens
 from nanogpt.splitmix import GAMMA, splitmix64
 from serving.engine.messages import MIN_LOGPROB, SamplingParams
 
-CANDIDATES = (256, 4096)  # likeliest tokens that are sorted; more only where they do not suffice
-MAX_TOP = 20  # likeliest tokens that can be asked for
-LEAST_TEMPERATURE = 1e-5  # below it the rounding of float32 logits decides: the likeliest is taken
+CANDIDATES = (256, 4096)  # likeliest tokens that are sorted; all only where they do not suffice
+MAX_TOP = 20  # likeliest tokens of a request
+MIN_TEMPERATURE = 1e-5  # below it the rounding of float32 logits decides: the likeliest is taken
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What a row is drawn by: its parameters, where its token will stand, and what came before.
+    """The inputs of a row's draw: its parameters, the token's position, and the tokens before.
 
-    The tokens before matter to penalties only.
+    Those matter to penalties only.
     """
 
     params: SamplingParams
@@ -40,16 +41,15 @@ class Draw:
         return bool(p.logit_bias) or bool(penalties)
 
     @property
-    def narrows(self) -> bool:
+    def filters(self) -> bool:
         """Whether only some of the tokens can be drawn."""
         p = self.params
-        few = p.top_k is not None or (p.top_p is not None and p.top_p < 1)
-        return few or bool(p.min_p)
+        return p.top_k is not None or (p.top_p is not None and p.top_p < 1) or bool(p.min_p)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A row's token and, where asked for, its log-probability and the likeliest tokens'."""
+    """A row's token and, with `params.logprobs`, its log-probability and the likeliest tokens'."""
 
     token: int
     logprob: float | None = None
@@ -69,14 +69,10 @@ def choose(logits: Tensor, draws: list[Draw]) -> list[Chosen | NotFinite]:
     adjusted = _adjusted(logits, draws)
     finite = adjusted.amax(-1).isfinite().tolist()  # false for any that is not a number, too
     tokens = adjusted.argmax(-1)
-    drawn = [i for i, draw in enumerate(draws) if draw.params.temperature >= LEAST_TEMPERATURE]
-    for rows in (
-        [i for i in drawn if not draws[i].narrows],
-        [i for i in drawn if draws[i].narrows],
-    ):
-        if rows:
-            pick = _draw_narrowed if draws[rows[0]].narrows else _draw_any
-            tokens[rows] = pick(adjusted[rows], [draws[i] for i in rows])
+    drawn = [i for i, draw in enumerate(draws) if draw.params.temperature >= MIN_TEMPERATURE]
+    for filters, draw_rows in ((False, _draw_unfiltered), (True, _draw_filtered)):
+        if rows := [i for i in drawn if draws[i].filters == filters]:
+            tokens[rows] = draw_rows(adjusted[rows], [draws[i] for i in rows])
     chosen = _with_logprobs(logits, tokens, draws)
     return [
         c if ok else NotFinite("the model's logits are not finite numbers")
@@ -144,7 +140,7 @@ def _weights(logits: Tensor, draws: list[Draw]) -> Tensor:
     return ((logits - logits.amax(-1, keepdim=True)) / temperatures).exp()
 
 
-def _draw_any(logits: Tensor, draws: list[Draw]) -> Tensor:
+def _draw_unfiltered(logits: Tensor, draws: list[Draw]) -> Tensor:
     weights = _weights(logits, draws)
     return _inverse(weights.cumsum(-1, dtype=torch.float64), draws)
 
@@ -153,12 +149,12 @@ def _inverse(sums: Tensor, draws: list[Draw]) -> Tensor:
     """Return where each row's number lies (R,) among the running sums of its weights (R, K)."""
     numbers = [uniform(draw.params.seed, draw.position) for draw in draws]
     total = sums[:, -1:].contiguous()
-    wanted = torch.tensor(numbers, dtype=sums.dtype, device=sums.device)[:, None] * total
-    wanted = torch.minimum(wanted, total.nextafter(torch.zeros_like(total)))  # it may round up
-    return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp_max(sums.size(-1) - 1)
+    mass = torch.tensor(numbers, dtype=sums.dtype, device=sums.device)[:, None] * total
+    mass = torch.minimum(mass, total.nextafter(torch.zeros_like(total)))  # it may round up
+    return torch.searchsorted(sums, mass, right=True)[:, 0].clamp_max(sums.size(-1) - 1)
 
 
-def _draw_narrowed(logits: Tensor, draws: list[Draw]) -> Tensor:
+def _draw_filtered(logits: Tensor, draws: list[Draw]) -> Tensor:
     weights = _weights(logits, draws)
     tokens = torch.zeros(len(draws), dtype=torch.int64, device=logits.device)
     rows = list(range(len(draws)))
@@ -171,13 +167,13 @@ def _draw_narrowed(logits: Tensor, draws: list[Draw]) -> Tensor:
 
 
 def _draw_from(weights: Tensor, n: int, draws: list[Draw]) -> tuple[Tensor, Tensor]:
-    """Draw among the n likeliest, narrowed by top_k, top_p, min_p in this order.
+    """Draw among the n likeliest, filtered by top_k, top_p, min_p in this order.
 
     Returns tokens (R,) and whether the n are sure to hold all that may be drawn (R,).
     """
     n_vocab = weights.size(-1)
     best = weights.topk(n)
-    w, ranks = best.values, torch.arange(n, device=weights.device)
+    w = best.values
     sums = w.cumsum(-1, dtype=torch.float64)
     top_k = _column([min(d.params.top_k or n_vocab, n_vocab) for d in draws], sums)
     top_p = _column([1.0 if d.params.top_p is None else d.params.top_p for d in draws], sums)
@@ -185,11 +181,11 @@ def _draw_from(weights: Tensor, n: int, draws: list[Draw]) -> tuple[Tensor, Tens
     all_sums = weights.cumsum(-1, dtype=torch.float64)  # a plain sum adds in another order alone
     within = sums.gather(-1, top_k.long().clamp_max(n) - 1)
     total = torch.where(top_k == n_vocab, all_sums[:, -1:], within)
-    kept = (ranks < top_k) & ((sums - w < top_p * total) | (ranks == 0)) & (w >= min_p * w[:, :1])
+    allowed = allowed_tokens(w, sums, top_k, top_p * total, min_p)
     tail = (sums[:, -1:] >= top_p * total) & (top_p < 1) | (w[:, -1:] < min_p)
     enough = (top_k <= n) | (top_k == n_vocab) & tail  # at n = n_vocab always
-    places = _inverse(torch.where(kept, w, 0).cumsum(-1, dtype=torch.float64), draws)
-    return best.indices.gather(-1, places[:, None])[:, 0], enough[:, 0]
+    index = _inverse(torch.where(allowed, w, 0).cumsum(-1, dtype=torch.float64), draws)
+    return best.indices.gather(-1, index[:, None])[:, 0], enough[:, 0]
 
 
 def _with_logprobs(logits: Tensor, tokens: Tensor, draws: list[Draw]) -> list[Chosen]:
@@ -202,6 +198,6 @@ def _with_logprobs(logits: Tensor, tokens: Tensor, draws: list[Draw]) -> list[Ch
     own = logprobs.gather(-1, tokens[rows][:, None])[:, 0].tolist()
     top_ids, top = likeliest(logprobs, MAX_TOP)  # always as many: equal ones keep their order
     for n, i in enumerate(rows):
-        asked = draws[i].params.logprobs or 0
-        chosen[i] = Chosen(ids[i], own[n], top_ids[n][:asked], top[n][:asked])
+        n_top = draws[i].params.logprobs or 0
+        chosen[i] = Chosen(ids[i], own[n], top_ids[n][:n_top], top[n][:n_top])
     return chosen

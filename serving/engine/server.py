@@ -9,7 +9,6 @@ import threading
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from serving.engine.client import read_frame
 from serving.engine.engine import Engine
@@ -30,8 +29,7 @@ class Server:
     def __init__(self, settings: Settings, address: str) -> None:
         self.settings, self.path = settings, Path(address.removeprefix("unix:"))
         self.engine = Engine(settings, self._emit)
-        self.front_ends: set[asyncio.StreamWriter] = set()
-        self.talks: set[asyncio.Task[Any]] = set()
+        self.front_ends: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
 
     async def serve(self) -> None:
         """Serve until the engine has drained."""
@@ -47,18 +45,16 @@ class Server:
         await asyncio.to_thread(self.engine.run)
         watching.cancel()
         listening.close()
-        for writer in list(self.front_ends):
+        for writer, talk in list(self.front_ends.items()):
             with suppress(ConnectionError):
                 await asyncio.wait_for(writer.drain(), 1)
             writer.close()
-        if self.talks:
-            await asyncio.wait(self.talks, timeout=1)
+            await asyncio.wait([talk], timeout=1)
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self.talks.add(task)
-        self.front_ends.add(writer)
+        self.front_ends[writer] = task
         try:
             writer.write(to_frame([self.engine.models(), Beat()]))  # others are to follow
             while True:
@@ -69,8 +65,7 @@ class Server:
         except Exception:  # a frame that is none: this front end's fault alone
             log.exception("a front end was cut off")
         finally:
-            self.talks.discard(task)
-            self.front_ends.discard(writer)
+            del self.front_ends[writer]
             self.engine.post(partial(self.engine.leave, writer))
             writer.close()
 
