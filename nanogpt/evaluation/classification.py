@@ -1,11 +1,11 @@
-"""Accuracy, macro-F1 and the confusion of classes, and what simple methods reach beside.
+"""Accuracy, macro-F1 and confusion of classes, and the scores of simple methods.
 
 K classes, N texts; a confusion matrix has a row per true class and a column per predicted one.
 """
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,24 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WORD = re.compile(r"\w+")
-RIDGE = (
-    1.0  # half of it times the squared weights is added to the summed loss, as scikit-learn's C=1
-)
+RIDGE = 1.0  # scikit-learn's C=1: half of it times the squared weights joins the summed loss
 MAX_ITERATIONS = 100
 
 
 def confusion_matrix(labels: Sequence[int], predicted: Sequence[int], n_labels: int) -> np.ndarray:
-    """Return how many texts of each class were taken for each class, (K, K) int64."""
+    """Return how many texts of each class were predicted as each class, (K, K) int64."""
     confusion = np.zeros((n_labels, n_labels), dtype=np.int64)
     np.add.at(confusion, (np.asarray(labels), np.asarray(predicted)), 1)
     return confusion
 
 
 def scores(confusion: np.ndarray) -> dict[str, float]:
-    """Return accuracy and macro-F1 of a confusion matrix.
+    """Return accuracy and macro-F1 of a confusion matrix (K, K).
 
     Macro-F1 is the plain mean over the classes that occur, as truth or as prediction, of
-    2 TP / (2 TP + FP + FN); with rare classes it falls where accuracy does not.
+    2 TP / (2 TP + FP + FN); with rare classes it falls where accuracy does not. (torchmetrics has
+    both; its import takes longer than most evaluations of a classifier.)
     """
     hits = np.diag(confusion)
     either = confusion.sum(0) + confusion.sum(1)  # 2 TP + FP + FN
@@ -44,60 +43,50 @@ def majority_class(labels: Sequence[int]) -> int:
     return min(counts, key=lambda label: (-counts[label], label))
 
 
-class BagOfWords:
-    """Multinomial logistic regression on the counts of words: the baseline to beat.
+def bag_of_words(
+    train_texts: Sequence[str], train_labels: Sequence[int], texts: Sequence[str], n_labels: int
+) -> Tensor:
+    """Return the logits (N, K) of multinomial logistic regression on the counts of words.
 
-    It knows no order of words. Fitted to the optimum by L-BFGS, without random numbers.
+    The order of words does not matter. Fitted to the optimum by L-BFGS, without random numbers.
     """
+    vocabulary = sorted({word for text in train_texts for word in _words(text)})
+    columns = {word: i for i, word in enumerate(vocabulary)}
+    weight = torch.zeros(len(columns), n_labels, requires_grad=True)
+    bias = torch.zeros(n_labels, requires_grad=True)
+    counts, labels = _counts(train_texts, columns), torch.tensor(train_labels)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe"
+    )
 
-    def __init__(self, texts: Sequence[str], labels: Sequence[int], n_labels: int) -> None:
-        seen = sorted({word for text in texts for word in words(text)})
-        self.column = {word: i for i, word in enumerate(seen)}
-        self.weight = torch.zeros(len(seen), n_labels, requires_grad=True)
-        self.bias = torch.zeros(n_labels, requires_grad=True)
-        self._fit(self._counts(texts), torch.tensor(labels))
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(torch.sparse.mm(counts, weight) + bias, labels, reduction="sum")
+        loss = loss + RIDGE / 2 * weight.square().sum()
+        loss.backward()
+        return loss
 
-    def predict(self, texts: Sequence[str]) -> list[int]:
-        """Return the likeliest class of each text."""
-        with torch.no_grad():
-            predicted: list[int] = self._logits(self._counts(texts)).argmax(-1).tolist()
-        return predicted
-
-    def _fit(self, counts: Tensor, labels: Tensor) -> None:
-        optimizer = torch.optim.LBFGS(
-            [self.weight, self.bias], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe"
-        )
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(self._logits(counts), labels, reduction="sum")
-            loss = loss + RIDGE / 2 * self.weight.square().sum()
-            loss.backward()
-            return loss
-
-        with torch.enable_grad():
-            optimizer.step(loss)
-
-    def _logits(self, counts: Tensor) -> Tensor:
-        return torch.sparse.mm(counts, self.weight) + self.bias  # (N, K)
-
-    def _counts(self, texts: Sequence[str]) -> Tensor:
-        """Return how often each known word is in each text, (N, words) sparse."""
-        cells = Counter(
-            (i, self.column[word])
-            for i, text in enumerate(texts)
-            for word in words(text)
-            if word in self.column
-        )
-        index = torch.tensor(list(cells), dtype=torch.int64).view(-1, 2).T
-        values = torch.tensor(list(cells.values()), dtype=torch.float32)
-        size = (len(texts), len(self.column))
-        return torch.sparse_coo_tensor(index, values, size, check_invariants=True).coalesce()
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return (torch.sparse.mm(_counts(texts, columns), weight) + bias).detach()
 
 
-def words(text: str) -> list[str]:
-    """Return the runs of letters, digits and underscores of a text, in lower case."""
+def _words(text: str) -> list[str]:
     return WORD.findall(text.lower())
+
+
+def _counts(texts: Sequence[str], columns: Mapping[str, int]) -> Tensor:
+    """Return how often each known word is in each text, (N, words) sparse."""
+    cells = Counter(
+        (i, columns[word])
+        for i, text in enumerate(texts)
+        for word in _words(text)
+        if word in columns
+    )
+    index = torch.tensor(list(cells), dtype=torch.int64).view(-1, 2).T
+    values = torch.tensor(list(cells.values()), dtype=torch.float32)
+    size = (len(texts), len(columns))
+    return torch.sparse_coo_tensor(index, values, size, check_invariants=True).coalesce()
 
 
 def baselines(
@@ -107,10 +96,12 @@ def baselines(
     labels: Sequence[int],
     n_labels: int,
 ) -> dict[str, dict[str, float]]:
-    """Return the scores on some texts of what simple methods learn from others."""
+    """Return the scores on some texts of simple methods that learn from others."""
     predictions = {
         "majority": [majority_class(train_labels)] * len(texts),
-        "bag_of_words": BagOfWords(train_texts, train_labels, n_labels).predict(texts),
+        "bag_of_words": bag_of_words(train_texts, train_labels, texts, n_labels)
+        .argmax(-1)
+        .tolist(),
     }
     return {
         name: scores(confusion_matrix(labels, predicted, n_labels))

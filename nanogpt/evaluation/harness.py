@@ -69,20 +69,20 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Answer the requests, those of one context together."""
-        places = defaultdict(list)
-        for place, (_, context, continuation) in enumerate(requests):
-            places[tuple(context)].append((place, continuation))
+        """Score the requests, those of one context together."""
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, (_, context, _) in enumerate(requests):
+            groups[tuple(context)].append(i)
         questions = [
-            Question(context, [continuation for _, continuation in asked])
-            for context, asked in places.items()
+            Question(context, [requests[i][2] for i in group]) for context, group in groups.items()
         ]
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        answered = answer(self.checkpoint.model, questions, self.batch_size)
-        for asked, answers in zip(places.values(), answered, strict=True):
-            for (place, _), one in zip(asked, answers, strict=True):
-                found[place] = (one.log_likelihood, one.is_greedy)
-        return found
+        answers = answer(self.checkpoint.model, questions, self.batch_size)
+        found = {
+            i: (one.log_likelihood, one.is_greedy)
+            for group, of_group in zip(groups.values(), answers, strict=True)
+            for i, one in zip(group, of_group, strict=True)
+        }
+        return [found[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihoods of whole texts, in the harness's own disjoint windows."""
@@ -127,7 +127,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Results:
-    """Return the harness's figures as `<task>_<metric>`.
+    """Return the harness's metrics as `<task>_<metric>`.
 
     Raises ValueError for an unknown task and for one that cannot be run.
     """
@@ -152,58 +152,55 @@ def evaluate(
 
 
 def _cause(error: BaseException) -> str:
-    """Return what has led to an error: datasets alone says that there was one."""
+    """Return the first cause of an error: that of datasets has no reason of its own."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def find_tasks(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
-    """Return what knows the tasks: a folder of one's own, or with it all of the harness's.
+def find_tasks(tasks: Sequence[str], folder: Path | None) -> TaskManager:
+    """Return the manager of a folder's tasks or, where it lacks one, of the harness's too.
 
-    Reading the thousands of files of the latter takes a while. Raises ValueError for a task that
-    neither has, and FileNotFoundError where there is no such folder.
+    The thousands of files of the latter take a while to read. Raises ValueError for an unknown
+    task, and FileNotFoundError for a missing folder.
     """
-    if include_path is not None:
-        if not include_path.is_dir():
-            raise FileNotFoundError(f"--include-path {include_path} is no folder of task files")
-        own = TaskManager(include_path=str(include_path), include_defaults=False)
-        if all(own.match_tasks([name]) for name in tasks):
-            return own
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    for name in tasks:
-        if not manager.match_tasks([name]):
-            raise ValueError(
-                f"lm-evaluation-harness has no task {name!r}{_unreadable(include_path)}; "
-                "`lm-eval ls tasks` lists them, --include-path DIR adds some"
-            )
-    return manager
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"--include-path {folder} is no folder of task files")
+    unknown = list(tasks)
+    for more in [{}] if folder is None else [{"include_defaults": False}, {}]:
+        manager = TaskManager(include_path=None if folder is None else str(folder), **more)
+        unknown = [name for name in tasks if not manager.match_tasks([name])]
+        if not unknown:
+            return manager
+    raise ValueError(
+        f"lm-evaluation-harness has no task {unknown[0]!r}{_unreadable(folder)}; "
+        "`lm-eval ls tasks` lists them, --include-path DIR adds some"
+    )
 
 
 def _unreadable(folder: Path | None) -> str:
-    """Return which task file of a folder is no YAML, which the harness passes over in silence."""
+    """Return which task file of a folder is no YAML; the harness skips it silently."""
     for path in [] if folder is None else sorted(folder.glob("**/*.yaml")):
         try:
-            with path.open("rb") as file:
-                yaml.compose(file)
+            yaml.compose(path.read_bytes())
         except (yaml.YAMLError, OSError) as error:
             return f", and {path} cannot be read ({' '.join(str(error).split())})"
     return ""
 
 
 def flat(found: dict[str, dict[str, Any]]) -> Results:
-    """Return figures by one name, with that of their filter where they have one.
+    """Return metrics by one name, with that of their filter where they have one.
 
     >>> flat({"arc": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "gsm8k": {"exact,strict": 0.2}})
     {'arc_acc': 0.5, 'arc_acc_stderr': 0.1, 'gsm8k_exact_strict': 0.2}
     """
     results: Results = {}
-    for task, figures in found.items():
-        for name, value in figures.items():
-            metric, _, filtered_by = name.partition(",")
-            parts = [task, "examples" if name == "sample_len" else metric.removesuffix(STDERR)]
-            if filtered_by not in ("", "none"):
-                parts.append(filtered_by)
+    for task, metrics in found.items():
+        for key, value in metrics.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                results["_".join(parts) + STDERR * metric.endswith(STDERR)] = value
+                metric, _, filter_name = key.partition(",")
+                name = "examples" if key == "sample_len" else metric.removesuffix(STDERR)
+                parts = [task, name, "" if filter_name == "none" else filter_name]
+                stderr = STDERR if metric.endswith(STDERR) else ""
+                results["_".join(filter(None, parts)) + stderr] = value
     return results
