@@ -8,13 +8,12 @@ Every key is in conf/serve.yaml, with a comment.
 """
 
 import os
-import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and main() says it in one sentence
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and main() prints one sentence
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,14 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.command import guard_output
-from nanogpt.config import CONF, as_overrides, expand_environment, explain_composition
-from serving import environment
-from serving.api.settings import ApiSettings, Binding
-from serving.engine.messages import Settings
+from nanogpt.config import CONF, as_overrides, explain_composition
+from serving.api.settings import ApiSettings, read_settings, variable
 
 ROOT = Path(__file__).parent
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
-SETTINGS = (Binding, ApiSettings, Settings)
 
 composed: list[dict[str, Any]] = []
 
@@ -38,88 +34,60 @@ composed: list[dict[str, Any]] = []
 def main(arguments: Sequence[str]) -> int:
     """Compose the configuration and become the server; return the exit code where that fails."""
     guard_output()
-    expand_environment()
     sys.argv[1:] = as_overrides(arguments)
     try:
-        environment.check_names(os.environ, *SETTINGS)
         compose()
-        for config in composed:  # none for --help and --cfg
-            become_server(config)
+        for values in composed:  # none for --help and --cfg
+            settings = read_settings(**values)
+            check_models(settings)
+            become_server(settings)
     except KeyboardInterrupt:
         return INTERRUPTED
     except FileNotFoundError as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return FAILED
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        text = explain_composition(error, "serve")
-        text = re.sub(r"NANOGPT_(\w+)=", lambda name: f"{name[1].lower()}=", text)
-        print(f"serve.py: {text}", file=sys.stderr)
+        print(f"serve.py: {explain_composition(error, 'serve')}", file=sys.stderr)
         return WRONG_USAGE
     return 0
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="serve")
 def compose(cfg: DictConfig) -> None:
-    """Keep the composed configuration; Hydra words what fails in here in its own way."""
-    typed = {
-        override.lstrip("+").partition("=")[0] for override in HydraConfig.get().overrides.task
-    }
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
-    composed.append(config | from_environment(config.keys() - typed))
+    """Collect the composed values; Hydra would word what fails in here in its own way."""
+    composed.append(chosen(cfg, HydraConfig.get().overrides.task))
 
 
-def from_environment(keys: Iterable[str]) -> dict[str, str]:
-    """Return the text of each key's environment variable that is set: `NANOGPT_PORT` is `port`."""
-    variables = {key: environment.variable(key) for key in keys}
-    return {key: os.environ[name] for key, name in variables.items() if name in os.environ}
+def chosen(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the values of a configuration, without those that the environment sets.
 
-
-def become_server(config: Mapping[str, Any]) -> None:
-    """Replace this process by the server, which has no use for Hydra."""
-    variables = to_variables(config)
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    sys.stdout.flush()
-    os.execve(
-        sys.executable,
-        [sys.executable, "-m", "serving"],
-        {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(paths)},
-    )
-
-
-def to_variables(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the configuration as the environment that `python -m serving` reads.
-
-    Raises ValueError for a value of the wrong kind, FileNotFoundError where no models are.
+    A key that is typed counts more than its variable.
     """
-    texts = {key: _text(value) for key, value in config.items()}
-    texts["models"] = str(find_models(config["checkpoint"], config["runs_dir"]))
-    variables = {f"{environment.PREFIX}{key.upper()}": text for key, text in texts.items()}
-    for kind in SETTINGS:
-        environment.read(kind, variables)
-    return variables
+    typed = {override.lstrip("+").partition("=")[0] for override in overrides}
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    return {k: v for k, v in config.items() if k in typed or variable(k) not in os.environ}
 
 
-def find_models(checkpoint: str | None, runs_dir: str) -> Path:
-    """Return the file or directory with the models: a checkpoint, a run by name, or all runs."""
-    if checkpoint is None:
-        if Path(runs_dir).is_dir():
-            return Path(runs_dir)
+def check_models(settings: ApiSettings) -> None:
+    """Raise FileNotFoundError where there is no checkpoint of the name, or no directory of runs."""
+    name, runs_dir = settings.checkpoint, Path(settings.runs_dir)
+    if name is None and not runs_dir.is_dir():
         raise FileNotFoundError(
             f"there are no runs at {runs_dir}; python train.py makes one, or pass checkpoint=PATH"
         )
-    for path in (Path(checkpoint), Path(runs_dir) / checkpoint):
-        if path.exists():
-            return path
-    raise FileNotFoundError(
-        f"there is no checkpoint {checkpoint!r}: neither a file, nor a run directory, "
-        f"nor a run under {runs_dir}; pass one of these"
-    )
+    if name is not None and not (Path(name).exists() or (runs_dir / name).exists()):
+        raise FileNotFoundError(
+            f"there is no checkpoint {name!r}: neither a file, nor a run directory, "
+            f"nor a run under {runs_dir}; pass one of these"
+        )
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return "" if value is None else str(value)
+def become_server(settings: ApiSettings) -> None:
+    """Replace this process by the server, which has no use for Hydra."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, **settings.variables(), "PYTHONPATH": os.pathsep.join(paths)}
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "serving"], environment)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
-from serving import environment
 from serving.api.auth import is_loopback
 from serving.api.connection import Connection
-from serving.api.settings import ApiSettings, Binding
-from serving.app import ENGINE_VARIABLE, engine_settings, term_at_hangup
+from serving.api.settings import ApiSettings, read_settings
+from serving.app import ENGINE_VARIABLE, term_at_hangup
 from serving.engine.client import EngineProcess
 from serving.engine.messages import Settings
 from serving.logs import configure
@@ -31,21 +30,22 @@ FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 
 def main() -> int:
-    """Serve until told to end; return the exit code."""
+    """Serve until a signal ends the process; return the exit code."""
     configure()
     # uvicorn raises the signal that ended it once more when all is done.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     term_at_hangup()
     try:
-        binding, settings = read_settings(os.environ)
+        settings = read_settings()
+        check_engine(settings.engine_settings())
     except ValueError as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return WRONG_USAGE
     try:
-        check_exposure(binding.host, settings)
-        with listen(binding) as listening:
-            announce(binding, listening.getsockname()[1], settings)
-            run(binding, settings, listening)
+        check_exposure(settings)
+        with listen(settings) as listening:
+            announce(settings, listening.getsockname()[1])
+            run(settings, listening)
     except (ValueError, OSError) as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return FAILED
@@ -54,54 +54,47 @@ def main() -> int:
     return 0
 
 
-def read_settings(variables: Mapping[str, str]) -> tuple[Binding, ApiSettings]:
-    """Return the settings of the environment, the engine's checked too, before anything starts.
-
-    Raises ValueError for a variable that is no setting, for a value out of range, and for a device
-    or a default model that does not exist; only these two need torch.
-    """
-    environment.check_names(variables, Binding, ApiSettings, Settings)
-    engine = engine_settings(variables)
-    if engine.device not in ("auto", "cpu"):
+def check_engine(settings: Settings) -> None:
+    """Raise ValueError for a device or a default model that does not exist; these need torch."""
+    if settings.device not in ("auto", "cpu"):
         from serving.engine.loading import check_device
 
-        check_device(engine.device)
-    if engine.default_model is not None:
+        check_device(settings.device)
+    if settings.default_model is not None:
         from serving.engine.registry import Registry
 
-        Registry(engine.models, engine.runs_dir, engine.default_model).check_default()
-    return environment.read(Binding, variables), environment.read(ApiSettings, variables)
+        Registry(settings.models, settings.runs_dir, settings.default_model).check_default()
 
 
-def check_exposure(host: str, settings: ApiSettings) -> None:
-    """Raise ValueError where other machines could ask without a key."""
-    if not settings.api_keys and not settings.insecure and not is_loopback(host):
+def check_exposure(settings: ApiSettings) -> None:
+    """Raise ValueError where other machines would be answered without a key."""
+    if not settings.api_keys and not settings.insecure and not is_loopback(settings.host):
         raise ValueError(
-            f"host={host} lets other machines ask, and there is no API key; set NANOGPT_API_KEYS, "
-            "or pass insecure=true to answer anyone"
+            f"host={settings.host} lets other machines send requests, and there is no API key; set "
+            "NANOGPT_API_KEYS, or pass insecure=true to answer anyone"
         )
 
 
 @contextlib.contextmanager
-def listen(binding: Binding) -> Iterator[socket.socket]:
+def listen(settings: ApiSettings) -> Iterator[socket.socket]:
     """Give a socket bound to the address; raises OSError where that is taken."""
-    family = socket.AF_INET6 if ":" in binding.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listening.bind((binding.host, binding.port))
+            listening.bind((settings.host, settings.port))
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise OSError(
-                f"cannot listen at {binding.host}:{binding.port} ({reason}); pass another port="
+                f"cannot listen at {settings.host}:{settings.port} ({reason}); pass another port="
             ) from error
         listening.set_inheritable(True)
         yield listening
 
 
-def announce(binding: Binding, port: int, settings: ApiSettings) -> None:
-    """Print where the server is, and how to ask it."""
-    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(binding.host, binding.host)
+def announce(settings: ApiSettings, port: int) -> None:
+    """Print the address of the server, with a request to it."""
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     key = ' -H "Authorization: Bearer YOUR_KEY"' if settings.api_keys else ""
     body = '{"messages": [{"role": "user", "content": "Hello"}]}'
@@ -113,14 +106,14 @@ def announce(binding: Binding, port: int, settings: ApiSettings) -> None:
     )
 
 
-def run(binding: Binding, settings: ApiSettings, listening: socket.socket) -> None:
+def run(settings: ApiSettings, listening: socket.socket) -> None:
     """Run the front ends on a socket; more than one share an engine that starts here."""
     config = uvicorn.Config(
         APP,
         factory=True,
-        host=binding.host,
-        port=binding.port,
-        workers=binding.workers,
+        host=settings.host,
+        port=settings.port,
+        workers=settings.workers,
         backlog=BACKLOG,
         http=Connection,
         ws="none",
@@ -130,13 +123,13 @@ def run(binding: Binding, settings: ApiSettings, listening: socket.socket) -> No
         timeout_graceful_shutdown=int(settings.drain_s) + 5,
         timeout_worker_healthcheck=SLOW_START_S,
     )
-    if binding.workers == 1:
+    if settings.workers == 1:
         server = uvicorn.Server(config)
         server.run([listening])
         if not server.started:
             raise OSError("the server could not start; its log says why")
         return
-    with shared_engine():
+    with shared_engine(settings):
         hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
         handler = signal.getsignal(hangup)
         supervisor = Multiprocess(config, [listening])
@@ -146,12 +139,12 @@ def run(binding: Binding, settings: ApiSettings, listening: socket.socket) -> No
 
 
 @contextlib.contextmanager
-def shared_engine() -> Iterator[None]:
-    """Let all front ends find one engine: the one that the environment names, or a new one."""
+def shared_engine(settings: ApiSettings) -> Iterator[None]:
+    """Give all front ends one engine: the one that the environment names, or a new one."""
     if os.environ.get(ENGINE_VARIABLE):
         yield
         return
-    engine = EngineProcess(engine_settings(os.environ))
+    engine = EngineProcess(settings.engine_settings())
     os.environ[ENGINE_VARIABLE] = engine.address
     engine.start()
     try:

@@ -3,8 +3,8 @@
     uvicorn serving.app:create_app --factory
 
 configured by the environment: `NANOGPT_CHECKPOINT`, `NANOGPT_API_KEYS` and every other setting of
-`serving/api/settings.py` and `serving/engine/messages.py` (`NANOGPT_MAX_SLOTS`, ...). The engine
-is started as a process of its own, or found at `NANOGPT_ENGINE` where several front ends share it.
+`serving/api/settings.py`. The engine is started as a process of its own, or found at
+`NANOGPT_ENGINE` where several front ends share it.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from types import FrameType
 from typing import Any
 
@@ -25,7 +25,6 @@ from fastapi.middleware import Middleware
 from fastapi.middleware.gzip import GZipMiddleware
 
 import nanogpt
-from serving import environment
 from serving.api import errors, pages, predict, runs, service, v1
 from serving.api.admission import Admission
 from serving.api.auth import ApiKeys
@@ -36,9 +35,8 @@ from serving.api.metrics import Metrics
 from serving.api.models import Catalogue
 from serving.api.paths import Paths
 from serving.api.schemas import ErrorAnswer
-from serving.api.settings import ApiSettings, Binding
+from serving.api.settings import ApiSettings, read_settings
 from serving.engine.client import EngineClient, EngineProcess
-from serving.engine.messages import Settings
 from serving.logs import configure
 
 ENGINE_VARIABLE = "NANOGPT_ENGINE"
@@ -57,8 +55,7 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
         configure()
         _end_with_parent()
     if settings is None:
-        environment.check_names(os.environ, Binding, ApiSettings, Settings)
-        settings = environment.read(ApiSettings, os.environ)
+        settings = read_settings()
     metrics, keys = Metrics(), ApiKeys(settings.api_keys)
     app = FastAPI(
         title="nanogpt",
@@ -82,12 +79,6 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
     return app
 
 
-def engine_settings(variables: Mapping[str, str]) -> Settings:
-    """Return the engine's settings: its models are a checkpoint, or else all under runs_dir."""
-    models = variables.get("NANOGPT_CHECKPOINT") or variables.get("NANOGPT_RUNS_DIR") or "runs"
-    return environment.read(Settings, {"NANOGPT_MODELS": models, **variables})
-
-
 def _add_routes(app: FastAPI) -> None:
     app.include_router(service.router)
     for router in (v1.router, predict.router):
@@ -101,7 +92,7 @@ def _add_routes(app: FastAPI) -> None:
 def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        async with _engine(client, settings.stall_s) as engine:
+        async with _engine(client, settings) as engine:
             front = FrontEnd(
                 settings=settings,
                 client=engine,
@@ -119,7 +110,9 @@ def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:
 
 
 @contextlib.asynccontextmanager
-async def _engine(client: EngineClient | None, stall_s: float) -> AsyncIterator[EngineClient]:
+async def _engine(
+    client: EngineClient | None, settings: ApiSettings
+) -> AsyncIterator[EngineClient]:
     """Give the client of an engine; an engine that was started here ends here."""
     if client is not None:
         yield client
@@ -127,10 +120,10 @@ async def _engine(client: EngineClient | None, stall_s: float) -> AsyncIterator[
     process = None
     address = os.environ.get(ENGINE_VARIABLE)
     if not address:
-        process = EngineProcess(engine_settings(os.environ))
+        process = EngineProcess(settings.engine_settings())
         process.start()
         address = process.address
-    client = EngineClient(address, stall_s)
+    client = EngineClient(address, settings.stall_s)
     connecting = asyncio.create_task(_connect(client))
     try:
         yield client

@@ -23,8 +23,7 @@ from nanogpt.config import as_overrides, explain_composition
 from nanogpt.generate import parser
 from nanogpt.ranks import RankZeroFailedError
 from nanogpt.values import CHECKED, Count
-from serving import environment
-from serving.engine.messages import Settings
+from serving.api.settings import ApiSettings
 
 CONF = Path(__file__).parent.parent / "conf"
 ODD = [
@@ -118,8 +117,8 @@ def test_home_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None
     assert parse(parser(), ["~/a.ckpt", "--runs-dir=~/r", "--prompt=~/p"]).checkpoint == (
         "/home/me/a.ckpt"
     )
-    read = environment.read(Settings, {"NANOGPT_MODELS": "~/m", "NANOGPT_RUNS_DIR": "~"})
-    assert (read.models, read.runs_dir) == ("/home/me/m", "/home/me")
+    read = ApiSettings(checkpoint="~/m", runs_dir="~")
+    assert (read.checkpoint, read.runs_dir) == ("/home/me/m", "/home/me")
 
 
 def test_home_is_expanded_in_the_environment(

@@ -9,7 +9,7 @@ import pytest
 
 from serving.__main__ import announce
 from serving.api.pages import STATIC
-from serving.api.settings import ApiSettings, Binding
+from serving.api.settings import ApiSettings
 from tests.engine_models import write_model
 from tests.front_end import eventually
 from tests.page import opened, real_server, send
@@ -199,6 +199,6 @@ def test_the_files_are_packed_for_the_way(url: str) -> None:
 def test_the_address_that_is_printed_first_is_the_page_s(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    announce(Binding(port=5001), 5001, ApiSettings())
+    announce(ApiSettings(), 5001)
     first = capsys.readouterr().out.split()[0]
     assert first == "http://127.0.0.1:5001"

@@ -19,12 +19,10 @@ import httpx
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 import serve
-from serving import environment
 from serving.__main__ import announce, check_exposure
-from serving.api.settings import ApiSettings, Binding
+from serving.api.settings import ApiSettings, read_settings
 from serving.app import ENGINE_VARIABLE, create_app
 from serving.engine.messages import Settings
 from tests.fake_engine import FakeEngine
@@ -36,96 +34,123 @@ COUNTS = ("MAX_OPEN", "MAX_OPEN_PER_KEY", "MAX_BODY_BYTES", "MAX_N", "MAX_PROMPT
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
 
-def composed(*overrides: str) -> dict[str, str]:
-    """Return the environment that a command line amounts to."""
+def composed(*overrides: str) -> ApiSettings:
+    """Return the settings that a command line amounts to."""
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        config = OmegaConf.to_container(compose("serve", overrides=list(overrides)), resolve=True)
-    assert isinstance(config, dict)
-    typed = {override.partition("=")[0] for override in overrides}
-    named = {str(key): value for key, value in config.items()}
-    return serve.to_variables(named | serve.from_environment(named.keys() - typed))
+        config = compose("serve", overrides=list(overrides))
+    return read_settings(**serve.chosen(config, overrides))
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment without settings."""
+    for name in os.environ:
+        if name.startswith("NANOGPT_"):
+            monkeypatch.delenv(name)
 
 
 def test_the_configuration_s_defaults_are_the_settings_own(tmp_path: Path) -> None:
-    variables = composed(f"runs_dir={tmp_path}")
-    assert environment.read(ApiSettings, variables) == ApiSettings(runs_dir=str(tmp_path))
-    assert environment.read(Binding, variables) == Binding()
-    ours = Settings(models=str(tmp_path), runs_dir=str(tmp_path))
-    assert environment.read(Settings, variables) == ours
+    settings = composed(f"runs_dir={tmp_path}")
+    assert settings == ApiSettings(runs_dir=str(tmp_path))
+    assert settings.engine_settings() == Settings(models=str(tmp_path), runs_dir=str(tmp_path))
 
 
 def test_every_key_is_read_and_every_setting_has_a_key() -> None:
-    keys = set(yaml.safe_load((ROOT / "conf" / "serve.yaml").read_text())) - {"defaults", "hydra"}
-    settings = {field.name for kind in (Binding, ApiSettings, Settings) for field in fields(kind)}
-    assert keys - {"checkpoint"} == settings - {"models"}
+    lines = (ROOT / "conf" / "serve.yaml").read_text().splitlines()
+    keys = set(yaml.safe_load("\n".join(lines))) - {"defaults", "hydra"}
+    assert keys == set(ApiSettings.model_fields)
+    assert {field.name for field in fields(Settings)} - {"models"} <= keys
+    bare = {line.partition(":")[0] for line in lines if ": " in line and "#" not in line}
+    assert not bare & keys  # all are documented
 
 
 def test_what_is_typed_reaches_the_settings(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
     typed = ("checkpoint=mine", "api_keys=[a,b]", "max_open_per_key=3", "queue_s=5", "dtype=int8")
-    variables = composed(f"runs_dir={tmp_path}", *typed)
-    settings = environment.read(ApiSettings, variables)
+    settings = composed(f"runs_dir={tmp_path}", *typed)
     assert settings.api_keys == ("a", "b")
     assert (settings.max_open_per_key, settings.queue_s) == (3, 5.0)
-    engine = environment.read(Settings, variables)
-    assert (engine.models, engine.dtype) == (str(tmp_path / "mine"), "int8")
+    engine = settings.engine_settings()
+    assert (engine.models, engine.dtype) == ("mine", "int8")
+
+
+def test_settings_travel_as_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ApiSettings(
+        api_keys=("a", "b"), cors_origins=(), insecure=True, threads=2, cache_gb=None, queue_s=1.5
+    )
+    for name, text in settings.variables().items():
+        monkeypatch.setenv(name, text)
+    assert read_settings() == settings
 
 
 def test_keys_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOGPT_API_KEYS", "one, two")
-    variables = composed(f"runs_dir={tmp_path}")
-    assert environment.read(ApiSettings, variables).api_keys == ("one", "two")
+    assert composed(f"runs_dir={tmp_path}").api_keys == ("one", "two")
 
 
-def test_settings_of_every_kind_are_read_from_the_environment() -> None:
+def test_settings_of_every_kind_are_read_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     variables = {
         "NANOGPT_API_KEYS": "a",
         "NANOGPT_INSECURE": "True",
         "NANOGPT_MAX_OPEN_PER_KEY": "2",
         "NANOGPT_WRITE_S": "1.5",
+        "NANOGPT_THREADS": "",
     }
     settings = ApiSettings(api_keys=("a",), insecure=True, max_open_per_key=2, write_s=1.5)
-    assert environment.read(ApiSettings, variables) == settings
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    assert read_settings() == settings
 
 
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("NANOGPT_MAX_N", "many", "a valid integer"),
-        ("NANOGPT_INSECURE", "perhaps", "a valid boolean"),
-        ("NANOGPT_QUEUE_S", "long", "a valid number"),
+        ("NANOGPT_MAX_N", "many", "a whole number"),
+        ("NANOGPT_INSECURE", "perhaps", "true or false"),
+        ("NANOGPT_QUEUE_S", "long", "a number"),
         ("NANOGPT_UNKNOWN_MODEL", "guess", "'error' or 'default'"),
     ],
 )
-def test_a_variable_of_the_wrong_kind_is_named(name: str, text: str, expected: str) -> None:
+def test_a_variable_of_the_wrong_kind_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str, expected: str
+) -> None:
+    monkeypatch.setenv(name, text)
     with pytest.raises(ValueError, match=f"{name}='{text}' should be {expected}"):
-        environment.read(ApiSettings, {name: text})
+        read_settings()
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "text"),
+    ("name", "text"),
     [
-        *((Binding, "PORT", text) for text in ("-1", "65536", "5001.5")),
-        *((Binding, "WORKERS", text) for text in ("0", "-1")),
-        *((ApiSettings, f"{name}_S", text) for name in LIMITS_S for text in ("0", "nan", "inf")),
-        *((ApiSettings, name, "0") for name in COUNTS),
-        *((Settings, name, "0") for name in ("THREADS", "MAX_SLOTS", "CACHE_GB", "CHUNK_TOKENS")),
-        *((Settings, name, "0") for name in ("MAX_MODELS", "MAX_QUEUE", "WATCH_S")),
-        *((Settings, name, "-1") for name in ("CACHE_GB", "DRAIN_S", "THREADS")),
-        (Settings, "CACHE_GB", "inf"),
-        (Settings, "MAX_SLOTS", "9" * 30),
+        *(("PORT", text) for text in ("-1", "65536", "5001.5")),
+        *(("WORKERS", text) for text in ("0", "-1")),
+        *((f"{name}_S", text) for name in LIMITS_S for text in ("0", "nan", "inf")),
+        *((name, "0") for name in COUNTS),
+        *((name, "0") for name in ("THREADS", "MAX_SLOTS", "CACHE_GB", "CHUNK_TOKENS")),
+        *((name, "0") for name in ("MAX_MODELS", "MAX_QUEUE", "WATCH_S")),
+        *((name, "-1") for name in ("CACHE_GB", "DRAIN_S", "THREADS")),
+        ("CACHE_GB", "inf"),
+        ("MAX_SLOTS", "9" * 30),
     ],
 )
-def test_a_setting_out_of_range_is_named(kind: type, name: str, text: str) -> None:
+def test_a_setting_out_of_range_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    monkeypatch.setenv(f"NANOGPT_{name}", text)
     with pytest.raises(ValueError, match=f"^NANOGPT_{name}='{text}' should be "):
-        environment.read(kind, {f"NANOGPT_{name}": text})
+        read_settings()
 
 
-def test_a_variable_that_is_no_setting_is_refused_with_the_nearest_name() -> None:
-    known = ["PATH", "NANOGPT_API_KEYS", "NANOGPT_CHECKPOINT", "NANOGPT_DATA_DIR"]
-    environment.check_names(known, ApiSettings)
+def test_a_variable_that_is_no_setting_is_refused_with_the_nearest_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("NANOGPT_API_KEYS", "NANOGPT_DATA_DIR"):
+        monkeypatch.setenv(name, "a")
+    read_settings()
+    monkeypatch.setenv("NANOGPT_API_KEY", "a")
     with pytest.raises(ValueError, match=r"NANOGPT_API_KEY is no .*mean NANOGPT_API_KEYS"):
-        environment.check_names(["NANOGPT_API_KEY"], ApiSettings)
+        read_settings()
 
 
 @pytest.mark.parametrize("command", [[str(ROOT / "serve.py")], ["-m", "serving"]])
@@ -155,15 +180,14 @@ def test_a_variable_is_a_setting_unless_the_key_is_typed(
 ) -> None:
     for name, text in (("RUNS_DIR", str(tmp_path)), ("MAX_SLOTS", "8"), ("MAX_N", "3")):
         monkeypatch.setenv(f"NANOGPT_{name}", text)
-    started: list[Any] = []
-    monkeypatch.setattr(serve, "become_server", lambda config: started.append(config))
+    started: list[ApiSettings] = []
+    monkeypatch.setattr(serve, "become_server", lambda settings: started.append(settings))
     monkeypatch.setattr(serve, "composed", [])
     monkeypatch.setattr(sys, "argv", ["serve.py", "max_n=4"])
     assert serve.main(["max_n=4"]) == 0
-    variables = serve.to_variables(started[0])
-    assert environment.read(Settings, variables).max_slots == 8
-    assert environment.read(ApiSettings, variables).max_n == 4
-    assert environment.read(Settings, variables).models == str(tmp_path)
+    (settings,) = started
+    assert (settings.max_slots, settings.max_n) == (8, 4)
+    assert settings.engine_settings().models == str(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -179,30 +203,30 @@ def test_a_variable_is_a_setting_unless_the_key_is_typed(
 def test_the_printed_address_can_be_opened(
     capsys: pytest.CaptureFixture[str], host: str, address: str
 ) -> None:
-    announce(Binding(host=host), 5112, ApiSettings())
+    announce(ApiSettings(host=host), 5112)
     assert address in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.org"])
 def test_other_machines_are_not_let_in_without_a_key(host: str) -> None:
     with pytest.raises(ValueError, match="NANOGPT_API_KEYS"):
-        check_exposure(host, ApiSettings())
-    check_exposure(host, ApiSettings(api_keys=("a",)))
-    check_exposure(host, ApiSettings(insecure=True))
-    check_exposure("127.0.0.1", ApiSettings())
+        check_exposure(ApiSettings(host=host))
+    check_exposure(ApiSettings(host=host, api_keys=("a",)))
+    check_exposure(ApiSettings(host=host, insecure=True))
+    check_exposure(ApiSettings())
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (["prot=1"], 2, "there is no key prot; did you mean port?"),
-        (["max_n=many", "runs_dir=."], 2, "max_n='many' should be a valid integer"),
-        (["max_models=0", "runs_dir=."], 2, "max_models='0' should be greater than or equal to 1"),
+        (["max_n=many", "runs_dir=."], 2, "max_n='many' should be a whole number"),
+        (["max_models=0", "runs_dir=."], 2, "max_models=0 should be at least 1"),
         (["default_model=nope", "runs_dir=."], 2, "default_model=nope is none of the models"),
         (["device=cuda:77", "runs_dir=."], 2, "device=cuda:77 is not on this machine"),
         (["checkpoint=nowhere"], 1, "there is no checkpoint 'nowhere'"),
         (["runs_dir=nowhere"], 1, "there are no runs at nowhere"),
-        (["host=0.0.0.0", "runs_dir=."], 1, "host=0.0.0.0 lets other machines ask"),
+        (["host=0.0.0.0", "runs_dir=."], 1, "host=0.0.0.0 lets other machines send"),
     ],
 )
 def test_a_mistake_is_one_sentence(

@@ -1,47 +1,126 @@
-"""Settings of the front ends: the address, API keys, limits, and which clients are answered."""
+"""Settings of a server: the keys of conf/serve.yaml, each also an environment variable.
 
-from typing import Annotated, Literal
+`max_open` is NANOGPT_MAX_OPEN. conf/serve.yaml documents all keys.
 
-from pydantic import Field
-from pydantic.dataclasses import dataclass
+    >>> ApiSettings(api_keys="one, two").api_keys
+    ('one', 'two')
+"""
 
-from serving.engine.messages import Count, Heartbeat, Seconds, SecondsOrZero, Words
+import difflib
+import os
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from nanogpt.command import expand_home, is_path
+from nanogpt.values import explain
+from serving.engine.messages import Count, Heartbeat, Seconds, Settings
+
+PREFIX = "NANOGPT_"
+# Variables that are no settings: of training, of tests, and of the server's own processes.
+OTHERS = {
+    *("NANOGPT_DATA_DIR", "NANOGPT_SWEEP", "NANOGPT_LAUNCHER_PID", "NANOGPT_TEST_DATA"),
+    *("NANOGPT_ENGINE", "NANOGPT_NO_KERNELS", "NANOGPT_TEST_NPM"),
+}
 
 
-@dataclass(frozen=True)
-class Binding:
-    """The address at which the server listens, and the number of its front ends."""
+def _split(value: Any) -> Any:
+    return value.replace(",", " ").split() if isinstance(value, str) else value
 
+
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+_ENGINE_FIELDS: dict[str, Any] = {
+    name: (field.annotation, field)
+    for name, field in Settings.__pydantic_fields__.items()  # type: ignore[attr-defined]
+    if name != "models"  # the checkpoint, or all runs
+}
+_EngineSettings: Any = create_model("_EngineSettings", __base__=BaseSettings, **_ENGINE_FIELDS)
+
+
+class ApiSettings(_EngineSettings):
+    """The settings of a server: of its front ends, and the engine's (`messages.Settings`).
+
+    Values that are not given are read from the environment.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
+
+    checkpoint: str | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 5001
     workers: Count = 1
-
-
-@dataclass(frozen=True)
-class ApiSettings:
-    """The choices of a front end; `conf/serve.yaml` and `NANOGPT_*` variables set them.
-
-    `max_open` requests are worked on at a time in this front end, `max_open_per_key` for one key.
-    """
-
     api_keys: Words = ()
-    insecure: bool = False  # answer beyond loopback without a key
-    allowed_hosts: Words = ()  # host names besides loopback's that are answered without a key
-    cors_origins: Words = ("auto",)  # auto: without keys loopback's, with keys any
-    cors_private_network: bool = False  # let public pages reach this server in a private network
+    insecure: bool = False
+    allowed_hosts: Words = ()
+    cors_origins: Words = ("auto",)
+    cors_private_network: bool = False
     unknown_model: Literal["error", "default"] = "error"
     max_open: Count = 288
     max_open_per_key: Count | None = None
     max_body_bytes: Count = 2**20
     max_n: Count = 8
     max_prompts: Count = 64
-    max_queue: Count = 256  # the engine's: all answers to one request fit into it
     max_stops: Count = 16
-    body_s: Seconds = 30.0  # for a request's body to arrive
-    queue_s: Seconds = 60.0  # from arrival to the first token, score or class
-    request_s: Seconds = 600.0  # from arrival to the end of the answer
-    write_s: Seconds = 60.0  # for a reader to take what was sent
-    stall_s: Heartbeat = 10.0  # without a heartbeat of the engine: /ready answers 503
-    drain_s: SecondsOrZero = 30.0  # for open answers to finish after SIGTERM
+    body_s: Seconds = 30.0
+    queue_s: Seconds = 60.0
+    request_s: Seconds = 600.0
+    write_s: Seconds = 60.0
+    stall_s: Heartbeat = 10.0
     log_prompts: bool = False
-    runs_dir: str = "runs"  # whose runs /runs shows
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """Return null for an empty text where null is the default, and expand `~` in paths."""
+        name = str(info.field_name)
+        if value == "" and cls.model_fields[name].default is None:
+            return None
+        return expand_home(value) if isinstance(value, str) and is_path(name) else value
+
+    def engine_settings(self) -> Settings:
+        """Return the settings of the engine; its models are the checkpoint, or else all runs."""
+        values = {name: getattr(self, name) for name in _ENGINE_FIELDS}
+        return Settings(models=self.checkpoint or self.runs_dir, **values)
+
+    def variables(self) -> dict[str, str]:
+        """Return the settings as environment variables."""
+        return {variable(name): _text(value) for name, value in self.model_dump().items()}
+
+
+def read_settings(**values: Any) -> ApiSettings:
+    """Return settings of which some values are given, and the others in the environment.
+
+    Raises ValueError for an environment variable that is no setting, and for a value out of range.
+    """
+    known = {variable(field) for field in ApiSettings.model_fields} | OTHERS
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "conf/serve.yaml lists the settings"
+            raise ValueError(f"the environment variable {name} is no setting; {hint}")
+    try:
+        return ApiSettings(**values)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        named = name if name in values else variable(name)
+        raise ValueError(re.sub(rf"^{name}", named, explain(error))) from error
+
+
+def variable(field: str) -> str:
+    """Return the name of a field's environment variable."""
+    return PREFIX + field.upper()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return "" if value is None else str(value)

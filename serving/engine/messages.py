@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import pydantic.dataclasses
 from msgspec import Struct
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 256 * 2**20  # a whole tokenizer table is a few MB
@@ -34,10 +34,6 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Heartbeat = Annotated[float, Field(ge=2, le=86_400, allow_inf_nan=False)]  # comes every second
 Seconds = Annotated[float, Field(gt=0, le=86_400 * 366, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=86_400 * 366, allow_inf_nan=False)]
-Words = Annotated[
-    tuple[str, ...],
-    BeforeValidator(lambda v: v.replace(",", " ").split() if isinstance(v, str) else v),
-]
 
 
 @pydantic.dataclasses.dataclass(frozen=True)
