@@ -193,7 +193,7 @@ def _module(corpus: Corpus, max_steps: int = 1) -> CorpusDataModule:
         tokens_per_step=ROWS_PER_STEP * BLOCK_SIZE,
         seed=0,
     )
-    module.use_tokenizer(TokenizerChoice.of(corpus.tokenizer))
+    module.use_tokenizer(TokenizerChoice.from_tokenizer(corpus.tokenizer))
     module.micro_batch = ROWS_PER_STEP
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     module.trainer = SimpleNamespace(  # type: ignore[assignment]

@@ -112,7 +112,9 @@ def conversations(options: argparse.Namespace) -> tuple[GPTConfig, PackedRows]:
     config = GPTConfig(**shape, vocab_size=tokenizer.vocab_size)
     encoded = [template.encode(tokenizer, one) for one in read]
     fitting = [one for one in encoded if len(one.ids) <= config.block_size + 1]
-    return config, PackedRows.of([(one.ids, one.is_response) for one in fitting], config.block_size)
+    return config, PackedRows.from_texts(
+        [(one.ids, one.is_response) for one in fitting], config.block_size
+    )
 
 
 def steps_of(rows: PackedRows, per_step: int, *, trimmed: bool, masked: bool) -> Iterator[Step]:

@@ -160,7 +160,7 @@ def choose_tokenizer(node: Mapping[str, Any], given: Any) -> Any:
     from nanogpt.data.module import TokenizerChoice
 
     if given is not None:
-        return TokenizerChoice.of(given)
+        return TokenizerChoice.from_tokenizer(given)
     return TokenizerChoice(
         lambda documents: build(node, "tokenizer", documents=documents), tokenizer_key(node)
     )

@@ -64,7 +64,7 @@ def _module(
         val_tokens=val_tokens,
         final_val_tokens=final_val_tokens,
     )
-    module.use_tokenizer(TokenizerChoice.of(corpus.tokenizer))
+    module.use_tokenizer(TokenizerChoice.from_tokenizer(corpus.tokenizer))
     module.micro_batch = micro_batch
     values = {"global_step": 0, "max_steps": 3, "global_rank": 0, "world_size": 1} | trainer
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
@@ -347,7 +347,7 @@ def test_token_shards_take_the_place_of_documents(tmp_path: Path, corpus: Corpus
         data_dir=tmp_path,
         pretokenized=str(corpus.directory),
     )
-    data.use_tokenizer(TokenizerChoice.of(corpus.tokenizer))
+    data.use_tokenizer(TokenizerChoice.from_tokenizer(corpus.tokenizer))
     assert data.fingerprint == corpus.fingerprint
 
 

@@ -279,10 +279,10 @@ def test_the_tokenizer_of_a_new_model_learns_the_templates_tokens(tmp_path: Path
 def test_passes_over_the_conversations_end_the_data(tmp_path: Path, passes: int) -> None:
     source = Instructions(write(tmp_path / "own.jsonl", numbered(20)))
     data = _module(source, max_passes=passes, tokens_per_step=128)
-    data.use_tokenizer(TokenizerChoice.of(BYTES))
+    data.use_tokenizer(TokenizerChoice.from_tokenizer(BYTES))
     assert data.max_steps == math.ceil(passes * len(data.train_rows) / 2)
     endless = _module(source)
-    endless.use_tokenizer(TokenizerChoice.of(BYTES))
+    endless.use_tokenizer(TokenizerChoice.from_tokenizer(BYTES))
     assert endless.max_steps is None
 
 

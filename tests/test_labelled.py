@@ -14,11 +14,12 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import ValidationError
 
+from nanogpt.data.augmentation import Augmentation, Speller
 from nanogpt.data.labelled import LabelledTexts, read_examples
-from nanogpt.data.labelled_module import LabelledBatch, LabelledDataModule, Noise, Speller
+from nanogpt.data.labelled_module import LabelledBatch, LabelledDataModule
 from nanogpt.data.module import TokenizerChoice
 from nanogpt.data.sms_spam import SmsSpam
-from nanogpt.data.splits import Example, Splits, class_weights, same_text, split
+from nanogpt.data.splits import Example, Splits, class_weights, split, text_key
 from nanogpt.data.text import TextFiles
 from nanogpt.tokenizer import (
     BPE_PATTERN,
@@ -312,7 +313,7 @@ def test_copies_of_a_text_stay_together() -> None:
         for j in range(3)
     ]
     splits = splits_of(examples, balance=True)
-    texts = [{same_text(e.text) for e in part} for part in vars(splits).values()]
+    texts = [{text_key(e.text) for e in part} for part in vars(splits).values()]
     assert sum(map(len, texts)) == len(set.union(*texts)) == 60
 
 
@@ -366,7 +367,7 @@ def test_splits_that_cannot_be_are_one_sentence(
 # Batches
 
 BLOCK_SIZE = 12
-NO_NOISE, HALF = Noise(), Noise(recase=0.5, token_split=0.5, token_dropout=0.5)
+NO_AUGMENTATION, HALF = Augmentation(), Augmentation(recase=0.5, token_split=0.5, token_dropout=0.5)
 
 
 class InMemory(LabelledTexts):
@@ -384,20 +385,20 @@ def module(
     *,
     rows: int = 8,
     micro_batch: int = 8,
-    noise: Noise = NO_NOISE,
+    augmentation: Augmentation = NO_AUGMENTATION,
     val_tokens: int | None = None,
     **trainer: Any,
 ) -> LabelledDataModule:
     splits = splits_of([Example("x" * (i % 9 + 1) + str(i), "ab"[i % 2]) for i in range(60)])
     built = LabelledDataModule(
         source=InMemory(splits),
-        **vars(noise),
+        **vars(augmentation),
         block_size=BLOCK_SIZE,
         tokens_per_step=rows * BLOCK_SIZE,
         seed=5,
         val_tokens=val_tokens,
     )
-    built.use_tokenizer(TokenizerChoice.of(TOKENIZER))
+    built.use_tokenizer(TokenizerChoice.from_tokenizer(TOKENIZER))
     built.class_weights = [1.0, 3.0]
     built.micro_batch = micro_batch
     values = {"global_step": 0, "max_steps": 3, "global_rank": 0, "world_size": 1} | trainer
@@ -437,16 +438,16 @@ def test_a_pass_sees_every_training_text_once() -> None:
     )
 
 
-@pytest.mark.parametrize("noise", [NO_NOISE, HALF])
+@pytest.mark.parametrize("augmentation", [NO_AUGMENTATION, HALF])
 @pytest.mark.parametrize(("micro_batch", "world_size"), [(8, 1), (2, 1), (1, 4), (4, 2)])
 def test_no_split_of_a_step_changes_what_it_sees(
-    micro_batch: int, world_size: int, noise: Noise
+    micro_batch: int, world_size: int, augmentation: Augmentation
 ) -> None:
-    whole = list(module(noise=noise).train_dataloader())
+    whole = list(module(augmentation=augmentation).train_dataloader())
     ranks = [
         list(
             module(
-                noise=noise,
+                augmentation=augmentation,
                 micro_batch=micro_batch,
                 world_size=world_size,
                 global_rank=rank,
@@ -463,8 +464,8 @@ def test_no_split_of_a_step_changes_what_it_sees(
 
 
 def test_a_continued_run_sees_the_steps_that_are_left() -> None:
-    whole = list(module(noise=HALF).train_dataloader())
-    rest = list(module(noise=HALF, global_step=2).train_dataloader())
+    whole = list(module(augmentation=HALF).train_dataloader())
+    rest = list(module(augmentation=HALF, global_step=2).train_dataloader())
     assert [texts_of(step) for step in rest] == [texts_of(whole[2])]
 
 
@@ -479,7 +480,9 @@ def test_token_dropout_leaves_out_its_share_and_keeps_both_ends() -> None:
     whole = {ids for ids, _ in texts_of(next(iter(module().train_dataloader())))}
     thinned = [
         ids
-        for step in module(noise=Noise(token_dropout=0.5), max_steps=200).train_dataloader()
+        for step in module(
+            augmentation=Augmentation(token_dropout=0.5), max_steps=200
+        ).train_dataloader()
         for ids, _ in texts_of(step)
     ]
     eot = TOKENIZER.eot_id
@@ -490,18 +493,16 @@ def test_token_dropout_leaves_out_its_share_and_keeps_both_ends() -> None:
     assert not whole & set(thinned[:2])
 
 
-def test_recasing_writes_its_share_in_small_and_in_capital_letters() -> None:
-    examples = [Example("One Two", "a"), Example("Three", "b")]
-    noise = Noise(recase=0.4)
-    writings = noise.writings(examples)
-    assert [[e.text for e in some] for some in writings] == [
+def test_recasing_changes_its_share_to_small_and_to_capital_letters() -> None:
+    augmentation = Augmentation(recase=0.4)
+    assert augmentation.variants(["One Two", "Three"]) == [
         ["One Two", "Three"],
         ["one two", "three"],
         ["ONE TWO", "THREE"],
     ]
     rows = [np.array([0, i, 0]) for i in range(3)]
-    speller = Speller.of(TOKENIZER, BLOCK_SIZE)
-    drawn = Counter(int(noise.ids(rows, (0, step, 0), speller)[1]) for step in range(2000))
+    speller = Speller.from_tokenizer(TOKENIZER, BLOCK_SIZE)
+    drawn = Counter(int(augmentation.apply(rows, (0, step, 0), speller)[1]) for step in range(2000))
     assert drawn[0] / 2000 == pytest.approx(0.6, abs=0.05)
     assert drawn[1] / 2000 == pytest.approx(0.2, abs=0.05)
 
@@ -513,8 +514,8 @@ EOT = MERGED.eot_id
 def spelled(token_split: float, step: int = 0, block_size: int = 100) -> list[int]:
     ids = np.array([EOT, *MERGED.encode("win now now"), EOT])
     assert len(ids) == 5
-    speller = Speller.of(MERGED, block_size)
-    return Noise(token_split=token_split).ids([ids], (0, step, 0), speller).tolist()
+    speller = Speller.from_tokenizer(MERGED, block_size)
+    return Augmentation(token_split=token_split).apply([ids], (0, step, 0), speller).tolist()
 
 
 def test_a_split_token_is_spelled_by_the_ids_of_its_bytes() -> None:
@@ -536,13 +537,18 @@ def test_tokens_of_a_table_in_any_order_are_split() -> None:
     letters = [bytes([i]) for i in reversed(range(256))]
     tokenizer = BytePairTokenizer("other", BPE_PATTERN, [*letters, b"ab"], [END_OF_TEXT])
     row, both = np.array([257, 256, 257]), np.array([True, True, True])
-    assert Speller.of(tokenizer, 9).spell(row, both).tolist() == [257, 255 - 97, 255 - 98, 257]
+    assert Speller.from_tokenizer(tokenizer, 9).spell(row, both).tolist() == [
+        257,
+        255 - 97,
+        255 - 98,
+        257,
+    ]
 
 
 @pytest.mark.parametrize("values", [{"recase": 1.5}, {"token_split": -1}, {"token_dropout": 1.0}])
-def test_noise_that_cannot_be_is_refused(values: dict[str, float]) -> None:
+def test_augmentation_that_cannot_be_is_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(values))):
-        module(noise=Noise(**values))
+        module(augmentation=Augmentation(**values))
 
 
 def test_a_rank_without_validation_texts_has_a_batch_that_scores_nothing() -> None:
@@ -562,7 +568,7 @@ def test_classes_weigh_the_same_where_asked_for() -> None:
     options: dict[str, Any] = {"block_size": 8, "tokens_per_step": 8, "seed": 0}
     for weighted in (False, True):
         built = LabelledDataModule(source=InMemory(splits), class_weights=weighted, **options)
-        built.use_tokenizer(TokenizerChoice.of(TOKENIZER))
+        built.use_tokenizer(TokenizerChoice.from_tokenizer(TOKENIZER))
         assert built.labels == ["a", "b"]
         assert built.class_weights == (
             class_weights(splits.train, built.labels) if weighted else [1.0, 1.0]
@@ -590,7 +596,7 @@ def test_long_texts_are_cut_and_counted(caplog: pytest.LogCaptureFixture) -> Non
         built = LabelledDataModule(
             source=InMemory(splits), block_size=BLOCK_SIZE, tokens_per_step=BLOCK_SIZE, seed=0
         )
-        built.use_tokenizer(TokenizerChoice.of(TOKENIZER))
+        built.use_tokenizer(TokenizerChoice.from_tokenizer(TOKENIZER))
     n_long = sum(len(e.text) > 10 for e in splits.train + splits.val)
     assert f"{n_long} of 32 texts cut to block_size=12 tokens" in caplog.text
     assert max(len(row) for row in built.train_texts.rows) == BLOCK_SIZE

@@ -45,7 +45,7 @@ def test_texts_that_fill_rows_leave_no_place_empty() -> None:
 
 
 def test_rows_hold_inputs_targets_and_documents() -> None:
-    rows = PackedRows.of(TEXTS, block_size=5)
+    rows = PackedRows.from_texts(TEXTS, block_size=5)
     assert rows.table == [[1], [0, 2]]
     input_ids, targets, documents = rows.read(np.array([1, 0]))
     assert input_ids.tolist() == [[1, 2, 3, 10, 11], [5, 6, 7, 8, 0]]
@@ -55,13 +55,13 @@ def test_rows_hold_inputs_targets_and_documents() -> None:
 
 
 def test_targets_are_counted_by_row() -> None:
-    rows = PackedRows.of(TEXTS, block_size=5)
+    rows = PackedRows.from_texts(TEXTS, block_size=5)
     assert [rows.n_targets(np.array([row])) for row in (0, 1)] == [1, 4]
     assert rows.n_targets(np.array([1, 1, 0])) == 9
 
 
 def test_padding_is_the_share_of_empty_places() -> None:
-    assert PackedRows.of(TEXTS, block_size=5).padding == pytest.approx(1 / 10)
+    assert PackedRows.from_texts(TEXTS, block_size=5).padding == pytest.approx(1 / 10)
 
 
 @pytest.mark.parametrize("position", ["learned", "rotary"])
@@ -77,7 +77,7 @@ def test_the_packed_loss_is_the_unpacked_loss(position: str) -> None:
         logits = model(torch.tensor([ids[:-1]]))[0]
         losses = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
         alone = alone + losses[torch.tensor(scored[1:])].sum()
-    rows = PackedRows.of(texts, block_size=32)
+    rows = PackedRows.from_texts(texts, block_size=32)
     input_ids, targets, documents = map(torch.from_numpy, rows.read(np.arange(len(rows))))
     logits = model(input_ids, documents=documents)
     packed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")

@@ -17,7 +17,8 @@ from nanogpt.data.instructions import (
 from nanogpt.data.module import CHECK_ARGUMENTS, RowsDataModule, TokenizerChoice
 from nanogpt.data.packing import PackedRows
 from nanogpt.data.source import name_of
-from nanogpt.prompts import Encoded, Template, find_template
+from nanogpt.prompts import Template, find_template
+from nanogpt.text import format_percent
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.values import Count, Text
 
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackedSplit:
-    """One split's rows, and what became of its conversations.
+    """One split's rows, and the numbers of its conversations.
 
     A conversation longer than a row lost its end (`n_cut`); one whose first response begins beyond
     the row was left out (`n_dropped`).
@@ -53,16 +54,11 @@ class PackedSplit:
 
 @dataclass(frozen=True)
 class PackedConversations:
-    """Both splits in rows of `block_size` tokens; `fingerprint` stands for every token of them."""
+    """Both splits in rows of one length; `fingerprint` stands for all their tokens."""
 
-    block_size: int
     train: PackedSplit
     val: PackedSplit
     fingerprint: str
-
-    def steps_of(self, passes: int, tokens_per_step: int) -> int:
-        """Return the optimizer steps of so many passes over the training rows."""
-        return -(-passes * len(self.train.rows) * self.block_size // tokens_per_step)
 
 
 class InstructionDataModule(RowsDataModule):
@@ -104,11 +100,12 @@ class InstructionDataModule(RowsDataModule):
         self.packed = packed
         self.use_rows(packed.train.rows, packed.val.rows, packed.fingerprint)
         if self.max_passes is not None:
-            self.max_steps = packed.steps_of(self.max_passes, self.tokens_per_step)
+            n_tokens = self.max_passes * len(packed.train.rows) * self.block_size
+            self.max_steps = -(-n_tokens // self.tokens_per_step)
         return tokenizer
 
     def setup(self, stage: str) -> None:
-        """Log how many passes over the training rows the trainer's steps are."""
+        """Log the number of passes over the training rows in the trainer's steps."""
         if stage == "fit":
             n_steps = self._attached_trainer().max_steps
             tokens_per_pass = len(self.train_rows) * self.block_size
@@ -137,13 +134,11 @@ def pack_conversations(
             f"template={template.name} ends no response, so a model would not learn to stop; "
             "choose chat or alpaca"
         )
-    train, val = (
-        _packed(name, getattr(splits, name), template, tokenizer, block_size, on)
-        for name, on in (("train", loss_on), ("val", "responses"))
-    )
+    train = _packed("train", splits.train, template, tokenizer, block_size, loss_on)
+    val = _packed("val", splits.val, template, tokenizer, block_size, "responses")
     identity = [tokenizer.fingerprint, template.name, block_size, loss_on, train.sha256, val.sha256]
     fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
-    return PackedConversations(block_size, train, val, fingerprint)
+    return PackedConversations(train, val, fingerprint)
 
 
 def _packed(
@@ -154,53 +149,28 @@ def _packed(
     block_size: int,
     loss_on: str,
 ) -> PackedSplit:
-    with ThreadPoolExecutor() as pool:  # tokenizing frees the GIL
+    with ThreadPoolExecutor() as pool:  # tokenizing releases the GIL
         encoded = list(pool.map(lambda one: template.encode(tokenizer, one), conversations))
-    fitting = [_fit(one, block_size) for one in encoded]
-    kept = [one for one in fitting if one is not None]
-    if not kept:
+    texts = []
+    n_cut = 0
+    for ids, is_response in encoded:
+        if any(is_response[: block_size + 1]):
+            scored = is_response if loss_on == "responses" else [True] * len(ids)
+            texts.append((ids[: block_size + 1], scored[: block_size + 1]))
+            n_cut += len(ids) > block_size + 1
+    if not texts:
         raise ValueError(
             f"none of the {len(encoded)} conversations of the {name} split has a response within "
             f"block_size={block_size} tokens; use shorter ones or a model with a longer context"
         )
-    n_dropped = len(encoded) - len(kept)
-    n_cut = sum(len(one.ids) > block_size + 1 for one in encoded) - n_dropped
-    texts = [
-        (ids, response if loss_on == "responses" else [True] * len(ids)) for ids, response in kept
-    ]
-    split = PackedSplit(
-        rows=PackedRows.of(texts, block_size),
-        sha256=conversations_sha256(conversations),
-        n_examples=len(kept),
-        n_cut=n_cut,
-        n_dropped=n_dropped,
-    )
-    _log_split(name, split)
-    return split
-
-
-def _fit(encoded: Encoded, block_size: int) -> Encoded | None:
-    """Return as much of a conversation as a row holds, None where no response begins there."""
-    ids, is_response = encoded.ids[: block_size + 1], encoded.is_response[: block_size + 1]
-    return Encoded(ids, is_response) if any(is_response) else None
-
-
-def _log_split(name: str, split: PackedSplit) -> None:
-    rows = split.rows
+    rows, n_dropped = PackedRows.from_texts(texts, block_size), len(encoded) - len(texts)
     log.info(
-        "%s: %s conversations, %s tokens in %s rows of %s, %.1f %% of them padding",
-        name,
-        f"{split.n_examples:,}",
-        f"{len(rows.ids):,}",
-        f"{len(rows):,}",
-        rows.block_size,
-        100 * rows.padding,
+        f"{name}: {len(texts):,} conversations, {len(rows.ids):,} tokens in {len(rows):,} rows of "
+        f"{block_size}, {format_percent(rows.padding)} of them padding"
     )
-    if split.n_cut or split.n_dropped:
+    if n_cut or n_dropped:
         log.info(
-            "%s: %s conversations longer than a row lost their end, %s were left out because no "
-            "response begins within it",
-            name,
-            f"{split.n_cut:,}",
-            f"{split.n_dropped:,}",
+            f"{name}: {n_cut:,} conversations longer than a row lost their end, {n_dropped:,} were "
+            "left out because no response begins within it"
         )
+    return PackedSplit(rows, conversations_sha256(conversations), len(texts), n_cut, n_dropped)

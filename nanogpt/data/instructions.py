@@ -31,9 +31,9 @@ from nanogpt.prompts import ROLES, Message, trimmed
 from nanogpt.values import CHECKED, Count, FilePath, Flag, Share, Text
 
 SUFFIXES = (".jsonl", ".json")
-ASKED = ("instruction", "prompt", "question")
-ANSWERED = ("response", "output", "completion", "answer")
-TALKS = ("messages", "conversations", "conversation")
+PROMPT_KEYS = ("instruction", "prompt", "question")
+RESPONSE_KEYS = ("response", "output", "completion", "answer")
+MESSAGE_KEYS = ("messages", "conversations", "conversation")
 ROLE_OF = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant"}  # ShareGPT's
 SHAPES = (
     "write instruction and response (or prompt and completion, question and answer), or messages, "
@@ -45,7 +45,7 @@ Conversation = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class ConversationSplits:
-    """Conversations to learn from and to validate on; no conversation is in both."""
+    """The training and the validation set; no conversation is in both."""
 
     train: list[Conversation]
     val: list[Conversation]
@@ -55,8 +55,8 @@ class ConversationSplits:
 class Instructions(Source):
     """The conversations of one file, at most the first `max_examples` of them.
 
-    With `skip_bad`, records that cannot be read are left out, and counted in the log. To stages
-    that read text, a conversation is what is said in it.
+    With `skip_bad`, records that cannot be read are left out, and their number is logged. To stages
+    that read text, a conversation is the text of its messages.
     """
 
     path: FilePath | None = None
@@ -86,7 +86,7 @@ class Instructions(Source):
         if len(set(map(text_of, self.conversations))) < 2:
             raise ValueError(
                 f"{self.file()} has {len(self.conversations)} conversations and needs two that "
-                "differ, to learn from and to validate on; pass more"
+                "differ, for training and validation; pass more"
             )
         split = choose_split(self)
         parts: dict[str, list[Conversation]] = {"train": [], "val": []}
@@ -96,7 +96,7 @@ class Instructions(Source):
         return ConversationSplits(**parts)
 
     def file(self) -> Path:
-        """Return the file to read."""
+        """Return the file; raises FileNotFoundError or ValueError where it is none of JSON."""
         endings = " or ".join(SUFFIXES)
         path = local_path(self.path, self.name, f"a file that ends in {endings}")
         if not path.is_file():
@@ -106,12 +106,11 @@ class Instructions(Source):
         return path
 
     def documents(self, skip: int = 0) -> Iterator[str | None]:
-        """Yield what is said in the conversations after the first `skip`."""
-        for one in self.conversations[skip:]:
-            yield text_of(one)
+        """Yield the text of the conversations after the first `skip`."""
+        yield from map(text_of, self.conversations[skip:])
 
     def fingerprint(self) -> str:
-        """Return a hash over the file's name and content, and how much of it is taken."""
+        """Return a hash over the file's name and content, after `max_examples`."""
         path = self.file()
         return f"{self.max_examples}-{files_fingerprint(path.parent, [path])}"
 
@@ -147,23 +146,22 @@ def conversation(record: object) -> Conversation:
     """
     if not isinstance(record, dict):
         raise BadRecord(f"is no JSON object but {kind_of(record)}", SHAPES)
-    for key in TALKS:
+    for key in MESSAGE_KEYS:
         if record.get(key) is not None:
             return _talk(record[key], key)
     if all(isinstance(record.get(key), list) for key in ("prompt", "completion")):
         return _talk(record["prompt"] + record["completion"], "prompt and completion")
     context = _text(record, "context", "input", required=False)
     return (
-        Message("user", _text(record, *ASKED), context),
-        Message("assistant", _text(record, *ANSWERED, indented=True)),
+        Message("user", _text(record, *PROMPT_KEYS), context),
+        Message("assistant", _text(record, *RESPONSE_KEYS, indented=True)),
     )
 
 
 def text_of(one: Conversation) -> str:
-    """Return what is said in a conversation."""
-    return "\n\n".join(
-        said for message in one for said in (message.content, message.context) if said
-    )
+    """Return the text of a conversation's messages."""
+    texts = (text for message in one for text in (message.content, message.context))
+    return "\n\n".join(filter(None, texts))
 
 
 def conversations_sha256(conversations: Iterable[Conversation]) -> str:
@@ -186,25 +184,24 @@ def _talk(messages: object, key: str) -> Conversation:
 
 
 def _message(message: dict[str, Any]) -> Message:
-    said = message.get("from") if message.get("role") is None else message["role"]
-    role = ROLE_OF.get(said) if isinstance(said, str) else None
+    name = message.get("from") if message.get("role") is None else message["role"]
+    role = ROLE_OF.get(name) if isinstance(name, str) else None
     if role is None:
-        known = ", ".join(ROLE_OF)
-        raise BadRecord(f"has a message of role {said!r}", f"let it be one of {known}")
+        raise BadRecord(f"has a message of role {name!r}", f"let it be one of {', '.join(ROLE_OF)}")
     return Message(role, _text(message, "content", "value", indented=role == "assistant"))
 
 
 def _text(record: dict[str, Any], *keys: str, required: bool = True, indented: bool = False) -> str:
     """Return the text under the first of the keys that is not null."""
-    found = [record[key] for key in keys if record.get(key) is not None]
-    there = [key for key in keys if key in record]
-    names = " or ".join(there or keys[:2])
+    found = next((record[key] for key in keys if record.get(key) is not None), None)
+    present = [key for key in keys if key in record]
+    names = " or ".join(present or keys[:2])
     remedy = SHAPES if keys[0] != "content" else "write the text there"
-    if found and not isinstance(found[0], str):
-        raise BadRecord(f"has {kind_of(found[0])} and not text under {names!r}", remedy)
-    text = (trimmed(found[0]) if indented else found[0].strip()) if found else ""
+    if found is not None and not isinstance(found, str):
+        raise BadRecord(f"has {kind_of(found)} and not text under {names!r}", remedy)
+    text = "" if found is None else trimmed(found) if indented else found.strip()
     if required and not text:
-        empty = "it is empty" if found else "null is there"
-        what = empty if there else f"it has {', '.join(record) or 'no names'}"
+        empty = "null is there" if found is None else "it is empty"
+        what = empty if present else f"it has {', '.join(record) or 'no names'}"
         raise BadRecord(f"has no text under {names!r} ({what})", remedy)
     return text

@@ -1,8 +1,14 @@
-"""The Lightning data modules: every rank's batches, step by step, of rows in their fixed order."""
+"""The Lightning data modules: the batches of every rank, step by step, of rows in a fixed order.
+
+One item of the training loader is one optimizer step of a rank, the list of its micro-batches:
+
+    StepBatches[step] -> RowOrder.rows_of_step -> Rows.read -> [{"input_ids", "targets", ...}, ...]
+"""
 
 import logging
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
@@ -23,44 +29,43 @@ from nanogpt.data.preparing import Preparation, prepare
 from nanogpt.data.pretokenized import TokenShards, fetch_pretokenized
 from nanogpt.data.shards import SHARD_TOKENS
 from nanogpt.data.source import Source
-from nanogpt.data.windows import NOT_SCORED, Tokens, Windows
+from nanogpt.data.windows import NOT_SCORED, Windows
 from nanogpt.ranks import Ranks
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.values import Count, Seed, Size, Text
 
-HEAD_START_S = 2.0  # of rank zero, which reports what it does, where a corpus is to be prepared
+HEAD_START_S = 2.0  # of rank zero, which logs its progress, where a corpus is to be prepared
 CHECK_ARGUMENTS = validate_call(config=ConfigDict(arbitrary_types_allowed=True))
-
-VAL_BATCH_TOKENS = 8192  # whatever the training's micro-batch, so that it never changes a score
+VAL_BATCH_TOKENS = 8192  # independent of the micro-batch, so that it never changes a score
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """The tokenizer of a run: a given one, or one that `make` returns for the training documents.
+    """The tokenizer of a run, which `make` returns, given the training documents.
 
     `key` names its table among prepared data, such as `bpe-2048`.
     """
 
     make: Callable[[Iterable[str]], Tokenizer]
     key: str
-    given: Tokenizer | None = None
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "TokenizerChoice":
+    def from_tokenizer(cls, tokenizer: Tokenizer) -> "TokenizerChoice":
         """Return the choice of an existing tokenizer."""
-        return cls(lambda documents: tokenizer, tokenizer.fingerprint, tokenizer)
+        return cls(lambda documents: tokenizer, tokenizer.fingerprint)
 
     def make_without_text(self) -> Tokenizer | None:
-        """Return the tokenizer, None where it is learned from documents."""
-        documents = _NoDocuments()
+        """Return the tokenizer, None where it is trained on documents."""
+        documents = iter([""])
         tokenizer = self.make(documents)
-        return None if documents.were_read else tokenizer
+        was_read = next(documents, None) is None
+        return None if was_read else tokenizer
 
 
 class Batch(TypedDict, total=False):
-    """One forward's worth of rows; a target of -100 is not scored."""
+    """The rows of one forward; a target of -100 is not scored."""
 
     input_ids: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64
@@ -70,12 +75,12 @@ class Batch(TypedDict, total=False):
 
 
 class Rows(Protocol):
-    """Rows of `block_size` tokens that a language model learns from, packed or not."""
+    """Rows of `block_size` tokens for a language model, packed or not."""
 
     def __len__(self) -> int: ...
 
     def n_targets(self, rows: np.ndarray) -> int:
-        """Return how many targets the rows have in all."""
+        """Return the number of targets in the rows (B,)."""
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return inputs, targets and, where rows are packed, documents, (B, T) int64 each."""
@@ -83,33 +88,20 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Share:
-    """Which rows of an optimizer step are one rank's, and how many it takes at a time."""
+    """The part of an optimizer step's rows that one rank computes."""
 
-    rows_per_rank: int
-    rank: int
-    world_size: int
+    rows_per_step: int
+    positions: np.ndarray  # (rows_per_rank,) int64: of the rank's rows in the step
     micro_batch: int
 
-    @property
-    def rows_per_step(self) -> int:
-        return self.rows_per_rank * self.world_size
 
-    def own(self, rows: np.ndarray) -> np.ndarray:
-        """Return the rank's rows of those of the whole step."""
-        return rows[self.rank * self.rows_per_rank : (self.rank + 1) * self.rows_per_rank]
-
-    def micro_batches(self, own: np.ndarray) -> list[np.ndarray]:
-        """Return the rank's rows in micro-batches."""
-        return [own[i : i + self.micro_batch] for i in range(0, len(own), self.micro_batch)]
-
-
-class StepDataModule(LightningDataModule):
+class StepDataModule(LightningDataModule, ABC):
     """Optimizer steps for one rank of a trainer; a kind of data subclasses it.
 
-    An item of `train_dataloader` is one optimizer step: the list of its micro-batches. Which rows
-    a step sees depends on the seed, the data and the step alone. Validation scores about
-    `val_tokens` tokens while fitting, and `final_val_tokens` in `trainer.validate` and
-    `trainer.test`; None scores all. The arguments here are `**shared` in subclasses.
+    An item of `train_dataloader` is one optimizer step: the list of its micro-batches. The rows of
+    a step depend on the seed, the data and the step alone. Validation scores about `val_tokens`
+    tokens while fitting, and `final_val_tokens` in `trainer.validate` and `trainer.test`; None
+    scores all. The arguments here are `**shared` in subclasses.
     """
 
     fingerprint: str  # of all that decides the rows; known after use_tokenizer
@@ -136,24 +128,24 @@ class StepDataModule(LightningDataModule):
         self.val_tokens = val_tokens
         self.final_val_tokens = final_val_tokens
 
+    @abstractmethod
     def use_tokenizer(self, choice: TokenizerChoice) -> Tokenizer:
         """Prepare the data and return its tokenizer; called once, on every rank."""
-        raise NotImplementedError
 
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """Return plain values for the run's summary."""
-        raise NotImplementedError
 
+    @abstractmethod
     def steps(self, share: Share) -> Dataset:
         """Return the data set whose item `step` is a rank's list of micro-batches."""
-        raise NotImplementedError
 
-    def validation(self, max_tokens: int | None) -> DataLoader:
-        """Return this rank's share of about `max_tokens` validation tokens, None for all.
+    @abstractmethod
+    def validation(self, max_rows: int | None) -> DataLoader:
+        """Return this rank's share of at most `max_rows` validation rows, None for all.
 
-        Every rank has at least one batch. A rank without rows has one in which nothing is scored.
+        Every rank has at least one batch; in that of a rank without rows, nothing is scored.
         """
-        raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader:
         """Return the steps from the trainer's next to its last; the length is always max_steps."""
@@ -161,27 +153,28 @@ class StepDataModule(LightningDataModule):
         rows_per_rank = split_step(
             self.tokens_per_step, self.block_size, trainer.world_size, self.micro_batch
         )
-        share = Share(rows_per_rank, trainer.global_rank, trainer.world_size, self.micro_batch)
-        return self._loader(self.steps(share), sampler=_StepsToGo(trainer), workers=self.workers)
+        first = trainer.global_rank * rows_per_rank
+        positions = np.arange(first, first + rows_per_rank)
+        share = Share(rows_per_rank * trainer.world_size, positions, self.micro_batch)
+        return self._loader(self.steps(share), _RemainingSteps(trainer), self.workers)
 
     def val_dataloader(self) -> DataLoader:
         """Return this rank's validation batches, of the part that the trainer is to score."""
         fitting = self._attached_trainer().state.fn not in (TrainerFn.VALIDATING, TrainerFn.TESTING)
-        return self.validation(self.val_tokens if fitting else self.final_val_tokens)
+        tokens = self.val_tokens if fitting else self.final_val_tokens
+        return self.validation(None if tokens is None else max(tokens // self.block_size, 1))
 
     def test_dataloader(self) -> DataLoader:
         """Return the validation batches: there is no further split."""
         return self.val_dataloader()
 
-    def _loader(
-        self, batches: Dataset, sampler: Sampler[int] | None = None, workers: int = 0
-    ) -> DataLoader:
+    def _loader(self, batches: Dataset, sampler: Iterable[Any], workers: int = 0) -> DataLoader:
+        """Return a loader whose items are those of `batches` at the sampler's indices."""
         return DataLoader(
             batches,
-            batch_size=None,  # an item is a batch already
+            batch_size=None,
             sampler=sampler,
             num_workers=workers,
-            collate_fn=_as_it_is,
             pin_memory=self._attached_trainer().strategy.root_device.type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=_initialise_worker,
@@ -194,41 +187,35 @@ class StepDataModule(LightningDataModule):
 
 
 class RowsDataModule(StepDataModule):
-    """Batches of rows for a language model; `use_rows` says which."""
+    """Batches of rows for a language model, given by `use_rows`."""
 
     def use_rows(self, train: Rows, val: Rows, fingerprint: str) -> None:
-        """Train on some rows, in an order of the seed and the fingerprint, and score others."""
+        """Train on `train`, in an order of the seed and the fingerprint, and validate on `val`."""
         self.train_rows = train
         self.val_rows = val
         self.fingerprint = fingerprint
         self.order = RowOrder(len(train), self.seed, fingerprint)
 
     def steps(self, share: Share) -> "Dataset[list[Batch]]":
-        return _StepBatches(self.train_rows, self.order, share)
+        return StepBatches(self.train_rows, self.order, share)
 
-    def validation(self, max_tokens: int | None) -> DataLoader[Batch]:
-        """Return this rank's share of evenly spaced validation rows, in order.
-
-        All rows together score every target once.
-        """
+    def validation(self, max_rows: int | None) -> DataLoader[Batch]:
+        """Return this rank's share of evenly spaced validation rows, in order."""
         trainer = self._attached_trainer()
         n_rows = len(self.val_rows)
-        n_kept = n_rows
-        if max_tokens is not None:
-            n_kept = min(max(max_tokens // self.block_size, 1), n_rows)
-        rows = np.arange(n_kept) * n_rows // n_kept
-        rows = rows[trainer.global_rank :: trainer.world_size]
-        rows_per_batch = max(VAL_BATCH_TOKENS // self.block_size, 1)
-        return self._loader(_RowBatches(self.val_rows, rows, rows_per_batch))
+        n_scored = n_rows if max_rows is None else min(max_rows, n_rows)
+        rows = (np.arange(n_scored) * n_rows // n_scored)[trainer.global_rank :: trainer.world_size]
+        size = max(VAL_BATCH_TOKENS // self.block_size, 1)
+        return self._loader(_ScoredRows(self.val_rows), in_parts(rows, size))
 
 
 class CorpusDataModule(RowsDataModule):
     """A corpus of documents or token shards, cut into windows that do not overlap.
 
     All tokens but a split's first are targets. `prepared` is the fingerprint of the prepared corpus
-    that replaces a source which is gone; `pretokenized` names token shards to use in place of the
-    source: a folder, or a repository of the Hugging Face hub. `tokens` ends the preparation, None
-    takes all.
+    that replaces a missing source; `pretokenized` names token shards to use in place of the source:
+    a folder, or a repository of the Hugging Face hub. `tokens` ends the preparation, None takes
+    all.
     """
 
     @CHECK_ARGUMENTS
@@ -260,8 +247,13 @@ class CorpusDataModule(RowsDataModule):
         if splits := corpus.manifest.get("splits"):
             train, val = (f"{splits[name]['tokens']:,}" for name in ("train", "val"))
             log.info("data %s: %s training and %s validation tokens", corpus.directory, train, val)
-        _check_length("training", corpus.train, self.block_size + 1, self.block_size)
-        _check_length("validation", corpus.val, 2, self.block_size)
+        needs = (("training", corpus.train, self.block_size + 1), ("validation", corpus.val, 2))
+        for name, tokens, needed in needs:
+            if len(tokens) < needed:
+                raise ValueError(
+                    f"the {name} text has {len(tokens)} tokens and needs at least {needed} "
+                    f"(block_size={self.block_size}); pass more text or a smaller model.block_size"
+                )
         train_rows, val_rows = (Windows(s, self.block_size) for s in (corpus.train, corpus.val))
         self.use_rows(train_rows, val_rows, corpus.fingerprint)
         return corpus.tokenizer
@@ -276,21 +268,15 @@ class CorpusDataModule(RowsDataModule):
             source = TokenShards(folder, source.val_fraction)
         if isinstance(source, TokenShards):
             return source.open(choice.make_without_text(), choice.key)
-        preparation = Preparation(
-            source,
-            choice.make,
-            choice.key,
-            self.data_dir,
-            tokens=self.tokens,
-            shard_tokens=self.shard_tokens,
-        )
+        limits = {"tokens": self.tokens, "shard_tokens": self.shard_tokens}
+        preparation = Preparation(source, choice.make, choice.key, self.data_dir, **limits)
         if Ranks.from_environment().rank > 0 and not preparation.directory.exists():
             time.sleep(HEAD_START_S)
         return prepare(preparation)
 
 
 def split_step(tokens_per_step: int, block_size: int, world_size: int, micro_batch: int = 1) -> int:
-    """Return the rows of each rank in a step.
+    """Return the number of rows of each rank in a step.
 
     Raises ValueError where the step does not split evenly, naming the nearest values that do.
     """
@@ -317,8 +303,13 @@ def split_step(tokens_per_step: int, block_size: int, world_size: int, micro_bat
     return rows
 
 
+def in_parts(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """Return rows (N,) in parts of at most `size`: one that is empty where there are no rows."""
+    return np.split(rows, range(size, len(rows), size))
+
+
 @dataclass(frozen=True)
-class _StepBatches(Dataset[list[Batch]]):
+class StepBatches(Dataset[list[Batch]]):
     """Item `step`: the micro-batches of one rank in that optimizer step."""
 
     source: Rows
@@ -335,33 +326,25 @@ class _StepBatches(Dataset[list[Batch]]):
                 **_batch(self.source, rows[part], step_targets),
                 "row_seeds": torch.from_numpy(seeds[part]),
             }
-            for part in self.share.micro_batches(self.share.own(np.arange(n_rows)))
+            for part in in_parts(self.share.positions, self.share.micro_batch)
         ]
 
 
 @dataclass(frozen=True)
-class _RowBatches(Dataset[Batch]):
-    """Given rows, in order, in batches that each count as a step of their own."""
+class _ScoredRows(Dataset[Batch]):
+    """Item `rows`: their batch, which counts as a step of its own."""
 
     source: Rows
-    rows: np.ndarray
-    rows_per_batch: int
 
-    def __len__(self) -> int:
-        return max(-(-len(self.rows) // self.rows_per_batch), 1)
-
-    def __getitem__(self, i: int) -> Batch:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        if len(self.rows) == 0:
-            batch = _batch(self.source, np.array([0]), 0)
-            return {**batch, "targets": torch.full_like(batch["targets"], NOT_SCORED)}
-        rows = self.rows[i * self.rows_per_batch : (i + 1) * self.rows_per_batch]
-        return _batch(self.source, rows, self.source.n_targets(rows))
+    def __getitem__(self, rows: np.ndarray) -> Batch:
+        if len(rows):
+            return _batch(self.source, rows, self.source.n_targets(rows))
+        batch = _batch(self.source, np.array([0]), 0)
+        return {**batch, "targets": torch.full_like(batch["targets"], NOT_SCORED)}
 
 
-class _StepsToGo(Sampler[int]):
-    """The steps that the trainer has yet to make, at the moment it asks."""
+class _RemainingSteps(Sampler[int]):
+    """The trainer's next step to its last, at the moment of iteration."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -374,37 +357,11 @@ class _StepsToGo(Sampler[int]):
 
 
 def _batch(source: Rows, rows: np.ndarray, step_targets: int) -> Batch:
-    input_ids, targets, *documents = source.read(rows)
-    batch: Batch = {
-        "input_ids": torch.from_numpy(input_ids),  # (B, T)
-        "targets": torch.from_numpy(targets),  # (B, T)
-        "step_targets": step_targets,
-    }
+    input_ids, targets, *documents = map(torch.from_numpy, source.read(rows))  # (B, T)
+    batch: Batch = {"input_ids": input_ids, "targets": targets, "step_targets": step_targets}
     if documents:
-        batch["documents"] = torch.from_numpy(documents[0])  # (B, T)
+        batch["documents"] = documents[0]
     return batch
-
-
-def _check_length(what: str, tokens: Tokens, needed: int, block_size: int) -> None:
-    if len(tokens) < needed:
-        raise ValueError(
-            f"the {what} text has {len(tokens)} tokens and needs at least {needed} "
-            f"(block_size={block_size}); pass more text or a smaller model.block_size"
-        )
-
-
-class _NoDocuments:
-    """No documents, and whether anybody tried to read them."""
-
-    were_read = False
-
-    def __iter__(self) -> Iterator[str]:
-        self.were_read = True
-        return iter(())
-
-
-def _as_it_is(item: object) -> object:
-    return item
 
 
 def _initialise_worker(worker: int) -> None:

@@ -25,7 +25,7 @@ class RowOrder:
     corpus_fingerprint: str
 
     def rows_of_step(self, step: int, rows_per_step: int) -> np.ndarray:
-        """Return the rows of an optimizer step, over all ranks, (rows_per_step,) int64."""
+        """Return the rows of an optimizer step, over all ranks, (N,) int64, N = rows_per_step."""
         positions = np.arange(step * rows_per_step, (step + 1) * rows_per_step)
         passes, positions = np.divmod(positions, self.n_rows)
         rows = np.empty(rows_per_step, dtype=np.int64)
@@ -37,7 +37,7 @@ class RowOrder:
 
 
 def row_seeds(seed: int, step: int, n_rows: int) -> np.ndarray:
-    """Return a seed for each row of an optimizer step, over all ranks, (n_rows,) int64.
+    """Return a seed for each row of an optimizer step, over all ranks, (N,) int64, N = n_rows.
 
     Whatever is random about a row, such as its dropout, follows from its seed, so that no split of
     the step over ranks and micro-batches changes it.

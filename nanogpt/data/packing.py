@@ -1,6 +1,6 @@
-"""Short texts side by side in rows of one length, each still read by itself.
+"""Short texts side by side in rows of one length, each read as a document of its own.
 
-Which texts share a row is settled once, whatever the seed; only the order of the rows is shuffled.
+The texts of a row do not depend on the seed; only the order of the rows is shuffled.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from nanogpt.data.windows import NOT_SCORED
 class PackedRows:
     """Rows of `block_size` tokens, each of one or more texts and then padding.
 
-    A text of n ids takes n - 1 places: each of its ids but the last, with the next as its target.
-    `ids` (N,) and `scored` (N,), whether an id is a target, hold the texts end to end; text i
-    begins at `bounds[i]`. `table` lists the texts of each row.
+    A text of n ids takes n - 1 positions: each of its ids but the last, with the next as its
+    target. `ids` (N,) and `scored` (N,), whether an id is a target, hold the texts end to end; text
+    i begins at `bounds[i]`. `table` lists the texts of each row.
     """
 
     block_size: int
@@ -28,7 +28,7 @@ class PackedRows:
     table: list[list[int]]
 
     @classmethod
-    def of(
+    def from_texts(
         cls, texts: Sequence[tuple[Sequence[int], Sequence[bool]]], block_size: int
     ) -> "PackedRows":
         """Pack texts, each as ids and whether they are scored, of at most block_size + 1 ids."""
@@ -46,12 +46,12 @@ class PackedRows:
 
     @property
     def padding(self) -> float:
-        """The share of all places that hold no text."""
+        """The share of all positions without text."""
         n_used = len(self.ids) - len(self.bounds) + 1
         return 1 - n_used / (len(self) * self.block_size)
 
     def n_targets(self, rows: np.ndarray) -> int:
-        """Return how many targets the rows have in all."""
+        """Return the number of targets in the rows (B,)."""
         return int(self._targets_of_row[rows].sum())
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -64,16 +64,16 @@ class PackedRows:
         targets = np.full(shape, NOT_SCORED, dtype=np.int64)
         documents = np.zeros(shape, dtype=np.int64)
         for b, row in enumerate(rows.tolist()):
-            place = 0
+            position = 0
             for number, text in enumerate(self.table[row]):
                 start, end = self.bounds[text : text + 2]
-                here = slice(place, place + end - start - 1)
+                here = slice(position, position + end - start - 1)
                 input_ids[b, here] = self.ids[start : end - 1]
                 following = slice(start + 1, end)
                 targets[b, here] = np.where(self.scored[following], self.ids[following], NOT_SCORED)
                 documents[b, here] = number
-                place = here.stop
-            documents[b, place:] = len(self.table[row])
+                position = here.stop
+            documents[b, position:] = len(self.table[row])
         return input_ids, targets, documents
 
     @cached_property
@@ -84,9 +84,9 @@ class PackedRows:
 
 
 def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Return which of the texts, of 1 to `size` tokens each, share each row of `size` places.
+    """Return the texts of each row of `size` positions, of texts with 1 to `size` tokens each.
 
-    Row after row takes the longest text left, and then those that leave the fewest places empty
+    Row after row takes the longest text left, and then those that leave the fewest positions empty
     (Gupta and Ho, "A New Heuristic Algorithm for the One-Dimensional Bin-Packing Problem", 1999).
     Of Alpaca's prompts in rows of 256 it leaves 2 % empty where best fit leaves 6 %.
     """
@@ -108,7 +108,7 @@ def fullest(counts: Mapping[int, int], room: int) -> list[int]:
     >>> fullest({7: 1, 5: 2, 4: 1}, room=10)
     [5, 5]
     """
-    sums, steps = 1, []  # bit n of `sums`: a sum of n can be had
+    sums, steps = 1, []  # bit n of `sums`: a sum of n is possible
     for length, count in sorted(counts.items(), reverse=True):
         for _ in range(min(count, room // length)):
             steps.append((length, sums))
@@ -116,7 +116,7 @@ def fullest(counts: Mapping[int, int], room: int) -> list[int]:
     rest = sums.bit_length() - 1
     chosen = []
     for length, before in reversed(steps):
-        if not before >> rest & 1:  # not to be had without this one
+        if not before >> rest & 1:  # not possible without this one
             chosen.append(length)
             rest -= length
     return chosen

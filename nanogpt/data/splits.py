@@ -26,10 +26,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples to learn from, to choose by, and to test on once.
-
-    `rest` is what balancing left over, all of it of the larger classes.
-    """
+    """The training, validation and test set; `rest` is left over by balancing."""
 
     train: list[Example]
     val: list[Example]
@@ -43,33 +40,31 @@ class Splits:
 
     @property
     def imbalanced(self) -> list[Example]:
-        """The test examples and the rest: what was neither learnt from nor chosen by."""
+        """The test examples and the rest: all held-out examples but the validation set."""
         return self.test + self.rest
 
-    def text_sets(self) -> dict[str, tuple[list[str], list[int]]]:
-        """Return the texts and class numbers to learn from and to test on, by name.
-
-        "imbalanced" is there where balancing left something over.
-        """
+    def numbered(self, examples: Sequence[Example]) -> tuple[list[str], list[int]]:
+        """Return texts, and the numbers of their classes."""
         number = {label: i for i, label in enumerate(self.labels)}
+        return [e.text for e in examples], [number[e.label] for e in examples]
+
+    def text_sets(self) -> dict[str, tuple[list[str], list[int]]]:
+        """Return the numbered texts to train on and to test on, by name.
+
+        "imbalanced" is one of them where balancing left examples over.
+        """
         sets = {"train": self.train, "test": self.test}
         if self.rest:
             sets["imbalanced"] = self.imbalanced
-        return {
-            name: ([e.text for e in examples], [number[e.label] for e in examples])
-            for name, examples in sets.items()
-        }
+        return {name: self.numbered(examples) for name, examples in sets.items()}
 
     def hashes(self) -> dict[str, str]:
         """Return 16 hexadecimal digits per split: of the SHA-256 of its examples in any order."""
-        return {
-            name: examples_sha256(examples)[:16]
-            for name, examples in vars(self).items()
-            if examples
-        }
+        splits = vars(self).items()
+        return {name: examples_sha256(examples)[:16] for name, examples in splits if examples}
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """Return what a summary says of the splits: how many examples each has, and its hash."""
+        """Return the number of examples and the hash of every split, for the summary."""
         hashes = self.hashes()
         return {"splits": {name: len(vars(self)[name]) for name in hashes}, "split_hashes": hashes}
 
@@ -94,7 +89,7 @@ def split(
 
     Texts that differ in case and white space only are one text, of the class of the first, and
     stay together. Of every class the test split gets `test_fraction`, validation `val_fraction`
-    and training what is left, as nearly as the copies allow.
+    and training the others, as nearly as the copies allow.
 
     Raises ValueError where there are no two classes, or one is too small to be in all three.
     """
@@ -107,7 +102,9 @@ def split(
     if len(by_label) < 2:
         raise ValueError(f"all texts are of only one class, {min(by_label)!r}; pass two or more")
     counts = {label: sum(map(len, texts)) for label, texts in by_label.items()}
-    used = _used(counts, balance, max_examples)
+    used = dict.fromkeys(counts, min(counts.values())) if balance else counts
+    if max_examples is not None and max_examples < (total := sum(used.values())):
+        used = {label: n * max_examples // total for label, n in used.items()}
     parts: list[list[Example]] = [[], [], [], []]
     rare: list[str] = []
     for label in sorted(by_label):
@@ -115,16 +112,26 @@ def split(
         quotas = [n_test, n_val, used[label] - n_test - n_val, counts[label]]
         filled = _fill(by_label[label], quotas)
         if not all(filled[:3]):
-            rare.append(_sizes(label, counts[label], filled))
+            n_test, n_val, n_train, _ = map(len, filled)
+            rare.append(
+                f"class {label!r} has {counts[label]} examples, which gives {n_test} to test, "
+                f"{n_val} to validation, {n_train} to training"
+            )
         for part, more in zip(parts, filled, strict=True):
             part += more
-    _check_rare(rare)
+    if rare:
+        found = "; ".join(rare[:MAX_LISTED])
+        more = f"; and {len(rare) - MAX_LISTED} more classes" if len(rare) > MAX_LISTED else ""
+        raise ValueError(
+            f"{found}{more}; add examples of them, remove them, or change data.val_fraction, "
+            f"data.test_fraction and data.max_examples"
+        )
     test, val, train, rest = parts
     return Splits(train, val, test, rest if balance else [])
 
 
 def class_weights(examples: Iterable[Example], labels: Sequence[str]) -> list[float]:
-    """Return a weight per class with which all classes weigh the same and examples 1 on average."""
+    """Return weights that are equal in sum for all classes, and 1 on average over the examples."""
     counts = Counter(example.label for example in examples)
     return [counts.total() / (len(labels) * counts[label]) for label in labels]
 
@@ -147,16 +154,16 @@ def examples_sha256(examples: Iterable[Example]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def same_text(text: str) -> str:
-    """Return what two texts have in common that count as one."""
+def text_key(text: str) -> str:
+    """Return the key of a text, the same for all its copies."""
     return " ".join(text.casefold().split())
 
 
 def _shuffled_texts(examples: Sequence[Example], seed: int) -> dict[str, list[list[Example]]]:
-    """Return by class the texts in an order of the seed's, each as all examples that have it."""
+    """Return the texts of each class, shuffled by the seed, each as the list of its examples."""
     copies: dict[str, list[Example]] = {}
     for example in examples:
-        copies.setdefault(same_text(example.text), []).append(example)
+        copies.setdefault(text_key(example.text), []).append(example)
     texts = list(copies.values())
     by_label: dict[str, list[list[Example]]] = {}
     for i in permute(np.arange(len(texts)), len(texts), f"split/{seed}"):
@@ -164,41 +171,13 @@ def _shuffled_texts(examples: Sequence[Example], seed: int) -> dict[str, list[li
     return by_label
 
 
-def _used(counts: dict[str, int], balance: bool, max_examples: int | None) -> dict[str, int]:
-    """Return how many examples of each class are used."""
-    if balance:
-        counts = dict.fromkeys(counts, min(counts.values()))
-    total = sum(counts.values())
-    if max_examples is None or max_examples >= total:
-        return counts
-    return {label: n * max_examples // total for label, n in counts.items()}
-
-
 def _fill(texts: list[list[Example]], quotas: list[int]) -> list[list[Example]]:
     """Return the examples in parts of at most these sizes: each text goes to the first with room.
 
-    What has room nowhere goes to the last.
+    Texts for which no part has room go to the last.
     """
     parts: list[list[Example]] = [[] for _ in quotas]
     for text in texts:
         room = (i for i, n in enumerate(quotas) if len(parts[i]) + len(text) <= n)
         parts[next(room, -1)] += text
     return parts
-
-
-def _sizes(label: str, n: int, parts: list[list[Example]]) -> str:
-    """Return the sentence on a class that is not in all splits."""
-    names = ("test", "validation", "training")
-    sizes = ", ".join(f"{len(part)} to {name}" for part, name in zip(parts, names, strict=False))
-    return f"class {label!r} has {n} examples, which gives {sizes}"
-
-
-def _check_rare(rare: list[str]) -> None:
-    if rare:
-        found = "; ".join(rare[:MAX_LISTED])
-        more = f"; and {len(rare) - MAX_LISTED} more classes" if len(rare) > MAX_LISTED else ""
-        it = "it" if len(rare) == 1 else "them"
-        raise ValueError(
-            f"{found}{more}; add examples of {it}, take {it} out, or change data.val_fraction, "
-            f"data.test_fraction and data.max_examples"
-        )

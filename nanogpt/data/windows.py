@@ -15,7 +15,7 @@ class Tokens(Protocol):
         """Return the number of tokens."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the tokens from `start` up to `stop`, (stop - start,) int64."""
+        """Return the tokens from `start` up to `stop`, (N,) int64 with N = stop - start."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Windows:
         return -(-(len(self.stream) - 1) // self.block_size)
 
     def n_targets(self, rows: np.ndarray) -> int:
-        """Return how many targets the rows have in all."""
+        """Return the number of targets in the rows (B,)."""
         targets_after = len(self.stream) - 1 - rows * self.block_size
         return int(np.minimum(targets_after, self.block_size).sum())
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the inputs and targets of the rows, (B, T) int64 each.
+        """Return the inputs and targets of the rows (B,), (B, T) int64 each.
 
-        What lies past the end of the stream is 0 in the inputs and -100 in the targets.
+        Past the end of the stream the inputs are 0 and the targets -100.
         """
         input_ids = np.zeros((len(rows), self.block_size), dtype=np.int64)
         targets = np.full((len(rows), self.block_size), NOT_SCORED, dtype=np.int64)
