@@ -206,7 +206,7 @@ def requests_open(url: str) -> int:
     """Return how many requests are being answered, the question itself included."""
     lines = httpx.get(f"{url}/metrics").text.splitlines()
     (figure,) = [line for line in lines if line.startswith("nanogpt_http_requests_open{")]
-    return int(figure.split()[-1])
+    return int(float(figure.split()[-1]))
 
 
 def test_two_hundred_clients_that_leave_leave_nothing_behind(tmp_path: Path) -> None:

@@ -57,11 +57,11 @@ class RequestLog:
             ):
                 connection.request_ended()
 
-        self.metrics.open += 1
+        self.metrics.open.inc()
         try:
             await self.app(scope, receive, send_with_id)
         finally:
-            self.metrics.open -= 1
+            self.metrics.open.dec()
             seconds = time.monotonic() - began
             route = getattr(scope.get("route"), "path", "unknown")  # there are only so many
             if state.get("is_overload"):

@@ -10,9 +10,10 @@ from fastapi import APIRouter, Request, Response
 import nanogpt
 from serving.api.errors import ApiError
 from serving.api.front_end import front_end, json_response
-from serving.api.metrics import CONTENT_TYPE
 from serving.engine.client import STALLED, EngineError
 from serving.engine.messages import Stats
+
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 router = APIRouter()
 
@@ -40,8 +41,8 @@ async def ready(request: Request) -> Response:
 @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Return the counters for Prometheus."""
-    text = front_end(request).metrics.render(await _stats(request))
-    return Response(text, media_type=CONTENT_TYPE)
+    content = front_end(request).metrics.render(await _stats(request))
+    return Response(content, media_type=PROMETHEUS)
 
 
 @router.get("/v1/system_info")
