@@ -1,4 +1,4 @@
-"""Figures as SVG in the fonts and colours of the page around them: curves, scores, confusion."""
+"""Figures as SVG in the fonts and colours of the page around them: curves and scores."""
 
 import html
 import io
@@ -29,25 +29,23 @@ CURVE_HEIGHT = 208
 MAX_POINTS = 600  # of a curve
 MAX_NAME_CHARS = 44  # of a checkpoint
 
-# colours that matplotlib draws with, each replaced by a CSS variable of the page
-_INK, _MUTED, _GRID, _REFERENCE, _ACCENT, _CARD = (f"#00000{i}" for i in range(1, 7))
-_SERIES = ("#000011", "#000012")
-_VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _REFERENCE: "reference"}
-_VARIABLES |= {_ACCENT: "accent", _CARD: "card"}
-_VARIABLES |= {colour: f"series-{i}" for i, colour in enumerate(_SERIES)}
+# colours that matplotlib draws with, for CSS variables of the page, which replace them
+VARIABLES = ("ink", "muted", "grid", "reference", "accent", "card", "series-0", "series-1")
+_COLOURS = {name: f"#0000{i:02x}" for i, name in enumerate(VARIABLES, start=1)}
 _STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 10.5,
-    "axes.edgecolor": _GRID,
+    "axes.edgecolor": _COLOURS["grid"],
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.axisbelow": True,
-    "grid.color": _GRID,
+    "axes.ymargin": 0.07,
+    "grid.color": _COLOURS["grid"],
     "grid.linewidth": 1,
-    "text.color": _INK,
-    **{f"{axis}tick.color": _MUTED for axis in "xy"},
+    "text.color": _COLOURS["ink"],
+    **{f"{axis}tick.color": _COLOURS["muted"] for axis in "xy"},
     **{f"{axis}tick.{which}.size": 0 for axis in "xy" for which in ("major", "minor")},
     **{f"{axis}tick.major.pad": 5 for axis in "xy"},
 }
@@ -132,18 +130,15 @@ def draw_scores(lines: Sequence[Line], metrics: Sequence[str]) -> str:
         for name, panel in panels.items()
     )
     height = sum(34 + 34 * len(panel) for panel in panels.values())
-    return _draw(height, alt, partial(_paint_scores, panels, height))
+    return _draw(height, alt, partial(_paint_scores, panels))
 
 
 def drawn_metrics(lines: Sequence[Line]) -> list[str]:
     """Return the metrics that are drawn: the known ones, then others with a standard error."""
-    with_error = {
-        name: any(line.metrics[name][1] is not None for line in lines if name in line.metrics)
-        for line in lines
-        for name in line.metrics
-    }
-    known = [name for name in METRICS if name in with_error]
-    return known + [n for n, has_error in with_error.items() if has_error and n not in METRICS]
+    found = [(name, error) for line in lines for name, (_, error) in line.metrics.items()]
+    names = {name for name, _ in found}
+    uncertain = [name for name, error in found if error is not None]
+    return list(dict.fromkeys([*(name for name in METRICS if name in names), *uncertain]))
 
 
 def metric_title(name: str) -> str:
@@ -174,28 +169,18 @@ def smooth(points: Points) -> Points:
 def _paint_curves(chart: Chart, last_step: int, figure: "Figure") -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-    width, height = figure.get_size_inches() * 72
-    axes = figure.add_axes((46 / width, 24 / height, 1 - 58 / width, 1 - 34 / height))
-    low, high, is_logarithmic = _limits(chart)
-    if is_logarithmic:
-        axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.set(xlim=(0, max(last_step, 1) * 1.01), ylim=(low, high))
-    axes.grid(axis="y")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_number(x, 4)))
-    axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda y, _: f"{100 * y:.4g} %" if chart.percent else format_number(y, 4))
+    axes = figure.add_axes(
+        (46 / WIDTH, 24 / CURVE_HEIGHT, 1 - 58 / WIDTH, 1 - 34 / CURVE_HEIGHT),
+        xlim=(0, max(last_step, 1) * 1.01),
     )
     if chart.reference is not None:
         label, value = chart.reference
-        axes.axhline(value, color=_REFERENCE, linewidth=1.2, dashes=(4, 3))
+        axes.axhline(value, color=_COLOURS["reference"], linewidth=1.2, dashes=(4, 3))
         at, offset = {"xycoords": ("axes fraction", "data")}, {"textcoords": "offset points"}
-        axes.annotate(label, (1, value), (0, 4), **at, **offset, ha="right", color=_REFERENCE)
+        ink = {"color": _COLOURS["reference"]}
+        axes.annotate(label, (1, value), (0, 4), **at, **offset, **ink, ha="right")
     for series in chart.series:
-        colour, is_long = _SERIES[series.colour], len(series.points) > MAX_POINTS
+        colour, is_long = _COLOURS[f"series-{series.colour}"], len(series.points) > MAX_POINTS
         if series.noisy:
             axes.plot(*_thin(series.points), color=colour, linewidth=0.8, alpha=0.35)
         axes.plot(
@@ -205,20 +190,19 @@ def _paint_curves(chart: Chart, last_step: int, figure: "Figure") -> None:
             marker="o" if len(series.points) <= 40 and not series.noisy else "",
             markersize=3.4,
         )
-
-
-def _limits(chart: Chart) -> tuple[float, float, bool]:
-    """Return the vertical limits and whether the axis is logarithmic."""
     values = [value for series in chart.series for _, value in series.points]
-    if chart.reference is not None:
-        values.append(chart.reference[1])
-    low, high = min(values), max(values)
-    if low > 0 and high > 30 * median(values):
-        return low / 1.3, high * 1.3, True
-    margin = 0.07 * (high - low) or 0.07 * abs(high) or 1.0
-    if chart.from_zero and low >= 0:
-        return 0.0, (high or 1.0) * 1.07, False
-    return low - margin, high + margin, False
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    if min(values) > 0 and max(values) > 30 * median(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif chart.from_zero and min(values) >= 0:
+        axes.set_ylim(bottom=0)
+    axes.grid(axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_number(x, 4)))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: f"{100 * y:.4g} %" if chart.percent else format_number(y, 4))
+    )
 
 
 def _thin(points: Points) -> np.ndarray:
@@ -231,44 +215,29 @@ def _thin(points: Points) -> np.ndarray:
     return array[:, np.unique(extremes)]
 
 
-def _paint_scores(panels: dict[str, list[Line]], height: int, figure: "Figure") -> None:
-    top = height
-    for name, lines in panels.items():
-        bottom = top - 34 - 34 * len(lines)
-        axes = figure.add_axes((0, bottom / height, 1, (top - bottom) / height))
-        axes.set(ylim=(-len(lines), 1), yticks=[], xticks=[])
+def _paint_scores(panels: dict[str, list[Line]], figure: "Figure") -> None:
+    top = height = sum(1 + len(panel) for panel in panels.values())
+    for name, panel in panels.items():
+        top -= 1 + len(panel)
+        frame = (0, top / height, 1, (1 + len(panel)) / height)
+        axes = figure.add_axes(frame, xticks=[], yticks=[], ylim=(-len(panel), 1), xmargin=0.06)
         axes.spines["bottom"].set_visible(False)
-        scores = [line.metrics[name] for line in lines]
-        low = min(value - 2 * (error or 0) for value, error in scores)
-        high = max(value + 2 * (error or 0) for value, error in scores)
-        margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-        axes.set_xlim(low - margin, high + margin)
-        frame = axes.get_yaxis_transform()
-        axes.text(0, 0.7, metric_title(name), transform=frame, weight="semibold", va="center")
-        for i, (line, (value, error)) in enumerate(zip(lines, scores, strict=True)):
-            colour = _MUTED if line.is_baseline else _ACCENT
-            about = {
-                "transform": frame,
-                "va": "center",
-                "color": _MUTED if line.is_baseline else _INK,
-            }
+        row = {"transform": axes.get_yaxis_transform(), "va": "center"}
+        axes.text(0, 0.7, metric_title(name), **row, weight="semibold")
+        for i, line in enumerate(panel):
+            value, error = line.metrics[name]
+            colours = (
+                ("muted", "muted", "card") if line.is_baseline else ("ink", "accent", "accent")
+            )
+            ink, edge, face = (_COLOURS[colour] for colour in colours)
             who = visible(line.who)
             if len(who) > MAX_NAME_CHARS:  # checkpoints differ at the end
                 who = f"…{who[1 - MAX_NAME_CHARS :]}"
-            axes.text(0, 0.1 - i, who, **about)
-            axes.text(1, 0.1 - i, format_metric(value, error), **about, ha="right")
-            axes.axhline(-0.4 - i, color=_GRID, linewidth=1)
-            axes.errorbar(
-                value,
-                -0.4 - i,
-                xerr=error or None,
-                fmt="o",
-                markersize=6,
-                markeredgewidth=1.5,
-                color=colour,
-                markerfacecolor=_CARD if line.is_baseline else colour,
-            )
-        top = bottom
+            axes.text(0, 0.1 - i, who, **row, color=ink)
+            axes.text(1, 0.1 - i, format_metric(value, error), **row, color=ink, ha="right")
+            axes.axhline(-0.4 - i, color=_COLOURS["grid"], linewidth=1)
+            dot = {"fmt": "o", "markersize": 6, "markeredgewidth": 1.5, "markerfacecolor": face}
+            axes.errorbar(value, -0.4 - i, xerr=error or None, color=edge, **dot)
 
 
 def _draw(height: int, alt: str, paint: Callable[["Figure"], None]) -> str:
@@ -298,6 +267,6 @@ def _inline(svg: str, alt: str, view_box: str) -> str:
     head = f'<svg viewBox="{view_box}" role="img" aria-label="{label}">'
     svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{variable})")
+    for name, colour in _COLOURS.items():
+        svg = svg.replace(colour, f"var(--{name})")
     return re.sub(r"\s*\n\s*", " ", svg).strip()

@@ -152,45 +152,33 @@ def progress(run: RunFiles) -> str:
 
 def tiles(run: RunFiles) -> list[tuple[str, str, str]]:
     """Return label, value and note of the main results."""
-    value, decimals = run.value, "{:.4f}".format
-    loss_points = run.metrics.get("val/loss", [])
+
+    def note(text: str, form: Callable[[float], str], value: float | None) -> str:
+        return "" if value is None else text.format(form(value))
+
+    value, decimals, whole = run.value, "{:.4f}".format, "{:,.0f}".format
     bits, gzip = value("val_bits_per_byte", "val/bits_per_byte"), value("gzip_bits_per_byte")
-    steps, tokens, n_params = run.steps, value("tokens"), value("n_params")
-    best = against_gzip = ""
-    if loss_points:
-        step, least = min(loss_points, key=lambda point: point[1])
-        best = f"best {least:.4f} at step {step:,}" if step != loss_points[-1][0] else ""
+    tokens, n_params, steps = value("tokens"), value("n_params"), run.steps
+    best = against_gzip = per_step = ""
+    if points := run.metrics.get("val/loss"):
+        step, least = min(points, key=lambda point: point[1])
+        best = f"best {least:.4f} at step {step:,}" if step != points[-1][0] else ""
     if bits is not None and gzip is not None:
         side = "below" if bits < gzip else "above"
         against_gzip = f"{format_percent(abs(1 - bits / gzip))} {side} gzip -9 ({gzip:.2f})"
+    if tokens is not None and steps:
+        per_step = f"{steps:,} steps of {tokens / steps:,.0f}"
+    macro_f1 = note("macro-F1 {}", _percent, value("test_macro_f1"))
+    training = note("{} training", format_duration, value("train_s"))
+    mfu = note("MFU {}", format_percent, value("mfu") or None)
     found: list[tuple[str, Callable[[float], str], float | None, str]] = [
-        (
-            "Test accuracy",
-            _percent,
-            value("test_accuracy"),
-            _note("macro-F1 {}", _percent, value("test_macro_f1")),
-        ),
+        ("Test accuracy", _percent, value("test_accuracy"), macro_f1),
         ("Validation loss", decimals, value("val_loss", "val/loss"), best),
         ("Bits per byte", decimals, bits, against_gzip),
-        (
-            "Tokens",
-            format_number,
-            tokens,
-            f"{steps:,} steps of {tokens / steps:,.0f}" if tokens and steps else "",
-        ),
-        (
-            "Time",
-            format_duration,
-            value("wall_s"),
-            _note("{} training", format_duration, value("train_s")),
-        ),
-        (
-            "Tokens per second",
-            "{:,.0f}".format,
-            value("tokens_per_s"),
-            _note("MFU {}", format_percent, value("mfu") or None),
-        ),
-        ("Parameters", format_number, n_params, _note("{}", "{:,}".format, n_params)),
+        ("Tokens", format_number, tokens, per_step),
+        ("Time", format_duration, value("wall_s"), training),
+        ("Tokens per second", whole, value("tokens_per_s"), mfu),
+        ("Parameters", format_number, n_params, note("{}", whole, n_params)),
     ]
     return [(label, form(v), note) for label, form, v, note in found if v is not None]
 
@@ -234,18 +222,11 @@ def curves(run: RunFiles) -> list[Chart]:
 def validation(run: RunFiles) -> list[list[str]]:
     """Return the validation metrics by step as a table, its header first."""
     columns = {name: dict(run.metrics[name]) for name in VALIDATION_COLUMNS if name in run.metrics}
-    steps = [step for step, _ in spread(run.metrics.get("val/loss", []), MAX_TABLE_ROWS)]
-    rows = [
-        [
-            f"{step:,}",
-            *(
-                VALIDATION_COLUMNS[n].format(v[step]) if step in v else ""
-                for n, v in columns.items()
-            ),
-        ]
-        for step in steps
-    ]
-    return [["step", *(name.replace("/", " ").replace("_", " ") for name in columns)], *rows]
+    table = [["step", *(name.replace("/", " ").replace("_", " ") for name in columns)]]
+    for step, _ in spread(run.metrics.get("val/loss", []), MAX_TABLE_ROWS):
+        values = [(VALIDATION_COLUMNS[name], points.get(step)) for name, points in columns.items()]
+        table.append([f"{step:,}", *("" if v is None else form.format(v) for form, v in values)])
+    return table
 
 
 def classes(summary: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -295,9 +276,8 @@ def _subject(row: Row) -> str:
 
 def spread(items: Sequence[T], most: int) -> list[T]:
     """Return at most so many items, evenly over the sequence, its ends included."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+    n = min(most, len(items))
+    return [items[round(i * (len(items) - 1) / max(n - 1, 1))] for i in range(n)]
 
 
 def _label(key: str) -> str:
@@ -307,10 +287,6 @@ def _label(key: str) -> str:
 def _percent(share: float) -> str:
     """Return e.g. `97.5 %`: classifiers differ in that decimal."""
     return f"{100 * share:.1f} %"
-
-
-def _note(text: str, form: Callable[[float], str], value: float | None) -> str:
-    return "" if value is None else text.format(form(value))
 
 
 def _plain(value: object) -> str:
