@@ -234,7 +234,7 @@ class Schedule:
     async def _score(self, prompt: list[int], rng: random.Random) -> None:
         request = Score(self.client.new_id(), self.model, prompt, rng.randint(0, 5))
         async with self._place():
-            scored = await self.client.score(request)
+            scored = await self.client.answer(request, Scored)
         self.asked.append((request, Answer()))
         self.asked[-1][1].hear(scored)
 

@@ -14,7 +14,7 @@ from serving.api.models import ServedModel
 from serving.api.sampling import params_of, room_for
 from serving.api.schemas import CompletionRequest
 from serving.api.stream import STREAMS, Format
-from serving.engine.messages import Score
+from serving.engine.messages import Score, Scored
 
 DEFAULT_TOKENS = 16  # the OpenAI API's
 
@@ -112,7 +112,7 @@ async def _score(request: Request, model: ServedModel, prompts: Sequence[Prompt]
     front = front_end(request)
     labels = front.labels(request)
     scores = [Score(front.new_id(request), model.id, p.ids, top, **labels) for p in prompts]
-    answers = await front.ask(request, [front.client.score(score) for score in scores])
+    answers = await front.ask(request, [front.client.answer(score, Scored) for score in scores])
     for prompt, scored in zip(prompts, answers, strict=True):
         assert prompt.echo is not None
         detokenizer = Detokenizer(model.token_bytes)

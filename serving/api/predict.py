@@ -109,7 +109,7 @@ async def _classified(request: Request, model: ServedModel, texts: list[str]) ->
     ids = [(await model.encode(text, add_special_tokens=False))[:most] for text in texts]
     labels = front.labels(request)
     asked = [Classify(front.new_id(request), model.id, of_text, **labels) for of_text in ids]
-    return await front.ask(request, [front.client.classify(text) for text in asked])
+    return await front.ask(request, [front.client.answer(text, Classified) for text in asked])
 
 
 async def _answer(request: Request, model: ServedModel, body: PredictRequest) -> str:

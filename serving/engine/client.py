@@ -23,7 +23,6 @@ from serving.engine.messages import (
     Beat,
     Cancel,
     Classified,
-    Classify,
     Describe,
     EngineError,
     Failed,
@@ -35,7 +34,6 @@ from serving.engine.messages import (
     ModelInfo,
     Models,
     Request,
-    Score,
     Scored,
     Settings,
     Stats,
@@ -55,7 +53,7 @@ FIRST_BEAT_S = 600.0  # kernels may be compiled before
 POLL_S = 0.1  # how often a process is looked at
 LATE_S = 0.5  # of a timer: later, the process was suspended
 STATS_S = 3.0  # for the engine's counters
-MAX_PATH_BYTES = 100  # of a socket: sun_path holds 108
+MAX_ROOT_BYTES = 70  # of the directory of a socket's: the path of a socket has at most 103
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer", Scored, Classified, ModelDetails, Stats)
@@ -136,7 +134,7 @@ class EngineClient:
         """
         details = self._details.get(model.id)
         if details is None or details.revision != model.revision:
-            details = await self._answer(Describe(self.new_id(), model.id), ModelDetails)
+            details = await self.answer(Describe(self.new_id(), model.id), ModelDetails)
             self._details[model.id] = details
         return details
 
@@ -156,18 +154,10 @@ class EngineClient:
         """Report an answer as complete; without effect where the engine has finished it."""
         self._cancel(Cancel(request_id, "stop"))
 
-    async def score(self, request: Score) -> Scored:
-        """Return the log-probabilities of a prompt's tokens; raises EngineError."""
-        return await self._answer(request, Scored)
-
-    async def classify(self, request: Classify) -> Classified:
-        """Return the label probabilities of a text; raises EngineError."""
-        return await self._answer(request, Classified)
-
     async def stats(self) -> Stats:
         """Return the engine's counters; raises EngineError("unavailable") after STATS_S."""
         try:
-            return await asyncio.wait_for(self._answer(GetStats(self.new_id()), Stats), STATS_S)
+            return await asyncio.wait_for(self.answer(GetStats(self.new_id()), Stats), STATS_S)
         except (asyncio.TimeoutError, TimeoutError) as error:
             raise EngineError("unavailable", STALLED) from error
 
@@ -179,7 +169,8 @@ class EngineClient:
                 await self._task
             self._task = None
 
-    async def _answer(self, request: Request, kind: type[Answer]) -> Answer:
+    async def answer(self, request: Request, kind: type[Answer]) -> Answer:
+        """Return the one answer to a request; raises EngineError."""
         async with aclosing(self._stream(request)) as answers:
             answer = await anext(answers)
             assert isinstance(answer, kind)
@@ -290,7 +281,11 @@ class EngineProcess:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.restarts = settings, 0
-        self._directory = _short_directory()
+        root = tempfile.gettempdir()
+        is_long = len(os.fsencode(root)) > MAX_ROOT_BYTES
+        self._directory = tempfile.TemporaryDirectory(
+            prefix="nanogpt-", dir="/tmp" if is_long else root
+        )
         self.address = f"unix:{self._directory.name}/engine.sock"
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()
@@ -379,10 +374,3 @@ class EngineProcess:
             await asyncio.sleep(POLL_S)
         connecting.cancel()
         await client.close()
-
-
-def _short_directory() -> "tempfile.TemporaryDirectory[str]":
-    """Return a new directory, for this user alone, whose path leaves room for that of a socket."""
-    root = tempfile.gettempdir()
-    is_short = len(os.fsencode(root)) < MAX_PATH_BYTES - len("/nanogpt-12345678/engine.sock")
-    return tempfile.TemporaryDirectory(prefix="nanogpt-", dir=root if is_short else "/tmp")

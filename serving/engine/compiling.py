@@ -68,12 +68,17 @@ def _compile(compiler: str, path: Path) -> bool:
 def _fingerprint(compiler: str) -> str:
     """Return a name for what is compiled: the source, how, by what, and for which processor."""
     digest = hashlib.sha256(SOURCE.read_bytes())
-    try:
-        flags = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x[:5] == "flags"][:1]
-    except OSError:
-        flags = [platform.processor()]
-    digest.update(" ".join((compiler, *FLAGS, *flags)).encode())
+    digest.update(" ".join((compiler, *FLAGS, processor_flags())).encode())
     return digest.hexdigest()[:16]
+
+
+def processor_flags() -> str:
+    """Return the features of the processor as Linux lists them, elsewhere its name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line for line in lines if line.startswith("flags")), platform.processor())
 
 
 def _cache_dir() -> Path:

@@ -138,7 +138,7 @@ class Engine:
         elif isinstance(message, Computation | Describe):
             self.counters.requests += 1
             with self._refusing(client, message):
-                self._accept(client, message)
+                self._admit(client, message)
 
     def leave(self, client: object) -> None:
         """Drop all requests of a front end that is gone."""
@@ -193,7 +193,7 @@ class Engine:
             error=self.registry.failures.get(entry.key, (0.0, ""))[1],
         )
 
-    def _accept(self, client: object, request: Computation | Describe) -> None:
+    def _admit(self, client: object, request: Computation | Describe) -> None:
         if self._drain_until is not None:
             raise EngineError("unavailable", "The engine is shutting down.")
         entry = self.registry.find(request.model)

@@ -10,6 +10,7 @@ from torch import Tensor
 from nanogpt.checkpoint import load_checkpoint
 from nanogpt.model import GPT
 from serving.engine import native
+from serving.engine.compiling import processor_flags
 from serving.engine.forward import Forward, round_to_24_bits
 from serving.engine.messages import Counters, Settings
 from serving.engine.native import ForwardPass
@@ -56,9 +57,9 @@ def load_runner(
 
 
 def make_forward(model: GPT, cache: Tensor, dtype: str, *, invariant: bool = True) -> ForwardPass:
-    """Return the fastest forward pass that there is for a model here.
+    """Return the fastest forward pass for a model and its cache (L, 2, S, H, T, D) here.
 
-    Our own kernels are `invariant` at no cost; others take longer for it.
+    The engine's own kernels are `invariant` at no cost; others take longer for it.
     """
     if dtype == "fp24":
         round_to_24_bits(model)
@@ -98,12 +99,11 @@ def choose_dtype(dtype: str, device: torch.device) -> str:
         return dtype
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
-        native = "AVX512" in capability and _has_flag("avx512_bf16")
-        return "bf16" if native else "fp32"
-    if device.type == "cuda":  # older GPUs only emulate it
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16" if native else "fp32"
-    return "fp32"
+        is_fast = "AVX512" in capability and "avx512_bf16" in processor_flags().split()
+    else:  # older GPUs only emulate it
+        cuda = device.type == "cuda"
+        is_fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if is_fast else "fp32"
 
 
 def all_cache_bytes(settings: Settings) -> float:
@@ -114,11 +114,3 @@ def all_cache_bytes(settings: Settings) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
-
-
-def _has_flag(flag: str) -> bool:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return flag in file.read()
-    except OSError:
-        return False

@@ -98,18 +98,14 @@ class SamplingParams(Struct, frozen=True, array_like=True):
 class Histogram(Struct):
     """The number of durations up to each of `bounds` (seconds); the last count is the rest."""
 
-    bounds: list[float]
-    counts: list[int]
-    total: float
+    bounds: list[float] = msgspec.field(default_factory=lambda: list(BOUNDS_S))
+    counts: list[int] = msgspec.field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
+    total: float = 0.0
 
     def add(self, seconds: float) -> None:
         """Count one more duration."""
         self.counts[bisect_left(self.bounds, seconds)] += 1
         self.total += seconds
-
-
-def _histogram() -> Histogram:
-    return Histogram(list(BOUNDS_S), [0] * (len(BOUNDS_S) + 1), 0.0)
 
 
 class Counters(Struct, kw_only=True):
@@ -123,9 +119,9 @@ class Counters(Struct, kw_only=True):
     cached_tokens: int = 0
     completion_tokens: int = 0
     steps: int = 0
-    queue_s: Histogram = msgspec.field(default_factory=_histogram)
-    first_token_s: Histogram = msgspec.field(default_factory=_histogram)
-    inter_token_s: Histogram = msgspec.field(default_factory=_histogram)
+    queue_s: Histogram = msgspec.field(default_factory=Histogram)
+    first_token_s: Histogram = msgspec.field(default_factory=Histogram)
+    inter_token_s: Histogram = msgspec.field(default_factory=Histogram)
 
 
 class ModelInfo(Struct, frozen=True):
@@ -227,14 +223,9 @@ class Tokens(Message):
 
     def extend(self, later: "Tokens") -> None:
         """Append the tokens that follow."""
-        self.ids.extend(later.ids)
-        for own, others in (
-            (self.logprobs, later.logprobs),
-            (self.top_ids, later.top_ids),
-            (self.top_logprobs, later.top_logprobs),
-        ):
-            if own is not None and others is not None:
-                own.extend(others)  # type: ignore[arg-type]
+        for name in ("ids", "logprobs", "top_ids", "top_logprobs"):
+            if (values := getattr(self, name)) is not None:
+                values.extend(getattr(later, name))
 
 
 class Finished(Message):

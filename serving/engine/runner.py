@@ -242,21 +242,20 @@ class Runner:
         return Event(sequence.client, Failed(request_id, kind, why))
 
     def _score(self, computed: list[Computed]) -> list[Event]:
-        """Note the log-probabilities of the step's tokens; return all after the last."""
+        """Add the log-probabilities of the step's tokens; return all after the last."""
         ((sequence, states),) = computed
         assert isinstance(sequence.request, Score)
         logprobs = sampling.log_probabilities(self.forward.logits(states))
         start, n_top = sequence.n_computed - len(logprobs), sequence.request.top
         following = sequence.ids[start + 1 : sequence.n_computed + 1]
-        own = logprobs[range(len(following)), following].tolist()
         top_ids, top = sampling.likeliest(logprobs, sampling.MAX_TOP)
-        for n, value in enumerate(own):
-            sequence.scores.append((value, top_ids[n][:n_top], top[n][:n_top]))
-        if sequence.n_computed < len(sequence.ids):
-            return []
-        values, ids, tops = zip(*[(None, [], []), *sequence.scores], strict=True)
-        scored = Scored(sequence.request.request_id, list(values), list(ids), list(tops))
-        return [self._answer(sequence, scored)]
+        scored = sequence.scored or Scored(sequence.request.request_id, [None], [[]], [[]])
+        scored.logprobs += logprobs[range(len(following)), following].tolist()
+        scored.top_ids += [ids[:n_top] for ids in top_ids[: len(following)]]
+        scored.top_logprobs += [values[:n_top] for values in top[: len(following)]]
+        sequence.scored = scored
+        is_whole = sequence.n_computed == len(sequence.ids)
+        return [self._answer(sequence, scored)] if is_whole else []
 
     def _classify(self, computed: list[Computed]) -> list[Event]:
         ((sequence, states),) = computed

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from serving.engine.forward import Span
-from serving.engine.messages import Computation, Generate
+from serving.engine.messages import Computation, Generate, Scored
 from serving.engine.sampling import Draw
 from serving.engine.slots import Slot, Slots
 
@@ -31,7 +31,7 @@ class SequenceState:
     n_reused: int = 0  # of n_computed, those that the slot held already
     n_cached: int = 0  # n_reused at the first admission
     max_tokens: int | None = None  # of a step, where memory did not suffice for more
-    scores: list[tuple[float, list[int], list[float]]] = field(default_factory=list)
+    scored: Scored | None = None  # so far
     arrived: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
     first_token: float = 0.0
@@ -139,7 +139,7 @@ class Scheduler:
                 if victim is None:
                     return
                 self.remove(victim)
-                victim.scores.clear()
+                victim.scored = None
                 self.waiting.insert(0, victim)
             self._start(sequence)
 

@@ -5,7 +5,6 @@ Shapes: L layers, S slots, H heads, T time, D head size.
 
 import math
 import mmap
-import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -117,9 +116,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    posix = os.name == "posix"
-    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if posix else {}
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **flags)
+    n_bytes = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
         with suppress(OSError):  # a kernel without large pages
             memory.madvise(mmap.MADV_NOHUGEPAGE)
