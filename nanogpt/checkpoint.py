@@ -132,7 +132,7 @@ def load_checkpoint(
     is not allowed.
     """
     path = find_checkpoint(reference, runs_dir)
-    raw, config, tokenizer = _read_or_advise(path)
+    raw, config, tokenizer = _read(path, advise=True)
     _check_allowed(path, config.block, allow_modules)
     about = raw[KEY]
     model = model_without_weights(config, about["labels"] and len(about["labels"]))
@@ -267,7 +267,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises ValueError in one sentence where the file is truncated or altered, holds Python objects,
     is not one of ours, or has other weights than it describes; an intact file is named.
     """
-    return _read_or_advise(path).raw
+    return _read(path, advise=True).raw
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -290,32 +290,25 @@ class _Content(NamedTuple):
     tokenizer: Tokenizer
 
 
-def _read_or_advise(path: Path) -> _Content:
+def _read(path: Path, *, verify: bool = True, advise: bool = False) -> _Content:
     try:
-        return _read(path)
+        return _checked(path, verify)
     except ValueError as error:
-        raise ValueError(f"{error}; {_alternative(path)}") from error
+        advice = f"; {_alternative(path)}" if advise else ""
+        raise ValueError(f"{path} {error}{advice}") from error
 
 
-def _read(path: Path, *, verify: bool = True) -> _Content:
-    """Return the content of a checkpoint file after checking all of it, but for Lightning's."""
+def _checked(path: Path, verify: bool) -> _Content:
+    """Return a checkpoint's content after checking all but Lightning's; raise ValueError else."""
     try:
         raw = load_archive(path, verify=verify)
     except ValueError as error:
-        raise ValueError(f"{path} is no readable checkpoint: {error}") from error
+        raise ValueError(f"is no readable checkpoint: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get(KEY), dict):
         raise ValueError(
-            f"{path} is not a checkpoint of this project (no key {KEY!r}); "
+            f"is not a checkpoint of this project (no key {KEY!r}); "
             "published GPT-2 weights are read with GPT.from_pretrained"
         )
-    try:
-        return _checked(raw)
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
-
-
-def _checked(raw: dict[str, Any]) -> _Content:
-    """Return a checkpoint's content; raise ValueError for what no run writes."""
     metadata = raw[KEY]
     if isinstance(found := metadata.get("format"), int) and found > FORMAT:
         raise ValueError(

@@ -67,26 +67,26 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     return options
 
 
-def add_allow_module(parser: argparse.ArgumentParser) -> None:
-    """Add the option that lets a checkpoint name a class of another package."""
-    parser.add_argument(
-        "--allow-module",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="import this package where a checkpoint names a block of it (model.block)",
+def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add arguments that several commands have, by name; the environment sets some defaults."""
+    runs_dir, data_dir = (
+        {"type": Path, "default": Path(os.environ.get(variable, default))}
+        for variable, default in (("NANOGPT_RUNS_DIR", "runs"), ("NANOGPT_DATA_DIR", "data"))
     )
-
-
-def add_directory(parser: argparse.ArgumentParser, name: str, what: str) -> None:
-    """Add `--runs-dir` or `--data-dir`, whose default the environment may set."""
-    variable = f"NANOGPT_{name.upper()}_DIR"
-    parser.add_argument(
-        f"--{name}-dir",
-        type=Path,
-        default=Path(os.environ.get(variable, name)),
-        help=f"where {what} (default {name}, or {variable})",
-    )
+    shared: dict[str, dict[str, Any]] = {
+        "checkpoint": {"help": "a .ckpt, a run directory, or the name of a run"},
+        "--device": {"default": "cpu", "choices": ("cpu", "cuda", "mps")},
+        "--allow-module": {
+            "action": "append",
+            "default": [],
+            "metavar": "NAME",
+            "help": "import this package where a checkpoint names a block of it (model.block)",
+        },
+        "--runs-dir": {**runs_dir, "help": "of runs (default runs, or NANOGPT_RUNS_DIR)"},
+        "--data-dir": {**data_dir, "help": "of data (default data, or NANOGPT_DATA_DIR)"},
+    }
+    for name in names:
+        parser.add_argument(name, **shared[name])
 
 
 class OutputClosedError(BrokenPipeError):

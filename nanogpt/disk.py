@@ -80,18 +80,6 @@ def sync_directory(directory: Path) -> None:
             os.close(handle)
 
 
-def copy_durably(source: Path, target: Path) -> None:
-    """Copy a file to the disk itself; leave nothing where that fails."""
-    try:
-        with open(source, "rb") as old, open(target, "wb") as new:
-            shutil.copyfileobj(old, new, 2**20)
-            new.flush()
-            os.fsync(new.fileno())
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
-
-
 def link_atomically(source: Path, target: Path) -> None:
     """Make `target` a second name of `source`; a copy where the file system has no hard links."""
     temporary = target.with_name(f".{target.name}.tmp")
@@ -99,9 +87,11 @@ def link_atomically(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        copy_durably(source, temporary)
-    os.replace(temporary, target)
-    sync_directory(target.parent)
+        with source.open("rb") as old, replacing(target) as new:
+            shutil.copyfileobj(old, new, 2**20)
+    else:
+        os.replace(temporary, target)
+        sync_directory(target.parent)
 
 
 def find_files(root: Path, name: str) -> Iterator[Path]:

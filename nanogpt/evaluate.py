@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanogpt.checkpoint import find_init_from, init_model, load_checkpoint
-from nanogpt.command import add_allow_module, add_directory, guard_output, parse, run_command
+from nanogpt.command import add_shared, guard_output, parse, run_command
 from nanogpt.evaluation import processes
 from nanogpt.evaluation.results import Row, add_evaluation, lines, run_dir_of, table, write_rows
 from nanogpt.evaluation.scoring import BATCH_SIZE
@@ -178,8 +178,7 @@ def parser() -> argparse.ArgumentParser:
     add("--json", type=Path, help="a file to write the figures to")
     add("--picture", type=Path, metavar="FILE.svg", help="a file to draw the figures in")
     add("--no-report", dest="report", action="store_false", help="leave the run's report as it is")
-    add("--device", default="cpu", choices=("cpu", "cuda", "mps"))
-    add_allow_module(parser)
+    add_shared(parser, "--device", "--allow-module", "--runs-dir", "--data-dir")
     add("--batch-size", type=int, default=BATCH_SIZE, help="changes the speed alone (%(default)s)")
     add("--processes", type=int, default=1, help="that share the work, on this machine")
     add("--stride", type=int, help="perplexity: tokens scored per window (default: half a context)")
@@ -197,8 +196,6 @@ def parser() -> argparse.ArgumentParser:
     add("--answers", type=Path, help="judge: where answers are kept (default: judge.jsonl)")
     add("--harness-tasks", metavar="NAMES", help="harness: its tasks, with commas between")
     add("--include-path", type=Path, metavar="DIR", help="harness: a folder of task files")
-    add_directory(parser, "runs", "runs lie")
-    add_directory(parser, "data", "benchmarks are kept")
     return parser
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
-from nanogpt.command import add_directory, guard_output, parse, run_command
+from nanogpt.command import add_shared, guard_output, parse, run_command
 from nanogpt.gguf_file import write_gguf
 from nanogpt.model import NORM_EPSILON, GPTConfig
 from nanogpt.pretrained import CONFIG, SAFETENSORS, published_weights
@@ -125,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m nanogpt.export",
         description="Write a checkpoint for others: a Hugging Face directory, or a GGUF file.",
     )
-    parser.add_argument("checkpoint", help="a .ckpt, a run directory, or the name of a run")
+    add_shared(parser, "checkpoint", "--runs-dir")
     parser.add_argument("out", type=Path, help="the directory or file to write")
     parser.add_argument("--format", required=True, choices=("hf", "gguf"))
     parser.add_argument(
@@ -135,7 +135,6 @@ def parser() -> argparse.ArgumentParser:
         help="of the matrices in a GGUF file (default f32)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
-    add_directory(parser, "runs", "runs lie")
     return parser
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from nanogpt.checkpoint import load_checkpoint
-from nanogpt.command import add_allow_module, add_directory, guard_output, parse, run_command
+from nanogpt.command import add_shared, guard_output, parse, run_command
 from nanogpt.generation import Reply
 from nanogpt.prompts import find_template
 
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m nanogpt.generate", description="Stream a completion from a checkpoint."
     )
-    parser.add_argument("checkpoint", help="a .ckpt, a run directory, or the name of a run")
+    add_shared(parser, "checkpoint", "--device", "--allow-module", "--runs-dir")
     parser.add_argument(
         "--prompt",
         default="",
@@ -85,9 +85,6 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--min-p", type=float, help="drop tokens below p times the likeliest")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
-    add_allow_module(parser)
-    add_directory(parser, "runs", "runs lie")
     return parser
 
 

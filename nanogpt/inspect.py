@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nanogpt.command import add_directory, guard_output, parse, run_command
+from nanogpt.command import add_shared, guard_output, parse, run_command
 from nanogpt.data.corpus import Corpus, open_corpus, read_json
 from nanogpt.data.pretokenized import TokenShards, is_prepared
 from nanogpt.data.shards import REMEDY
 from nanogpt.data.source import file_sha256
 from nanogpt.data.windows import Tokens
 from nanogpt.data.writer import JOURNAL
+from nanogpt.text import print_line
 from nanogpt.tokenizer import byte_tokenizer, gpt2_tokenizer
 
 BLOCK_TOKENS = 2**20  # read at a time
@@ -45,13 +46,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def show(options: argparse.Namespace) -> None:
     """Print what a corpus holds, or which there are."""
     if options.path is None:
-        _print(*listing(options.data_dir))
+        lines = listing(options.data_dir)
     else:
         corpus = open_any(options.path, options.tokenizer)
-        _print(str(options.path), *facts(corpus.manifest))
-        _print(*histogram(corpus.train, corpus.tokenizer.eot_id))
-        _print(*samples(corpus, options.samples))
-        _print("", "not verified" if options.no_verify else verify(corpus))
+        lines = report(options.path, corpus, options.samples, with_shards=not options.no_verify)
+    for line in lines:
+        print_line(line)
+
+
+def report(path: Path, corpus: Corpus, n_samples: int, *, with_shards: bool) -> Iterator[str]:
+    """Yield the facts of a corpus, its document lengths, samples and the state of its shards."""
+    yield str(path)
+    yield from facts(corpus.manifest)
+    yield from histogram(corpus.train, corpus.tokenizer.eot_id)
+    yield from samples(corpus, n_samples)
+    yield ""
+    yield verify(corpus) if with_shards else "not verified"
 
 
 def open_any(path: Path, tokenizer: str | None) -> Corpus:
@@ -212,12 +222,6 @@ def _beginning(corpus: Corpus, start: int) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in shown)
 
 
-def _print(*lines: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    for line in lines:
-        print(line.encode(encoding, "replace").decode(encoding))
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(
@@ -237,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--samples", type=int, default=3, help="documents to show (default 3)")
     parser.add_argument("--no-verify", action="store_true", help="read no shard as a whole")
-    add_directory(parser, "data", "corpora are listed")
+    add_shared(parser, "--data-dir")
     return parser
 
 

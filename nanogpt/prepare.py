@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nanogpt.command import add_directory, guard_output, parse, run_command
+from nanogpt.command import add_shared, guard_output, parse, run_command
 from nanogpt.data.fineweb_edu import FineWebEdu
 from nanogpt.data.hub import HubDataset
 from nanogpt.data.preparing import MakeTokenizer, Preparation, prepare
@@ -183,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
     add("--shard-tokens", type=count, default=Preparation.shard_tokens, help="default 100M")
     add("--workers", type=int, help="tokenizing threads (default: all cores)")
     add("--out", type=Path, help="the corpus's folder (default: one under the data directory)")
-    add_directory(parser, "data", "prepared data lies")
+    add_shared(parser, "--data-dir")
     return parser
 
 

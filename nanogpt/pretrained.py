@@ -5,8 +5,8 @@ There, linear maps are stored input by output ("Conv1D"): the transpose of ours.
 
 import json
 import logging
-import os
 import zipfile
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt.disk import wait_for_lock
-from nanogpt.hub import check_reachable
+from nanogpt.hub import hub_errors
 from nanogpt.model import GPT, NORM_EPSILON, PRESETS, GPTConfig
-from nanogpt.text import first_line
 from nanogpt.tokenizer_files import MERGES, VOCAB, read_tokenizer
 from nanogpt.weights import check_weights, load_archive, model_without_weights
 
@@ -49,9 +48,9 @@ log = logging.getLogger("nanogpt")
 def fetch_pretrained(name: str, data_dir: str | PathLike[str]) -> Path:
     """Return the directory data_dir/weights/name of published weights, fetched where need be.
 
-    `name` is gpt2, gpt2-medium, gpt2-large or gpt2-xl. Weights that lie there whole are found
-    without the network, and a download that broke off is continued. Raises ConnectionError within
-    seconds where the hub cannot be reached, ValueError where other weights lie there.
+    `name` is gpt2, gpt2-medium, gpt2-large or gpt2-xl. Whole files are found without the network
+    and not fetched again. Raises ConnectionError within seconds where the hub cannot be reached,
+    ValueError where other weights lie there.
     """
     expected = GPTConfig.preset(name)
     directory = Path(data_dir) / "weights" / name
@@ -103,82 +102,47 @@ def gpt2_weights(model: GPT) -> dict[str, Tensor]:
 
 def _unreadable(directory: Path) -> list[str]:
     """Return which of the fetched files are missing or damaged."""
-    unreadable = []
-    try:
-        _read_json(directory / CONFIG)
-    except (ValueError, OSError):
-        unreadable.append(CONFIG)
-    try:
-        whole = read_tokenizer(directory) is not None
-    except (ValueError, OSError):
-        whole = False
-    if not whole:
-        unreadable += [VOCAB, MERGES]
-    try:
-        with safe_open(directory / SAFETENSORS, framework="pt"):  # compares header and size
-            pass
-    except (SafetensorError, OSError):
-        unreadable.append(SAFETENSORS)
+    readers: dict[tuple[str, ...], Callable[[], object]] = {
+        (CONFIG,): lambda: _read_json(directory / CONFIG),
+        (VOCAB, MERGES): lambda: read_tokenizer(directory),
+        # compares header and size
+        (SAFETENSORS,): lambda: safe_open(directory / SAFETENSORS, framework="pt"),
+    }
+    unreadable: list[str] = []
+    for files, read in readers.items():
+        try:
+            is_whole = read() is not None
+        except (ValueError, OSError, SafetensorError):
+            is_whole = False
+        unreadable += () if is_whole else files
     return unreadable
 
 
 def _fetch(name: str, directory: Path) -> None:
     """Fetch the files of published weights that are missing or damaged."""
     repository = f"openai-community/{name}"
-    check_reachable(
-        f"the weights of {repository}",
+    instead = (
         f"run python -m nanogpt.prepare {name} on a connected machine and copy its {directory} "
-        f"here, or pass the path of a local Hugging Face directory",
+        f"here, or pass the path of a local Hugging Face directory"
     )
-    directory.mkdir(parents=True, exist_ok=True)
-    with wait_for_lock(FileLock(directory / ".lock"), f"fetches {directory}"):
-        for file in _unreadable(directory):
-            log.info("fetching %s of %s into %s", file, repository, directory)
-            try:
-                _download(repository, file, directory)
-            except Exception as error:  # of the system or of an HTTP library, which one varies
-                why = f"{type(error).__name__}: {first_line(error)}"
-                raise ConnectionError(
-                    f"fetching {file} of {repository} broke off ({why}); the same command "
-                    f"continues it"
-                ) from error
-    if files := _unreadable(directory):
-        raise ValueError(
-            f"{directory / files[0]} is damaged as fetched; remove {directory} and try again"
-        )
+    with hub_errors(f"the weights of {repository}", instead):
+        from huggingface_hub import hf_hub_download
 
-
-def _download(repository: str, file: str, directory: Path) -> None:
-    """Download a file, from where it broke off, and name it when it is whole.
-
-    `hf_hub_download` would begin a broken file anew (huggingface_hub 2.4), and these are large.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
-    url = hf_hub_url(repository, file)
-    found = get_hf_file_metadata(url)
-    part = directory / f".{file}.{found.etag}.part"
-    with open(part, "ab") as to:
-        http_get(
-            url,
-            to,
-            resume_size=to.tell(),
-            headers=build_hf_headers(),
-            expected_size=found.size,
-            displayed_filename=file,
-        )
-    os.replace(part, directory / file)
+        directory.mkdir(parents=True, exist_ok=True)
+        with wait_for_lock(FileLock(directory / ".lock"), f"fetches {directory}"):
+            for file in _unreadable(directory):
+                (directory / file).unlink(missing_ok=True)
+                log.info("fetching %s of %s into %s", file, repository, directory)
+                hf_hub_download(repository, file, local_dir=directory)
 
 
 def _check_shape(name: str, expected: GPTConfig, directory: Path) -> None:
     found = _read_config(directory)
     for key in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
-        if (there := getattr(found, key)) != (wanted := getattr(expected, key)):
+        if getattr(found, key) != getattr(expected, key):
             raise ValueError(
-                f"{directory} has {key}={there} but {name} has {wanted}; remove the directory, or "
-                f"pass another data_dir"
+                f"{directory} has {key}={getattr(found, key)} but {name} has "
+                f"{getattr(expected, key)}; remove the directory, or pass another data_dir"
             )
 
 
