@@ -188,16 +188,14 @@ MERGES = "a0: &a0 {k: 0}\n" + "".join(
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [
-        ("summary.json", b"[]", "a list, not an object"),
+        ("summary.json", b"[]", "a list in place of a mapping"),
         ("summary.json", b"", "Expecting value"),
         ("summary.json", b'{"a": "\xff"}', "utf-8"),
-        ("summary.json", b"[" * 100_000, "nested too deeply"),
-        ("config.yaml", DEEP.encode(), "nested too deeply"),
+        ("summary.json", b"[" * 100_000, "recursion depth"),
+        ("config.yaml", DEEP.encode(), "recursion depth"),
         ("config.yaml", b"- 1", "not a mapping"),
         ("config.yaml", b"\0" * 4096, "config.yaml cannot be read"),
         ("config.yaml", b"# " * 2**18, "524,288 bytes; at most 262,144 are read"),
-        ("metrics.csv", b"step,train/loss\n1,2.5\n" + b"\0" * 200_000, "NUL bytes in line 3"),
-        ("metrics.csv", b"step,train/loss\n1,2.5\n2," + b"9" * 200_000, "field larger than"),
     ],
 )
 def test_a_damaged_run_is_listed_with_the_reason_beside_whole_ones(
@@ -220,6 +218,27 @@ def test_a_damaged_run_is_listed_with_the_reason_beside_whole_ones(
     assert reason in runs["damaged"]["error"]
     assert runs["damaged"]["curves"] == {"train/loss": [[1, 2.5]]}
     assert caplog.text.count("damaged run") == 1
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\0" * 200_000, b"2," + b"9" * 200_000, b"2,\0,", b"2", b"x,1"]
+)
+def test_damaged_lines_of_metrics_are_left_out_as_training_does(
+    tmp_path: Path, damage: bytes
+) -> None:
+    run_dir = write_run(tmp_path / "torn", "1,8,2.5,,")
+    (run_dir / "metrics.csv").write_bytes(b"step,train/loss\n1,2.5\n" + damage + b"\n3,2.0\n")
+    (run,) = find_runs(tmp_path)
+    assert run.curves == {"train/loss": [(1, 2.5), (3, 2.0)]}
+    assert run.error is None
+
+
+def test_a_file_that_is_no_metrics_spoils_its_run(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "other", "1,8,2.5,,")
+    (run_dir / "metrics.csv").write_text("time,loss\n1,2\n")
+    (run,) = find_runs(tmp_path)
+    assert run.state == "damaged"
+    assert "begins with ['time']" in str(run.error)
 
 
 def test_merge_keys_do_not_make_a_configuration_grow(tmp_path: Path) -> None:

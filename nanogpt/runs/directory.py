@@ -191,6 +191,8 @@ def read_summary(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     try:
         with open_regular(path, max_bytes) as file:
             summary: dict[str, Any] = json.load(file)
+        if not isinstance(summary, dict):
+            raise ValueError(f"a {type(summary).__name__} in place of a mapping")
         if type(summary["steps"]) is not int or not isinstance(summary.get("val_loss", 0.0), float):
             raise ValueError("steps or val_loss is no number")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
