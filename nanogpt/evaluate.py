@@ -4,10 +4,10 @@
     python -m nanogpt.evaluate RUN --task perplexity --data TEXT --json scores.json
 
 CHECKPOINT is a .ckpt, a run directory, the name of a run under runs/, a Hugging Face GPT-2's
-directory, or one of gpt2, gpt2-medium, gpt2-large and gpt2-xl. The figures come as a table, with
-standard errors and with what is published beside; `--json` and `--picture` write them to files, and
-those of a run's own checkpoints become part of its report.html. Tasks are scored in fp32.
-docs/EVALUATION.md says what every task does.
+directory, or one of gpt2, gpt2-medium, gpt2-large and gpt2-xl. Results are printed as a table with
+standard errors and published scores; `--json` and `--picture` write them to files, and those of a
+run's own checkpoints become part of its report.html. Tasks are scored in fp32, as
+docs/EVALUATION.md describes.
 """
 
 import argparse
@@ -51,13 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise ValueError or OSError for options that cannot work, before anything is loaded."""
+    """Raise ValueError for options that cannot work, before anything is loaded."""
     for option in ("json", "picture"):
         path = getattr(options, option)
-        if path is not None and not path.parent.is_dir():
-            raise FileNotFoundError(f"--{option} {path}: there is no folder for it; make one")
-        if path is not None and path.is_dir():
-            raise IsADirectoryError(f"--{option} {path} is a folder; name a file")
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"--{option} {path} is no file of an existing folder; name one")
     for option in ("limit", "batch_size", "max_new_tokens", "processes"):
         value = getattr(options, option)
         if value is not None and value < 1:
@@ -65,6 +63,7 @@ def check(options: argparse.Namespace) -> None:
     several = max(options.processes, processes.world_size()) > 1
     if several and options.task not in SHARED:
         raise ValueError(f"--task {options.task} runs in one process; leave --processes out")
+    task_options(find_task(options.task), options)
 
 
 def find_checkpoints(options: argparse.Namespace) -> list[Path]:
@@ -193,7 +192,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="judge: the key (default OPENAI_API_KEY, for OpenAI's own address and loopback)",
     )
-    add("--answers", type=Path, help="judge: where answers are kept (default: judge.jsonl)")
+    add("--answers", type=Path, help="judge: the file of its answers (default: judge.jsonl)")
     add("--harness-tasks", metavar="NAMES", help="harness: its tasks, with commas between")
     add("--include-path", type=Path, metavar="DIR", help="harness: a folder of task files")
     return parser

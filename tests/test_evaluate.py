@@ -178,7 +178,9 @@ def test_a_task_gets_the_options_that_it_names_or_all_of_them() -> None:
 
 
 def test_no_data_says_what_to_pass(always_ham: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "needs --data FILE" in fails([str(always_ham), "--task", "classify"], capsys)
+    assert "needs --data (Score a classifier on a labelled" in fails(
+        [str(always_ham), "--task", "classify"], capsys
+    )
 
 
 def test_a_folder_that_is_not_there_is_said_before_scoring(
@@ -186,7 +188,7 @@ def test_a_folder_that_is_not_there_is_said_before_scoring(
 ) -> None:
     out = str(tmp_path / "nowhere" / "out.json")
     arguments = [str(always_ham), "--task", "classify", "--data", str(file), "--json", out]
-    assert "there is no folder for it" in fails(arguments, capsys)
+    assert "is no file of an existing folder" in fails(arguments, capsys)
 
 
 def test_a_whole_evaluation_of_a_run_imports_no_lightning(

@@ -224,7 +224,7 @@ def test_a_classifier_is_refused_in_one_sentence(
     ("arguments", "message"),
     [
         (["--task", "hellaswag", "--data", "nowhere.jsonl"], "nowhere.jsonl is no file"),
-        (["--task", "perplexity"], "--task perplexity needs --data PATH"),
+        (["--task", "perplexity"], "--task perplexity needs --data (Score text"),
         (["--task", "perplexity", "--data", "b.txt"], "--data b.txt does not exist; pass a file"),
         (["--task", "perplexity", "--data", "a.jsonl"], "pass --text-column NAME"),
         (
@@ -238,11 +238,11 @@ def test_a_classifier_is_refused_in_one_sentence(
         (["--task", "perplexity", "--data", "a.bin", "--limit", "2"], "--limit counts documents"),
         (["--task", "hellaswag", "--batch-size", "0"], "--batch-size 0 is not a number"),
         (["--task", "judge", "--processes", "2"], "--task judge runs in one process"),
-        (["--task", "judge"], "--task judge needs --judge-url URL"),
+        (["--task", "judge"], "--task judge needs --judge-url"),
         (["--task", "instructions", "--data", "a.jsonl"], "a.ckpt is not instruction-tuned"),
         (["--task", "lambada", "--data", "a.txt"], "a.txt, line 1 is not JSON"),
-        (["--task", "lambada", "--picture", "no/a.svg"], "there is no folder for it"),
-        (["--task", "lambada", "--json", "."], "--json . is a folder; name a file"),
+        (["--task", "lambada", "--picture", "no/a.svg"], "no/a.svg is no file of an existing"),
+        (["--task", "lambada", "--json", "."], "--json . is no file of an existing folder"),
         (["nowhere", "--task", "lambada", "--data", "none"], "there is no checkpoint 'nowhere'"),
     ],
 )

@@ -1,7 +1,8 @@
 """The tasks of `python -m nanogpt.evaluate`: functions from a checkpoint to metrics.
 
-The parameters of a task after the checkpoint are the options of the command that it reads; a task
-whose only other parameter is no option, such as `options`, gets all of them.
+The parameters of a task after the checkpoint are the options of the command that it reads, those
+without None are required; a task whose only other parameter is no option, such as `options`, gets
+all of them.
 """
 
 import gzip
@@ -68,21 +69,20 @@ def run_lambada(
 
 def run_perplexity(
     checkpoint: Checkpoint,
-    data: Path | None,
+    data: Path,
     limit: int | None,
     batch_size: int,
     stride: int | None,
     text_column: str,
     separator: str | None,
 ) -> Results:
-    """Score a text or prepared tokens, and compress the same text with gzip."""
+    """Score text (.txt .md .py .jsonl .parquet) or token shards, and compress it with gzip."""
     check_language_model(checkpoint)
-    path = required(data, "PATH, text (.txt .md .py .jsonl .parquet) or token shards", "perplexity")
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     stride = max(model.config.block_size // 2, 1) if stride is None else stride
-    tokens = prepared_tokens(path, checkpoint, limit)
+    tokens = prepared_tokens(data, checkpoint, limit)
     if tokens is None:
-        texts = TextFiles(path, text_column, separator=separator).documents()
+        texts = TextFiles(data, text_column, separator=separator).documents()
         with option_names():
             documents = [
                 [tokenizer.eot_id, *tokenizer.encode(text or "")] for text in islice(texts, limit)
@@ -124,17 +124,12 @@ def prepared_tokens(path: Path, checkpoint: Checkpoint, limit: int | None) -> np
 
 
 def run_classify(
-    checkpoint: Checkpoint,
-    data: Path | None,
-    limit: int | None,
-    text_column: str,
-    label_column: str,
+    checkpoint: Checkpoint, data: Path, limit: int | None, text_column: str, label_column: str
 ) -> Results:
-    """Score a classifier on a labelled file, and the majority class with it; print the confusion.
+    """Score a classifier on a labelled .tsv, .csv or .jsonl file; print the confusion.
 
     Raises ValueError for a language model and for unknown labels.
     """
-    path = required(data, "FILE, a labelled .tsv, .csv or .jsonl file", "classify")
     model, labels = checkpoint.model, checkpoint.labels
     if labels is None or not isinstance(model, Classifier):
         raise ValueError(
@@ -142,15 +137,15 @@ def run_classify(
             "classes; pass a checkpoint of stage=classify"
         )
     with option_names():
-        examples = read_examples(path, text_column, label_column)[:limit]
+        examples = read_examples(data, text_column, label_column)[:limit]
     if unknown := sorted({example.label for example in examples} - set(labels)):
         raise ValueError(
-            f"{path} has the label {unknown[0]!r} and the checkpoint knows {', '.join(labels)}; "
+            f"{data} has the label {unknown[0]!r} and the checkpoint knows {', '.join(labels)}; "
             "pass a file with these labels"
         )
-    if is_training_data(checkpoint, path):
+    if is_training_data(checkpoint, data):
         print(
-            f"nanogpt.evaluate: {checkpoint.path} was trained on {path}, so these metrics are not "
+            f"nanogpt.evaluate: {checkpoint.path} was trained on {data}, so these metrics are not "
             "those of unseen texts; the run's summary.json has the test split's",
             file=sys.stderr,
         )
@@ -188,14 +183,10 @@ def is_training_data(checkpoint: Checkpoint, path: Path) -> bool:
 
 
 def run_instructions(
-    checkpoint: Checkpoint,
-    data: Path | None,
-    limit: int | None,
-    batch_size: int,
-    max_new_tokens: int,
+    checkpoint: Checkpoint, data: Path, limit: int | None, batch_size: int, max_new_tokens: int
 ) -> Results:
-    """Measure the replies to an instruction set."""
-    conversations = read_conversations(data, limit, "instructions")
+    """Measure the replies to a .jsonl or .json file of instructions and responses."""
+    conversations = read_conversations(data, limit)
     return instructions.evaluate(
         checkpoint, conversations, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
@@ -203,37 +194,34 @@ def run_instructions(
 
 def run_judge(
     checkpoint: Checkpoint,
-    data: Path | None,
+    judge_url: str,
+    judge_model: str,
+    judge_key: str | None,
+    data: Path,
     limit: int | None,
     max_new_tokens: int,
-    judge_url: str | None,
-    judge_model: str | None,
-    judge_key: str | None,
     answers: Path | None,
 ) -> Results:
-    """Let another model score the replies to an instruction set.
+    """Let another model score the replies to a file of instructions and responses.
 
-    Raises ValueError without a judge, FileNotFoundError where the answers have no folder.
+    Raises FileNotFoundError where the answers have no folder.
     """
-    if judge_url is None or judge_model is None:
-        raise ValueError("--task judge needs --judge-url URL and --judge-model NAME")
     if answers is None:
         answers = (run_dir_of(checkpoint.path) or checkpoint.path.parent) / "judge.jsonl"
     if not answers.parent.is_dir():
         raise FileNotFoundError(f"--answers {answers}: there is no folder for it; make one")
-    conversations = read_conversations(data, limit, "judge")
+    conversations = read_conversations(data, limit)
     key = judge.environment_key(judge_url) if judge_key is None else judge_key
     other = judge.Judge(judge_url, judge_model, key.strip())  # of a file's line end
     return judge.evaluate(checkpoint, conversations, other, answers, max_new_tokens=max_new_tokens)
 
 
-def read_conversations(data: Path | None, limit: int | None, task: str) -> list[Conversation]:
+def read_conversations(data: Path, limit: int | None) -> list[Conversation]:
     """Return the conversations of an instruction set; raises ValueError where it has none."""
-    path = required(data, "FILE, a .jsonl or .json file of instructions and responses", task)
     with option_names():
-        found = Instructions(path, max_examples=limit).conversations
+        found = Instructions(data, max_examples=limit).conversations
     if not found:
-        raise ValueError(f"{path} has no conversations; pass instructions and responses")
+        raise ValueError(f"{data} has no conversations; pass instructions and responses")
     return found
 
 
@@ -241,15 +229,13 @@ def run_harness(
     checkpoint: Checkpoint,
     limit: int | None,
     batch_size: int,
-    harness_tasks: str | None,
+    harness_tasks: str,
     include_path: Path | None,
 ) -> Results:
-    """Run tasks of lm-evaluation-harness in this process; raises ValueError without any."""
+    """Run tasks of lm-evaluation-harness, with commas between their names."""
     from nanogpt.evaluation.harness import evaluate
 
     check_language_model(checkpoint)
-    if not harness_tasks:
-        raise ValueError("--task harness needs --harness-tasks NAME[,NAME ...]")
     names = harness_tasks.split(",")
     more = {"include_path": include_path, "limit": limit, "batch_size": batch_size}
     return evaluate(checkpoint, names, **more)
@@ -281,18 +267,18 @@ def find_task(name: str) -> Task:
 
 
 def task_options(task: Task, options: Namespace) -> dict[str, Any]:
-    """Return the options of the command that a task reads, by the names of its parameters."""
-    names = [*inspect.signature(task).parameters][1:]
-    if len(names) == 1 and not hasattr(options, names[0]):
-        return {names[0]: options}
-    return {name: getattr(options, name) for name in names}
+    """Return the options of the command that a task reads, by the names of its parameters.
 
-
-def required(data: Path | None, what: str, task: str) -> Path:
-    """Return the file to score; raises ValueError where none is given."""
-    if data is None:
-        raise ValueError(f"--task {task} needs --data {what}")
-    return data
+    Raises ValueError where a required one is missing.
+    """
+    _, *parameters = inspect.signature(task).parameters.values()
+    if [hasattr(options, p.name) for p in parameters] == [False]:
+        return {parameters[0].name: options}
+    for p in parameters:
+        if getattr(options, p.name) is None and "None" not in str(p.annotation):
+            option, (line, *_) = p.name.replace("_", "-"), (task.__doc__ or "").splitlines() or [""]
+            raise ValueError(f"--task {options.task} needs --{option} ({line})")
+    return {p.name: getattr(options, p.name) for p in parameters}
 
 
 def benchmark_path(benchmark: Benchmark, data: Path | None, data_dir: Path) -> Path:
@@ -313,7 +299,10 @@ def check_language_model(checkpoint: Checkpoint) -> None:
 
 @contextmanager
 def option_names() -> Iterator[None]:
-    """Replace keys of training's configuration by this command's options in errors on data."""
+    """Replace keys of training's configuration by this command's options in errors on data.
+
+    Raises the ValueError or FileNotFoundError of its block with another message.
+    """
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
