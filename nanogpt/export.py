@@ -26,16 +26,8 @@ from nanogpt.gguf_file import write_gguf
 from nanogpt.model import NORM_EPSILON, GPTConfig
 from nanogpt.pretrained import CONFIG, SAFETENSORS, published_weights
 from nanogpt.prompts import find_template
+from nanogpt.support import unsupported
 from nanogpt.tokenizer_files import padding_id, write_tokenizer
-
-# What both formats take for granted of a GPT-2; they also take biases, which may be zero.
-GPT2_HAS = {
-    "position": "learned",
-    "norm": "layernorm",
-    "activation": "gelu",
-    "qk_norm": False,
-    "block": None,
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,12 +56,11 @@ def check_exportable(checkpoint: Checkpoint, format_: str) -> None:
     config, path = checkpoint.config, checkpoint.path
     if checkpoint.labels is not None and format_ == "gguf":
         raise ValueError(f"{path} is a classifier, which GGUF has no place for; pass --format hf")
-    wanted = {key: value for key, value in GPT2_HAS.items() if getattr(config, key) != value}
-    if wanted:
-        found = ", ".join(f"{key}={getattr(config, key)}" for key in wanted)
-        switches = " ".join(f"model.{key}={_typed(value)}" for key, value in wanted.items())
+    if found := unsupported(config, {}):  # the defaults are GPT-2; missing biases become zero
+        values = ", ".join(f"{key}={value}" for key, value in found.items())
+        switches = " ".join(f"model.{key}={_typed(getattr(type(config)(), key))}" for key in found)
         raise ValueError(
-            f"{path} has {found}, which the published GPT-2 and so its formats lack; "
+            f"{path} has {values}, which the published GPT-2 and so its formats lack; "
             f"export a model trained with {switches}, as model=gpt2_small has them"
         )
 

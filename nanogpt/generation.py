@@ -14,7 +14,10 @@ from torch import Tensor
 from nanogpt.detokenizer import Detokenizer
 from nanogpt.model import GPT, Attend, GPTConfig, causal_attention
 from nanogpt.prompts import Message, Template, trimmed
+from nanogpt.support import IN_BLOCKS, check_supported
 from nanogpt.tokenizer import Tokenizer
+
+SUPPORTED = {**IN_BLOCKS, "position": ("learned", "rotary")}
 
 
 class Reply:
@@ -154,6 +157,7 @@ class KVCache(Attend):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
+        check_supported(config, "the KV cache (nanogpt/generation.py)", SUPPORTED)
         head_size = config.n_embd // config.n_head
         n_tokens = config.block_size if n_tokens is None else n_tokens
         shape = (config.n_layer, 2, batch_size, config.n_head, n_tokens, head_size)

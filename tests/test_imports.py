@@ -12,7 +12,8 @@ CORE = {
     for name in (
         *("model", "tokenizer", "prompts", "generation", "pretrained", "classifier", "checkpoint"),
         *("weights", "optim", "splitmix", "hub", "tokenizer_files", "command"),
-        *("dropout", "detokenizer", "disk", "text", "values", "runs.directory", "runs.identity"),
+        *("dropout", "support", "detokenizer", "disk", "text", "values"),
+        *("runs.directory", "runs.identity"),
     )
 }
 HYDRA, LIGHTNING, TORCH = ("hydra", "omegaconf"), ("lightning",), ("torch",)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt.model import GPT, Attend
+from nanogpt.support import IN_BLOCKS, check_supported
 from nanogpt.tokenizer import Tokenizer
 
 BATCH_SIZE = 8  # requests per forward
@@ -33,6 +34,8 @@ ROW_MULTIPLE = 16  # tokens to which a row's attention is padded
 TREE_TOKENS = 1024  # largest row: its attention scores grow with their square
 LOGITS_ROWS = 128  # of V logits, computed at a time
 PROGRESS_S = 10.0  # between lines of the log
+
+SUPPORTED = {**IN_BLOCKS, "position": ("learned", "rotary")}
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -66,9 +69,10 @@ def answer(
     of half the model's context, each after as much as fits of what precedes it. The order of the
     questions and the size of the batches do not change the answers.
 
-    Raises ValueError where the model gives no finite likelihoods.
+    Raises ValueError where the model gives no finite likelihoods, or is not supported.
     """
     assert not model.training, "dropout would change the answers"
+    check_supported(model.config, "the scorer (nanogpt/evaluation/scoring.py)", SUPPORTED)
     shares = model.mixes_by_attend()
     tree_tokens, product_rows = (TREE_TOKENS, PRODUCT_ROWS) if shares else (0, 1)
     block_size = model.config.block_size

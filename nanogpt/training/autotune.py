@@ -12,6 +12,7 @@ import torch
 from nanogpt.model import GPTConfig
 from nanogpt.ranks import on_rank_zero
 from nanogpt.runs.run import Run
+from nanogpt.support import ANY, IN_BLOCKS, check_supported
 from nanogpt.training.machine import missing_for_compile, usable_cores, usable_memory_bytes
 from nanogpt.training.throughput import peak_flops
 from nanogpt.training.trials import CPU_PRECISIONS, DTYPES, Trials, isolated_measurement
@@ -19,6 +20,7 @@ from nanogpt.training.trials import CPU_PRECISIONS, DTYPES, Trials, isolated_mea
 log = logging.getLogger("nanogpt")
 T = TypeVar("T")
 
+SUPPORTED = {**IN_BLOCKS, "position": ANY, "activation": ("gelu", "relu2")}
 # bfloat16 must be this many times as fast as float32 on a CPU to be worth its rounding.
 WORTH_BF16 = 1.15
 # A larger micro-batch is kept against a smaller one that is faster by less than this.
@@ -251,5 +253,7 @@ def _candidates(trials: Trials) -> list[int]:
 
 
 def _bytes_per_token(config: GPTConfig) -> int:
-    """Return about what a token's forward keeps for its backward in float32."""
+    """Return about what a token's forward stores for its backward in float32."""
+    consumer = "the memory estimate (nanogpt/training/autotune.py)"
+    check_supported(config, consumer, SUPPORTED)
     return 4 * (20 * config.n_layer * config.n_embd + 3 * config.vocab_size)

@@ -8,8 +8,10 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
 from nanogpt.model import GPTConfig
+from nanogpt.support import ANY, IN_BLOCKS, check_supported
 from nanogpt.weights import model_without_weights
 
+SUPPORTED = {**IN_BLOCKS, "position": ANY, "activation": ("gelu", "relu2")}
 # Sides of the measured product: large enough to reach the device's rate.
 GEMM_SIDE = {"cpu": 1024, "mps": 2048}
 GEMM_SIDE_GPU = 8192
@@ -29,8 +31,11 @@ def flops_per_token(config: GPTConfig) -> int:
 
     6 per weight of a matrix product, the head included and look-ups not, and 12 L C T for attention
     (PaLM, appendix B; attention is counted as if it were not causal, as nanoGPT and llm.c do).
-    Blocks of another class are counted alike, every one of their parameters as a weight.
+    Blocks of another class are counted alike, every one of their parameters as a weight. Raises
+    ValueError for a configuration whose arithmetic is not known.
     """
+    consumer = "the FLOP count (nanogpt/training/throughput.py)"
+    check_supported(config, consumer, SUPPORTED)
     L, C, T = config.n_layer, config.n_embd, config.block_size
     n_block = 12 * L * C**2
     if config.block is not None:

@@ -4,6 +4,7 @@ Where there is no compiler, or for shapes that the kernels do not take, `Forward
 """
 
 import ctypes
+import logging
 from copy import deepcopy
 from functools import lru_cache
 from typing import Any
@@ -13,13 +14,22 @@ from torch import Tensor, nn
 
 from nanogpt.classifier import Classifier
 from nanogpt.model import GPT, Block, rotary_angles
+from nanogpt.support import ANY, Supported, unsupported
 from serving.engine import compiling
 from serving.engine.forward import Forward, Span
 
+SUPPORTED: Supported = {
+    "position": ("learned", "rotary"),
+    "norm": ("layernorm", "rmsnorm"),
+    "activation": ("gelu", "relu2"),
+    "qk_norm": ANY,
+}
 DTYPES = {"fp32": 0, "bf16": 1, "int8": 2, "fp24": 3}
 WEIGHT_BYTES = (4, 2, 1, 3)  # by the number of the dtype
 PANEL = GROUP = 64
 HEAD_SIZES = range(16, 129, 16)
+
+log = logging.getLogger(__name__)
 
 
 class _Matrix(ctypes.Structure):
@@ -174,12 +184,15 @@ ForwardPass = Forward | NativeForward
 
 def supported(model: GPT, dtype: str, device: torch.device) -> bool:
     """Return whether the kernels can be had here, and take this model in this precision."""
-    config = model.config
-    fits = config.n_embd % PANEL == 0 and config.n_embd // config.n_head in HEAD_SIZES
-    fits = fits and config.block is None
-    if device.type != "cpu" or not fits:
+    if device.type != "cpu":
         return False
-    library = load_library()
+    config = model.config
+    if found := unsupported(config, SUPPORTED):
+        values = ", ".join(f"{name}={value}" for name, value in found.items())
+        log.info("the C++ kernels do not support %s; computing with torch", values)
+        return False
+    fits = config.n_embd % PANEL == 0 and config.n_embd // config.n_head in HEAD_SIZES
+    library = load_library() if fits else None
     return library is not None and bool(library.supports(DTYPES[dtype]))
 
 

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from nanogpt.model import GPTConfig
+from nanogpt.support import IN_BLOCKS, check_supported
+
+SUPPORTED = {**IN_BLOCKS, "position": ("learned", "rotary")}
 
 
 @dataclass
@@ -103,7 +106,11 @@ class Slots:
 
 
 def slot_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
-    """Return the memory of one slot's keys and values."""
+    """Return the memory of one slot's keys and values.
+
+    Raises ValueError for a configuration whose keys and values have another shape.
+    """
+    check_supported(config, "the server's KV cache (serving/engine/slots.py)", SUPPORTED)
     return 2 * config.n_layer * config.block_size * config.n_embd * dtype.itemsize
 
 
