@@ -5,12 +5,10 @@
 `serve.py` composes `conf/serve.yaml` and becomes this; one engine, `NANOGPT_WORKERS` front ends.
 """
 
-import contextlib
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
@@ -18,8 +16,7 @@ from uvicorn.supervisors import Multiprocess
 from serving.api.auth import is_loopback
 from serving.api.connection import Connection
 from serving.api.settings import ApiSettings, read_settings
-from serving.app import ENGINE_VARIABLE, term_at_hangup
-from serving.engine.client import EngineProcess
+from serving.app import ENGINE_VARIABLE, running_engine, term_at_hangup
 from serving.engine.messages import Settings
 from serving.logs import configure
 
@@ -75,21 +72,19 @@ def check_exposure(settings: ApiSettings) -> None:
         )
 
 
-@contextlib.contextmanager
-def listen(settings: ApiSettings) -> Iterator[socket.socket]:
-    """Give a socket bound to the address; raises OSError where that is taken."""
+def listen(settings: ApiSettings) -> socket.socket:
+    """Return a socket that listens at the address; raises OSError where that is taken."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((settings.host, settings.port))
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise OSError(
-                f"cannot listen at {settings.host}:{settings.port} ({reason}); pass another port="
-            ) from error
-        listening.set_inheritable(True)
-        yield listening
+    address = (settings.host, settings.port)
+    try:
+        listening = socket.create_server(address, family=family, backlog=BACKLOG)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OSError(
+            f"cannot listen at {settings.host}:{settings.port} ({reason}); pass another port="
+        ) from error
+    listening.set_inheritable(True)
+    return listening
 
 
 def announce(settings: ApiSettings, port: int) -> None:
@@ -129,28 +124,12 @@ def run(settings: ApiSettings, listening: socket.socket) -> None:
         if not server.started:
             raise OSError("the server could not start; its log says why")
         return
-    with shared_engine(settings):
-        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
-        handler = signal.getsignal(hangup)
+    with running_engine(settings) as address:
+        os.environ[ENGINE_VARIABLE] = address
+        at_hangup = signal.getsignal(signal.SIGHUP)
         supervisor = Multiprocess(config, [listening])
-        if hangup != signal.SIGTERM:
-            signal.signal(hangup, handler)
+        signal.signal(signal.SIGHUP, at_hangup)  # not a restart
         supervisor.run()
-
-
-@contextlib.contextmanager
-def shared_engine(settings: ApiSettings) -> Iterator[None]:
-    """Give all front ends one engine: the one that the environment names, or a new one."""
-    if os.environ.get(ENGINE_VARIABLE):
-        yield
-        return
-    engine = EngineProcess(settings.engine_settings())
-    os.environ[ENGINE_VARIABLE] = engine.address
-    engine.start()
-    try:
-        yield
-    finally:
-        engine.stop()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -92,46 +92,36 @@ def _add_routes(app: FastAPI) -> None:
 def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        async with _engine(client, settings) as engine:
-            front = FrontEnd(
-                settings=settings,
-                client=engine,
-                catalogue=Catalogue(engine, lenient=settings.unknown_model == "default"),
-                metrics=app.state.metrics,
-                began=time.time(),
-            )
+        async with _connected(client, settings) as engine:
+            catalogue = Catalogue(engine, lenient=settings.unknown_model == "default")
+            front = FrontEnd(settings, engine, catalogue, app.state.metrics, began=time.time())
             app.state.front_end = front
             gc.freeze()  # what was imported lives as long as the process
             gc.set_threshold(GC_OBJECTS, *gc.get_threshold()[1:])
-            with _at_signal(lambda: _drain(front)):
-                yield {"settings": settings, "metrics": app.state.metrics}  # for Connection
+            if threading.current_thread() is threading.main_thread():
+                loop = asyncio.get_running_loop()
+                _before_shutdown(lambda: loop.call_soon_threadsafe(_drain, front))
+            yield {"settings": settings, "metrics": app.state.metrics}  # for Connection
 
     return lifespan
 
 
 @contextlib.asynccontextmanager
-async def _engine(
+async def _connected(
     client: EngineClient | None, settings: ApiSettings
 ) -> AsyncIterator[EngineClient]:
-    """Give the client of an engine; an engine that was started here ends here."""
+    """Give a client that connects to an engine, unless one is given."""
     if client is not None:
         yield client
         return
-    process = None
-    address = os.environ.get(ENGINE_VARIABLE)
-    if not address:
-        process = EngineProcess(settings.engine_settings())
-        process.start()
-        address = process.address
-    client = EngineClient(address, settings.stall_s)
-    connecting = asyncio.create_task(_connect(client))
-    try:
-        yield client
-    finally:
-        connecting.cancel()
-        await client.close()
-        if process is not None:
-            await asyncio.to_thread(process.stop)
+    with running_engine(settings) as address:
+        client = EngineClient(address, settings.stall_s)
+        connecting = asyncio.create_task(_connect(client))
+        try:
+            yield client
+        finally:
+            connecting.cancel()
+            await client.close()
 
 
 async def _connect(client: EngineClient) -> None:
@@ -139,61 +129,59 @@ async def _connect(client: EngineClient) -> None:
     log.info("ready: %s", ", ".join(model.id for model in client.models()) or "no models yet")
 
 
-def _end_with_parent() -> None:
-    """Be told to end when the process that started this front end is gone, however it ended.
-
-    Else it would hold the port, with no engine behind it.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is None:
+@contextlib.contextmanager
+def running_engine(settings: ApiSettings) -> Iterator[str]:
+    """Give the address of the engine at `NANOGPT_ENGINE`, or of one that ends with the context."""
+    if address := os.environ.get(ENGINE_VARIABLE):
+        yield address
         return
+    engine = EngineProcess(settings.engine_settings())
+    engine.start()
+    try:
+        yield engine.address
+    finally:
+        engine.stop()
 
-    def watch() -> None:
-        parent.join()
-        log.error("the parent process is gone; this front end ends")
-        os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+def _end_with_parent() -> None:
+    """Send SIGTERM to this process when its parent ends, however that ends.
+
+    Else a front end would hold the port, with no engine behind it.
+    """
+    if parent := multiprocessing.parent_process():
+
+        def watch() -> None:
+            parent.join()
+            log.error("the parent process is gone; this front end ends")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
 def _drain(front: FrontEnd) -> None:
-    """Take nothing new; what is open may go on for `drain_s`, then it is told that it failed."""
-    if front.draining:
-        return
-    front.draining = True
-    log.info("ending: open answers have %g s to finish", front.settings.drain_s)
-    loop = asyncio.get_running_loop()
-    loop.call_later(front.settings.drain_s, lambda: loop.create_task(front.client.close()))
+    """Refuse new requests; open ones may go on for `drain_s`, and fail then."""
+    if not front.draining:
+        front.draining = True
+        log.info("ending: open answers have %g s to finish", front.settings.drain_s)
+        loop = asyncio.get_running_loop()
+        loop.call_later(front.settings.drain_s, lambda: loop.create_task(front.client.close()))
 
 
 def term_at_hangup() -> None:
     """Let SIGHUP, of a terminal that closes, be SIGTERM, unless it is ignored (nohup)."""
-    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
-        signal.signal(hangup, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
-@contextlib.contextmanager
-def _at_signal(action: Callable[[], None]) -> Any:
-    """Do something when the process is asked to end, before its server does what it does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop = asyncio.get_running_loop()
-    asked = (signal.SIGTERM, signal.SIGINT)
-    former = {number: signal.getsignal(number) for number in asked}
+def _before_shutdown(action: Callable[[], object]) -> None:
+    """Run an action when a signal ends the process, before the handler of its server."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        former = signal.getsignal(number)
 
-    def handle(number: int, stack: FrameType | None) -> None:
-        loop.call_soon_threadsafe(action)
-        handler = former[signal.Signals(number)]
-        if callable(handler):
-            handler(number, stack)
+        def handle(number: int, stack: FrameType | None, former: Any = former) -> None:
+            action()
+            if callable(former):
+                former(number, stack)
 
-    for number in asked:
         signal.signal(number, handle)
     term_at_hangup()
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
