@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanogpt.evaluation.hellaswag import completion_question, read_items
-from nanogpt.evaluation.scoring import BATCH_SIZE, Question, answer
+from nanogpt.evaluation.hellaswag import completion_request, read_items
+from nanogpt.evaluation.scoring import BATCH_SIZE, Request, loglikelihoods
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import gpt2_tokenizer
 
@@ -38,8 +38,8 @@ def main() -> int:
     model = GPT(GPTConfig.preset(options.preset)).to(device).eval()
     tokenizer = gpt2_tokenizer()
     items = read_items(options.data, options.items)
-    questions = [completion_question(tokenizer, item) for item in items]
-    ours, theirs, difference = measure(model, questions, options.rounds, options.batch_size)
+    requests = [completion_request(tokenizer, item) for item in items]
+    ours, theirs, difference = measure(model, requests, options.rounds, options.batch_size)
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     print(f"{options.preset}, {len(items)} items, {options.rounds} rounds, {device}, fp32\n")
     print("| | items/s, median (min to max) |\n|---|---|")
@@ -53,22 +53,22 @@ def main() -> int:
 
 
 def measure(
-    model: GPT, questions: Sequence[Question], rounds: int, batch_size: int
+    model: GPT, requests: Sequence[Request], rounds: int, batch_size: int
 ) -> tuple[list[float], list[float], float]:
     """Return items per second of both ways by round, and the largest difference of their sums."""
 
     def shared() -> Sums:
-        return [[a.log_likelihood for a in of] for of in answer(model, questions, batch_size)]
+        return [[a.loglikelihood for a in of] for of in loglikelihoods(model, requests, batch_size)]
 
     def four_rows() -> Sums:
-        return [four_rows_of(model, question).tolist() for question in questions]
+        return [four_rows_of(model, request).tolist() for request in requests]
 
     pairs = zip(shared(), four_rows(), strict=True)  # warms up
     difference = max(abs(a - b) for found in pairs for a, b in zip(*found, strict=True))
     ours, theirs = [], []
     for _ in range(rounds):
-        ours.append(len(questions) / seconds(shared))
-        theirs.append(len(questions) / seconds(four_rows))
+        ours.append(len(requests) / seconds(shared))
+        theirs.append(len(requests) / seconds(four_rows))
     return ours, theirs, difference
 
 
@@ -80,15 +80,15 @@ def seconds(run: Callable[[], Sums]) -> float:
 
 
 @torch.inference_mode()
-def four_rows_of(model: GPT, question: Question) -> Tensor:
+def four_rows_of(model: GPT, request: Request) -> Tensor:
     """Return the endings' log-likelihoods (4,), from logits at every token of four whole rows."""
-    rows = [[*question.context, *ending] for ending in question.continuations]
+    rows = [[*request.context, *ending] for ending in request.continuations]
     n_tokens = max(map(len, rows))
     ids = torch.zeros(len(rows), n_tokens, dtype=torch.int64)
     is_ending = torch.zeros(len(rows), n_tokens, dtype=torch.bool)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
-        is_ending[i, len(question.context) : len(row)] = True
+        is_ending[i, len(request.context) : len(row)] = True
     device = model.wte.weight.device
     ids, is_ending = ids.to(device), is_ending.to(device)
     logits = model(ids)[:, :-1].contiguous()

@@ -25,7 +25,7 @@ from nanogpt.checkpoint import (
 )
 from nanogpt.classifier import Classifier
 from nanogpt.evaluate import main as evaluate_main
-from nanogpt.evaluation.scoring import Question, answer
+from nanogpt.evaluation.scoring import Request, loglikelihoods
 from nanogpt.export import check_exportable
 from nanogpt.generate import main as generate_main
 from nanogpt.generation import KVCache, generate
@@ -372,18 +372,18 @@ def test_the_engines_forward_runs_it(package: Path, name: str) -> None:
 def test_scores_are_those_of_the_models_own_forward(package: Path, name: str) -> None:
     model = build(name, block_size=20)  # no multiple of what rows are padded to
     ids = some_ids(4, 20).tolist()
-    questions = [
-        Question(ids[0][:5], [ids[1][:3], [*ids[1][:2], 7], ids[2][:6]]),
-        Question(ids[3][:12], [ids[3][12:16]]),
-        Question(ids[2][:18], [ids[0][:8]]),  # longer than the context together
+    requests = [
+        Request(ids[0][:5], [ids[1][:3], [*ids[1][:2], 7], ids[2][:6]]),
+        Request(ids[3][:12], [ids[3][12:16]]),
+        Request(ids[2][:18], [ids[0][:8]]),  # longer than the context together
     ]
-    for question, answers in zip(questions, answer(model, questions), strict=True):
-        for continuation, one in zip(question.continuations, answers, strict=True):
-            text = [*question.context, *continuation][:-1][-20:]
+    for request, answers in zip(requests, loglikelihoods(model, requests), strict=True):
+        for continuation, one in zip(request.continuations, answers, strict=True):
+            text = [*request.context, *continuation][:-1][-20:]
             logits = model(torch.tensor([text]))[0, -len(continuation) :].log_softmax(-1)
             targets = torch.tensor(continuation)
             expected = logits[range(len(targets)), targets].sum().item()
-            assert one.log_likelihood == pytest.approx(expected, rel=1e-5)
+            assert one.loglikelihood == pytest.approx(expected, rel=1e-5)
             assert one.is_greedy == logits.argmax(-1).equal(targets)
 
 

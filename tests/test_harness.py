@@ -18,8 +18,8 @@ import torch
 
 from nanogpt.checkpoint import load_checkpoint, record, write_checkpoint
 from nanogpt.evaluate import main
-from nanogpt.evaluation.hellaswag import harness_question, read_items
-from nanogpt.evaluation.scoring import Question, answer
+from nanogpt.evaluation.hellaswag import harness_request, read_items
+from nanogpt.evaluation.scoring import Request, loglikelihoods
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
 from nanogpt.tokenizer_files import write_tokenizer
@@ -100,12 +100,12 @@ def test_log_likelihoods_are_those_of_our_scorer(checkpoint_path: Path) -> None:
     found = HarnessModel(checkpoint).loglikelihood(instances(PAIRS), disable_tqdm=True)
     for (context, continuation), (value, _) in zip(PAIRS, found, strict=True):
         text = context.rstrip()
-        question = Question(
+        request = Request(
             TOKENIZER.encode(text) or [TOKENIZER.eot_id],
             [TOKENIZER.encode(context[len(text) :] + continuation)],
         )
-        [[ours]] = answer(checkpoint.model, [question])
-        assert value == pytest.approx(ours.log_likelihood, abs=1e-5)
+        [[ours]] = loglikelihoods(checkpoint.model, [request])
+        assert value == pytest.approx(ours.loglikelihood, abs=1e-5)
 
 
 def test_a_task_in_process_gives_the_scores_of_our_harness_style(
@@ -252,11 +252,11 @@ def test_local_completions_through_the_server_give_the_same(
 
     checkpoint = load_checkpoint(checkpoint_path)
     write_tokenizer(TOKENIZER, tmp_path, checkpoint.config.block_size, None)
-    questions = [harness_question(TOKENIZER, item) for item in read_items(items_path)]
+    requests = [harness_request(TOKENIZER, item) for item in read_items(items_path)]
     pairs = [
-        (TOKENIZER.decode(question.context), TOKENIZER.decode(ending))
-        for question in questions
-        for ending in question.continuations
+        (TOKENIZER.decode(request.context), TOKENIZER.decode(ending))
+        for request in requests
+        for ending in request.continuations
     ]
     with serving(checkpoint_path, tmp_path) as url:
         model: Any = LocalCompletionsAPI(
@@ -267,7 +267,7 @@ def test_local_completions_through_the_server_give_the_same(
             max_length=checkpoint.config.block_size,
         )
         found = model.loglikelihood(instances(pairs), disable_tqdm=True)
-    ours = [one for answers in answer(checkpoint.model, questions) for one in answers]
+    ours = [one for answers in loglikelihoods(checkpoint.model, requests) for one in answers]
     for (value, greedy), one in zip(found, ours, strict=True):
-        assert value == pytest.approx(one.log_likelihood, abs=1e-4)
+        assert value == pytest.approx(one.loglikelihood, abs=1e-4)
         assert greedy == one.is_greedy

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from nanogpt.evaluation import hellaswag, scoring
-from nanogpt.evaluation.hellaswag import Item, completion_question, harness_question, read_items
-from nanogpt.evaluation.scoring import Answer, Question, answer
+from nanogpt.evaluation.hellaswag import Item, completion_request, harness_request, read_items
+from nanogpt.evaluation.scoring import Request, Result, loglikelihoods
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
 
@@ -42,20 +42,20 @@ def write(path: Path, *rows: object) -> Path:
 
 
 @torch.no_grad()
-def reference(model: GPT, question: Question) -> list[float]:
+def reference(model: GPT, request: Request) -> list[float]:
     """Score one ending at a time, in a plain forward over context and ending."""
     found = []
-    for ending in question.continuations:
-        ids = torch.tensor([[*question.context, *ending]])
+    for ending in request.continuations:
+        ids = torch.tensor([[*request.context, *ending]])
         losses = F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:], reduction="none")
-        found.append(-float(losses[len(question.context) - 1 :].double().sum()))
+        found.append(-float(losses[len(request.context) - 1 :].double().sum()))
     return found
 
 
-def questions() -> list[Question]:
+def requests() -> list[Request]:
     endings = [["is red", "is", "was very late for it", "x"], ["a", "bb", "ccc", "dddd"]]
     return [
-        Question(
+        Request(
             TOKENIZER.encode("the sky " * n), [TOKENIZER.encode(f" {e}") for e in endings[n % 2]]
         )
         for n in range(1, 12)
@@ -68,17 +68,17 @@ def questions() -> list[Question]:
 )
 def test_shared_contexts_score_as_endings_do_alone(switches: dict[str, Any]) -> None:
     model = new_model(**switches)
-    for question, answers in zip(questions(), answer(model, questions()), strict=True):
-        found = [one.log_likelihood for one in answers]
-        assert found == pytest.approx(reference(model, question), abs=1e-4)
+    for request, results in zip(requests(), loglikelihoods(model, requests()), strict=True):
+        found = [one.loglikelihood for one in results]
+        assert found == pytest.approx(reference(model, request), abs=1e-4)
 
 
 def test_endings_that_begin_alike_score_as_they_do_alone() -> None:
     model = new_model()
-    question = Question([1, 2, 3], [[5, 6, 7, 9], [5, 6, 8, 9], [5], [5, 6, 7, 9], [6, 6, 7, 9]])
-    [answers] = answer(model, [question])
-    found = [one.log_likelihood for one in answers]
-    assert found == pytest.approx(reference(model, question), abs=1e-5)
+    request = Request([1, 2, 3], [[5, 6, 7, 9], [5, 6, 8, 9], [5], [5, 6, 7, 9], [6, 6, 7, 9]])
+    [results] = loglikelihoods(model, [request])
+    found = [one.loglikelihood for one in results]
+    assert found == pytest.approx(reference(model, request), abs=1e-5)
 
 
 def test_many_continuations_of_one_context_are_several_rows(monkeypatch: Any) -> None:
@@ -91,10 +91,10 @@ def test_many_continuations_of_one_context_are_several_rows(monkeypatch: Any) ->
         return read(model, rows, *args)
 
     monkeypatch.setattr(scoring, "_hidden_states", noted)
-    question = Question([1, 2, 3], [[n, n + 1, n + 2] * 2 for n in range(20)])
-    [answers] = answer(model, [question])
-    found = [one.log_likelihood for one in answers]
-    assert found == pytest.approx(reference(model, question), abs=1e-5)
+    request = Request([1, 2, 3], [[n, n + 1, n + 2] * 2 for n in range(20)])
+    [results] = loglikelihoods(model, [request])
+    found = [one.loglikelihood for one in results]
+    assert found == pytest.approx(reference(model, request), abs=1e-5)
     assert lengths == [28] * 4  # the context, and five continuations without their ends
 
 
@@ -103,49 +103,49 @@ def test_a_model_without_finite_likelihoods_is_refused() -> None:
     with torch.no_grad():
         model.wte.weight[7] = torch.nan
     with pytest.raises(ValueError, match="the model gives no finite likelihoods"):
-        answer(model, [Question([1, 2], [[3], [4]])])
+        loglikelihoods(model, [Request([1, 2], [[3], [4]])])
 
 
 def test_any_batch_size_and_order_give_the_same_bits() -> None:
-    model, asked = new_model(), questions()
-    alone = [answer(model, [question])[0] for question in asked]
+    model, asked = new_model(), requests()
+    alone = [loglikelihoods(model, [request])[0] for request in asked]
     for batch_size in (1, 2, 3, 5, 8, 64):
-        assert answer(model, asked, batch_size) == alone
-    assert answer(model, asked[::-1]) == alone[::-1]
+        assert loglikelihoods(model, asked, batch_size) == alone
+    assert loglikelihoods(model, asked[::-1]) == alone[::-1]
 
 
 def test_greedy_is_what_the_model_would_say() -> None:
     model = new_model()
     context = TOKENIZER.encode("abc")
     best = int(model(torch.tensor([context]))[0, -1].argmax())
-    [[yes, no]] = answer(model, [Question(context, [[best], [best ^ 1]])])
+    [[yes, no]] = loglikelihoods(model, [Request(context, [[best], [best ^ 1]])])
     assert (yes.is_greedy, no.is_greedy) == (True, False)
 
 
 def test_of_a_long_context_the_end_is_read() -> None:
     model = new_model(block_size=16)
     context, ending = list(range(30)), [1, 2, 3]
-    [[found]] = answer(model, [Question(context, [ending])])
-    kept = Question(context[-14:], [ending])  # the last token of an ending is not read
-    assert found.log_likelihood == pytest.approx(reference(model, kept)[0], abs=1e-5)
+    [[found]] = loglikelihoods(model, [Request(context, [ending])])
+    kept = Request(context[-14:], [ending])  # the last token of an ending is not read
+    assert found.loglikelihood == pytest.approx(reference(model, kept)[0], abs=1e-5)
 
 
 def test_an_ending_longer_than_the_context_is_scored_in_pieces() -> None:
     model = new_model(block_size=8)
     ending = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
-    [[found]] = answer(model, [Question([0], [ending])])
+    [[found]] = loglikelihoods(model, [Request([0], [ending])])
     pieces = [
-        Question([0], [[1, 2, 3, 4]]),
-        Question([0, 1, 2, 3, 4], [[5, 6, 7, 8]]),
-        Question([2, 3, 4, 5, 6, 7, 8], [[9, 10]]),
+        Request([0], [[1, 2, 3, 4]]),
+        Request([0, 1, 2, 3, 4], [[5, 6, 7, 8]]),
+        Request([2, 3, 4, 5, 6, 7, 8], [[9, 10]]),
     ]
     expected = sum(reference(model, piece)[0] for piece in pieces)
-    assert found.log_likelihood == pytest.approx(expected, abs=1e-5)
+    assert found.loglikelihood == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_two_styles_ask_what_their_sources_ask(tmp_path: Path) -> None:
     [item] = read_items(write(tmp_path / "a.jsonl", ROW))
-    ours, harness = completion_question(TOKENIZER, item), harness_question(TOKENIZER, item)
+    ours, harness = completion_request(TOKENIZER, item), harness_request(TOKENIZER, item)
     assert TOKENIZER.decode(ours.context) == "A female chef stands in a kitchen. she"
     assert TOKENIZER.decode(ours.continuations[1]) == " opens the oven door."
     text = "Baking cookies: A female chef stands in a kitchen. She"
@@ -157,8 +157,8 @@ def test_marks_of_wikihow_are_removed_for_the_harness(tmp_path: Path) -> None:
     ctx = "[header] How to boil eggs [title] Take a pot. [step] Fill it."
     row = {**ROW, "ctx": ctx, "ctx_a": ctx, "ctx_b": "", "activity_label": "Food"}
     [item] = read_items(write(tmp_path / "a.jsonl", row))
-    question = harness_question(TOKENIZER, item)
-    assert TOKENIZER.decode(question.context) == "Food: How to boil eggs. Take a pot. Fill it."
+    request = harness_request(TOKENIZER, item)
+    assert TOKENIZER.decode(request.context) == "Food: How to boil eggs. Take a pot. Fill it."
 
 
 def test_a_row_without_its_parts_is_parted_after_the_last_sentence(tmp_path: Path) -> None:
@@ -195,8 +195,8 @@ def test_the_scores_are_the_shares_of_right_endings(monkeypatch: pytest.MonkeyPa
     """The sums prefer the short ending, the means over tokens the long one."""
     item = Item("a", "b", "b", "", ("xx", "xxxxxxxx", "xx", "xx"), label=1)
     likelihoods = [-4.0, -9.0, -5.0, -6.0]  # per token, the space before it counted: 4/3, 1, ...
-    found = [Answer(value, is_greedy=False) for value in likelihoods]
-    monkeypatch.setattr(hellaswag, "answer_on_all_ranks", lambda *_: [found])
+    found = [Result(value, is_greedy=False) for value in likelihoods]
+    monkeypatch.setattr(hellaswag, "loglikelihoods_on_all_ranks", lambda *_: [found])
     results = hellaswag.evaluate(new_model(), TOKENIZER, [item])
     assert (results["acc"], results["acc_norm"], results["acc_stderr"]) == (0.0, 1.0, 0.0)
     assert (results["harness_acc"], results["harness_acc_norm"]) == (0.0, 1.0)
@@ -207,11 +207,11 @@ def test_all_endings_of_300_genuine_items_score_as_they_do_alone() -> None:
     path = Path(os.environ["NANOGPT_TEST_DATA"]) / "hellaswag" / "hellaswag_val_300.jsonl"
     items = read_items(path)
     model = new_model(block_size=1024, n_layer=1)
-    asked = [completion_question(TOKENIZER, item) for item in items]
+    asked = [completion_request(TOKENIZER, item) for item in items]
     differences = [
-        abs(one.log_likelihood - alone)
-        for question, answers in zip(asked, answer(model, asked), strict=True)
-        for one, alone in zip(answers, reference(model, question), strict=True)
+        abs(one.loglikelihood - alone)
+        for request, results in zip(asked, loglikelihoods(model, asked), strict=True)
+        for one, alone in zip(results, reference(model, request), strict=True)
     ]
     assert len(differences) == 1200
     assert max(differences) <= 1e-4

@@ -23,7 +23,7 @@ from nanogpt.evaluation.results import (
     table,
     with_published,
 )
-from nanogpt.evaluation.scoring import Question, encode_pair
+from nanogpt.evaluation.scoring import Request, encode_pair
 from nanogpt.export import main as export
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.prompts import Message, find_template
@@ -91,9 +91,9 @@ def test_with_a_stride_of_the_context_windows_are_those_of_validation() -> None:
 
 def test_windows_slide_and_score_every_token_once() -> None:
     assert perplexity.windows([0, 1, 2, 3, 4, 5], block_size=3, stride=2) == [
-        Question([0], [[1, 2]]),
-        Question([1, 2], [[3, 4]]),
-        Question([3, 4], [[5]]),
+        Request([0], [[1, 2]]),
+        Request([1, 2], [[3, 4]]),
+        Request([3, 4], [[5]]),
     ]
 
 
@@ -115,9 +115,9 @@ def test_space_at_a_contexts_end_belongs_to_what_follows(
 
 
 def test_the_last_word_is_asked_for_with_its_space() -> None:
-    question = lambada.question(TOKENIZER, "one two three")
-    assert TOKENIZER.decode(question.context) == "one two"
-    assert TOKENIZER.decode(question.continuations[0]) == " three"
+    request = lambada.request(TOKENIZER, "one two three")
+    assert TOKENIZER.decode(request.context) == "one two"
+    assert TOKENIZER.decode(request.continuations[0]) == " three"
 
 
 def test_a_uniform_models_last_words_by_hand() -> None:

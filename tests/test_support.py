@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.evaluation.scoring import Question, answer
+from nanogpt.evaluation.scoring import Request, loglikelihoods
 from nanogpt.export import check_exportable
 from nanogpt.generation import KVCache
 from nanogpt.model import GPT, GPTConfig
@@ -45,7 +45,7 @@ def export(config: GPTConfig) -> None:
 def score(config: GPTConfig) -> None:
     model = GPT(GPTConfig(16, 64, 1, 2, 64)).eval()
     model.config = config
-    answer(model, [Question([1], [[2]])])
+    loglikelihoods(model, [Request([1], [[2]])])
 
 
 CONSUMERS: dict[str, tuple[Callable[[Any], Any], set[str]]] = {  # and what each refuses

@@ -21,7 +21,7 @@ import yaml
 
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.evaluation.results import STDERR, Results
-from nanogpt.evaluation.scoring import BATCH_SIZE, Question, answer
+from nanogpt.evaluation.scoring import BATCH_SIZE, Request, loglikelihoods
 from nanogpt.generation import Reply
 from nanogpt.text import first_line
 
@@ -73,13 +73,13 @@ class HarnessModel(TemplateLM):
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (_, context, _) in enumerate(requests):
             groups[tuple(context)].append(i)
-        questions = [
-            Question(context, [requests[i][2] for i in group]) for context, group in groups.items()
+        batch = [
+            Request(context, [requests[i][2] for i in group]) for context, group in groups.items()
         ]
-        answers = answer(self.checkpoint.model, questions, self.batch_size)
+        results = loglikelihoods(self.checkpoint.model, batch, self.batch_size)
         found = {
-            i: (one.log_likelihood, one.is_greedy)
-            for group, of_group in zip(groups.values(), answers, strict=True)
+            i: (one.loglikelihood, one.is_greedy)
+            for group, of_group in zip(groups.values(), results, strict=True)
             for i, one in zip(group, of_group, strict=True)
         }
         return [found[i] for i in range(len(requests))]
@@ -98,9 +98,9 @@ class HarnessModel(TemplateLM):
                     context_len=1,
                 ),
             )
-            questions = [Question(context, [scored]) for context, scored in windows]
-            answers = answer(self.checkpoint.model, questions, self.batch_size)
-            sums.append(sum(one.log_likelihood for [one] in answers))
+            batch = [Request(context, [scored]) for context, scored in windows]
+            results = loglikelihoods(self.checkpoint.model, batch, self.batch_size)
+            sums.append(sum(one.loglikelihood for [one] in results))
         return sums
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from nanogpt.evaluation.examples import Benchmark, read_rows, text_of
 from nanogpt.evaluation.results import Results, mean_and_error
-from nanogpt.evaluation.scoring import BATCH_SIZE, Question, answer_on_all_ranks, encode_pair
+from nanogpt.evaluation.scoring import BATCH_SIZE, Request, encode_pair, loglikelihoods_on_all_ranks
 from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer
 
@@ -108,7 +108,7 @@ def evaluate(
 ) -> Results:
     """Return `acc`, `acc_norm` and their like of the harness, with standard errors."""
     results = completion_scores(model, tokenizer, items, batch_size)
-    harness = [harness_question(tokenizer, item) for item in items]
+    harness = [harness_request(tokenizer, item) for item in items]
     characters = [[max(1, len(_plain(ending))) for ending in item.endings] for item in items]
     found = _scores(model, items, harness, characters, batch_size)
     results |= {f"harness_{name}": value for name, value in found.items()}
@@ -120,22 +120,22 @@ def completion_scores(
     model: GPT, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int = BATCH_SIZE
 ) -> Results:
     """Return `acc` and `acc_norm` as build-nanogpt scores them, with standard errors."""
-    questions = [completion_question(tokenizer, item) for item in items]
-    tokens = [[len(ending) for ending in question.continuations] for question in questions]
-    return _scores(model, items, questions, tokens, batch_size)
+    requests = [completion_request(tokenizer, item) for item in items]
+    tokens = [[len(ending) for ending in request.continuations] for request in requests]
+    return _scores(model, items, requests, tokens, batch_size)
 
 
-def completion_question(tokenizer: Tokenizer, item: Item) -> Question:
+def completion_request(tokenizer: Tokenizer, item: Item) -> Request:
     """Return an item as build-nanogpt asks it."""
     context = tokenizer.encode_prompt(item.ctx)
-    return Question(context, [tokenizer.encode(f" {ending}") for ending in item.endings])
+    return Request(context, [tokenizer.encode(f" {ending}") for ending in item.endings])
 
 
-def harness_question(tokenizer: Tokenizer, item: Item) -> Question:
+def harness_request(tokenizer: Tokenizer, item: Item) -> Request:
     """Return an item as lm-evaluation-harness asks it (tasks/hellaswag/utils.py)."""
     text = _plain(f"{item.activity}: {item.ctx_a} {item.ctx_b.capitalize()}")
     pairs = [encode_pair(tokenizer, text, f" {_plain(ending)}") for ending in item.endings]
-    return Question(pairs[0][0], [continuation for _, continuation in pairs])
+    return Request(pairs[0][0], [continuation for _, continuation in pairs])
 
 
 def _plain(text: str) -> str:
@@ -147,13 +147,13 @@ def _plain(text: str) -> str:
 def _scores(
     model: GPT,
     items: Sequence[Item],
-    questions: Sequence[Question],
+    requests: Sequence[Request],
     sizes: Sequence[Sequence[int]],
     batch_size: int,
 ) -> Results:
     """Return how often the right ending has the largest sum, and the largest mean over its size."""
-    answers = answer_on_all_ranks(model, questions, batch_size)
-    sums = np.array([[a.log_likelihood for a in endings] for endings in answers])  # (N, 4)
+    results = loglikelihoods_on_all_ranks(model, requests, batch_size)
+    sums = np.array([[a.loglikelihood for a in endings] for endings in results])  # (N, 4)
     labels = np.array([item.label for item in items])
     return {
         **mean_and_error("acc", sums.argmax(1) == labels),

@@ -15,7 +15,7 @@ import numpy as np
 
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.evaluation.results import Results, mean_and_error
-from nanogpt.evaluation.scoring import BATCH_SIZE, Question, answer_on_all_ranks
+from nanogpt.evaluation.scoring import BATCH_SIZE, Request, loglikelihoods_on_all_ranks
 from nanogpt.generation import Reply
 from nanogpt.prompts import Message, Template, find_template
 from nanogpt.tokenizer import Tokenizer
@@ -79,33 +79,33 @@ def response_loss(
     Raises ValueError for a model without a template.
     """
     template = _template_of(checkpoint)
-    questions = [
-        (i, question)
+    requests = [
+        (i, request)
         for i, messages in enumerate(conversations)
-        for question in response_questions(checkpoint.tokenizer, template, messages)
+        for request in response_requests(checkpoint.tokenizer, template, messages)
     ]
-    answers = answer_on_all_ranks(checkpoint.model, [q for _, q in questions], batch_size)
+    results = loglikelihoods_on_all_ranks(checkpoint.model, [q for _, q in requests], batch_size)
     nats, n_tokens = np.zeros(len(conversations)), np.zeros(len(conversations))
-    for (i, question), [found] in zip(questions, answers, strict=True):
-        nats[i] -= found.log_likelihood
-        n_tokens[i] += len(question.continuations[0])
+    for (i, request), [found] in zip(requests, results, strict=True):
+        nats[i] -= found.loglikelihood
+        n_tokens[i] += len(request.continuations[0])
     loss = nats.sum() / n_tokens.sum()
     residuals = mean_and_error("loss", (nats - loss * n_tokens) / n_tokens.mean())
     return {"loss": float(loss), "loss_stderr": residuals["loss_stderr"]}
 
 
-def response_questions(
+def response_requests(
     tokenizer: Tokenizer, template: Template, messages: Conversation
-) -> list[Question]:
+) -> list[Request]:
     """Return a request for each response of a conversation, after all tokens before it."""
     ids, is_response = template.encode(tokenizer, messages)
-    questions, start = [], 0
+    requests, start = [], 0
     for scored, group in groupby(is_response):
         end = start + len(list(group))
         if scored:
-            questions.append(Question(ids[:start], [ids[start:end]]))
+            requests.append(Request(ids[:start], [ids[start:end]]))
         start = end
-    return questions
+    return requests
 
 
 def repetition(ids: Sequence[int]) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 
 from nanogpt.evaluation.examples import Benchmark, read_rows, text_of
 from nanogpt.evaluation.results import Results, mean_and_error
-from nanogpt.evaluation.scoring import BATCH_SIZE, Question, answer_on_all_ranks, encode_pair
+from nanogpt.evaluation.scoring import BATCH_SIZE, Request, encode_pair, loglikelihoods_on_all_ranks
 from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer
 
@@ -42,21 +42,21 @@ def evaluate(
     model: GPT, tokenizer: Tokenizer, passages: Sequence[str], batch_size: int = BATCH_SIZE
 ) -> Results:
     """Return accuracy and perplexity of the last words."""
-    questions = [question(tokenizer, passage) for passage in passages]
-    answers = [a for [a] in answer_on_all_ranks(model, questions, batch_size)]
-    nats = -np.array([a.log_likelihood for a in answers])
+    requests = [request(tokenizer, passage) for passage in passages]
+    results = [a for [a] in loglikelihoods_on_all_ranks(model, requests, batch_size)]
+    nats = -np.array([a.loglikelihood for a in results])
     loss = mean_and_error("loss", nats)
     perplexity = math.exp(min(loss["loss"], 700.0))  # within float64
     return {
-        **mean_and_error("acc", np.array([a.is_greedy for a in answers])),
+        **mean_and_error("acc", np.array([a.is_greedy for a in results])),
         "perplexity": perplexity,
         "perplexity_stderr": perplexity * loss["loss_stderr"],  # to first order
         "examples": len(passages),
     }
 
 
-def question(tokenizer: Tokenizer, passage: str) -> Question:
+def request(tokenizer: Tokenizer, passage: str) -> Request:
     """Return the last word, with the space before it, as what is to follow the rest."""
     before, _, word = passage.rpartition(" ")
     context, continuation = encode_pair(tokenizer, before, f" {word}")
-    return Question(context, [continuation])
+    return Request(context, [continuation])

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from nanogpt.evaluation.results import Results
-from nanogpt.evaluation.scoring import BATCH_SIZE, Question, Tokens, answer_on_all_ranks
+from nanogpt.evaluation.scoring import BATCH_SIZE, Request, Tokens, loglikelihoods_on_all_ranks
 from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer
 
@@ -34,13 +34,13 @@ def evaluate(
     """
     stride = max(model.config.block_size // 2, 1) if stride is None else stride
     check_stream(tokens, stride, model.config.block_size)
-    questions = windows(tokens, model.config.block_size, stride)
+    requests = windows(tokens, model.config.block_size, stride)
     nats = np.array(
-        [-a.log_likelihood for [a] in answer_on_all_ranks(model, questions, batch_size)]
+        [-a.loglikelihood for [a] in loglikelihoods_on_all_ranks(model, requests, batch_size)]
     )
-    n_tokens = np.array([len(q.continuations[0]) for q in questions])
+    n_tokens = np.array([len(q.continuations[0]) for q in requests])
     sizes = np.array([len(token) for token in tokenizer.token_bytes()])
-    n_bytes = np.array([sizes[q.continuations[0]].sum() for q in questions])
+    n_bytes = np.array([sizes[q.continuations[0]].sum() for q in requests])
     loss, loss_error = _ratio(nats, n_tokens)
     results = {
         "loss": loss,
@@ -59,15 +59,15 @@ def evaluate(
     }
 
 
-def windows(tokens: Tokens, block_size: int, stride: int) -> list[Question]:
+def windows(tokens: Tokens, block_size: int, stride: int) -> list[Request]:
     """Return the windows of a stream; every token after the first is in one of them.
 
     >>> windows([0, 1, 2, 3, 4], block_size=3, stride=2)
-    [Question([0], [[1, 2]]), Question([1, 2], [[3, 4]])]
+    [Request([0], [[1, 2]]), Request([1, 2], [[3, 4]])]
     """
     edges = [*range(1, len(tokens), stride), len(tokens)]
     return [
-        Question(tokens[max(start + stride - 1 - block_size, 0) : start], [tokens[start:end]])
+        Request(tokens[max(start + stride - 1 - block_size, 0) : start], [tokens[start:end]])
         for start, end in pairwise(edges)
     ]
 

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Question:
+class Request:
     """A context of at least one token, and what may follow it."""
 
     context: Tokens
@@ -51,64 +51,64 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Result:
     """The log-likelihood of a continuation in nats, and whether it is what the model would say."""
 
-    log_likelihood: float
+    loglikelihood: float
     is_greedy: bool
 
 
 @torch.inference_mode()
-def answer(
-    model: GPT, questions: Sequence[Question], batch_size: int = BATCH_SIZE
-) -> list[list[Answer]]:
-    """Return an answer for every continuation of every question.
+def loglikelihoods(
+    model: GPT, requests: Sequence[Request], batch_size: int = BATCH_SIZE
+) -> list[list[Result]]:
+    """Return an answer for every continuation of every request.
 
     Where a context and a continuation are longer than the model's context together, the beginning
     of the context is not read; a continuation that is longer itself is scored to its end in pieces
     of half the model's context, each after as much as fits of what precedes it. The order of the
-    questions and the size of the batches do not change the answers.
+    requests and the size of the batches do not change the results.
 
     Raises ValueError where the model gives no finite likelihoods, or is not supported.
     """
-    assert not model.training, "dropout would change the answers"
+    assert not model.training, "dropout would change the results"
     check_supported(model.config, "the scorer (nanogpt/evaluation/scoring.py)", SUPPORTED)
     shares = model.mixes_by_attend()
     tree_tokens, product_rows = (TREE_TOKENS, PRODUCT_ROWS) if shares else (0, 1)
     block_size = model.config.block_size
-    pieces = [p for i, q in enumerate(questions) for p in _pieces(i, q, block_size, tree_tokens)]
-    answers = [[Answer(0.0, True)] * len(q.continuations) for q in questions]
+    pieces = [p for i, q in enumerate(requests) for p in _pieces(i, q, block_size, tree_tokens)]
+    results = [[Result(0.0, True)] * len(q.continuations) for q in requests]
     n_done, logged = 0, time.monotonic()
     for batch in _batches(pieces, batch_size if shares else 1):
-        owners = [(answers[piece.question], index) for piece in batch for index in piece.indices]
-        found = _answer_batch(model, [_Row(piece) for piece in batch], product_rows)
+        owners = [(results[piece.request], index) for piece in batch for index in piece.indices]
+        found = _batch_results(model, [_Row(piece) for piece in batch], product_rows)
         for (own, index), new in zip(owners, found, strict=True):
-            if not math.isfinite(new.log_likelihood):
+            if not math.isfinite(new.loglikelihood):
                 raise ValueError(
                     "the model gives no finite likelihoods: its weights are damaged, or its "
                     "training diverged; pass another checkpoint"
                 )
-            own[index] = Answer(
-                own[index].log_likelihood + new.log_likelihood,
+            own[index] = Result(
+                own[index].loglikelihood + new.loglikelihood,
                 own[index].is_greedy and new.is_greedy,
             )
         n_done += len(batch)
         if time.monotonic() - logged > PROGRESS_S:
             logged = time.monotonic()
             log.info("scored %s of %s", f"{n_done:,}", f"{len(pieces):,}")
-    return answers
+    return results
 
 
-def answer_on_all_ranks(
-    model: GPT, questions: Sequence[Question], batch_size: int = BATCH_SIZE
-) -> list[list[Answer]]:
-    """Return what `answer` does on every rank, each of which has answered its share."""
+def loglikelihoods_on_all_ranks(
+    model: GPT, requests: Sequence[Request], batch_size: int = BATCH_SIZE
+) -> list[list[Result]]:
+    """Return what `loglikelihoods` does on every rank, each of which has answered its share."""
     if not (dist.is_available() and dist.is_initialized()):
-        return answer(model, questions, batch_size)
+        return loglikelihoods(model, requests, batch_size)
     rank, n_ranks = dist.get_rank(), dist.get_world_size()
     shares: list[Any] = [None] * n_ranks
-    dist.all_gather_object(shares, answer(model, questions[rank::n_ranks], batch_size))
-    return [shares[i % n_ranks][i // n_ranks] for i in range(len(questions))]
+    dist.all_gather_object(shares, loglikelihoods(model, requests[rank::n_ranks], batch_size))
+    return [shares[i % n_ranks][i // n_ranks] for i in range(len(requests))]
 
 
 def encode_pair(
@@ -131,9 +131,9 @@ def encode_pair(
 
 @dataclass(frozen=True)
 class _Piece:
-    """Part of a question that fits the model: some continuations, and their indices in it."""
+    """Part of a request that fits the model: some continuations, and their indices in it."""
 
-    question: int
+    request: int
     context: Tokens
     continuations: Sequence[Tokens]
     indices: Sequence[int]
@@ -145,9 +145,9 @@ class _Piece:
         return -(-n_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def _pieces(number: int, question: Question, block_size: int, tree_tokens: int) -> Iterator[_Piece]:
+def _pieces(number: int, request: Request, block_size: int, tree_tokens: int) -> Iterator[_Piece]:
     """Yield continuations that fit together with their context, else each apart or in parts."""
-    context, continuations = question.context, question.continuations
+    context, continuations = request.context, request.continuations
     assert len(context), "the context is empty"
     assert all(map(len, continuations)), "a continuation is empty"
     together: list[int] = []
@@ -240,8 +240,8 @@ class _RowsAttend(Attend):
         return super().__call__(layer, q, k, v).flatten(0, 1)[self.taken][None]
 
 
-def _answer_batch(model: GPT, rows: Sequence[_Row], product_rows: int) -> Iterator[Answer]:
-    """Return the answers to all continuations of all rows, in order."""
+def _batch_results(model: GPT, rows: Sequence[_Row], product_rows: int) -> Iterator[Result]:
+    """Return the results to all continuations of all rows, in order."""
     indices, targets, start = [], [], 0
     for row in rows:
         indices += [start + index for index, _ in row.targets]
@@ -253,7 +253,7 @@ def _answer_batch(model: GPT, rows: Sequence[_Row], product_rows: int) -> Iterat
     log_likelihoods, hits = _score(model, states, of_target, torch.tensor(targets))
     sizes = [len(c) for row in rows for c in row.piece.continuations]
     for part, hit in zip(log_likelihoods.split(sizes), hits.split(sizes), strict=True):
-        yield Answer(float(part.sum()), bool(hit.all()))
+        yield Result(float(part.sum()), bool(hit.all()))
 
 
 def _hidden_states(model: GPT, rows: Sequence[_Row], product_rows: int) -> Tensor:
