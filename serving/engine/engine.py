@@ -48,7 +48,6 @@ LOAD_S = 60.0  # how long requests wait for a model; longer for a large file, at
 LOAD_BYTES_PER_S = 20e6  # a slow disk on a busy machine
 
 log = logging.getLogger(__name__)
-Waiting = tuple[object, Computation | Describe]  # a client and its request
 
 
 class Load(NamedTuple):
@@ -71,7 +70,7 @@ class Engine:
         self.cache_bytes = all_cache_bytes(settings)
         self.runners: dict[str, Runner] = {}
         self.retiring: list[Runner] = []  # older weights that finish what they began
-        self._waiting: dict[str, list[Waiting]] = {}  # for a model to be loaded
+        self._waiting: list[tuple[object, Computation | Describe]] = []  # for models to be loaded
         self._loading: dict[tuple[str, str], Load] = {}  # by id and revision
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._events: list[Event] = []
@@ -85,8 +84,7 @@ class Engine:
     def run(self) -> None:
         """Step until drained."""
         if len(self.registry.entries) == 1:  # requests for it will come
-            self._waiting.setdefault(self.registry.entries[0].id, [])
-            self._load_next()
+            self._load(self.registry.entries[0])
         while self._drain_until is None or (
             not self.idle and time.monotonic() <= self._drain_until
         ):
@@ -102,7 +100,8 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether nothing is left to compute, nor to be loaded first."""
-        return not self.computes and not self._waiting
+        is_loading = any(time.monotonic() <= load.deadline for load in self._loading.values())
+        return not (self.computes or self._waiting or is_loading)
 
     def take_inbox(self, *, wait: bool) -> None:
         """Do the posted work; with `wait`, wait for some for a moment."""
@@ -115,12 +114,20 @@ class Engine:
             pass
 
     def step(self) -> None:
-        """Let every model compute once, and emit the events."""
+        """Begin what waits for a model, let every model compute once, and emit the events."""
+        self._begin_waiting()
+        for runner in list(self.runners.values()):
+            entry = self.registry.get(runner.id)
+            if (
+                entry
+                and entry.revision != runner.revision
+                and entry.key not in self.registry.failures
+            ):
+                self._load(entry)
         for runner in self._all_runners():
             self._events += runner.step()
             self._beat()
         self.retiring = [runner for runner in self.retiring if not runner.scheduler.idle]
-        self._load_next()
         if self._events:
             events, self._events = self._events, []
             self.emit(events)
@@ -138,7 +145,11 @@ class Engine:
         elif isinstance(message, Computation | Describe):
             self.counters.requests += 1
             with self._refusing(client, message):
-                self._admit(client, message)
+                if self._drain_until is not None:
+                    raise EngineError("unavailable", "The engine is shutting down.")
+                if isinstance(message, Computation):
+                    self._check_queue(message.key)
+                self._begin(client, message)
 
     def leave(self, client: object) -> None:
         """Drop all requests of a front end that is gone."""
@@ -154,11 +165,9 @@ class Engine:
         return Models([self._info(entry, default) for entry in self.registry.entries])
 
     def changed(self) -> None:
-        """Load newer weights of the models in use, after the registry found other checkpoints."""
-        for entry in self.registry.entries:
-            self._renew(entry)
-        for gone in self.runners.keys() - {entry.id for entry in self.registry.entries}:
-            self.retiring.append(self.runners.pop(gone))
+        """Retire models that are gone, after the registry found other checkpoints."""
+        for id_ in [id_ for id_ in self.runners if self.registry.get(id_) is None]:
+            self.retiring.append(self.runners.pop(id_))
         self._events.append(Event(None, self.models()))
 
     def _beat(self) -> None:
@@ -168,12 +177,6 @@ class Engine:
 
     def _all_runners(self) -> list[Runner]:
         return [*self.runners.values(), *self.retiring]
-
-    def _renew(self, entry: Entry) -> None:
-        """Have newer weights loaded of a model in use, where there are some."""
-        runner = self.runners.get(entry.id)
-        if runner is not None and runner.revision != entry.revision:
-            self._waiting.setdefault(entry.id, [])
 
     def _info(self, entry: Entry, default: Mapping[Task | None, Entry | None]) -> ModelInfo:
         """Describe a model by the weights that compute, until newer ones do."""
@@ -193,81 +196,66 @@ class Engine:
             error=self.registry.failures.get(entry.key, (0.0, ""))[1],
         )
 
-    def _admit(self, client: object, request: Computation | Describe) -> None:
-        if self._drain_until is not None:
-            raise EngineError("unavailable", "The engine is shutting down.")
-        entry = self.registry.find(request.model)
-        if entry is None:
-            raise EngineError("not_found", f"The model {request.model!r} does not exist.")
-        if isinstance(request, Computation):
-            self._check_queue(request.key)
-        self._renew(entry)  # again, where they did not load
-        if runner := self.runners.get(entry.id):
-            self._begin(runner, client, request)
-        else:
-            self._waiting.setdefault(entry.id, []).append((client, request))
-
     def _check_queue(self, key: str) -> None:
         """Refuse another request of a key that has its share of a full queue.
 
         Each key that waits has an equal share; one that is alone has all.
         """
         n_queued = sum(runner.scheduler.n_queued for runner in self._all_runners())
-        n_queued += sum(map(len, self._waiting.values()))
+        n_queued += len(self._waiting)
         if n_queued < self.settings.max_queue:
             return
-        unloaded = (r for waiting in self._waiting.values() for _, r in waiting)
-        keys = Counter(r.key for r in unloaded if isinstance(r, Computation))
+        keys = Counter(r.key for _, r in self._waiting if isinstance(r, Computation))
         for runner in self._all_runners():
             keys.update(s.request.key for s in runner.scheduler.waiting)
         if keys[key] >= max(1, self.settings.max_queue // len({*keys, key})):
             raise EngineError("overloaded", f"The queue is full ({n_queued} requests wait).")
 
-    def _begin(self, runner: Runner, client: object, request: Computation | Describe) -> None:
+    def _begin(self, client: object, request: Computation | Describe) -> None:
+        """Give a request to its model, or have it wait for that; raises EngineError."""
+        entry = self.registry.find(request.model)
+        if entry is None:
+            raise EngineError("not_found", f"The model {request.model!r} does not exist.")
+        runner = self.runners.get(entry.id)
+        if runner is None or runner.revision != entry.revision:
+            why = self._load(entry)
+            if runner is None:
+                if why:
+                    raise EngineError("internal", why)
+                self._waiting.append((client, request))
+                return
         runner.used = time.monotonic()
         if isinstance(request, Describe):
             self._events.append(Event(client, runner.details(request.request_id)))
         else:
             runner.add(client, request)
 
-    def _load_next(self) -> None:
-        """Begin to load a model that requests wait for, when there is room for one more."""
-        now = time.monotonic()
-        for id_ in list(self._waiting):
-            entry = next((e for e in self.registry.entries if e.id == id_), None)
-            if entry is None:
-                what = f"The model {id_!r} does not exist any more."
-                self._refuse_waiting(id_, "not_found", what)
-            elif load := self._loading.get(entry.key):
-                if now > load.deadline:
-                    waited_s = load.deadline - load.started
-                    what = f"{id_} could not be loaded within {waited_s:.0f} s."
-                    self._refuse_waiting(id_, "internal", what)
-            else:
-                when, why = self.registry.failures.get(entry.key, (0.0, ""))
-                if why and now < when + RETRY_S:
-                    self._refuse_waiting(id_, "internal", why)
-                elif self._may_load(id_):
-                    self._begin_to_load(entry)
+    def _begin_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for client, request in waiting:
+            with self._refusing(client, request):
+                self._begin(client, request)
 
-    def _may_load(self, id_: str) -> bool:
-        """Return whether to load a model now: one at a time, but for those that take long."""
+    def _load(self, entry: Entry) -> str:
+        """Begin to load a model where there is room; return why it will not be loaded, or ""."""
         now, loads = time.monotonic(), self._loading.values()
+        if load := self._loading.get(entry.key):
+            late = f"{entry.id} could not be loaded within {load.deadline - load.started:.0f} s."
+            return late if now > load.deadline else ""
+        failed_at, why = self.registry.failures.get(entry.key, (0.0, ""))
+        if why and now < failed_at + RETRY_S:
+            return why
+        # One at a time, but for those that take long; each takes the memory of a model.
         if any(now < load.started + PATIENCE_S for load in loads):
-            return False
+            return ""
         if sum(now <= load.deadline for load in loads) > self.settings.max_models:
-            return False  # each takes the memory of a model
-        has_room = id_ in self.runners or len(self.runners) < self.settings.max_models
-        return has_room or self._evict()
-
-    def _begin_to_load(self, entry: Entry) -> None:
-        now = time.monotonic()
-        self._loading[entry.key] = Load(now, now + LOAD_S + entry.size / LOAD_BYTES_PER_S)
-        n_models = min(self.settings.max_models, len(self.registry.entries))
-        # A daemon, so that a load that hangs does not keep the process from ending.
-        threading.Thread(
-            target=self._load, args=(entry, n_models), name="load", daemon=True
-        ).start()
+            return ""
+        has_room = entry.id in self.runners or len(self.runners) < self.settings.max_models
+        if has_room or self._evict():
+            self._loading[entry.key] = Load(now, now + LOAD_S + entry.size / LOAD_BYTES_PER_S)
+            # A daemon, so that a load that hangs does not keep the process from ending.
+            threading.Thread(target=self._read, args=(entry,), name="load", daemon=True).start()
+        return ""
 
     def _evict(self, *, but: Runner | None = None) -> bool:
         """Drop the least recently used idle model; return whether there was one."""
@@ -276,11 +264,11 @@ class Engine:
             oldest = min(idle, key=lambda runner: runner.used)
             log.info("evicting %s", oldest.id)
             del self.runners[oldest.id]
-            if self._waiting.get(oldest.id) == []:
-                del self._waiting[oldest.id]  # its newer weights
         return bool(idle)
 
-    def _load(self, entry: Entry, n_models: int) -> None:
+    def _read(self, entry: Entry) -> None:
+        """Load a checkpoint (in a thread of its own)."""
+        n_models = min(self.settings.max_models, len(self.registry.entries))
         try:
             runner = load_runner(entry, self.settings, self.counters, self.cache_bytes, n_models)
         except Exception as error:  # whatever a file can do to its reader
@@ -293,17 +281,14 @@ class Engine:
         self._loading.pop(key, None)
         self.registry.failures.pop(key, None)
         old = self.runners.get(runner.id)
-        entry = self.registry.find(runner.id)
+        entry = self.registry.get(runner.id)
         if old is not None and entry is not None and old.revision == entry.revision:
             return  # newer weights were loaded in less time
-        runner.used = time.monotonic()
+        runner.used = old.used if old else time.monotonic()  # newer weights are no use of a model
         if old is not None:
             self.retiring.append(old)
-            runner.used = old.used  # a load is no use
         self.runners[runner.id] = runner
-        for client, request in self._waiting.pop(runner.id, []):
-            with self._refusing(client, request):
-                self._begin(runner, client, request)
+        self._begin_waiting()
         while self._holds_too_much() and self._evict(but=runner):
             pass  # models that were loaded when there were fewer have larger shares
         self.changed()  # it may have, while this was loaded
@@ -333,29 +318,23 @@ class Engine:
         """Answer a request that is not taken with the reason; an unexpected error is its alone."""
         try:
             yield
-        except EngineError as refused:
-            self._refuse(client, request.request_id, refused.kind, str(refused))
         except Exception as error:
-            log.exception("a request was not taken", extra=of_request(request.request_id))
+            kind: FailureKind = "internal"
             why = f"The request could not be taken ({type(error).__name__}: {error})."
-            self._refuse(client, request.request_id, "internal", why)
-
-    def _refuse(self, client: object, request_id: str, kind: FailureKind, why: str) -> None:
-        self.counters.failed += 1
-        self._events.append(Event(client, Failed(request_id, kind, why)))
-
-    def _refuse_waiting(self, id_: str, kind: FailureKind, why: str) -> None:
-        for client, request in self._waiting.pop(id_, []):
-            self._refuse(client, request.request_id, kind, why)
+            if isinstance(error, EngineError):
+                kind, why = error.kind, str(error)
+            else:
+                log.exception("a request was not taken", extra=of_request(request.request_id))
+            self.counters.failed += 1
+            self._events.append(Event(client, Failed(request.request_id, kind, why)))
 
     def _drop(self, client: object, request_id: str | None = None) -> int:
         """Drop a client's request, or all of them; return the number of those in the queue."""
-        for id_, waiting in self._waiting.items():
-            self._waiting[id_] = [
-                (c, request)
-                for c, request in waiting
-                if c is not client or request_id not in (None, request.request_id)
-            ]
+        self._waiting = [
+            (c, request)
+            for c, request in self._waiting
+            if c is not client or request_id not in (None, request.request_id)
+        ]
         return sum(runner.drop(client, request_id) for runner in self._all_runners())
 
     def _stats(self, request_id: str) -> Stats:
@@ -365,7 +344,7 @@ class Engine:
             request_id=request_id,
             slots=sum(len(s.slots.slots) for s in schedulers),
             slots_used=sum(len(s.slots.slots) - s.slots.n_free for s in schedulers),
-            queued=sum(len(s.waiting) for s in schedulers) + sum(map(len, self._waiting.values())),
+            queued=sum(len(s.waiting) for s in schedulers) + len(self._waiting),
             device=str(newest.forward.device) if newest else self.settings.device,
             dtype=newest.dtype if newest else self.settings.dtype,
             threads=torch.get_num_threads(),

@@ -82,6 +82,7 @@ class Registry:
         """Look again; return whether anything changed."""
         before = self.entries
         self.entries = find_entries(self.models)
+        self._by_id = {entry.id: entry for entry in self.entries}
         return self.entries != before
 
     def default(self, task: Task | None = None) -> Entry | None:
@@ -110,10 +111,14 @@ class Registry:
                 f"default_model={self.default_name} is none of the models ({ids}); pass one of them"
             )
 
+    def get(self, id_: str) -> Entry | None:
+        """Return the entry of an id."""
+        return self._by_id.get(id_)
+
     def find(self, name: str) -> Entry | None:
         """Return the entry of an id or alias."""
-        named = (entry for entry in self.entries if name == entry.id or name in entry.aliases)
-        return next(named, None)
+        named = (entry for entry in self.entries if name in entry.aliases)
+        return self.get(name) or next(named, None)
 
 
 def find_entries(models: Path) -> list[Entry]:
