@@ -173,7 +173,7 @@ def init_model(init_from: Path, allow_modules: Sequence[str] = ()) -> Checkpoint
     """Return the model and tokenizer that a new run starts from.
 
     `init_from` is what `find_init_from` returned: a `.ckpt`, or a Hugging Face GPT-2, whose
-    tokenizer is GPT-2's where none lies beside it. A classifier starts a run without its classes.
+    tokenizer is GPT-2's where it has none. A classifier starts a run without its classes.
     `allow_modules` as of `load_checkpoint`.
 
     Raises ValueError where the tokenizer has more or fewer ids than the model.
@@ -238,7 +238,8 @@ def find_init_from(init_from: str, runs_dir: str | Path, data_dir: str | Path) -
     """Return the file, or the directory of a Hugging Face GPT-2, that `init_from` stands for.
 
     gpt2, gpt2-medium, gpt2-large and gpt2-xl are always the published weights, under data_dir or
-    else fetched; a run or a directory of that name is typed as a path (./gpt2).
+    else fetched; a run or a directory of that name is typed as a path (./gpt2). Raises
+    FileNotFoundError where there is none.
     """
     if init_from in PUBLISHED:
         return fetch_pretrained(init_from, data_dir)
@@ -253,7 +254,7 @@ def find_init_from(init_from: str, runs_dir: str | Path, data_dir: str | Path) -
 
 
 def model_weights(raw: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the model's tensors of a checkpoint under the model's own names."""
+    """Return the model's tensors of a checkpoint, of any shape, under the model's own names."""
     return {
         name.removeprefix(WEIGHTS_PREFIX): tensor
         for name, tensor in raw["state_dict"].items()

@@ -14,10 +14,10 @@ from typing import Any
 from nanogpt.text import first_line
 
 INTERRUPTED = 130
-# Options and configuration keys that name a file or directory, besides *path and *dir.
+# Options and configuration keys that name a file or directory, as *path and *dir do.
 PATHS = ("checkpoint", "checkpoints", "dataset", "init_from", "models", "pretokenized")
 
-# What bad input raises; torch says RuntimeError or AssertionError of a device that is not there.
+# Of bad input; torch raises RuntimeError or AssertionError for a device that is not there.
 EXPECTED: tuple[type[Exception], ...] = (
     ValueError,
     OSError,
@@ -32,14 +32,14 @@ OUT_OF_MEMORY = re.compile("out of memory|n.t allocate memory|cannot allocate|AL
 
 
 def out_of_memory(error: BaseException) -> str:
-    """Return what says that memory was short, of the machine or of a device; else nothing."""
-    said = first_line(error)
+    """Return a description of the error where memory ran out, of a machine or device, else ""."""
+    message = first_line(error)
     known = isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(said)
+        isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(message)
     )
     if not known:
         return ""
-    detail = re.split(r"(?<=\.) (?=[A-Z])", said.rpartition("DefaultCPUAllocator: ")[2])[:2]
+    detail = re.split(r"(?<=\.) (?=[A-Z])", message.rpartition("DefaultCPUAllocator: ")[2])[:2]
     return f"out of memory ({' '.join(detail).rstrip('.')})"
 
 
@@ -152,14 +152,14 @@ def run_command(
     name: str,
     work: Callable[[], None],
     *,
-    say: Callable[[Exception], str] = first_line,
+    explain: Callable[[Exception], str] = first_line,
     also: tuple[type[Exception], ...] = (),
     interrupted: str = "",
 ) -> int:
-    """Do a command's work and return its exit code; what goes wrong is said in one sentence.
+    """Run a command's work and return its exit code; an error is printed as one sentence.
 
-    `say` words an error, `also` are kinds that bad input raises besides `EXPECTED`, and
-    `interrupted` is said on Ctrl+C. OutputClosedError ends the work early, which is no error.
+    `explain` words an error, `also` are classes of bad input in addition to `EXPECTED`, and
+    `interrupted` is printed on Ctrl+C. OutputClosedError ends the work early, which is no error.
     """
     try:
         work()
@@ -169,11 +169,11 @@ def run_command(
     except EXPECTED + also as error:
         with suppress(OSError):
             sys.stdout.flush()
-        short = out_of_memory(error)
-        said = (
-            f"{short}; pass a smaller model, batch or file, or free memory" if short else say(error)
-        )
-        print(f"{name}: {said}", file=sys.stderr)
+        if short := out_of_memory(error):
+            message = f"{short}; pass a smaller model, batch or file, or free memory"
+        else:
+            message = explain(error)
+        print(f"{name}: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if interrupted:

@@ -61,7 +61,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in the system's errors; that of a full disk has no name."""
+    """Raise the system's errors with the name of a file; that of a full disk has none."""
     try:
         yield
     except OSError as error:

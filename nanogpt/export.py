@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(options: argparse.Namespace) -> None:
-    """Write the checkpoint in the format asked for; an export that fails leaves nothing."""
-    with replacing(options.out, options.overwrite) as temporary:
+    """Write the checkpoint in the format of the options; an export that fails leaves nothing."""
+    with exporting(options.out, options.overwrite) as temporary:
         checkpoint = load_checkpoint(options.checkpoint, runs_dir=options.runs_dir)
         check_exportable(checkpoint, options.format)
         if options.format == "hf":
@@ -82,10 +82,11 @@ def write_huggingface(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 @contextmanager
-def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a path beside `out` to write to; it becomes `out` if the block ends well, else goes.
+def exporting(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary path that becomes `out` when the block ends, and goes when it raises.
 
-    Raises FileExistsError where `out` is there, unless it is an export and may be overwritten.
+    Raises FileExistsError where `out` exists, unless it is an export and may be overwritten, and
+    NotADirectoryError where it lies under a file.
     """
     if out.exists():
         if not _is_export(out):
@@ -96,18 +97,14 @@ def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise NotADirectoryError(f"{out} lies under a file; pass another path") from error
-    temporary, old = (out.with_name(f".{out.name}.{ending}") for ending in ("tmp", "old"))
+    temporary = out.with_name(f".{out.name}.tmp")
     try:
         _remove(temporary)
         yield temporary
-        _remove(old)
-        if out.exists():
-            os.replace(out, old)
+        _remove(out)
         os.replace(temporary, out)
-        _remove(old)
-    except BaseException:
+    finally:
         _remove(temporary)
-        raise
 
 
 def parser() -> argparse.ArgumentParser:
@@ -130,24 +127,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _write_language_model(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write all but the weights of a model that writes.
+    """Write all but the weights of a language model.
 
-    Generation ends with a text, or with what ends a reply where the checkpoint has a template.
+    Generation ends with `<|endoftext|>`, or with the template's end of a reply.
     """
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    template = find_template(checkpoint.template) if checkpoint.template is not None else None
-    jinja = template.jinja() if template is not None else None
+    jinja, ends = None, tokenizer.eot_id
+    if checkpoint.template is not None:
+        template = find_template(checkpoint.template)
+        jinja, ends = template.jinja(), template.stop_ids(tokenizer)
     write_tokenizer(tokenizer, directory, config.block_size, jinja)
     ids = dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eot_id)
     ids["bos_token_id"] = tokenizer.encode_prompt("")[0]  # of an empty prompt, there and here
     about = {"architectures": ["GPT2LMHeadModel"], **ids}
     _write_json(directory / CONFIG, {**_published_config(config), **about})
-    ends = template.stop_ids(tokenizer) if template is not None else tokenizer.eot_id
     _write_json(directory / "generation_config.json", {**ids, "eos_token_id": ends})
 
 
 def _write_classifier(checkpoint: Checkpoint, labels: list[str], directory: Path) -> None:
-    """Write all but the weights of a model that names the class of a text."""
+    """Write all but the weights of a classifier."""
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     write_tokenizer(tokenizer, directory, config.block_size, framed=True)
     about = {

@@ -1,6 +1,6 @@
 """GGUF, the one-file format of llama.cpp, through the package `gguf`.
 
-Keys: ggml-org/ggml, docs/gguf.md; names of tensors: ggml-org/llama.cpp, src/models/gpt2.cpp.
+Keys: ggml-org/ggml, docs/gguf.md.
 """
 
 import importlib
@@ -17,17 +17,8 @@ from nanogpt.prompts import find_template
 from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer
 from nanogpt.tokenizer_files import merges_of, spell, spellings
 
-OUTSIDE_BLOCKS = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
-IN_A_BLOCK = {
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
 KNOWN_PATTERNS = (GPT2_PATTERN, "")  # bytes that never merge may be cut by any pattern
-NO_MERGES = [f"{END_OF_TEXT} {END_OF_TEXT}"]  # of what no text holds; the list may not be empty
+NO_MERGES = [f"{END_OF_TEXT} {END_OF_TEXT}"]  # occurs in no text; the list may not be empty
 
 
 def write_gguf(checkpoint: Checkpoint, path: Path, dtype: str = "f32") -> None:
@@ -52,10 +43,11 @@ def write_gguf(checkpoint: Checkpoint, path: Path, dtype: str = "f32") -> None:
     _add_tokenizer(writer, checkpoint.tokenizer)
     if checkpoint.template is not None:
         writer.add_chat_template(find_template(checkpoint.template).jinja())
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
     for name, tensor in gpt2_weights(checkpoint.model).items():
         rounded = half and tensor.dim() == 2 and name != "wpe.weight"
         array = tensor.numpy().astype(np.float16 if rounded else np.float32, copy=False)
-        writer.add_tensor(_gguf_name(name), array)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -72,7 +64,7 @@ def _gguf() -> ModuleType:
 
 
 def _check_pattern(checkpoint: Checkpoint) -> None:
-    if checkpoint.tokenizer.record()["pattern"] not in KNOWN_PATTERNS:
+    if checkpoint.tokenizer.pattern not in KNOWN_PATTERNS:
         raise ValueError(
             f"{checkpoint.path} has the tokenizer {checkpoint.tokenizer.name}, which cuts texts by "
             f"a pattern that no reader of GGUF knows; pass --format hf, or train with "
@@ -95,12 +87,3 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
     writer.add_eos_token_id(tokenizer.eot_id)
     writer.add_add_bos_token(tokenizer.bos_id is not None)
     writer.add_add_eos_token(False)
-
-
-def _gguf_name(name: str) -> str:
-    """Return the name of a tensor in GGUF: blk.0.attn_qkv.bias for h.0.attn.c_attn.bias."""
-    module, _, kind = name.rpartition(".")
-    if module in OUTSIDE_BLOCKS:
-        return f"{OUTSIDE_BLOCKS[module]}.{kind}"
-    _, layer, part = module.split(".", 2)
-    return f"blk.{layer}.{IN_A_BLOCK[part]}.{kind}"

@@ -65,7 +65,10 @@ def report(path: Path, corpus: Corpus, n_samples: int, *, with_shards: bool) -> 
 
 
 def open_any(path: Path, tokenizer: str | None) -> Corpus:
-    """Open a prepared corpus with its own tokenizer, and shards of others with the one named."""
+    """Open a prepared corpus with its own tokenizer, and shards of others with the one named.
+
+    Raises FileNotFoundError where there is no such path, or GPT-2's tokens cannot be had.
+    """
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist; pass a prepared folder, or a folder or file of token shards"
@@ -101,14 +104,14 @@ def listing(data_dir: Path) -> Iterator[str]:
 
 
 def facts(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a manifest says, a line each."""
+    """Yield the source, the tokenizer and the splits of a manifest, a line each."""
     source, tokenizer = manifest["source"], manifest["tokenizer"]
-    said = [
+    keys = [
         f"{key}={value}"
         for key, value in source.items()
         if key not in ("name", "fingerprint") and value is not None
     ]
-    yield f"source     {', '.join([source['name'], *said])}"
+    yield f"source     {', '.join([source['name'], *keys])}"
     yield f"tokenizer  {tokenizer['key']}, {tokenizer['vocab_size']:,} ids"
     for split, counts in manifest["splits"].items():
         yield f"{split:10} {_counts(counts)}"
@@ -191,12 +194,12 @@ def verify(corpus: Corpus) -> str:
 def _counts(counts: Mapping[str, Any]) -> str:
     tokens, n_bytes, documents = counts["tokens"], counts["bytes"], counts["documents"]
     n_shards = len(counts["shards"])
-    said = [f"{n_shards} shard{'s' * (n_shards != 1)}", f"{tokens:,} tokens"]
+    parts = [f"{n_shards} shard{'s' * (n_shards != 1)}", f"{tokens:,} tokens"]
     if documents is not None:
-        said.append(f"{documents:,} documents")
+        parts.append(f"{documents:,} documents")
     if n_bytes is not None:
-        said.append(f"{n_bytes:,} bytes of text, {n_bytes / max(tokens, 1):.2f} bytes per token")
-    return ", ".join(said)
+        parts.append(f"{n_bytes:,} bytes of text, {n_bytes / max(tokens, 1):.2f} bytes per token")
+    return ", ".join(parts)
 
 
 def _by_power(lengths: np.ndarray) -> np.ndarray:

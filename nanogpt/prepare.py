@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
         "nanogpt.prepare",
         partial(prepare_dataset, options),
-        say=lambda error: as_options(first_line(error)),
+        explain=lambda error: as_options(first_line(error)),
         interrupted="stopped; the same command continues",
     )
 
@@ -66,11 +66,7 @@ def prepare_dataset(options: argparse.Namespace) -> None:
     if options.dataset in PUBLISHED:
         path = fetch_pretrained(options.dataset, options.data_dir)
         print(f"{path}: train from it with init_from={options.dataset}")
-    else:
-        _prepare_corpus(options)
-
-
-def _prepare_corpus(options: argparse.Namespace) -> None:
+        return
     tokenizer_key, make_tokenizer = choose_tokenizer(options.tokenizer, options.vocab_size)
     corpus = prepare(
         Preparation(
@@ -95,11 +91,10 @@ def _prepare_corpus(options: argparse.Namespace) -> None:
 
 
 def as_options(sentence: str) -> str:
-    """Return an error's first line with this command's options in place of training's keys."""
-    first_line = sentence.partition("\n")[0].replace("data.skip_bad=true", "--skip-bad")
-    first_line = re.sub(r"\bdata=", "", first_line)
+    """Return an error's sentence with this command's options in place of training's keys."""
+    sentence = re.sub(r"\bdata=", "", sentence.replace("data.skip_bad=true", "--skip-bad"))
     keys = "|".join((*OF_SOURCES, "tokens", "shard_tokens", "workers"))
-    return re.sub(rf"\b(?:data\.)?({keys})=", lambda m: f"--{m[1].replace('_', '-')} ", first_line)
+    return re.sub(rf"\b(?:data\.)?({keys})=", lambda m: f"--{m[1].replace('_', '-')} ", sentence)
 
 
 def choose_source(options: argparse.Namespace) -> Source:
@@ -141,6 +136,8 @@ def choose_tokenizer(name: str, vocab_size: int) -> tuple[str, MakeTokenizer]:
 
 def count(text: str) -> int:
     """Return a number of tokens as typed: 500000, 100M, 10B.
+
+    Raises ArgumentTypeError for any other text.
 
     >>> count("1.5B")
     1500000000

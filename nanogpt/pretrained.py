@@ -32,7 +32,7 @@ SCORE, CLASSES = "score.weight", "classes.weight"  # the head of a classifier: t
 WITHOUT_BIAS = ("wte.weight", "wpe.weight", CLASSES)
 CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
 
-# What config.json must say, or leave to its default (the first), for the model to be ours.
+# The values of config.json that our model has, its defaults first.
 REQUIRED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (NORM_EPSILON,),
@@ -80,7 +80,7 @@ def load_pretrained(path: str | PathLike[str]) -> GPT:
 
 
 def published_weights(model: GPT) -> dict[str, Tensor]:
-    """Return the weights of a GPT-2 under their published names and in that orientation.
+    """Return the weights of a GPT-2, (C_in, C_out), under their published names.
 
     A language model's head is the token embedding and is not among them; a classifier's is.
     """
@@ -92,7 +92,7 @@ def published_weights(model: GPT) -> dict[str, Tensor]:
 
 
 def gpt2_weights(model: GPT) -> dict[str, Tensor]:
-    """Return the weights of a GPT-2 on the CPU; a bias that the model lacks is zero."""
+    """Return the weights of a GPT-2, (C_out, C_in), on the CPU; a missing bias is zero."""
     weights = {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}
     for name, tensor in list(weights.items()):
         if name.endswith(".weight") and name not in WITHOUT_BIAS:

@@ -191,7 +191,7 @@ class Tokenizer:
         return None if self.bos_token is None else self.special_tokens[self.bos_token]
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Return the ids of the text, (N,) uint16 or uint32."""
+        """Return the ids of the text, (N,) uint16 or uint32; a subclass that does not raises."""
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:

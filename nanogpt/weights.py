@@ -65,7 +65,8 @@ def model_without_weights(config: GPTConfig, n_labels: int | None = None) -> GPT
 def weight_shapes(config: GPTConfig, n_labels: int | None = None) -> Iterator[tuple[str, Shape]]:
     """Yield the name and shape of each weight of a model; only its first layer is built.
 
-    Without the weights of blocks of another class, whose module is not imported.
+    Without the weights of blocks of another class, whose module is not imported. Raises ValueError
+    for a size that no tensor can have.
     """
     try:
         model = model_without_weights(replace(config, n_layer=1, block=None), n_labels)
@@ -80,7 +81,7 @@ def weight_shapes(config: GPTConfig, n_labels: int | None = None) -> Iterator[tu
 
 
 def check_weights(weights: Mapping[str, Tensor], config: GPTConfig, n_labels: int | None) -> None:
-    """Raise ValueError where weights are not those of a model: other names, shapes or numbers.
+    """Raise ValueError where weights, of any shape, do not fit a model: names, shapes or numbers.
 
     The time is proportional to the weights, however many layers `config` has. Of blocks of another
     class their number alone is checked: every layer has weights.

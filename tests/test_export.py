@@ -20,7 +20,7 @@ from nanogpt.checkpoint import (
     write_checkpoint,
 )
 from nanogpt.classifier import Classifier, class_probabilities, encode_text
-from nanogpt.export import main, replacing
+from nanogpt.export import exporting, main
 from nanogpt.generation import generate
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.pretrained import load_pretrained
@@ -234,7 +234,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     out.write_bytes(b"GGUF, old")
 
     def fail() -> None:
-        with replacing(out, overwrite=True) as temporary:
+        with exporting(out, overwrite=True) as temporary:
             temporary.write_text("half")
             raise OSError("disk full")
 

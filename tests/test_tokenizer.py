@@ -299,7 +299,7 @@ def _without(field: str) -> dict[str, object]:
 )
 def test_malformed_records_are_refused(record: object) -> None:
     with pytest.raises(ValueError, match="tokenizer's record is malformed: it") as error:
-        from_record(record)  # type: ignore[arg-type]
+        from_record(record)
     assert "\n" not in str(error.value)
 
 

@@ -322,12 +322,13 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class FullAtTheSecond(nanogpt.checkpoint._HashingWriter):
-        n_files = 0
+        n_files = n_bytes = 0
 
         def write(self, data: bytes) -> int:
             FullAtTheSecond.n_files += self.n_bytes == 0
             if FullAtTheSecond.n_files == 2 and self.n_bytes > 5000:
                 raise OSError(errno.ENOSPC, "No space left on device")
+            self.n_bytes += len(data)
             return super().write(data)
 
     with monkeypatch.context() as patch:
