@@ -104,7 +104,7 @@ def chat(pictures: Pictures) -> None:
         page.keyboard.press("Escape")
         page.wait_for_selector("#send:visible")
         pictures.take(page, "chat-stopped")
-        page.click("[aria-label='Answer again']")
+        page.click("[aria-label='Regenerate']")
         page.wait_for_selector("#send:visible", timeout=60_000)
         pictures.take(page, "chat-answer")
         page.locator(".mine").hover()
@@ -167,7 +167,7 @@ def failures(pictures: Pictures) -> None:
         for text in ("Tell a story.", "Another one, please, and a longer one this time."):
             say(page, text)
         pictures.take(page, "context-full")
-        page.click("text=Go on without")
+        page.click("text=Continue without")
         page.wait_for_selector("#send:visible")
         pictures.take(page, "context-forgotten")
     with pictures.page(reply=says("abc " * 90), delay_s=0.02, **CHAT) as (page, engine):

@@ -150,7 +150,7 @@ def test_a_chat_needs_no_mouse(browser: Any, url: str) -> None:
         focused = "document.activeElement.getAttribute('aria-label') ?? document.activeElement.id"
         assert page.evaluate(focused) == "Message"
         page.keyboard.press("Shift+Tab")
-        assert page.evaluate(focused) == "Answer again"
+        assert page.evaluate(focused) == "Regenerate"
         page.keyboard.press("Enter")
         page.wait_for_selector("text=2/2")
 
@@ -160,7 +160,7 @@ def test_it_is_small_and_nothing_in_it_is_inline(browser: Any, url: str) -> None
     with browser.new_page() as page:
         page.on("response", lambda answer: bodies.setdefault(answer.url, answer.body()))
         page.goto(f"{url}/?model=chat")
-        page.wait_for_selector("text=Talk to chat")
+        page.wait_for_selector("text=Chat with chat")
         files = {at: body for at, body in bodies.items() if "/static/" in at or "/?" in at}
     assert len(files) > 10
     assert sum(map(len, files.values())) < MOST_BYTES

@@ -89,10 +89,10 @@ def test_the_whole_conversation_is_sent_with_its_system_prompt(
 def test_an_answer_again_is_another_version_of_it(page: Any, engine: FakeEngine) -> None:
     send(page, "Hello")
     engine.reply = says("Another")
-    page.click("[aria-label='Answer again']")
+    page.click("[aria-label='Regenerate']")
     page.wait_for_selector("text=2/2")
     assert answers(page) == ["Another"]
-    page.click("[aria-label='Earlier answer']")
+    page.click("[aria-label='Previous answer']")
     assert answers(page) == ["Answer 1"]
 
 
@@ -204,7 +204,7 @@ def test_sampling_controls_are_sent_within_their_limits_and_reset(
     assert (params.presence_penalty, params.frequency_penalty) == (0.5, -2.0)
     assert params.repetition_penalty == 1.1
     page.click("text=Reset")
-    page.click("[aria-label='Answer again']")
+    page.click("[aria-label='Regenerate']")
     page.wait_for_selector("text=2/2")
     params = generated(engine)[-1].params
     assert (params.temperature, params.top_p, params.max_tokens) == (0.8, 0.95, 256)

@@ -72,9 +72,9 @@ def test_where_no_key_is_needed_none_is_asked_for(browser: Any, url: str) -> Non
     ("kind", "said"),
     [
         ("overloaded", "The server is busy; try again in a moment."),
-        ("unavailable", "The engine is away; try again in a moment."),
+        ("unavailable", "The engine is unavailable; try again in a moment."),
         ("internal", "The server failed."),
-        ("invalid", "The server does not take this."),
+        ("invalid", "The request is invalid."),
     ],
 )
 def test_a_refusal_is_told_and_can_be_tried_again(
@@ -119,8 +119,8 @@ def test_a_full_context_is_told_and_the_oldest_messages_can_go(
             if page.is_visible(".theirs .failure"):
                 break
         assert "longer than the model's context" in page.inner_text(".theirs .failure")
-        page.click("text=Go on without the oldest messages")
-        page.wait_for_selector("text=The model no longer sees what is above.")
+        page.click("text=Continue without the oldest messages")
+        page.wait_for_selector("text=The messages above are no longer sent to the model.")
         page.wait_for_selector(".theirs .failure", state="detached")
         page.wait_for_selector("#send:visible")
         assert b"Message 0" not in bytes(i for i in generated(engine)[-1].prompt_ids if i < 256)
@@ -168,7 +168,7 @@ def test_a_server_that_is_gone_is_told_and_so_is_its_return(browser: Any, tmp_pa
         page.wait_for_selector("#banner:has-text('cannot be reached')")
         with serve(FakeEngine(f"unix:{tmp_path}/b", **about), port=port):
             page.wait_for_selector("#banner", state="hidden")
-            page.wait_for_selector("#notice:has-text('The server is back.')")
+            page.wait_for_selector("#notice:has-text('Reconnected.')")
             page.click(".failure button")
             page.wait_for_selector(".theirs :text('Fine.')")
 
@@ -180,7 +180,7 @@ def test_a_connection_that_breaks_is_told(browser: Any, url: str) -> None:
         page.route("**/v1/chat/completions", lambda route: route.fulfill(**stream))
         send(page, "Hello")
         assert answers(page)[0] == "Half"
-        assert "The connection broke." in page.inner_text(".theirs .failure")
+        assert "The connection was lost." in page.inner_text(".theirs .failure")
 
 
 def test_a_server_without_models_says_how_to_make_one(browser: Any, engine: FakeEngine) -> None:

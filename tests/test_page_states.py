@@ -110,7 +110,7 @@ def test_an_unknown_model_in_the_address_is_an_error(browser: Any, url: str, nam
     with opened(browser, url, path="/#") as page:
         page.goto(f"{url}/?model={name}")
         page.wait_for_selector("#banner:visible")
-        assert f"does not exist. {name} was asked for" in page.inner_text("#banner")
+        assert f"does not exist. {name} was requested" in page.inner_text("#banner")
         assert page.input_value("#models") == ""
         page.select_option("#models", "tiny")
         page.wait_for_selector("body[data-model='tiny']", state="attached")
@@ -133,7 +133,7 @@ def test_models_are_listed_by_the_names_of_their_runs(browser: Any, engine: Fake
     with serve(engine) as url, opened(browser, url) as page:
         assert page.inner_text("#models option") == "扫描/lr=1e-3"
         assert page.input_value("#models") == "tiny"
-        assert page.inner_text(".welcome h1") == "Talk to 扫描/lr=1e-3"
+        assert page.inner_text(".welcome h1") == "Chat with 扫描/lr=1e-3"
 
 
 @pytest.mark.parametrize("look", ["light", "dark"])
@@ -145,16 +145,16 @@ def test_a_tab_that_the_model_lacks_can_be_read_and_gives_the_reason(
         assert tab.get_attribute("aria-disabled") == "true"
         assert tab.evaluate(CONTRAST) >= 4.5
         tab.click(force=True)  # Playwright takes it for disabled
-        assert page.inner_text("#notice") == "tiny is a language model, without classes."
+        assert page.inner_text("#notice") == "tiny is a language model and has no classes."
         assert page.is_visible("#chat-text")
 
 
 def test_a_classifier_only_classifies_in_either_language(browser: Any, classifier: str) -> None:
     with opened(browser, classifier, locale="zh-CN") as page:
         page.wait_for_selector("#classify-text")
-        assert page.get_attribute("[data-mode=chat]", "title") == "tiny 是分类模型，只能用于分类。"
+        assert page.get_attribute("[data-mode=chat]", "title") == "tiny 是分类模型，不能生成文本。"
         page.click("#language")
-        title = "tiny is a classifier: it only classifies."
+        title = "tiny is a classifier and cannot generate text."
         assert page.get_attribute("[data-mode=complete]", "title") == title
 
 

@@ -1,10 +1,10 @@
-// Requests for answers: the messages sent, the stream that is read.
+// Requests for answers.
 
-import { ask, stream } from "./api.js";
+import { fetchJson, stream } from "./api.js";
 import { modelId } from "./models.js";
 import { parameters } from "./sampling.js";
 
-const ROOM = 0.7; // of the context may be what is sent, when the oldest messages are dropped
+const ROOM = 0.7; // share of the context that is filled after the oldest messages are dropped
 
 /** Read an answer; drop the oldest messages when the context is full and `forgets` is set. */
 export async function readAnswer(running, onGrown, onForgotten) {
@@ -20,7 +20,7 @@ export async function readAnswer(running, onGrown, onForgotten) {
   }
 }
 
-/** Drop the oldest messages until an answer fits; return whether any were. */
+/** Drop the oldest messages until an answer fits; return whether any were dropped. */
 async function forgetOldest(conversation, end, signal) {
   const { messages, from } = conversation;
   for (let start = from + 1; start < end; start++) {
@@ -61,18 +61,18 @@ async function read({ controller, version }, messages, onGrown) {
   }
 }
 
-/** Return the messages before `end` as a request has them. */
+/** Return the messages before `end` in the form of a request. */
 export function toSend(conversation, end) {
-  const said = conversation.messages.slice(conversation.from, end).map((message) =>
+  const turns = conversation.messages.slice(conversation.from, end).map((message) =>
     message.role === "user"
       ? { role: "user", content: message.text }
       : { role: "assistant", content: message.versions[message.shown]?.text ?? "" },
   );
   const system = conversation.system.trim();
-  const messages = said.filter((message) => message.content);
+  const messages = turns.filter((message) => message.content);
   return system ? [{ role: "system", content: system }, ...messages] : messages;
 }
 
 /** Count the tokens of messages: { count, max_model_len }. */
 export const counted = (messages, signal) =>
-  ask("v1/tokenize", { model: modelId(), messages }, signal);
+  fetchJson("v1/tokenize", { model: modelId(), messages }, signal);

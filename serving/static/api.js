@@ -20,12 +20,12 @@ export class Failure extends Error {
   }
 }
 
-let askForKey = () => Promise.reject(new Failure("key", "No API key."));
-let asking = null;
+let promptForKey = () => Promise.reject(new Failure("key", "No API key."));
+let prompting = null;
 
-/** `ask(wasWrong)` resolves to a key or null. */
-export function onKeyNeeded(ask) {
-  askForKey = ask;
+/** `prompt(wasWrong)` resolves to a key or null. */
+export function onKeyNeeded(prompt) {
+  promptForKey = prompt;
 }
 
 export const hasKey = () => read() !== null;
@@ -38,7 +38,7 @@ export function forgetKey() {
   }
 }
 
-let given = null; // where the session cannot keep it
+let given = null; // where sessionStorage is not available
 
 function read() {
   try {
@@ -53,12 +53,12 @@ function keep(key) {
   try {
     sessionStorage.setItem(KEY, key);
   } catch {
-    // kept until the page is left
+    // stays in `given` until the page is closed
   }
 }
 
 /** GET, or POST with a body; return the JSON. */
-export async function ask(path, body, signal) {
+export async function fetchJson(path, body, signal) {
   const response = await request(path, body, signal);
   try {
     return await response.json();
@@ -97,9 +97,9 @@ async function request(path, body, signal) {
     if (response.ok) return response;
     const failure = await toFailure(response);
     if (failure.kind !== "key") throw failure;
-    if (key !== read()) continue; // another request was told a new one meanwhile
-    asking ??= askForKey(key !== null).finally(() => (asking = null));
-    const entered = await asking;
+    if (key !== read()) continue; // another request has got a new key meanwhile
+    prompting ??= promptForKey(key !== null).finally(() => (prompting = null));
+    const entered = await prompting;
     if (entered === null) throw failure;
     keep(entered);
   }
@@ -121,7 +121,7 @@ async function send(path, body, signal, key) {
 
 const bytes = (text) => String.fromCharCode(...new TextEncoder().encode(text));
 
-/** Return a network exception as a Failure; an abort stays itself. */
+/** Return a network exception as a Failure, an abort unchanged. */
 function broken(error, kind = "cut") {
   return error.name === "AbortError" ? error : new Failure(kind, error.message);
 }

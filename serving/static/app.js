@@ -1,6 +1,6 @@
 // The page: modes, the model, the server's state.
 
-import { ask } from "./api.js";
+import { fetchJson } from "./api.js";
 import { byId, debounced, h, notice, onKey } from "./dom.js";
 import { escapeChat, showChat, startChat, systemPrompt } from "./chat.js";
 import { showClassify, startClassify } from "./classify.js";
@@ -14,8 +14,8 @@ import { onLanguage, t } from "./words.js";
 
 const FIELDS = { chat: "chat-text", complete: "complete-text", classify: "classify-text" };
 const VIEWS = { chat: showChat, complete: showComplete, classify: showClassify };
-const WATCH_MS = 10_000; // between two looks whether the server is there
-const RETRY_MS = 1_500; // while it is not
+const WATCH_MS = 10_000; // between two checks of the server
+const RETRY_MS = 1_500; // while it cannot be reached
 
 let mode = "chat";
 let isAway = false;
@@ -71,8 +71,8 @@ function showModes() {
   }
 }
 
-function setMode(wanted) {
-  mode = wanted;
+function setMode(name) {
+  mode = name;
   document.body.dataset.mode = mode;
   for (const name of Object.keys(FIELDS)) byId(name).hidden = name !== mode;
   for (const button of byId("modes").children) {
@@ -82,7 +82,7 @@ function setMode(wanted) {
   byId("skip").href = `#${FIELDS[mode]}`;
   VIEWS[mode](false);
   if (!byId("settings").hidden) openSettings();
-  const isTouched = matchMedia("(pointer: coarse)").matches; // there a focus opens the keyboard
+  const isTouched = matchMedia("(pointer: coarse)").matches; // where focus opens the keyboard
   if (!isTouched && !document.querySelector("dialog[open]")) byId(FIELDS[mode]).focus();
 }
 
@@ -120,8 +120,8 @@ let next;
 async function watch() {
   clearTimeout(next);
   const trouble = await look();
-  if (!document.body.dataset.mode) setMode(mode); // no model has said which, so as if one chats
-  const isKeyless = trouble === t("keyNone"); // who closed the dialog is not asked again at once
+  if (!document.body.dataset.mode) setMode(mode); // without a model: chat
+  const isKeyless = trouble === t("keyNone"); // the dialog was closed: do not reopen it at once
   const button = h("button", { onclick: watch }, t("tryAgain"));
   byId("banner").replaceChildren(trouble ?? "", isKeyless ? button : "");
   byId("banner").hidden = trouble === null;
@@ -135,7 +135,7 @@ async function look() {
   if (document.hidden && model()) return null;
   try {
     if (await refresh()) return null;
-    return t((await ask("health")).engine === "up" ? "noModels" : "starting");
+    return t((await fetchJson("health")).engine === "up" ? "noModels" : "starting");
   } catch (error) {
     return { key: t("keyNone"), offline: t("offline") }[error.kind] ?? failureText(error);
   }

@@ -85,9 +85,9 @@ function onOtherTab(id) {
   showList();
   if (id !== null && id !== shown.id) return;
   if (running?.conversation === shown || editing !== null) return;
-  const kept = store.conversation(shown.id);
-  if (kept) {
-    shown = kept;
+  const stored = store.conversation(shown.id);
+  if (stored) {
+    shown = stored;
     render();
     meter();
   }
@@ -192,7 +192,7 @@ const meter = debounced(async () => {
     place.textContent = t("context", { n: number(count), most: number(most) });
     place.classList.toggle("over", count >= most);
   } catch {
-    place.textContent = ""; // it is a hint only
+    place.textContent = ""; // the meter is optional
   }
 }, METER_PAUSE_MS);
 
@@ -214,7 +214,7 @@ function showButton() {
 }
 
 const does = {
-  say: (text) => {
+  send: (text) => {
     byId("chat-text").value = text;
     byId("chat-form").requestSubmit();
   },

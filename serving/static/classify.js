@@ -1,6 +1,6 @@
 // Classification: labels with bars, the most probable first.
 
-import { ask } from "./api.js";
+import { fetchJson } from "./api.js";
 import { byId, debounced, examples, h, onControlEnter } from "./dom.js";
 import { showFailure } from "./failures.js";
 import { modelId } from "./models.js";
@@ -8,9 +8,9 @@ import { load, save } from "./store.js";
 import { number, percent, t } from "./words.js";
 
 const NAME = "nanogpt.classified";
-const PAUSE_MS = 400; // in writing, after which the text is classified
+const PAUSE_MS = 400; // after the last keystroke, before the text is classified
 
-let open = null; // the request on its way
+let open = null; // the pending request
 let shown = null;
 
 export function startClassify() {
@@ -52,7 +52,7 @@ async function classify() {
   open = new AbortController();
   try {
     const body = { model: modelId(), input };
-    const { data, usage } = await ask("v1/classify", body, open.signal);
+    const { data, usage } = await fetchJson("v1/classify", body, open.signal);
     shown = { ...data[0], tokens: usage.prompt_tokens, took: performance.now() - began };
     render();
   } catch (error) {

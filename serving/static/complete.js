@@ -1,9 +1,9 @@
 // Completion: a text that the model continues in place, with alternatives for each token.
 //
-// A mirror of the text behind the text area holds the tokens with known probabilities as elements:
-// for their colours, and to find them under the pointer or the caret.
+// A mirror of the text behind the text area has an element for each token with known probability, to
+// colour it and to find it under the pointer or the caret.
 
-import { ask, stream } from "./api.js";
+import { fetchJson, stream } from "./api.js";
 import { announce, byId, debounced, examples, h, onControlEnter, onKey } from "./dom.js";
 import { showFailure } from "./failures.js";
 import { model, modelId } from "./models.js";
@@ -13,10 +13,10 @@ import { number, percent, t } from "./words.js";
 
 const NAME = "nanogpt.text";
 const LEGEND = { sure: ">50%", likely: ">12.5%", open: ">1.6%", unlikely: "≤1.6%" };
-const TOP = 8; // likeliest tokens that are asked for
+const TOP = 8; // alternatives requested for each token
 const KEEP_PAUSE_MS = 500;
 
-let tokens = []; // { start, end, text, logprob, top }: places in the text, in order
+let tokens = []; // { start, end, text, logprob, top }: positions in the text, in order
 let before = null; // the text before the last continuation, for undo and again
 let running = null; // AbortController
 let inspected = null; // the token whose candidates are shown
@@ -37,7 +37,7 @@ export function startComplete() {
   byId("score").addEventListener("click", score);
 }
 
-/** Render; another model has other probabilities. */
+/** Render; the probabilities of another model are dropped. */
 export function showComplete(isAnother) {
   if (isAnother) tokens = [];
   inspect(null);
@@ -58,7 +58,7 @@ const keep = debounced(() => save(NAME, field().value), KEEP_PAUSE_MS);
 function onInput() {
   const text = field().value;
   // Tokens up to the first change stay valid.
-  const same = tokens.findIndex(({ start, end, text: said }) => text.slice(start, end) !== said);
+  const same = tokens.findIndex(({ start, end, text: part }) => text.slice(start, end) !== part);
   if (same >= 0) tokens.length = same;
   inspect(null);
   keep();
@@ -71,7 +71,7 @@ async function go() {
   const began = performance.now();
   let first = null;
   let n = 0;
-  let nFirst = 0; // tokens of the first piece, which came in no time
+  let nFirst = 0; // tokens of the first piece, which have no duration
   let finish = null;
   const prompt = before.text;
   await run(async (signal) => {
@@ -88,8 +88,8 @@ async function go() {
       }
       if (!n) continue;
       const measured = n > nFirst ? ((n - nFirst) * 1000) / (performance.now() - first) : 0;
-      const perSecond = event.usage?.tokens_per_second ?? measured; // told at the end
-      tell([
+      const perSecond = event.usage?.tokens_per_second ?? measured; // in the last event
+      showFacts([
         t("tokens", { n: number(n) }),
         perSecond ? t("perSecond", { n: number(perSecond) }) : "",
         t("first", { n: number((first - began) / 1000, 2) }),
@@ -99,7 +99,7 @@ async function go() {
   const facts = [byId("complete-meter").textContent];
   if (n && finish === "length") facts.push(t("cutLength"));
   if (n && finish === null) facts.push(t("stopped"));
-  tell(facts);
+  showFacts(facts);
   announce(field().value.slice(prompt.length));
 }
 
@@ -108,7 +108,7 @@ function begin(text) {
   go();
 }
 
-/** Append text and its tokens, which are given by their offsets. */
+/** Append text and its tokens, given by their offsets. */
 function add(text, { text_offset, token_logprobs, top_logprobs }) {
   const at = field().value.length;
   const scroller = field().closest(".scroller");
@@ -119,12 +119,12 @@ function add(text, { text_offset, token_logprobs, top_logprobs }) {
   let place = at;
   text_offset.forEach((offset, i) => {
     const end = text_offset[i + 1] ?? base + characters.length;
-    const said = characters.slice(offset - base, end - base).join("");
-    if (said && token_logprobs[i] !== null) {
+    const part = characters.slice(offset - base, end - base).join("");
+    if (part && token_logprobs[i] !== null) {
       const known = { logprob: token_logprobs[i], top: top_logprobs[i] };
-      tokens.push({ start: place, end: place + said.length, text: said, ...known });
+      tokens.push({ start: place, end: place + part.length, text: part, ...known });
     }
-    place += said.length;
+    place += part.length;
   });
   renderSoon(() => follows && (scroller.scrollTop = scroller.scrollHeight));
 }
@@ -133,14 +133,14 @@ async function score() {
   const text = field().value;
   if (running || !text || !model() || model().labels) return;
   await run(async (signal) => {
-    const wanted = { max_tokens: 0, echo: true, logprobs: TOP };
-    const { choices } = await ask("v1/completions", { model: modelId(), prompt: text, ...wanted }, signal);
+    const options = { max_tokens: 0, echo: true, logprobs: TOP };
+    const { choices } = await fetchJson("v1/completions", { model: modelId(), prompt: text, ...options }, signal);
     if (field().value !== text) return;
     tokens = [];
     field().value = "";
     add(choices[0].text, choices[0].logprobs);
     const known = tokens.reduce((sum, { logprob }) => sum + logprob, 0);
-    tell([t("tokens", { n: number(tokens.length) }), `${number(-known / tokens.length, 3)} nats`]);
+    showFacts([t("tokens", { n: number(tokens.length) }), `${number(-known / tokens.length, 3)} nats`]);
   });
 }
 
@@ -148,7 +148,7 @@ async function score() {
 async function run(action) {
   running = new AbortController();
   showFailure("complete-failure");
-  tell([]);
+  showFacts([]);
   inspect(null);
   render();
   try {
@@ -183,11 +183,11 @@ function clear() {
   field().focus();
 }
 
-function tell(facts) {
+function showFacts(facts) {
   byId("complete-meter").textContent = facts.filter(Boolean).join(" · ");
 }
 
-let awaited = 0; // a frame; tokens may come faster than these
+let awaited = 0; // animation frame; tokens may arrive faster
 
 function renderSoon(after) {
   cancelAnimationFrame(awaited);

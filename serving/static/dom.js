@@ -1,4 +1,4 @@
-// Elements. Text is always text: nothing here parses HTML.
+// Elements. Text is never parsed as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -49,7 +49,7 @@ export function debounced(action, milliseconds) {
   };
 }
 
-/** Handle keys, except an input method's: Safari's last has keyCode 229. */
+/** Handle keys, except those of an input method (in Safari, its last has keyCode 229). */
 export function onKey(target, action, type = "keydown") {
   target.addEventListener(type, (event) => {
     if (!event.isComposing && event.keyCode !== 229) action(event);
@@ -64,7 +64,7 @@ export function onControlEnter(field, action) {
   });
 }
 
-/** Copy a text; `navigator.clipboard` exists on secure and local pages only. */
+/** Copy a text; `navigator.clipboard` requires a secure or local page. */
 export async function copy(text) {
   if (navigator.clipboard) {
     await navigator.clipboard.writeText(text);
@@ -78,7 +78,7 @@ export async function copy(text) {
   field.remove();
 }
 
-/** Pass a text to screen readers. */
+/** Announce a text to screen readers. */
 export function announce(text) {
   byId("announcer").textContent = text;
 }

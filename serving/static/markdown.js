@@ -1,12 +1,12 @@
-// Markdown as elements. The text is a model's: none becomes HTML or loads anything; links lead to
-// http, https and mailto only. Pictures are links.
+// Markdown as elements. The text is untrusted: it is never parsed as HTML and loads nothing; links
+// are http, https and mailto only. Images become links.
 
 import { copy, h, icon } from "./dom.js";
 import { t } from "./words.js";
 
 const MOST_NESTED = 6;
-const MOST_INLINE = 10_000; // characters of a paragraph that are searched for markup
-const MOST_SPAN = 1000; // characters between a mark and the one that closes it
+const MAX_INLINE = 10_000; // characters of a paragraph that are parsed
+const MAX_SPAN = 1000; // characters between an opening and a closing mark
 const FENCE = /^ {0,3}(```+|~~~+)\s*([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
 const RULE = /^ {0,3}(?:(?:-\s*){3,}|(?:\*\s*){3,}|(?:_\s*){3,})$/;
@@ -23,7 +23,7 @@ const PAIRS = [
 const WEB = /^https?:\/\/[^\s<>"'`]*[^\s<>"'`.,;:!?)\]}]/i;
 const SAFE = /^(?:https?:\/\/|mailto:)[^\s]+$/i;
 
-/** Render a text in a container; blocks that did not change stay. */
+/** Render a text in a container; unchanged blocks are reused. */
 export function show(container, text) {
   const blocks = toBlocks(text.split("\n"));
   const before = container.sources ?? [];
@@ -77,7 +77,7 @@ function until(lines, at, ends) {
 
 function heading(line) {
   const [, marks, text] = HEADING.exec(line);
-  // The page's own headings are above these.
+  // Below the page's own headings.
   return h(`h${Math.min(6, marks.length + 2)}`, { dir: "auto" }, inline(text));
 }
 
@@ -139,7 +139,7 @@ function continues(line, indent) {
 
 function built(lines, depth) {
   const elements = toBlocks(lines, depth).map(({ build }) => build());
-  // An item of one paragraph needs none.
+  // An item of one paragraph has no <p>.
   return elements.length === 1 && elements[0].tagName === "P"
     ? [...elements[0].childNodes]
     : elements;
@@ -166,7 +166,7 @@ const cells = (line) =>
 
 /** Return the texts and elements of a paragraph. */
 function inline(text, depth = 0) {
-  if (text.length > MOST_INLINE || depth > MOST_NESTED) return [text];
+  if (text.length > MAX_INLINE || depth > MOST_NESTED) return [text];
   const nodes = [];
   let plain = "";
   let at = 0;
@@ -184,7 +184,7 @@ function inline(text, depth = 0) {
   return plain ? [...nodes, plain] : nodes;
 }
 
-/** Return the element that begins at a place and its length there, or null. */
+/** Return the element at a position and its length there, or null. */
 function span(text, at, depth) {
   const here = text[at];
   if (here === "\\") {
@@ -207,7 +207,7 @@ function link(text, at, depth) {
   const opens = text.indexOf("[", at);
   const middle = text.indexOf("](", opens);
   const end = middle < 0 ? -1 : text.indexOf(")", middle);
-  if (end < 0 || end - opens > 2 * MOST_SPAN) return null;
+  if (end < 0 || end - opens > 2 * MAX_SPAN) return null;
   const label = text.slice(opens + 1, middle);
   const [url] = text.slice(middle + 2, end).trim().split(/\s/);
   if (!SAFE.test(url) || label.includes("[")) return null;
@@ -234,14 +234,14 @@ function emphasis(text, at, depth) {
   return null;
 }
 
-/** Return where a mark closes, or -1; snake_case opens none. */
+/** Return the position of the closing mark, or -1; snake_case opens none. */
 function closing(text, at, mark) {
   const begin = at + mark.length;
   const isWord = (character) => /[\p{L}\p{N}]/u.test(character ?? "");
   if (/\s/.test(text[begin] ?? " ")) return -1;
   if (mark[0] === "_" && isWord(text[at - 1])) return -1;
   for (let end = text.indexOf(mark, begin + 1); end >= 0; end = text.indexOf(mark, end + 1)) {
-    if (end - at > MOST_SPAN) return -1;
+    if (end - at > MAX_SPAN) return -1;
     const after = text[end + mark.length];
     const doubled = mark.length === 1 && (after === mark || text[end - 1] === mark);
     const inWord = mark[0] === "_" && isWord(after);

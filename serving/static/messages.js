@@ -1,4 +1,4 @@
-// Messages as elements. `does` is { say(text), edit(index), again(), forget(), turn(message, by) }.
+// Messages as elements. `does` is { send(text), edit(index), again(), forget(), turn(message, by) }.
 
 import { copy, examples, h, iconButton, notice } from "./dom.js";
 import { failureText } from "./failures.js";
@@ -21,7 +21,7 @@ export function drawn(conversation, running, does) {
   });
 }
 
-/** Draw the version that streams in. */
+/** Render the version that is being streamed. */
 export function drawRunning({ element, facts, version }) {
   if (version.text) show(element, version.text);
   else element.replaceChildren(h("p", { class: "note waiting" }, t("thinking")));
@@ -37,7 +37,7 @@ function welcome(does) {
     { class: "welcome" },
     h("h1", {}, t("chatEmpty", { model: modelName() })),
     isTaught ? null : h("p", { class: "note" }, t("chatUntaught")),
-    examples(t("chatTry"), does.say),
+    examples(t("chatTry"), does.send),
   );
 }
 
@@ -92,7 +92,7 @@ function copyButton(text) {
   });
 }
 
-/** Return a failure, with the ways on if it is the last message's. */
+/** Return a failure, with actions for the last message. */
 function failureBox(failure, isLast, conversation, does) {
   const box = h("div", { class: "failure", role: "alert" }, h("p", {}, failureText(failure)));
   if (!isLast) return box;
@@ -108,13 +108,13 @@ function failureBox(failure, isLast, conversation, does) {
 }
 
 function factsText({ facts, finish }) {
-  const told = [];
+  const parts = [];
   if (facts) {
-    told.push(t("tokens", { n: number(facts.tokens) }));
-    if (facts.perSecond) told.push(t("perSecond", { n: number(facts.perSecond, facts.perSecond < 10 ? 1 : 0) }));
-    told.push(t("first", { n: number(facts.first, 2) }));
+    parts.push(t("tokens", { n: number(facts.tokens) }));
+    if (facts.perSecond) parts.push(t("perSecond", { n: number(facts.perSecond, facts.perSecond < 10 ? 1 : 0) }));
+    parts.push(t("first", { n: number(facts.first, 2) }));
   }
-  if (finish === "length") told.push(t("cutLength"));
-  if (finish === "stopped") told.push(t("stopped"));
-  return told.join(" · ");
+  if (finish === "length") parts.push(t("cutLength"));
+  if (finish === "stopped") parts.push(t("stopped"));
+  return parts.join(" · ");
 }

@@ -1,12 +1,12 @@
-// The server's models and the chosen one.
+// The server's models and the selected one.
 
-import { ask, Failure } from "./api.js";
+import { fetchJson, Failure } from "./api.js";
 import { byId, h } from "./dom.js";
 import { number, t } from "./words.js";
 
 let models = [];
-let details = null; // of the chosen model
-let described = ""; // model and weights that the details are of
+let details = null; // of the selected model
+let described = ""; // model and revision of the details
 let chosen = new URLSearchParams(location.search).get("model")?.normalize() || null;
 let listener = () => {};
 
@@ -19,15 +19,15 @@ export function modeOf(found) {
   return found.template === "plain" ? "complete" : "chat";
 }
 
-/** Call `action(details, isAnother)` for a first or another model and for new weights. */
+/** Call `action(details, isAnother)` when the model or its weights change. */
 export function onModel(action) {
   listener = action;
   byId("models").addEventListener("change", (event) => choose(event.target.value));
 }
 
-/** Fetch the models, choose the default if none is chosen; return how many there are. */
+/** Fetch the models; select the default if none is; return their number. */
 export async function refresh() {
-  models = (await ask("v1/models")).data;
+  models = (await fetchJson("v1/models")).data;
   chosen ??= models.find((found) => found.default)?.id ?? models[0]?.id;
   const known = models.find(({ id, aliases }) => id === chosen || aliases.includes(chosen));
   showPicker(known?.id);
@@ -49,7 +49,7 @@ async function describe(id) {
   byId("about").textContent = t("loading", { model: id });
   let found;
   try {
-    found = await ask(`v1/models/${encodeURIComponent(id)}`);
+    found = await fetchJson(`v1/models/${encodeURIComponent(id)}`);
   } finally {
     showAbout();
   }
@@ -71,7 +71,7 @@ function showPicker(id) {
   picker.disabled = !models.length;
 }
 
-/** Describe the chosen model. */
+/** Show the details of the selected model. */
 export function showAbout() {
   const about = byId("about");
   if (!details) {

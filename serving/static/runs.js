@@ -1,18 +1,18 @@
-// What was trained: a card for each run with its curves, its report, and the way to its model.
+// A card for each run with its curves, its report and a link to its model.
 
-import { ask } from "./api.js";
+import { fetchJson } from "./api.js";
 import { byId, h, iconButton, svg } from "./dom.js";
 import { showFailure } from "./failures.js";
 import { startShell } from "./shell.js";
 import { number, onLanguage, percent, t } from "./words.js";
 
-const LOOK_MS = 5_000; // between two looks at runs that may be training
+const LOOK_MS = 5_000; // between two refreshes, for runs that may be training
 const WIDTH = 320;
 const HEIGHT = 120;
-const LEFT = 34; // where the numbers of the vertical axis end
+const LEFT = 34; // of the plot, after the labels of the vertical axis
 const BOTTOM = 104;
 const TOP = 8;
-const WIDE = 30; // from so many times the median on the vertical axis is logarithmic, as in reports
+const WIDE = 30; // times the median, from which the vertical axis is logarithmic, as in reports
 
 let runs = null;
 let before = "";
@@ -20,9 +20,9 @@ let before = "";
 async function look() {
   let wait = LOOK_MS;
   try {
-    runs = document.hidden && runs ? runs : (await ask("v1/runs")).data;
+    runs = document.hidden && runs ? runs : (await fetchJson("v1/runs")).data;
     showFailure("banner");
-    // The tickets of the addresses are new every time.
+    // Addresses have new tickets every time.
     const now = JSON.stringify(runs, (name, value) => (name === "report" ? Boolean(value) : value));
     if (now !== before) render();
     before = now;
@@ -74,7 +74,7 @@ function figures(summary) {
   return h(
     "dl",
     { class: "figures" },
-    shown.map(([name, value, tell]) => h("div", {}, h("dt", {}, t(name)), h("dd", {}, tell(value)))),
+    shown.map(([name, value, format]) => h("div", {}, h("dt", {}, t(name)), h("dd", {}, format(value)))),
   );
 }
 
@@ -84,17 +84,17 @@ function figure({ curves, step }) {
     ["valLoss", curves["val/loss"], "series-1"],
   ].filter(([, points]) => points?.length);
   if (!shown.length) return "";
-  const told = shown.map(([name, points]) => `${t(name)} ${number(points.at(-1)[1], 3)}`);
+  const values = shown.map(([name, points]) => `${t(name)} ${number(points.at(-1)[1], 3)}`);
   const legend = shown.map(([name, points, look]) =>
     h("span", {}, h("i", { class: look }), `${t(name)} ${number(points.at(-1)[1], 3)}`),
   );
-  const drawn = draw(shown, step, t("curvesOf", { told: told.join(", ") }));
+  const drawn = draw(shown, step, t("curvesOf", { values: values.join(", ") }));
   return h("figure", {}, drawn, h("figcaption", { class: "legend" }, legend));
 }
 
 function draw(shown, last, label) {
   const points = shown.flatMap(([, its]) => its);
-  const end = Math.max(last, ...points.map(([step]) => step), 1); // of a damaged run's, too
+  const end = Math.max(last, ...points.map(([step]) => step), 1); // damaged runs included
   const values = points.map(([, value]) => value).sort((one, other) => one - other);
   const [least, median] = [values[0], values[values.length >> 1]];
   const isWide = least > 0 && values.at(-1) > WIDE * median;
@@ -126,12 +126,11 @@ function limits(low, high) {
 const short = (value) =>
   Math.abs(value) >= 1e4 ? value.toExponential(0) : number(value, Math.abs(value) < 1 ? 2 : 1);
 
-function actions({ id, model, report, stage }) {
+function actions({ id, model, report }) {
   const box = h("div", { class: "actions" });
   if (model) {
-    const words = t(stage === "instruct" ? "talk" : "tryIt");
     const href = `./?model=${encodeURIComponent(model)}`;
-    box.append(h("a", { class: "button primary", href }, words));
+    box.append(h("a", { class: "button primary", href }, t("tryIt")));
   }
   if (report) {
     const label = `${t("report")}: ${id}`;
@@ -141,7 +140,7 @@ function actions({ id, model, report, stage }) {
   return box;
 }
 
-/** Show a report in a frame that may do nothing; its address is the newest, as tickets end. */
+/** Show a report in a sandboxed frame, at its newest address, as tickets expire. */
 function openReport(id) {
   const report = runs.find((run) => run.id === id).report.slice(1); // relative, as this page is
   const dialog = byId("report");

@@ -17,33 +17,33 @@ const FIELDS = {
   frequency_penalty: [-2, 2, 0.1, 0, 0],
   repetition_penalty: [0.5, 2, 0.01, 1, 1],
 };
-const MOST_STOPS = 16;
-const MOST_STOP_CHARACTERS = 256;
+const MAX_STOPS = 16;
+const MAX_STOP_CHARACTERS = 256;
 
 let chosen = sane(load(NAME, {}));
 
-/** Return a request's parameters without those that are neutral. */
+/** Return a request's parameters, without neutral values. */
 export function parameters() {
-  const wanted = {};
+  const parameters = {};
   for (const [name, [, , , , neutral]] of Object.entries(FIELDS)) {
-    if (chosen[name] !== neutral) wanted[name] = chosen[name];
+    if (chosen[name] !== neutral) parameters[name] = chosen[name];
   }
   const stops = chosen.stop.split("\n").filter(Boolean).map((stop) => stop.replaceAll("\\n", "\n"));
   if (stops.length) {
-    wanted.stop = stops.slice(0, MOST_STOPS).map((stop) => stop.slice(0, MOST_STOP_CHARACTERS));
+    parameters.stop = stops.slice(0, MAX_STOPS).map((stop) => stop.slice(0, MAX_STOP_CHARACTERS));
   }
-  if (chosen.seed !== null) wanted.seed = chosen.seed;
-  return wanted;
+  if (chosen.seed !== null) parameters.seed = chosen.seed;
+  return parameters;
 }
 
 /** Return stored values, replaced where missing or out of range. */
-function sane(kept) {
+function sane(stored) {
   const right = {};
   for (const [name, [least, greatest, step, first]] of Object.entries(FIELDS)) {
-    right[name] = within(kept?.[name] ?? first, least, greatest, step, first);
+    right[name] = within(stored?.[name] ?? first, least, greatest, step, first);
   }
-  right.stop = typeof kept?.stop === "string" ? kept.stop : "";
-  const seed = kept?.seed ?? null;
+  right.stop = typeof stored?.stop === "string" ? stored.stop : "";
+  const seed = stored?.seed ?? null;
   right.seed = Number.isSafeInteger(seed) && seed >= 0 ? seed : null;
   return right;
 }

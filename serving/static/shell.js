@@ -1,4 +1,4 @@
-// What both pages share: theme, language, the key dialog.
+// Shared by both pages: theme, language, the key dialog.
 
 import { onKeyNeeded } from "./api.js";
 import { byId, h, icon } from "./dom.js";

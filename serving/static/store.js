@@ -1,10 +1,10 @@
 // localStorage: choices, and a key for each conversation so that tabs do not overwrite each other's.
-// Where it is full or forbidden values live as long as the page.
+// If it is full or disabled, values are lost with the page.
 
 const CONVERSATION = "nanogpt.chat.";
 
 let onFull = () => {};
-const unsaved = new Map(); // what could not be kept lives as long as the page
+const unsaved = new Map(); // values that could not be stored
 
 export function whenFull(action) {
   onFull = action;
@@ -61,7 +61,7 @@ export function removeConversation(id) {
   try {
     localStorage.removeItem(CONVERSATION + id);
   } catch {
-    // there was nothing
+    // there was none
   }
 }
 
