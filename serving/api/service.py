@@ -3,15 +3,15 @@
 import platform
 import time
 from contextlib import suppress
-from dataclasses import asdict
 
 from fastapi import APIRouter, Request, Response
+from msgspec.structs import asdict
 
 import nanogpt
 from serving.api.errors import ApiError
 from serving.api.front_end import front_end, json_response
 from serving.engine.client import STALLED, EngineError
-from serving.engine.messages import Stats
+from serving.engine.messages import Histogram, Stats
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -60,7 +60,7 @@ async def system_info(request: Request) -> Response:
             "platform": platform.platform(),
             "uptime_s": round(time.time() - front.began, 1),
             "models": [model.id for model in front.client.models()] if stats else [],
-            "engine": asdict(stats) if stats else None,
+            "engine": _plain(stats) if stats else None,
             "limits": {
                 "max_n": settings.max_n,
                 "max_prompts": settings.max_prompts,
@@ -85,3 +85,7 @@ async def _stats(request: Request) -> Stats | None:
     with suppress(EngineError):
         return await front_end(request).client.stats()
     return None
+
+
+def _plain(stats: Stats) -> dict[str, object]:
+    return {k: asdict(v) if isinstance(v, Histogram) else v for k, v in asdict(stats).items()}
