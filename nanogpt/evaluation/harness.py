@@ -35,7 +35,7 @@ except ImportError as error:
         f'--task harness needs lm-evaluation-harness ({error}); pip install -e ".[eval]"'
     ) from error
 
-MAX_NEW_TOKENS = 256  # where a task does not say
+MAX_NEW_TOKENS = 256  # by default
 RESAMPLES = 100  # where a standard error has no formula; those of means have one
 
 

@@ -1,15 +1,12 @@
-"""HellaSwag: which of four endings a model finds the likeliest (Zellers et al. 2019).
+"""HellaSwag: which of four endings is the likeliest under a model (Zellers et al. 2019).
 
     python -m nanogpt.evaluate RUN --task hellaswag [--data FILE.jsonl] [--limit N]
 
-Two ways of asking are in use, and both are scored. `acc` and `acc_norm` are build-nanogpt's and
-llm.c's: the context as it is, each ending after one space, the largest sum of log-likelihoods and
-the largest mean per token. `harness_*` are lm-evaluation-harness's: the activity before the
+Two forms of the prompt are in use, and both are scored. `acc` and `acc_norm` are build-nanogpt's
+and llm.c's: the context as it is, each ending after one space, the largest sum of log-likelihoods
+and the largest mean per token. `harness_*` are lm-evaluation-harness's: the activity before the
 context, WikiHow's marks removed, the sum and the sum per character. No token stands before the
-context in either.
-
-Over the 10,042 validation items GPT-2 124M reaches acc 0.2859, acc_norm 0.2955, harness_acc 0.2892
-and harness_acc_norm 0.3114: `PUBLISHED` has what others have measured, and where it is written.
+context in either. `PUBLISHED` has scores of GPT-2 over all 10,042 validation items.
 """
 
 import re
@@ -48,7 +45,7 @@ PUBLISHED: dict[str, Results] = {
         "examples": 10042,
     },
 }
-# The last words of a context, which the ending goes on from, where they are no sentence themselves.
+# the last words of a context, where they are no sentence and the ending continues them
 _BEGUN_SENTENCE = re.compile(r"(.*[.!?]) ([^A-Z.!?][^.!?]*)", re.DOTALL)
 
 
@@ -67,8 +64,8 @@ class Item:
 def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
     """Return the first `limit` items of a file, the published one or the hub's.
 
-    Where a row lacks `ctx_a` and `ctx_b`, `ctx` is parted after its last sentence, if the rest
-    begins in lower case. Raises ValueError, naming file and line, for a row that is no item.
+    Without `ctx_a` and `ctx_b` a row's `ctx` is split after its last sentence, if the rest begins
+    in lower case. Raises ValueError, naming file and line, for a row that is no item.
     """
     items = [_item(row, where) for where, row in read_rows(path, limit)]
     if not items:
@@ -83,24 +80,19 @@ def _item(row: dict[str, Any], where: str) -> Item:
         and len(endings) == N_ENDINGS
         and all(isinstance(ending, str) and ending.strip() for ending in endings)
     ):
-        raise ValueError(f"{where} has no list of {N_ENDINGS} texts under 'endings'; mend it")
+        raise ValueError(f"{where} has no list of {N_ENDINGS} texts under 'endings'; correct it")
+    label, known = row.get("label"), [str(i) for i in range(N_ENDINGS)]
+    if label == "":
+        raise ValueError(f"{where} has no label, as the test split; pass the validation split")
+    if isinstance(label, bool) or str(label) not in known:
+        raise ValueError(f"{where} has the label {label!r} and 0 to {N_ENDINGS - 1} are known")
     ctx = text_of(row, "ctx", where)
     begun = _BEGUN_SENTENCE.fullmatch(ctx)
     ctx_a, ctx_b = (begun[1], begun[2]) if begun else (ctx, "")
     if "ctx_a" in row:
         ctx_a, ctx_b = text_of(row, "ctx_a", where), text_of(row, "ctx_b", where)
     activity = text_of(row, "activity_label", where)
-    return Item(activity, ctx, ctx_a, ctx_b, tuple(endings), _label(row, where))
-
-
-def _label(row: dict[str, Any], where: str) -> int:
-    label = row.get("label")
-    if label == "":
-        raise ValueError(f"{where} has no label, as the test split; pass the validation split")
-    known = range(N_ENDINGS)
-    if isinstance(label, bool) or str(label) not in map(str, known):
-        raise ValueError(f"{where} has the label {label!r} and 0 to {N_ENDINGS - 1} are known")
-    return int(str(label))
+    return Item(activity, ctx, ctx_a, ctx_b, tuple(endings), int(str(label)))
 
 
 def evaluate(
@@ -126,13 +118,13 @@ def completion_scores(
 
 
 def completion_request(tokenizer: Tokenizer, item: Item) -> Request:
-    """Return an item as build-nanogpt asks it."""
+    """Return an item as build-nanogpt prompts it."""
     context = tokenizer.encode_prompt(item.ctx)
     return Request(context, [tokenizer.encode(f" {ending}") for ending in item.endings])
 
 
 def harness_request(tokenizer: Tokenizer, item: Item) -> Request:
-    """Return an item as lm-evaluation-harness asks it (tasks/hellaswag/utils.py)."""
+    """Return an item as lm-evaluation-harness prompts it (tasks/hellaswag/utils.py)."""
     text = _plain(f"{item.activity}: {item.ctx_a} {item.ctx_b.capitalize()}")
     pairs = [encode_pair(tokenizer, text, f" {_plain(ending)}") for ending in item.endings]
     return Request(pairs[0][0], [continuation for _, continuation in pairs])

@@ -14,7 +14,7 @@ from itertools import groupby
 import numpy as np
 
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.evaluation.results import Results, mean_and_error
+from nanogpt.evaluation.results import Results, mean_and_error, ratio_and_error
 from nanogpt.evaluation.scoring import BATCH_SIZE, Request, loglikelihoods_on_all_ranks
 from nanogpt.generation import Reply
 from nanogpt.prompts import Message, Template, find_template
@@ -84,14 +84,12 @@ def response_loss(
         for i, messages in enumerate(conversations)
         for request in response_requests(checkpoint.tokenizer, template, messages)
     ]
-    results = loglikelihoods_on_all_ranks(checkpoint.model, [q for _, q in requests], batch_size)
+    results = loglikelihoods_on_all_ranks(checkpoint.model, [r for _, r in requests], batch_size)
     nats, n_tokens = np.zeros(len(conversations)), np.zeros(len(conversations))
     for (i, request), [found] in zip(requests, results, strict=True):
         nats[i] -= found.loglikelihood
         n_tokens[i] += len(request.continuations[0])
-    loss = nats.sum() / n_tokens.sum()
-    residuals = mean_and_error("loss", (nats - loss * n_tokens) / n_tokens.mean())
-    return {"loss": float(loss), "loss_stderr": residuals["loss_stderr"]}
+    return ratio_and_error("loss", nats, n_tokens)
 
 
 def response_requests(

@@ -1,20 +1,19 @@
-"""LAMBADA: whether a model foretells the last word of a passage (Paperno et al. 2016).
+"""LAMBADA: whether a model predicts the last word of a passage (Paperno et al. 2016).
 
     python -m nanogpt.evaluate RUN --task lambada [--data FILE.jsonl]
 
-`acc` is the share of passages whose last word, the space before it included, is what the model
-would say token by token; `perplexity` is that of the last words as wholes. Both as `lambada_openai`
-in lm-evaluation-harness: nothing stands before the passage, and no word is ruled out.
+`acc` is the share of passages whose last word, with the space before it, is the greedy
+continuation; `perplexity` is that of the last words as wholes. Both as `lambada_openai` in
+lm-evaluation-harness: no token stands before the passage, and no word is ruled out.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from nanogpt.evaluation.examples import Benchmark, read_rows, text_of
-from nanogpt.evaluation.results import Results, mean_and_error
+from nanogpt.evaluation.results import Results, mean_and_error, perplexity_of
 from nanogpt.evaluation.scoring import BATCH_SIZE, Request, encode_pair, loglikelihoods_on_all_ranks
 from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer
@@ -44,19 +43,16 @@ def evaluate(
     """Return accuracy and perplexity of the last words."""
     requests = [request(tokenizer, passage) for passage in passages]
     results = [a for [a] in loglikelihoods_on_all_ranks(model, requests, batch_size)]
-    nats = -np.array([a.loglikelihood for a in results])
-    loss = mean_and_error("loss", nats)
-    perplexity = math.exp(min(loss["loss"], 700.0))  # within float64
+    loss = mean_and_error("loss", -np.array([a.loglikelihood for a in results]))
     return {
         **mean_and_error("acc", np.array([a.is_greedy for a in results])),
-        "perplexity": perplexity,
-        "perplexity_stderr": perplexity * loss["loss_stderr"],  # to first order
+        **perplexity_of(loss),
         "examples": len(passages),
     }
 
 
 def request(tokenizer: Tokenizer, passage: str) -> Request:
-    """Return the last word, with the space before it, as what is to follow the rest."""
+    """Return the last word, with the space before it, as the continuation of the rest."""
     before, _, word = passage.rpartition(" ")
     context, continuation = encode_pair(tokenizer, before, f" {word}")
     return Request(context, [continuation])

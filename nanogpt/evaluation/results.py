@@ -49,6 +49,24 @@ def mean_and_error(name: str, values: np.ndarray) -> Results:
     return {name: float(values.mean()), f"{name}{STDERR}": float(error)}
 
 
+def ratio_and_error(name: str, amounts: np.ndarray, sizes: np.ndarray) -> Results:
+    """Return sum(amounts) / sum(sizes), both (N,), and its standard error, under a name.
+
+    The error is that of a ratio estimator (Cochran 1977, section 6.4).
+    """
+    ratio, n, error = amounts.sum() / sizes.sum(), len(amounts), 0.0
+    if n > 1:
+        residuals = amounts - ratio * sizes
+        error = math.sqrt(n / (n - 1) * np.square(residuals).sum()) / sizes.sum()
+    return {name: float(ratio), f"{name}{STDERR}": float(error)}
+
+
+def perplexity_of(loss: Results) -> Results:
+    """Return the perplexity of a `loss` in nats, with its standard error to first order."""
+    perplexity = math.exp(min(loss["loss"], 700.0))  # within float64
+    return {"perplexity": perplexity, "perplexity_stderr": perplexity * loss["loss_stderr"]}
+
+
 def with_published(results: Results, published: Mapping[str, Results]) -> Results:
     """Return results together with published ones, by the name of their model."""
     return results | {
