@@ -12,11 +12,10 @@ from nanogpt.report.report import is_whole, write_report
 from nanogpt.runs.directory import reached
 from nanogpt.runs.metrics import read_metrics
 from nanogpt.runs.run import Run
-from nanogpt.text import first_line
+from nanogpt.text import first_line, format_duration, format_percent
 from nanogpt.training.checkpointing import stopping_reason
 from nanogpt.training.machine import device_name, git_revision, versions
 from nanogpt.training.module import StageModule
-from nanogpt.training.progress import duration, percent
 
 LARGE_PARAMS = 100_000_000  # GPT-2 small has 124 million
 IN_SUMMARY = ("val/", "hellaswag/")  # columns of metrics.csv
@@ -103,10 +102,10 @@ def log_summary(
         "finished: %s steps, %s tokens in %s, %s of it training (%s tokens/s%s)",
         summary["steps"],
         f"{summary['tokens']:,}",
-        duration(summary["wall_s"]),
-        duration(summary["train_s"]),
+        format_duration(summary["wall_s"]),
+        format_duration(summary["train_s"]),
         f"{summary['tokens_per_s']:,.0f}",
-        f", MFU {percent(summary['mfu'])}" if summary["mfu"] else "",  # 0 where it is unknown
+        f", MFU {format_percent(summary['mfu'])}" if summary["mfu"] else "",  # 0 where unknown
     )
     if stopped := summary.get("stopped"):
         log.info("ended before its budget by %s", stopped)
