@@ -3,9 +3,7 @@
 import csv
 import logging
 import os
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,22 +23,15 @@ COLUMNS = (
     "val/bits_per_byte",
 )
 
-TAIL = 8  # rows that are extended in place
+TAIL_BYTES = 2**14  # of the file whose rows are extended in place
 
 log = logging.getLogger("nanogpt")
 
 
-@dataclass
-class _Row:
-    step: int
-    at: int  # byte offset in the file
-    cells: dict[str, str]
-
-
 class MetricsFile:
-    """Keep a `metrics.csv`; nothing is read or written before the first call.
+    """Write a `metrics.csv`; nothing is read or written before the first call.
 
-    A row may come in parts (the training figures of a step, later the validation figures), also
+    A row may come in parts (the training metrics of a step, later those of its validation), also
     after rows of later steps: Lightning labels what callbacks log one step back. The last rows are
     extended in place; an earlier row or a new column replaces the file as a whole.
     """
@@ -48,30 +39,39 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._columns: list[str] = []
-        self._tail: list[_Row] = []  # the last rows of the file, ascending
+        self._header_bytes = 0
         self._skipped: set[str] = set()
 
     def append(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add figures to the row of `step`; a column not seen before is added to the header.
+        """Add metrics to the row of `step`; a column not seen before is added to the header.
 
-        Values that are not numbers are skipped, with one warning per name.
+        Values that are not numbers are skipped, with one warning per name. The rows from `step` on
+        are written by one call, so that a kill leaves whole rows.
         """
         if not self._columns:
             self._rewrite(*_parse(self.path))
         cells = self._numbers(values)
-        if not cells.keys() <= set(self._columns) or (self._tail and step < self._tail[0].step):
-            self._merge(step, cells)
-        else:
-            self._extend(step, cells)
-
-    def _extend(self, step: int, cells: Mapping[str, str]) -> None:
-        """Add cells to the row of a step among the last ones, or make that row."""
-        index = bisect_left(self._tail, step, key=lambda row: row.step)
-        if index == len(self._tail) or self._tail[index].step > step:
-            at = self._tail[index].at if index < len(self._tail) else self.path.stat().st_size
-            self._tail.insert(index, _Row(step, at, {"step": str(step)}))
-        self._tail[index].cells.update(cells)
-        self._write_from(index)
+        with naming(self.path), self.path.open("r+b") as file:
+            start = max(self._header_bytes, self.path.stat().st_size - TAIL_BYTES)
+            file.seek(start)
+            if start > self._header_bytes:
+                start += len(file.readline())  # the rest of a row
+            lines = file.read().decode().splitlines()
+            rows = [dict(zip(self._columns, row, strict=True)) for row in csv.reader(lines)]
+            is_recent = start == self._header_bytes or (rows and step >= int(rows[0]["step"]))
+            if cells.keys() <= set(self._columns) and is_recent:
+                rows = _merged(rows, step, cells)
+                tail = [_line([row.get(name, "") for name in self._columns]) for row in rows]
+                first = next(i for i, row in enumerate(rows) if int(row["step"]) == step)
+                file.seek(start + sum(map(len, tail[:first])))
+                file.write(b"".join(tail[first:]))
+                file.truncate()
+                return
+        columns, table = _parse(self.path)
+        rows = [dict(zip(columns, row, strict=True)) for row in table]
+        columns = list(dict.fromkeys([*columns, *cells]))
+        rows = _merged(rows, step, cells)
+        self._rewrite(columns, [[row.get(name, "") for name in columns] for row in rows])
 
     def _numbers(self, values: Mapping[str, Any]) -> dict[str, str]:
         """Return the cells of the values that are numbers, under names that fit in a header."""
@@ -84,30 +84,6 @@ class MetricsFile:
                 self._skipped.add(name)
                 log.warning("%s: %r is left out, it is not a number", self.path, name)
         return cells
-
-    def _write_from(self, index: int) -> None:
-        """Write the last rows from one on, by one call, so that a kill leaves whole rows."""
-        rows = self._tail[index:]
-        lines, at = [], rows[0].at
-        for row in rows:
-            row.at = at
-            lines.append(_line([row.cells.get(name, "") for name in self._columns]))
-            at += len(lines[-1])
-        with naming(self.path), self.path.open("r+b") as file:
-            file.seek(rows[0].at)
-            file.write(b"".join(lines))
-            file.truncate()
-        del self._tail[:-TAIL]
-
-    def _merge(self, step: int, cells: Mapping[str, str]) -> None:
-        """Add cells to a row anywhere in the file; it is replaced as a whole."""
-        columns, rows = _parse(self.path)
-        by_step = {int(row[0]): dict(zip(columns, row, strict=True)) for row in rows}
-        by_step.setdefault(step, {"step": str(step)}).update(cells)
-        columns = list(dict.fromkeys([*columns, *cells]))
-        self._rewrite(
-            columns, [[by_step[n].get(name, "") for name in columns] for n in sorted(by_step)]
-        )
 
     def cut_after(self, step: int) -> None:
         """Drop the rows after `step`, the restored one, and damaged lines.
@@ -131,13 +107,9 @@ class MetricsFile:
                 os.fsync(file.fileno())
 
     def _rewrite(self, columns: list[str], rows: list[list[str]]) -> None:
-        self._columns, self._tail = columns, []
         header, *lines = [_line(cells) for cells in (columns, *rows)]
+        self._columns, self._header_bytes = columns, len(header)
         write_atomically(self.path, b"".join([header, *lines]))
-        at = len(header) + sum(map(len, lines[:-TAIL]))
-        for row, line in zip(rows[-TAIL:], lines[-TAIL:], strict=True):
-            self._tail.append(_Row(int(row[0]), at, dict(zip(columns, row, strict=True))))
-            at += len(line)
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -152,6 +124,15 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
             if cell:
                 metrics.setdefault(name, []).append((int(row[0]), float(cell)))
     return metrics
+
+
+def _merged(
+    rows: Sequence[dict[str, str]], step: int, cells: Mapping[str, str]
+) -> list[dict[str, str]]:
+    """Return rows in the order of their steps, with cells added to that of `step`."""
+    by_step = {int(row["step"]): row for row in rows}
+    by_step.setdefault(step, {"step": str(step)}).update(cells)
+    return [by_step[n] for n in sorted(by_step)]
 
 
 def _parse(path: Path) -> tuple[list[str], list[list[str]]]:
@@ -179,7 +160,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _is_sound(row: Sequence[str], n_columns: int) -> bool:
-    """Return whether a row is a step and figures, or nothing where a figure was not measured."""
+    """Return whether a row is a step and numbers, or nothing where a metric was not measured."""
     try:
         [float(cell) for cell in row[1:] if cell]
     except ValueError:
