@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and main() says it in one sentence
-# Threads that spin for long while they wait make a step several times slower beside another busy
-# program, threads that sleep at once make a small model's steps slower: see docs/PERFORMANCE.md.
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and main() prints one sentence
+# Threads that spin for long while they wait make a step several times slower on a busy machine,
+# threads that sleep at once make a small model's steps slower: see docs/PERFORMANCE.md.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no name service is no news
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a missing name service is no error
 
 import hydra
 import yaml
@@ -93,7 +93,7 @@ def compose(cfg: DictConfig) -> float:
 
 
 def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
-    """Run a job and return its validation loss; say why it failed, and let a sweep go on."""
+    """Run a job and return its validation loss; print why it failed, and let a sweep go on."""
     try:
         return float(job(config).get("val_loss", math.nan))
     except Exception as error:
@@ -110,7 +110,11 @@ def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
 
 
 def start(config: dict[str, Any]) -> Mapping[str, Any]:
-    """Train a frozen job here, or in as many processes as it asks for; return its summary."""
+    """Train a frozen job here, or in as many processes as configured; return its summary.
+
+    Raises ValueError for devices that a job cannot have, RankZeroFailedError after a failure that
+    the ranks have printed.
+    """
     from nanogpt.ranks import RankZeroFailedError, is_rank
     from nanogpt.runs.directory import RunDirectory
     from nanogpt.training.launch import count_devices, launch
@@ -136,7 +140,7 @@ def start(config: dict[str, Any]) -> Mapping[str, Any]:
         raise SystemExit(code)
     if code:
         failures.append(code)
-        raise RankZeroFailedError  # and has said why
+        raise RankZeroFailedError
     return RunDirectory.from_config(config).summary() or {}
 
 

@@ -89,7 +89,8 @@ def named_nodes(group: Mapping[str, Any]) -> dict[str, Any]:
 def build_optimizer(node: Mapping[str, Any], model: Any) -> Any:
     """Build an optimizer whose callable takes `model`, or its trainable parameters as `params`.
 
-    `_partial_` makes no difference, so that nodes written for other programs work.
+    `_partial_` makes no difference, so that nodes written for other programs work. Raises
+    ConfigurationError where the callable returns no optimizer.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     whole = {key: value for key, value in node.items() if key != "_partial_"}
@@ -129,7 +130,8 @@ def build_data(config: Mapping[str, Any], **live: Any) -> Any:
     """Build the data module: the stage's over the configured source, or the one that `data` names.
 
     Keys of `data` that the source does not take are the data module's. A LightningDataModule of the
-    user's own has the batch contract; what else a run asks of its data has defaults.
+    user's own has the batch contract; the other attributes that a run reads have defaults.
+    Raises ConfigurationError for a key that neither takes.
     """
     node = {key: value for key, value in config["data"].items() if key not in NOT_OF_DATA}
     target, taken = parameters(node, "data")
@@ -266,7 +268,7 @@ def _bind(
 
 
 def parameters(node: Mapping[str, Any], where: str) -> tuple[Callable[..., Any], list[str]]:
-    """Return what a node builds, and the names of the arguments that it takes."""
+    """Return the callable of a node and the names of its arguments. Raises ConfigurationError."""
     if "_target_" not in node:
         raise ConfigurationError(f"{where} has no _target_; give it the class's import path")
     target = locate(node["_target_"], f"{where}._target_={node['_target_']}")

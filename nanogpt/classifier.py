@@ -63,7 +63,7 @@ def train_layers(model: Classifier, layers: str) -> None:
     """Freeze what is not to be trained: `layers` is all, head, or last_1, last_2, ...
 
     `head` leaves the new matrix alone to learn, last_N also the last N blocks and the final norm.
-    Frozen parameters get no gradients and no optimizer state.
+    Frozen parameters get no gradients and no optimizer state. Raises ValueError for other values.
     """
     n_layer = model.config.n_layer
     match = LAST_BLOCKS.fullmatch(str(layers))

@@ -35,7 +35,7 @@ from nanogpt.values import CHECKED, Amount, Count, Flag, Size, Text, explain
 
 CONF = Path(__file__).parent.parent / "conf"
 SWEEP = ("-m", "--multirun")
-# Keys besides paths whose value is text that Hydra would otherwise read as an expression.
+# Keys other than paths whose value is text that Hydra would otherwise read as an expression.
 NAMES = (
     "name",
     "separator",
@@ -191,7 +191,7 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     words = [*(f"--config-dir={path}" for path in own), *(word.lstrip("+") for word in overrides)]
     words += [word for word in hydra_config.overrides.hydra if word.startswith("hydra.searchpath")]
     config["command"] = shlex.join(["python", "train.py", *words])
-    if config["trainer"].get("fast_dev_run"):  # a trial beside the run, which saves nothing
+    if config["trainer"].get("fast_dev_run"):  # a trial that saves nothing
         config["name"] += "-fast_dev_run"
     return config
 
@@ -216,7 +216,7 @@ def _same_in_all_jobs() -> set[str]:
 
 
 def clear_other_budget(config: dict[str, Any], typed: Mapping[str, Any]) -> None:
-    """Let a budget that was typed be the only one, whatever the preset's other says."""
+    """Let a budget that was typed be the only one, whatever the preset has."""
     for key, other in (("max_steps", "max_tokens"), ("max_tokens", "max_steps")):
         if key in typed and other not in typed:
             config[other] = None
@@ -355,8 +355,8 @@ def named_as_typed(text: str, config: Mapping[str, Any]) -> str:
     """
     stage = config["stage"]
     keys = "|".join(config.get(stage) or ())
-    place = rf"\b(?:data|datamodule|module)\.({keys})\b"
-    return re.sub(place, rf"{stage}.\1", text) if keys else text
+    pattern = rf"\b(?:data|datamodule|module)\.({keys})\b"
+    return re.sub(pattern, rf"{stage}.\1", text) if keys else text
 
 
 def explain_composition(error: Exception, config_name: str = "train") -> str:

@@ -343,7 +343,7 @@ def _all_fused(parameters: Iterable[nn.Parameter]) -> bool:
 
 @functools.cache
 def _has_fused_adamw(device_type: str, dtype: torch.dtype) -> bool:
-    """Tell by trying on one number whether AdamW's fused kernel runs here."""
+    """Return whether AdamW's fused kernel runs on a device, by a step on one number."""
     number = nn.Parameter(torch.zeros(1, dtype=dtype, device=device_type))
     number.grad = torch.zeros_like(number)
     try:

@@ -16,7 +16,7 @@ LAUNCHER = "NANOGPT_LAUNCHER_PID"  # of the process whose death ends the ranks
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands among those of the run, as torchrun's environment says."""
+    """The rank of this process in the run, from torchrun's environment."""
 
     rank: int = 0
     local_rank: int = 0
@@ -38,7 +38,7 @@ class Ranks:
 
 
 class RankZeroFailedError(RuntimeError):
-    """Rank zero failed and says why itself; the other ranks leave without a word."""
+    """Rank zero failed and reports why; the other ranks exit silently."""
 
 
 def is_rank() -> bool:
@@ -61,7 +61,7 @@ def leave_with_launcher() -> None:
 
 
 def join(device: torch.device) -> None:
-    """Join the run's process group: gloo (decisions, signals), and nccl beside it for GPUs."""
+    """Join the run's process group: gloo (decisions, signals), and nccl for GPUs."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl")
@@ -70,7 +70,10 @@ def join(device: torch.device) -> None:
 
 
 def on_rank_zero(decide: Callable[[], T]) -> T:
-    """Return on every rank what `decide` returns on rank zero, or fail on every rank."""
+    """Return on every rank what `decide` returns on rank zero.
+
+    Raises on rank zero what `decide` raises, RankZeroFailedError on the others.
+    """
     if not dist.is_initialized():
         return decide()
     outcome: list[Any] = [None, None]

@@ -89,7 +89,7 @@ def test_another_seed_does_not_take_over_a_run_that_lost_its_checkpoints(
     fit(*tiny_run, *SHORT)
     shutil.rmtree(tmp_path / "runs" / "tiny" / "checkpoints")
     (tmp_path / "runs" / "tiny" / "summary.json").unlink()
-    with pytest.raises(ValueError, match="seed: 1337 is recorded, 2 was asked for"):
+    with pytest.raises(ValueError, match="seed: 1337 is recorded, 2 is configured"):
         fit(*tiny_run, *SHORT, "seed=2")
     assert len(metrics(tmp_path / "runs" / "tiny", "step")) == 4
 

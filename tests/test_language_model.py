@@ -120,6 +120,6 @@ def test_clipped_steps_are_those_of_torchs_own_clipping(grad_clip: float | None)
     trainer = silent_trainer(max_steps=3)
     steps: Any = [[row] for row in rows]
     trainer.fit(trained, DataLoader(steps, batch_size=None))
-    assert trained.read_figures()["grad_norm"] == pytest.approx(norms[-1])
+    assert trained.read_metrics()["grad_norm"] == pytest.approx(norms[-1])
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -150,9 +150,9 @@ def test_the_same_settings_in_both_layouts_are_one_run(
 @pytest.mark.parametrize(
     ("node", "key", "value", "line"),
     [
-        ("schedule", "warmup_steps", 5, "schedule.warmup_steps: 700 is recorded, 5 was asked for"),
-        ("model", "block", "my.Block", "model.block: None is recorded, 'my.Block' was asked for"),
-        ("module", "_target_", "my.M", "module._target_: None is recorded, 'my.M' was asked for"),
+        ("schedule", "warmup_steps", 5, "schedule.warmup_steps: 700 is recorded, 5 is configured"),
+        ("model", "block", "my.Block", "model.block: None is recorded, 'my.Block' is configured"),
+        ("module", "_target_", "my.M", "module._target_: None is recorded, 'my.M' is configured"),
         ("schedule", "_target_", "nanogpt.optim.Constant", "schedule._target_: 'nanogpt.optim.C"),
     ],
 )
@@ -168,14 +168,14 @@ def test_a_key_of_a_recorded_module_is_identity(config: dict[str, Any]) -> None:
     recorded = deepcopy(config)
     config["module"]["x"] = 2
     assert identity_differences(recorded, config) == [
-        "module.x: 1 is recorded, 2 was asked for",
+        "module.x: 1 is recorded, 2 is configured",
     ]
 
 
 def test_a_key_added_to_a_recorded_module_is_identity(config: dict[str, Any]) -> None:
     recorded = deepcopy(config)
     config["module"]["y"] = 2
-    assert identity_differences(recorded, config) == ["module.y: None is recorded, 2 was asked for"]
+    assert identity_differences(recorded, config) == ["module.y: None is recorded, 2 is configured"]
 
 
 def test_a_run_of_an_earlier_version_is_continued(run_dir: Path, config: dict[str, Any]) -> None:

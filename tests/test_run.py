@@ -98,7 +98,7 @@ def test_identity_keys(key: str, expected: bool) -> None:
 def test_differences_name_the_key_and_both_values() -> None:
     other = {**CONFIG, "optim": {"learning_rate": 0.2}, "threads": 3}
     assert identity_differences(CONFIG, other) == [
-        "optim.learning_rate: 0.1 is recorded, 0.2 was asked for"
+        "optim.learning_rate: 0.1 is recorded, 0.2 is configured"
     ]
 
 

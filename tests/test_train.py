@@ -226,14 +226,14 @@ def test_a_continued_run_decides_again_where_it_remeasures(
 
 def test_a_cosine_does_not_let_the_budget_grow(tiny_run: list[str]) -> None:
     fit(*tiny_run, "optim=adamw", "max_steps=6")
-    with pytest.raises(ValueError, match="max_steps: 6 is recorded, 10 was asked for"):
+    with pytest.raises(ValueError, match="max_steps: 6 is recorded, 10 is configured"):
         fit(*tiny_run, "optim=adamw", "max_steps=10")
 
 
 def test_another_identity_under_one_name_is_refused(tiny_run: list[str]) -> None:
     fit(*tiny_run)
     with pytest.raises(
-        ValueError, match=r"seed: 1337 is recorded, 2 was asked for.*name=<new name>"
+        ValueError, match=r"seed: 1337 is recorded, 2 is configured.*name=<new name>"
     ):
         fit(*tiny_run, "seed=2")
 

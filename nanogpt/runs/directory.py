@@ -10,8 +10,8 @@ torch nor Lightning (the reader of `metrics.csv` is `nanogpt.runs.metrics.read_m
         checkpoints = run.checkpoints()                     # newest first
     find_checkpoint("latest"), find_checkpoint("run1")      # what a command's CHECKPOINT names
 
-Readers raise OSError, or ValueError for damage; `max_bytes` bounds what they read of files that
-nobody vouches for.
+Readers raise OSError, or ValueError for damage; `max_bytes` bounds the size of files from
+untrusted directories.
 """
 
 import contextlib
@@ -262,7 +262,7 @@ def _latest_pretraining(runs_dir: Path) -> Path:
 
 
 def reached(summary: Mapping[str, Any]) -> str:
-    """Return the figures that the stage is about."""
+    """Return the headline metrics of a stage as text."""
     if "test_accuracy" in summary:
         words = summary["baseline_bag_of_words_test_accuracy"]
         return (
@@ -272,10 +272,10 @@ def reached(summary: Mapping[str, Any]) -> str:
         )
     bits, gzip = summary.get("val_bits_per_byte"), summary.get("gzip_bits_per_byte")
     per_byte = "" if bits is None else f", {bits:.3f} bits per byte"
-    beside = f" (gzip -9 needs {gzip:.3f})" if bits is not None and gzip is not None else ""
+    baseline = f" (gzip -9 needs {gzip:.3f})" if bits is not None and gzip is not None else ""
     if (loss := summary.get("val_loss")) is None:
         return "no validation loss is in metrics.csv"
-    return f"validation loss {loss:.4f}{per_byte}{beside}"
+    return f"validation loss {loss:.4f}{per_byte}{baseline}"
 
 
 def cut_samples(path: Path, step: int) -> None:

@@ -1,7 +1,7 @@
 """The identity of a run: which keys of its configuration make it, its name, and differences.
 
 Issuing a command again finds the same directory and continues it: nothing here is dated or random,
-so all ranks agree without talking.
+so all ranks agree without communication.
 """
 
 import hashlib
@@ -92,7 +92,7 @@ def _under(key: str, root: str) -> bool:
 def _slug(changed: Mapping[str, Any]) -> str:
     """Return the typed pairs in at most MAX_SLUG_CHARS, with short keys where that is too long.
 
-    A pair that does not fit is left out as a whole: the hash tells such names apart.
+    A pair that does not fit is left out as a whole: the hash distinguishes such names.
     """
     whole = "-".join(_pair(key, value) for key, value in changed.items()).strip("-._")
     if 0 < len(whole) <= MAX_SLUG_CHARS:
@@ -168,7 +168,7 @@ def check_continues(
 ) -> None:
     """Refuse to continue the run at `path` with a configuration of another identity.
 
-    `may_extend` says that the schedule lets `max_steps` and `max_tokens` grow. Raises ValueError
+    With `may_extend` the schedule lets `max_steps` and `max_tokens` grow. Raises ValueError
     that lists the differences and the ways on.
     """
     differences = identity_differences(recorded, config)
@@ -198,7 +198,10 @@ def upgrade(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def budget_steps(config: Mapping[str, Any]) -> int:
-    """Return the optimizer steps of the run: of `max_steps` and `max_tokens` the first reached."""
+    """Return the optimizer steps of the run: of `max_steps` and `max_tokens` the first reached.
+
+    Raises ValueError where both are None.
+    """
     budgets = []
     if config["max_steps"] is not None:
         budgets.append(config["max_steps"])
@@ -221,7 +224,7 @@ def _differences(
 ) -> list[str]:
     old, new = flatten(recorded), flatten(config)
     return [
-        f"{key}: {old.get(key)!r} is recorded, {new.get(key)!r} was asked for"
+        f"{key}: {old.get(key)!r} is recorded, {new.get(key)!r} is configured"
         for key in sorted(old.keys() | new.keys())
         if counts(key) and old.get(key) != new.get(key) and new.get(key) != "auto"
     ]

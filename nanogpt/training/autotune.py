@@ -23,7 +23,7 @@ T = TypeVar("T")
 SUPPORTED = {**IN_BLOCKS, "position": ANY, "activation": ("gelu", "relu2")}
 # bfloat16 must be this many times as fast as float32 on a CPU to be worth its rounding.
 WORTH_BF16 = 1.15
-# A larger micro-batch is kept against a smaller one that is faster by less than this.
+# A larger micro-batch is preferred to a smaller one that is faster by less than this.
 WORTH_SMALLER = 1.03
 # Micro-batches are tried up to these many tokens (more are hardly faster, only larger).
 CPU_TOKENS = (8192, 2048, 512)
@@ -167,9 +167,9 @@ def autotune_run(
 
 
 def _choose_threads(local_world_size: int) -> tuple[int, str]:
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if local_world_size == 1 and asked.isdecimal() and int(asked) > 0:  # launchers set it for more
-        return int(asked), "OMP_NUM_THREADS"
+    variable = os.environ.get("OMP_NUM_THREADS", "")
+    if local_world_size == 1 and variable.isdecimal() and int(variable) > 0:  # else launchers' own
+        return int(variable), "OMP_NUM_THREADS"
     cores = usable_cores()
     return max(1, cores // local_world_size), f"{cores} cores for {local_world_size} process(es)"
 

@@ -1,4 +1,4 @@
-"""What happens between optimizer steps: HellaSwag, samples, and leaving on a signal.
+"""Callbacks between optimizer steps: HellaSwag, samples, and stopping on a signal.
 
 All intervals are optimizer steps; these are Lightning callbacks like a user's own.
 """
@@ -38,8 +38,7 @@ class Periodic(Callback):
         self._acted_at = -1
 
     def act(self, trainer: Trainer, module: StageModule) -> None:
-        """Do it; called on all ranks."""
-        raise NotImplementedError
+        """Do the callback's work; called on all ranks."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_due(trainer.global_step, self.every_n_steps, trainer):
@@ -65,7 +64,7 @@ class Periodic(Callback):
 class HellaSwag(Periodic):
     """Score HellaSwag every n steps and at the end, each rank its share of the items.
 
-    In fp32, as `python -m nanogpt.evaluate` does: the last figures are those of the checkpoint. The
+    In fp32, as `python -m nanogpt.evaluate` does: the last scores are those of the checkpoint. The
     first `limit` items of a file are taken, by default the hub's validation split.
     """
 
@@ -95,10 +94,10 @@ class HellaSwag(Periodic):
 
     def act(self, trainer: Trainer, module: StageModule) -> None:
         module.model.eval()
-        figures = hellaswag.completion_scores(module.model, module.tokenizer, self.items)
+        scores = hellaswag.completion_scores(module.model, module.tokenizer, self.items)
         module.model.train()
+        metrics = {f"hellaswag/{name}": value for name, value in scores.items()}
         for logger in trainer.loggers:
-            metrics = {f"hellaswag/{name}": value for name, value in figures.items()}
             logger.log_metrics(metrics, trainer.global_step)
 
 
@@ -167,7 +166,7 @@ class StopSignals(Callback):
     A second SIGINT leaves at once, as either does in the validation after training. The ranks agree
     on the step without waiting: each starts a reduction of its flag over gloo and reads the
     previous step's. The main thread blocks the signals until training or that validation starts,
-    since Lightning's own handler broadcasts; one that another thread takes is heeded then.
+    since Lightning's own handler broadcasts; one that another thread takes counts then.
     """
 
     def __init__(self) -> None:
@@ -179,7 +178,7 @@ class StopSignals(Callback):
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning would ask all ranks, and wait for the device, before every step.
+        # Lightning would broadcast to all ranks, and wait for the device, before every step.
         epoch_loop: Any = trainer.fit_loop.epoch_loop
         epoch_loop._broadcast_sigterm_tensor = lambda: None
         self._handle(self._receive)

@@ -1,4 +1,4 @@
-"""Classification: a head on each text's last token, with the next token as a second lesson."""
+"""Classification: a head on each text's last token, with the next token as an auxiliary loss."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from nanogpt.tokenizer import Tokenizer
 from nanogpt.training.module import Batch, StageModule
 from nanogpt.values import CHECKED, Amount
 
-MOST_MISTAKES = 12  # shown in the report
+MAX_MISTAKES = 12  # shown in the report
 MISTAKE_CHARS = 300
 
 TextSet = tuple[Sequence[str], Sequence[int]]  # texts and the numbers of their classes
@@ -58,8 +58,8 @@ def next_token_nats(
     model: Classifier, hidden_states: Tensor, input_ids: Tensor, lengths: Tensor
 ) -> Tensor:
     """Return the summed cross-entropy of every token of texts (B, T) but their first."""
-    places = torch.arange(1, input_ids.size(1), device=lengths.device)
-    targets = input_ids[:, 1:].masked_fill(places >= lengths[:, None], -100)
+    positions = torch.arange(1, input_ids.size(1), device=lengths.device)
+    targets = input_ids[:, 1:].masked_fill(positions >= lengths[:, None], -100)
     logits = model.head(hidden_states[:, :-1])  # (B, T - 1, V)
     return F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
@@ -67,7 +67,7 @@ def next_token_nats(
 
 
 class ClassifyModule(StageModule):
-    """A classifier in training; the test sets are looked at once, when it is trained.
+    """A classifier in training; the test sets are scored once, after training.
 
     `data` has the labels, the class weights and the text sets. `layers` are those that are trained:
     all, head, or last_1, last_2, ...
@@ -102,10 +102,11 @@ class ClassifyModule(StageModule):
         return measure(model, self.tokenizer, self.data.labels, self.data.text_sets())
 
     def summed_loss(self, batch: Batch) -> Tensor:
+        """Return the loss of texts `input_ids` (B, T) as a scalar."""
         return self.loss(self.model, batch)
 
     def scores(self, batch: Batch) -> dict[str, tuple[Tensor, int]]:
-        """Return the cross-entropy in nats and the accuracy per example."""
+        """Return the cross-entropy in nats and the accuracy per example of texts (B, T)."""
         labels = batch["labels"]  # (B,), -100 = not scored
         logits = self.model.class_logits(batch["input_ids"], batch["lengths"])
         nats = F.cross_entropy(logits.float(), labels, reduction="sum")
@@ -121,10 +122,10 @@ def measure(
     labels: Sequence[str],
     text_sets: Mapping[str, TextSet],
 ) -> dict[str, Any]:
-    """Return what the summary says of a trained classifier: its scores and the baselines' beside.
+    """Return a trained classifier's scores, and those of the baselines, for the summary.
 
-    The baselines learn from the set "train"; all others are tests, "test" among them, whose
-    confusion and mistakes are told too.
+    The baselines learn from the set "train"; all others are tests. Of the set "test" the confusion
+    matrix and mistakes are returned too.
     """
     facts: dict[str, Any] = {"labels": list(labels)}
     for name, (texts, numbers) in text_sets.items():
@@ -132,10 +133,10 @@ def measure(
             continue
         probabilities = class_probabilities(model, tokenizer, texts).numpy()
         confusion = confusion_matrix(numbers, probabilities.argmax(-1), len(labels))
-        facts |= _named(name, scores(confusion))
-        beside = baselines(*text_sets["train"], texts, numbers, len(labels))
-        for method, figures in beside.items():
-            facts |= _named(f"baseline_{method}_{name}", figures)
+        by_method = baselines(*text_sets["train"], texts, numbers, len(labels))
+        named = {f"baseline_{method}_{name}": found for method, found in by_method.items()}
+        for prefix, metrics in {name: scores(confusion), **named}.items():
+            facts |= {f"{prefix}_{key}": value for key, value in metrics.items()}
         if name == "test":
             facts["confusion"] = confusion.tolist()
             facts["mistakes"] = mistakes((texts, numbers), probabilities, labels)
@@ -145,7 +146,7 @@ def measure(
 def mistakes(
     text_set: TextSet, probabilities: np.ndarray, labels: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Return the texts that were put in a wrong class, the surest first."""
+    """Return the misclassified texts, by (N, K) probabilities, the most confident first."""
     predicted, surest = probabilities.argmax(-1), probabilities.max(-1)
     examples = zip(*text_set, predicted, surest, strict=True)
     wrong = [
@@ -158,8 +159,4 @@ def mistakes(
         for text, number, guess, probability in examples
         if guess != number
     ]
-    return sorted(wrong, key=lambda mistake: -mistake["probability"])[:MOST_MISTAKES]
-
-
-def _named(name: str, figures: Mapping[str, float]) -> dict[str, float]:
-    return {f"{name}_{key}": value for key, value in figures.items()}
+    return sorted(wrong, key=lambda mistake: -mistake["probability"])[:MAX_MISTAKES]

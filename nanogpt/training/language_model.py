@@ -37,6 +37,7 @@ class LanguageModel(StageModule):
         self.loss = torch.compile(next_token_loss) if self.compiled else next_token_loss
 
     def summed_loss(self, batch: Batch) -> Tensor:
+        """Return the loss of rows `input_ids` (B, T) as a scalar."""
         return self.loss(
             self.model,
             batch["input_ids"],
@@ -46,7 +47,7 @@ class LanguageModel(StageModule):
         )
 
     def scores(self, batch: Batch) -> dict[str, tuple[Tensor, int]]:
-        """Return the loss in nats per token and the bits per byte of the scored tokens.
+        """Return the loss in nats per token and the bits per byte of the scored tokens (B, T).
 
         Special tokens have a loss and no bytes.
         """

@@ -22,7 +22,10 @@ SHUTDOWN_S = 600  # how long ranks may take to write a checkpoint after a signal
 
 
 def resolve_device(accelerator: str) -> torch.device:
-    """Return the device of this rank; `auto` is CUDA, then MPS, then the CPU."""
+    """Return the device of this rank; `auto` is CUDA, then MPS, then the CPU.
+
+    Raises ValueError for a device that this machine lacks.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind = {"gpu": "cuda"}.get(accelerator, accelerator)
     if kind == "auto":
@@ -41,7 +44,10 @@ def resolve_device(accelerator: str) -> torch.device:
 
 
 def count_devices(devices: int | str, accelerator: str) -> int:
-    """Return how many processes of this machine train; `auto` is one per GPU, and one without."""
+    """Return how many processes of this machine train; `auto` is one per GPU, and one without.
+
+    Raises ValueError for more than the machine has GPUs or CPUs.
+    """
     kind = resolve_device(accelerator).type
     n_gpus = torch.cuda.device_count() if kind == "cuda" else 1
     if devices == "auto":
@@ -57,7 +63,10 @@ def count_devices(devices: int | str, accelerator: str) -> int:
 
 
 def launch(config: Mapping[str, Any], n_processes: int) -> int:
-    """Run train.py on the frozen configuration in n processes; return the exit code."""
+    """Run train.py on the frozen configuration in n processes; return the exit code.
+
+    Raises RuntimeError where a rank was killed.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -90,7 +99,7 @@ def launch(config: Mapping[str, Any], n_processes: int) -> int:
             rank, first = error.get_first_failure()
             if first.exitcode >= 0:
                 return first.exitcode
-            why = ", often for want of memory" if first.exitcode == -signal.SIGKILL else ""
+            why = ", often by a lack of memory" if first.exitcode == -signal.SIGKILL else ""
             raise RuntimeError(
                 f"rank {rank} was ended by signal {-first.exitcode}{why}; "
                 "the same command continues"

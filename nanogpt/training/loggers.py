@@ -1,4 +1,4 @@
-"""Loggers: metrics.csv, TensorBoard, and W&B without a question."""
+"""Loggers: metrics.csv, and W&B without a prompt."""
 
 import logging
 import netrc
@@ -35,7 +35,7 @@ class MetricsLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append to the row of `step`, an optimizer step; Lightning's own `epoch` is left out."""
-        assert step is not None, "metrics.csv is kept by optimizer step"
+        assert step is not None, "rows of metrics.csv are optimizer steps"
         self.file.append(step, {name: metrics[name] for name in metrics if name != "epoch"})
 
     @rank_zero_only
@@ -74,7 +74,7 @@ def wandb_logger(
     mode = os.environ.get("WANDB_MODE") or ("online" if _is_wandb_usable(run_dir) else "offline")
     settings = {"mode": mode, "resume": "allow", "entity": entity, "tags": list(tags), **options}
     logger = WandbLogger(name=name, id=wandb_id, save_dir=run_dir, project=project, **settings)
-    logger._wandb_init.pop("anonymous", None)  # W&B no longer knows it, and says so
+    logger._wandb_init.pop("anonymous", None)  # W&B warns of this removed argument
     return logger
 
 

@@ -1,4 +1,4 @@
-"""What this machine is: cores, memory, names, versions, what it lacks for torch.compile."""
+"""This machine: cores, memory, names, versions, requirements of torch.compile."""
 
 import contextlib
 import importlib.util
@@ -26,7 +26,7 @@ def usable_cores() -> int:
 
 
 def usable_memory_bytes() -> int:
-    """Return the memory that this process may use, 8 GiB where that cannot be told."""
+    """Return the memory that this process may use, 8 GiB where that is unknown."""
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -38,7 +38,7 @@ def usable_memory_bytes() -> int:
 
 
 def machine_id(device: torch.device) -> str:
-    """Return what measurements hold for: the device, the CPU, its cores and torch's version."""
+    """Return the scope of measurements: the device, the CPU, its cores and torch's version."""
     parts = [_cpu_model(), f"{usable_cores()} cores", f"torch {torch.__version__}"]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -81,8 +81,8 @@ def missing_for_compile(device: torch.device) -> str | None:
     if sys.platform != "linux":
         return f"a compiler that is known to work (on {sys.platform})"
     names = ("c++", "g++", "clang++") if device.type == "cpu" else ("cc", "gcc", "clang")
-    asked = os.environ.get("CXX" if device.type == "cpu" else "CC")
-    if not any(shutil.which(name) for name in ([asked] if asked else names)):
+    compiler = os.environ.get("CXX" if device.type == "cpu" else "CC")
+    if not any(shutil.which(name) for name in ([compiler] if compiler else names)):
         return "a C++ compiler" if device.type == "cpu" else "a C compiler"
     if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
         return "Python's headers"
@@ -94,7 +94,7 @@ def missing_for_compile(device: torch.device) -> str | None:
 
 
 def _siblings(cpu: int) -> str:
-    """Return the name of a logical CPU's physical core; its own number where it is not told."""
+    """Return the name of a logical CPU's physical core; its own number where that is unknown."""
     path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         return path.read_text()

@@ -85,15 +85,21 @@ class StageModule(LightningModule):
     # What a stage defines
 
     def summed_loss(self, batch: Batch) -> Tensor:
-        """Return the loss summed over the scored positions of a micro-batch."""
+        """Return the loss summed over the scored positions of rows (B, T).
+
+        Raises NotImplementedError; stages override it.
+        """
         raise NotImplementedError
 
     def scores(self, batch: Batch) -> Mapping[str, tuple[Tensor, int]]:
-        """Return each validation metric of a batch as a float64 mean and its integer weight."""
+        """Return each validation metric of rows (B, T) as a float64 mean and its integer weight.
+
+        Raises NotImplementedError; stages override it.
+        """
         raise NotImplementedError
 
     def measure(self) -> dict[str, Any]:
-        """Return more figures of the trained model for the summary; called on rank zero."""
+        """Return more metrics of the trained model for the summary; called on rank zero."""
         return {}
 
     # The step
@@ -130,12 +136,12 @@ class StageModule(LightningModule):
         trainer: Any = self.trainer  # its stubs lack log_every_n_steps
         if step == 1 or is_due(step, trainer.log_every_n_steps, trainer):
             names = {"loss": "train/loss", "grad_norm": "train/grad_norm"}
-            figures = {names.get(k, k): v for k, v in self.read_figures().items() if k != "step"}
+            metrics = {names.get(k, k): v for k, v in self.read_metrics().items() if k != "step"}
             # For callbacks; loggers have them below, `metrics.csv` without rounding.
-            self.log_dict(figures, logger=False)
+            self.log_dict(metrics, logger=False)
             self.log("step", float(step))  # by which Lightning labels what callbacks log
             for logger in self.trainer.loggers:
-                logger.log_metrics({**figures, "wall_s": self.wall_s()}, step)
+                logger.log_metrics({**metrics, "wall_s": self.wall_s()}, step)
         if step == self.trainer.max_steps:
             self.trainer.should_stop = True  # upon which Lightning validates, at any interval
 
@@ -164,9 +170,9 @@ class StageModule(LightningModule):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
         return norm
 
-    # Reading the figures
+    # Reading the metrics
 
-    def read_figures(self) -> dict[str, float]:
+    def read_metrics(self) -> dict[str, float]:
         """Read the losses since the last reading; return the metrics of the last step.
 
         Called on all ranks at the same steps. Raises FloatingPointError, naming the step, where a
@@ -214,13 +220,13 @@ class StageModule(LightningModule):
                 raise FloatingPointError(
                     f"the loss is {loss} and the gradient norm {norm} at step {before + i + 1} "
                     f"(batch {before + i} of the data order, counted from 0); the checkpoint "
-                    "before it is kept: lower optim.learning_rate, or look at that batch"
+                    "before it stays: lower optim.learning_rate, or inspect that batch"
                 )
 
     @contextlib.contextmanager
     def off_the_clock(self) -> Iterator[None]:
         """Keep what happens inside (validation, samples, checkpoints) out of the training time."""
-        self.read_figures()
+        self.read_metrics()
         try:
             yield
         finally:
@@ -229,7 +235,7 @@ class StageModule(LightningModule):
     # Validation
 
     def on_validation_start(self) -> None:
-        self.read_figures()
+        self.read_metrics()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._log_scores("val", batch)

@@ -1,4 +1,4 @@
-"""What a finished run amounts to: summary.json, and what is said at the end."""
+"""The summary of a finished run: summary.json, the report, and the log's last lines."""
 
 import logging
 import shlex
@@ -26,7 +26,7 @@ log = logging.getLogger("nanogpt")
 def finish(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write summary.json and report.html of a trained run and log what was reached.
 
-    `facts` are what the caller knows beyond the metrics. Called on every rank; returns the summary,
+    `facts` are added to the metrics. Called on every rank; returns the summary,
     an empty one after `trainer.fast_dev_run`, which saves nothing.
     """
     if module.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -61,7 +61,7 @@ def _write_report(run: Run) -> None:
 
 
 def summarise(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the summary of a run whose last step's figures are in metrics.csv.
+    """Return the summary of a run whose last step's metrics are in metrics.csv.
 
     tokens_per_s is over the steps that were timed.
     """
@@ -133,7 +133,7 @@ def next_commands(
 ) -> list[str]:
     """Return what may be done with the run, or after it.
 
-    `own_data` says that the data were the user's own, `large` that the model was a GPT-2's size.
+    `own_data` is for data of the user's own, `large` for models of a GPT-2's size.
     Models with a block of another package are generated from alone: the server refuses them.
     """
     run = shlex.quote(str(run_dir))

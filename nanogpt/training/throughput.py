@@ -1,4 +1,4 @@
-"""The arithmetic of a token, what a device can do of it, and the share that is used (MFU)."""
+"""FLOPs per token, a device's FLOP/s, and the share that is used (MFU)."""
 
 import time
 import warnings
@@ -16,7 +16,7 @@ SUPPORTED = {**IN_BLOCKS, "position": ANY, "activation": ("gelu", "relu2")}
 GEMM_SIDE = {"cpu": 1024, "mps": 2048}
 GEMM_SIDE_GPU = 8192
 # Dense bfloat16 and float16 rates that Lightning's table lacks or gives with sparsity, from the
-# data sheets' sparse figures halved: https://www.nvidia.com/en-us/data-center/h200/, .../h100/.
+# data sheets' sparse rates halved: https://www.nvidia.com/en-us/data-center/h200/, .../h100/.
 DENSE_HALF_FLOPS = {
     "NVIDIA H200": 989.4e12,
     "NVIDIA H200 NVL": 835.5e12,
@@ -72,9 +72,9 @@ def make_product(device: torch.device, dtype: torch.dtype) -> Callable[[], float
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, measured: float) -> tuple[float, str]:
-    """Return the device's arithmetic per second in `dtype` and where the figure comes from.
+    """Return the device's arithmetic per second in `dtype` and where the number comes from.
 
-    Tables name some GPUs wrongly or with figures that no dense product can reach, so a table's
+    Tables name some GPUs wrongly or with rates that no dense product can reach, so a table's
     value is taken only where the measured rate agrees with it.
     """
     listed = _listed_flops(device, dtype)
