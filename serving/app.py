@@ -29,7 +29,6 @@ from serving.api import errors, pages, predict, runs, service, v1
 from serving.api.admission import Admission
 from serving.api.auth import ApiKeys
 from serving.api.cors import Cors
-from serving.api.front_end import FrontEnd
 from serving.api.logs import RequestLog
 from serving.api.metrics import Metrics
 from serving.api.models import Catalogue
@@ -75,6 +74,7 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
         ],
     )
     app.state.settings, app.state.metrics, app.state.api_keys = settings, metrics, keys
+    app.state.started, app.state.draining = time.time(), False
     _add_routes(app)
     return app
 
@@ -94,13 +94,12 @@ def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         async with _connected(client, settings) as engine:
             catalogue = Catalogue(engine, lenient=settings.unknown_model == "default")
-            front = FrontEnd(settings, engine, catalogue, app.state.metrics, began=time.time())
-            app.state.front_end = front
+            app.state.client, app.state.catalogue = engine, catalogue
             gc.freeze()  # what was imported lives as long as the process
             gc.set_threshold(GC_OBJECTS, *gc.get_threshold()[1:])
             if threading.current_thread() is threading.main_thread():
                 loop = asyncio.get_running_loop()
-                _before_shutdown(lambda: loop.call_soon_threadsafe(_drain, front))
+                _before_shutdown(lambda: loop.call_soon_threadsafe(_drain, app))
             yield {"settings": settings, "metrics": app.state.metrics}  # for Connection
 
     return lifespan
@@ -158,13 +157,13 @@ def _end_with_parent() -> None:
         threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
-def _drain(front: FrontEnd) -> None:
-    """Refuse new requests; open ones may go on for `drain_s`, and fail then."""
-    if not front.draining:
-        front.draining = True
-        log.info("ending: open answers have %g s to finish", front.settings.drain_s)
+def _drain(app: FastAPI) -> None:
+    """Be no longer ready; open answers may go on for `drain_s`, and fail then."""
+    if not app.state.draining:
+        app.state.draining, drain_s = True, app.state.settings.drain_s
+        log.info("ending: open answers have %g s to finish", drain_s)
         loop = asyncio.get_running_loop()
-        loop.call_later(front.settings.drain_s, lambda: loop.create_task(front.client.close()))
+        loop.call_later(drain_s, lambda: loop.create_task(app.state.client.close()))
 
 
 def term_at_hangup() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from serving.api.front_end import front_end
+from serving.api.call import Call
 from serving.api.generation import Prompt, Token
 from serving.api.sampling import params_of, room_for
 from serving.api.schemas import ChatRequest
@@ -17,8 +17,8 @@ router = APIRouter()
 @router.post("/chat/completions", responses=STREAMS)
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Reply to a conversation."""
-    front = front_end(request)
-    model = await front.language_model(request, body)
+    call = Call(request)
+    model = await call.language_model(body)
     ids = await model.encode_chat(
         body.messages,
         add_generation_prompt=body.add_generation_prompt,
@@ -34,14 +34,14 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     stops = [*body.stops, *model.template.stop_texts]
-    choices = front.choices(request, body, model, [prompt], params, stops)
+    choices = call.choices(body, model, [prompt], params, stops)
     form = ChatFormat(
         model,
         len(choices),
         with_logprobs=bool(body.logprobs),
         include_usage=body.include_usage,
     )
-    return await front.answer(request, body, choices, form)
+    return await call.answer(body, choices, form)
 
 
 class ChatFormat(Format):

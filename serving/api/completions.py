@@ -7,8 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from nanogpt.detokenizer import Detokenizer
+from serving.api.call import Call
 from serving.api.errors import ApiError
-from serving.api.front_end import front_end
 from serving.api.generation import Piece, Prompt, Token, tokens_of
 from serving.api.models import ServedModel
 from serving.api.sampling import params_of, room_for
@@ -26,20 +26,20 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue one text or several; raises ApiError for a suffix."""
     if body.suffix:
         raise ApiError(400, "suffix is not supported: these models only continue.", param="suffix")
-    front = front_end(request)
-    model = await front.language_model(request, body)
-    prompts = await _prompts(body, model, front.most_prompts(body.n or 1))
+    call = Call(request)
+    model = await call.language_model(body)
+    prompts = await _prompts(body, model, call.max_prompts(body.n or 1))
     params = params_of(body, model, stop_ids=[model.tokenizer.eot_id], logprobs=body.logprobs)
     if body.echo and body.logprobs is not None:
-        await _score(request, model, prompts, body.logprobs)
-    choices = front.choices(request, body, model, prompts, params, body.stops)
+        await _score(call, model, prompts, body.logprobs)
+    choices = call.choices(body, model, prompts, params, body.stops)
     form = CompletionFormat(
         model,
         len(choices),
         with_logprobs=body.logprobs is not None,
         include_usage=body.include_usage,
     )
-    return await front.answer(request, body, choices, form)
+    return await call.answer(body, choices, form)
 
 
 class CompletionFormat(Format):
@@ -107,12 +107,10 @@ async def _prompt(
     return prompt
 
 
-async def _score(request: Request, model: ServedModel, prompts: Sequence[Prompt], top: int) -> None:
+async def _score(call: Call, model: ServedModel, prompts: Sequence[Prompt], top: int) -> None:
     """Add log-probabilities to the echoes of prompts."""
-    front = front_end(request)
-    labels = front.labels(request)
-    scores = [Score(front.new_id(request), model.id, p.ids, top, **labels) for p in prompts]
-    answers = await front.ask(request, [front.client.answer(score, Scored) for score in scores])
+    scores = [Score(call.new_id(), model.id, p.ids, top, **call.labels) for p in prompts]
+    answers = await call.gather([call.client.answer(score, Scored) for score in scores])
     for prompt, scored in zip(prompts, answers, strict=True):
         assert prompt.echo is not None
         detokenizer = Detokenizer(model.token_bytes)

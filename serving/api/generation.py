@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from nanogpt.detokenizer import Detokenizer
 from serving.api import errors
-from serving.api.deadlines import Deadlines
 from serving.api.errors import ApiError
+from serving.api.timeouts import Timeouts
 from serving.engine.client import EngineClient
 from serving.engine.messages import Finished, Generate, Tokens
 
@@ -125,13 +125,13 @@ class Generation:
         self._tasks: list[asyncio.Task[None]] = []
         self._timers: list[asyncio.TimerHandle] = []
 
-    def start(self, deadlines: Deadlines) -> None:
-        """Send the requests to the engine; fail when a deadline passes."""
+    def start(self, timeouts: Timeouts) -> None:
+        """Send the requests to the engine; fail at a timeout."""
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._read(choice)) for choice in self.choices]
         self._timers = [
-            loop.call_later(deadlines.first_s, self._fail, deadlines.late()),
-            loop.call_later(deadlines.whole_s, self._fail, deadlines.slow()),
+            loop.call_later(timeouts.remaining_queue_s, self._fail, timeouts.queue_error()),
+            loop.call_later(timeouts.remaining_s, self._fail, timeouts.response_error()),
         ]
 
     async def wait_for_first(self, seconds: float) -> None:

@@ -5,8 +5,8 @@ import time
 
 from fastapi import APIRouter, Request, Response
 
+from serving.api.call import Call, json_response
 from serving.api.errors import ApiError
-from serving.api.front_end import front_end, json_response, unless_left
 from serving.api.generation import Prompt
 from serving.api.models import ServedModel
 from serving.api.sampling import params_of, room_for
@@ -29,8 +29,9 @@ router = APIRouter()
 async def classify(request: Request, body: ClassifyRequest) -> Response:
     """Return the label of each text, and how probable each label is."""
     texts = [body.input] if isinstance(body.input, str) else body.input
-    model = await front_end(request).load(request, body.model, "classify")
-    answers = await _classified(request, model, texts)
+    call = Call(request)
+    model = await call.load(body.model, "classify")
+    answers = await _classified(call, model, texts)
     labels = model.details.labels or []
     data = [
         {
@@ -58,18 +59,19 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
 @router.post("/predict")
 async def predict(request: Request, body: PredictRequest) -> Response:
     """Return the label of a text, or a language model's answer to it."""
-    model = await front_end(request).load(request, body.model, "classify")
+    call = Call(request)
+    model = await call.load(body.model, "classify")
     if model.details.labels:
-        (answer,) = await _classified(request, model, [body.input_data])
+        (answer,) = await _classified(call, model, [body.input_data])
         return json_response({"prediction": _likeliest(model, answer)})
-    return json_response({"prediction": await _answer(request, model, body)})
+    return json_response({"prediction": await _answer(call, model, body)})
 
 
 @router.post("/tokenize")
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """Return the token ids of a text, or of a conversation with the assistant's turn opened."""
     chats = bool(body.messages)
-    model = await front_end(request).load(request, body.model, "generate" if chats else None)
+    model = await Call(request).load(body.model, "generate" if chats else None)
     text = body.content if body.prompt is None else body.prompt
     if body.messages:
         ids = await model.encode_chat(
@@ -88,7 +90,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
 @router.post("/detokenize")
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     """Return the text of token ids."""
-    model = await front_end(request).load(request, body.model)
+    model = await Call(request).load(body.model)
     model.check_ids(body.tokens, "tokens")
     text = model.tokenizer.decode(body.tokens)
     return json_response({"prompt": text, "content": text})
@@ -99,22 +101,19 @@ def _likeliest(model: ServedModel, answer: Classified) -> str:
     return model.details.labels[answer.probabilities.index(max(answer.probabilities))]
 
 
-async def _classified(request: Request, model: ServedModel, texts: list[str]) -> list[Classified]:
-    front = front_end(request)
+async def _classified(call: Call, model: ServedModel, texts: list[str]) -> list[Classified]:
     model.check_classifies()
-    if not 1 <= len(texts) <= front.most_prompts():
-        message = f"There are {len(texts)} texts; give 1 to {front.most_prompts()} of them."
+    if not 1 <= len(texts) <= call.max_prompts():
+        message = f"There are {len(texts)} texts; give 1 to {call.max_prompts()} of them."
         raise ApiError(400, message, param="input")
     most = model.details.block_size  # tokens that are read
     ids = [(await model.encode(text, add_special_tokens=False))[:most] for text in texts]
-    labels = front.labels(request)
-    asked = [Classify(front.new_id(request), model.id, of_text, **labels) for of_text in ids]
-    return await front.ask(request, [front.client.answer(text, Classified) for text in asked])
+    requests = [Classify(call.new_id(), model.id, text, **call.labels) for text in ids]
+    return await call.gather([call.client.answer(text, Classified) for text in requests])
 
 
-async def _answer(request: Request, model: ServedModel, body: PredictRequest) -> str:
+async def _answer(call: Call, model: ServedModel, body: PredictRequest) -> str:
     """Return what a model answers: to a message where it was taught to chat, else to a text."""
-    front = front_end(request)
     template = model.template if model.details.template else None
     model.check_chars(len(body.input_data), "input_data")
     if template:
@@ -127,9 +126,9 @@ async def _answer(request: Request, model: ServedModel, body: PredictRequest) ->
     stop_ids = template.stop_ids(model.tokenizer) if template else [model.tokenizer.eot_id]
     params = params_of(sampling, model, stop_ids=stop_ids, logprobs=None)
     stops = template.stop_texts if template else ()
-    choices = front.choices(request, sampling, model, [prompt], params, stops)
-    generation = front.generation(request, choices)
+    choices = call.choices(sampling, model, [prompt], params, stops)
+    generation = call.generation(choices)
     try:
-        return (await unless_left(request, generation.whole()))[0].text
+        return (await call.until_disconnect(generation.whole()))[0].text
     finally:
         await generation.close()

@@ -1,72 +1,66 @@
-"""How the server is: alive, ready, busy with what."""
+"""The state of the server: health, readiness, metrics, routes."""
 
 import platform
 import time
 from contextlib import suppress
 
 from fastapi import APIRouter, Request, Response
-from msgspec.structs import asdict
+from msgspec import structs, to_builtins
 
 import nanogpt
+from serving.api.call import json_response
 from serving.api.errors import ApiError
-from serving.api.front_end import front_end, json_response
 from serving.engine.client import STALLED, EngineError
-from serving.engine.messages import Histogram, Stats
+from serving.engine.messages import Stats
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+LIMITS = ("max_n", "max_prompts", "max_body_bytes", "max_open")  # that clients may want to know
 
 router = APIRouter()
 
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """Say that this front end lives, and whether the engine does (it is restarted if not)."""
-    client = front_end(request).client
+    """Return whether this front end lives, and whether the engine does (it is restarted if not)."""
+    client = request.app.state.client
     engine = "stalled" if client.stalled else "up" if client.connected else "down"
     return json_response({"status": "ok", "engine": engine})
 
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """Say whether requests are welcome: 503 while the engine starts and while the server ends."""
-    front = front_end(request)
-    if front.draining:
+    """Return whether requests are welcome: not while the engine starts, nor while it ends."""
+    client = request.app.state.client
+    if request.app.state.draining:
         raise ApiError(503, "The server is ending.", code="unavailable")
-    if not front.client.connected:
-        why = STALLED if front.client.stalled else "The engine is starting."
+    if not client.connected:
+        why = STALLED if client.stalled else "The engine is starting."
         raise ApiError(503, why, code="unavailable")
-    return json_response({"status": "ready", "models": len(front.client.models())})
+    return json_response({"status": "ready", "models": len(client.models())})
 
 
 @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
-    """Return the counters for Prometheus."""
-    content = front_end(request).metrics.render(await _stats(request))
+    """Return the metrics for Prometheus."""
+    content = request.app.state.metrics.render(await _stats(request))
     return Response(content, media_type=PROMETHEUS)
 
 
 @router.get("/v1/system_info")
 @router.get("/system_info", include_in_schema=False)
 async def system_info(request: Request) -> Response:
-    """Describe the server and what it is doing."""
-    front = front_end(request)
-    stats = await _stats(request)
-    settings = front.settings
+    """Describe the server and its load."""
+    state, stats = request.app.state, await _stats(request)
     return json_response(
         {
             "name": "nanogpt",
             "version": nanogpt.__version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "uptime_s": round(time.time() - front.began, 1),
-            "models": [model.id for model in front.client.models()] if stats else [],
-            "engine": _plain(stats) if stats else None,
-            "limits": {
-                "max_n": settings.max_n,
-                "max_prompts": settings.max_prompts,
-                "max_body_bytes": settings.max_body_bytes,
-                "max_open": settings.max_open,
-            },
+            "uptime_s": round(time.time() - state.started, 1),
+            "models": [model.id for model in state.client.models()] if stats else [],
+            "engine": to_builtins(structs.asdict(stats)) if stats else None,
+            "limits": {name: getattr(state.settings, name) for name in LIMITS},
         }
     )
 
@@ -83,9 +77,6 @@ async def index(request: Request) -> Response:
 
 async def _stats(request: Request) -> Stats | None:
     with suppress(EngineError):
-        return await front_end(request).client.stats()
+        stats: Stats = await request.app.state.client.stats()
+        return stats
     return None
-
-
-def _plain(stats: Stats) -> dict[str, object]:
-    return {k: asdict(v) if isinstance(v, Histogram) else v for k, v in asdict(stats).items()}

@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from serving.api import chat, completions
-from serving.api.front_end import front_end, json_response
+from serving.api.call import Call, json_response
 from serving.api.models import describe
 
 router = APIRouter()
@@ -14,7 +14,7 @@ router.include_router(completions.router)
 @router.get("/models")
 async def models(request: Request) -> Response:
     """List the models."""
-    listed = [describe(model) for model in front_end(request).client.models()]
+    listed = [describe(model) for model in request.app.state.client.models()]
     return json_response({"object": "list", "data": listed})
 
 
@@ -23,8 +23,8 @@ async def model(request: Request, model_id: str) -> Response:
     """Describe a model, which is loaded for it."""
     if not model_id:
         return await models(request)
-    front = front_end(request)
-    served = await front.load(request, model_id)
+    call = Call(request)
+    served = await call.load(model_id)
     details = served.details
     about = {
         "stage": details.stage,
@@ -36,4 +36,4 @@ async def model(request: Request, model_id: str) -> Response:
         "template": served.template.name,
         "labels": details.labels,
     }
-    return json_response({**describe(front.catalogue.find(model_id)), **about})
+    return json_response({**describe(call.catalogue.find(model_id)), **about})
