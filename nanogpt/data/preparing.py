@@ -9,6 +9,7 @@ import gzip
 import logging
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -32,13 +33,12 @@ from nanogpt.data.corpus import (
 from nanogpt.data.shards import MAX_SHARD_TOKENS, SHARD_TOKENS, TokenStream, token_dtype
 from nanogpt.data.source import Extent, Source
 from nanogpt.data.tokenizing import Encoder, Split, batches, choose_split, in_order, n_cores
-from nanogpt.data.writer import JOURNAL, CorpusWriter, Progress, read_journal, write_json
+from nanogpt.data.writer import JOURNAL, SPLITS, CorpusWriter, Progress, read_journal, write_json
 from nanogpt.disk import wait_for_lock
-from nanogpt.text import format_duration, format_number
+from nanogpt.text import format_number
 from nanogpt.tokenizer import Tokenizer
 
 COMMIT_EVERY_S = 5.0  # at most this much work is repeated after a kill
-ESTIMATE_AFTER_S = 2.0  # shorter preparations need no estimate
 LOG_EVERY_S = 30.0  # where no terminal shows the bar
 DECODED_TOKENS = 2**18  # at a time
 GZIPPED_BYTES = 16 * 2**20  # the validation text is gzipped, for comparison, up to this size
@@ -66,16 +66,12 @@ class Preparation:
     workers: int | None = None  # tokenizing threads; None takes all cores
 
     def __post_init__(self) -> None:
-        val_fraction, workers = self.source.val_fraction, self.workers
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} must be between 0 and 1, such as 0.1")
-        if not 0 < self.shard_tokens <= MAX_SHARD_TOKENS:
-            raise ValueError(
-                f"shard_tokens={self.shard_tokens} must be from 1 to {MAX_SHARD_TOKENS}, the "
-                f"largest number of a shard's header; pass another, such as {SHARD_TOKENS}"
-            )
-        if workers is not None and workers < 1:
-            raise ValueError(f"workers={workers} must be at least 1; omit it for all cores")
+        if not 0 < (share := self.source.val_fraction) < 1:
+            raise ValueError(f"val_fraction={share} must be between 0 and 1, such as 0.1")
+        if not 0 < (n := self.shard_tokens) <= MAX_SHARD_TOKENS:
+            raise ValueError(f"shard_tokens={n} must be from 1 to {MAX_SHARD_TOKENS}")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers={self.workers} must be at least 1; omit it for all cores")
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -151,7 +147,6 @@ def _make(preparation: Preparation, directory: Path) -> None:
             f"data={source.name} changed while it was read, and {directory} may miss some of it; "
             "issue the command again once it stays as it is"
         )
-    counts = asdict(writer.progress)
     manifest = {
         "format": FORMAT,
         "identity": preparation.identity,
@@ -162,16 +157,13 @@ def _make(preparation: Preparation, directory: Path) -> None:
         },
         "split": {"val_fraction": source.val_fraction, **settled["split"]},
         "tokenizer": describe_tokenizer(tokenizer, preparation.tokenizer_key),
-        **counts,
+        **asdict(writer.progress),
         "gzip_bits_per_byte": _gzip_bits_per_byte(directory, tokenizer, writer.progress),
     }
     write_json(directory / MANIFEST, manifest)
     (directory / JOURNAL).unlink(missing_ok=True)
-    log.info(
-        "prepared %s training and %s validation tokens",
-        f"{counts['splits']['train']['tokens']:,}",
-        f"{counts['splits']['val']['tokens']:,}",
-    )
+    train, val = (f"{writer.progress.splits[split].tokens:,}" for split in SPLITS)
+    log.info("prepared %s training and %s validation tokens", train, val)
 
 
 def _begin_or_continue(
@@ -228,9 +220,11 @@ def _write(
     encoder = Encoder(tokenizer)
     workers = n_cores() if preparation.workers is None else preparation.workers
     committed = time.monotonic()
-    token_bytes = token_dtype(tokenizer.vocab_size).itemsize
-    display = _Display(preparation.directory, source.extent(), progress, limit, token_bytes)
-    with display.bar:
+    extent, is_checked = source.extent(), False
+    if extent is not None and extent.download_bytes:
+        size, n_files = format_number(extent.download_bytes), extent.files
+        log.info("reading about %sB of %s files on the hub", size, n_files)
+    with _bar(progress.tokens) as bar:
         for batch, parts in in_order(batches(source, split, tokenizer, progress), encoder, workers):
             enough = False
             missing = None if limit is None else limit - progress.splits["train"].tokens
@@ -247,75 +241,51 @@ def _write(
             if due and batch.ends_with_document:
                 writer.commit()
                 committed = time.monotonic()
-            display.show()
+            bar.total = _expected_tokens(extent, limit, progress)
+            bar.update(progress.tokens - bar.n)
+            if bar.total is not None and not is_checked:
+                is_checked = True
+                item_bytes = token_dtype(tokenizer.vocab_size).itemsize
+                _check_disk(preparation.directory, (bar.total - progress.tokens) * item_bytes)
     writer.finish()
 
 
-class _Display:
-    """The progress of a preparation: a bar on a terminal, elsewhere a line in the log."""
+def _expected_tokens(extent: Extent | None, limit: int | None, progress: Progress) -> int | None:
+    """Return the tokens of the whole corpus, estimated from the written part."""
+    totals = [] if limit is None else [limit]
+    if extent is not None and progress.bytes:
+        totals.append(extent.text_bytes * progress.tokens // progress.bytes)
+    return max(min(totals), progress.tokens) if totals else None
 
-    def __init__(
-        self,
-        directory: Path,
-        extent: Extent | None,
-        progress: Progress,
-        limit: int | None,
-        token_bytes: int,
-    ) -> None:
-        self._directory, self._extent, self._progress = directory, extent, progress
-        self._limit, self._token_bytes = limit, token_bytes
-        self._is_estimated = False
-        self._began, self._before = time.monotonic(), progress.tokens
-        self._due = self._began + ESTIMATE_AFTER_S
-        self.bar = tqdm(
-            initial=progress.tokens,
-            unit=" tokens",
-            unit_scale=True,
-            smoothing=0.05,
-            dynamic_ncols=True,
-            delay=ESTIMATE_AFTER_S,
-            disable=None,  # where there is no terminal
+
+def _check_disk(directory: Path, n_bytes: int) -> None:
+    """Warn where the shards will not fit."""
+    free = shutil.disk_usage(directory).free
+    if n_bytes > free:
+        log.warning(
+            "%s has %sB free and needs about %sB: preparing will stop there, and continue when the "
+            "command is issued again with more room",
+            *(directory, format_number(free), format_number(n_bytes)),
         )
 
-    def show(self) -> None:
-        """Show the number of tokens, the expected total and the time left, where it is time to."""
-        now, n_tokens = time.monotonic(), self._progress.tokens
-        if now < self._due:
-            return
-        totals = [] if self._limit is None else [self._limit]
-        if self._extent is not None and self._progress.bytes:
-            totals.append(self._extent.text_bytes * n_tokens // self._progress.bytes)
-        total = max(min(totals), n_tokens) if totals else None
-        if total is not None and not self._is_estimated:
-            self._is_estimated = True
-            self._log_estimate(total)
-        if not self.bar.disable:
-            self.bar.total = total
-            self.bar.update(n_tokens - self.bar.n)
-            return
-        pace = max(n_tokens - self._before, 1) / (now - self._began)
-        left = "" if total is None else f"{format_duration((total - n_tokens) / pace)} left at "
-        log.info("%s tokens, %s%s/s", format_number(n_tokens), left, format_number(pace))
-        self._due = now + LOG_EVERY_S
 
-    def _log_estimate(self, total: int) -> None:
-        """Log the sizes of the download and of the corpus, with a warning where it cannot fit."""
-        download = ""
-        if self._extent is not None and self._extent.download_bytes:
-            size = format_number(self._extent.download_bytes)
-            download = f" from {size}B in {self._extent.files} files"
-        needed = (total - self._progress.tokens) * self._token_bytes
-        free = shutil.disk_usage(self._directory).free
-        sizes = (format_number(total), download, format_number(needed))
-        log.info("about %s tokens%s: %sB on the disk", *sizes)
-        if needed > free:
-            log.warning(
-                "%s has %sB free and needs about %sB: preparing will stop there, and continue when "
-                "the command is issued again with more room",
-                self._directory,
-                format_number(free),
-                format_number(needed),
-            )
+def _bar(n_tokens: int) -> tqdm:
+    """Return a bar on a terminal, elsewhere lines in the log, from the third second on."""
+    options: dict[str, Any] = {"dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        options = {"file": _LogFile(), "mininterval": LOG_EVERY_S, "ncols": 0}
+    return tqdm(initial=n_tokens, unit=" tokens", unit_scale=True, miniters=1, delay=2, **options)
+
+
+class _LogFile:
+    """A file whose lines go to the log."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            log.info("%s", line)
+
+    def flush(self) -> None:
+        pass
 
 
 def _gzip_bits_per_byte(directory: Path, tokenizer: Tokenizer, progress: Progress) -> float | None:

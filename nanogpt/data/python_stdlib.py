@@ -1,4 +1,4 @@
-"""Python's own standard library: ten megabytes of real text that every user already has."""
+"""Python's standard library: ten megabytes of real text on every user's machine."""
 
 import platform
 import sysconfig
@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
+from nanogpt.data.files import Reader
 from nanogpt.data.source import Extent, Source, files_fingerprint
 from nanogpt.values import CHECKED, Share, Text
 
@@ -28,30 +29,26 @@ class PythonStdlib(Source):
 
     def documents(self, skip: int = 0) -> Iterator[str]:
         """Yield each source file after the first `skip`; those that are not UTF-8 are left out."""
-        return islice(self._all(), skip, None)  # ten megabytes: reading what is skipped is cheap
+        documents = Reader(skip_bad=True).documents(self._paths())
+        readable = (text for text in documents if text is not None)
+        return islice(readable, skip, None)  # ten megabytes: skipping by reading is quick
 
     def fingerprint(self) -> str:
         """Return a hash over the files' names and contents."""
-        return files_fingerprint(_root(), self._paths())
+        return files_fingerprint(_root(), [Path(path) for path in self._paths()])
 
     def extent(self) -> Extent:
-        sizes = [path.stat().st_size for path in self._paths()]
-        return Extent(files=len(sizes), download_bytes=0, text_bytes=sum(sizes))
+        """Return the size of the files."""
+        return Reader().extent(self._paths())
 
     def description(self) -> dict[str, Any]:
+        """Return Python's version."""
         return {"python": platform.python_version()}
 
-    def _all(self) -> Iterator[str]:
-        for path in self._paths():
-            try:
-                yield path.read_bytes().decode()
-            except UnicodeDecodeError:
-                continue
-
-    def _paths(self) -> list[Path]:
+    def _paths(self) -> list[str]:
         root = _root()
         paths = [
-            path
+            str(path)
             for path in sorted(root.rglob("*.py"))
             if LEFT_OUT.isdisjoint(path.relative_to(root).parts)
         ]
