@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 from nanogpt.checkpoint import write_checkpoint
-from nanogpt.data.writer import CorpusWriter, Tokenized
+from nanogpt.data.writer import CorpusWriter
 from nanogpt.disk import PATIENCE_S, link_atomically, replacing, wait_for_lock
 
 HEADER_BYTES, TOKEN_BYTES = 1024, 2
@@ -89,8 +89,8 @@ def test_the_second_name_of_a_checkpoint_is_on_the_disk_before_the_return(
     ]
 
 
-def tokens(n: int) -> Tokenized:
-    return Tokenized(np.arange(n, dtype=np.uint32), 1, n)
+def tokens(n: int) -> np.ndarray:
+    return np.arange(n, dtype=np.uint32)
 
 
 def test_shards_are_on_the_disk_before_the_journal_that_counts_their_tokens(

@@ -135,7 +135,7 @@ def test_the_validation_loss_is_that_of_unpacked_responses(
     summary = fit(*tiny_run, *size, "max_steps=3", "optim.learning_rate=1e-4")
     checkpoint = load_checkpoint("tiny", runs_dir=tmp_path / "runs")
     nats, n_targets = 0.0, 0
-    for conversation in Instructions(data_path).splits().val:
+    for conversation in Instructions(data_path).splits()["val"]:
         ids, is_response = find_template(template).encode(checkpoint.tokenizer, conversation)
         with torch.no_grad():
             logits = checkpoint.model(torch.tensor([ids[:-1]]))[0]

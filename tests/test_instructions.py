@@ -192,16 +192,16 @@ def test_one_conversation_is_refused(tmp_path: Path) -> None:
 def test_copies_are_never_in_both_splits(tmp_path: Path) -> None:
     path = write(tmp_path / "own.jsonl", numbered(40) * 3)
     splits = Instructions(path, val_fraction=0.3).splits()
-    assert len(splits.train) + len(splits.val) == 120
-    assert splits.val
-    assert not set(splits.train) & set(splits.val)
+    assert len(splits["train"]) + len(splits["val"]) == 120
+    assert splits["val"]
+    assert not set(splits["train"]) & set(splits["val"])
 
 
 def test_other_conversations_leave_one_in_its_split(tmp_path: Path) -> None:
     few = Instructions(write(tmp_path / "few.jsonl", numbered(40)), val_fraction=0.3).splits()
     more = Instructions(write(tmp_path / "more.jsonl", numbered(80)), val_fraction=0.3).splits()
-    assert set(few.train) < set(more.train)
-    assert set(few.val) < set(more.val)
+    assert set(few["train"]) < set(more["train"])
+    assert set(few["val"]) < set(more["val"])
 
 
 def test_max_examples_takes_the_first(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_responses_and_their_ends_are_the_targets(tmp_path: Path) -> None:
     _, targets, _ = rows.read(np.arange(len(rows)))
     learnt = BYTES.decode(targets[targets != -100]).split("It is ")[1:]
     assert sorted(learnt) == sorted(
-        c[1].content[6:] for c in Instructions(tmp_path / "own.jsonl").splits().train
+        c[1].content[6:] for c in Instructions(tmp_path / "own.jsonl").splits()["train"]
     )
     assert (targets == BYTES.eot_id).sum() == len(learnt)
 
@@ -236,7 +236,7 @@ def test_long_conversations_lose_their_end_and_those_without_a_response_are_left
     path = write(tmp_path / "own.jsonl", [fits, cut, dropped])
     conversations = Instructions(path).conversations
     splits = Instructions(path).splits()
-    splits = type(splits)(train=conversations, val=conversations)
+    splits = {"train": conversations, "val": conversations}
     split = pack_conversations(splits, CHAT, BYTES, block_size=32).train
     assert (split.n_examples, split.n_cut, split.n_dropped) == (2, 1, 1)
     assert split.rows.ids.tolist().count(BYTES.eot_id) == 3  # two openings and one end
@@ -348,4 +348,4 @@ def test_real_instructions_leave_less_than_a_twentieth_empty(
     splits = Instructions(data / "instruction" / name).splits()
     split = pack_conversations(splits, find_template(template), tokenizer, block_size).train
     assert split.rows.padding < 0.05
-    assert split.n_examples + split.n_dropped == len(splits.train)
+    assert split.n_examples + split.n_dropped == len(splits["train"])

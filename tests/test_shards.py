@@ -23,7 +23,7 @@ from nanogpt.data.shards import (
     shard_part,
     token_dtype,
 )
-from nanogpt.data.writer import CorpusWriter, Tokenized
+from nanogpt.data.writer import CorpusWriter
 
 
 def _write(
@@ -35,10 +35,10 @@ def _write(
 def _write_arrays(
     directory: Path, arrays: list[np.ndarray], dtype: np.dtype, shard_tokens: int
 ) -> list[Path]:
-    nothing = Tokenized(np.empty(0, dtype=dtype), documents=0, n_bytes=0)
+    nothing = np.empty(0, dtype=dtype)
     with CorpusWriter(directory, dtype, shard_tokens, settled={}) as writer:
         for array in arrays:
-            writer.append({"train": Tokenized(array, 1, len(array)), "val": nothing})
+            writer.append({"train": array, "val": nothing})
         writer.finish()
     shards = writer.progress.splits["train"].shards
     assert sum(shard.n_tokens for shard in shards) == sum(map(len, arrays))
@@ -172,7 +172,7 @@ def _resident_kib(path: Path) -> int:
 
 
 def test_an_unfinished_shard_does_not_have_its_name(tmp_path: Path) -> None:
-    some = Tokenized(np.arange(10), documents=1, n_bytes=10)
+    some = np.arange(10)
     with CorpusWriter(tmp_path, UINT16, shard_tokens=100, settled={}) as writer:
         writer.append({"train": some, "val": some})
         assert list(tmp_path.glob("*.bin")) == []

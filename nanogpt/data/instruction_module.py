@@ -2,14 +2,13 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from nanogpt.data.instructions import (
     Conversation,
-    ConversationSplits,
     Instructions,
     conversations_sha256,
     text_of,
@@ -94,7 +93,7 @@ class InstructionDataModule(RowsDataModule):
     def use_tokenizer(self, choice: TokenizerChoice) -> Tokenizer:
         """Encode and pack the conversations; the tokenizer returned has the special tokens."""
         splits = self.source.splits()
-        tokenizer = choice.make(map(text_of, splits.train))
+        tokenizer = choice.make(map(text_of, splits["train"]))
         tokenizer = tokenizer.with_special_tokens(self.special_tokens)
         packed = pack_conversations(splits, self.template, tokenizer, self.block_size, self.loss_on)
         self.packed = packed
@@ -118,7 +117,7 @@ class InstructionDataModule(RowsDataModule):
 
 
 def pack_conversations(
-    splits: ConversationSplits,
+    splits: Mapping[str, Sequence[Conversation]],
     template: Template,
     tokenizer: Tokenizer,
     block_size: int,
@@ -134,8 +133,8 @@ def pack_conversations(
             f"template={template.name} ends no response, so a model would not learn to stop; "
             "choose chat or alpaca"
         )
-    train = _packed("train", splits.train, template, tokenizer, block_size, loss_on)
-    val = _packed("val", splits.val, template, tokenizer, block_size, "responses")
+    train = _packed("train", splits["train"], template, tokenizer, block_size, loss_on)
+    val = _packed("val", splits["val"], template, tokenizer, block_size, "responses")
     identity = [tokenizer.fingerprint, template.name, block_size, loss_on, train.sha256, val.sha256]
     fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     return PackedConversations(train, val, fingerprint)

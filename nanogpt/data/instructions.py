@@ -10,12 +10,11 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic.dataclasses import dataclass
 
 from nanogpt.data.records import (
     BadRecord,
@@ -43,15 +42,7 @@ SHAPES = (
 Conversation = tuple[Message, ...]
 
 
-@dataclass(frozen=True)
-class ConversationSplits:
-    """The training and the validation set; no conversation is in both."""
-
-    train: list[Conversation]
-    val: list[Conversation]
-
-
-@checked_dataclass(frozen=True, config=CHECKED)
+@dataclass(frozen=True, config=CHECKED)
 class Instructions(Source):
     """The conversations of one file, at most the first `max_examples` of them.
 
@@ -78,8 +69,8 @@ class Instructions(Source):
             path, records, conversation, skip_bad=self.skip_bad, limit=self.max_examples
         )
 
-    def splits(self) -> ConversationSplits:
-        """Return the conversations in splits: by a hash, so that copies stay together.
+    def splits(self) -> dict[str, list[Conversation]]:
+        """Return the conversations of "train" and "val": by a hash, so that copies stay together.
 
         Raises ValueError where there are not two different ones.
         """
@@ -93,7 +84,7 @@ class Instructions(Source):
         for one in self.conversations:
             [(name, _)] = split.parts(text_of(one))
             parts[name].append(one)
-        return ConversationSplits(**parts)
+        return parts
 
     def file(self) -> Path:
         """Return the file; raises FileNotFoundError or ValueError where it is none of JSON."""

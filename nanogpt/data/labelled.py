@@ -109,11 +109,8 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
     header: list[str] = []
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = _checked_lines(file, bad)
-        reader = (
-            csv.reader(lines, strict=True)
-            if is_csv
-            else csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        )
+        tsv: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        reader = csv.reader(lines, **({"strict": True} if is_csv else tsv))
         while True:
             first = reader.line_num + 1
             row: Any = None

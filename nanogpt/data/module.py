@@ -268,8 +268,12 @@ class CorpusDataModule(RowsDataModule):
             source = TokenShards(folder, source.val_fraction)
         if isinstance(source, TokenShards):
             return source.open(choice.make_without_text(), choice.key)
-        limits = {"tokens": self.tokens, "shard_tokens": self.shard_tokens}
-        preparation = Preparation(source, choice.make, choice.key, self.data_dir, **limits)
+        preparation = Preparation(
+            source,
+            *(choice.make, choice.key, self.data_dir),
+            tokens=self.tokens,
+            shard_tokens=self.shard_tokens,
+        )
         if Ranks.from_environment().rank > 0 and not preparation.directory.exists():
             time.sleep(HEAD_START_S)
         return prepare(preparation)

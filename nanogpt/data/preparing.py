@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -32,7 +33,7 @@ from nanogpt.data.corpus import (
 )
 from nanogpt.data.shards import MAX_SHARD_TOKENS, SHARD_TOKENS, TokenStream, token_dtype
 from nanogpt.data.source import Extent, Source
-from nanogpt.data.tokenizing import Encoder, Split, batches, choose_split, in_order, n_cores
+from nanogpt.data.tokenizing import Split, batches, choose_split, n_cores, tokenized
 from nanogpt.data.writer import JOURNAL, SPLITS, CorpusWriter, Progress, read_journal, write_json
 from nanogpt.disk import wait_for_lock
 from nanogpt.text import format_number
@@ -217,7 +218,7 @@ def _write(
     progress, limit = writer.progress, preparation.tokens
     if not progress.records:
         writer.commit()
-    encoder = Encoder(tokenizer)
+    byte_lengths = np.array([len(token) for token in tokenizer.token_bytes()])
     workers = n_cores() if preparation.workers is None else preparation.workers
     committed = time.monotonic()
     extent, is_checked = source.extent(), False
@@ -225,14 +226,18 @@ def _write(
         size, n_files = format_number(extent.download_bytes), extent.files
         log.info("reading about %sB of %s files on the hub", size, n_files)
     with _bar(progress.tokens) as bar:
-        for batch, parts in in_order(batches(source, split, tokenizer, progress), encoder, workers):
-            enough = False
-            missing = None if limit is None else limit - progress.splits["train"].tokens
-            if missing is not None and len(parts["train"].tokens) >= missing:
+        to_come = batches(source, split, tokenizer, progress)
+        for batch, parts in tokenized(to_come, tokenizer, workers):
+            train, counts, enough = parts["train"], progress.splits, False
+            if limit is not None and counts["train"].tokens + len(train) >= limit:
                 # cut after the document that reaches the limit
-                cut = encoder.cut(parts["train"], missing)
-                parts["train"] = parts["train"] if cut is None else cut
-                enough = cut is not None or batch.ends_with_document
+                missing = max(limit - counts["train"].tokens, 0)
+                begins = np.flatnonzero(train[missing:] == tokenizer.eot_id)
+                parts["train"] = train[: missing + begins[0]] if len(begins) else train
+                enough = len(begins) > 0 or batch.ends_with_document
+            for name, tokens in parts.items():
+                counts[name].documents += int((tokens == tokenizer.eot_id).sum())
+                counts[name].bytes += int(byte_lengths[tokens].sum())
             rolled = writer.append(parts)
             progress.records, progress.bad_records = batch.records, batch.bad_records
             if enough:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanogpt.data.source import Source
-from nanogpt.data.writer import SPLITS, Progress, Tokenized
+from nanogpt.data.writer import SPLITS, Progress
 from nanogpt.tokenizer import Tokenizer
 
 BATCH_CHARS = 2**20
@@ -99,46 +99,23 @@ def batches(
     yield batch
 
 
-class Encoder:
-    """Tokenizes batches, and counts their documents and bytes."""
+def tokenized(
+    batches: Iterator[Batch], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+    """Yield the batches in their order with their tokens (N,) by split, a few of them ahead."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._byte_lengths = np.array([len(token) for token in tokenizer.token_bytes()])
+    def encode(batch: Batch) -> dict[str, np.ndarray]:
+        return {split: tokenizer.encode_parts(texts) for split, texts in batch.texts.items()}
 
-    def encode(self, batch: Batch) -> dict[str, Tokenized]:
-        return {
-            split: self._part(self.tokenizer.encode_parts(texts))
-            for split, texts in batch.texts.items()
-        }
-
-    def cut(self, part: Tokenized, n_tokens: int) -> Tokenized | None:
-        """Return the part up to the first document that begins after `n_tokens` tokens, if any."""
-        begins = np.flatnonzero(part.tokens == self.tokenizer.eot_id)
-        later = begins[begins >= n_tokens]
-        return self._part(part.tokens[: later[0]]) if len(later) else None
-
-    def _part(self, tokens: np.ndarray) -> Tokenized:
-        return Tokenized(
-            tokens,
-            documents=int(np.count_nonzero(tokens == self.tokenizer.eot_id)),
-            n_bytes=int(self._byte_lengths[tokens].sum()),
-        )
-
-
-def in_order(
-    batches: Iterator[Batch], encoder: Encoder, workers: int
-) -> Iterator[tuple[Batch, dict[str, Tokenized]]]:
-    """Yield the batches in their order with their tokens, a few of them ahead."""
-    waiting: deque[tuple[Batch, Future[dict[str, Tokenized]]]] = deque()
+    waiting: deque[tuple[Batch, Future[dict[str, np.ndarray]]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         for batch in batches:
-            waiting.append((batch, pool.submit(encoder.encode, batch)))
+            waiting.append((batch, pool.submit(encode, batch)))
             if len(waiting) > workers + 1:
-                first, parts = waiting.popleft()
-                yield first, parts.result()
-        for first, parts in waiting:
-            yield first, parts.result()
+                first, tokens = waiting.popleft()
+                yield first, tokens.result()
+        for first, tokens in waiting:
+            yield first, tokens.result()
 
 
 def n_cores() -> int:

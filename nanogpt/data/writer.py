@@ -24,15 +24,6 @@ SPLITS = ("train", "val")
 
 
 @dataclass
-class Tokenized:
-    """The tokens of a batch of documents for one split."""
-
-    tokens: np.ndarray  # (N,), <|endoftext|> before each document
-    documents: int
-    n_bytes: int  # of their text, in UTF-8
-
-
-@dataclass
 class SplitProgress:
     """The written part of one split."""
 
@@ -115,13 +106,10 @@ class CorpusWriter:
         for file in self._files.values():
             file.close()
 
-    def append(self, parts: Mapping[str, Tokenized]) -> bool:
-        """Append a batch's tokens of each split; return whether a shard was finished."""
-        for split, part in parts.items():
-            self.progress.splits[split].documents += part.documents
-            self.progress.splits[split].bytes += part.n_bytes
-        self._files["val"].write(parts["val"].tokens)
-        tokens, rolled = parts["train"].tokens, False
+    def append(self, parts: Mapping[str, np.ndarray]) -> bool:
+        """Append a batch's tokens (N,) of each split; return whether a shard was finished."""
+        self._files["val"].write(parts["val"])
+        tokens, rolled = parts["train"], False
         train = self.progress.splits["train"]
         while len(tokens):
             taken = tokens[: self._shard_tokens - train.open_tokens]
