@@ -20,6 +20,7 @@ from serving.engine.messages import (
     Counters,
     EngineError,
     Failed,
+    FailureKind,
     Finished,
     Generate,
     Message,
@@ -225,10 +226,15 @@ class Runner:
         sequence.last_token = now
 
     def _finish(self, sequence: SequenceState, reason: Literal["stop", "length"]) -> Event:
+        request_id, n_cached = sequence.request.request_id, sequence.n_cached
+        return self._end(sequence, Finished(request_id, reason, n_cached, sequence.queue_s))
+
+    def _end(self, sequence: SequenceState, answer: Message) -> Event:
         self.scheduler.remove(sequence)
         self.counters.finished += 1
-        request_id, n_cached = sequence.request.request_id, sequence.n_cached
-        return Event(sequence.client, Finished(request_id, reason, n_cached, sequence.queue_s))
+        if not sequence.generates:
+            self.counters.prompt_tokens += sequence.n_prompt
+        return Event(sequence.client, answer)
 
     def _fail(self, sequence: SequenceState, error: Exception) -> Event:
         self.scheduler.remove(sequence, clean=False)
@@ -236,38 +242,30 @@ class Runner:
         request_id = sequence.request.request_id
         log.error("a request failed", exc_info=error, extra=of_request(request_id))
         why = f"The answer could not be computed ({type(error).__name__}: {error})."
-        kind: Literal["overloaded", "internal"] = (
-            "overloaded" if is_out_of_memory(error) else "internal"
-        )
+        kind: FailureKind = "overloaded" if is_out_of_memory(error) else "internal"
         return Event(sequence.client, Failed(request_id, kind, why))
 
     def _score(self, computed: list[Computed]) -> list[Event]:
         """Add the log-probabilities of the step's tokens; return all after the last."""
         ((sequence, states),) = computed
         assert isinstance(sequence.request, Score)
-        logprobs = sampling.log_probabilities(self.forward.logits(states))
-        start, n_top = sequence.n_computed - len(logprobs), sequence.request.top
+        start = sequence.n_computed - len(states)
         following = sequence.ids[start + 1 : sequence.n_computed + 1]
-        top_ids, top = sampling.likeliest(logprobs, sampling.MAX_TOP)
+        logits = self.forward.logits(states)[: len(following)]
+        n_top = [sequence.request.top] * len(following)
         scored = sequence.scored or Scored(sequence.request.request_id, [None], [[]], [[]])
-        scored.logprobs += logprobs[range(len(following)), following].tolist()
-        scored.top_ids += [ids[:n_top] for ids in top_ids[: len(following)]]
-        scored.top_logprobs += [values[:n_top] for values in top[: len(following)]]
+        for own, ids, values in sampling.log_probabilities(logits, following, n_top):
+            scored.logprobs.append(own)
+            scored.top_ids.append(ids)
+            scored.top_logprobs.append(values)
         sequence.scored = scored
-        is_whole = sequence.n_computed == len(sequence.ids)
-        return [self._answer(sequence, scored)] if is_whole else []
+        return [self._end(sequence, scored)] if sequence.n_computed == len(sequence.ids) else []
 
     def _classify(self, computed: list[Computed]) -> list[Event]:
         ((sequence, states),) = computed
         (probabilities,) = self.forward.class_probabilities(states[-1:]).tolist()
         request_id = sequence.request.request_id
-        return [self._answer(sequence, Classified(request_id, probabilities, sequence.n_prompt))]
-
-    def _answer(self, sequence: SequenceState, answer: Message) -> Event:
-        self.scheduler.remove(sequence)
-        self.counters.finished += 1
-        self.counters.prompt_tokens += sequence.n_prompt
-        return Event(sequence.client, answer)
+        return [self._end(sequence, Classified(request_id, probabilities, sequence.n_prompt))]
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -70,9 +70,12 @@ def choose(logits: Tensor, draws: list[Draw]) -> list[Chosen | NotFinite]:
     finite = adjusted.amax(-1).isfinite().tolist()  # false for any that is not a number, too
     tokens = adjusted.argmax(-1)
     drawn = [i for i, draw in enumerate(draws) if draw.params.temperature >= MIN_TEMPERATURE]
-    for filters, draw_rows in ((False, _draw_unfiltered), (True, _draw_filtered)):
+    for filters in (False, True):
         if rows := [i for i in drawn if draws[i].filters == filters]:
-            tokens[rows] = draw_rows(adjusted[rows], [draws[i] for i in rows])
+            own = [draws[i] for i in rows]
+            weights = _weights(adjusted[rows], own)
+            sample = _sample_filtered if filters else _sample
+            tokens[rows] = sample(weights, own)
     chosen = _with_logprobs(logits, tokens, draws)
     return [
         c if ok else NotFinite("the model's logits are not finite numbers")
@@ -89,25 +92,28 @@ def uniform(seed: int, position: int) -> float:
     return (splitmix64(splitmix64(seed + GAMMA) + position + GAMMA) >> 11) * 2.0**-53
 
 
-def log_probabilities(logits: Tensor) -> Tensor:
-    """Return the logarithms (R, V) of the probabilities that logits (R, V) stand for."""
-    return logits.log_softmax(-1).clamp_min(MIN_LOGPROB)
+def log_probabilities(
+    logits: Tensor, tokens: list[int], n_top: list[int]
+) -> list[tuple[float, list[int], list[float]]]:
+    """Return the log-probability of a token after each row of logits (R, V), and others.
 
-
-def likeliest(logprobs: Tensor, n: int) -> tuple[list[list[int]], list[list[float]]]:
-    """Return the n likeliest tokens of each row of log-probabilities (R, V), and theirs."""
-    best = logprobs.topk(min(n, logprobs.size(-1)))
-    return best.indices.tolist(), best.values.tolist()
+    Those are the ids of the row's `n_top` likeliest tokens, at most MAX_TOP, and theirs.
+    """
+    logprobs = logits.log_softmax(-1).clamp_min(MIN_LOGPROB)
+    index = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
+    own = logprobs.gather(-1, index[:, None])[:, 0].tolist()
+    best = logprobs.topk(min(MAX_TOP, logits.size(-1)))  # always as many: ties keep their order
+    ids, values = best.indices.tolist(), best.values.tolist()
+    return [(own[i], ids[i][:n], values[i][:n]) for i, n in enumerate(n_top)]
 
 
 def _adjusted(logits: Tensor, draws: list[Draw]) -> Tensor:
     """Return logits with penalties and bias; the same ones where no row has any."""
-    if not any(draw.adjusts for draw in draws):
-        return logits
-    logits = logits.clone()
-    for row, draw in zip(logits, draws, strict=True):
-        if draw.adjusts:
-            _adjust(row, draw)
+    rows = [i for i, draw in enumerate(draws) if draw.adjusts]
+    if rows:
+        logits = logits.clone()
+        for i in rows:
+            _adjust(logits[i], draws[i])
     return logits
 
 
@@ -140,13 +146,9 @@ def _weights(logits: Tensor, draws: list[Draw]) -> Tensor:
     return ((logits - logits.amax(-1, keepdim=True)) / temperatures).exp()
 
 
-def _draw_unfiltered(logits: Tensor, draws: list[Draw]) -> Tensor:
-    weights = _weights(logits, draws)
-    return _inverse(weights.cumsum(-1, dtype=torch.float64), draws)
-
-
-def _inverse(sums: Tensor, draws: list[Draw]) -> Tensor:
-    """Return where each row's number lies (R,) among the running sums of its weights (R, K)."""
+def _sample(weights: Tensor, draws: list[Draw]) -> Tensor:
+    """Return the index (R,) of each row of weights (R, K) at which its number lies."""
+    sums = weights.cumsum(-1, dtype=torch.float64)
     numbers = [uniform(draw.params.seed, draw.position) for draw in draws]
     total = sums[:, -1:].contiguous()
     mass = torch.tensor(numbers, dtype=sums.dtype, device=sums.device)[:, None] * total
@@ -154,20 +156,19 @@ def _inverse(sums: Tensor, draws: list[Draw]) -> Tensor:
     return torch.searchsorted(sums, mass, right=True)[:, 0].clamp_max(sums.size(-1) - 1)
 
 
-def _draw_filtered(logits: Tensor, draws: list[Draw]) -> Tensor:
-    weights = _weights(logits, draws)
-    tokens = torch.zeros(len(draws), dtype=torch.int64, device=logits.device)
+def _sample_filtered(weights: Tensor, draws: list[Draw]) -> Tensor:
+    tokens = torch.zeros(len(draws), dtype=torch.int64, device=weights.device)
     rows = list(range(len(draws)))
-    for n in (*CANDIDATES, logits.size(-1)):
-        if rows and n <= logits.size(-1):
-            of_rows, enough = _draw_from(weights[rows], n, [draws[i] for i in rows])
+    for n in (*CANDIDATES, weights.size(-1)):
+        if rows and n <= weights.size(-1):
+            of_rows, enough = _sample_among(weights[rows], n, [draws[i] for i in rows])
             tokens[rows] = of_rows
             rows = [i for i, done in zip(rows, enough.tolist(), strict=True) if not done]
     return tokens
 
 
-def _draw_from(weights: Tensor, n: int, draws: list[Draw]) -> tuple[Tensor, Tensor]:
-    """Draw among the n likeliest, filtered by top_k, top_p, min_p in this order.
+def _sample_among(weights: Tensor, n: int, draws: list[Draw]) -> tuple[Tensor, Tensor]:
+    """Sample among the n likeliest tokens (R, V), filtered by top_k, top_p, min_p in this order.
 
     Returns tokens (R,) and whether the n are sure to hold all that may be drawn (R,).
     """
@@ -184,7 +185,7 @@ def _draw_from(weights: Tensor, n: int, draws: list[Draw]) -> tuple[Tensor, Tens
     allowed = allowed_tokens(w, sums, top_k, top_p * total, min_p)
     tail = (sums[:, -1:] >= top_p * total) & (top_p < 1) | (w[:, -1:] < min_p)
     enough = (top_k <= n) | (top_k == n_vocab) & tail  # at n = n_vocab always
-    index = _inverse(torch.where(allowed, w, 0).cumsum(-1, dtype=torch.float64), draws)
+    index = _sample(torch.where(allowed, w, 0), draws)
     return best.indices.gather(-1, index[:, None])[:, 0], enough[:, 0]
 
 
@@ -194,10 +195,7 @@ def _with_logprobs(logits: Tensor, tokens: Tensor, draws: list[Draw]) -> list[Ch
     rows = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]
     if not rows:
         return chosen
-    logprobs = log_probabilities(logits[rows])
-    own = logprobs.gather(-1, tokens[rows][:, None])[:, 0].tolist()
-    top_ids, top = likeliest(logprobs, MAX_TOP)  # always as many: equal ones keep their order
-    for n, i in enumerate(rows):
-        n_top = draws[i].params.logprobs or 0
-        chosen[i] = Chosen(ids[i], own[n], top_ids[n][:n_top], top[n][:n_top])
+    own, n_top = [ids[i] for i in rows], [draws[i].params.logprobs or 0 for i in rows]
+    for i, found in zip(rows, log_probabilities(logits[rows], own, n_top), strict=True):
+        chosen[i] = Chosen(ids[i], *found)
     return chosen
