@@ -19,42 +19,35 @@ def hub_errors(what: str, instead: str) -> Iterator[None]:
     """Check that the hub answers; raise an error of the hub in the block in one sentence.
 
     `what` is fetched in the block, `instead` is how a user avoids it: both complete the sentence.
-    Raises ConnectionError where the hub cannot be reached, at once or in the middle, and
-    FileNotFoundError, PermissionError or ValueError where it has no such repository, revision or
-    file, does not let this machine read it, or the `datasets` library cannot. Other errors pass.
+    Raises ConnectionError where the hub cannot be reached, within seconds, and where it breaks off,
+    and FileNotFoundError, PermissionError or ValueError where it has no such repository, file or
+    revision, does not let this machine read it, or `datasets` cannot. Other errors pass.
 
     >>> with hub_errors("the weights of gpt2", "copy data/weights/gpt2 here"):
     ...     hf_hub_download("openai-community/gpt2", "config.json")
     ConnectionError: the weights of gpt2 cannot be fetched: https://huggingface.co cannot be reached
     (ConnectError); copy data/weights/gpt2 here
     """
-    check_reachable(what, instead)
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    if problem := "HF_HUB_OFFLINE is set" if offline else problem_of(constants.ENDPOINT):
+        raise ConnectionError(f"{what} cannot be fetched: {problem}; {instead}")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no warning for each retry
     try:
         yield
     except Exception as error:
-        explained = explanation(error, what, instead)
-        if explained is None:
+        if (explained := _explanation(error, what, instead)) is None:
             raise
         raise explained from error
 
 
-def check_reachable(what: str, instead: str) -> None:
-    """Raise ConnectionError, within seconds, where the hub does not answer.
-
-    The request is one of huggingface_hub's own session, so that proxies, HF_ENDPOINT and
-    HF_HUB_OFFLINE apply; its downloads would retry for a minute and more.
-    """
-    from huggingface_hub import constants
-
-    offline = constants.HF_HUB_OFFLINE
-    problem = "HF_HUB_OFFLINE is set" if offline else problem_of(constants.ENDPOINT)
-    if problem:
-        raise ConnectionError(f"{what} cannot be fetched: {problem}; {instead}")
-
-
 def problem_of(endpoint: str) -> str:
-    """Return why an endpoint does not answer within `TIMEOUT_S` seconds, "" if it does."""
+    """Return why an endpoint does not answer within `TIMEOUT_S` seconds, "" if it does.
+
+    The request is one of huggingface_hub's own session, so that proxies apply; its downloads would
+    retry for a minute and more.
+    """
     from huggingface_hub.utils import get_session
 
     log.info("connecting to %s", endpoint)
@@ -65,7 +58,7 @@ def problem_of(endpoint: str) -> str:
     return f"{endpoint} answered {answer.status_code}" if answer.status_code in BAD_GATEWAY else ""
 
 
-def explanation(error: Exception, what: str, instead: str) -> Exception | None:
+def _explanation(error: Exception, what: str, instead: str) -> Exception | None:
     """Return an error of huggingface_hub, or of a library below it, as one sentence, else None."""
     from huggingface_hub import errors
 
@@ -78,8 +71,7 @@ def explanation(error: Exception, what: str, instead: str) -> Exception | None:
     status = next((e.response.status_code for e in http if e.response is not None), None)
     is_lost = is_a(errors.LocalEntryNotFoundError) or any(map(_is_transport, chain))
     if is_a(errors.GatedRepoError):
-        page = "its page on huggingface.co"
-        return PermissionError(f"{what} is gated; accept its terms on {page} and {TOKEN}")
+        return PermissionError(f"{what} is gated; accept its terms on its page and {TOKEN}")
     if is_a(errors.RevisionNotFoundError):
         return ValueError(f"{what} has no such revision; pass a branch, tag or commit of it")
     if is_a(errors.EntryNotFoundError) and not is_lost:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
+BYTES = tuple(bytes([i]) for i in range(256))
 RESERVED = tuple(f"<|reserved_{i}|>" for i in range(16))  # for turn markers and the like, later
 
 # How text is cut before byte pairs are merged (merges never cross a cut). As in GPT-4's pattern a
@@ -122,8 +123,7 @@ def bpe_tokenizer(documents: Iterable[str], vocab_size: int) -> "BytePairTokeniz
             f"256 bytes, {END_OF_TEXT} and {len(RESERVED)} reserved ids"
         )
     merged = _tokens(_train(_sample(documents), vocab_size - n_special))[256:]
-    tokens = [*(bytes([i]) for i in range(256)), *merged]
-    return BytePairTokenizer("bpe", BPE_PATTERN, tokens, [END_OF_TEXT, *RESERVED])
+    return BytePairTokenizer("bpe", BPE_PATTERN, [*BYTES, *merged], [END_OF_TEXT, *RESERVED])
 
 
 def from_record(record: Any) -> "Tokenizer":
@@ -150,7 +150,7 @@ def from_record(record: Any) -> "Tokenizer":
         if record != tokenizer.record() or len(special_tokens) <= len(RESERVED):
             raise _malformed("kind='byte' with another table than the byte tokenizer's")
         return tokenizer
-    if len({b"", *tokens}) <= len(tokens) or not {bytes([i]) for i in range(256)} <= {*tokens}:
+    if len({b"", *tokens}) <= len(tokens) or not {*BYTES} <= {*tokens}:
         raise _malformed("tokens are not distinct, or lack some of the 256 bytes")
     _check_pattern(record["pattern"])
     return BytePairTokenizer(record["name"], record["pattern"], tokens, special_tokens, bos_token)
@@ -300,8 +300,7 @@ class ByteTokenizer(Tokenizer):
         special_tokens: Sequence[str] = (END_OF_TEXT, *RESERVED),
         bos_token: str | None = None,
     ) -> None:
-        tokens = [bytes([i]) for i in range(256)]
-        super().__init__("byte", "", tokens, special_tokens, bos_token)
+        super().__init__("byte", "", BYTES, special_tokens, bos_token)
 
     def encode_array(self, text: str) -> np.ndarray:
         """Return the ids of the text, (N,) uint16."""
@@ -323,9 +322,6 @@ class BytePairTokenizer(Tokenizer):
     def _encoding(self) -> "tiktoken.Encoding":
         ranks = {token: i for i, token in enumerate(self._token_bytes) if token}
         return _encoding(self.name, self.pattern, ranks)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_encoding"}
 
 
 def _encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> "tiktoken.Encoding":
@@ -416,7 +412,7 @@ def byte_of_letter() -> dict[str, int]:
 def _check_pattern(pattern: str) -> None:
     """Raise ValueError for a pattern that is no regular expression or drops part of a sample."""
     try:
-        encoding = _encoding("check", pattern, {bytes([i]): i for i in range(256)})
+        encoding = _encoding("check", pattern, {byte: i for i, byte in enumerate(BYTES)})
         is_whole = encoding.encode_ordinary(PATTERN_SAMPLE) == list(PATTERN_SAMPLE.encode())
     except (KeyboardInterrupt, SystemExit):
         raise

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt.text import first_line
 from nanogpt.tokenizer import (
+    BYTES,
     END_OF_TEXT,
     GPT2_PATTERN,
     GPT2_VOCAB_SIZE,
@@ -163,7 +164,7 @@ def _from_library(library: "Library") -> Tokenizer:
             f"{END_OF_TEXT} among them"
         )
     tokens = [bytes(byte_of[letter] for letter in token) for token in ordinary]
-    if not pattern and tokens != [bytes([i]) for i in range(256)]:
+    if not pattern and tokens != [*BYTES]:
         raise ValueError("does not cut texts into words")
     bos_token = _bos_token(content["post_processor"] or {})
     is_gpt2 = bos_token is None and _is_gpt2(tokens, pattern)

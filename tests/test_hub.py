@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nanogpt.hub import check_reachable, hub_errors
+from nanogpt.hub import hub_errors
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
@@ -40,7 +40,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HTTPServer]:
 
 
 def ask() -> None:
-    check_reachable("the weights of gpt2", "copy them here")
+    with hub_errors("the weights of gpt2", "copy them here"):
+        pass
 
 
 @pytest.mark.parametrize("status", [200, 302, 401, 404, 501])
