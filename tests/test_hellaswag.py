@@ -83,14 +83,14 @@ def test_endings_that_begin_alike_score_as_they_do_alone() -> None:
 
 def test_many_continuations_of_one_context_are_several_rows(monkeypatch: Any) -> None:
     monkeypatch.setattr(scoring, "TREE_TOKENS", 32)
-    model, read = new_model(), scoring._hidden_states
+    model, batches = new_model(), scoring._batches
     lengths: list[int] = []
 
-    def noted(model: GPT, rows: Any, *args: Any) -> torch.Tensor:
-        lengths.extend(len(row.input_ids) for row in rows)
-        return read(model, rows, *args)
+    def noted(rows: Any, batch_size: int) -> Any:
+        lengths.extend(len(row.tree()[0]) for row in rows)
+        return batches(rows, batch_size)
 
-    monkeypatch.setattr(scoring, "_hidden_states", noted)
+    monkeypatch.setattr(scoring, "_batches", noted)
     request = Request([1, 2, 3], [[n, n + 1, n + 2] * 2 for n in range(20)])
     [results] = loglikelihoods(model, [request])
     found = [one.loglikelihood for one in results]

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """A context of at least one token, and what may follow it."""
+    """A context of at least one token, and continuations of it."""
 
     context: Tokens
     continuations: Sequence[Tokens]
@@ -52,7 +52,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """The log-likelihood of a continuation in nats, and whether it is what the model would say."""
+    """The log-likelihood of a continuation in nats, and whether greedy decoding would write it."""
 
     loglikelihood: float
     is_greedy: bool
@@ -62,47 +62,44 @@ class Result:
 def loglikelihoods(
     model: GPT, requests: Sequence[Request], batch_size: int = BATCH_SIZE
 ) -> list[list[Result]]:
-    """Return an answer for every continuation of every request.
+    """Return a result for every continuation of every request.
 
-    Where a context and a continuation are longer than the model's context together, the beginning
-    of the context is not read; a continuation that is longer itself is scored to its end in pieces
-    of half the model's context, each after as much as fits of what precedes it. The order of the
-    requests and the size of the batches do not change the results.
+    Where a context and a continuation together exceed the model's context, the beginning of the
+    context is dropped; a longer continuation is scored in parts of half the model's context, each
+    after as much as fits of the text before it. Neither the order of the requests nor the size of
+    the batches changes the results.
 
     Raises ValueError where the model gives no finite likelihoods, or is not supported.
     """
     assert not model.training, "dropout would change the results"
     check_supported(model.config, "the scorer (nanogpt/evaluation/scoring.py)", SUPPORTED)
     shares = model.mixes_by_attend()
-    tree_tokens, product_rows = (TREE_TOKENS, PRODUCT_ROWS) if shares else (0, 1)
+    tree_tokens, multiple = (TREE_TOKENS, PRODUCT_ROWS) if shares else (0, 1)
     block_size = model.config.block_size
-    pieces = [p for i, q in enumerate(requests) for p in _pieces(i, q, block_size, tree_tokens)]
-    results = [[Result(0.0, True)] * len(q.continuations) for q in requests]
+    rows = [row for i, r in enumerate(requests) for row in _rows(i, r, block_size, tree_tokens)]
+    results = [[Result(0.0, True)] * len(request.continuations) for request in requests]
     n_done, logged = 0, time.monotonic()
-    for batch in _batches(pieces, batch_size if shares else 1):
-        owners = [(results[piece.request], index) for piece in batch for index in piece.indices]
-        found = _batch_results(model, [_Row(piece) for piece in batch], product_rows)
-        for (own, index), new in zip(owners, found, strict=True):
+    for batch in _batches(rows, batch_size if shares else 1):
+        owners = [(results[row.request], index) for row in batch for index in row.indices]
+        for (own, index), new in zip(owners, _results(model, batch, multiple), strict=True):
             if not math.isfinite(new.loglikelihood):
                 raise ValueError(
                     "the model gives no finite likelihoods: its weights are damaged, or its "
                     "training diverged; pass another checkpoint"
                 )
-            own[index] = Result(
-                own[index].loglikelihood + new.loglikelihood,
-                own[index].is_greedy and new.is_greedy,
-            )
+            loglikelihood = own[index].loglikelihood + new.loglikelihood
+            own[index] = Result(loglikelihood, own[index].is_greedy and new.is_greedy)
         n_done += len(batch)
         if time.monotonic() - logged > PROGRESS_S:
             logged = time.monotonic()
-            log.info("scored %s of %s", f"{n_done:,}", f"{len(pieces):,}")
+            log.info("scored %s of %s", f"{n_done:,}", f"{len(rows):,}")
     return results
 
 
 def loglikelihoods_on_all_ranks(
     model: GPT, requests: Sequence[Request], batch_size: int = BATCH_SIZE
 ) -> list[list[Result]]:
-    """Return what `loglikelihoods` does on every rank, each of which has answered its share."""
+    """Return all results of `loglikelihoods` on every rank; each rank computes its share."""
     if not (dist.is_available() and dist.is_initialized()):
         return loglikelihoods(model, requests, batch_size)
     rank, n_ranks = dist.get_rank(), dist.get_world_size()
@@ -130,8 +127,8 @@ def encode_pair(
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Part of a request that fits the model: some continuations, and their indices in it."""
+class _Row:
+    """Part of a request that fits the model: a context, some continuations and their indices."""
 
     request: int
     context: Tokens
@@ -139,86 +136,68 @@ class _Piece:
     indices: Sequence[int]
 
     @property
-    def padded(self) -> int:
-        """The most tokens that its row has, as a multiple of ROW_MULTIPLE."""
+    def n_padded(self) -> int:
+        """The largest number of tokens of its tree, as a multiple of ROW_MULTIPLE."""
         n_tokens = len(self.context) + sum(len(c) - 1 for c in self.continuations)
         return -(-n_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
+    def tree(self) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """Return the tokens, the index before each, and the index before each target with it."""
+        n = len(self.context)
+        ids, parents = list(map(int, self.context)), list(range(-1, n - 1))
+        targets: list[tuple[int, int]] = []
+        children: dict[tuple[int, int], int] = {}  # the index of a token after an index
+        for continuation in self.continuations:
+            index = n - 1
+            *inner, last = map(int, continuation)
+            for token in inner:
+                targets.append((index, token))
+                if (index, token) not in children:
+                    children[index, token] = len(ids)
+                    ids.append(token)
+                    parents.append(index)
+                index = children[index, token]
+            targets.append((index, last))
+        return ids, parents, targets
 
-def _pieces(number: int, request: Request, block_size: int, tree_tokens: int) -> Iterator[_Piece]:
+
+def _rows(number: int, request: Request, block_size: int, tree_tokens: int) -> Iterator[_Row]:
     """Yield continuations that fit together with their context, else each apart or in parts."""
-    context, continuations = request.context, request.continuations
+    context = request.context
     assert len(context), "the context is empty"
-    assert all(map(len, continuations)), "a continuation is empty"
+    assert all(map(len, request.continuations)), "a continuation is empty"
     together: list[int] = []
     n_tokens = len(context)
-    for index, continuation in enumerate(continuations):
+    for index, continuation in enumerate(request.continuations):
         n_new = len(continuation) - 1  # the last token is a target only
         if len(context) + n_new > block_size:
-            yield from _parts(number, index, context, continuation, block_size)
+            text = [*context, *continuation]
+            step = len(continuation) if n_new < block_size else max(block_size // 2, 1)
+            for start in range(len(context), len(text), step):
+                scored = text[start : start + step]
+                before = text[max(start + len(scored) - 1 - block_size, 0) : start]
+                yield _Row(number, before, [scored], [index])
             continue
         if together and n_tokens + n_new > tree_tokens:
-            yield _Piece(number, context, [continuations[i] for i in together], together)
+            yield _Row(number, context, [request.continuations[i] for i in together], together)
             together, n_tokens = [], len(context)
         together.append(index)
         n_tokens += n_new
     if together:
-        yield _Piece(number, context, [continuations[i] for i in together], together)
+        yield _Row(number, context, [request.continuations[i] for i in together], together)
 
 
-def _parts(
-    number: int, index: int, context: Tokens, continuation: Tokens, block_size: int
-) -> Iterator[_Piece]:
-    """Yield a continuation whole where it fits without its context, else in parts."""
-    text = [*context, *continuation]
-    step = len(continuation) if len(continuation) <= block_size else max(block_size // 2, 1)
-    for start in range(len(context), len(text), step):
-        scored = text[start : start + step]
-        before = text[max(start + len(scored) - 1 - block_size, 0) : start]
-        yield _Piece(number, before, [scored], [index])
-
-
-def _batches(pieces: Sequence[_Piece], batch_size: int) -> Iterator[list[_Piece]]:
-    """Yield pieces of one padded length together, the longest first, trees apart from chains.
+def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
+    """Yield rows of one padded length together, the longest first, trees apart from chains.
 
     So the computation of a row does not depend on the others, nor, on a CPU, do its bits.
     """
-    alike: dict[tuple[int, bool], list[_Piece]] = defaultdict(list)
-    for piece in pieces:
-        alike[piece.padded, len(piece.continuations) == 1].append(piece)
+    alike: dict[tuple[int, bool], list[_Row]] = defaultdict(list)
+    for row in rows:
+        alike[row.n_padded, len(row.continuations) == 1].append(row)
     for _, group in sorted(alike.items(), key=lambda item: item[0], reverse=True):
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]
-
-
-class _Row:
-    """A piece as a tree: its tokens, the index before each, and where each target is scored."""
-
-    def __init__(self, piece: _Piece) -> None:
-        n = len(piece.context)
-        self.piece = piece
-        self.input_ids = list(map(int, piece.context))
-        self.parents = list(range(-1, n - 1))
-        self.targets: list[tuple[int, int]] = []  # index, token: continuation after continuation
-        children: dict[tuple[int, int], int] = {}  # the index of a token after an index
-        for continuation in piece.continuations:
-            index = n - 1
-            *inner, last = map(int, continuation)
-            for token in inner:
-                self.targets.append((index, token))
-                if (index, token) not in children:
-                    children[index, token] = len(self.input_ids)
-                    self.input_ids.append(token)
-                    self.parents.append(index)
-                index = children[index, token]
-            self.targets.append((index, last))
-
-    def mask(self) -> np.ndarray:
-        """Return which tokens each attends to (T, T) bool, padding included: its path, itself."""
-        mask = np.eye(self.piece.padded, dtype=bool)
-        for index, parent in enumerate(self.parents[1:], start=1):
-            mask[index] |= mask[parent]
-        return mask
 
 
 class _RowsAttend(Attend):
@@ -240,44 +219,45 @@ class _RowsAttend(Attend):
         return super().__call__(layer, q, k, v).flatten(0, 1)[self.taken][None]
 
 
-def _batch_results(model: GPT, rows: Sequence[_Row], product_rows: int) -> Iterator[Result]:
-    """Return the results to all continuations of all rows, in order."""
-    indices, targets, start = [], [], 0
-    for row in rows:
-        indices += [start + index for index, _ in row.targets]
-        targets += [token for _, token in row.targets]
-        start += len(row.input_ids)
-    scored, of_target = torch.tensor(indices).unique(return_inverse=True)
-    states = _hidden_states(model, rows, product_rows)
-    states = states[_padded(scored, product_rows).to(states.device)]
-    log_likelihoods, hits = _score(model, states, of_target, torch.tensor(targets))
-    sizes = [len(c) for row in rows for c in row.piece.continuations]
-    for part, hit in zip(log_likelihoods.split(sizes), hits.split(sizes), strict=True):
+def _results(model: GPT, rows: Sequence[_Row], multiple: int) -> Iterator[Result]:
+    """Yield the results of all continuations of rows of one padded length.
+
+    Linear maps take the tokens of all rows as one list, padded to a `multiple` of tokens.
+    """
+    device = model.wte.weight.device
+    trees = [row.tree() for row in rows]
+    n_tokens = torch.tensor([len(ids) for ids, _, _ in trees])  # (B,)
+    is_token = torch.arange(rows[0].n_padded) < n_tokens[:, None]  # (B, T)
+    mask, positions = None, is_token.nonzero()[:, 1]  # (R,)
+    if len(rows[0].continuations) > 1:
+        masks = np.stack([_mask(parents, rows[0].n_padded) for _, parents, _ in trees])
+        mask = torch.from_numpy(masks)  # (B, T, T)
+        positions = mask.sum(-1)[is_token] - 1
+        mask = mask[:, None].to(device)
+    ids = torch.tensor([i for ids, _, _ in trees for i in ids])  # (R,)
+    starts = (n_tokens.cumsum(0) - n_tokens).tolist()
+    before = [n + i for n, (_, _, targets) in zip(starts, trees, strict=True) for i, _ in targets]
+    scored, of_target = torch.tensor(before).unique(return_inverse=True)  # (S,), (N,)
+    ids, positions, scored = (
+        F.pad(values, (0, -len(values) % multiple)).to(device)
+        for values in (ids, positions, scored)
+    )
+    attend = _RowsAttend(is_token.to(device), len(ids), mask)
+    x = model.embed(ids, positions)[None]  # (1, R, C)
+    states = model.run_blocks(x, model.rotation(positions), attend)[0, scored]  # (S, C)
+    targets = torch.tensor([token for _, _, targets in trees for _, token in targets])  # (N,)
+    loglikelihoods, hits = _score(model, states, of_target, targets)
+    sizes = [len(continuation) for row in rows for continuation in row.continuations]
+    for part, hit in zip(loglikelihoods.split(sizes), hits.split(sizes), strict=True):
         yield Result(float(part.sum()), bool(hit.all()))
 
 
-def _hidden_states(model: GPT, rows: Sequence[_Row], product_rows: int) -> Tensor:
-    """Return the final states (R, C) of the rows' tokens, and those of some padding.
-
-    Linear maps take all tokens of all rows as one list; attention takes padded rows.
-    """
-    device = model.wte.weight.device
-    n_tokens = torch.tensor([len(row.input_ids) for row in rows])
-    is_token = torch.arange(rows[0].piece.padded) < n_tokens[:, None]  # (B, T)
-    mask, positions = None, is_token.nonzero()[:, 1]
-    if len(rows[0].piece.continuations) > 1:
-        mask = torch.from_numpy(np.stack([row.mask() for row in rows]))[:, None]  # (B, 1, T, T)
-        positions = mask.sum(-1)[:, 0][is_token] - 1
-        mask = mask.to(device)
-    ids = torch.tensor([i for row in rows for i in row.input_ids])
-    ids, positions = (_padded(values, product_rows).to(device) for values in (ids, positions))
-    attend = _RowsAttend(is_token.to(device), len(ids), mask)
-    x = model.embed(ids, positions)[None]  # (1, R, C)
-    return model.run_blocks(x, model.rotation(positions), attend)[0]
-
-
-def _padded(values: Tensor, multiple: int) -> Tensor:
-    return F.pad(values, (0, -len(values) % multiple))
+def _mask(parents: Sequence[int], n_padded: int) -> np.ndarray:
+    """Return which tokens of a tree each attends to (T, T) bool, padding to itself."""
+    mask = np.eye(n_padded, dtype=bool)
+    for index, parent in enumerate(parents[1:], start=1):
+        mask[index] |= mask[parent]
+    return mask
 
 
 def _score(model: GPT, states: Tensor, of_target: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
