@@ -92,7 +92,7 @@ class Forward:
 
     @torch.inference_mode()
     def hidden_states(self, spans: list[Span]) -> Tensor:
-        """Read spans into their slots; return the normalised final states (R, C) of all rows."""
+        """Append spans to their slots; return the normalised final states (R, C) of all rows."""
         ids = self._padded(self._column([i for span in spans for i in span.ids]))
         slots = self._column([span.slot for span in spans for _ in span.ids])
         positions = self._column([span.start + n for span in spans for n in range(len(span.ids))])
@@ -215,9 +215,11 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        quantized, scales = quantize(weight)
-        self.register_buffer("weight", quantized)
-        self.register_buffer("scales", scales.to(torch.bfloat16))
+        weight = weight.float()
+        scales = (weight.abs().amax(1) / 127).clamp_min(1e-12).to(torch.bfloat16)
+        quantized = (weight / scales.float()[:, None]).round().clamp(-127, 127)
+        self.register_buffer("weight", quantized.to(torch.int8))
+        self.register_buffer("scales", scales)
         self.bias = None if bias is None else bias.detach().to(torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -230,15 +232,9 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weights (N, K) as int8 and the float32 scale (N,) of each row, exact in bfloat16."""
-    scales = (weight.float().abs().amax(1) / 127).clamp_min(1e-12).to(torch.bfloat16).float()
-    return (weight.float() / scales[:, None]).round().clamp(-127, 127).to(torch.int8), scales
-
-
 @torch.no_grad()
 def round_to_24_bits(model: GPT) -> None:
-    """Leave a float32 model's matrices 15 bits of mantissa: to nearest, ties to even."""
+    """Round a float32 model's matrices to 15 bits of mantissa: to nearest, ties to even."""
     for parameter in model.parameters():
         if parameter.dim() == 2:
             bits = parameter.view(torch.int32)

@@ -1,9 +1,9 @@
 // A GPT over slots on a CPU: the same sums in the same order for every row, however many there are.
 //
-// Weights lie in panels of 64 outputs. An output is added up over all inputs in one register lane,
-// first to last, so its bits depend on its own row alone; rows are only tiled to load weights less
-// often. Activations between products are float32, or bfloat16 where the weights are bfloat16 or
-// int8 (their products are then exact and added in float32). One parallel region covers a step.
+// Weights are stored in panels of 64 outputs. An output is summed over all inputs in one register
+// lane, first to last, so its bits depend on its own row alone; rows are tiled only to load weights
+// less often. Activations between products are float32, or bfloat16 where the weights are bfloat16
+// or int8 (their products are then exact and added in float32). One parallel region covers a step.
 //
 // Shapes: R rows, C channels, H heads, D head size, T context, N outputs, K inputs of a product.
 
@@ -28,9 +28,9 @@ typedef uint16_t bf16;
 enum Dtype { FP32 = 0, BF16 = 1, INT8 = 2, FP24 = 3 };
 constexpr int PANEL = 64;  // outputs
 constexpr int GROUP = 64;  // inputs that share an int8 scale
-constexpr int INPUT_BYTES = 32768;  // of a panel at a time: what the nearest cache holds
-constexpr int WIDENED_ABOVE = 2;  // rows: int8 weights are widened once for all
-constexpr int FEW = 8;            // rows that every thread normalises for itself, which is quicker
+constexpr int INPUT_BYTES = 32768;  // of a panel at a time: the size of the L1 cache
+constexpr int WIDENED_ABOVE = 2;  // rows: int8 weights are widened once for all rows
+constexpr int FEW = 8;            // rows that every thread normalises itself, which is faster
 constexpr float EPSILON = 1e-5f;
 
 extern "C" {
@@ -138,8 +138,8 @@ void normalize(const float* x, int n, Norm norm, bool rms, To* y) {
 
 // Products. A tile is M rows by 64 outputs: sums[M][4], each of 16 lanes.
 
-// A panel's weights of one input. Where they have 24 bits, three of four stand in words of 32, whose
-// last 8 hold the fourth's bytes.
+// A panel's weights of one input. Of 24 bits, three of four are stored in words of 32, whose last 8
+// bits hold the bytes of the fourth.
 struct Whole {
     float weights[PANEL];
     inline void read(v16 (&w)[4]) const {
@@ -201,7 +201,7 @@ inline void tile(const bf16* x, int64_t stride, const bf16* w, int k, v16 (&sums
     }
 }
 
-// Whole numbers up to 127 are bfloat16 numbers: their two bytes are looked up by the magnitude.
+// Integers up to 127 are exact in bfloat16: their two bytes are looked up by the magnitude.
 struct Widener {
     __m512i high[2], low[2];
     Widener() {
@@ -265,7 +265,7 @@ inline void tile8(const bf16* x, int64_t stride, const uint8_t* w, const bf16* s
 }
 #endif
 
-// Call f with rows in tiles of at most 6, as equal as can be: small ones wait for their own sums.
+// Call f with rows in tiles of at most 6, of nearly equal sizes: in small tiles latency dominates.
 template <class F>
 inline void for_tiles(int rows, const F& f) {
     const int tiles = (rows + 5) / 6;
@@ -345,17 +345,17 @@ void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const bf16* x, int
 #endif
 }
 
-// What a thread works with, had before threads begin: where memory ends, none of them fails.
+// Buffers of a thread, allocated before the parallel region: no thread runs out of memory.
 template <class A>
 struct Scratch {
     std::vector<v16> sums;  // (R, 4)
     std::vector<A> wide, normed;
-    std::vector<float> scores, gathered;
+    std::vector<float> scores, attended;
     Scratch(const Model& model, int rows)
         : sums(int64_t(rows) * 4),
           wide(model.dtype == INT8 && rows > WIDENED_ABOVE ? INPUT_BYTES / sizeof(A) : 0),
           normed(rows <= FEW ? int64_t(rows) * model.n_embd : 0), scores(model.block_size + 16),
-          gathered(model.n_embd / model.n_head) {}
+          attended(model.n_embd / model.n_head) {}
 };
 
 template <class A>
@@ -365,8 +365,8 @@ std::vector<Scratch<A>> scratch_of_threads(const Model& model, int rows) {
     return of_threads;
 }
 
-// Give `finish` the outputs of all rows, 16 at a time. Threads take panels as they come: one that
-// the system puts aside holds up the others by a panel.
+// Pass the outputs of all rows to `finish`, 16 at a time. Panels are scheduled dynamically, so that
+// a descheduled thread delays the others by one panel.
 template <class A, class Finish>
 void product(Dtype dtype, const Matrix& matrix, const A* x, int rows, Scratch<A>& scratch,
              const Finish& finish) {
@@ -455,9 +455,9 @@ struct Cache {
     }
 };
 
-// Finish a row's query, key and value of a head (qkv as c_attn left it) and store the latter two.
+// Normalise and rotate a row's query and key of a head, in place, and store key and value.
 template <class A>
-void remember(const Model& model, const Cache<A>& cache, int slot, int position, int h, float* q) {
+void store_kv(const Model& model, const Cache<A>& cache, int slot, int position, int h, float* q) {
     const int c = model.n_embd, d = c / model.n_head;
     float *k = q + c, *v = q + 2 * c;
     if (model.qk_norm) {
@@ -477,8 +477,7 @@ void remember(const Model& model, const Cache<A>& cache, int slot, int position,
     }
 }
 
-// A is the type of activations, keys and values: float or bf16. Threads wait for each other where
-// a barrier says so.
+// A is the type of activations, keys and values: float or bf16.
 template <class A>
 void forward(const Model& model, int rows, const int32_t* slots, const int32_t* positions,
              float* x, float* states) {
@@ -489,14 +488,14 @@ void forward(const Model& model, int rows, const int32_t* slots, const int32_t* 
     bool apart = true;  // no row attends to another of this step
     for (int r = 0; r < rows; r++) apart = apart && !seen[slots[r]]++;
     const int64_t n = int64_t(rows) * c;
-    std::unique_ptr<A[]> shared(new A[n]), gathered(new A[n]), wide(new A[4 * n]);
+    std::unique_ptr<A[]> shared(new A[n]), attended(new A[n]), wide(new A[4 * n]);
     std::unique_ptr<float[]> qkv(new float[3 * n]);
     std::vector<Scratch<A>> of_threads = scratch_of_threads<A>(model, rows);
 #pragma omp parallel num_threads(model.n_threads)
     {
         Scratch<A>& scratch = of_threads[omp_get_thread_num()];
         A* normed = few ? scratch.normed.data() : shared.get();
-        float* gathered_head = scratch.gathered.data();
+        float* head_output = scratch.attended.data();
         const Share share(rows), pairs(rows * heads);
         auto norm = [&](const Norm& norm) {
             for (int r = few ? 0 : share.first; r < (few ? rows : share.last); r++)
@@ -520,21 +519,21 @@ void forward(const Model& model, int rows, const int32_t* slots, const int32_t* 
             if (!apart) {
                 for (int p = pairs.first; p < pairs.last; p++) {
                     const int r = p / heads;
-                    remember(model, cache, slots[r], positions[r], p % heads, query(p));
+                    store_kv(model, cache, slots[r], positions[r], p % heads, query(p));
                 }
 #pragma omp barrier
             }
 #pragma omp for schedule(dynamic, 1)
             for (int p = 0; p < rows * heads; p++) {
                 const int r = p / heads, h = p % heads;
-                if (apart) remember(model, cache, slots[r], positions[r], h, query(p));
+                if (apart) store_kv(model, cache, slots[r], positions[r], h, query(p));
                 const int64_t at = (int64_t(slots[r]) * heads + h) * cache.lane;
                 attend(query(p), cache.keys + at, cache.values + at, positions[r] + 1, d,
-                       scratch.scores.data(), gathered_head);
+                       scratch.scores.data(), head_output);
                 for (int i = 0; i < d; i += 16)
-                    store(&gathered[int64_t(r) * c + h * d + i], load(gathered_head + i));
+                    store(&attended[int64_t(r) * c + h * d + i], load(head_output + i));
             }
-            product(dtype, layer.attn_proj, gathered.get(), rows, scratch, add);
+            product(dtype, layer.attn_proj, attended.get(), rows, scratch, add);
 #pragma omp barrier
             norm(layer.ln_2);
             product(dtype, layer.c_fc, normed, rows, scratch, [&](int r, int n, v16 y) {
@@ -567,8 +566,8 @@ void head(const Model& model, int rows, const float* states, float* logits) {
     product(Dtype(model.dtype), model.head, x.get(), rows, of_threads[omp_get_thread_num()], finish);
 }
 
-// Ask for large pages for memory that is not written yet: weights are read with fewer look-ups.
-void ask_for_large_pages(void* memory, int64_t bytes) {
+// Request large pages for memory before its first write: reads of weights miss the TLB less often.
+void request_large_pages(void* memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     const uintptr_t page = uintptr_t(1) << 21, begin = (uintptr_t(memory) + page - 1) & ~(page - 1);
     const uintptr_t end = (uintptr_t(memory) + bytes) & ~(page - 1);
@@ -576,7 +575,7 @@ void ask_for_large_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-// Return whether there was memory for `compute`, which otherwise has done nothing.
+// Return 1, or 0 where `compute` ran out of memory, which happens before it changes anything.
 template <class F>
 int32_t had_memory(const F& compute) {
     try {
@@ -599,12 +598,12 @@ int32_t supports(int32_t dtype) {
 #endif
 }
 
-// Round and reorder weights (N, K) float32 into panels; `packed` holds whole ones, `scales` too.
-// Weights for 24 bits come rounded.
+// Round and reorder weights (N, K) float32 into panels, the last one padded, in `packed` and
+// `scales`. Weights for 24 bits are rounded by the caller.
 void pack(int32_t dtype, int32_t n, int32_t k, const float* weights, void* packed, bf16* scales) {
     const int panels = (n + PANEL - 1) / PANEL;
     const int bytes = dtype == FP32 ? 4 : dtype == FP24 ? 3 : dtype == BF16 ? 2 : 1;
-    ask_for_large_pages(packed, int64_t(panels) * PANEL * k * bytes);
+    request_large_pages(packed, int64_t(panels) * PANEL * k * bytes);
 #pragma omp parallel for
     for (int p = 0; p < panels; p++) {
         const int64_t base = int64_t(p) * PANEL * k;
@@ -644,7 +643,7 @@ void pack(int32_t dtype, int32_t n, int32_t k, const float* weights, void* packe
     }
 }
 
-// Read rows of embedded tokens `x` (R, C), which is overwritten, into the cache; give their states.
+// Append rows of embedded tokens `x` (R, C), which is overwritten, to the cache; compute `states`.
 int32_t hidden_states(const Model* model, int32_t rows, const int32_t* slots,
                       const int32_t* positions, float* x, float* states) {
     return had_memory([&] {
@@ -655,7 +654,7 @@ int32_t hidden_states(const Model* model, int32_t rows, const int32_t* slots,
     });
 }
 
-// Give the logits (R, V) of states (R, C).
+// Compute the logits (R, V) of states (R, C).
 int32_t logits(const Model* model, int32_t rows, const float* states, float* out) {
     return had_memory([&] {
         if (model->dtype == FP32 || model->dtype == FP24)

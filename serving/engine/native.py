@@ -1,6 +1,6 @@
-"""The forward pass of `forward.py` in C++ (kernels.cpp), for CPUs: faster, and free of row sizes.
+"""The forward pass of `forward.py` in C++ (kernels.cpp), for CPUs: faster, for any number of rows.
 
-Where there is no compiler, or for shapes that the kernels do not take, `Forward` is used.
+Without a compiler, and for configurations that the kernels do not support, `Forward` is used.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.classifier import Classifier
-from nanogpt.model import GPT, Block, rotary_angles
+from nanogpt.model import GPT, Block
 from nanogpt.support import ANY, Supported, unsupported
 from serving.engine import compiling
 from serving.engine.forward import Forward, Span
@@ -73,15 +73,15 @@ class _Model(ctypes.Structure):
 class NativeForward:
     """Compute states and logits of spans, with keys and values in `cache` (L, 2, S, H, T, D).
 
-    The model's float32 weights are packed anew, in `dtype`; the model itself is used no more.
+    The model's float32 weights are repacked in `dtype`; the model itself is not used afterwards.
     """
 
     def __init__(self, model: GPT, cache: Tensor, dtype: str) -> None:
         library = load_library()
-        assert library is not None, "supported() was not asked"
+        assert library is not None, "supported() is false"
         self.library, self.config, self.cache = library, model.config, cache
         self.device = cache.device
-        self._kept: list[Tensor] = []  # what the kernels point to
+        self._referenced: list[Tensor] = []  # by pointers of the kernels
         self.wte = model.wte.weight[: model.config.vocab_size].detach().to(cache.dtype)
         self.wpe = model.wpe.weight.detach() if model.config.position == "learned" else None
         self.classes = deepcopy(model.classes) if isinstance(model, Classifier) else None
@@ -89,11 +89,10 @@ class NativeForward:
 
     @torch.inference_mode()
     def hidden_states(self, spans: list[Span]) -> Tensor:
-        """Read spans into their slots; return the normalised final states (R, C) of all rows."""
+        """Append spans to their slots; return the normalised final states (R, C) of all rows."""
         ids = torch.tensor([i for span in spans for i in span.ids])
-        places = [(s.slot, s.start + n) for s in spans for n in range(len(s.ids))]
-        slots, positions = torch.tensor(places, dtype=torch.int32).unbind(1)
-        slots, positions = slots.contiguous(), positions.contiguous()
+        cells = [(s.slot, s.start + n) for s in spans for n in range(len(s.ids))]
+        slots, positions = torch.tensor(cells, dtype=torch.int32).T.contiguous()
         x = self.wte[ids].float()  # (R, C)
         if self.wpe is not None:
             x += self.wpe[positions.long()]
@@ -122,18 +121,16 @@ class NativeForward:
 
     def _describe(self, model: GPT, dtype: int) -> _Model:
         config = model.config
-        rotations = None
-        if config.position == "rotary":
-            head_size = config.n_embd // config.n_head
-            rotations = self._keep(rotary_angles(torch.arange(config.block_size), head_size))
+        rotation = model.rotation(torch.arange(config.block_size))
         layers = (_Layer * config.n_layer)()
         for layer, block in zip(layers, model.h, strict=True):
             assert isinstance(block, Block)
             layer.ln_1, layer.ln_2 = self._norm(block.ln_1), self._norm(block.ln_2)
-            layer.c_attn = self._matrix(block.attn.c_attn, dtype)
-            layer.attn_proj = self._matrix(block.attn.c_proj, dtype)
-            layer.c_fc = self._matrix(block.mlp.c_fc, dtype)
-            layer.mlp_proj = self._matrix(block.mlp.c_proj, dtype)
+            for name, linear in (
+                *(("c_attn", block.attn.c_attn), ("attn_proj", block.attn.c_proj)),
+                *(("c_fc", block.mlp.c_fc), ("mlp_proj", block.mlp.c_proj)),
+            ):
+                setattr(layer, name, self._packed(linear.weight, linear.bias, dtype))
         return _Model(
             dtype=dtype,
             n_layer=config.n_layer,
@@ -148,17 +145,14 @@ class NativeForward:
             layers=layers,
             ln_f=self._norm(model.ln_f),
             head=self._packed(model.wte.weight[: config.vocab_size], None, dtype),
-            rotations=rotations,
+            rotations=None if rotation is None else self._pointer(rotation),
             cache=self.cache.data_ptr(),
         )
 
     def _norm(self, norm: nn.Module) -> _Norm:
         bias = getattr(norm, "bias", None)
         assert isinstance(norm.weight, Tensor)
-        return _Norm(self._keep(norm.weight), None if bias is None else self._keep(bias))
-
-    def _matrix(self, linear: nn.Linear, dtype: int) -> _Matrix:
-        return self._packed(linear.weight, linear.bias, dtype)
+        return _Norm(self._pointer(norm.weight), None if bias is None else self._pointer(bias))
 
     def _packed(self, weight: Tensor, bias: Tensor | None, dtype: int) -> _Matrix:
         n, k = weight.shape
@@ -169,13 +163,13 @@ class NativeForward:
         weight = weight.detach().float().contiguous()
         pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, packed, scales))
         self.library.pack(dtype, n, k, *pointers)
-        there = None if bias is None else self._keep(bias)
-        return _Matrix(self._keep(packed), self._keep(scales), there, n, k)
+        at = None if bias is None else self._pointer(bias)
+        return _Matrix(self._pointer(packed), self._pointer(scales), at, n, k)
 
-    def _keep(self, tensor: Tensor) -> int:
+    def _pointer(self, tensor: Tensor) -> int:
         if tensor.is_floating_point() and tensor.dtype != torch.bfloat16:
             tensor = tensor.detach().float().contiguous()
-        self._kept.append(tensor)
+        self._referenced.append(tensor)
         return tensor.data_ptr()
 
 
@@ -183,7 +177,7 @@ ForwardPass = Forward | NativeForward
 
 
 def supported(model: GPT, dtype: str, device: torch.device) -> bool:
-    """Return whether the kernels can be had here, and take this model in this precision."""
+    """Return whether the kernels compile here and support this model in this precision."""
     if device.type != "cpu":
         return False
     config = model.config
@@ -198,7 +192,7 @@ def supported(model: GPT, dtype: str, device: torch.device) -> bool:
 
 @lru_cache
 def load_library() -> ctypes.CDLL | None:
-    """Return the kernels, compiled if they are not yet, or None where that cannot be."""
+    """Return the kernels, compiled at the first call, or None where they do not compile."""
     path = compiling.compiled_kernels()
     if path is None:
         return None
