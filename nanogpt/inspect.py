@@ -148,15 +148,11 @@ def document_lengths(stream: Tokens, eot_id: int) -> np.ndarray:
             ends = np.flatnonzero(stream.read(start, start + BLOCK_TOKENS) == eot_id)
             counts += _by_power(np.diff(ends) - 1)
         return counts
-    before = -1  # where the token before the document in hand stands
-    for start in range(0, n_tokens, BLOCK_TOKENS):
-        stop = min(start + BLOCK_TOKENS, n_tokens)
-        ends = start + np.flatnonzero(stream.read(start, stop) == eot_id)
-        if stop == n_tokens:
-            ends = np.append(ends, n_tokens)
-        counts += _by_power(np.diff(ends, prepend=before) - 1)
-        before = int(ends[-1]) if len(ends) else before
-    return counts
+    starts = range(0, n_tokens, BLOCK_TOKENS)
+    blocks = (stream.read(start, min(start + BLOCK_TOKENS, n_tokens)) for start in starts)
+    found = [start + np.flatnonzero(b == eot_id) for start, b in zip(starts, blocks, strict=True)]
+    ends = np.concatenate([[-1], *found, [n_tokens]])
+    return counts + _by_power(np.diff(ends) - 1)
 
 
 def samples(corpus: Corpus, n: int) -> Iterator[str]:

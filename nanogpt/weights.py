@@ -2,10 +2,9 @@
 
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from torch.overrides import TorchFunctionMode
 
 from nanogpt.classifier import Classifier
 from nanogpt.model import GPT, GPTConfig
-
-Shape = tuple[int, ...]
 
 
 def load_archive(path: Path, *, verify: bool = True) -> Any:
@@ -62,46 +59,34 @@ def model_without_weights(config: GPTConfig, n_labels: int | None = None) -> GPT
         return GPT(config) if n_labels is None else Classifier(config, n_labels)
 
 
-def weight_shapes(config: GPTConfig, n_labels: int | None = None) -> Iterator[tuple[str, Shape]]:
-    """Yield the name and shape of each weight of a model; only its first layer is built.
-
-    Without the weights of blocks of another class, whose module is not imported. Raises ValueError
-    for a size that no tensor can have.
-    """
-    try:
-        model = model_without_weights(replace(config, n_layer=1, block=None), n_labels)
-    except (RuntimeError, OverflowError) as error:
-        raise ValueError(f"has a model of a size that no tensor can have: {config}") from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    layer = {name: shapes.pop(name) for name in list(shapes) if name.startswith("h.0.")}
-    yield from shapes.items()
-    for n in range(config.n_layer if config.block is None else 0):
-        for name, shape in layer.items():
-            yield name.replace("0", str(n), 1), shape
-
-
 def check_weights(weights: Mapping[str, Tensor], config: GPTConfig, n_labels: int | None) -> None:
     """Raise ValueError where weights, of any shape, do not fit a model: names, shapes or numbers.
 
-    The time is proportional to the weights, however many layers `config` has. Of blocks of another
-    class their number alone is checked: every layer has weights.
+    No model of more layers than the weights have is built. Of blocks of another class, whose module
+    is not imported, the number alone is checked.
     """
+    layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
+    if len(layers) != config.n_layer:
+        raise ValueError(f"has weights of {len(layers)} layers and n_layer={config.n_layer}")
+    try:
+        expected = model_without_weights(replace(config, block=None), n_labels).state_dict()
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"has a model of a size that no tensor can have: {config}") from error
     if config.block is not None:
-        layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
-        if layers != set(map(str, islice(range(config.n_layer), len(layers) + 1))):
-            raise ValueError(f"has weights of {len(layers)} layers and n_layer={config.n_layer}")
-        weights = {name: tensor for name, tensor in weights.items() if name[:2] != "h."}
-    expected = dict(islice(weight_shapes(config, n_labels), 2 * len(weights) + 100))
+        weights, expected = (
+            {name: tensor for name, tensor in tensors.items() if not name.startswith("h.")}
+            for tensors in (weights, expected)
+        )
     missing, unknown = sorted(expected.keys() - weights), sorted(weights.keys() - expected)
     if missing or unknown:
         raise ValueError(
             f"has weights that are not those of its model: missing {_some(missing)}; "
             f"not known {_some(unknown)}"
         )
-    for name, shape in expected.items():
+    for name, other in expected.items():
         tensor = weights[name]
-        if tuple(tensor.shape) != shape:
-            found = tuple(tensor.shape)
+        if tensor.shape != other.shape:
+            found, shape = tuple(tensor.shape), tuple(other.shape)
             raise ValueError(f"has {found} for {name} where its model has {shape}")
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"has {tensor.dtype} for {name} where numbers are floating-point")

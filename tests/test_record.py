@@ -170,8 +170,8 @@ def test_a_record_with_everything_is_loaded(tmp_path: Path) -> None:
         ((KEY, "labels"), ["a", "b"], r"has \(3, 8\) for classes.weight where .* has \(2, 8\)"),
         ((KEY, "labels"), None, "not known classes.weight"),
         ((KEY, "model", "n_layer"), 1.0, "n_layer=1.0 is not a whole number"),
-        ((KEY, "model", "n_layer"), 10**8, r"missing h\..* more; not known none"),
-        ((KEY, "model", "n_layer"), 1, r"not known h\.1\..* more"),
+        ((KEY, "model", "n_layer"), 10**8, "has weights of 2 layers and n_layer=100000000"),
+        ((KEY, "model", "n_layer"), 1, "has weights of 2 layers and n_layer=1"),
         ((KEY, "model", "block_size"), 10**9, r"\(8, 8\) for wpe.weight where .* \(1000000000, 8"),
         ((KEY, "model", "n_embd"), 2**52, "of a size that no tensor can have"),
         ((KEY, "model", "speed"), 1, "records a model that this version lacks.*'speed'"),
@@ -243,5 +243,5 @@ def test_names_that_could_garble_a_terminal_are_escaped(tmp_path: Path) -> None:
 
 def test_as_many_layers_as_are_claimed_are_not_built() -> None:
     config = GPTConfig(block_size=8, vocab_size=9, n_layer=10**8, n_head=1, n_embd=4)
-    with pytest.raises(ValueError, match="missing"):
+    with pytest.raises(ValueError, match="weights of 0 layers and n_layer=100000000"):
         check_weights({}, config, None)
