@@ -14,7 +14,7 @@ from torch import Tensor
 from nanogpt.detokenizer import Detokenizer
 from nanogpt.model import GPT, Attend, GPTConfig, causal_attention
 from nanogpt.prompts import Message, Template, trimmed
-from nanogpt.support import IN_BLOCKS, check_supported
+from nanogpt.support import IN_BLOCKS, check_supported, mixes_by_attend
 from nanogpt.tokenizer import Tokenizer
 
 SUPPORTED = {**IN_BLOCKS, "position": ("learned", "rotary")}
@@ -121,7 +121,7 @@ def generate(
         new = context = list(input_ids)[-block_size:]
         n_tokens = min(block_size, len(context) + max_new_tokens)
         with _evaluating(model):
-            cached = model.mixes_by_attend()
+            cached = mixes_by_attend(model)
             cache = KVCache.like(model, n_tokens=n_tokens) if cached else None
         for _ in range(max_new_tokens):
             if len(context) > block_size:
@@ -170,7 +170,7 @@ class KVCache(Attend):
 
         Raises ValueError where the model's blocks mix tokens outside `attend`.
         """
-        if not model.mixes_by_attend():
+        if not mixes_by_attend(model):
             raise ValueError(
                 f"model.block={model.config.block} mixes tokens outside attend, which a cache does "
                 f"not hold; pass the whole input without a cache"

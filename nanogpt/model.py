@@ -96,7 +96,7 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str) -> "GPTConfig":
-        """Return a published shape: gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
+        """Return a published shape; raise ValueError for another than those of PRESETS."""
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
         n_layer, n_head, n_embd = PRESETS[name]
@@ -212,40 +212,6 @@ class GPT(nn.Module):
             x = block(x, rotation, attend)
         return self.ln_f(x)
 
-    @torch.no_grad()
-    def mixes_by_attend(self) -> bool:
-        """Return whether blocks mix tokens through `attend` alone, and call it in every layer.
-
-        Keys and values then stand for the tokens before, and rows may share tokens. Blocks of
-        another class are tried: with an attention that mixes nothing, the output of a token must
-        depend neither on the other of two tokens nor on which of them it is.
-        """
-        if self.config.block is None:
-            return True
-        weight, layers = self.wte.weight, []
-        x = torch.randn(3, self.config.n_embd, generator=torch.Generator().manual_seed(0))
-        rotation = self.rotation(torch.arange(3, device=weight.device))
-        tolerance = torch.finfo(weight.dtype).eps ** 0.5
-
-        class Unmixed(Attend):
-            def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                layers.append(layer)
-                return q
-
-        for block in self.h:
-            first, second, moved = (
-                block(
-                    x[None, pair].to(weight),
-                    None if rotation is None else rotation[:, pair],
-                    Unmixed(),
-                )[0]
-                for pair in ([0, 1], [2, 1], [1, 0])
-            )
-            is_alike = torch.allclose(first[1], moved[0], tolerance, tolerance)
-            if not (is_alike and first[1].equal(second[1])):
-                return False
-        return layers == [layer for layer in range(self.config.n_layer) for _ in range(3)]
-
     def head(self, hidden_states: Tensor) -> Tensor:
         """Return the logits (..., V) of hidden states (..., C)."""
         return self.wte.logits(hidden_states)
@@ -305,7 +271,7 @@ class Block(nn.Module):
     """Attention, then a perceptron, each on a normalised copy of the residual stream.
 
     `model.block=my_package.MyBlock` replaces it by an `nn.Module` class with this constructor and
-    this `forward`. A subclass may replace `attn` or `mlp` alone:
+    this `forward`. A subclass may replace only `attn` or `mlp`:
 
         class MyBlock(Block):
             def __init__(self, config, layer):
@@ -324,7 +290,7 @@ class Block(nn.Module):
     A block that mixes tokens through `attend` alone works with the KV cache, packed rows and the
     evaluations' shared contexts. One that mixes them in another way must be causal; generation then
     reads the whole context for each token, evaluation every continuation as a row of its own, and
-    packed rows are not kept apart.
+    the documents of packed rows mix.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
@@ -336,6 +302,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
+        """Return the residual stream (B, T, C) after this block, of x (B, T, C) before it."""
         site = DROPOUT_SITES * self.layer
         x = x + attend.dropout(self.attn(self.ln_1(x), rotation, attend), site + 1)
         return x + attend.dropout(self.mlp(self.ln_2(x)), site + 2)
@@ -373,7 +340,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)  # (B, T, 4C)
+        """Return the output (..., C) of normalised states x (..., C)."""
+        x = self.c_fc(x)  # (..., 4C)
         relu2 = self.config.activation == "relu2"
         x = F.relu(x).square() if relu2 else F.gelu(x, approximate="tanh")
         return self.c_proj(x)
@@ -468,9 +436,9 @@ def written_out_attention(
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     else:
         mask = mask.expand(-1, H, -1, -1).flatten(0, 1)  # (B*H, T, T)
-    hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
     keys = k.flatten(0, 1).transpose(1, 2)  # (B*H, D, T)
-    scores = torch.baddbmm(hidden, q.flatten(0, 1), keys, alpha=D**-0.5)  # (B*H, T, T)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), keys, alpha=D**-0.5)  # (B*H, T, T)
     weights = scores.softmax(-1)
     if drop is not None:
         weights = drop(weights.view(B, H, T, T)).flatten(0, 1)
@@ -497,8 +465,8 @@ def positions_within(documents: Tensor) -> Tensor:
 def rotary_angles(positions: Tensor, head_size: int) -> Tensor:
     """Return cosine and sine (2, ..., T, 1, D/2) of positions' angles (RoFormer, section 3.2.2).
 
-    They are computed for each call, in float32, and not kept: it costs microseconds, and a model
-    has no buffers to lose or to round when it moves to another device or precision.
+    They are computed in each call, in float32: it costs microseconds, and a model has no buffers to
+    lose or to round when it moves to another device or precision.
     """
     channels = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
     speeds = ROTARY_BASE ** (-channels / head_size)  # (D/2,)

@@ -1,4 +1,4 @@
-"""Which model configurations a consumer supports: allow-lists over the fields of `GPTConfig`.
+"""Which models a consumer supports: allow-lists over the fields of `GPTConfig`, trials of blocks.
 
 A consumer relies on more than a model's forward: kernels, a file format, the shape of a cache, a
 formula. It lists the values that it handles, so that a new field or value is refused until it is
@@ -9,7 +9,10 @@ from collections.abc import Container, Mapping
 from dataclasses import fields
 from typing import Any
 
-from nanogpt.model import GPTConfig
+import torch
+from torch import Tensor
+
+from nanogpt.model import GPT, Attend, GPTConfig
 
 
 class _Any:
@@ -57,3 +60,34 @@ def check_supported(config: GPTConfig, consumer: str, supported: Supported) -> N
         raise ValueError(
             f"{consumer} does not support {values}; implement it there, or use another model"
         )
+
+
+@torch.no_grad()
+def mixes_by_attend(model: GPT) -> bool:
+    """Return whether a model mixes tokens through `attend` alone, called once in every layer.
+
+    Keys and values then stand for the tokens before, and rows may share tokens. Blocks of
+    another class are tried: with an attention that mixes nothing, the output of a token must
+    depend neither on the other of two tokens nor on which of them it is.
+    """
+    if model.config.block is None:
+        return True
+    layers: list[int] = []
+    x = torch.randn(3, model.config.n_embd, generator=torch.Generator().manual_seed(0))
+    x = x.to(model.wte.weight)
+    tolerance = torch.finfo(x.dtype).eps ** 0.5
+
+    class Unmixed(Attend):
+        def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            layers.append(layer)
+            return q
+
+    for block in model.h:
+        first, second, moved = (
+            block(x[None, pair], model.rotation(pair), Unmixed())[0]
+            for pair in torch.tensor([[0, 1], [2, 1], [1, 0]], device=x.device)
+        )
+        is_alike = torch.allclose(first[1], moved[0], tolerance, tolerance)
+        if not (is_alike and first[1].equal(second[1])):
+            return False
+    return layers == [layer for layer in range(model.config.n_layer) for _ in range(3)]

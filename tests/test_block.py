@@ -30,6 +30,7 @@ from nanogpt.export import check_exportable
 from nanogpt.generate import main as generate_main
 from nanogpt.generation import KVCache, generate
 from nanogpt.model import GPT, Block, GPTConfig
+from nanogpt.support import mixes_by_attend
 from nanogpt.tokenizer import byte_tokenizer
 from nanogpt.training.throughput import flops_per_token
 from serving.engine.forward import Span
@@ -337,9 +338,9 @@ def test_generation_equals_reading_the_whole_context_each_time(package: Path, na
 def test_a_cache_goes_to_blocks_that_mix_tokens_by_attend_alone(
     package: Path, position: str
 ) -> None:
-    found = {name: build(name, position=position).mixes_by_attend() for name in [*ATTEND, *MIX]}
+    found = {name: mixes_by_attend(build(name, position=position)) for name in [*ATTEND, *MIX]}
     assert found == {**dict.fromkeys(ATTEND, True), **dict.fromkeys(MIX, False)}
-    assert GPT(CONFIG).mixes_by_attend()
+    assert mixes_by_attend(GPT(CONFIG))
 
 
 def test_a_cache_is_refused_where_blocks_mix_tokens_otherwise(package: Path) -> None:

@@ -17,6 +17,7 @@ import train
 from nanogpt.checkpoint import load_checkpoint
 from nanogpt.evaluate import main as evaluate
 from nanogpt.generate import main as generate
+from nanogpt.support import mixes_by_attend
 from tests.conftest import TINY_RUN
 
 PAGE = (Path(__file__).parent.parent / "docs" / "EXTENDING.md").read_text(encoding="utf-8")
@@ -193,7 +194,7 @@ def test_a_model_block(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     run(of_attention[0])
     assert generate(of_attention[1][2:]) == 0
     model = load_checkpoint("multi_query", allow_modules=["my_package"]).model
-    assert model.mixes_by_attend()
+    assert mixes_by_attend(model)
 
 
 def handed_over(node: str) -> list[str]:

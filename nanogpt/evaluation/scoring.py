@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt.model import GPT, Attend
-from nanogpt.support import IN_BLOCKS, check_supported
+from nanogpt.support import IN_BLOCKS, check_supported, mixes_by_attend
 from nanogpt.tokenizer import Tokenizer
 
 BATCH_SIZE = 8  # requests per forward
@@ -73,7 +73,7 @@ def loglikelihoods(
     """
     assert not model.training, "dropout would change the results"
     check_supported(model.config, "the scorer (nanogpt/evaluation/scoring.py)", SUPPORTED)
-    shares = model.mixes_by_attend()
+    shares = mixes_by_attend(model)
     tree_tokens, multiple = (TREE_TOKENS, PRODUCT_ROWS) if shares else (0, 1)
     block_size = model.config.block_size
     rows = [row for i, r in enumerate(requests) for row in _rows(i, r, block_size, tree_tokens)]
