@@ -47,10 +47,10 @@ class Call:
             ("stop", len(body.stops), self.settings.max_stops, "stop strings"),
         ):
             if n > limit:
-                message = f"{n} {what} are too many; ask for at most {limit}."
+                message = f"{n} {what} are too many; request at most {limit}."
                 raise ApiError(400, message, param=param)
         model = await self.load(body.model, "generate")
-        model.check_generates()
+        model.check_task("generate")
         return model
 
     async def load(self, name: str | None, task: Task | None = None) -> ServedModel:
@@ -98,21 +98,25 @@ class Call:
         return generation
 
     async def answer(
-        self, body: SamplingRequest, choices: Sequence[Choice], form: Format
+        self,
+        body: SamplingRequest,
+        model: ServedModel,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        stops: Sequence[str],
+        form_class: type[Format],
     ) -> Response:
         """Generate, and answer with a stream or with one object."""
+        choices = self.choices(body, model, prompts, params, stops)
+        with_logprobs = params.logprobs is not None
+        form = form_class(model, len(choices), with_logprobs, body.include_usage)
         generation = self.generation(choices)
         streams = False
         try:
             if body.stream:
                 await self.until_disconnect(generation.wait_for_first(FIRST_PIECE_S))
                 streams = True
-                return EventStream(
-                    generation,
-                    form,
-                    include_usage=body.include_usage,
-                    on_end=lambda: self._log_usage(generation),
-                )
+                return EventStream(generation, form, on_end=lambda: self._log_usage(generation))
             answers = await self.until_disconnect(generation.whole())
             content = await whole(form, answers, generation.usage())
             return Response(content, media_type="application/json")

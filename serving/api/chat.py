@@ -34,14 +34,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     stops = [*body.stops, *model.template.stop_texts]
-    choices = call.choices(body, model, [prompt], params, stops)
-    form = ChatFormat(
-        model,
-        len(choices),
-        with_logprobs=bool(body.logprobs),
-        include_usage=body.include_usage,
-    )
-    return await call.answer(body, choices, form)
+    return await call.answer(body, model, [prompt], params, stops, ChatFormat)
 
 
 class ChatFormat(Format):

@@ -32,14 +32,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     params = params_of(body, model, stop_ids=[model.tokenizer.eot_id], logprobs=body.logprobs)
     if body.echo and body.logprobs is not None:
         await _score(call, model, prompts, body.logprobs)
-    choices = call.choices(body, model, prompts, params, body.stops)
-    form = CompletionFormat(
-        model,
-        len(choices),
-        with_logprobs=body.logprobs is not None,
-        include_usage=body.include_usage,
-    )
-    return await call.answer(body, choices, form)
+    return await call.answer(body, model, prompts, params, body.stops, CompletionFormat)
 
 
 class CompletionFormat(Format):

@@ -1,11 +1,11 @@
-"""The models of the engine with their tokenizers and templates, as this front end uses them."""
+"""The models of the engine with their tokenizers and templates."""
 
 import asyncio
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 from nanogpt.prompts import Message, Template, find_template
 from nanogpt.tokenizer import Tokenizer, from_record
@@ -14,15 +14,17 @@ from serving.api.schemas import ChatMessage
 from serving.engine.client import EngineClient
 from serving.engine.messages import ModelDetails, ModelInfo, Task
 
-LONG_CHARS = 10_000  # a text that takes milliseconds to encode is encoded in a thread
-MESSAGE_CHARS = 50  # whose encoding takes as long as the scaffold of a message
+LONG_CHARS = 10_000  # of a text that takes milliseconds to encode
+MESSAGE_CHARS = 50  # of a text that takes as long as the scaffold of a message
 ROLES = {"developer": "system", "tool": "user", "function": "user"}
-UNTAUGHT = "plain"  # the template of a model that was never taught one
+BASE_TEMPLATE = "plain"  # of models without a template
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model of some revision; `token_bytes` has what each id stands for."""
+    """A revision of a model; `token_bytes` has the bytes of each id."""
 
     info: ModelInfo
     details: ModelDetails
@@ -33,25 +35,22 @@ class ServedModel:
 
     @property
     def id(self) -> str:
-        """The id that answers name."""
+        """The id of the model."""
         return self.info.id
 
     @property
     def fingerprint(self) -> str:
-        """What the OpenAI API calls system_fingerprint: it changes with weights and precision."""
+        """The OpenAI API's system_fingerprint: it changes with weights and precision."""
         return f"fp_{self.details.revision[:10]}_{self.details.dtype}"
 
     async def encode(self, text: str, *, add_special_tokens: bool | None = True) -> list[int]:
-        """Return the ids that a model reads of a text, or those of the text alone.
+        """Return the ids of a text as a prompt, or those of the text alone.
 
-        An empty text begins a document; see `Tokenizer.encode_prompt`.
+        An empty prompt begins a document; see `Tokenizer.encode_prompt`.
         """
         alone = add_special_tokens is False
         encode = self.tokenizer.encode if alone else self.tokenizer.encode_prompt
-        if len(text) > LONG_CHARS:
-            return await asyncio.to_thread(encode, text)
-        await asyncio.sleep(0)  # streams go on between the many texts of a request
-        return encode(text)
+        return await _encoded(len(text), partial(encode, text))
 
     async def encode_chat(
         self,
@@ -61,11 +60,11 @@ class ServedModel:
         continue_final_message: bool | None = None,
         to_answer: bool = False,
     ) -> list[int]:
-        """Return the ids of a conversation, the assistant's turn opened at its end.
+        """Return the ids of a conversation, by default with the assistant's turn opened.
 
-        With `continue_final_message` that turn already holds the last message. Raises ApiError
-        where the template cannot hold the conversation, where it needs tokens that the model
-        lacks, and with `to_answer` for a conversation that cannot fit the context.
+        `continue_final_message` leaves the last message open instead. Raises ApiError where the
+        template or the tokenizer cannot encode the conversation, and with `to_answer` for one that
+        cannot fit the context.
         """
         if continue_final_message:
             _check_continues(messages, add_generation_prompt)
@@ -81,9 +80,7 @@ class ServedModel:
             continue_final_message=bool(continue_final_message),
         )
         try:
-            if n_chars + MESSAGE_CHARS * len(conversation) > LONG_CHARS:
-                return (await asyncio.to_thread(encode)).ids
-            return encode().ids
+            return (await _encoded(n_chars + MESSAGE_CHARS * len(conversation), encode)).ids
         except ValueError as error:
             raise ApiError(400, f"The messages cannot be written: {error}.") from error
 
@@ -108,17 +105,14 @@ class ServedModel:
             message = f"Token id {max(ids)} is not below vocab_size={self.details.vocab_size}."
             raise ApiError(400, message, param=param)
 
-    def check_generates(self) -> None:
-        """Raise ApiError for a classifier."""
-        if self.details.labels is not None:
-            message = f"The model {self.id!r} is a classifier; ask POST /classify for its labels."
-            raise ApiError(400, message, param="model")
-
-    def check_classifies(self) -> None:
-        """Raise ApiError for a language model."""
-        if self.details.labels is None:
-            message = f"The model {self.id!r} has no labels; /classify needs a classifier."
-            raise ApiError(400, message, param="model")
+    def check_task(self, task: Task) -> None:
+        """Raise ApiError for a classifier that is to generate, a language model to classify."""
+        if (task == "classify") != (self.details.labels is not None):
+            but = {
+                "generate": "is a classifier; use POST /classify for its labels",
+                "classify": "has no labels; /classify needs a classifier",
+            }
+            raise ApiError(400, f"The model {self.id!r} {but[task]}.", param="model")
 
 
 class Catalogue:
@@ -130,18 +124,18 @@ class Catalogue:
         self._built: dict[str, tuple[str, asyncio.Task[ServedModel]]] = {}  # revision, model
 
     def find(self, name: str | None, task: Task | None = None) -> ModelInfo:
-        """Return what the engine tells of the model of a name; the default one without a name."""
+        """Return the engine's entry of a model, of the default one without a name."""
         name = name and unicodedata.normalize("NFC", name)  # as the registry's names are
         known = {n for model in self.client.models() for n in (model.id, *model.aliases)}
-        found = None if self.lenient and name not in known else name
-        return self.client.find(found, task)
+        return self.client.find(None if self.lenient and name not in known else name, task)
 
     async def load(self, name: str | None, task: Task | None = None) -> ServedModel:
         """Return the model of a name, ready for use."""
         info = self.find(name, task)
         revision, building = self._built.get(info.id, ("", None))
-        if building is None or revision != info.revision or _has_failed(building):
-            building = asyncio.create_task(self._build(info))  # one for all who ask meanwhile
+        is_failed = building is not None and building.done() and building.exception() is not None
+        if building is None or revision != info.revision or is_failed:
+            building = asyncio.create_task(self._build(info))  # shared by concurrent requests
             self._built[info.id] = info.revision, building
         return await asyncio.shield(building)
 
@@ -150,31 +144,23 @@ class Catalogue:
         return await asyncio.to_thread(_build, info, details)
 
 
-def describe(info: ModelInfo) -> dict[str, Any]:
-    """Return a model as `/v1/models` lists it."""
-    return {
-        "id": info.id,
-        "object": "model",
-        "created": info.created,
-        "max_model_len": info.max_model_len,
-        "owned_by": "nanogpt",
-        "name": info.name or info.id,
-        "aliases": info.aliases,
-        "default": info.default,
-        "loaded": info.loaded,
-        **({"error": info.error} if info.error else {}),
-    }
-
-
 def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Return a conversation as templates take it: what the system says is one message, the first.
+    """Return a conversation for a template: the system messages are joined to one at the start.
 
-    Clients send several system messages, or one after others; a model was taught one at the start.
+    Clients send several, also after other messages; models are trained on one at the start.
     """
-    said = [(ROLES.get(m.role, m.role), _text(m)) for m in messages]
-    system = "\n\n".join(text for role, text in said if role == "system" and text)
-    turns = [Message(role, text) for role, text in said if role != "system"]
-    return [Message("system", system), *turns] if system or not turns else turns
+    turns = [(ROLES.get(m.role, m.role), _text(m)) for m in messages]
+    system = "\n\n".join(text for role, text in turns if role == "system" and text)
+    others = [Message(role, text) for role, text in turns if role != "system"]
+    return [Message("system", system), *others] if system or not others else others
+
+
+async def _encoded(n_chars: int, encode: Callable[[], T]) -> T:
+    """Return what `encode` does, of a long text in a thread."""
+    if n_chars > LONG_CHARS:
+        return await asyncio.to_thread(encode)
+    await asyncio.sleep(0)  # streams go on between the many texts of a request
+    return encode()
 
 
 def _text(message: ChatMessage) -> str:
@@ -183,38 +169,24 @@ def _text(message: ChatMessage) -> str:
     for part in message.content:
         if part.type != "text" or part.text is None:
             kind = part.type[:40]
-            raise ApiError(
-                400,
-                f"A message has a part of type {kind!r}; this server reads text only.",
-                param="messages",
-            )
+            text = f"A message has a part of type {kind!r}; this server reads text only."
+            raise ApiError(400, text, param="messages")
     return "\n".join(part.text or "" for part in message.content)
 
 
 def _check_continues(messages: Sequence[ChatMessage], add_generation_prompt: bool | None) -> None:
     if add_generation_prompt:
-        raise ApiError(
-            400,
-            "Use either continue_final_message or add_generation_prompt.",
-            param="continue_final_message",
-        )
+        text = "Use either continue_final_message or add_generation_prompt."
+        raise ApiError(400, text, param="continue_final_message")
     if messages[-1].role != "assistant":
-        raise ApiError(
-            400,
-            f"continue_final_message continues the assistant's message, and the last one is of "
-            f"role {messages[-1].role!r}.",
-            param="messages",
-        )
+        text = "continue_final_message continues the assistant's message, and the last one is of "
+        raise ApiError(400, f"{text}role {messages[-1].role!r}.", param="messages")
 
 
 def _build(info: ModelInfo, details: ModelDetails) -> ServedModel:
     tokenizer = from_record(details.tokenizer)
     tokenizer.encode("warm up")  # builds the table
-    template = find_template(details.template or UNTAUGHT)
+    template = find_template(details.template or BASE_TEMPLATE)
     token_bytes = tokenizer.token_bytes()
     max_chars = details.block_size * max(map(len, token_bytes))
     return ServedModel(info, details, tokenizer, template, token_bytes, max_chars)
-
-
-def _has_failed(task: "asyncio.Task[ServedModel]") -> bool:
-    return task.done() and task.exception() is not None

@@ -1,4 +1,4 @@
-"""Beside the OpenAI API: labels of texts, tokens of texts, and the oldest question of all."""
+"""Routes that the OpenAI API lacks: classification, tokenization and a plain prediction."""
 
 import secrets
 import time
@@ -69,7 +69,10 @@ async def predict(request: Request, body: PredictRequest) -> Response:
 
 @router.post("/tokenize")
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
-    """Return the token ids of a text, or of a conversation with the assistant's turn opened."""
+    """Return the token ids of a text, or of a conversation with the assistant's turn opened.
+
+    Raises ApiError for a body with neither.
+    """
     chats = bool(body.messages)
     model = await Call(request).load(body.model, "generate" if chats else None)
     text = body.content if body.prompt is None else body.prompt
@@ -102,18 +105,18 @@ def _likeliest(model: ServedModel, answer: Classified) -> str:
 
 
 async def _classified(call: Call, model: ServedModel, texts: list[str]) -> list[Classified]:
-    model.check_classifies()
+    model.check_task("classify")
     if not 1 <= len(texts) <= call.max_prompts():
         message = f"There are {len(texts)} texts; give 1 to {call.max_prompts()} of them."
         raise ApiError(400, message, param="input")
-    most = model.details.block_size  # tokens that are read
-    ids = [(await model.encode(text, add_special_tokens=False))[:most] for text in texts]
+    limit = model.details.block_size
+    ids = [(await model.encode(text, add_special_tokens=False))[:limit] for text in texts]
     requests = [Classify(call.new_id(), model.id, text, **call.labels) for text in ids]
     return await call.gather([call.client.answer(text, Classified) for text in requests])
 
 
 async def _answer(call: Call, model: ServedModel, body: PredictRequest) -> str:
-    """Return what a model answers: to a message where it was taught to chat, else to a text."""
+    """Return the reply to a message, or the continuation of a text for a base model."""
     template = model.template if model.details.template else None
     model.check_chars(len(body.input_data), "input_data")
     if template:

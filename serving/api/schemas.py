@@ -1,4 +1,4 @@
-"""What the routes take. Unknown fields are passed over, and null is as good as absent.
+"""The bodies of requests. Unknown fields are ignored, and null is the same as absent.
 
 The OpenAI API's fields and ranges, and those of other servers for what it lacks: `top_k`, `min_p`,
 `repetition_penalty`, `stop_token_ids`, `ignore_eos`.
@@ -32,7 +32,7 @@ Items = Annotated[list[T], Field(max_length=MAX_ITEMS, fail_fast=True)]
 
 
 def _whole(value: Any) -> Any:
-    """Take 5.0 for 5, as JSON does."""
+    """Return 5 for 5.0, which JSON does not distinguish."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -77,7 +77,7 @@ def _few_biases(value: Any) -> Any:
 
 
 def only(*neutral: Any) -> AfterValidator:
-    """Return what refuses a value that cannot be honoured: all but null and the neutral ones."""
+    """Return a validator that refuses all values but null and the neutral ones."""
 
     def check(value: Any) -> Any:
         if value is not None and value not in neutral:
@@ -94,7 +94,7 @@ ToolChoice = Annotated[Any, only("auto", "none")]
 
 
 class ErrorObject(BaseModel):
-    """What was wrong; clients show `message` and act on `code`."""
+    """An error; clients show `message` and act on `code`."""
 
     message: StrictStr
     type: StrictStr
@@ -109,19 +109,19 @@ class ErrorAnswer(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """How an answer is streamed."""
+    """Options of a stream."""
 
     include_usage: StrictBool | None = None
 
 
 class ResponseFormat(BaseModel):
-    """The form of an answer; text is all there is."""
+    """The format of an answer, which is always text."""
 
     type: Annotated[StrictStr, only("text")]
 
 
 class UnsupportedFields(BaseModel):
-    """Fields of other servers that would change the answer, and that this one cannot honour."""
+    """Fields of other servers that would change the answer and are not supported."""
 
     best_of: Annotated[Any, only(1)] = None
     use_beam_search: UnsupportedFlag = None
@@ -151,7 +151,7 @@ class UnsupportedFields(BaseModel):
 
 
 class SamplingRequest(UnsupportedFields):
-    """What chat and completions share."""
+    """The fields that chat and completions share."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -204,7 +204,7 @@ class ContentPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """What one side says; null is nothing, as in a message of tool calls."""
+    """A turn of a conversation; null is no text, as in a message of tool calls."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: StrictStr | Items[ContentPart] | None = None

@@ -41,7 +41,7 @@ class Format(ABC):
     kinds: tuple[str, str]  # of a whole answer and of a chunk
 
     def __init__(
-        self, model: ServedModel, n: int, *, with_logprobs: bool, include_usage: bool
+        self, model: ServedModel, n: int, with_logprobs: bool, include_usage: bool
     ) -> None:
         whole, chunk = self.kinds
         self.head: dict[str, Any] = {
@@ -56,7 +56,7 @@ class Format(ABC):
             self._chunk_head["usage"] = None
         self._n = n
         self._token_bytes = model.token_bytes
-        self._with_logprobs = with_logprobs
+        self._with_logprobs, self.include_usage = with_logprobs, include_usage
         # Frames of text alone are rendered once, but for the text.
         self._texts = [self._frame(i, self.delta(TEXT)).split(to_json(TEXT)) for i in range(n)]
 
@@ -119,12 +119,10 @@ class EventStream(EventSourceResponse):
         self,
         generation: Generation,
         form: Format,
-        *,
-        include_usage: bool,
         on_end: Callable[[], None],
     ) -> None:
         super().__init__(
-            events(generation, form, include_usage),
+            events(generation, form),
             headers={"Cache-Control": "no-cache, no-transform"},
             ping=PING_S,
             ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
@@ -142,7 +140,7 @@ class EventStream(EventSourceResponse):
             self.on_end()
 
 
-async def events(generation: Generation, form: Format, include_usage: bool) -> AsyncIterator[bytes]:
+async def events(generation: Generation, form: Format) -> AsyncIterator[bytes]:
     """Yield the frames of a stream; an error during generation is a frame before `[DONE]`."""
     yield form.opening()
     try:
@@ -154,7 +152,7 @@ async def events(generation: Generation, form: Format, include_usage: bool) -> A
                     if len(frames[-1]) > LONG_BYTES:
                         await asyncio.sleep(0)
                 yield b"".join(frames)
-        if include_usage:
+        if form.include_usage:
             yield form.usage(generation.usage())
     except ApiError as error:
         yield frame(error.content())
