@@ -102,7 +102,7 @@ def announce(settings: ApiSettings, port: int) -> None:
 
 
 def run(settings: ApiSettings, listening: socket.socket) -> None:
-    """Run the front ends on a socket; more than one share an engine that starts here."""
+    """Run the front ends on a socket, with one engine; raises OSError where they do not start."""
     config = uvicorn.Config(
         APP,
         factory=True,
@@ -122,7 +122,7 @@ def run(settings: ApiSettings, listening: socket.socket) -> None:
         server = uvicorn.Server(config)
         server.run([listening])
         if not server.started:
-            raise OSError("the server could not start; its log says why")
+            raise OSError("the server could not start; its log has the reason")
         return
     with running_engine(settings) as address:
         os.environ[ENGINE_VARIABLE] = address

@@ -27,7 +27,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def of_request(request_id: str) -> dict[str, dict[str, str]]:
-    """Return a log line's `extra` that says which request it is about."""
+    """Return a log line's `extra` with the id of the request that it is about."""
     return {"fields": {"request_id": request_id}}
 
 

@@ -123,12 +123,12 @@ class Admission:
         with anyio.move_on_after(self.settings.body_s):
             more = True
             while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
+                part = await receive()
+                if part["type"] == "http.disconnect":
                     raise ClientDisconnect
-                more = message.get("more_body", False)
+                more = part.get("more_body", False)
                 if refusal is None:
-                    body += message.get("body", b"")
+                    body += part.get("body", b"")
                     refusal = (
                         self._too_large() if len(body) > self.settings.max_body_bytes else None
                     )

@@ -105,34 +105,20 @@ def check_local(scope: Scope, settings: ApiSettings) -> None:
     proxies = [h for h in headers if h in FORWARDING or h.startswith("x-forwarded-")]
     address, port = scope.get("server") or ("", None)  # no port: a Unix socket
     if port is not None and not is_loopback(address):
-        code, message = "no_api_keys", f"its own machine only; {SET_KEYS}"
+        code, answered = "no_api_keys", "its own machine only"
     elif not is_listed and not all(map(is_loopback, hosts)):
-        code, message = (
-            "host_not_allowed",
-            (
-                "requests whose Host is a loopback name or one of allowed_hosts, and this Host is "
-                f"{hosts[0][:80]!r}; add it there, or {SET_KEYS}"
-            ),
-        )
+        code = "host_not_allowed"
+        answered = f"loopback names and allowed_hosts, not the Host {hosts[0][:80]!r}; add it there"
     elif proxies and not is_listed:
-        code, message = (
-            "proxy_not_allowed",
-            (
-                f"no proxy (the request carries {proxies[0]!r}); add the proxy's Host to "
-                f"allowed_hosts, or {SET_KEYS}"
-            ),
-        )
+        code = "proxy_not_allowed"
+        answered = f"no proxy (here is {proxies[0]!r}); add the proxy's Host to allowed_hosts"
     elif not _is_same_site(headers, scope["method"], settings):
-        code, message = (
-            "origin_not_allowed",
-            (
-                "pages of its own origin and of cors_origins; add "
-                f"{headers.get('origin', 'the origin')[:80]!r} there, or {SET_KEYS}"
-            ),
-        )
+        code, origin = "origin_not_allowed", headers.get("origin", "the origin")[:80]
+        answered = f"pages of its own origin and of cors_origins; add {origin!r} there"
     else:
         return
-    raise ApiError(403, f"Without API keys this server answers {message}.", code=code)
+    message = f"Without API keys this server answers {answered}, or {SET_KEYS}."
+    raise ApiError(403, message, code=code)
 
 
 def allows_origin(origin: str, settings: ApiSettings) -> bool:

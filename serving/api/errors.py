@@ -81,22 +81,22 @@ def from_exception(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, ClientDisconnect):
         return ApiError(499, "The client left.")  # for the log alone
     log.error("a request failed", exc_info=error, extra=of_request(request_id))
-    return ApiError(500, "The server failed on this request; its log says why.")
+    return ApiError(500, "The server failed on this request; its log has the reason.")
 
 
 async def answer_http_error(request: Request, error: Exception) -> Response:
     """Answer an unknown route and a wrong method with the right one."""
     assert isinstance(error, HTTPException)
-    status, asked = error.status_code, f"{request.method} {request.url.path}"
+    status, route = error.status_code, f"{request.method} {request.url.path}"
     code, message = None, str(error.detail or HTTPStatus(status).phrase)
     if status == 404:
         other = alternative(request.url.path)
         use = f"use {other}" if other else "the API is under /v1"
         code = "not_found"
-        message = f"There is no {asked[:200]}; {use}, and GET /v1 lists the routes."
+        message = f"There is no {route[:200]}; {use}, and GET /v1 lists the routes."
     elif status == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
-        code, message = "method_not_allowed", f"{asked} is not allowed; use {allowed}."
+        code, message = "method_not_allowed", f"{route} is not allowed; use {allowed}."
     return ApiError(status, message, code=code, headers=error.headers).response()
 
 

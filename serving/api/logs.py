@@ -28,7 +28,7 @@ class RequestLog:
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
         self.metrics = metrics
-        self._n_refused = 0  # for want of room, since the last line about such
+        self._n_refused = 0  # because of max_open, since the last line about these
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -66,7 +66,7 @@ class Metrics(Collector):
     def render(self, engine: Stats | None) -> bytes:
         """Return all metrics; without an engine that answers, `nanogpt_engine_up` is 0."""
         self._engine = engine
-        return prometheus.generate_latest(self)  # type: ignore[arg-type]
+        return prometheus.generate_latest(self)
 
     def collect(self) -> Iterator[Metric]:
         front_end = {"front_end": str(os.getpid())}

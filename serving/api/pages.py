@@ -1,4 +1,4 @@
-"""The web page: a document and its files, which hold nothing of anyone's and so need no key."""
+"""The web page: a document and its files, which contain no data and so need no key."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ POLICY = "; ".join(
     ]
 )
 HEADERS = {
-    "Cache-Control": "no-cache",  # kept, but asked for again: a new version is seen at once
+    "Cache-Control": "no-cache",  # validated each time: a new version is seen at once
     "Content-Security-Policy": POLICY,
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -31,7 +31,7 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/")
 async def page() -> Response:
-    """Return the page where one talks to the models."""
+    """Return the page to chat with models."""
     return FileResponse(STATIC / "index.html", headers=HEADERS)
 
 

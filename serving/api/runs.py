@@ -1,7 +1,7 @@
-"""What was trained: the runs with their curves, each with its report.
+"""The runs with their curves and reports.
 
-Runs tell paths and samples of private text, so other rules hold than for the API: without keys
-only this machine itself is answered, not through a proxy, and not for a page of another origin.
+They contain paths and samples of private text, so stricter rules hold than for the API: without
+keys only this machine itself is answered, not through a proxy, nor a page of another origin.
 """
 
 import asyncio
@@ -65,7 +65,7 @@ async def runs(request: Request) -> Response:
 
 @router.get("/runs/{name:path}/report.html", include_in_schema=False)
 async def report(request: Request, name: str) -> Response:
-    """Return a run's report, as a document without any rights."""
+    """Return a run's report, as a document without rights; raises ApiError for an unknown run."""
     found = next((run for run in await _runs(request) if run.name == name), None)
     if found is None or found.report_path is None:
         raise ApiError(404, f"There is no run {name!r} with a report.", code="not_found")
@@ -73,7 +73,7 @@ async def report(request: Request, name: str) -> Response:
 
 
 def key_page(scope: Scope, status: int) -> Response | None:
-    """Return the empty page of the runs, which asks for a key, for a browser that lacks one."""
+    """Return the empty page of the runs, with a field for the key, for a browser without one."""
     is_page = (scope["method"], scope["path"]) == ("GET", "/runs")
     if status not in (401, 403) or not is_page:
         return None

@@ -14,7 +14,7 @@ from serving.engine.client import STALLED, EngineError
 from serving.engine.messages import Stats
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
-LIMITS = ("max_n", "max_prompts", "max_body_bytes", "max_open")  # that clients may want to know
+LIMITS = ("max_n", "max_prompts", "max_body_bytes", "max_open")
 
 router = APIRouter()
 
@@ -29,7 +29,7 @@ async def health(request: Request) -> Response:
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """Return whether requests are welcome: not while the engine starts, nor while it ends."""
+    """Return whether requests are answered; raises ApiError while the server starts or ends."""
     client = request.app.state.client
     if request.app.state.draining:
         raise ApiError(503, "The server is ending.", code="unavailable")

@@ -34,7 +34,7 @@ class Timeouts:
 
     def response_error(self) -> ApiError:
         """Return the error of an answer that is not complete."""
-        message = f"The answer was not complete within {self.request_s:g} s; ask for less at once."
+        message = f"The answer was not complete within {self.request_s:g} s; request less at once."
         return ApiError(504, message, code="timeout")
 
     async def within(self, work: Awaitable[T]) -> T:
