@@ -26,7 +26,7 @@ from serving.engine.messages import Generate, SamplingParams, Settings
 
 def main() -> None:
     options = _parser().parse_args()
-    settings = Settings(str(options.checkpoint), dtype=options.dtype, drain_s=1)
+    settings = Settings(models=str(options.checkpoint), dtype=options.dtype, drain_s=1)
     rows = []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -290,7 +290,7 @@ def alone(request: Generate | Score, settings: Settings) -> Answer:
             if getattr(event.message, "request_id", None) == request.request_id:
                 answer.hear(event.message)
 
-    settings = replace(settings, max_slots=1, chunk_tokens=64, drain_s=600.0)
+    settings = settings.model_copy(update={"max_slots": 1, "chunk_tokens": 64, "drain_s": 600.0})
     engine = Engine(settings, hear)
     engine.post(lambda: engine.accept(None, request))
     engine.post(engine.drain)

@@ -28,7 +28,9 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="stops a process as L
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[EngineProcess]:
     write_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    settings = Settings(str(tmp_path), dtype="fp32", cache_gb=0.1, threads=1, drain_s=20, hang_s=3)
+    settings = Settings(
+        models=str(tmp_path), dtype="fp32", cache_gb=0.1, threads=1, drain_s=20, hang_s=3
+    )
     process = EngineProcess(settings)
     process.start()
     yield process
@@ -135,7 +137,7 @@ def test_a_heartbeat_is_that_of_the_computing_thread(
     goes_on = threading.Event()
 
     async def run() -> None:
-        server = Server(Settings(str(tmp_path)), f"unix:{tmp_path}/e")
+        server = Server(Settings(models=str(tmp_path)), f"unix:{tmp_path}/e")
         serving = asyncio.create_task(server.serve())
         client = EngineClient(f"unix:{tmp_path}/e", stall_s=1.5)
         await client.connect(20)
@@ -164,7 +166,7 @@ def test_a_heartbeat_goes_on_while_a_model_is_loaded(
         raise ValueError("injected")
 
     monkeypatch.setattr(engine_module, "load_runner", load)
-    engine = Engine(Settings(str(tmp_path)), events.extend)
+    engine = Engine(Settings(models=str(tmp_path)), events.extend)
     thread = threading.Thread(target=engine.run)
     thread.start()
     try:
@@ -193,7 +195,7 @@ def test_an_engine_that_dies_at_once_is_started_less_and_less_often(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    process = EngineProcess(Settings(str(tmp_path)))
+    process = EngineProcess(Settings(models=str(tmp_path)))
     pauses = process._stopping = Pauses(9)
     process.start()
     ended = eventually(lambda: not process._watcher.is_alive(), 30)
@@ -215,7 +217,7 @@ def test_the_watcher_outlives_a_look_that_fails(
         return look
 
     async def run() -> None:
-        server = Server(Settings(str(tmp_path), watch_s=0.001), f"unix:{tmp_path}/e")
+        server = Server(Settings(models=str(tmp_path), watch_s=0.001), f"unix:{tmp_path}/e")
         monkeypatch.setattr(server.engine.registry, "rescan", rescan)
         changed = asyncio.Event()
         monkeypatch.setattr(server.engine, "post", lambda work: changed.set())

@@ -34,7 +34,7 @@ def test_of_an_answer_that_was_left_its_beginning_counts() -> None:
 def test_the_answer_alone_is_a_new_engines(tmp_path: Path) -> None:
     path = tmp_path / "run" / "last.ckpt"
     write_model(path)
-    settings = Settings(str(path), dtype="fp32", cache_gb=0.1)
+    settings = Settings(models=str(path), dtype="fp32", cache_gb=0.1)
     request = generate("a", [1, 2, 3], logprobs=1)
     first, second = alone(request, settings), alone(request, settings)
     assert len(first.ids) == len(first.logprobs) == 8

@@ -16,7 +16,6 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
-    create_model,
     field_validator,
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -38,16 +37,10 @@ def _split(value: Any) -> Any:
 
 
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-_ENGINE_FIELDS: dict[str, Any] = {
-    name: (field.annotation, field)
-    for name, field in Settings.__pydantic_fields__.items()  # type: ignore[attr-defined]
-    if name != "models"  # the checkpoint, or all runs
-}
-_EngineSettings: Any = create_model("_EngineSettings", __base__=BaseSettings, **_ENGINE_FIELDS)
 
 
-class ApiSettings(_EngineSettings):
-    """The settings of a server: of its front ends, and the engine's (`messages.Settings`).
+class ApiSettings(BaseSettings, Settings):
+    """The settings of a server: of its front ends, and the engine's.
 
     Values that are not given are read from the environment.
     """
@@ -88,8 +81,8 @@ class ApiSettings(_EngineSettings):
 
     def engine_settings(self) -> Settings:
         """Return the settings of the engine; its models are the checkpoint, or else all runs."""
-        values = {name: getattr(self, name) for name in _ENGINE_FIELDS}
-        return Settings(models=self.checkpoint or self.runs_dir, **values)
+        values = self.model_dump(include=set(Settings.model_fields))
+        return Settings(**{**values, "models": self.checkpoint or self.runs_dir})
 
     def variables(self) -> dict[str, str]:
         """Return the settings as environment variables."""

@@ -6,7 +6,6 @@ Its kernels compile, where they have to, while torch is imported.
 """
 
 import asyncio
-import json
 import signal
 import sys
 
@@ -37,4 +36,4 @@ def main(address: str, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Settings(**json.loads(sys.argv[2])))
+    main(sys.argv[1], Settings.model_validate_json(sys.argv[2]))

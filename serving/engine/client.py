@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import json
 import logging
 import os
 import secrets
@@ -13,7 +12,6 @@ import threading
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
@@ -335,7 +333,7 @@ class EngineProcess:
             "PYTHONPATH": os.pathsep.join(paths),
         }
         self._process = subprocess.Popen(
-            [*command, json.dumps(asdict(self.settings))],
+            [*command, self.settings.model_dump_json()],
             stdin=subprocess.PIPE,  # closed when this process ends, and with it the engine
             stdout=subprocess.DEVNULL,
             env=environment,

@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
-import pydantic.dataclasses
 from msgspec import Struct
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 256 * 2**20  # a whole tokenizer table is a few MB
@@ -36,8 +35,7 @@ Seconds = Annotated[float, Field(gt=0, le=86_400 * 366, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=86_400 * 366, allow_inf_nan=False)]
 
 
-@pydantic.dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(BaseModel, frozen=True):
     """What an engine process is started with; `models` is a `.ckpt`, a run, or a directory of runs.
 
     A model computes `max_slots` sequences at a time, fewer where its share of `cache_gb` does not
