@@ -360,7 +360,7 @@ class EngineProcess:
             self._spawn()
 
     async def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait until a process ends; kill it where its heart stops."""
+        """Wait until a process ends; kill it when its heartbeats stop."""
         client = EngineClient(self.address, self.settings.hang_s)
         connecting = asyncio.create_task(client.connect(FIRST_BEAT_S))
         while process.poll() is None:

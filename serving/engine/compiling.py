@@ -54,12 +54,10 @@ def _compile(compiler: str, path: Path) -> bool:
             [compiler, "-shared", unlinked, "-o", linked],
         ):
             try:
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-            except OSError as error:
-                log.warning("no kernels, torch's are used: %s", error)
-                return False
-            if done.returncode:
-                log.warning("no kernels, torch's are used: %s", done.stderr[-500:])
+                subprocess.run(command, capture_output=True, text=True, check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                reason = str(getattr(error, "stderr", error))[-500:]
+                log.warning("no kernels, torch's are used: %s", reason)
                 return False
         os.replace(linked, path)
     return True

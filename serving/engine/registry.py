@@ -130,10 +130,9 @@ def find_entries(models: Path) -> list[Entry]:
     for path, name in sorted(_checkpoints(models), key=lambda found: (found[1], found[0])):
         with suppress(OSError):  # replaced or removed meanwhile
             entry = _entry(path, name)
-            if entry and entry.id in entries:  # of a directory whose name differs in its bytes only
+            if entry.id in entries:  # of a directory whose name differs in its bytes only
                 entry = replace(entry, id=f"{entry.id}-{_hash(repr(path))}")
-            if entry:
-                entries[entry.id] = entry
+            entries[entry.id] = entry
     return _with_own_aliases(sorted(entries.values(), key=lambda entry: entry.id))
 
 
@@ -185,14 +184,14 @@ def _run_dir(path: Path) -> Path:
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
-def _entry(path: Path, name: str) -> Entry | None:
+def _entry(path: Path, name: str) -> Entry:
     """Return an entry whose aliases are all of its names, the best claims first.
 
-    None for anything but a file: reading a FIFO would block.
+    Raises OSError for anything but a file: reading a FIFO would block.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        return None
+        raise OSError(f"{path} is not a regular file")
     id_ = model_id(name)
     revision = f"{status.st_mtime_ns:x}-{status.st_size:x}"
     names = ((id_, name), (name.rpartition("/")[2],), (_slug(name).lower(),))

@@ -35,7 +35,7 @@ class Server:
         """Serve until the engine has drained."""
         self.loop = asyncio.get_running_loop()
         self.path.unlink(missing_ok=True)
-        listening = await asyncio.start_unix_server(self._talk, self.path)
+        listening = await asyncio.start_unix_server(self._converse, self.path)
         self.path.chmod(0o600)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self._drain)
@@ -45,13 +45,13 @@ class Server:
         await asyncio.to_thread(self.engine.run)
         watching.cancel()
         listening.close()
-        for writer, talk in list(self.front_ends.items()):
+        for writer, conversation in list(self.front_ends.items()):
             with suppress(ConnectionError):
                 await asyncio.wait_for(writer.drain(), 1)
             writer.close()
-            await asyncio.wait([talk], timeout=1)
+            await asyncio.wait([conversation], timeout=1)
 
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self.front_ends[writer] = task
