@@ -28,7 +28,9 @@ EXPECTED: tuple[type[Exception], ...] = (
 )
 
 
-OUT_OF_MEMORY = re.compile("out of memory|n.t allocate memory|cannot allocate|ALLOC_FAILED", re.I)
+OUT_OF_MEMORY = re.compile(
+    "out of memory|not enough memory|n.t allocate memory|cannot allocate|ALLOC_FAILED", re.I
+)
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -307,8 +307,9 @@ def slot_of_255(runner: Any) -> int | None:
         torch.OutOfMemoryError("injected"),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: not enough memory: injected"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: injected"),
     ],
-    ids=["gpu", "python", "cpu"],
+    ids=["gpu", "python", "cpu", "linux"],
 )
 def test_a_prompt_that_exhausts_memory_is_read_in_smaller_pieces(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

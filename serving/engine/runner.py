@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.classifier import enclose
+from nanogpt.command import out_of_memory
 from serving.engine import sampling
 from serving.engine.forward import Span
 from serving.engine.messages import (
@@ -270,6 +271,4 @@ class Runner:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error means that memory ran out, on a GPU or not."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or bool(out_of_memory(error))
