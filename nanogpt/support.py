@@ -14,6 +14,8 @@ from torch import Tensor
 
 from nanogpt.model import GPT, Attend, GPTConfig
 
+Supported = Mapping[str, Container[Any]]  # values by field
+
 
 class _Any:
     def __contains__(self, value: object) -> bool:
@@ -22,7 +24,7 @@ class _Any:
 
 ANY = _Any()
 # Sizes, biases and fields for training alone, which every consumer supports.
-GENERAL = (
+GENERAL = [
     "block_size",
     "vocab_size",
     "n_layer",
@@ -31,11 +33,9 @@ GENERAL = (
     "bias",
     "dropout",
     "zero_init",
-)
+]
 # Of no concern to a consumer that runs the model's own blocks.
-IN_BLOCKS = dict.fromkeys(("norm", "activation", "qk_norm", "block"), ANY)
-
-Supported = Mapping[str, Container[Any]]
+IN_BLOCKS: Supported = dict.fromkeys(("norm", "activation", "qk_norm", "block"), ANY)
 
 
 def unsupported(config: GPTConfig, supported: Supported) -> dict[str, Any]:

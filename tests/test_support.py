@@ -33,7 +33,7 @@ class Extended(GPTConfig):
 
 
 TINY = Extended(block_size=16, vocab_size=64, n_layer=1, n_head=2, n_embd=64)
-NEW = {"position": "alibi", "norm": "none", "activation": "swiglu", "n_kv_head": 1}
+NEW: dict[str, Any] = {"position": "alibi", "norm": "none", "activation": "swiglu", "n_kv_head": 1}
 
 
 def export(config: GPTConfig) -> None:
