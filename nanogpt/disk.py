@@ -53,12 +53,6 @@ def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     sync_directory(path.parent)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file as a whole."""
-    with replacing(path) as file:
-        file.write(content)
-
-
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Raise the system's errors with the name of a file; that of a full disk has none."""

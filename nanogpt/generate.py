@@ -15,6 +15,7 @@ from nanogpt.checkpoint import load_checkpoint
 from nanogpt.command import add_shared, guard_output, parse, run_command
 from nanogpt.generation import Reply
 from nanogpt.prompts import find_template
+from nanogpt.text import print_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,9 +59,7 @@ def _write(text: str) -> None:
     """Write and flush text; a terminal gets no control characters."""
     if sys.stdout.isatty():
         text = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    sys.stdout.flush()
+    print_line(text, end="", flush=True)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from nanogpt.disk import replacing
 from nanogpt.runs.directory import RunDirectory
+from nanogpt.text import first_line
 
 log = logging.getLogger("nanogpt")
 
@@ -202,5 +203,5 @@ def read_evaluations(run_dir: Path) -> list[Row]:
     except FileNotFoundError:
         return []
     except ValueError as error:
-        log.warning("%s is damaged: %s", path, str(error).partition("\n")[0])
+        log.warning("%s is damaged: %s", path, first_line(error))
         return []

@@ -30,8 +30,9 @@ import yaml
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
-from nanogpt.disk import find_files, open_regular, write_atomically
+from nanogpt.disk import find_files, open_regular, replacing
 from nanogpt.runs.identity import NEW_OR_ANEW
+from nanogpt.text import first_line
 from nanogpt.values import Count, Flag, Text, explain
 
 MAX_BYTES = 16 * 2**20  # of a config.yaml or summary.json
@@ -121,8 +122,8 @@ class RunDirectory:
         return config
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-        write_atomically(self.config_path, text.encode())
+        with replacing(self.config_path, "w") as file:
+            yaml.safe_dump(dict(config), file, sort_keys=False, allow_unicode=True)
 
     def summary(self) -> dict[str, Any] | None:
         """Return the summary of a finished run; None, with a warning, for a damaged one."""
@@ -135,7 +136,8 @@ class RunDirectory:
             return None
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        write_atomically(self.summary_path, (json.dumps(summary, indent=2) + "\n").encode())
+        with replacing(self.summary_path, "w") as file:
+            file.write(json.dumps(summary, indent=2) + "\n")
 
     def log_error(self, error: BaseException) -> None:
         """Append an error's traceback to train.log alone."""
@@ -179,8 +181,7 @@ def read_config(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
             config = yaml.safe_load(file)
         json.dumps(config)  # refuses dates, and an anchor inside itself
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"not YAML of plain values: {reason}") from error
+        raise ValueError(f"not YAML of plain values: {first_line(error)}") from error
     if not isinstance(config, dict):
         raise ValueError(f"a {type(config).__name__} in place of a mapping")
     return config
@@ -285,7 +286,8 @@ def cut_samples(path: Path, step: int) -> None:
     content = path.read_bytes()
     for heading in re.finditer(rb"^=== step ([0-9]{1,18}) ===$", content, re.MULTILINE):
         if int(heading[1]) > step:
-            write_atomically(path, content[: heading.start()])
+            with replacing(path) as file:
+                file.write(content[: heading.start()])
             return
 
 

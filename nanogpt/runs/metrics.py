@@ -8,7 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from nanogpt.disk import naming, write_atomically
+from nanogpt.disk import naming, replacing
 
 COLUMNS = (
     "step",
@@ -109,7 +109,8 @@ class MetricsFile:
     def _rewrite(self, columns: list[str], rows: list[list[str]]) -> None:
         header, *lines = [_line(cells) for cells in (columns, *rows)]
         self._columns, self._header_bytes = columns, len(header)
-        write_atomically(self.path, b"".join([header, *lines]))
+        with replacing(self.path) as file:
+            file.writelines([header, *lines])
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:

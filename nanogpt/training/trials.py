@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.memory import is_oom_error
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from nanogpt.disk import write_atomically
+from nanogpt.disk import replacing
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.training.language_model import next_token_loss
 from nanogpt.training.machine import machine_id
@@ -226,7 +226,8 @@ class Measurements:
         content.setdefault(self.machine, {})[key] = measured
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, STORED.dump_json(content, indent=1))
+            with replacing(self.path) as file:
+                file.write(STORED.dump_json(content, indent=1))
         except OSError as error:
             log.warning("measurements are not stored: %s cannot be written (%s)", self.path, error)
         return measured.seconds
