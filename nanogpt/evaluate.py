@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             measure(options)
 
-    return run_command(processes.named("nanogpt.evaluate"), work) or exit_code
+    name = processes.named("nanogpt.evaluate")
+    return run_command(name, work, explain=processes.explain) or exit_code
 
 
 def check(options: argparse.Namespace) -> None:

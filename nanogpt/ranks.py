@@ -1,9 +1,12 @@
-"""The ranks of a run: joining their process group, and decisions of rank zero for all of them."""
+"""The ranks of a command: their launch, their process group, and decisions of rank zero for all."""
 
+import logging
 import os
+import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+LOOPBACK = "127.0.0.1"
+SHUTDOWN_S = 600  # in which ranks write a checkpoint after a signal
 LAUNCHER = "NANOGPT_LAUNCHER_PID"  # of the process whose death ends the ranks
 
 
@@ -58,6 +63,47 @@ def leave_with_launcher() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def launch_ranks(n_processes: int, arguments: Sequence[str]) -> int:
+    """Run Python with these arguments in n processes of this machine; return the exit code.
+
+    The first process that fails ends the others. Raises RuntimeError where one was killed.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith("torch.distributed."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ[LAUNCHER] = str(os.getpid())
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n_processes,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"{LOOPBACK}:0",
+        local_addr=LOOPBACK,  # a host's own name need not resolve
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", *arguments)
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    except ChildFailedError as error:
+        rank, first = error.get_first_failure()
+        if first.exitcode >= 0:
+            return first.exitcode
+        why = ", often by a lack of memory" if first.exitcode == -signal.SIGKILL else ""
+        raise RuntimeError(
+            f"process {rank} was ended by signal {-first.exitcode}{why}; "
+            "issue the same command again"
+        ) from None
+    return 0
 
 
 def join(device: torch.device) -> None:

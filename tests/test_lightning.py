@@ -354,7 +354,14 @@ def test_private_members_of_libraries_are_those_listed() -> None:
         for _, node in nodes
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"
     }
-    documented = ("__", "_foreach", "_fields", "_asdict", "_exit")  # underscored, and public
+    documented = (
+        "__",
+        "_foreach",
+        "_fields",
+        "_asdict",
+        "_replace",
+        "_exit",
+    )  # underscored, and public
     assert {
         (path, node.attr)
         for path, node in nodes

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from nanogpt.checkpoint import Checkpoint, record, write_checkpoint
 from nanogpt.classifier import Classifier
 from nanogpt.evaluate import main
-from nanogpt.evaluation import instructions, lambada, perplexity, processes
+from nanogpt.evaluation import instructions, lambada, perplexity
 from nanogpt.evaluation.results import (
     add_evaluation,
     lines,
@@ -366,7 +367,12 @@ def test_a_damaged_file_of_evaluations_is_begun_anew(tmp_path: Path, text: str) 
     ("fails", "message", "code"),
     [
         ("echo 'process 1: no memory' >&2; exit 3", "process 1: no memory\n", 3),
-        ("kill -9 $$", "nanogpt.evaluate: process 1 was ended by signal 9\n", 137),
+        (
+            "kill -9 $$",
+            "nanogpt.evaluate: process 1 was ended by signal 9, often by a lack of memory; "
+            "issue the same command again\n",
+            1,
+        ),
     ],
 )
 def test_a_process_that_fails_alone_is_heard(
@@ -380,7 +386,7 @@ def test_a_process_that_fails_alone_is_heard(
     script = tmp_path / "python"
     script.write_text(f"#!/bin/sh\nif [ $RANK = 1 ]; then {fails}; fi\nexec sleep 3600\n")
     script.chmod(0o755)
-    monkeypatch.setattr(processes.sys, "executable", str(script))
-    monkeypatch.setattr(processes, "WORD_S", 0.1)
-    assert processes.launch(2, []) == code
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr("nanogpt.evaluate.find_checkpoints", lambda options: [])
+    assert main(["a", "--task", "hellaswag", "--processes", "2"]) == code
     assert capfd.readouterr().err.lstrip() == message

@@ -3,9 +3,7 @@
 Lightning's own subprocess launcher is never used: it would run a sweep once more in every child.
 """
 
-import logging
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -15,10 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from nanogpt.ranks import LAUNCHER, Ranks
-
-LOOPBACK = "127.0.0.1"
-SHUTDOWN_S = 600  # how long ranks may take to write a checkpoint after a signal
+from nanogpt.ranks import Ranks, launch_ranks
 
 
 def resolve_device(accelerator: str) -> torch.device:
@@ -67,41 +62,8 @@ def launch(config: Mapping[str, Any], n_processes: int) -> int:
 
     Raises RuntimeError where a rank was killed.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))
-    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
-        if name.startswith("torch.distributed."):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ[LAUNCHER] = str(os.getpid())
-    launch_config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=n_processes,
-        run_id=str(os.getpid()),
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"{LOOPBACK}:0",
-        local_addr=LOOPBACK,  # a host's own name need not resolve
-        max_restarts=0,
-        monitor_interval=0.2,
-    )
     with tempfile.TemporaryDirectory() as directory:
         frozen = Path(directory) / "config.yaml"
         frozen.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
         script = str(Path(sys.argv[0]).resolve())
-        try:
-            elastic_launch(launch_config, sys.executable)("-u", script, "--frozen", str(frozen))
-        except SignalException as error:
-            return 128 + int(error.sigval)
-        except ChildFailedError as error:
-            rank, first = error.get_first_failure()
-            if first.exitcode >= 0:
-                return first.exitcode
-            why = ", often by a lack of memory" if first.exitcode == -signal.SIGKILL else ""
-            raise RuntimeError(
-                f"rank {rank} was ended by signal {-first.exitcode}{why}; "
-                "the same command continues"
-            ) from None
-    return 0
+        return launch_ranks(n_processes, [script, "--frozen", str(frozen)])
