@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.command import guard_output
 from nanogpt.config import CONF, as_overrides, explain_composition
+from nanogpt.runs.directory import find_path
 from serving.api.settings import ApiSettings, read_settings, variable
 
 ROOT = Path(__file__).parent
@@ -70,15 +71,12 @@ def chosen(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
 
 def check_models(settings: ApiSettings) -> None:
     """Raise FileNotFoundError where there is no checkpoint of the name, or no directory of runs."""
-    name, runs_dir = settings.checkpoint, Path(settings.runs_dir)
-    if name is None and not runs_dir.is_dir():
+    if settings.checkpoint is not None:
+        find_path(settings.checkpoint, settings.runs_dir)
+    elif not Path(settings.runs_dir).is_dir():
         raise FileNotFoundError(
-            f"there are no runs at {runs_dir}; python train.py makes one, or pass checkpoint=PATH"
-        )
-    if name is not None and not (Path(name).exists() or (runs_dir / name).exists()):
-        raise FileNotFoundError(
-            f"there is no checkpoint {name!r}: neither a file, nor a run directory, "
-            f"nor a run under {runs_dir}; pass one of these"
+            f"there are no runs at {settings.runs_dir}; "
+            "python train.py makes one, or pass checkpoint=PATH"
         )
 
 

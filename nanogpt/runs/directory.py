@@ -225,17 +225,21 @@ def find_checkpoint(reference: str | Path, runs_dir: str | Path = "runs") -> Pat
     """
     if str(reference) == "latest":
         return _latest_pretraining(Path(runs_dir))
+    path = find_path(reference, runs_dir)
+    for file in (path, RunDirectory(path).last_checkpoint, path / "last.ckpt"):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(
+        f"{path} holds no checkpoint (no checkpoints/last.ckpt); "
+        "pass a .ckpt file or the directory of a run that has written one"
+    )
+
+
+def find_path(reference: str | Path, runs_dir: str | Path) -> Path:
+    """Return the file or directory of a path or of a run's name. Raises FileNotFoundError."""
     for path in (Path(reference), Path(runs_dir) / reference):
-        if path.is_file():
+        if path.exists():
             return path
-        for inside in (RunDirectory(path).last_checkpoint, path / "last.ckpt"):
-            if inside.is_file():
-                return inside
-        if path.is_dir():
-            raise FileNotFoundError(
-                f"{path} holds no checkpoint (no checkpoints/last.ckpt); "
-                "pass a .ckpt file or the directory of a run that has written one"
-            )
     raise FileNotFoundError(
         f"there is no checkpoint {str(reference)!r}: neither a file, nor a run directory, "
         f"nor a run under {runs_dir}; pass one of these"

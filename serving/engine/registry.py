@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanogpt.checkpoint import read_record
 from nanogpt.disk import display_name, find_files
-from nanogpt.runs.directory import read_summary
+from nanogpt.runs.directory import find_path, read_summary
 from serving.engine.messages import Task
 
 # Chat clients hide models whose ids contain these: they belong to other kinds of models.
@@ -71,8 +71,9 @@ class Registry:
     """
 
     def __init__(self, models: str, runs_dir: str = "runs", default: str | None = None) -> None:
-        named = Path(runs_dir) / models
-        self.models = named if named.exists() and not Path(models).exists() else Path(models)
+        self.models = Path(models)  # it may appear later
+        with suppress(FileNotFoundError):
+            self.models = find_path(models, runs_dir)
         self.default_name = default
         self.entries: list[Entry] = []
         self.failures: dict[tuple[str, str], tuple[float, str]] = {}
