@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from nanogpt.tokenizer import ByteTokenizer
-from serving.api import sampling, schemas, stream
+from serving.api import call, schemas, stream
 from serving.api.generation import Piece
 from serving.api.settings import ApiSettings
 from serving.engine.messages import Classify, Describe, Generate, Message, Score
@@ -300,7 +300,7 @@ def test_the_biases_of_many_prompts_are_read_once(
         n_read += 1
         return {65: 1.0}
 
-    monkeypatch.setattr(sampling, "_bias", counted)
+    monkeypatch.setattr(call, "_bias", counted)
     engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("a"))
     body = {"prompt": ["x"] * 16, "n": 8, "logit_bias": {"65": 1}, "seed": 1}
     with serve(engine) as url:

@@ -1,17 +1,17 @@
 """A call of a route that computes: its model, its requests to the engine, its answer."""
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+import secrets
+from collections.abc import Awaitable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from msgspec.structs import replace
 from starlette.requests import ClientDisconnect
 
 from serving.api.errors import ApiError
 from serving.api.generation import Choice, Generation, Prompt
 from serving.api.models import Catalogue, ServedModel
-from serving.api.sampling import seeds
 from serving.api.schemas import SamplingRequest
 from serving.api.settings import ApiSettings
 from serving.api.stream import EventStream, Format, to_json, whole
@@ -20,6 +20,11 @@ from serving.engine.client import EngineClient
 from serving.engine.messages import Generate, SamplingParams, Task
 
 FIRST_PIECE_S = 10.0  # a stream's status waits so long for the first token: it may be an error's
+SEED_STEP = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: seeds of n answers are far apart
+SHARED = {  # fields of requests and SamplingParams with the same names, ranges and defaults
+    *("temperature", "top_p", "min_p"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+}
 
 T = TypeVar("T")
 
@@ -76,19 +81,38 @@ class Call:
         body: SamplingRequest,
         model: ServedModel,
         prompts: Sequence[Prompt],
-        params: SamplingParams,
-        stops: Sequence[str],
+        stop_ids: Sequence[int],
+        stops: Sequence[str] = (),
+        logprobs: int | None = None,
     ) -> list[Choice]:
-        """Return `n` answers for each prompt, which differ in the seed, to be generated."""
+        """Return `n` answers for each prompt, which differ in the seed, to be generated.
+
+        Raises ApiError for token ids that the model lacks.
+        """
+        own_stops, top_k = body.stop_token_ids or [], body.top_k or 0
+        model.check_ids(own_stops, "stop_token_ids")
+        params = partial(
+            SamplingParams,
+            top_k=min(top_k, model.details.vocab_size) if top_k > 0 else None,
+            logit_bias=_bias(body.logit_bias or {}, model),
+            stop_ids=tuple(dict.fromkeys([*stop_ids, *own_stops])),
+            ignore_eos=bool(body.ignore_eos),
+            logprobs=logprobs,
+            **body.model_dump(include=SHARED, exclude_none=True),
+        )
         choices: list[Choice] = []
         for prompt in prompts:
-            for seed in seeds(body.seed, 1 if body.n is None else body.n):
+            first = secrets.randbits(63) if body.seed is None else body.seed
+            for i in range(1 if body.n is None else body.n):
                 if self.settings.log_prompts:
                     logged = self.request.state.log.setdefault("prompts", {})
                     logged[len(choices)] = model.tokenizer.decode(prompt.ids)
-                own = replace(params, max_tokens=prompt.max_tokens, seed=seed)
+                own = params(max_tokens=prompt.max_tokens, seed=(first + i * SEED_STEP) % 2**64)
                 request = Generate(self.new_id(), model.id, prompt.ids, own, **self.labels)
-                choices.append(Choice(len(choices), request, model.token_bytes, stops, prompt.echo))
+                choice = Choice(
+                    len(choices), request, model.token_bytes, [*body.stops, *stops], prompt.echo
+                )
+                choices.append(choice)
         return choices
 
     def generation(self, choices: Sequence[Choice]) -> Generation:
@@ -102,14 +126,14 @@ class Call:
         body: SamplingRequest,
         model: ServedModel,
         prompts: Sequence[Prompt],
-        params: SamplingParams,
+        stop_ids: Sequence[int],
         stops: Sequence[str],
+        logprobs: int | None,
         form_class: type[Format],
     ) -> Response:
-        """Generate, and answer with a stream or with one object."""
-        choices = self.choices(body, model, prompts, params, stops)
-        with_logprobs = params.logprobs is not None
-        form = form_class(model, len(choices), with_logprobs, body.include_usage)
+        """Generate, and answer with a stream or with one object; raises ApiError as `choices`."""
+        choices = self.choices(body, model, prompts, stop_ids, stops, logprobs)
+        form = form_class(model, len(choices), logprobs is not None, body.include_usage)
         generation = self.generation(choices)
         streams = False
         try:
@@ -157,3 +181,15 @@ class Call:
 def json_response(content: Any) -> Response:
     """Return an answer of 200."""
     return Response(to_json(content), media_type="application/json")
+
+
+def _bias(bias: Mapping[str, float], model: ServedModel) -> dict[int, float]:
+    try:
+        by_id = {int(token): float(value) for token, value in bias.items()}
+    except ValueError as error:
+        message = "The keys of logit_bias are token ids; POST /tokenize gives those of a text."
+        raise ApiError(400, message, param="logit_bias") from error
+    if min(by_id, default=0) < 0:
+        raise ApiError(400, "A token id of logit_bias is below 0.", param="logit_bias")
+    model.check_ids(list(by_id), "logit_bias")
+    return by_id

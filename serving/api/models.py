@@ -89,6 +89,18 @@ class ServedModel:
         if n_chars > self.max_chars:
             raise self.too_long(f"more than {self.details.block_size}", param)
 
+    def room_for(self, ids: Sequence[int], limit: int | None, param: str) -> int:
+        """Return how many tokens may follow a prompt, up to a limit and the end of the context.
+
+        None and -1 are no limit. Raises ApiError for a prompt that leaves no room.
+        """
+        room = self.details.block_size - len(ids)
+        if limit == 0 and room >= 0:
+            return 0
+        if room < 1:
+            raise self.too_long(f"{len(ids)}", param)
+        return room if limit is None or limit < 0 else min(limit, room)
+
     def too_long(self, n_tokens: str, param: str) -> ApiError:
         """Return the error of a prompt that leaves no room for an answer."""
         return ApiError(

@@ -9,7 +9,6 @@ from serving.api.call import Call, json_response
 from serving.api.errors import ApiError
 from serving.api.generation import Prompt
 from serving.api.models import ServedModel
-from serving.api.sampling import params_of, room_for
 from serving.api.schemas import (
     ChatMessage,
     ClassifyRequest,
@@ -124,13 +123,11 @@ async def _answer(call: Call, model: ServedModel, body: PredictRequest) -> str:
     else:
         ids = await model.encode(body.input_data)
     limit = PREDICTED_TOKENS if body.max_tokens is None else body.max_tokens
-    prompt = Prompt(ids, room_for(ids, limit, model, "input_data"))
+    prompt = Prompt(ids, model.room_for(ids, limit, "input_data"))
     sampling = SamplingRequest(temperature=body.temperature, seed=body.seed)
     stop_ids = template.stop_ids(model.tokenizer) if template else [model.tokenizer.eot_id]
-    params = params_of(sampling, model, stop_ids=stop_ids, logprobs=None)
     stops = template.stop_texts if template else ()
-    choices = call.choices(sampling, model, [prompt], params, stops)
-    generation = call.generation(choices)
+    generation = call.generation(call.choices(sampling, model, [prompt], stop_ids, stops))
     try:
         return (await call.until_disconnect(generation.whole()))[0].text
     finally:
