@@ -23,17 +23,8 @@ class _Any:
 
 
 ANY = _Any()
-# Sizes, biases and fields for training alone, which every consumer supports.
-GENERAL = [
-    "block_size",
-    "vocab_size",
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "bias",
-    "dropout",
-    "zero_init",
-]
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+GENERAL = (*SIZES, "bias", "dropout", "zero_init")  # every consumer supports all their values
 # Of no concern to a consumer that runs the model's own blocks.
 IN_BLOCKS: Supported = dict.fromkeys(("norm", "activation", "qk_norm", "block"), ANY)
 

@@ -16,7 +16,7 @@ Shapes: R rows, C channels, H heads, D head size, T context, V vocabulary, K cla
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,10 @@ class Span:
     slot: int
     start: int
     ids: list[int]
+
+
+# Rows of one slot and block of context; the slot; the keys after each row's own (rows, T) bool.
+Piece = tuple[slice, int, Tensor]
 
 
 class Forward:
@@ -105,16 +109,18 @@ class Forward:
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Return the logits (R, V) float32 of states (R, C)."""
-        return self.head(self._padded(hidden_states))[: len(hidden_states)].float()
+        return self._computed(self.head, hidden_states)
 
     @torch.inference_mode()
     def class_probabilities(self, hidden_states: Tensor) -> Tensor:
         """Return a classifier's probabilities (R, K) float32 of states (R, C)."""
         assert isinstance(self.model, Classifier)
-        logits = self.model.classes(self._padded(hidden_states))[: len(hidden_states)]
-        return logits.float().softmax(-1)
+        return self._computed(self.model.classes, hidden_states).softmax(-1)
 
-    def _pieces(self, spans: list[Span]) -> list["_Piece"]:
+    def _computed(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return compute(self._padded(x))[: len(x)].float()
+
+    def _pieces(self, spans: list[Span]) -> list[Piece]:
         pieces, row = [], 0
         for span in spans:
             start, end = span.start, span.start + len(span.ids)
@@ -125,7 +131,7 @@ class Forward:
                 own = torch.arange(start, stop, device=self.device)
                 masked = torch.arange(n_context, device=self.device) > own[:, None]
                 rows = slice(row, row + stop - start)
-                pieces.append(_Piece(rows, span.slot, n_context, self._padded(masked)))
+                pieces.append((rows, span.slot, self._padded(masked)))
                 row, start = rows.stop, stop
         return pieces
 
@@ -137,20 +143,14 @@ class Forward:
         return torch.tensor(values, device=self.device)
 
 
-class _Piece(NamedTuple):
-    """Rows of one slot whose last positions lie in one block of context."""
-
-    rows: slice
-    slot: int
-    n_context: int
-    masked: Tensor  # (rows, T) bool, padded: the keys after each row's own
-
-
 class SlotAttend(Attend):
-    """Attention of rows, each to its own slot of a cache (L, 2, S, H, T, D)."""
+    """Attention of rows, each to its own slot of a cache (L, 2, S, H, T, D).
+
+    `slots` and `positions` (R,) are where keys and values are stored.
+    """
 
     def __init__(
-        self, cache: Tensor, slots: Tensor, positions: Tensor, pieces: list[_Piece]
+        self, cache: Tensor, slots: Tensor, positions: Tensor, pieces: list[Piece]
     ) -> None:
         super().__init__()
         self.cache, self.slots, self.positions, self.pieces = cache, slots, positions, pieces
@@ -161,8 +161,8 @@ class SlotAttend(Attend):
         for entries, new in zip(self.cache[layer], (k[0], v[0]), strict=True):
             entries[self.slots, :, self.positions] = new[:n_rows]
         y = torch.zeros_like(q)
-        for rows, slot, n_context, masked in self.pieces:
-            keys, values = self.cache[layer, :, slot, :, :n_context]  # (H, T, D) each
+        for rows, slot, masked in self.pieces:
+            keys, values = self.cache[layer, :, slot, :, : masked.size(1)]  # (H, T, D) each
             own = F.pad(q[rows], (0, 0, 0, 0, 0, len(masked) - len(q[rows])))
             y[rows] = attention(own, keys, values, masked)[: rows.stop - rows.start]
         return y[None]
