@@ -13,7 +13,7 @@ from nanogpt.checkpoint import load_checkpoint
 from nanogpt.classifier import Classifier
 from nanogpt.data.labelled import LabelledTexts
 from nanogpt.evaluate import main as evaluate
-from tests.test_train import KILLER, ROOT, WITHOUT_AND_WITH_DROPOUT, Command, fit, metrics
+from tests.test_train import DROPOUT, KILLER, ROOT, Command, fit, metrics
 
 COLOURS = ("red", "green", "blue")
 OPTIONS = (
@@ -88,14 +88,11 @@ def test_the_checkpoint_scores_the_test_split_as_the_run_did(
         assert row["results"][name] == summary[f"test_{name}"]
 
 
-@WITHOUT_AND_WITH_DROPOUT
-def test_every_micro_batch_gives_the_same_losses(
-    dropout: float, tiny: list[str], tmp_path: Path
-) -> None:
+def test_every_micro_batch_gives_the_same_losses(tiny: list[str], tmp_path: Path) -> None:
     for micro_batch in (8, 2):
         fit(
             *tiny,
-            f"model.dropout={dropout}",
+            DROPOUT,
             "classify.class_weights=true",
             "optim.learning_rate=0.002",  # with ten times as much AdamW amplifies rounding
             f"micro_batch={micro_batch}",
@@ -134,11 +131,8 @@ def test_a_killed_run_continues_to_the_same_bits(
     assert losses(tmp_path / "runs" / "tiny") == losses(tmp_path / "runs" / "whole")
 
 
-@WITHOUT_AND_WITH_DROPOUT
-def test_two_ranks_reach_what_one_does(
-    dropout: float, tiny: list[str], tmp_path: Path, command: Command
-) -> None:
-    options = [*tiny, f"model.dropout={dropout}", "optim.learning_rate=0.002"]
+def test_two_ranks_reach_what_one_does(tiny: list[str], tmp_path: Path, command: Command) -> None:
+    options = [*tiny, DROPOUT, "optim.learning_rate=0.002"]
     ranks = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
     two = command(*options, "name=two", *ranks)
     assert two.returncode == 0, two.stderr
