@@ -15,7 +15,7 @@ from serving.api import errors
 from serving.api.errors import ApiError
 from serving.api.timeouts import Timeouts
 from serving.engine.client import EngineClient
-from serving.engine.messages import Finished, Generate, Tokens
+from serving.engine.messages import Finished, Generate, Scored, Tokens
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,7 @@ class Choice:
             piece.text += detokenizer.feed(event.ids)
             if event.logprobs is not None:
                 offsets = [self._offset + start for start in detokenizer.starts[n_before:]]
-                scores = (event.logprobs, event.top_ids, event.top_logprobs)
-                self._pending += tokens_of(event.ids, offsets, *scores)
+                self._pending += tokens_of(event.ids, offsets, event)
         else:
             piece.text += detokenizer.finish()
             piece.finish_reason = event.reason
@@ -214,17 +213,8 @@ class Generation:
         self._changed.set()
 
 
-def tokens_of(
-    ids: Sequence[int],
-    offsets: Sequence[int],
-    logprobs: Sequence[float | None],
-    top_ids: Sequence[Sequence[int]] | None,
-    top_logprobs: Sequence[Sequence[float]] | None,
-) -> list[Token]:
+def tokens_of(ids: Sequence[int], offsets: Sequence[int], scores: Tokens | Scored) -> list[Token]:
     """Return tokens with their log-probabilities, as many as there are offsets."""
-    none: Sequence[Sequence[Any]] = [()] * len(ids)
-    tops = zip(top_ids or none, top_logprobs or none, strict=True)
-    return [
-        Token(i, offset, logprob, top)
-        for i, offset, logprob, top in zip(ids, offsets, logprobs, tops, strict=False)
-    ]
+    logprobs = (scores.logprobs or (), scores.top_ids or (), scores.top_logprobs or ())
+    rows = zip(ids, offsets, *logprobs, strict=False)
+    return [Token(i, offset, logprob, (top, values)) for i, offset, logprob, top, values in rows]

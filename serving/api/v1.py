@@ -185,8 +185,7 @@ async def _score(call: Call, model: ServedModel, prompts: Sequence[Prompt], top:
         assert prompt.echo is not None
         detokenizer = Detokenizer(model.token_bytes)
         detokenizer.feed(prompt.ids)
-        logprobs = (scored.logprobs, scored.top_ids, scored.top_logprobs)
-        prompt.echo.tokens = tokens_of(prompt.ids, detokenizer.starts, *logprobs)
+        prompt.echo.tokens = tokens_of(prompt.ids, detokenizer.starts, scored)
         await asyncio.sleep(0)
 
 
