@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from nanogpt.generation import probabilities
-from serving.engine.messages import SamplingParams
-from serving.engine.sampling import Chosen, Draw, NotFinite, choose, uniform
+from serving.engine.messages import SamplingParams, Tokens
+from serving.engine.sampling import Draw, NotFinite, choose, uniform
 
 
 def draw(position: int = 0, answer: list[int] | None = None, **params: Any) -> Draw:
@@ -18,8 +18,8 @@ def draw(position: int = 0, answer: list[int] | None = None, **params: Any) -> D
 
 def token(logits: Tensor, **params: Any) -> int:
     (chosen,) = choose(logits[None], [draw(**params)])
-    assert isinstance(chosen, Chosen)
-    return chosen.token
+    assert isinstance(chosen, Tokens)
+    return chosen.ids[0]
 
 
 def test_the_numbers_are_even() -> None:
@@ -40,7 +40,7 @@ def test_tokens_are_drawn_as_often_as_generate_would(narrowing: dict[str, Any]) 
     n = 6000
     draws = [draw(i, temperature=0.8, seed=3, **narrowing) for i in range(n)]
     chosen = choose(logits.expand(n, -1).contiguous(), draws)
-    tokens = torch.tensor([c.token for c in chosen if isinstance(c, Chosen)])
+    tokens = torch.tensor([c.ids[0] for c in chosen if isinstance(c, Tokens)])
     drawn = torch.bincount(tokens, minlength=7)
     assert ((drawn > 0) == (expected > 0)).all()
     assert (drawn / n - expected).abs().max() < 4 * math.sqrt(0.25 / n)
@@ -50,7 +50,7 @@ def test_tokens_are_drawn_as_often_as_generate_would(narrowing: dict[str, Any]) 
 def test_a_flat_distribution_is_not_cut_short(top_p: float) -> None:
     logits = torch.zeros(9000)
     chosen = choose(logits.expand(400, -1), [draw(i, top_p=top_p) for i in range(400)])
-    tokens = {c.token for c in chosen if isinstance(c, Chosen)}
+    tokens = {c.ids[0] for c in chosen if isinstance(c, Tokens)}
     assert len(tokens) > 300  # some of 4500 or more, not of the first few
 
 
@@ -111,9 +111,9 @@ def test_a_repeated_unlikely_token_becomes_less_likely() -> None:
 def test_logprobs_are_the_models_before_bias_and_temperature() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     (chosen,) = choose(logits, [draw(temperature=0.0, logprobs=2, logit_bias={2: 9.0})])
-    assert isinstance(chosen, Chosen)
+    assert isinstance(chosen, Tokens)
     expected = logits.log_softmax(-1)[0].tolist()
-    assert chosen == Chosen(2, expected[2], [0, 1], expected[:2])
+    assert chosen == Tokens("", [2], [expected[2]], [[0, 1]], [expected[:2]])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -121,7 +121,7 @@ def test_a_row_that_is_not_finite_is_refused_alone(value: float) -> None:
     logits = torch.tensor([[0.0, 1.0], [0.0, value], [1.0, 0.0]])
     first, second, third = choose(logits, [draw(temperature=t) for t in (0.0, 1.0, 0.0)])
     assert isinstance(second, NotFinite)
-    assert (first, third) == (Chosen(1), Chosen(0))
+    assert (first, third) == (Tokens("", [1]), Tokens("", [0]))
 
 
 def test_a_penalty_that_leaves_no_finite_number_is_refused() -> None:

@@ -31,7 +31,6 @@ from serving.engine.messages import (
     Tokens,
 )
 from serving.engine.native import ForwardPass
-from serving.engine.sampling import Chosen
 from serving.engine.scheduler import Scheduler, SequenceState
 from serving.logs import of_request
 
@@ -183,32 +182,25 @@ class Runner:
             torch.cuda.empty_cache()
         return True
 
-    def _sample(self, ready: list[Computed]) -> list[tuple[SequenceState, Chosen | Exception]]:
+    def _sample(self, ready: list[Computed]) -> list[tuple[SequenceState, Tokens | Exception]]:
         logits = self.forward.logits(torch.cat([computed.states for computed in ready]))
         chosen = sampling.choose(logits, [computed.sequence.draw for computed in ready])
         return [(computed.sequence, c) for computed, c in zip(ready, chosen, strict=True)]
 
-    def _append(self, sequence: SequenceState, chosen: Chosen | Exception) -> list[Event]:
+    def _append(self, sequence: SequenceState, chosen: Tokens | Exception) -> list[Event]:
         """Append a token to an answer; return the messages about it."""
         if isinstance(chosen, Exception):
             return [self._fail(sequence, chosen)]
         assert isinstance(sequence.request, Generate)
-        params, is_first = sequence.request.params, not sequence.first_token
+        params, is_first, (token,) = sequence.request.params, not sequence.first_token, chosen.ids
         self._count_token(sequence)
-        if chosen.token in params.stop_ids and not params.ignore_eos:
+        if token in params.stop_ids and not params.ignore_eos:
             return [self._finish(sequence, "stop")]
-        sequence.ids.append(chosen.token)
+        sequence.ids.append(token)
         self.counters.completion_tokens += 1
-        tokens = Tokens(
-            sequence.request.request_id,
-            [chosen.token],
-            logprobs=None if chosen.logprob is None else [chosen.logprob],
-            top_ids=None if chosen.logprob is None else [chosen.top_ids],
-            top_logprobs=None if chosen.logprob is None else [chosen.top_logprobs],
-            cached_tokens=sequence.n_cached if is_first else None,
-            queue_s=sequence.queue_s if is_first else None,
-        )
-        events = [Event(sequence.client, tokens)]
+        if is_first:
+            chosen.cached_tokens, chosen.queue_s = sequence.n_cached, sequence.queue_s
+        events = [Event(sequence.client, chosen)]
         is_full = len(sequence.ids) >= self.checkpoint.config.block_size
         if is_full or len(sequence.ids) - sequence.n_prompt >= params.max_tokens:
             events.append(self._finish(sequence, "length"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanogpt.generation import allowed_tokens
 from nanogpt.splitmix import GAMMA, splitmix64
-from serving.engine.messages import MIN_LOGPROB, SamplingParams
+from serving.engine.messages import MIN_LOGPROB, SamplingParams, Tokens
 
 CANDIDATES = (256, 4096)  # likeliest tokens that are sorted; all only where they do not suffice
 MAX_TOP = 20  # likeliest tokens of a request
@@ -32,6 +32,7 @@ class Draw:
     position: int
     prompt_ids: list[int] = field(default_factory=list)
     answer_ids: list[int] = field(default_factory=list)
+    request_id: str = ""
 
     @property
     def adjusts(self) -> bool:
@@ -47,23 +48,16 @@ class Draw:
         return p.top_k is not None or (p.top_p is not None and p.top_p < 1) or bool(p.min_p)
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """A row's token and, with `params.logprobs`, its log-probability and the likeliest tokens'."""
-
-    token: int
-    logprob: float | None = None
-    top_ids: list[int] = field(default_factory=list)
-    top_logprobs: list[float] = field(default_factory=list)
-
-
 class NotFinite(ValueError):
     """Logits hold not-a-number or infinity: nothing can be drawn from them."""
 
 
 @torch.inference_mode()
-def choose(logits: Tensor, draws: list[Draw]) -> list[Chosen | NotFinite]:
-    """Return the token of each row of logits (R, V) float32, or why there is none."""
+def choose(logits: Tensor, draws: list[Draw]) -> list[Tokens | NotFinite]:
+    """Return the token of each row of logits (R, V) float32, or why there is none.
+
+    With `params.logprobs`, its log-probability and the likeliest tokens come with it.
+    """
     if logits.device.type == "mps":  # it has no float64
         logits = logits.cpu()
     adjusted = _adjusted(logits, draws)
@@ -189,13 +183,11 @@ def _sample_among(weights: Tensor, n: int, draws: list[Draw]) -> tuple[Tensor, T
     return best.indices.gather(-1, index[:, None])[:, 0], enough[:, 0]
 
 
-def _with_logprobs(logits: Tensor, tokens: Tensor, draws: list[Draw]) -> list[Chosen]:
+def _with_logprobs(logits: Tensor, tokens: Tensor, draws: list[Draw]) -> list[Tokens]:
     ids = tokens.tolist()
-    chosen = [Chosen(token) for token in ids]
-    rows = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]
-    if not rows:
-        return chosen
-    own, n_top = [ids[i] for i in rows], [draws[i].params.logprobs or 0 for i in rows]
-    for i, found in zip(rows, log_probabilities(logits[rows], own, n_top), strict=True):
-        chosen[i] = Chosen(ids[i], *found)
+    chosen = [Tokens(d.request_id, [token]) for d, token in zip(draws, ids, strict=True)]
+    if rows := [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]:
+        own, n_top = [ids[i] for i in rows], [draws[i].params.logprobs or 0 for i in rows]
+        for i, found in zip(rows, log_probabilities(logits[rows], own, n_top), strict=True):
+            chosen[i].logprobs, chosen[i].top_ids, chosen[i].top_logprobs = ([x] for x in found)
     return chosen

@@ -14,6 +14,7 @@ from serving.engine.slots import Slot, Slots
 MAX_GROUPS = 4096  # whose last turns the scheduler remembers
 
 Group = str | tuple[str, str]
+Turns = dict[Group, float]  # when each group was served last, the longest ago first
 
 
 @dataclass(eq=False)
@@ -69,35 +70,16 @@ class SequenceState:
     @property
     def draw(self) -> Draw:
         """The parameters of the next token's draw."""
-        assert isinstance(self.request, Generate)
-        prompt, answer = self.ids[: self.n_prompt], self.ids[self.n_prompt :]
-        return Draw(self.request.params, len(self.ids), prompt, answer)
+        request, n = self.request, self.n_prompt
+        assert isinstance(request, Generate)
+        prompt, answer = self.ids[:n], self.ids[n:]
+        return Draw(request.params, len(self.ids), prompt, answer, request.request_id)
 
     def next_span(self, n_tokens: int) -> Span:
         """Return the next tokens to compute, at most `n_tokens`."""
         assert self.slot is not None
         start, n_tokens = self.n_computed, min(n_tokens, self.max_tokens or n_tokens)
         return Span(self.slot.index, start, self.ids[start : start + n_tokens])
-
-
-class Turns:
-    """When each group was served last; a new one waits since its arrival."""
-
-    def __init__(self) -> None:
-        self._served: dict[Group, float] = {}
-
-    def since(self, sequence: SequenceState) -> tuple[float, float]:
-        """Return since when the key and the request of a sequence wait for their turn."""
-        key, request = (self._served.get(group, sequence.arrived) for group in sequence.groups)
-        return key, request
-
-    def serve(self, sequence: SequenceState) -> None:
-        """Move a sequence's key and request to the end of their lines."""
-        for group in sequence.groups:
-            self._served.pop(group, None)
-            self._served[group] = time.monotonic()
-        while len(self._served) > MAX_GROUPS:
-            del self._served[next(iter(self._served))]
 
 
 class Scheduler:
@@ -115,7 +97,8 @@ class Scheduler:
         self.slots, self.chunk_tokens = slots, chunk_tokens
         self.waiting: list[SequenceState] = []
         self.running: list[SequenceState] = []
-        self._admissions, self._prefills = Turns(), Turns()
+        self._admissions: Turns = {}
+        self._prefills: Turns = {}
 
     @property
     def idle(self) -> bool:
@@ -151,7 +134,7 @@ class Scheduler:
 
         def turn(line: list[SequenceState]) -> tuple[float, ...]:
             key, request = line[0].groups
-            key_since, since = self._admissions.since(line[0])
+            key_since, since = _since(self._admissions, line[0])
             return held[key], key_since, held[request], since
 
         for line in sorted(lines.values(), key=turn):
@@ -174,7 +157,7 @@ class Scheduler:
         sequence.n_computed = sequence.n_reused
         if not sequence.admitted:
             sequence.n_cached, sequence.admitted = sequence.n_reused, time.monotonic()
-        self._admissions.serve(sequence)
+        _serve(self._admissions, sequence)
         self.waiting.remove(sequence)
         self.running.append(sequence)
 
@@ -199,12 +182,12 @@ class Scheduler:
             if budget > 0:
                 planned.append((sequence, sequence.next_span(budget)))
                 budget -= len(planned[-1][1].ids)
-                self._prefills.serve(sequence)
+                _serve(self._prefills, sequence)
         return planned
 
     def _turn(self, sequence: SequenceState) -> tuple[float, ...]:
         """Order by turns of keys; of a key, a prefill that has begun goes on to its end."""
-        key_since, since = self._prefills.since(sequence)
+        key_since, since = _since(self._prefills, sequence)
         return key_since, sequence.n_computed == sequence.n_reused, since, sequence.arrived
 
     def remove(self, sequence: SequenceState, *, clean: bool = True) -> None:
@@ -216,5 +199,19 @@ class Scheduler:
         self.running.remove(sequence)
         self.slots.hold(sequence.slot, sequence.ids[: sequence.n_computed])
         self.slots.release(sequence.slot, clean=clean)
-        self._admissions.serve(sequence)  # until now
+        _serve(self._admissions, sequence)  # until now
         sequence.slot = None
+
+
+def _since(turns: Turns, sequence: SequenceState) -> tuple[float, ...]:
+    """Return since when a sequence's key and request wait; new ones, since they came."""
+    return tuple(turns.get(group, sequence.arrived) for group in sequence.groups)
+
+
+def _serve(turns: Turns, sequence: SequenceState) -> None:
+    """Move a sequence's key and request to the end of their lines."""
+    for group in sequence.groups:
+        turns.pop(group, None)
+        turns[group] = time.monotonic()
+    while len(turns) > MAX_GROUPS:
+        del turns[next(iter(turns))]
