@@ -371,6 +371,7 @@ def test_extent_says_how_much_text_there_is(tmp_path: Path) -> None:
         file.writelines(json.dumps({"text": text, "n": 1}) + "\n" for text in texts)
     (tmp_path / "c.txt").write_text("".join(text or "" for text in texts))
     extent = TextFiles(tmp_path).extent()
+    assert extent is not None
     assert (extent.files, extent.download_bytes) == (3, 0)
     assert extent.text_bytes == pytest.approx(3 * n_bytes, rel=0.15)
 

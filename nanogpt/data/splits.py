@@ -121,9 +121,9 @@ def split(
             part += more
     if rare:
         found = "; ".join(rare[:MAX_LISTED])
-        more = f"; and {len(rare) - MAX_LISTED} more classes" if len(rare) > MAX_LISTED else ""
+        others = f"; and {len(rare) - MAX_LISTED} more classes" if len(rare) > MAX_LISTED else ""
         raise ValueError(
-            f"{found}{more}; add examples of them, remove them, or change data.val_fraction, "
+            f"{found}{others}; add examples of them, remove them, or change data.val_fraction, "
             f"data.test_fraction and data.max_examples"
         )
     test, val, train, rest = parts
