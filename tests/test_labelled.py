@@ -558,6 +558,11 @@ def test_a_rank_without_validation_texts_has_a_batch_that_scores_nothing() -> No
     assert batch["input_ids"].shape == (1, int(batch["lengths"].max()))
 
 
+def test_a_part_of_validation_has_every_class() -> None:
+    (batch,) = module(val_tokens=2 * BLOCK_SIZE).val_dataloader()
+    assert sorted(batch["labels"].tolist()) == [0, 1]
+
+
 def test_classification_needs_labelled_texts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data=text has no labels; pass data=sms_spam"):
         LabelledDataModule(source=TextFiles(tmp_path), block_size=8, tokens_per_step=8, seed=0)

@@ -145,10 +145,11 @@ class LabelledDataModule(StepDataModule):
         )
 
     def validation(self, max_rows: int | None) -> DataLoader[LabelledBatch]:
-        """Return this rank's share of the first validation examples."""
+        """Return this rank's share of evenly spaced validation examples."""
         trainer = self._attached_trainer()
         n_rows = len(self.val_texts.rows)
-        rows = np.arange(n_rows if max_rows is None else min(max_rows, n_rows))
+        n_scored = n_rows if max_rows is None else min(max_rows, n_rows)
+        rows = np.arange(n_scored) * n_rows // n_scored
         own = self.val_texts.sorted_by_length(rows[trainer.global_rank :: trainer.world_size])
         return self._loader(_ScoredTexts(self.val_texts), in_parts(own, VAL_BATCH_ROWS))
 
