@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from nanogpt.data.corpus import Corpus
 from nanogpt.data.module import (
     VAL_BATCH_TOKENS,
-    Batch,
     CorpusDataModule,
     TokenizerChoice,
     split_step,
@@ -28,6 +27,7 @@ from nanogpt.data.python_stdlib import PythonStdlib
 from nanogpt.data.text import TextFiles
 from nanogpt.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer
 
+Batch = dict[str, Any]
 BLOCK_SIZE = 8
 SEED = 7
 

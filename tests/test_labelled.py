@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from nanogpt.data.augmentation import Augmentation, Speller
 from nanogpt.data.labelled import LabelledTexts, read_examples
-from nanogpt.data.labelled_module import LabelledBatch, LabelledDataModule
+from nanogpt.data.labelled_module import LabelledDataModule
 from nanogpt.data.module import TokenizerChoice
 from nanogpt.data.sms_spam import SmsSpam
 from nanogpt.data.splits import Example, Splits, class_weights, split, text_key
@@ -29,6 +29,7 @@ from nanogpt.tokenizer import (
     byte_tokenizer,
 )
 
+Batch = dict[str, Any]
 TOKENIZER = byte_tokenizer()
 EXPECTED = [Example('say "hi"', "yes"), Example("go, now", "no")]
 
@@ -399,7 +400,7 @@ def module(
         val_tokens=val_tokens,
     )
     built.use_tokenizer(TokenizerChoice.from_tokenizer(TOKENIZER))
-    built.class_weights = [1.0, 3.0]
+    built.train_texts.weights[:] = np.array([1.0, 3.0])[built.train_texts.labels]
     built.micro_batch = micro_batch
     values = {"global_step": 0, "max_steps": 3, "global_rank": 0, "world_size": 1} | trainer
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
@@ -408,7 +409,7 @@ def module(
     return built
 
 
-def texts_of(batches: list[LabelledBatch]) -> list[tuple[tuple[int, ...], int]]:
+def texts_of(batches: list[Batch]) -> list[tuple[tuple[int, ...], int]]:
     return [
         (tuple(ids[:n].tolist()), int(label))
         for batch in batches
@@ -416,7 +417,7 @@ def texts_of(batches: list[LabelledBatch]) -> list[tuple[tuple[int, ...], int]]:
     ]
 
 
-def seeds_of(batches: list[LabelledBatch]) -> list[tuple[int, tuple[int, ...]]]:
+def seeds_of(batches: list[Batch]) -> list[tuple[int, tuple[int, ...]]]:
     """Return each row's seed, with its ids."""
     seeds = [seed for batch in batches for seed in batch["row_seeds"].tolist()]
     return sorted(zip(seeds, (ids for ids, _ in texts_of(batches)), strict=True))

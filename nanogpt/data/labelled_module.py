@@ -3,75 +3,77 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from nanogpt.classifier import encode_text, pad
 from nanogpt.data.augmentation import Augmentation, Speller
 from nanogpt.data.labelled import LabelledTexts
-from nanogpt.data.module import CHECK_ARGUMENTS, Share, StepDataModule, TokenizerChoice, in_parts
-from nanogpt.data.order import RowOrder, row_seeds
+from nanogpt.data.module import CHECK_ARGUMENTS, RowsDataModule, TokenizerChoice
 from nanogpt.data.source import name_of
 from nanogpt.data.splits import class_weights
-from nanogpt.data.windows import NOT_SCORED
+from nanogpt.data.windows import Rows
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.values import Flag, Fraction
-
-VAL_BATCH_ROWS = 32  # independent of the micro-batch, so that it never changes a score
 
 log = logging.getLogger("nanogpt")
 
 
-class LabelledBatch(TypedDict, total=False):
-    """The texts of one forward, padded to the longest of them; a label of -100 is not scored."""
-
-    input_ids: Tensor  # (B, T) int64
-    lengths: Tensor  # (B,) int64
-    labels: Tensor  # (B,) int64
-    step_targets: float  # the sum of class weights in the whole optimizer step, over all ranks
-    step_tokens: int  # tokens that follow another, in the whole optimizer step
-    row_seeds: Tensor  # (B,) int64, in training: of (seed, step, row of the step) alone
-
-
 @dataclass(frozen=True)
-class EncodedTexts:
-    """The ids (N,) and labels of texts; `n_cut` of them were longer than a row."""
+class EncodedTexts(Rows):
+    """Texts as ids (N,), the number of each one's class, and its weight in the loss."""
+
+    scored_key = "labels"
 
     rows: list[np.ndarray]
     labels: np.ndarray
-    n_cut: int
+    weights: np.ndarray
 
-    @classmethod
-    def from_texts(
-        cls, texts: Sequence[str], labels: Sequence[int], tokenizer: Tokenizer, block_size: int
-    ) -> "EncodedTexts":
-        """Encode texts, each cut to block_size."""
-        encoded = [encode_text(tokenizer, text, block_size) for text in texts]
-        rows = [np.array(ids) for ids, _ in encoded]
-        return cls(rows, np.array(labels), sum(cut for _, cut in encoded))
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    def sorted_by_length(self, rows: np.ndarray) -> np.ndarray:
-        """Return row numbers (N,) by the length of their rows."""
-        return rows[np.argsort([len(self.rows[i]) for i in rows], kind="stable")]
-
-    def batch(self, rows: np.ndarray, step_targets: float, step_tokens: int) -> LabelledBatch:
-        """Return the batch of row numbers (B,)."""
+    def batch(self, rows: np.ndarray) -> dict[str, Any]:
+        """Return the ids of the texts (B, T) int64, padded, their lengths (B,) and labels (B,)."""
         input_ids, lengths = pad([self.rows[i].tolist() for i in rows])
-        return {
-            "input_ids": input_ids,
-            "lengths": lengths,
-            "labels": torch.from_numpy(self.labels[rows]),
-            "step_targets": step_targets,
-            "step_tokens": step_tokens,
-        }
+        labels = torch.from_numpy(self.labels[rows])
+        return {"input_ids": input_ids, "lengths": lengths, "labels": labels}
+
+    def totals(self, rows: np.ndarray) -> dict[str, Any]:
+        """Return the sum of the weights of the texts (N,), and their tokens after another."""
+        step_tokens = sum(len(self.rows[i]) - 1 for i in rows)
+        return {"step_targets": float(self.weights[rows].sum()), "step_tokens": step_tokens}
+
+    def arrange(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Return positions (M,) of texts (N,) by length."""
+        lengths = [len(self.rows[i]) for i in rows[positions]]
+        return positions[np.argsort(lengths, kind="stable")]
 
 
-class LabelledDataModule(StepDataModule):
+@dataclass(frozen=True, kw_only=True)
+class AugmentedTexts(EncodedTexts):
+    """Texts that are augmented anew at every step; `recased` are their other variants."""
+
+    recased: list[list[np.ndarray]]
+    augmentation: Augmentation
+    speller: Speller
+
+    def at_step(self, rows: np.ndarray, seed: int, step: int) -> tuple[EncodedTexts, np.ndarray]:
+        """Return the texts (N,) as they are at a step, and their numbers (N,) among those."""
+        variants = (self.rows, *self.recased)
+        augmented = [
+            self.augmentation.apply(
+                [texts[i] for texts in variants], (seed % 2**64, step, position), self.speller
+            )
+            for position, i in enumerate(rows)
+        ]
+        texts = EncodedTexts(augmented, self.labels[rows], self.weights[rows])
+        return texts, np.arange(len(rows))
+
+
+class LabelledDataModule(RowsDataModule):
     """Batches of labelled texts for one rank of a trainer.
 
     A step holds tokens_per_step / block_size examples, each a row of its own however short: padding
@@ -80,6 +82,8 @@ class LabelledDataModule(StepDataModule):
     function of the seed, the step and the text's position in it. With `class_weights`, the classes
     have equal weight.
     """
+
+    val_batch_rows = 32
 
     @CHECK_ARGUMENTS
     def __init__(
@@ -115,86 +119,29 @@ class LabelledDataModule(StepDataModule):
         self.text_sets = splits.text_sets
         texts, labels = splits.numbered(splits.train)
         tokenizer = choice.make(texts)
-        self.train_texts, *self.recased = (
-            EncodedTexts.from_texts(variant, labels, tokenizer, self.block_size)
-            for variant in self.augmentation.variants(texts)
+        variants = self.augmentation.variants(texts)
+        (rows, n_train_cut), *recased = (self._encoded(tokenizer, some) for some in variants)
+        self.train_texts = AugmentedTexts(
+            rows,
+            np.array(labels),
+            np.array(self.class_weights)[labels],
+            recased=[rows for rows, _ in recased],
+            augmentation=self.augmentation,
+            speller=Speller.from_tokenizer(tokenizer, self.block_size),
         )
-        val = splits.numbered(splits.val)
-        self.val_texts = EncodedTexts.from_texts(*val, tokenizer, self.block_size)
-        self.speller = Speller.from_tokenizer(tokenizer, self.block_size)
-        self.fingerprint = splits.fingerprint
-        self.order = RowOrder(len(texts), self.seed, splits.fingerprint)
-        if n_cut := self.train_texts.n_cut + self.val_texts.n_cut:
-            n = len(splits.train) + len(splits.val)
+        texts, labels = splits.numbered(splits.val)
+        rows, n_val_cut = self._encoded(tokenizer, texts)
+        self.val_texts = EncodedTexts(rows, np.array(labels), np.ones(len(labels)))
+        self.use_rows(self.train_texts, self.val_texts, splits.fingerprint)
+        if n_cut := n_train_cut + n_val_cut:
+            n = len(self.train_texts) + len(self.val_texts)
             log.info("%s of %s texts cut to block_size=%s tokens", n_cut, n, self.block_size)
         return tokenizer
 
     def facts(self) -> dict[str, Any]:
         return self.splits.facts()
 
-    def steps(self, share: Share) -> "Dataset[list[LabelledBatch]]":
-        variants = [texts.rows for texts in (self.train_texts, *self.recased)]
-        return _LabelledSteps(
-            list(zip(*variants, strict=True)),
-            self.train_texts.labels,
-            np.array(self.class_weights),
-            self.order,
-            share,
-            self.augmentation,
-            self.speller,
-        )
-
-    def validation(self, max_rows: int | None) -> DataLoader[LabelledBatch]:
-        """Return this rank's share of evenly spaced validation examples."""
-        trainer = self._attached_trainer()
-        n_rows = len(self.val_texts.rows)
-        n_scored = n_rows if max_rows is None else min(max_rows, n_rows)
-        rows = np.arange(n_scored) * n_rows // n_scored
-        own = self.val_texts.sorted_by_length(rows[trainer.global_rank :: trainer.world_size])
-        return self._loader(_ScoredTexts(self.val_texts), in_parts(own, VAL_BATCH_ROWS))
-
-
-@dataclass(frozen=True)
-class _LabelledSteps(Dataset[list[LabelledBatch]]):
-    """Item `step`: the micro-batches of one rank in that optimizer step."""
-
-    variants: list[tuple[np.ndarray, ...]]  # of each text
-    labels: np.ndarray
-    class_weights: np.ndarray
-    order: RowOrder
-    share: Share
-    augmentation: Augmentation
-    speller: Speller
-
-    def __getitem__(self, step: int) -> list[LabelledBatch]:
-        examples = self.order.rows_of_step(step, self.share.rows_per_step)
-        seed = self.order.seed % 2**64
-        rows = [
-            self.augmentation.apply(self.variants[i], (seed, step, position), self.speller)
-            for position, i in enumerate(examples)
-        ]
-        texts = EncodedTexts(rows, self.labels[examples], 0)
-        seeds = row_seeds(self.order.seed, step, len(rows))
-        step_targets = float(self.class_weights[texts.labels].sum())
-        step_tokens = sum(len(row) - 1 for row in rows)
-        own = texts.sorted_by_length(self.share.positions)
-        return [
-            {
-                **texts.batch(part, step_targets, step_tokens),
-                "row_seeds": torch.from_numpy(seeds[part]),
-            }
-            for part in in_parts(own, self.share.micro_batch)
-        ]
-
-
-@dataclass(frozen=True)
-class _ScoredTexts(Dataset[LabelledBatch]):
-    """Item `rows`: their batch, which counts as a step of its own."""
-
-    texts: EncodedTexts
-
-    def __getitem__(self, rows: np.ndarray) -> LabelledBatch:
-        if len(rows):
-            return self.texts.batch(rows, float(len(rows)), 1)
-        batch = self.texts.batch(np.array([0]), 0.0, 0)
-        return {**batch, "labels": torch.tensor([NOT_SCORED])}
+    def _encoded(self, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[np.ndarray], int]:
+        """Return the ids of texts, (N,) each, and the number of texts that were cut."""
+        encoded = [encode_text(tokenizer, text, self.block_size) for text in texts]
+        return [np.array(ids) for ids, _ in encoded], sum(cut for _, cut in encoded)

@@ -1,8 +1,19 @@
 """The Lightning data modules: the batches of every rank, step by step, of rows in a fixed order.
 
-One item of the training loader is one optimizer step of a rank, the list of its micro-batches:
+An item of the training loader is one optimizer step of a rank, the list of its micro-batches:
 
-    StepBatches[step] -> RowOrder.rows_of_step -> Rows.read -> [{"input_ids", "targets", ...}, ...]
+    StepBatches[step] -> RowOrder.rows_of_step -> Rows.at_step, totals, batch -> [
+        {
+            "input_ids": (B, T) int64,
+            "targets": (B, T) int64, -100 where not scored,
+            "documents": (B, T) int64, where rows are packed: the number of each token's text,
+            "step_targets": targets of the whole step, over all ranks and micro-batches,
+            "row_seeds": (B,) int64, a function of (seed, step, row of the step) alone,
+        },
+        ...,
+    ]
+
+Labelled texts have "lengths" and "labels" (B,) int64 in place of targets, and "step_tokens".
 """
 
 import logging
@@ -13,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +40,14 @@ from nanogpt.data.preparing import Preparation, prepare
 from nanogpt.data.pretokenized import TokenShards, fetch_pretokenized
 from nanogpt.data.shards import SHARD_TOKENS
 from nanogpt.data.source import Source
-from nanogpt.data.windows import NOT_SCORED, Windows
+from nanogpt.data.windows import NOT_SCORED, Rows, Windows
 from nanogpt.ranks import Ranks
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.values import Count, Seed, Size, Text
 
 HEAD_START_S = 2.0  # of rank zero, which logs its progress, where a corpus is to be prepared
 CHECK_ARGUMENTS = validate_call(config=ConfigDict(arbitrary_types_allowed=True))
-VAL_BATCH_TOKENS = 8192  # independent of the micro-batch, so that it never changes a score
+VAL_BATCH_TOKENS = 8192
 
 log = logging.getLogger(__name__)
 
@@ -64,39 +75,8 @@ class TokenizerChoice:
         return None if was_read else tokenizer
 
 
-class Batch(TypedDict, total=False):
-    """The rows of one forward; a target of -100 is not scored."""
-
-    input_ids: Tensor  # (B, T) int64
-    targets: Tensor  # (B, T) int64
-    step_targets: int  # scored in the whole optimizer step, over all ranks and micro-batches
-    documents: Tensor  # (B, T) int64, where rows are packed: the number of each token's text
-    row_seeds: Tensor  # (B,) int64, in training: of (seed, step, row of the step) alone
-
-
-class Rows(Protocol):
-    """Rows of `block_size` tokens for a language model, packed or not."""
-
-    def __len__(self) -> int: ...
-
-    def n_targets(self, rows: np.ndarray) -> int:
-        """Return the number of targets in the rows (B,)."""
-
-    def read(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return inputs, targets and, where rows are packed, documents, (B, T) int64 each."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of an optimizer step's rows that one rank computes."""
-
-    rows_per_step: int
-    positions: np.ndarray  # (rows_per_rank,) int64: of the rank's rows in the step
-    micro_batch: int
-
-
-class StepDataModule(LightningDataModule, ABC):
-    """Optimizer steps for one rank of a trainer; a kind of data subclasses it.
+class RowsDataModule(LightningDataModule, ABC):
+    """Batches of rows for one rank of a trainer; a kind of data subclasses it.
 
     An item of `train_dataloader` is one optimizer step: the list of its micro-batches. The rows of
     a step depend on the seed, the data and the step alone. Validation scores about `val_tokens`
@@ -136,33 +116,42 @@ class StepDataModule(LightningDataModule, ABC):
     def facts(self) -> dict[str, Any]:
         """Return plain values for the run's summary."""
 
-    @abstractmethod
-    def steps(self, share: Share) -> Dataset:
-        """Return the data set whose item `step` is a rank's list of micro-batches."""
+    @property
+    def val_batch_rows(self) -> int:
+        """The rows of a validation batch, which do not depend on the micro-batch."""
+        return max(VAL_BATCH_TOKENS // self.block_size, 1)
 
-    @abstractmethod
-    def validation(self, max_rows: int | None) -> DataLoader:
-        """Return this rank's share of at most `max_rows` validation rows, None for all.
-
-        Every rank has at least one batch; in that of a rank without rows, nothing is scored.
-        """
+    def use_rows(self, train: Rows, val: Rows, fingerprint: str) -> None:
+        """Train on `train`, in an order of the seed and the fingerprint, and validate on `val`."""
+        self.train_rows = train
+        self.val_rows = val
+        self.fingerprint = fingerprint
+        self.order = RowOrder(len(train), self.seed, fingerprint)
 
     def train_dataloader(self) -> DataLoader:
         """Return the steps from the trainer's next to its last; the length is always max_steps."""
         trainer = self._attached_trainer()
-        rows_per_rank = split_step(
+        n_rows = split_step(
             self.tokens_per_step, self.block_size, trainer.world_size, self.micro_batch
         )
-        first = trainer.global_rank * rows_per_rank
-        positions = np.arange(first, first + rows_per_rank)
-        share = Share(rows_per_rank * trainer.world_size, positions, self.micro_batch)
-        return self._loader(self.steps(share), _RemainingSteps(trainer), self.workers)
+        positions = np.arange(n_rows) + trainer.global_rank * n_rows
+        n_all = n_rows * trainer.world_size
+        steps = StepBatches(self.train_rows, self.order, n_all, positions, self.micro_batch)
+        return self._loader(steps, _RemainingSteps(trainer), self.workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Return this rank's validation batches, of the part that the trainer is to score."""
-        fitting = self._attached_trainer().state.fn not in (TrainerFn.VALIDATING, TrainerFn.TESTING)
+        """Return this rank's share of evenly spaced validation rows.
+
+        Every rank has at least one batch; in that of a rank without rows, nothing is scored.
+        """
+        trainer = self._attached_trainer()
+        fitting = trainer.state.fn not in (TrainerFn.VALIDATING, TrainerFn.TESTING)
         tokens = self.val_tokens if fitting else self.final_val_tokens
-        return self.validation(None if tokens is None else max(tokens // self.block_size, 1))
+        n_rows = len(self.val_rows)
+        n_scored = n_rows if tokens is None else min(max(tokens // self.block_size, 1), n_rows)
+        rows = (np.arange(n_scored) * n_rows // n_scored)[trainer.global_rank :: trainer.world_size]
+        rows = rows[self.val_rows.arrange(rows, np.arange(len(rows)))]
+        return self._loader(_ScoredRows(self.val_rows), in_parts(rows, self.val_batch_rows))
 
     def test_dataloader(self) -> DataLoader:
         """Return the validation batches: there is no further split."""
@@ -184,29 +173,6 @@ class StepDataModule(LightningDataModule, ABC):
     def _attached_trainer(self) -> Trainer:
         assert self.trainer is not None, "the data module is not attached to a trainer"
         return self.trainer
-
-
-class RowsDataModule(StepDataModule):
-    """Batches of rows for a language model, given by `use_rows`."""
-
-    def use_rows(self, train: Rows, val: Rows, fingerprint: str) -> None:
-        """Train on `train`, in an order of the seed and the fingerprint, and validate on `val`."""
-        self.train_rows = train
-        self.val_rows = val
-        self.fingerprint = fingerprint
-        self.order = RowOrder(len(train), self.seed, fingerprint)
-
-    def steps(self, share: Share) -> "Dataset[list[Batch]]":
-        return StepBatches(self.train_rows, self.order, share)
-
-    def validation(self, max_rows: int | None) -> DataLoader[Batch]:
-        """Return this rank's share of evenly spaced validation rows, in order."""
-        trainer = self._attached_trainer()
-        n_rows = len(self.val_rows)
-        n_scored = n_rows if max_rows is None else min(max_rows, n_rows)
-        rows = (np.arange(n_scored) * n_rows // n_scored)[trainer.global_rank :: trainer.world_size]
-        size = max(VAL_BATCH_TOKENS // self.block_size, 1)
-        return self._loader(_ScoredRows(self.val_rows), in_parts(rows, size))
 
 
 class CorpusDataModule(RowsDataModule):
@@ -313,38 +279,39 @@ def in_parts(rows: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 @dataclass(frozen=True)
-class StepBatches(Dataset[list[Batch]]):
+class StepBatches(Dataset[list[dict[str, Any]]]):
     """Item `step`: the micro-batches of one rank in that optimizer step."""
 
     source: Rows
     order: RowOrder
-    share: Share
+    rows_per_step: int  # over all ranks
+    positions: np.ndarray  # (N,) int64: of the rank's rows in the step
+    micro_batch: int
 
-    def __getitem__(self, step: int) -> list[Batch]:
-        n_rows = self.share.rows_per_step
-        rows = self.order.rows_of_step(step, n_rows)
-        seeds = row_seeds(self.order.seed, step, n_rows)
-        step_targets = self.source.n_targets(rows)
+    def __getitem__(self, step: int) -> list[dict[str, Any]]:
+        seeds = torch.from_numpy(row_seeds(self.order.seed, step, self.rows_per_step))
+        rows = self.order.rows_of_step(step, self.rows_per_step)
+        source, rows = self.source.at_step(rows, self.order.seed, step)
+        totals = source.totals(rows)
         return [
-            {
-                **_batch(self.source, rows[part], step_targets),
-                "row_seeds": torch.from_numpy(seeds[part]),
-            }
-            for part in in_parts(self.share.positions, self.share.micro_batch)
+            {**source.batch(rows[part]), **totals, "row_seeds": seeds[part]}
+            for part in in_parts(source.arrange(rows, self.positions), self.micro_batch)
         ]
 
 
 @dataclass(frozen=True)
-class _ScoredRows(Dataset[Batch]):
+class _ScoredRows(Dataset[dict[str, Any]]):
     """Item `rows`: their batch, which counts as a step of its own."""
 
     source: Rows
 
-    def __getitem__(self, rows: np.ndarray) -> Batch:
+    def __getitem__(self, rows: np.ndarray) -> dict[str, Any]:
+        totals = self.source.totals(rows)
         if len(rows):
-            return _batch(self.source, rows, self.source.n_targets(rows))
-        batch = _batch(self.source, np.array([0]), 0)
-        return {**batch, "targets": torch.full_like(batch["targets"], NOT_SCORED)}
+            return {**self.source.batch(rows), **totals}
+        batch = self.source.batch(np.array([0]))
+        nothing = torch.full_like(batch[self.source.scored_key], NOT_SCORED)
+        return {**batch, **totals, self.source.scored_key: nothing}
 
 
 class _RemainingSteps(Sampler[int]):
@@ -358,14 +325,6 @@ class _RemainingSteps(Sampler[int]):
 
     def __len__(self) -> int:
         return self._trainer.max_steps
-
-
-def _batch(source: Rows, rows: np.ndarray, step_targets: int) -> Batch:
-    input_ids, targets, *documents = map(torch.from_numpy, source.read(rows))  # (B, T)
-    batch: Batch = {"input_ids": input_ids, "targets": targets, "step_targets": step_targets}
-    if documents:
-        batch["documents"] = documents[0]
-    return batch
 
 
 def _initialise_worker(worker: int) -> None:

@@ -9,11 +9,11 @@ from functools import cached_property
 
 import numpy as np
 
-from nanogpt.data.windows import NOT_SCORED
+from nanogpt.data.windows import NOT_SCORED, TokenRows
 
 
 @dataclass(frozen=True)
-class PackedRows:
+class PackedRows(TokenRows):
     """Rows of `block_size` tokens, each of one or more texts and then padding.
 
     A text of n ids takes n - 1 positions: each of its ids but the last, with the next as its

@@ -1,9 +1,11 @@
-"""Rows of a token stream: every target once, each after the tokens before it in its row."""
+"""Rows of training data, and those of a token stream: every target once, after its row's tokens."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 NOT_SCORED = -100
 
@@ -18,8 +20,55 @@ class Tokens(Protocol):
         """Return the tokens from `start` up to `stop`, (N,) int64 with N = stop - start."""
 
 
+class Rows(ABC):
+    """Numbered rows of one split, a batch of which is one forward."""
+
+    scored_key = "targets"  # the tensor of a batch that is -100 where nothing is scored
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    @abstractmethod
+    def batch(self, rows: np.ndarray) -> dict[str, Any]:
+        """Return the tensors of the rows (B,)."""
+
+    @abstractmethod
+    def totals(self, rows: np.ndarray) -> dict[str, Any]:
+        """Return sums over the rows (N,) of a step, which each of its batches holds."""
+
+    def at_step(self, rows: np.ndarray, seed: int, step: int) -> "tuple[Rows, np.ndarray]":
+        """Return the rows (N,) as they are at a step, and their numbers (N,) among those."""
+        return self, rows
+
+    def arrange(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Return positions (M,) of rows (N,) in the order in which they are batched."""
+        return positions
+
+
+class TokenRows(Rows):
+    """Rows of tokens for a language model."""
+
+    @abstractmethod
+    def n_targets(self, rows: np.ndarray) -> int:
+        """Return the number of targets in the rows (B,)."""
+
+    @abstractmethod
+    def read(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return inputs, targets and, where rows are packed, documents, (B, T) int64 each."""
+
+    def batch(self, rows: np.ndarray) -> dict[str, Any]:
+        """Return the tensors of the rows (B,)."""
+        names = ("input_ids", "targets", "documents")
+        return dict(zip(names, map(torch.from_numpy, self.read(rows)), strict=False))
+
+    def totals(self, rows: np.ndarray) -> dict[str, Any]:
+        """Return the number of targets in the rows (N,)."""
+        return {"step_targets": self.n_targets(rows)}
+
+
 @dataclass(frozen=True)
-class Windows:
+class Windows(TokenRows):
     """Cuts a stream of N tokens into ceil((N - 1) / T) rows of T targets; the last may be partial.
 
     Row r predicts the tokens r*T + 1 .. (r+1)*T, each from those of the row before it.
