@@ -12,16 +12,18 @@ docs/EVALUATION.md describes.
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from nanogpt.checkpoint import find_init_from, init_model, load_checkpoint
 from nanogpt.command import add_shared, guard_output, parse, run_command
-from nanogpt.evaluation import processes
+from nanogpt.evaluation.processes import device_of_rank, explain, joined, rank_zero_first
 from nanogpt.evaluation.results import Row, add_evaluation, lines, run_dir_of, table, write_rows
 from nanogpt.evaluation.scoring import BATCH_SIZE
 from nanogpt.evaluation.tasks import SHARED, TASKS, find_task, task_options
+from nanogpt.ranks import Ranks, launch_ranks
 from nanogpt.report.figures import draw_scores, drawn_metrics, standalone
 from nanogpt.report.report import write_report
 from nanogpt.runs.directory import RunDirectory
@@ -36,22 +38,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     guard_output()
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(parser(), given)
+    ranks = Ranks.from_environment()
     exit_code = 0
 
     def work() -> None:
         nonlocal exit_code
-        check(options)
-        if options.processes > 1 and processes.world_size() == 1:
+        check(options, ranks)
+        if options.processes > 1 and ranks.world_size == 1:
             find_checkpoints(options)  # so that one process reports a missing one
-            exit_code = processes.launch(options.processes, given)
+            n_threads = max(1, (os.cpu_count() or 1) // options.processes)
+            os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
+            exit_code = launch_ranks(options.processes, ["-m", "nanogpt.evaluate", *given])
         else:
-            measure(options)
+            measure(options, is_first=ranks.rank == 0)
 
-    name = processes.named("nanogpt.evaluate")
-    return run_command(name, work, explain=processes.explain) or exit_code
+    rank = f" (process {ranks.rank} of {ranks.world_size})" if ranks.rank > 0 else ""
+    return run_command(f"nanogpt.evaluate{rank}", work, explain=explain) or exit_code
 
 
-def check(options: argparse.Namespace) -> None:
+def check(options: argparse.Namespace, ranks: Ranks) -> None:
     """Raise ValueError for options that cannot work, before anything is loaded."""
     for option in ("json", "picture"):
         path = getattr(options, option)
@@ -61,7 +66,7 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')} {value} is not a number of at least 1")
-    several = max(options.processes, processes.world_size()) > 1
+    several = max(options.processes, ranks.world_size) > 1
     if several and options.task not in SHARED:
         raise ValueError(f"--task {options.task} runs in one process; leave --processes out")
     task_options(find_task(options.task), options)
@@ -69,37 +74,33 @@ def check(options: argparse.Namespace) -> None:
 
 def find_checkpoints(options: argparse.Namespace) -> list[Path]:
     """Return the paths of the checkpoints, published ones fetched; raises where one is missing."""
-    with processes.rank_zero_first():
+    with rank_zero_first():
         return [
             find_init_from(reference, options.runs_dir, options.data_dir)
             for reference in options.checkpoints
         ]
 
 
-def measure(options: argparse.Namespace) -> None:
-    """Score all checkpoints and print the results, also where a later one cannot be scored."""
-    is_first = processes.rank() == 0
+def measure(options: argparse.Namespace, is_first: bool) -> None:
+    """Score all checkpoints and, on the first rank, print the results before any failure."""
+    rows: list[Row] = []
     if is_first:
         log = logging.getLogger("nanogpt.evaluation")  # the scorer's progress
         log.handlers = [logging.StreamHandler()]
         log.setLevel(logging.INFO)
-    processes.join()
-    rows: list[Row] = []
     try:
-        paths = find_checkpoints(options)
-        for reference, path in zip(options.checkpoints, paths, strict=True):
-            rows.append(score(reference, path, options))
+        with joined():
+            paths = find_checkpoints(options)
+            for reference, path in zip(options.checkpoints, paths, strict=True):
+                rows.append(score(reference, path, options, is_first))
     finally:
-        try:
-            if rows and is_first:
-                print_results(rows, options)
-        finally:
-            processes.leave()
+        if rows and is_first:
+            print_results(rows, options)
 
 
-def score(reference: str, path: Path, options: argparse.Namespace) -> Row:
-    """Return the results of a checkpoint; rank zero adds them to the report of its run."""
-    device = processes.device_of_rank(options.device)
+def score(reference: str, path: Path, options: argparse.Namespace, is_first: bool) -> Row:
+    """Return the results of a checkpoint; the first rank adds them to the report of its run."""
+    device = device_of_rank(options.device)
     checkpoint = (
         load_checkpoint(path, device=device, allow_modules=options.allow_module)
         if path.is_file()
@@ -110,7 +111,7 @@ def score(reference: str, path: Path, options: argparse.Namespace) -> Row:
     read = task_options(task, options)
     row = {"checkpoint": reference, "task": options.task, "results": task(checkpoint, **read)}
     run_dir = run_dir_of(checkpoint.path)
-    if run_dir is not None and processes.rank() == 0 and options.report:
+    if run_dir is not None and is_first and options.report:
         default = parser().get_default
         own = {k: v for k, v in read.items() if k not in NOT_RECORDED and v != default(k)}
         data = None if options.data is None else str(options.data.resolve())

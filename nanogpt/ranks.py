@@ -91,7 +91,8 @@ def launch_ranks(n_processes: int, arguments: Sequence[str]) -> int:
         monitor_interval=0.2,
     )
     try:
-        elastic_launch(config, sys.executable)("-u", *arguments)
+        escaped = [argument.replace("$", "$$") for argument in arguments]  # elastic has macros
+        elastic_launch(config, sys.executable)("-u", *escaped)
     except SignalException as error:
         return 128 + int(error.sigval)
     except ChildFailedError as error:

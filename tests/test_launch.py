@@ -1,12 +1,15 @@
 """Devices, ranks, and what rank zero decides for all."""
 
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nanogpt.ranks import Ranks, on_rank_zero
+from nanogpt.ranks import Ranks, launch_ranks, on_rank_zero
 from nanogpt.training.launch import count_devices, launch, resolve_device
 
 
@@ -69,3 +72,15 @@ def test_ranks_that_fail_end_the_command_with_their_code(
 ) -> None:
     monkeypatch.setattr("nanogpt.training.launch.launch", lambda config, n: code)
     assert main(*tiny_run, "trainer.devices=2") == code
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script stands for the ranks")
+def test_dollar_signs_of_arguments_reach_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, written = tmp_path / "python", tmp_path / "arguments"
+    script.write_text(f'#!/bin/sh\necho "$@" > {written}\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    assert launch_ranks(1, ["--separator", "$$", "${local_rank}"]) == 0
+    assert written.read_text() == "-u --separator $$ ${local_rank}\n"
