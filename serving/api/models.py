@@ -128,12 +128,12 @@ class ServedModel:
 
 
 class Catalogue:
-    """The models by name, each with its tokenizer, which is rebuilt once for each revision."""
+    """The models by name, each with its tokenizer, which is built once for each revision."""
 
     def __init__(self, client: EngineClient, *, lenient: bool) -> None:
         self.client = client
         self.lenient = lenient  # an unknown name is the default model's
-        self._built: dict[str, tuple[str, asyncio.Task[ServedModel]]] = {}  # revision, model
+        self._built: dict[tuple[str, str], asyncio.Task[ServedModel]] = {}  # by id and revision
 
     def find(self, name: str | None, task: Task | None = None) -> ModelInfo:
         """Return the engine's entry of a model, of the default one without a name."""
@@ -144,12 +144,12 @@ class Catalogue:
     async def load(self, name: str | None, task: Task | None = None) -> ServedModel:
         """Return the model of a name, ready for use."""
         info = self.find(name, task)
-        revision, building = self._built.get(info.id, ("", None))
-        is_failed = building is not None and building.done() and building.exception() is not None
-        if building is None or revision != info.revision or is_failed:
-            building = asyncio.create_task(self._build(info))  # shared by concurrent requests
-            self._built[info.id] = info.revision, building
-        return await asyncio.shield(building)
+        key = (info.id, info.revision)
+        building = self._built.get(key)
+        if building is None or (building.done() and building.exception()):
+            self._built = {k: task for k, task in self._built.items() if k[0] != info.id}
+            building = self._built[key] = asyncio.create_task(self._build(info))
+        return await asyncio.shield(building)  # shared by concurrent requests
 
     async def _build(self, info: ModelInfo) -> ServedModel:
         details = await self.client.details(info)

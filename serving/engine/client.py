@@ -70,7 +70,6 @@ class EngineClient:
         self.stalled = False
         self._answers: dict[str, asyncio.Queue[Message]] = {}
         self._models: list[ModelInfo] | None = None
-        self._details: dict[str, ModelDetails] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._ready = asyncio.Event()
         self._stalling: asyncio.TimerHandle | None = None
@@ -126,15 +125,8 @@ class EngineClient:
         return f"{cause}-{self._prefix}-{next(self._numbers)}"
 
     async def details(self, model: ModelInfo) -> ModelDetails:
-        """Return a model's tokenizer record, template and shape, cached until it has new weights.
-
-        Raises EngineError.
-        """
-        details = self._details.get(model.id)
-        if details is None or details.revision != model.revision:
-            details = await self.answer(Describe(self.new_id(), model.id), ModelDetails)
-            self._details[model.id] = details
-        return details
+        """Return a model's tokenizer record, template and shape; raises EngineError."""
+        return await self.answer(Describe(self.new_id(), model.id), ModelDetails)
 
     async def generate(self, request: Generate) -> AsyncGenerator[Tokens | Finished, None]:
         """Yield an answer's tokens as they come, then Finished.
@@ -253,7 +245,6 @@ class EngineClient:
         self._writer.close()
         self._writer = None
         self._ready.clear()
-        self._details.clear()
         for request_id, queue in self._answers.items():
             queue.put_nowait(Failed(request_id, "unavailable", LOST))
 
