@@ -176,8 +176,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="score the first N examples, documents, or windows of a single document alone",
     )
-    add("--json", type=Path, help="a file to write the figures to")
-    add("--picture", type=Path, metavar="FILE.svg", help="a file to draw the figures in")
+    add("--json", type=Path, help="a file to write the results to")
+    add("--picture", type=Path, metavar="FILE.svg", help="a file to draw the results in")
     add("--no-report", dest="report", action="store_false", help="leave the run's report as it is")
     add_shared(parser, "--device", "--allow-module", "--runs-dir", "--data-dir")
     add("--batch-size", type=int, default=BATCH_SIZE, help="changes the speed alone (%(default)s)")

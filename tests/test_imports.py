@@ -25,7 +25,7 @@ NEVER = (
     (("",), LIGHTNING, ("train", *DATA, *TRAINING)),
     (DATA, TRAINING, ()),
     (TRAINING, DATA, ()),
-    (("nanogpt.runs", "nanogpt.ranks"), (*DATA, *TRAINING), ()),
+    (("nanogpt.runs", "nanogpt.ranks", "nanogpt.report"), (*DATA, *TRAINING), ()),
     (("serving",), (*DATA, *TRAINING), ()),
     (("serving.engine",), ("fastapi",), ()),
     (("serving.api",), TORCH, ()),
@@ -36,6 +36,7 @@ NOT_WHEN_IMPORTED = (
     ((*COMMANDS, "nanogpt.prepare"), (*LIGHTNING, *HYDRA), ()),
     (("nanogpt.build", "nanogpt.ranks", "nanogpt.values"), (*LIGHTNING, *HYDRA), ()),
     (("nanogpt.runs",), (*LIGHTNING, *HYDRA), ()),
+    (("nanogpt.report",), (*LIGHTNING, *HYDRA, *TORCH, *DATA, *TRAINING), ()),
     (("serving",), (*LIGHTNING, *HYDRA, *DATA, *TRAINING), ()),
     (("serving.api",), TORCH, ()),
 )

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nanogpt.disk import replacing
-from nanogpt.evaluation.hellaswag import PUBLISHED
 from nanogpt.evaluation.results import Row, cells, lines, read_evaluations, reduced_confusion
 from nanogpt.report import figures
 from nanogpt.report.figures import Chart, Series
@@ -203,9 +202,13 @@ def curves(run: RunFiles) -> list[Chart]:
             Chart("Training loss", "of classes and next tokens", train),
             Chart("Validation loss", "nats per example", val),
         ]
-    gzip, gpt2 = run.summary.get("gzip_bits_per_byte"), PUBLISHED["gpt2_124M"]["acc_norm"]
+    gzip, against_gpt2 = run.summary.get("gzip_bits_per_byte"), None
     against_gzip = None if gzip is None else (f"gzip -9: {gzip:.2f}", float(gzip))
-    against_gpt2 = (f"GPT-2 124M, published: acc_norm {_percent(gpt2)}", gpt2)
+    if endings:
+        from nanogpt.evaluation.hellaswag import PUBLISHED  # with torch
+
+        gpt2 = PUBLISHED["gpt2_124M"]["acc_norm"]
+        against_gpt2 = (f"GPT-2 124M, published: acc_norm {_percent(gpt2)}", gpt2)
     charts = [
         *losses,
         Chart("Bits per byte", "of validation text", bits, reference=against_gzip),
