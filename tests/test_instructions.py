@@ -223,7 +223,7 @@ def test_the_loss_can_be_on_all_tokens_and_validation_stays_on_responses(tmp_pat
     path = write(tmp_path / "own.jsonl", numbered(20))
     responses, all_ = packed(path), packed(path, loss_on="all")
     counts = [p.train.rows.n_targets(np.arange(len(p.train.rows))) for p in (responses, all_)]
-    assert counts[1] == len(all_.train.rows.ids) - all_.train.n_examples > counts[0]
+    assert counts[1] == len(all_.train.rows.ids) - all_.train.facts["examples"] > counts[0]
     assert (responses.val.rows.scored == all_.val.rows.scored).all()
 
 
@@ -238,7 +238,7 @@ def test_long_conversations_lose_their_end_and_those_without_a_response_are_left
     splits = Instructions(path).splits()
     splits = {"train": conversations, "val": conversations}
     split = pack_conversations(splits, CHAT, BYTES, block_size=32).train
-    assert (split.n_examples, split.n_cut, split.n_dropped) == (2, 1, 1)
+    assert [split.facts[name] for name in ("examples", "cut", "dropped")] == [2, 1, 1]
     assert split.rows.ids.tolist().count(BYTES.eot_id) == 3  # two openings and one end
     with pytest.raises(ValueError, match="block_size=2 tokens; use shorter ones"):
         pack_conversations(splits, CHAT, BYTES, block_size=2)
@@ -249,7 +249,7 @@ def test_the_fingerprint_knows_conversations_tokens_and_loss(tmp_path: Path) -> 
     variants = [packed(path), packed(other), packed(path, 32), packed(path, loss_on="all")]
     assert len({variant.fingerprint for variant in variants}) == 4
     assert packed(path).fingerprint == variants[0].fingerprint
-    assert packed(path).train.sha256 != packed(other).train.sha256
+    assert packed(path).train.facts["sha256"] != packed(other).train.facts["sha256"]
 
 
 def _module(source: Any, **options: Any) -> InstructionDataModule:
@@ -271,7 +271,7 @@ def test_the_tokenizer_of_a_new_model_learns_the_templates_tokens(tmp_path: Path
     assert data.facts() == {
         "template": "chat",
         "loss_on": "responses",
-        "splits": {"train": same.train.facts(), "val": same.val.facts()},
+        "splits": {"train": same.train.facts, "val": same.val.facts},
     }
 
 
@@ -348,4 +348,4 @@ def test_real_instructions_leave_less_than_a_twentieth_empty(
     splits = Instructions(data / "instruction" / name).splits()
     split = pack_conversations(splits, find_template(template), tokenizer, block_size).train
     assert split.rows.padding < 0.05
-    assert split.n_examples + split.n_dropped == len(splits["train"])
+    assert split.facts["examples"] + split.facts["dropped"] == len(splits["train"])

@@ -48,14 +48,9 @@ def open_corpus(directory: Path) -> Corpus:
         )
     shards = _shards(manifest)
     _verify(directory, [shard for split in SPLITS for shard in shards[split]])
-    return Corpus(
-        directory=directory,
-        tokenizer=tokenizer,
-        train=TokenStream([directory / shard.file for shard in shards["train"]]),
-        val=TokenStream([directory / shard.file for shard in shards["val"]]),
-        fingerprint=_fingerprint(tokenizer.fingerprint, shards),
-        manifest=manifest,
-    )
+    train, val = (TokenStream(directory / s.file for s in shards[split]) for split in SPLITS)
+    fingerprint = _fingerprint(tokenizer.fingerprint, shards)
+    return Corpus(directory, tokenizer, train, val, fingerprint, manifest)
 
 
 def find_corpus(data_dir: Path, fingerprint: str | None) -> Corpus | None:

@@ -26,29 +26,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackedSplit:
-    """One split's rows, and the numbers of its conversations.
+    """One split's rows, and plain values for the summary.
 
-    A conversation longer than a row lost its end (`n_cut`); one whose first response begins beyond
-    the row was left out (`n_dropped`).
+    A conversation longer than a row lost its end ("cut"); one whose first response begins beyond
+    the row was left out ("dropped"). "sha256" is that of all conversations, whole.
     """
 
     rows: PackedRows
-    sha256: str  # of the conversations, whole
-    n_examples: int
-    n_cut: int
-    n_dropped: int
-
-    def facts(self) -> dict[str, Any]:
-        """Return plain values for the summary."""
-        return {
-            "examples": self.n_examples,
-            "cut": self.n_cut,
-            "dropped": self.n_dropped,
-            "tokens": len(self.rows.ids),
-            "rows": len(self.rows),
-            "padding": self.rows.padding,
-            "sha256": self.sha256,
-        }
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -112,7 +97,7 @@ class InstructionDataModule(RowsDataModule):
             log.info("%s steps are %.1f passes over the training conversations", n_steps, passes)
 
     def facts(self) -> dict[str, Any]:
-        splits = {"train": self.packed.train.facts(), "val": self.packed.val.facts()}
+        splits = {"train": self.packed.train.facts, "val": self.packed.val.facts}
         return {"template": self.template.name, "loss_on": self.loss_on, "splits": splits}
 
 
@@ -135,7 +120,8 @@ def pack_conversations(
         )
     train = _packed("train", splits["train"], template, tokenizer, block_size, loss_on)
     val = _packed("val", splits["val"], template, tokenizer, block_size, "responses")
-    identity = [tokenizer.fingerprint, template.name, block_size, loss_on, train.sha256, val.sha256]
+    hashes = (split.facts["sha256"] for split in (train, val))
+    identity = [tokenizer.fingerprint, template.name, block_size, loss_on, *hashes]
     fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     return PackedConversations(train, val, fingerprint)
 
@@ -172,4 +158,13 @@ def _packed(
             f"{name}: {n_cut:,} conversations longer than a row lost their end, {n_dropped:,} were "
             "left out because no response begins within it"
         )
-    return PackedSplit(rows, conversations_sha256(conversations), len(texts), n_cut, n_dropped)
+    facts = {
+        "examples": len(texts),
+        "cut": n_cut,
+        "dropped": n_dropped,
+        "tokens": len(rows.ids),
+        "rows": len(rows),
+        "padding": rows.padding,
+        "sha256": conversations_sha256(conversations),
+    }
+    return PackedSplit(rows, facts)
