@@ -313,7 +313,7 @@ def _checked(path: Path, verify: bool) -> _Content:
     metadata = raw[KEY]
     if isinstance(found := metadata.get("format"), int) and found > FORMAT:
         raise ValueError(
-            f"has checkpoint format {found:.3g} and this version reads format {FORMAT}; use the "
+            f"has checkpoint format {str(found)[:20]} and this version reads format {FORMAT}; use the "
             f"version of nanogpt that wrote it"
         )
     for adapter, value, key in ((_CONTENT, raw, ""), (_METADATA, metadata, KEY)):
