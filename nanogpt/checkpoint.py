@@ -313,8 +313,8 @@ def _checked(path: Path, verify: bool) -> _Content:
     metadata = raw[KEY]
     if isinstance(found := metadata.get("format"), int) and found > FORMAT:
         raise ValueError(
-            f"has checkpoint format {str(found)[:20]} and this version reads format {FORMAT}; use the "
-            f"version of nanogpt that wrote it"
+            f"has checkpoint format {str(found)[:20]} and this version reads format {FORMAT}; use "
+            f"the version of nanogpt that wrote it"
         )
     for adapter, value, key in ((_CONTENT, raw, ""), (_METADATA, metadata, KEY)):
         try:

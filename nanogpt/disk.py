@@ -102,23 +102,17 @@ def find_files(root: Path, name: str) -> Iterator[Path]:
             subdirectories.clear()
 
 
-@contextmanager
-def open_regular(path: Path, max_bytes: int) -> Iterator[BinaryIO]:
+def open_regular(path: Path, max_bytes: int) -> BinaryIO:
     """Open a file for reading. Raises ValueError for more than `max_bytes` and for devices, FIFOs.
 
-    Opening a FIFO without O_NONBLOCK would block until somebody writes to it.
+    Opening a FIFO would block until another process writes to it.
     """
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a regular file")
-        if status.st_size > max_bytes:
-            raise ValueError(f"{status.st_size:,} bytes; at most {max_bytes:,} are read")
-        with os.fdopen(handle, "rb", closefd=False) as file:
-            yield file
-    finally:
-        os.close(handle)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if status.st_size > max_bytes:
+        raise ValueError(f"{status.st_size:,} bytes; at most {max_bytes:,} are read")
+    return path.open("rb")
 
 
 def display_name(path: PurePath) -> str:

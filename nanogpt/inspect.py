@@ -67,7 +67,7 @@ def report(path: Path, corpus: Corpus, n_samples: int, *, with_shards: bool) -> 
 def open_any(path: Path, tokenizer: str | None) -> Corpus:
     """Open a prepared corpus with its own tokenizer, and shards of others with the one named.
 
-    Raises FileNotFoundError where there is no such path, or GPT-2's tokens cannot be had.
+    Raises FileNotFoundError where there is no such path.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -75,13 +75,7 @@ def open_any(path: Path, tokenizer: str | None) -> Corpus:
         )
     if tokenizer is None and is_prepared(path):
         return open_corpus(path)
-    try:
-        made = byte_tokenizer() if tokenizer == "byte" else gpt2_tokenizer()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"GPT-2's tokens, to read {path} with, are not on this machine and could not be "
-            f"downloaded; set TIKTOKEN_CACHE_DIR to a folder with them, or pass --tokenizer byte"
-        ) from error
+    made = byte_tokenizer() if tokenizer == "byte" else gpt2_tokenizer()
     return TokenShards(path).open(made, made.name)
 
 

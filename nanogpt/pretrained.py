@@ -157,9 +157,6 @@ def _read_config(directory: Path) -> GPTConfig:
         raise ValueError(
             f"{path} has model_type={found.get('model_type')!r}; only 'gpt2' can be read"
         )
-    for key, allowed in REQUIRED.items():
-        if found.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{path} has {key}={found[key]!r}; only {allowed[0]!r} can be read")
     config = GPTConfig(
         block_size=found.get("n_positions", 1024),
         vocab_size=found.get("vocab_size", 50257),
@@ -168,11 +165,9 @@ def _read_config(directory: Path) -> GPTConfig:
         n_embd=found.get("n_embd", 768),
         dropout=found.get("resid_pdrop", 0.1),
     )
-    if found.get("n_inner") not in (None, 4 * config.n_embd):
-        raise ValueError(
-            f"{path} has n_inner={found['n_inner']!r}; only {4 * config.n_embd}, "
-            f"four times n_embd, can be read"
-        )
+    for key, allowed in {**REQUIRED, "n_inner": (4 * config.n_embd, None)}.items():
+        if found.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"{path} has {key}={found[key]!r}; only {allowed[0]!r} can be read")
     return config
 
 
