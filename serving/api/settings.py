@@ -11,13 +11,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from nanogpt.command import expand_home, is_path
@@ -45,7 +39,7 @@ class ApiSettings(BaseSettings, Settings):
     Values that are not given are read from the environment.
     """
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX)
 
     checkpoint: str | None = None
     host: str = "127.0.0.1"

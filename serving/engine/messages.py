@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Struct
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 256 * 2**20  # a whole tokenizer table is a few MB
@@ -35,13 +35,15 @@ Seconds = Annotated[float, Field(gt=0, le=86_400 * 366, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=86_400 * 366, allow_inf_nan=False)]
 
 
-class Settings(BaseModel, frozen=True):
+class Settings(BaseModel):
     """What an engine process is started with; `models` is a `.ckpt`, a run, or a directory of runs.
 
     A model computes `max_slots` sequences at a time, fewer where its share of `cache_gb` does not
     hold their keys and values; at most `max_queue` more may wait. `max_models` stay in memory, with
     equal shares; the least recently used one makes room.
     """
+
+    model_config = ConfigDict(frozen=True)
 
     models: str = "runs"
     runs_dir: str = "runs"  # where a run's name is looked up
