@@ -32,7 +32,6 @@ from serving.api.cors import Cors
 from serving.api.logs import RequestLog
 from serving.api.metrics import Metrics
 from serving.api.models import Catalogue
-from serving.api.paths import Paths
 from serving.api.schemas import ErrorAnswer
 from serving.api.settings import ApiSettings, read_settings
 from serving.engine.client import EngineClient, EngineProcess
@@ -67,7 +66,6 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
         responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
         exception_handlers=errors.HANDLERS,
         middleware=[  # in the order in which they see a request
-            Middleware(Paths),
             Middleware(RequestLog, metrics=metrics),
             Middleware(Cors, settings=settings),
             Middleware(Admission, settings=settings, keys=keys),

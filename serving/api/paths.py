@@ -1,6 +1,6 @@
 """Addresses as clients write them: superfluous slashes, a doubled /v1, routes of other servers."""
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
 CHAT, COMPLETIONS = "POST /v1/chat/completions", "POST /v1/completions"
 # Routes of the OpenAI API, of Anthropic's, Ollama's, llama.cpp's and TGI's, by the first part.
@@ -13,24 +13,17 @@ ALTERNATIVES = {
 }
 
 
-class Paths:
-    """Middleware that routes HEAD as GET, and an address of the API as it is meant.
+def resolved(scope: Scope) -> Scope:
+    """Return a request as routes know it: HEAD as GET, and an address of the API as it is meant.
 
     Addresses of pages stay: the files of a page are relative to it.
     """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            root = scope.get("root_path", "")
-            path = normalized(scope["path"].removeprefix(root))
-            if path.startswith("/v1") or scope["method"] == "POST":
-                scope["path"] = root + path
-            if scope["method"] == "HEAD":
-                scope = {**scope, "method": "GET"}  # servers leave out the body
-        await self.app(scope, receive, send)
+    root = scope.get("root_path", "")
+    path = normalized(scope["path"].removeprefix(root))
+    if path.startswith("/v1") or scope["method"] == "POST":
+        scope = {**scope, "path": root + path}
+    # Servers leave the body out of an answer to HEAD.
+    return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
 
 def normalized(path: str) -> str:
