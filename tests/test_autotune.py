@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,9 @@ class Given(Trials):
     def product_rates(self, precisions: Collection[str]) -> dict[str, float]:
         return {name: self.peaks[name] for name in precisions}
 
-    def time_precisions(self, rows: int) -> dict[str, float]:
-        return self.precisions
-
-    def time_rows(self, candidates: list[int], precision: str) -> dict[str, float]:
-        return {k: v for k, v in self.rows.items() if int(k) in candidates}
+    def time(self, trials: Mapping[str, tuple[int, str]]) -> dict[str, float]:
+        times = self.precisions | self.rows
+        return {name: times[name] for name in trials if name in times}
 
 
 def decide_tiny(data_dir: Path, **values: Any) -> Settings:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -41,13 +42,21 @@ NO_SECONDS: list[Any] = ["fast", -1.0, 0.0, True, 10**400, float("nan"), float("
 
 
 def test_rows_are_timed_in_seconds(tiny_trials: Trials) -> None:
-    timings = tiny_trials.time_rows([1, 8], "32-true")
+    timings = tiny_trials.time({"1": (1, "32-true"), "8": (8, "32-true")})
     assert set(timings) == {"1", "8"}
     assert all(0 < seconds < 1 for seconds in timings.values())
 
 
 def test_precisions_are_timed_in_seconds(tiny_trials: Trials) -> None:
-    assert set(tiny_trials.time_precisions(2)) == {"32-true", "bf16-mixed"}
+    both = ("32-true", "bf16-mixed")
+    assert tiny_trials.time({name: (2, name) for name in both}).keys() == set(both)
+
+
+def without_a_gpu(tiny_trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let trials take the path of a GPU."""
+    monkeypatch.setattr(tiny_trials, "device", torch.device("cuda"))
+    monkeypatch.setattr(trials, "GPT", MagicMock())
+    monkeypatch.setattr(tiny_trials, "_memory_reserve", lambda model: None)
 
 
 def test_rows_grow_until_memory_is_full(
@@ -58,10 +67,10 @@ def test_rows_grow_until_memory_is_full(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return float(rows)
 
-    monkeypatch.setattr(tiny_trials, "_memory_reserve", lambda model: None)
+    without_a_gpu(tiny_trials, monkeypatch)
     monkeypatch.setattr(tiny_trials, "_seconds", seconds)
     shapes = {str(rows): (rows, "bf16-mixed") for rows in (1, 2, 4, 8, 16)}
-    assert tiny_trials._time_until_full(shapes).seconds == {"1": 1.0, "2": 2.0, "4": 4.0}
+    assert tiny_trials._measure(shapes).seconds == {"1": 1.0, "2": 2.0, "4": 4.0}
 
 
 def test_other_errors_of_a_trial_are_not_swallowed(
@@ -70,10 +79,10 @@ def test_other_errors_of_a_trial_are_not_swallowed(
     def seconds(model: object, rows: int, precision: str) -> float:
         raise RuntimeError("a broken kernel")
 
-    monkeypatch.setattr(tiny_trials, "_memory_reserve", lambda model: None)
+    without_a_gpu(tiny_trials, monkeypatch)
     monkeypatch.setattr(tiny_trials, "_seconds", seconds)
     with pytest.raises(RuntimeError, match="a broken kernel"):
-        tiny_trials._time_until_full({"1": (1, "bf16-mixed")})
+        tiny_trials._measure({"1": (1, "bf16-mixed")})
 
 
 def test_measuring_leaves_threads_and_random_state() -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,55 +106,43 @@ def autotune(
     return Settings(precision, compiled, rows, n_threads, peak, ordered)
 
 
-def given_settings(
-    config: Mapping[str, Any],
-    recorded: Mapping[str, Any],
-    *,
-    rows_per_rank: int,
-    local_world_size: int,
-) -> dict[str, Any]:
-    """Return the settings of a job that `autotune` takes: as typed, else as the run began.
-
-    What does not fit any more stays `auto`. With `remeasure` only the precision, which is identity,
-    is the recorded one.
-    """
-    typed = {"precision": config["trainer"]["precision"]}
-    typed |= {key: config[key] for key in ("compile", "micro_batch", "threads")}
-    stale = {"compile", "micro_batch", "threads"} if config["remeasure"] else set()
-    if rows_per_rank % recorded.get("micro_batch", 1):
-        stale.add("micro_batch")
-    if recorded.get("local_world_size") != local_world_size:
-        stale.add("threads")
-    return {
-        key: recorded.get(key, value) if value == "auto" and key not in stale else value
-        for key, value in typed.items()
-    }
-
-
 def autotune_run(
     run: Run, model_config: GPTConfig, device: torch.device, rows_per_rank: int
 ) -> Settings:
-    """Return the settings of a run, decided by rank zero and logged with their reasons."""
-    config, n_local = run.config, run.ranks.local_world_size
-    split: dict[str, Any] = {"rows_per_rank": rows_per_rank, "local_world_size": n_local}
+    """Return the settings of a run, decided by rank zero and logged with their reasons.
+
+    A setting that was not typed is the recorded one, as long as it fits; with `remeasure` that
+    holds for the precision alone, which is identity.
+    """
+    config, recorded, n_local = run.config, run.recorded, run.ranks.local_world_size
+    given = {key: config[key] for key in ("compile", "micro_batch", "threads")}
+    given["precision"] = config["trainer"]["precision"]
+    is_auto = {key for key, value in given.items() if value == "auto"}
+    stale = {"compile", "micro_batch", "threads"} if config["remeasure"] else set()
+    if rows_per_rank % recorded.get("micro_batch", 1):
+        stale.add("micro_batch")
+    if recorded.get("local_world_size") != n_local:
+        stale.add("threads")
+    given |= {key: recorded.get(key, "auto") for key in is_auto - stale}
     if config["trainer"]["deterministic"]:  # cuBLAS reads it at its first product, which is timed
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     settings = on_rank_zero(
         lambda: autotune(
             model_config,
             device=device,
+            rows_per_rank=rows_per_rank,
             max_steps=run.max_steps,
             data_dir=Path(config["data_dir"]),
+            local_world_size=n_local,
             deterministic=config["trainer"]["deterministic"],
             remeasure=config["remeasure"],
-            **split,
-            **given_settings(config, run.recorded, **split),
+            **given,
         )
     )
     for reason in settings.reasons:
-        key = reason.partition(" ")[0]
-        is_auto = config["trainer"].get(key, config.get(key)) == "auto"
-        log.info("%s", reason.replace(": as given", ": same as before") if is_auto else reason)
+        if reason.partition(" ")[0] in is_auto:
+            reason = reason.replace(": as given", ": same as before")
+        log.info("%s", reason)
     log.info(
         "tokens_per_step %s = %s rank(s) x %s micro-batch(es) x %s rows x block_size %s",
         f"{config['tokens_per_step']:,}",
@@ -188,7 +176,7 @@ def _choose_precision(trials: Trials) -> tuple[str, str]:
     gain, what = rates["bf16-mixed"] / rates["32-true"], "matrix products"
     rows = _candidates(trials)[0]
     if gain >= WORTH_BF16 and trials.guess_s(rows, "32-true") <= TRIED_S:
-        timings = trials.time_precisions(rows)
+        timings = trials.time({name: (rows, name) for name in CPU_PRECISIONS})
         gain, what = timings["32-true"] / timings["bf16-mixed"], "forward and backward"
     choice = "bf16-mixed" if gain >= WORTH_BF16 else "32-true"
     return choice, f"{what} in bfloat16 run {gain:.2f} times as fast"
@@ -200,7 +188,7 @@ def _choose_micro_batch(trials: Trials, precision: str) -> tuple[int, str]:
         return candidates[0], f"of {trials.rows_per_rank} rows per step and rank"
     if trials.device.type not in ("cpu", "cuda"):
         return candidates[-1], f"the largest of at most {CPU_TOKENS[0]} tokens"
-    timings = trials.time_rows(candidates, precision)
+    timings = trials.time({str(rows): (rows, precision) for rows in candidates})
     row_s = {rows: timings[str(rows)] / rows for rows in candidates if str(rows) in timings}
     if not row_s:
         return candidates[0], "the memory is too small even for this"
@@ -225,7 +213,7 @@ def _choose_compile(
     if micro_batch_s <= TRIED_S:
         candidates = _candidates(trials)
         timed = candidates if micro_batch in candidates else [micro_batch]
-        timings = trials.time_rows(timed, precision)
+        timings = trials.time({str(rows): (rows, precision) for rows in timed})
         micro_batch_s = timings.get(str(micro_batch), micro_batch_s)
     run_s = max_steps * micro_batch_s * trials.rows_per_rank / micro_batch
     saved_s = COMPILE_GAIN[kind] * run_s

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -91,31 +92,21 @@ class Trials:
         both = self.device.type == "cpu" and precision in CPU_PRECISIONS
         return self.product_rates(CPU_PRECISIONS if both else [precision])[precision]
 
-    def time_precisions(self, rows: int) -> Timings:
-        """Return the seconds of a forward and backward of some rows by precision, on a CPU."""
-        return self._recall({name: (rows, name) for name in CPU_PRECISIONS}, CPU_PRECISIONS)
+    def time(self, trials: Mapping[str, tuple[int, str]]) -> Timings:
+        """Return the seconds of a forward and backward of (rows, precision), for those that fit.
 
-    def time_rows(self, candidates: list[int], precision: str) -> Timings:
-        """Return the seconds of a forward and backward by rows, for those that fit."""
-        trials = {str(rows): (rows, precision) for rows in candidates}
-        return self._recall(trials, [str(candidates[0])])
+        On a GPU the rows are to ascend, and the first trial alone is sure to be among the results.
+        """
+        required = list(trials)[:1] if self.device.type == "cuda" else trials
+        key = "; ".join(f"{rows} rows {precision}" for rows, precision in trials.values())
+        return self.stored.recall(
+            f"{key}, {self.where}, {self.shape}", lambda: self._measure(trials), required
+        )
 
     def guess_s(self, rows: int, precision: str) -> float:
         """Return the seconds of a forward and backward at half the rate of matrix products."""
         tokens = rows * self.config.block_size
         return 2 * flops_per_token(self.config) * tokens / self.rate(precision)
-
-    def _recall(self, trials: Mapping[str, tuple[int, str]], required: Collection[str]) -> Timings:
-        measure = self._time_until_full if self.device.type == "cuda" else self._time
-        key = "; ".join(f"{rows} rows {precision}" for rows, precision in trials.values())
-        return self.stored.recall(
-            f"{key}, {self.where}, {self.shape}", lambda: measure(trials), required
-        )
-
-    def _time(self, trials: Mapping[str, tuple[int, str]]) -> Measured:
-        """Time the trials (rows, precision) in turn."""
-        passes = self._passes(self._model(), trials)
-        return self._in_turn(passes, MEASURE_S)
 
     def _in_turn(self, trials: Mapping[str, Trial], budget_s: float) -> Measured:
         """Return the best seconds of trials that take turns, over several rounds."""
@@ -133,28 +124,28 @@ class Trials:
         disagree = any(second > AGREEMENT * best for best, second in two_best)
         return Measured({name: min(seconds) for name, seconds in times.items()}, waited or disagree)
 
-    def _time_until_full(self, trials: Mapping[str, tuple[int, str]]) -> Measured:
-        """Time ever more rows while they fit in a GPU's memory with the optimizer's state."""
+    def _measure(self, trials: Mapping[str, tuple[int, str]]) -> Measured:
+        """Time the trials in turn; on a GPU one after another while its memory suffices."""
         best: Timings = {}
         provisional = False
         try:
-            model = self._model()
+            with self.device:
+                model = GPT(self.config).train()
+            passes = {name: partial(self._seconds, model, *trial) for name, trial in trials.items()}
+            if self.device.type != "cuda":
+                return self._in_turn(passes, MEASURE_S)
             reserve = self._memory_reserve(model)
-            for name, trial in self._passes(model, trials).items():
+            for name, trial in passes.items():
                 trial()  # kernels are loaded and chosen
                 measured = self._in_turn({name: trial}, 0)
                 best |= measured.seconds
                 provisional |= measured.provisional
             del reserve
         except RuntimeError as error:
-            if not is_oom_error(error):
+            if self.device.type != "cuda" or not is_oom_error(error):
                 raise
             log.debug("memory is full beyond %s rows", list(best))
         return Measured(best, provisional)
-
-    def _model(self) -> GPT:
-        with self.device:
-            return GPT(self.config).train()
 
     def _memory_reserve(self, model: GPT) -> torch.Tensor:
         """Return a tensor (N,) of the bytes that training needs and a trial does not."""
@@ -162,12 +153,6 @@ class Trials:
         total = torch.cuda.get_device_properties(self.device).total_memory
         n_bytes = BYTES_PER_PARAMETER * n_parameters + int(HEADROOM * total)
         return torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
-
-    def _passes(self, model: GPT, trials: Mapping[str, tuple[int, str]]) -> dict[str, Trial]:
-        def trial(rows: int, precision: str) -> Trial:
-            return lambda: self._seconds(model, rows, precision)
-
-        return {name: trial(*shape) for name, shape in trials.items()}
 
     def _seconds(self, model: GPT, rows: int, precision: str) -> float:
         """Time one forward and backward; gradients add up, as over the micro-batches of a step."""
