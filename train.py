@@ -188,8 +188,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         data.block_size, data.prepared = block_size, run.prepared
         if start is not None:
             start = with_special_tokens(start, data.special_tokens)
-        given = None if start is None else start.tokenizer
-        tokenizer = data.use_tokenizer(choose_tokenizer(config["tokenizer"], given))
+        tokenizer = data.use_tokenizer(choose_tokenizer(config["tokenizer"], start))
         if data.max_steps is not None:
             run.max_steps = min(run.max_steps, data.max_steps)
         if start is None:
@@ -198,7 +197,6 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
             model_config = start.config
 
         # How this machine runs it
-        run.check_corpus(data.fingerprint)
         settings = autotune_run(run, model_config, device, rows_per_rank)
         run.begin({"corpus": data.fingerprint, **settings.resolved()})
         torch.set_num_threads(settings.threads)

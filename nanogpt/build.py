@@ -157,12 +157,12 @@ def source_fingerprint(data: Any) -> str:
     return fingerprint
 
 
-def choose_tokenizer(node: Mapping[str, Any], given: Any) -> Any:
-    """Return the given tokenizer as a choice, the configured one where there is none."""
+def choose_tokenizer(node: Mapping[str, Any], start: Any) -> Any:
+    """Return the tokenizer of the checkpoint to start from as a choice, else the configured one."""
     from nanogpt.data.module import TokenizerChoice
 
-    if given is not None:
-        return TokenizerChoice.from_tokenizer(given)
+    if start is not None:
+        return TokenizerChoice.from_tokenizer(start.tokenizer)
     return TokenizerChoice(
         lambda documents: build(node, "tokenizer", documents=documents), tokenizer_key(node)
     )

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,21 +146,25 @@ def identity_differences(recorded: Mapping[str, Any], config: Mapping[str, Any])
     `auto` agrees with whatever it became when the run began. A record without a class or node that
     this version names agrees with the project's own.
     """
+    old, new = flatten(recorded), flatten(config)
     return [
-        line
-        for line in _differences(recorded, config, is_identity)
-        if not _is_new(line.partition(":")[0], recorded, flatten(config))
+        f"{key}: {old.get(key)!r} is recorded, {new.get(key)!r} is configured"
+        for key in sorted(old.keys() | new.keys())
+        if is_identity(key)
+        and old.get(key) != new.get(key)
+        and new.get(key) != "auto"
+        and not _is_new(key, old, new)
     ]
 
 
 def _is_new(key: str, recorded: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Return whether a record lacks a key because its version did."""
-    root = key.partition(".")[0]
-    if key in flatten(recorded):
+    """Return whether a flat record lacks a key because its version did."""
+    if key in recorded:
         return False
     if key.endswith("._target_"):
         return str(config[key]).startswith(OWN_PACKAGE)
-    return root in NEW_NODES and root not in recorded
+    root = key.partition(".")[0]
+    return root in NEW_NODES and not any(_under(other, root) for other in recorded)
 
 
 def check_continues(
@@ -210,21 +214,3 @@ def budget_steps(config: Mapping[str, Any]) -> int:
     if not budgets:
         raise ValueError("the run has no budget; pass max_steps=N or max_tokens=N")
     return int(min(budgets))
-
-
-def operational_differences(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """Return one line per key that may change between two starts of a run, and did."""
-    return _differences(
-        recorded, config, lambda key: not is_identity(key) and not _under(key, "resolved")
-    )
-
-
-def _differences(
-    recorded: Mapping[str, Any], config: Mapping[str, Any], counts: Callable[[str], bool]
-) -> list[str]:
-    old, new = flatten(recorded), flatten(config)
-    return [
-        f"{key}: {old.get(key)!r} is recorded, {new.get(key)!r} is configured"
-        for key in sorted(old.keys() | new.keys())
-        if counts(key) and old.get(key) != new.get(key) and new.get(key) != "auto"
-    ]

@@ -33,7 +33,6 @@ from nanogpt.runs.identity import (
     binding,
     budget_steps,
     check_continues,
-    operational_differences,
     upgrade,
 )
 from nanogpt.runs.log import log_to
@@ -138,16 +137,6 @@ class Run:
             self.started_from = {"path": path, "sha256": sha256}
         return start
 
-    def check_corpus(self, fingerprint: str) -> None:
-        """Raise ValueError where the corpus is not the one that the run began with."""
-        before = self.recorded.get("corpus", fingerprint)
-        if before != fingerprint:
-            raise ValueError(
-                f"{self.path} was trained on another corpus (fingerprint "
-                f"{before}, now {fingerprint}); restore the data, "
-                "pass name=<new name>, or resume=false overwrite=true"
-            )
-
     def begin(self, resolved: Mapping[str, Any]) -> None:
         """Write config.yaml with `resolved` in it, after removing a run that is replaced.
 
@@ -155,8 +144,13 @@ class Run:
         machine. Called on every rank. Raises ValueError where the corpus is not the one that the
         run began with.
         """
-        self.check_corpus(resolved["corpus"])
         is_new = not self.recorded
+        before, now = self.recorded.get("corpus", resolved["corpus"]), resolved["corpus"]
+        if before != now:
+            raise ValueError(
+                f"{self.path} was trained on another corpus (fingerprint {before}, now {now}); "
+                "restore the data, pass name=<new name>, or resume=false overwrite=true"
+            )
         self.recorded = on_rank_zero(lambda: self._begin(resolved))
         if is_new:
             log.info("%s: a new run", self.path)
@@ -250,8 +244,6 @@ class Run:
         same_source = self.source in (None, resolved.get("source", self.source))
         if summary is not None and same_source and old_max == self.max_steps:
             self.finished = summary if self.step in (0, summary["steps"]) else None
-        for line in operational_differences(recorded, config):
-            log.debug("changed: %s", line)
 
     def _newest_checkpoint(
         self, corpus: str, identities: list[str]

@@ -45,10 +45,8 @@ def count_devices(devices: int | str, accelerator: str) -> int:
     """
     kind = resolve_device(accelerator).type
     n_gpus = torch.cuda.device_count() if kind == "cuda" else 1
-    if devices == "auto":
+    if isinstance(devices, str):  # auto
         return n_gpus
-    if not isinstance(devices, int) or devices < 1:
-        raise ValueError(f"trainer.devices={devices!r} is neither auto nor a number of at least 1")
     most, what = (n_gpus, "GPUs") if kind == "cuda" else (max(2, os.cpu_count() or 1), "CPUs")
     if devices > most:
         raise ValueError(
