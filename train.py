@@ -55,7 +55,6 @@ from nanogpt.config import (
 )
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
-STOPPED_BY_SIGNAL = (130, 143)
 
 # Plain values that constructors of nodes receive where they name them.
 HANDED_OVER = ("seed", "stage", "data_dir", "tokens_per_step", "grad_clip")
@@ -100,7 +99,7 @@ def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
         if config["debug"] is True:
             raise
         is_usage = isinstance(error, ConfigurationError | OmegaConfBaseException)
-        failures.append(WRONG_USAGE if is_usage else FAILED)
+        failures.append(getattr(error, "exit_code", WRONG_USAGE if is_usage else FAILED))
         text = explain_failure(error)
         if isinstance(error, ConfigurationError):
             text = named_as_typed(text, config)
@@ -110,38 +109,10 @@ def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
 
 
 def start(config: dict[str, Any]) -> Mapping[str, Any]:
-    """Train a frozen job here, or in as many processes as configured; return its summary.
+    """Train a frozen job here, or in as many processes as configured; return its summary."""
+    from nanogpt.training.launch import run_on_ranks
 
-    Raises ValueError for devices that a job cannot have, RankZeroFailedError after a failure that
-    the ranks have printed.
-    """
-    from nanogpt.ranks import RankZeroFailedError, is_rank
-    from nanogpt.runs.directory import RunDirectory
-    from nanogpt.training.launch import count_devices, launch
-
-    trainer = config["trainer"]
-    if is_rank():
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise ValueError(
-                "torchrun cannot run a sweep (every rank would run all of it); "
-                "start it as python train.py -m ... trainer=ddp trainer.devices=N"
-            )
-        return train(config)
-    if trainer["num_nodes"] > 1:
-        raise ValueError(
-            f"trainer.num_nodes={trainer['num_nodes']} needs torchrun on every node: "
-            f"torchrun --nnodes={trainer['num_nodes']} --nproc_per_node=GPUS train.py ..."
-        )
-    n_processes = count_devices(trainer["devices"], trainer["accelerator"])
-    if n_processes == 1:
-        return train(config)
-    code = launch(config, n_processes)
-    if code in STOPPED_BY_SIGNAL:
-        raise SystemExit(code)
-    if code:
-        failures.append(code)
-        raise RankZeroFailedError
-    return RunDirectory.from_config(config).summary() or {}
+    return run_on_ranks(config, train, is_sweep=HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
@@ -158,8 +129,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     from nanogpt.training import summary
     from nanogpt.training.autotune import autotune_run
     from nanogpt.training.launch import resolve_device
-    from nanogpt.training.logs import quieten_lightning
-    from nanogpt.training.trainer import build_trainer, fit
+    from nanogpt.training.trainer import build_trainer, fit, quieten_lightning
 
     quieten_lightning()
     check_nodes(config, budget_steps(config))

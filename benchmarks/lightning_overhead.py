@@ -33,9 +33,9 @@ from nanogpt.training.callbacks import StopSignals
 from nanogpt.training.checkpointing import AtomicCheckpointIO, Checkpointing
 from nanogpt.training.language_model import LanguageModel
 from nanogpt.training.loggers import MetricsLogger
-from nanogpt.training.logs import quieten_lightning
 from nanogpt.training.machine import machine_id
 from nanogpt.training.progress import Progress
+from nanogpt.training.trainer import quieten_lightning
 
 SHAPES = {
     # nanoGPT's documented CPU run

@@ -46,6 +46,14 @@ class RankZeroFailedError(RuntimeError):
     """Rank zero failed and reports why; the other ranks exit silently."""
 
 
+class RanksFailedError(RankZeroFailedError):
+    """Ranks that this process launched failed with an exit code, and have reported why."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"exit code {exit_code}")
+        self.exit_code = exit_code
+
+
 def is_rank() -> bool:
     """Return whether torchrun, or `launch`, started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ

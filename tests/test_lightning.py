@@ -22,7 +22,7 @@ from nanogpt.training.callbacks import Samples, StopSignals
 from nanogpt.training.checkpointing import AtomicCheckpointIO, Checkpointing
 from nanogpt.training.language_model import LanguageModel
 from nanogpt.training.loggers import MetricsLogger
-from nanogpt.training.logs import quieten_lightning
+from nanogpt.training.trainer import quieten_lightning
 
 TOKENIZER = byte_tokenizer()
 CONFIG = GPTConfig(

@@ -6,14 +6,17 @@ Lightning's own subprocess launcher is never used: it would run a sweep once mor
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from nanogpt.ranks import Ranks, launch_ranks
+from nanogpt.ranks import Ranks, RanksFailedError, is_rank, launch_ranks
+from nanogpt.runs.directory import RunDirectory
+
+STOPPED_BY_SIGNAL = (130, 143)
 
 
 def resolve_device(accelerator: str) -> torch.device:
@@ -53,6 +56,41 @@ def count_devices(devices: int | str, accelerator: str) -> int:
             f"trainer.devices={devices} but this machine has {most} {what}; pass at most {most}"
         )
     return devices
+
+
+def run_on_ranks(
+    config: dict[str, Any],
+    train: Callable[[dict[str, Any]], Mapping[str, Any]],
+    *,
+    is_sweep: bool = False,
+) -> Mapping[str, Any]:
+    """Train on this rank, or on as many ranks as configured; return the run's summary.
+
+    Raises ValueError for ranks that cannot be started from here, RanksFailedError after a failure
+    that the ranks have reported, SystemExit after a signal.
+    """
+    trainer = config["trainer"]
+    if is_rank():
+        if is_sweep:
+            raise ValueError(
+                "torchrun cannot run a sweep (every rank would run all of it); "
+                "start it as python train.py -m ... trainer=ddp trainer.devices=N"
+            )
+        return train(config)
+    if trainer["num_nodes"] > 1:
+        raise ValueError(
+            f"trainer.num_nodes={trainer['num_nodes']} needs torchrun on every node: "
+            f"torchrun --nnodes={trainer['num_nodes']} --nproc_per_node=GPUS train.py ..."
+        )
+    n_processes = count_devices(trainer["devices"], trainer["accelerator"])
+    if n_processes == 1:
+        return train(config)
+    code = launch(config, n_processes)
+    if code in STOPPED_BY_SIGNAL:
+        raise SystemExit(code)
+    if code:
+        raise RanksFailedError(code)
+    return RunDirectory.from_config(config).summary() or {}
 
 
 def launch(config: Mapping[str, Any], n_processes: int) -> int:
