@@ -132,7 +132,8 @@ def _write_language_model(checkpoint: Checkpoint, directory: Path) -> None:
     Generation ends with `<|endoftext|>`, or with the template's end of a reply.
     """
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    jinja, ends = None, tokenizer.eot_id
+    jinja: str | None = None
+    ends: int | list[int] = tokenizer.eot_id
     if checkpoint.template is not None:
         template = find_template(checkpoint.template)
         jinja, ends = template.jinja(), template.stop_ids(tokenizer)

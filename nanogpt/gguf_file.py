@@ -5,7 +5,6 @@ Keys: ggml-org/ggml, docs/gguf.md.
 
 import importlib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,9 +27,19 @@ def write_gguf(checkpoint: Checkpoint, path: Path, dtype: str = "f32") -> None:
     are. Raises ModuleNotFoundError where the package gguf is missing, and ValueError for a
     tokenizer with a pattern of its own: the file can only name a pattern that llama.cpp knows.
     """
-    gguf = _gguf()
-    _check_pattern(checkpoint)
-    config = checkpoint.config
+    try:
+        gguf: Any = importlib.import_module("gguf")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "--format gguf needs the package gguf, which is not installed; pip install -e '.[gguf]'"
+        ) from error
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    if tokenizer.pattern not in KNOWN_PATTERNS:
+        raise ValueError(
+            f"{checkpoint.path} has the tokenizer {tokenizer.name}, which cuts texts by a pattern "
+            f"that no reader of GGUF knows; pass --format hf, or train with tokenizer=gpt2 or "
+            f"tokenizer=byte"
+        )
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
@@ -40,7 +49,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path, dtype: str = "f32") -> None:
     writer.add_layer_norm_eps(NORM_EPSILON)
     half = dtype == "f16"
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
-    _add_tokenizer(writer, checkpoint.tokenizer)
+    _add_tokenizer(writer, tokenizer, gguf.TokenType)
     if checkpoint.template is not None:
         writer.add_chat_template(find_template(checkpoint.template).jinja())
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
@@ -54,27 +63,8 @@ def write_gguf(checkpoint: Checkpoint, path: Path, dtype: str = "f32") -> None:
     writer.close()
 
 
-def _gguf() -> ModuleType:
-    try:
-        return importlib.import_module("gguf")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "--format gguf needs the package gguf, which is not installed; pip install -e '.[gguf]'"
-        ) from error
-
-
-def _check_pattern(checkpoint: Checkpoint) -> None:
-    if checkpoint.tokenizer.pattern not in KNOWN_PATTERNS:
-        raise ValueError(
-            f"{checkpoint.path} has the tokenizer {checkpoint.tokenizer.name}, which cuts texts by "
-            f"a pattern that no reader of GGUF knows; pass --format hf, or train with "
-            f"tokenizer=gpt2 or tokenizer=byte"
-        )
-
-
-def _add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
+def _add_tokenizer(writer: Any, tokenizer: Tokenizer, types: Any) -> None:
     """Add the tokens, and whether a text begins with one of them."""
-    types = _gguf().TokenType
     n_special = len(tokenizer.special_tokens)
     n_ordinary = tokenizer.vocab_size - n_special
     merges = [f"{spell(a)} {spell(b)}" for a, b in merges_of(tokenizer)]
