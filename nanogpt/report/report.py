@@ -68,12 +68,10 @@ class RunFiles:
         self.log = _read(_text, files.log_path, "").splitlines()
         self.evaluations = read_evaluations(run_dir)
 
-    def value(self, key: str, column: str | None = None) -> float | None:
-        """Return a value of the summary or, for an unfinished run, the last of a metrics column."""
-        value = self.summary.get(key)
-        if value is None and self.metrics.get(column or key):
-            value = self.metrics[column or key][-1][1]
-        return value
+    def value(self, name: str) -> float | None:
+        """Return a metric of the summary or, for an unfinished run, its last one."""
+        value = self.summary.get(name.replace("/", "_"))
+        return self.metrics[name][-1][1] if value is None and self.metrics.get(name) else value
 
     @property
     def last_step(self) -> int:
@@ -156,7 +154,7 @@ def tiles(run: RunFiles) -> list[tuple[str, str, str]]:
         return "" if value is None else text.format(form(value))
 
     value, decimals, whole = run.value, "{:.4f}".format, "{:,.0f}".format
-    bits, gzip = value("val_bits_per_byte", "val/bits_per_byte"), value("gzip_bits_per_byte")
+    bits, gzip = value("val/bits_per_byte"), value("gzip_bits_per_byte")
     tokens, n_params, steps = value("tokens"), value("n_params"), run.steps
     best = against_gzip = per_step = ""
     if points := run.metrics.get("val/loss"):
@@ -172,7 +170,7 @@ def tiles(run: RunFiles) -> list[tuple[str, str, str]]:
     mfu = note("MFU {}", format_percent, value("mfu") or None)
     found: list[tuple[str, Callable[[float], str], float | None, str]] = [
         ("Test accuracy", _percent, value("test_accuracy"), macro_f1),
-        ("Validation loss", decimals, value("val_loss", "val/loss"), best),
+        ("Validation loss", decimals, value("val/loss"), best),
         ("Bits per byte", decimals, bits, against_gzip),
         ("Tokens", format_number, tokens, per_step),
         ("Time", format_duration, value("wall_s"), training),
