@@ -188,6 +188,8 @@ def _with_logprobs(logits: Tensor, tokens: Tensor, draws: list[Draw]) -> list[To
     chosen = [Tokens(d.request_id, [token]) for d, token in zip(draws, ids, strict=True)]
     if rows := [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]:
         own, n_top = [ids[i] for i in rows], [draws[i].params.logprobs or 0 for i in rows]
-        for i, found in zip(rows, log_probabilities(logits[rows], own, n_top), strict=True):
-            chosen[i].logprobs, chosen[i].top_ids, chosen[i].top_logprobs = ([x] for x in found)
+        found = log_probabilities(logits[rows], own, n_top)
+        for i, (value, top_ids, top) in zip(rows, found, strict=True):
+            message = chosen[i]
+            message.logprobs, message.top_ids, message.top_logprobs = [value], [top_ids], [top]
     return chosen
