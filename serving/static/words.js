@@ -138,7 +138,7 @@ const WORDS = {
   "is.cut": ["The connection was lost.", "连接已中断。"],
 
   params: ["{n} parameters", "参数量 {n}"],
-  contextIs: ["context length {n}", "上下文长度 {n}"],
+  contextIs: ["context {n}", "上下文 {n}"],
   stepIs: ["step {n}", "第 {n} 步"],
   noRuns: ["No runs yet; run python train.py to start one.", "还没有训练记录：运行 python train.py 开始训练。"],
   runsTitle: ["Runs", "训练记录"],
