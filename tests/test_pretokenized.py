@@ -158,7 +158,7 @@ def test_another_tokenizer_than_the_recorded_one_is_refused(tmp_path: Path) -> N
     other: Any = SimpleNamespace(name="gpt2", fingerprint="other", vocab_size=50257)
     with pytest.raises(
         ValueError,
-        match=r"was tokenized with bpe-4096 and the command says gpt2; pass tokenizer=bpe",
+        match=r"was tokenized with bpe-4096 and not with gpt2; pass tokenizer=bpe",
     ):
         TokenShards(tmp_path).open(other, "gpt2")
 

@@ -210,9 +210,8 @@ class CorpusDataModule(RowsDataModule):
         Raises ValueError where the text is shorter than one row.
         """
         self.corpus = corpus = find_corpus(self.data_dir, self.prepared) or self._prepare(choice)
-        if splits := corpus.manifest.get("splits"):
-            train, val = (f"{splits[name]['tokens']:,}" for name in ("train", "val"))
-            log.info("data %s: %s training and %s validation tokens", corpus.directory, train, val)
+        counts = (f"{len(tokens):,}" for tokens in (corpus.train, corpus.val))
+        log.info("data %s: %s training and %s validation tokens", corpus.directory, *counts)
         needs = (("training", corpus.train, self.block_size + 1), ("validation", corpus.val, 2))
         for name, tokens, needed in needs:
             if len(tokens) < needed:

@@ -1,8 +1,8 @@
-"""The order of the data: which row stands at which position, as a pure function.
+"""The order of the data: the row at each position, as a pure function.
 
 Training is an endless sequence of rows, pass after pass over the corpus, each pass in an order of
 its own. Nothing is stored or advanced: position -> row is computed from (seed, corpus, pass) by a
-Feistel network, so any process can ask for any step, in constant memory, and all agree.
+Feistel network, so any process computes any step, in constant memory, and all agree.
 """
 
 import hashlib

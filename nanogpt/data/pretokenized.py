@@ -184,7 +184,7 @@ def _open_prepared(root: Path, tokenizer: Tokenizer | None, tokenizer_key: str) 
         kind, _, vocab_size = key.partition("-")
         size = f" tokenizer.vocab_size={vocab_size}" if vocab_size else ""
         raise ValueError(
-            f"{root} was tokenized with {key} and the command says {tokenizer_key}; "
+            f"{root} was tokenized with {key} and not with {tokenizer_key}; "
             f"pass tokenizer={kind}{size}"
         )
     return corpus
