@@ -169,12 +169,17 @@ def test_a_task_gets_the_options_that_it_names_or_all_of_them() -> None:
     def own(checkpoint: Checkpoint, limit: int) -> dict[str, float]:
         return {}
 
-    def everything(checkpoint: Checkpoint, options: Namespace) -> dict[str, float]:
+    def everything(checkpoint: Checkpoint, options: Namespace, own: int = 3) -> dict[str, float]:
         return {}
 
-    options = Namespace(limit=2, stride=None)
+    def unknown(checkpoint: Checkpoint, limit: int, size: int) -> dict[str, float]:
+        return {}
+
+    options = Namespace(task="mine", limit=2, stride=None)
     assert task_options(own, options) == {"limit": 2}
     assert task_options(everything, options) == {"options": options}
+    with pytest.raises(ValueError, match="--task mine: its parameter size is no option"):
+        task_options(unknown, options)
 
 
 def test_no_data_says_what_to_pass(always_ham: Path, capsys: pytest.CaptureFixture[str]) -> None:

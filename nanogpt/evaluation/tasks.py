@@ -1,8 +1,7 @@
 """The tasks of `python -m nanogpt.evaluate`: functions from a checkpoint to metrics.
 
-The parameters of a task after the checkpoint are the options of the command that it reads, those
-without None are required; a task whose only other parameter is no option, such as `options`, gets
-all of them.
+The parameters of a task after the checkpoint are the options of the command that it reads; those
+without None are required. A first one that is no option, such as `options`, is all of them.
 """
 
 import gzip
@@ -269,16 +268,23 @@ def find_task(name: str) -> Task:
 def task_options(task: Task, options: Namespace) -> dict[str, Any]:
     """Return the options of the command that a task reads, by the names of its parameters.
 
-    Raises ValueError where a required one is missing.
+    Raises ValueError for a missing one that is required, and for a parameter that is no option.
     """
     _, *parameters = inspect.signature(task).parameters.values()
-    if [hasattr(options, p.name) for p in parameters] == [False]:
-        return {parameters[0].name: options}
+    read: dict[str, Any] = {}
     for p in parameters:
-        if getattr(options, p.name) is None and "None" not in str(p.annotation):
+        value = getattr(options, p.name, None)
+        if not hasattr(options, p.name):
+            if p is parameters[0]:
+                read[p.name] = options
+            elif p.default is p.empty:
+                raise ValueError(f"--task {options.task}: its parameter {p.name} is no option")
+        elif value is None and "None" not in str(p.annotation):
             option, (line, *_) = p.name.replace("_", "-"), (task.__doc__ or "").splitlines() or [""]
             raise ValueError(f"--task {options.task} needs --{option} ({line})")
-    return {p.name: getattr(options, p.name) for p in parameters}
+        else:
+            read[p.name] = value
+    return read
 
 
 def benchmark_path(benchmark: Benchmark, data: Path | None, data_dir: Path) -> Path:
