@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nanogpt.runs.directory import RunDirectory, RunLock
+from nanogpt.runs.directory import RunDirectory, lock_run
 from nanogpt.runs.identity import (
     binding,
     check_continues,
@@ -174,19 +174,19 @@ def test_overwriting_removes_nothing_that_the_run_did_not_write(tmp_path: Path) 
 
 
 def test_a_second_process_is_refused_by_one_sentence(tmp_path: Path) -> None:
-    with RunLock(tmp_path), pytest.raises(ValueError, match="in use by another process"):
-        RunLock(tmp_path).__enter__()
+    with lock_run(tmp_path), pytest.raises(ValueError, match="in use by another process"):
+        lock_run(tmp_path).__enter__()
 
 
 def test_the_lock_is_free_again_after_the_block(tmp_path: Path) -> None:
-    with RunLock(tmp_path):
+    with lock_run(tmp_path):
         pass
-    with RunLock(tmp_path):
+    with lock_run(tmp_path):
         pass
 
 
 def _hold_with_forked_child(directory: Path, child_pid: "multiprocessing.Queue[int]") -> None:
-    with RunLock(directory):
+    with lock_run(directory):
         forked, in_child = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -207,7 +207,7 @@ def test_an_orphaned_worker_does_not_keep_the_lock(tmp_path: Path) -> None:
     try:
         holder.kill()
         holder.join()
-        with RunLock(tmp_path):
+        with lock_run(tmp_path):
             pass
     finally:
         os.kill(orphan, signal.SIGKILL)
@@ -218,9 +218,9 @@ def test_clearing_removes_the_old_run_and_keeps_the_lock(tmp_path: Path) -> None
     run.create()
     run.last_checkpoint.write_text("old")
     run.metrics_path.write_text("old")
-    with RunLock(tmp_path):
+    with lock_run(tmp_path):
         run.clear()
         with pytest.raises(ValueError, match="in use"):
-            RunLock(tmp_path).__enter__()
+            lock_run(tmp_path).__enter__()
     assert not run.has_begun
     assert not run.metrics_path.exists()

@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -295,42 +295,34 @@ def cut_samples(path: Path, step: int) -> None:
             return
 
 
-class RunLock:
-    """One process (group) per run: a lock on a file that the kernel releases when its holder dies.
+@contextlib.contextmanager
+def lock_run(run_dir: Path) -> Iterator[None]:
+    """Hold a run's lock, which the kernel releases when its holder dies.
 
-    Forked children (data workers) close their copy, so an orphan never keeps the run locked.
+    Forked children (data workers) close their copy, so an orphan never keeps the run locked. Raises
+    ValueError where another process holds it.
     """
+    handles = [os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)]
 
-    FILE_NAME = ".lock"
+    def close() -> None:
+        while handles:
+            os.close(handles.pop())
 
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / self.FILE_NAME
-        self._handle: int | None = None
-
-    def __enter__(self) -> "RunLock":
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _lock(handle)
-        except OSError as error:
-            os.close(handle)
-            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                raise
-            raise ValueError(
-                f"{self._path.parent} is in use by another process; "
-                "wait for it, or pass name=<new name>"
-            ) from error
-        self._handle = handle
+    try:
+        _lock(handles[0])
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._close)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+            os.register_at_fork(after_in_child=close)
+    except OSError as error:
+        close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise
+        raise ValueError(
+            f"{run_dir} is in use by another process; wait for it, or pass name=<new name>"
+        ) from error
+    try:
+        yield
+    finally:
+        close()
 
 
 if os.name == "nt":

@@ -28,7 +28,7 @@ from nanogpt.disk import link_atomically
 from nanogpt.model import GPTConfig
 from nanogpt.prompts import Template
 from nanogpt.ranks import Ranks, join, leave_with_launcher, on_rank_zero
-from nanogpt.runs.directory import NEW_OR_ANEW, RunDirectory, RunLock, cut_samples, reached
+from nanogpt.runs.directory import NEW_OR_ANEW, RunDirectory, cut_samples, lock_run, reached
 from nanogpt.runs.identity import (
     binding,
     budget_steps,
@@ -191,7 +191,8 @@ class Run:
 
     def restore_last(self) -> None:
         """Link the newest intact checkpoint as `last.ckpt`, where that is missing or damaged."""
-        if self.checkpoint not in (None, last := self.files.last_checkpoint):
+        last = self.files.last_checkpoint
+        if self.checkpoint is not None and self.checkpoint != last:
             link_atomically(self.checkpoint, last)
 
     def log_state(self) -> None:
@@ -317,7 +318,7 @@ def _open(
     missing = [path for path in (files.path, *files.path.parents) if not path.exists()]
     try:
         files.create()
-        stack.enter_context(RunLock(files.path))
+        stack.enter_context(lock_run(files.path))
     except OSError as error:
         raise OSError(
             f"{files.path} cannot be written ({error.strerror}); pass another runs_dir"
