@@ -117,13 +117,10 @@ class Engine:
         """Begin what waits for a model, let every model compute once, and emit the events."""
         self._begin_waiting()
         for runner in list(self.runners.values()):
-            entry = self.registry.get(runner.id)
-            if (
-                entry
-                and entry.revision != runner.revision
-                and entry.key not in self.registry.failures
-            ):
-                self._load(entry)
+            newest = self.registry.get(runner.id)
+            is_newer = newest is not None and newest.revision != runner.revision
+            if newest and is_newer and newest.key not in self.registry.failures:
+                self._load(newest)
         for runner in self._all_runners():
             self._events += runner.step()
             self._beat()
@@ -145,10 +142,7 @@ class Engine:
         elif isinstance(message, Computation | Describe):
             self.counters.requests += 1
             with self._refusing(client, message):
-                if self._drain_until is not None:
-                    raise EngineError("unavailable", "The engine is shutting down.")
-                if isinstance(message, Computation):
-                    self._check_queue(message.key)
+                self._check_queue(message)
                 self._begin(client, message)
 
     def leave(self, client: object) -> None:
@@ -196,19 +190,21 @@ class Engine:
             error=self.registry.failures.get(entry.key, (0.0, ""))[1],
         )
 
-    def _check_queue(self, key: str) -> None:
-        """Refuse another request of a key that has its share of a full queue.
+    def _check_queue(self, request: Computation | Describe) -> None:
+        """Refuse requests while draining, and those of a key that has its share of a full queue.
 
         Each key that waits has an equal share; one that is alone has all.
         """
+        if self._drain_until is not None:
+            raise EngineError("unavailable", "The engine is shutting down.")
         n_queued = sum(runner.scheduler.n_queued for runner in self._all_runners())
         n_queued += len(self._waiting)
-        if n_queued < self.settings.max_queue:
+        if isinstance(request, Describe) or n_queued < self.settings.max_queue:
             return
         keys = Counter(r.key for _, r in self._waiting if isinstance(r, Computation))
         for runner in self._all_runners():
             keys.update(s.request.key for s in runner.scheduler.waiting)
-        if keys[key] >= max(1, self.settings.max_queue // len({*keys, key})):
+        if keys[request.key] >= max(1, self.settings.max_queue // len({*keys, request.key})):
             raise EngineError("overloaded", f"The queue is full ({n_queued} requests wait).")
 
     def _begin(self, client: object, request: Computation | Describe) -> None:
