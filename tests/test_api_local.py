@@ -186,7 +186,7 @@ async def _status(settings: ApiSettings, server: tuple[str, int | None]) -> int:
         "path": "/v1/models",
         "headers": [(b"host", b"localhost")],
         "server": server,
-        "state": {"request_id": "test"},
+        "state": {"request_id": "test", "status": 0},
     }
     statuses: list[int] = []
 

@@ -42,23 +42,16 @@ class Admission:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = False
-
-        async def note_start(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
         try:
             if scope["method"] == "POST":
-                await self._admit(scope, receive, note_start)
+                await self._admit(scope, receive, send)
             else:
                 scope["state"]["key"] = authenticate(scope, self.settings, self.keys)
                 app = Response(None, 204) if scope["method"] == "OPTIONS" else self.app
-                await app(scope, receive, note_start)
+                await app(scope, receive, send)
         except Exception as error:
             answer = errors.from_exception(error, scope["state"]["request_id"])
-            if not started:
+            if not scope["state"]["status"]:  # the answer has not begun
                 page = key_page(scope, answer.status)
                 await (page or answer.response())(scope, receive, send)
 

@@ -39,15 +39,14 @@ class RequestLog:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _SANE_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         state = scope.setdefault("state", {})
-        status, began = 0, time.monotonic()
-        state.update(request_id=request_id, key="", log={}, arrived=began)
+        began = time.monotonic()
+        state.update(request_id=request_id, key="", log={}, arrived=began, status=0)
         if connection := state.get("connection"):
             connection.request_started(request_id)
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                state["status"] = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers.setdefault("Cache-Control", "no-store")
@@ -59,22 +58,22 @@ class RequestLog:
             ):
                 connection.request_ended()
 
-        self.metrics.open.inc()
         try:
-            await self.app(scope, receive, send_with_id)
+            with self.metrics.open.track_inprogress():
+                await self.app(scope, receive, send_with_id)
         finally:
-            self.metrics.open.dec()
             seconds = time.monotonic() - began
             route = getattr(scope.get("route"), "path", "unknown")  # there are only so many
             if state.get("is_overload"):
                 self._log_overload()
                 route = "refused"
             else:
-                self._log(scope, status, seconds)
-            self.metrics.count(scope["method"], route, status, seconds)
+                self._log(scope, seconds)
+            self.metrics.count(scope["method"], route, state["status"], seconds)
 
-    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+    def _log(self, scope: Scope, seconds: float) -> None:
         state, method, path = scope["state"], scope["method"], scope["path"][:200]
+        status = state["status"]
         fields = {
             "request_id": state["request_id"],
             "method": method,
