@@ -1,7 +1,6 @@
 """A text has the same token ids wherever a model reads it."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,15 +42,15 @@ def checkpoint(tokenizer: Tokenizer, folder: Path) -> str:
     return str(folder / "a.ckpt")
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[Ids]:
-    """Replace a module's `generate`; return what it will be called with."""
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Ids]:
+    """Replace `generate`; return the prompts that it will be called with."""
     read: list[Ids] = []
 
     def nothing(model: GPT, ids: Ids, **options: Any) -> Iterator[int]:
         read.append(ids)
         return iter(())
 
-    monkeypatch.setattr(module, "generate", nothing)
+    monkeypatch.setattr("nanogpt.generation.generate", nothing)
     return read
 
 
@@ -86,7 +85,7 @@ def by_predict(tokenizer: Tokenizer, text: str, folder: Path, _: Any) -> Ids:
 def by_generate(
     tokenizer: Tokenizer, text: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Ids:
-    read = recorded(monkeypatch, sys.modules["nanogpt.generate"])
+    read = recorded(monkeypatch)
     assert generate([checkpoint(tokenizer, folder), "--prompt", text]) == 0
     return read[0]
 
@@ -94,7 +93,7 @@ def by_generate(
 def by_samples(
     tokenizer: Tokenizer, text: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Ids:
-    read = recorded(monkeypatch, callbacks)
+    read = recorded(monkeypatch)
     options: Any = {"max_new_tokens": 1, "temperature": 0.0, "top_k": None, "seed": 0}
     samples = callbacks.Samples(folder, every_n_steps=1, prompts=[text], **options)
     module: Any = SimpleNamespace(model=None, tokenizer=tokenizer, template=None)
@@ -112,7 +111,7 @@ def by_harness(tokenizer: Tokenizer, text: str, folder: Path, monkeypatch: Any) 
     pytest.importorskip("lm_eval", reason='needs the extra: pip install -e ".[eval]"')
     from nanogpt.evaluation import harness
 
-    read = recorded(monkeypatch, harness)
+    read = recorded(monkeypatch)
     model = harness.HarnessModel(load_checkpoint(checkpoint(tokenizer, folder)))
     model.generate_until([SimpleNamespace(args=(text, {}))])
     if text:
