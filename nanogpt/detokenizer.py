@@ -60,14 +60,15 @@ class Detokenizer:
 
     def _emit(self, text: str, *, final: bool = False) -> str:
         """Return the text before a stop string, or before what may become one."""
-        text = self._held + text
-        found = [start for stop in self._stops if (start := text.find(stop)) >= 0]
-        self.stopped = bool(found)
-        n_held = 0 if final else max((_overlap(text, stop) for stop in self._stops), default=0)
-        end = min(found, default=len(text) - n_held)
-        self._held = "" if self.stopped else text[end:]
-        self._length += end
-        return text[:end]
+        if self._stops:
+            text = self._held + text
+            found = [start for stop in self._stops if (start := text.find(stop)) >= 0]
+            self.stopped = bool(found)
+            n_held = 0 if final else max(_overlap(text, stop) for stop in self._stops)
+            end = min(found, default=len(text) - n_held)
+            text, self._held = text[:end], "" if self.stopped else text[end:]
+        self._length += len(text)
+        return text
 
 
 def _overlap(text: str, stop: str) -> int:

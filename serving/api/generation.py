@@ -100,8 +100,8 @@ class Choice:
         if detokenizer.stopped:
             piece.finish_reason = "stop"
         self.finish_reason = piece.finish_reason
-        n_emitted = len(self._pending) - (detokenizer.n_tokens - detokenizer.n_emitted)
-        if n_emitted > 0:
+        if self._pending:
+            n_emitted = len(self._pending) - (detokenizer.n_tokens - detokenizer.n_emitted)
             piece.tokens += self._pending[:n_emitted]
             del self._pending[:n_emitted]
         return piece
