@@ -21,7 +21,6 @@ from serving.engine.messages import Settings
 from serving.logs import configure
 
 APP = "serving.app:create_app"
-BACKLOG = 2048  # connections that may wait to be accepted
 SLOW_START_S = 60  # a front end that answers its parent so late is not dead but busy
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
@@ -77,7 +76,7 @@ def listen(settings: ApiSettings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     address = (settings.host, settings.port)
     try:
-        listening = socket.create_server(address, family=family, backlog=BACKLOG)
+        listening = socket.create_server(address, family=family)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise OSError(
@@ -106,10 +105,7 @@ def run(settings: ApiSettings, listening: socket.socket) -> None:
     config = uvicorn.Config(
         APP,
         factory=True,
-        host=settings.host,
-        port=settings.port,
         workers=settings.workers,
-        backlog=BACKLOG,
         http=Connection,
         ws="none",
         log_config=None,
