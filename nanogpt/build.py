@@ -60,9 +60,7 @@ def build(node: Any, where: str, /, **live: Any) -> Any:
     >>> build({"_target_": "pathlib.Path"}, "data")
     PosixPath('.')
     """
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ConfigurationError(f"{where} has no _target_; give it the class's import path")
-    target = locate(node["_target_"], f"{where}._target_={node['_target_']}")
+    target = _target(node, where)
     if node.get("_recursive_", True):
         node = {key: _nested(value, f"{where}.{key}", live) for key, value in node.items()}
     arguments = node.get("_args_", [])
@@ -269,10 +267,14 @@ def _bind(
 
 def parameters(node: Mapping[str, Any], where: str) -> tuple[Callable[..., Any], list[str]]:
     """Return the callable of a node and the names of its arguments. Raises ConfigurationError."""
-    if "_target_" not in node:
-        raise ConfigurationError(f"{where} has no _target_; give it the class's import path")
-    target = locate(node["_target_"], f"{where}._target_={node['_target_']}")
+    target = _target(node, where)
     return target, [p.name for p in _parameters(target) if p.kind is not p.VAR_KEYWORD]
+
+
+def _target(node: Any, where: str) -> Callable[..., Any]:
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ConfigurationError(f"{where} has no _target_; give it the class's import path")
+    return locate(node["_target_"], f"{where}._target_={node['_target_']}")
 
 
 def unknown_argument(where: str, key: str, known: Iterable[str], name: str) -> "ConfigurationError":

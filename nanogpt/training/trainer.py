@@ -125,7 +125,7 @@ def fit(
             if part is failed:
                 what = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 raise CallbackError(
-                    f"{name} failed at step {trainer.global_step}: {what}; mend it, and the same "
+                    f"{name} failed at step {trainer.global_step}: {what}; fix it, and the same "
                     "command continues from the last checkpoint, if there is one"
                 ) from error
         raise
