@@ -56,7 +56,13 @@ def fetch_pretrained(name: str, data_dir: str | PathLike[str]) -> Path:
     directory = Path(data_dir) / "weights" / name
     if _unreadable(directory):
         _fetch(name, directory)
-    _check_shape(name, expected, directory)
+    found = _read_config(directory)
+    for key in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
+        if getattr(found, key) != getattr(expected, key):
+            raise ValueError(
+                f"{directory} has {key}={getattr(found, key)} but {name} has "
+                f"{getattr(expected, key)}; remove the directory, or pass another data_dir"
+            )
     return directory
 
 
@@ -134,16 +140,6 @@ def _fetch(name: str, directory: Path) -> None:
                 (directory / file).unlink(missing_ok=True)
                 log.info("fetching %s of %s into %s", file, repository, directory)
                 hf_hub_download(repository, file, local_dir=directory)
-
-
-def _check_shape(name: str, expected: GPTConfig, directory: Path) -> None:
-    found = _read_config(directory)
-    for key in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
-        if getattr(found, key) != getattr(expected, key):
-            raise ValueError(
-                f"{directory} has {key}={getattr(found, key)} but {name} has "
-                f"{getattr(expected, key)}; remove the directory, or pass another data_dir"
-            )
 
 
 def _read_config(directory: Path) -> GPTConfig:

@@ -167,7 +167,10 @@ def _from_library(library: "Library") -> Tokenizer:
     if not pattern and tokens != [*BYTES]:
         raise ValueError("does not cut texts into words")
     bos_token = _bos_token(content["post_processor"] or {})
-    is_gpt2 = bos_token is None and _is_gpt2(tokens, pattern)
+    is_gpt2 = False
+    if bos_token is None and len(tokens) == GPT2_VOCAB_SIZE - 1:  # whatever its special tokens are
+        plain = BytePairTokenizer("gpt2", pattern, tokens, [END_OF_TEXT])
+        is_gpt2 = plain.fingerprint == GPT2_FINGERPRINT
     kind = "bpe" if pattern else "byte"
     tokenizer = from_record(
         {
@@ -182,13 +185,6 @@ def _from_library(library: "Library") -> Tokenizer:
     if not is_gpt2 and [(spell(a), spell(b)) for a, b in merges_of(tokenizer)] != merges:
         raise ValueError("does not merge in the order of its ids")
     return tokenizer
-
-
-def _is_gpt2(tokens: list[bytes], pattern: str) -> bool:
-    """Whether a table is GPT-2's, whatever its special tokens are."""
-    if len(tokens) != GPT2_VOCAB_SIZE - 1:
-        return False
-    return BytePairTokenizer("gpt2", pattern, tokens, [END_OF_TEXT]).fingerprint == GPT2_FINGERPRINT
 
 
 def _pattern(pre_tokenizer: Mapping[str, Any]) -> str:

@@ -53,14 +53,10 @@ def explain(error: ValidationError, where: str = "") -> str:
         return f"there is no key {key}"
     if errors[0]["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key} must be given"
-    reasons = dict.fromkeys(_reason(e["msg"]) for e in errors if e["loc"][:1] == first)
+    reasons = " or ".join(dict.fromkeys(e["msg"] for e in errors if e["loc"][:1] == first))
+    for theirs, ours in WORDS.items():
+        reasons = reasons.replace(theirs, ours)
     short = Repr()  # a value may be nested, or its parts shared, without end
     short.maxstring = short.maxother = 200
     found = " ".join(short.repr(value).split())  # a tensor has lines
-    return f"{key}={found} should be {' or '.join(reasons)}"[:500]
-
-
-def _reason(message: str) -> str:
-    for theirs, ours in WORDS.items():
-        message = message.replace(theirs, ours)
-    return message
+    return f"{key}={found} should be {reasons}"[:500]
