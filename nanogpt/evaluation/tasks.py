@@ -235,9 +235,13 @@ def run_harness(
     from nanogpt.evaluation.harness import evaluate
 
     check_language_model(checkpoint)
-    names = harness_tasks.split(",")
-    more = {"include_path": include_path, "limit": limit, "batch_size": batch_size}
-    return evaluate(checkpoint, names, **more)
+    return evaluate(
+        checkpoint,
+        harness_tasks.split(","),
+        include_path=include_path,
+        limit=limit,
+        batch_size=batch_size,
+    )
 
 
 TASKS: dict[str, Task] = {

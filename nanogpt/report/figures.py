@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -176,9 +176,15 @@ def _paint_curves(chart: Chart, last_step: int, figure: "Figure") -> None:
     if chart.reference is not None:
         label, value = chart.reference
         axes.axhline(value, color=_COLOURS["reference"], linewidth=1.2, dashes=(4, 3))
-        at, offset = {"xycoords": ("axes fraction", "data")}, {"textcoords": "offset points"}
-        ink = {"color": _COLOURS["reference"]}
-        axes.annotate(label, (1, value), (0, 4), **at, **offset, **ink, ha="right")
+        axes.annotate(
+            label,
+            (1, value),
+            (0, 4),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            color=_COLOURS["reference"],
+        )
     for series in chart.series:
         colour, is_long = _COLOURS[f"series-{series.colour}"], len(series.points) > MAX_POINTS
         if series.noisy:
@@ -222,7 +228,7 @@ def _paint_scores(panels: dict[str, list[Line]], figure: "Figure") -> None:
         frame = (0, top / height, 1, (1 + len(panel)) / height)
         axes = figure.add_axes(frame, xticks=[], yticks=[], ylim=(-len(panel), 1), xmargin=0.06)
         axes.spines["bottom"].set_visible(False)
-        row = {"transform": axes.get_yaxis_transform(), "va": "center"}
+        row: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center"}
         axes.text(0, 0.7, metric_title(name), **row, weight="semibold")
         for i, line in enumerate(panel):
             value, error = line.metrics[name]
@@ -236,8 +242,8 @@ def _paint_scores(panels: dict[str, list[Line]], figure: "Figure") -> None:
             axes.text(0, 0.1 - i, who, **row, color=ink)
             axes.text(1, 0.1 - i, format_metric(value, error), **row, color=ink, ha="right")
             axes.axhline(-0.4 - i, color=_COLOURS["grid"], linewidth=1)
-            dot = {"fmt": "o", "markersize": 6, "markeredgewidth": 1.5, "markerfacecolor": face}
-            axes.errorbar(value, -0.4 - i, xerr=error or None, color=edge, **dot)
+            dot: dict[str, Any] = {"markersize": 6, "markeredgewidth": 1.5, "markerfacecolor": face}
+            axes.errorbar(value, -0.4 - i, xerr=error or None, fmt="o", color=edge, **dot)
 
 
 def _draw(height: int, alt: str, paint: Callable[["Figure"], None]) -> str:
@@ -247,7 +253,7 @@ def _draw(height: int, alt: str, paint: Callable[["Figure"], None]) -> str:
     from matplotlib.figure import Figure
 
     svg = io.StringIO()
-    style = ["default", {**_STYLE, "svg.hashsalt": alt}]
+    style: list[Any] = ["default", {**_STYLE, "svg.hashsalt": alt}]
     with matplotlib.style.context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on glyphs that the page's fonts have
         figure = Figure(figsize=(WIDTH / 72, height / 72))

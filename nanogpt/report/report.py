@@ -14,7 +14,7 @@ import numpy as np
 from nanogpt.disk import replacing
 from nanogpt.evaluation.results import Row, cells, lines, read_evaluations, reduced_confusion
 from nanogpt.report import figures
-from nanogpt.report.figures import Chart, Series
+from nanogpt.report.figures import Chart, Points, Series
 from nanogpt.runs.directory import RunDirectory, read_config, read_samples, read_summary
 from nanogpt.runs.log import visible
 from nanogpt.runs.metrics import read_metrics
@@ -56,15 +56,16 @@ class RunFiles:
 
     def __init__(self, run_dir: Path) -> None:
         files = RunDirectory(run_dir)
-        self.summary = _read(read_summary, files.summary_path, {})
+        self.summary: dict[str, Any] = _read(read_summary, files.summary_path, {})
         self.name = str(self.summary.get("name", run_dir.resolve().name))
         self.config_text = _read(_text, files.config_path, "")
-        self.config = _read(read_config, files.config_path, {})
+        self.config: dict[str, Any] = _read(read_config, files.config_path, {})
+        metrics: dict[str, Points] = _read(read_metrics, files.metrics_path, {})
         self.metrics = {
             name: [point for point in points if math.isfinite(point[1])]
-            for name, points in _read(read_metrics, files.metrics_path, {}).items()
+            for name, points in metrics.items()
         }
-        self.samples = _read(read_samples, files.samples_path, [])
+        self.samples: list[tuple[int, str]] = _read(read_samples, files.samples_path, [])
         self.log = _read(_text, files.log_path, "").splitlines()
         self.evaluations = read_evaluations(run_dir)
 
