@@ -14,7 +14,7 @@ from tests.page import answers, opened, send
 # A key of an input method as browsers send it; Safari ends its composition before the last one.
 PRESS = """([selector, key, init]) => document.querySelector(selector).dispatchEvent(
     new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...init }))"""
-INPUT_METHODS = [{"isComposing": True}, {"keyCode": 229}]
+INPUT_METHODS: list[dict[str, Any]] = [{"isComposing": True}, {"keyCode": 229}]
 LOOKS = """all => all.map((e) => getComputedStyle(e))
     .map((style) => [style.backgroundColor, style.textDecoration])"""
 CONTRAST = """(element) => {
