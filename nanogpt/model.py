@@ -4,8 +4,6 @@ Module and tensor names are those of the published weights.
 Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
 """
 
-import importlib
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogpt.blocks import build_blocks
 from nanogpt.dropout import NO_DROPOUT, RowDropout
 
 NORM_EPSILON = 1e-5
@@ -136,7 +135,7 @@ class GPT(nn.Module):
         self.wte = TokenEmbedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(build_blocks(config))
+        self.h = nn.ModuleList(build_blocks(config, Block))
         self.ln_f = make_norm(config)
         self.init_weights()
 
@@ -345,45 +344,6 @@ class MLP(nn.Module):
         relu2 = self.config.activation == "relu2"
         x = F.relu(x).square() if relu2 else F.gelu(x, approximate="tanh")
         return self.c_proj(x)
-
-
-def import_block(path: str) -> type[nn.Module]:
-    """Import the class of a block, which runs the code of its module.
-
-    Raises ValueError where it cannot be imported, is no `nn.Module` class, or its forward does not
-    take the arguments of `Block.forward`.
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        block = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the module raises
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"model.block={path} cannot be imported ({reason})") from error
-    if not (isinstance(block, type) and issubclass(block, nn.Module)):
-        raise ValueError(f"model.block={path} is not a subclass of torch.nn.Module")
-    names = list(inspect.signature(Block.forward).parameters)
-    try:
-        inspect.signature(block.forward).bind(*names)
-    except TypeError as error:
-        raise ValueError(
-            f"model.block={path} has a forward that does not take {', '.join(names[1:])} by "
-            f"position ({error})"
-        ) from error
-    return block
-
-
-def build_blocks(config: GPTConfig) -> list[nn.Module]:
-    """Return the blocks of a model; raise ValueError where `config.block` cannot be one."""
-    block = Block if config.block is None else import_block(config.block)
-    try:
-        return [block(config, layer) for layer in range(config.n_layer)]
-    except Exception as error:  # whatever the constructor raises
-        if config.block is None:
-            raise
-        raise ValueError(
-            f"model.block={config.block} cannot be constructed from a GPTConfig and the number of "
-            f"its layer ({type(error).__name__}: {error})"
-        ) from error
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
