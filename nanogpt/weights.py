@@ -1,5 +1,6 @@
 """Files of weights, and the names and shapes of a model's weights before a model is built."""
 
+import errno
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -35,11 +36,13 @@ def load_archive(path: Path, *, verify: bool = True) -> Any:
             if verify and (broken := archive.testzip()):
                 raise ValueError(f"its entry {broken[:80]!r} is truncated or altered")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (ValueError, OSError):
+    except ValueError:
         raise
     except pickle.UnpicklingError as error:
         raise ValueError("it holds Python objects, which can run code when loaded") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a wrong offset
+            raise
         raise ValueError(
             f"it is truncated, altered or another kind of file ({type(error).__name__})"
         ) from error

@@ -70,6 +70,13 @@ def test_an_entry_larger_than_the_file_is_refused(path: Path, size: int) -> None
         load_archive(path)
 
 
+def test_a_file_that_lost_bytes_is_refused(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:100] + content[140:])
+    with pytest.raises(ValueError, match="truncated, altered"):
+        load_archive(path)
+
+
 def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.pt")
     with pytest.raises(ValueError, match="no regular file"):
