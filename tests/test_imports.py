@@ -11,7 +11,7 @@ CORE = {
     f"nanogpt.{name}"
     for name in (
         *("model", "tokenizer", "prompts", "generation", "pretrained", "classifier", "checkpoint"),
-        *("weights", "optim", "splitmix", "hub", "tokenizer_files", "command"),
+        *("weights", "optim", "muon", "splitmix", "hub", "tokenizer_files", "command"),
         *("blocks", "dropout", "support", "detokenizer", "disk", "text", "values"),
         *("runs.directory", "runs.identity"),
     )

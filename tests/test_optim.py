@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from nanogpt.build import ConfigurationError, build_optimizer, build_schedule
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.muon import MuonAdamW, orthogonalise
 from nanogpt.optim import (
     Constant,
     Cosine,
-    MuonAdamW,
     Schedule,
     WarmupStableDecay,
     adamw,
@@ -31,7 +31,6 @@ from nanogpt.optim import (
     learning_rates,
     may_extend,
     muon,
-    orthogonalise,
     parameter_groups,
     set_learning_rates,
 )
@@ -159,7 +158,7 @@ def test_stacks_of_bounded_size_give_the_same_step(
 ) -> None:
     alone = copy.deepcopy(model)
     train(model, muon(model), range(2))
-    monkeypatch.setattr("nanogpt.optim.STACK_ELEMENTS", 1)
+    monkeypatch.setattr("nanogpt.muon.STACK_ELEMENTS", 1)
     train(alone, muon(alone), range(2))
     for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)

@@ -1,0 +1,123 @@
+"""Muon for matrices and AdamW for all other parameters, as one optimizer."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as adamw_step
+
+# Newton-Schulz: https://kellerjordan.github.io/posts/muon/, as in torch.optim.Muon.
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NS_EPS = 1e-7
+# Matrices are orthogonalised in stacks of at most this many elements (bounds the memory).
+STACK_ELEMENTS = 2**25
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Update each group by its "algorithm": "muon" or "adamw".
+
+    Muon is `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but matrices of one shape are
+    orthogonalised together.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, defaults={})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient; return the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters and group["algorithm"] == "muon":
+                self._muon(group, parameters)
+            elif parameters:
+                self._adamw(group, parameters)
+        return loss
+
+    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+        for stack in _stacks(parameters):
+            grads = _grads(stack)
+            directions = [self.state[p]["momentum_buffer"] for p in stack]
+            torch._foreach_lerp_(directions, grads, 1 - group["momentum"])
+            if group["nesterov"]:
+                directions = list(torch._foreach_lerp(grads, directions, group["momentum"]))
+            blocks = torch.stack(directions).unflatten(1, (group["row_blocks"], -1))
+            updates = orthogonalise(blocks.flatten(0, 1), group["ns_steps"])
+            # RMS 0.2 whatever the shape: arXiv:2502.16982, equation 4.
+            scale = 0.2 * math.sqrt(max(updates.shape[-2:]))
+            torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(
+                stack,
+                updates.unflatten(0, (len(stack), -1)).flatten(1, 2).unbind(),
+                alpha=-group["lr"] * scale,
+            )
+
+    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                # Fused kernels keep the count on the device, the others read it on the host.
+                device = parameter.device if group["fused"] else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        states = [self.state[p] for p in parameters]
+        adamw_step(
+            parameters,
+            _grads(parameters),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=group["fused"] or None,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def orthogonalise(matrices: Tensor, ns_steps: int) -> Tensor:
+    """Return (N, A, B) matrices with all singular values moved near 1, in bfloat16.
+
+    A quintic Newton-Schulz iteration, the same as `torch.optim.Muon`'s for every matrix alone.
+    """
+    a, b, c = NS_COEFFICIENTS
+    x = matrices.bfloat16()
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=NS_EPS)
+    for _ in range(ns_steps):
+        gram = x @ x.mT  # (N, M, M), M the smaller side
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _stacks(matrices: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Yield the matrices in lists of one shape, dtype and device, of bounded size."""
+    alike: dict[Any, list[Tensor]] = defaultdict(list)
+    for matrix in matrices:
+        alike[matrix.shape, matrix.dtype, matrix.device].append(matrix)
+    for stack in alike.values():
+        size = max(1, STACK_ELEMENTS // stack[0].numel())
+        for start in range(0, len(stack), size):
+            yield stack[start : start + size]
+
+
+def _grads(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
