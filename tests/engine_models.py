@@ -49,7 +49,7 @@ def write_model(
 
 @dataclass
 class Answer:
-    """What an engine said to one request."""
+    """The messages of an engine for one request."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -57,22 +57,22 @@ class Answer:
     end: Message | None = None
 
     @property
-    def said(self) -> tuple[object, ...]:
-        """All of it that must not depend on anything but the request."""
+    def outcome(self) -> tuple[object, ...]:
+        """Return the part that must depend on the request alone."""
         reason = self.end.reason if isinstance(self.end, Finished) else self.end
         return self.ids, self.logprobs, self.top, reason
 
 
-class Asked:
-    """An engine in this thread, and the answers to what it was asked."""
+class InlineEngine:
+    """An engine in the caller's thread, with the answers to its requests."""
 
     def __init__(self, models: Path, **settings: Any) -> None:
         self.answers: dict[str, Answer] = {}
         self.messages: list[Message] = []
         chosen = {"dtype": "fp32", "chunk_tokens": 16, "max_slots": 4, "cache_gb": 1.0, **settings}
-        self.engine = Engine(Settings(models=str(models), **chosen), self._hear)
+        self.engine = Engine(Settings(models=str(models), **chosen), self._record)
 
-    def _hear(self, events: list[Event]) -> None:
+    def _record(self, events: list[Event]) -> None:
         for _, message in events:
             self.messages.append(message)
             answer = self.answers.setdefault(getattr(message, "request_id", ""), Answer())
@@ -85,12 +85,12 @@ class Asked:
                 answer.end = message
 
     def step(self) -> None:
-        """Do what is posted and compute once."""
+        """Run the posted calls and compute one step."""
         self.engine.take_inbox(wait=self.engine.idle or not self.engine.runners)
         self.engine.step()
 
     def all(self, requests: Iterable[Message]) -> dict[str, Answer]:
-        """Ask at once, wait for all, and return the answers by request id."""
+        """Submit all requests at once and return their answers by request id."""
         requests = list(requests)
         for request in requests:
             self.engine.accept(self, request)
@@ -98,13 +98,13 @@ class Asked:
         return {r.request_id: self.answers[r.request_id] for r in requests}  # type: ignore[attr-defined]
 
     def settle(self) -> None:
-        """Compute until nothing is left to do."""
+        """Compute until the engine is idle."""
         self.step()
         while not self.engine.idle:
             self.step()
 
     def one(self, request: Message) -> Answer:
-        """Ask and return the answer."""
+        """Submit a request and return its answer."""
         (answer,) = self.all([request]).values()
         return answer
 

@@ -32,7 +32,7 @@ from serving.engine.messages import (
     Tokens,
 )
 from serving.engine.registry import Entry
-from tests.engine_models import MODERN, Answer, Asked, generate, write_model
+from tests.engine_models import MODERN, Answer, InlineEngine, generate, write_model
 
 
 @pytest.fixture
@@ -83,10 +83,10 @@ def test_an_answer_does_not_depend_on_its_company(
     write_model(path, **keys)
     requests = random_requests(24, seed=1)
     alone: dict[str, Answer] = {}
-    engine = Asked(path, dtype=dtype)
+    engine = InlineEngine(path, dtype=dtype)
     for request in requests:  # each in a scope of its own: nothing to use again
         alone |= engine.all([replace(request, key=request.request_id)])
-    together = Asked(path, dtype=dtype, max_slots=5)
+    together = InlineEngine(path, dtype=dtype, max_slots=5)
     together.one(generate("warm", [1]))
     rng = random.Random(2)
     for request in requests:
@@ -95,7 +95,7 @@ def test_an_answer_does_not_depend_on_its_company(
             together.step()
     together.settle()
     for request in requests:
-        assert together.answers[request.request_id].said == alone[request.request_id].said
+        assert together.answers[request.request_id].outcome == alone[request.request_id].outcome
     ends = [together.answers[r.request_id].end for r in requests]
     assert any(end.cached_tokens for end in ends if isinstance(end, Finished))
 
@@ -106,7 +106,7 @@ def test_greedy_tokens_are_those_of_generate(tmp_path: Path, keys: dict[str, Any
     model = write_model(path, **keys)
     prompt = list(b"It was a bright cold day in April, and the clocks were striking thirteen.")
     expected = list(generate_alone(model, prompt, max_new_tokens=20, temperature=0))
-    assert Asked(path).one(generate("a", prompt, max_tokens=20)).ids == expected
+    assert InlineEngine(path).one(generate("a", prompt, max_tokens=20)).ids == expected
 
 
 @pytest.mark.parametrize("keys", [{}, MODERN], ids=["gpt2", "modern"])
@@ -114,7 +114,7 @@ def test_logprobs_are_those_of_the_model(tmp_path: Path, keys: dict[str, Any]) -
     path = tmp_path / "run" / "last.ckpt"
     model = write_model(path, **keys)
     prompt = list(b"The quick brown fox jumps over the lazy dog, as it does every day at noon.")
-    scored = Asked(path).one(Score("s", "run", prompt, top=2)).end
+    scored = InlineEngine(path).one(Score("s", "run", prompt, top=2)).end
     with torch.no_grad():
         expected = model(torch.tensor([prompt]))[0].log_softmax(-1)
     assert isinstance(scored, Scored)
@@ -125,22 +125,22 @@ def test_logprobs_are_those_of_the_model(tmp_path: Path, keys: dict[str, Any]) -
 
 
 def test_a_next_turn_reads_only_what_is_new(checkpoint: Path) -> None:
-    asked = Asked(checkpoint)
-    first = asked.one(generate("a", list(b"x" * 100), max_tokens=30))
+    inline = InlineEngine(checkpoint)
+    first = inline.one(generate("a", list(b"x" * 100), max_tokens=30))
     turn = [*b"x" * 100, *first.ids, *b"and then"]
-    again = asked.one(generate("b", turn))
+    again = inline.one(generate("b", turn))
     assert isinstance(again.end, Finished)
     assert again.end.cached_tokens == 129  # the last token written was never read
-    assert again.said == Asked(checkpoint).one(generate("b", turn)).said
+    assert again.outcome == InlineEngine(checkpoint).one(generate("b", turn)).outcome
 
 
 def test_chats_that_share_a_system_message_keep_their_contexts(checkpoint: Path) -> None:
-    asked = Asked(checkpoint)
+    inline = InlineEngine(checkpoint)
     system = list(b"You answer in one short sentence, and you say so when you do not know. " * 2)
     chats = {name: [*system, *text] for name, text in [("a", b"Who?"), ("b", b"Where, then?")]}
     for turn in range(3):
         for name, context in chats.items():
-            answer = asked.one(generate(f"{name}{turn}", context, max_tokens=6))
+            answer = inline.one(generate(f"{name}{turn}", context, max_tokens=6))
             assert isinstance(answer.end, Finished)
             if turn:
                 assert answer.end.cached_tokens == len(context) - 4  # 3 are new, 1 was never read
@@ -148,38 +148,40 @@ def test_chats_that_share_a_system_message_keep_their_contexts(checkpoint: Path)
 
 
 def test_equal_prompts_are_read_once(checkpoint: Path) -> None:
-    asked = Asked(checkpoint)
-    asked.one(generate("warm", [1]))
-    answers = asked.all([generate(f"{i}", list(b"y" * 100)) for i in range(3)])
+    inline = InlineEngine(checkpoint)
+    inline.one(generate("warm", [1]))
+    answers = inline.all([generate(f"{i}", list(b"y" * 100)) for i in range(3)])
     cached = [a.end.cached_tokens for a in answers.values() if isinstance(a.end, Finished)]
     assert cached == [0, 99, 99]
     assert len({tuple(a.ids) for a in answers.values()}) == 1
 
 
 def test_prefixes_are_not_shared_between_scopes(checkpoint: Path) -> None:
-    asked = Asked(checkpoint)
-    asked.one(generate("a", list(b"x" * 100), key="alice"))
-    end = asked.one(generate("b", list(b"x" * 100), key="bob")).end
+    inline = InlineEngine(checkpoint)
+    inline.one(generate("a", list(b"x" * 100), key="alice"))
+    end = inline.one(generate("b", list(b"x" * 100), key="bob")).end
     assert isinstance(end, Finished)
     assert end.cached_tokens == 0
 
 
 def test_a_full_context_ends_an_answer(checkpoint: Path) -> None:
-    answer = Asked(checkpoint).one(generate("a", list(b"x" * 250), max_tokens=100))
+    answer = InlineEngine(checkpoint).one(generate("a", list(b"x" * 250), max_tokens=100))
     assert len(answer.ids) == 6
     assert isinstance(answer.end, Finished)
     assert answer.end.reason == "length"
 
 
 def test_a_stop_id_ends_an_answer_and_is_not_part_of_it(checkpoint: Path) -> None:
-    ids = Asked(checkpoint).one(generate("a", [1, 2, 3])).ids
+    ids = InlineEngine(checkpoint).one(generate("a", [1, 2, 3])).ids
     stop = ids[3]
-    answer = Asked(checkpoint).one(generate("a", [1, 2, 3], stop_ids=(stop,)))
+    answer = InlineEngine(checkpoint).one(generate("a", [1, 2, 3], stop_ids=(stop,)))
     assert answer.ids == ids[: ids.index(stop)]
     assert isinstance(answer.end, Finished)
     assert answer.end.reason == "stop"
     assert (
-        Asked(checkpoint).one(generate("a", [1, 2, 3], stop_ids=(stop,), ignore_eos=True)).ids
+        InlineEngine(checkpoint)
+        .one(generate("a", [1, 2, 3], stop_ids=(stop,), ignore_eos=True))
+        .ids
         == ids
     )
 
@@ -189,33 +191,33 @@ def test_a_stop_id_ends_an_answer_and_is_not_part_of_it(checkpoint: Path) -> Non
     [([], "invalid"), ([9999], "invalid"), ([-1], "invalid"), ([1] * 256, "context_length")],
 )
 def test_a_bad_prompt_is_refused(checkpoint: Path, prompt: list[int], kind: str) -> None:
-    end = Asked(checkpoint).one(generate("a", prompt)).end
+    end = InlineEngine(checkpoint).one(generate("a", prompt)).end
     assert isinstance(end, Failed)
     assert end.kind == kind
 
 
 def test_a_full_queue_refuses(checkpoint: Path) -> None:
-    asked = Asked(checkpoint, max_queue=2)
-    answers = asked.all([generate(f"{i}", [1]) for i in range(3)])
+    inline = InlineEngine(checkpoint, max_queue=2)
+    answers = inline.all([generate(f"{i}", [1]) for i in range(3)])
     kinds = [a.end.kind if isinstance(a.end, Failed) else "done" for a in answers.values()]
     assert kinds == ["done", "done", "overloaded"]
 
 
 def test_who_finds_a_free_slot_does_not_count_as_queued(checkpoint: Path) -> None:
-    asked = Asked(checkpoint, max_slots=2, max_queue=1)
-    asked.one(generate("warm", [1]))
-    answers = asked.all([generate(f"{i}", [1]) for i in range(4)])
+    inline = InlineEngine(checkpoint, max_slots=2, max_queue=1)
+    inline.one(generate("warm", [1]))
+    answers = inline.all([generate(f"{i}", [1]) for i in range(4)])
     kinds = [a.end.kind if isinstance(a.end, Failed) else "done" for a in answers.values()]
     assert kinds == ["done", "done", "done", "overloaded"]
 
 
 def test_a_cancelled_request_frees_its_slot_at_once(checkpoint: Path) -> None:
-    asked = Asked(checkpoint, max_slots=1)
-    asked.one(generate("warm", [1]))
-    asked.engine.accept(asked, generate("a", [1], max_tokens=200))
-    asked.step()
-    asked.engine.accept(asked, Cancel("a"))
-    (runner,) = asked.engine.runners.values()
+    inline = InlineEngine(checkpoint, max_slots=1)
+    inline.one(generate("warm", [1]))
+    inline.engine.accept(inline, generate("a", [1], max_tokens=200))
+    inline.step()
+    inline.engine.accept(inline, Cancel("a"))
+    (runner,) = inline.engine.runners.values()
     assert runner.scheduler.slots.n_free == 1
 
 
@@ -223,20 +225,20 @@ def test_a_cancelled_request_frees_its_slot_at_once(checkpoint: Path) -> None:
 def test_an_answer_that_a_stop_string_ended_counts_as_finished(
     checkpoint: Path, reason: Any, finished: int
 ) -> None:
-    asked = Asked(checkpoint)
-    asked.one(generate("warm", [1]))
-    asked.engine.accept(asked, generate("a", [1], max_tokens=200))
-    asked.step()
-    asked.engine.accept(asked, Cancel("a", reason))
-    counted = asked.engine.counters
+    inline = InlineEngine(checkpoint)
+    inline.one(generate("warm", [1]))
+    inline.engine.accept(inline, generate("a", [1], max_tokens=200))
+    inline.step()
+    inline.engine.accept(inline, Cancel("a", reason))
+    counted = inline.engine.counters
     assert (counted.finished - 1, counted.cancelled) == (finished, 1 - finished)
 
 
-def test_the_first_tokens_tell_what_the_end_does(checkpoint: Path) -> None:
-    asked = Asked(checkpoint, max_slots=1)
-    asked.all([generate("a", [1, 2]), generate("b", [1, 2, 3])])
-    first, *others = [m for m in asked.messages if isinstance(m, Tokens) and m.request_id == "b"]
-    end = asked.answers["b"].end
+def test_the_first_tokens_report_what_the_end_does(checkpoint: Path) -> None:
+    inline = InlineEngine(checkpoint, max_slots=1)
+    inline.all([generate("a", [1, 2]), generate("b", [1, 2, 3])])
+    first, *others = [m for m in inline.messages if isinstance(m, Tokens) and m.request_id == "b"]
+    end = inline.answers["b"].end
     assert isinstance(end, Finished)
     assert (first.cached_tokens, first.queue_s) == (end.cached_tokens, end.queue_s)
     assert end.cached_tokens == 2
@@ -245,25 +247,29 @@ def test_the_first_tokens_tell_what_the_end_does(checkpoint: Path) -> None:
 
 
 def test_a_front_end_that_leaves_takes_its_requests_along(checkpoint: Path) -> None:
-    asked = Asked(checkpoint, max_slots=1)
-    asked.one(generate("warm", [1]))
+    inline = InlineEngine(checkpoint, max_slots=1)
+    inline.one(generate("warm", [1]))
     for name in ("a", "b"):
-        asked.engine.accept("front end", generate(name, [1], max_tokens=200))
-    asked.step()
-    asked.engine.leave("front end")
-    assert asked.engine.idle
+        inline.engine.accept("front end", generate(name, [1], max_tokens=200))
+    inline.step()
+    inline.engine.leave("front end")
+    assert inline.engine.idle
 
 
-def neighbours(checkpoint: Path) -> tuple[Asked, list[Generate], dict[str, tuple[object, ...]]]:
+def neighbours(
+    checkpoint: Path,
+) -> tuple[InlineEngine, list[Generate], dict[str, tuple[object, ...]]]:
     """Return an engine, four requests, the second of which begins with 255, and their answers."""
     requests = [
         generate(f"r{i}", [first, *range(40)], seed=i, temperature=1.0, logprobs=1, max_tokens=12)
         for i, first in enumerate([1, 255, 2, 3])
     ]
-    undisturbed = {key: answer.said for key, answer in Asked(checkpoint).all(requests).items()}
-    asked = Asked(checkpoint)
-    asked.one(generate("warm", [1]))
-    return asked, requests, undisturbed
+    undisturbed = {
+        key: answer.outcome for key, answer in InlineEngine(checkpoint).all(requests).items()
+    }
+    inline = InlineEngine(checkpoint)
+    inline.one(generate("warm", [1]))
+    return inline, requests, undisturbed
 
 
 def check_only_the_second_failed(
@@ -274,14 +280,14 @@ def check_only_the_second_failed(
             assert isinstance(answer.end, Failed)
             assert answer.end.kind == kind
         else:
-            assert answer.said == undisturbed[key]
+            assert answer.outcome == undisturbed[key]
 
 
 def exhaust_memory(
-    asked: Asked, monkeypatch: pytest.MonkeyPatch, *, beyond: int, error: Exception
+    inline: InlineEngine, monkeypatch: pytest.MonkeyPatch, *, beyond: int, error: Exception
 ) -> list[int]:
     """Fail on more than `beyond` tokens of a text with 255 in it; return how many were read."""
-    (runner,) = asked.engine.runners.values()
+    (runner,) = inline.engine.runners.values()
     read, sizes = runner.forward.hidden_states, []
 
     def exhausted(spans: Any) -> Any:
@@ -314,25 +320,25 @@ def slot_of_255(runner: Any) -> int | None:
 def test_a_prompt_that_exhausts_memory_is_read_in_smaller_pieces(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    asked, requests, undisturbed = neighbours(checkpoint)
-    sizes = exhaust_memory(asked, monkeypatch, beyond=10, error=error)
-    assert {key: answer.said for key, answer in asked.all(requests).items()} == undisturbed
+    inline, requests, undisturbed = neighbours(checkpoint)
+    sizes = exhaust_memory(inline, monkeypatch, beyond=10, error=error)
+    assert {key: answer.outcome for key, answer in inline.all(requests).items()} == undisturbed
     assert max(sizes) == 8
 
 
 def test_a_prompt_that_exhausts_memory_in_any_piece_fails_alone(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, requests, undisturbed = neighbours(checkpoint)
-    exhaust_memory(asked, monkeypatch, beyond=0, error=torch.OutOfMemoryError("injected"))
-    check_only_the_second_failed(asked.all(requests), undisturbed, kind="overloaded")
+    inline, requests, undisturbed = neighbours(checkpoint)
+    exhaust_memory(inline, monkeypatch, beyond=0, error=torch.OutOfMemoryError("injected"))
+    check_only_the_second_failed(inline.all(requests), undisturbed, kind="overloaded")
 
 
 def test_logits_that_are_not_numbers_fail_alone(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, requests, undisturbed = neighbours(checkpoint)
-    (runner,) = asked.engine.runners.values()
+    inline, requests, undisturbed = neighbours(checkpoint)
+    (runner,) = inline.engine.runners.values()
     read = runner.forward.hidden_states
 
     def poisoned(spans: Any) -> Any:
@@ -345,17 +351,17 @@ def test_logits_that_are_not_numbers_fail_alone(
         return states
 
     monkeypatch.setattr(runner.forward, "hidden_states", poisoned)
-    check_only_the_second_failed(asked.all(requests), undisturbed)
+    check_only_the_second_failed(inline.all(requests), undisturbed)
     monkeypatch.undo()
-    asked.answers.clear()
-    again = {key: answer.said for key, answer in asked.all(requests).items()}
+    inline.answers.clear()
+    again = {key: answer.outcome for key, answer in inline.all(requests).items()}
     assert again == undisturbed  # the slot is clean again
 
 
 def test_a_sampler_that_raises_fails_alone(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked, requests, undisturbed = neighbours(checkpoint)
+    inline, requests, undisturbed = neighbours(checkpoint)
     from serving.engine import sampling
 
     choose = sampling.choose
@@ -366,7 +372,7 @@ def test_a_sampler_that_raises_fails_alone(
         return choose(logits, draws)
 
     monkeypatch.setattr(sampling, "choose", raising)
-    check_only_the_second_failed(asked.all(requests), undisturbed)
+    check_only_the_second_failed(inline.all(requests), undisturbed)
     (record,) = [r for r in caplog.records if r.message == "a request failed"]
     assert record.__dict__["fields"] == {"request_id": "r1"}
 
@@ -375,8 +381,8 @@ def test_classes_are_those_of_the_classifier(tmp_path: Path) -> None:
     path = tmp_path / "run" / "last.ckpt"
     model = write_model(path, labels=["ham", "spam"])
     texts = ["hello", "win a prize now " * 5]
-    asked = [Classify(text, "run", list(text.encode())) for text in texts]
-    ends = [answer.end for answer in Asked(path).all(asked).values()]
+    requests = [Classify(text, "run", list(text.encode())) for text in texts]
+    ends = [answer.end for answer in InlineEngine(path).all(requests).values()]
     expected = class_probabilities(model, byte_tokenizer(), texts)  # type: ignore[arg-type]
     found = torch.tensor([end.probabilities for end in ends if isinstance(end, Classified)])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -386,18 +392,18 @@ def test_classes_are_those_of_the_classifier(tmp_path: Path) -> None:
 def test_a_text_of_unknown_tokens_is_not_classified(tmp_path: Path, ids: list[int]) -> None:
     path = tmp_path / "run" / "last.ckpt"
     write_model(path, labels=["ham", "spam"])
-    end = Asked(path).one(Classify("c", "run", [1, 2, *ids])).end
+    end = InlineEngine(path).one(Classify("c", "run", [1, 2, *ids])).end
     assert isinstance(end, Failed)
     assert end.kind == "invalid"
 
 
 @pytest.mark.parametrize("loaded", [True, False])
 def test_a_request_that_cannot_be_taken_fails_alone(checkpoint: Path, loaded: bool) -> None:
-    asked = Asked(checkpoint)
+    inline = InlineEngine(checkpoint)
     if loaded:
-        asked.one(generate("warm", [1]))
+        inline.one(generate("warm", [1]))
     broken: Any = generate("broken", [None])  # type: ignore[list-item]
-    answers = asked.all([broken, generate("whole", [1])])
+    answers = inline.all([broken, generate("whole", [1])])
     end = answers["broken"].end
     assert isinstance(end, Failed)
     assert end.kind == "internal"
@@ -405,32 +411,32 @@ def test_a_request_that_cannot_be_taken_fails_alone(checkpoint: Path, loaded: bo
 
 
 def test_newer_weights_are_picked_up_without_dropping_a_request(checkpoint: Path) -> None:
-    asked = Asked(checkpoint.parent.parent)
-    old = asked.one(generate("old", [1, 2], max_tokens=30)).ids
-    asked.engine.accept(asked, generate("open", [1, 2], max_tokens=30))
-    asked.step()
+    inline = InlineEngine(checkpoint.parent.parent)
+    old = inline.one(generate("old", [1, 2], max_tokens=30)).ids
+    inline.engine.accept(inline, generate("open", [1, 2], max_tokens=30))
+    inline.step()
     write_model(checkpoint, seed=1)
-    assert asked.engine.registry.rescan()
-    asked.engine.changed()
-    asked.settle()
-    new = asked.one(generate("new", [1, 2], max_tokens=30)).ids
-    assert asked.answers["open"].ids == old
-    assert new == Asked(checkpoint).one(generate("new", [1, 2], max_tokens=30)).ids != old
+    assert inline.engine.registry.rescan()
+    inline.engine.changed()
+    inline.settle()
+    new = inline.one(generate("new", [1, 2], max_tokens=30)).ids
+    assert inline.answers["open"].ids == old
+    assert new == InlineEngine(checkpoint).one(generate("new", [1, 2], max_tokens=30)).ids != old
 
 
-def test_new_weights_are_told_of_when_they_compute(checkpoint: Path) -> None:
-    asked = Asked(checkpoint.parent.parent)
-    asked.one(Describe("old", "run"))
-    before = asked.engine.models().models
+def test_new_weights_are_listed_once_they_serve(checkpoint: Path) -> None:
+    inline = InlineEngine(checkpoint.parent.parent)
+    inline.one(Describe("old", "run"))
+    before = inline.engine.models().models
     write_model(checkpoint, seed=1)
     os.utime(checkpoint, (1, 1))
-    asked.engine.registry.rescan()
-    asked.engine.changed()
-    assert asked.engine.models().models == before
-    asked.settle()
-    told = [m for m in asked.messages if isinstance(m, Models)]
-    (info,) = told[-1].models
-    described = asked.one(Describe("new", "run")).end
+    inline.engine.registry.rescan()
+    inline.engine.changed()
+    assert inline.engine.models().models == before
+    inline.settle()
+    listed = [m for m in inline.messages if isinstance(m, Models)]
+    (info,) = listed[-1].models
+    described = inline.one(Describe("new", "run")).end
     assert isinstance(described, ModelDetails)
     assert info.revision == described.revision != before[0].revision
     assert info.created == 1
@@ -449,97 +455,97 @@ def loads(monkeypatch: pytest.MonkeyPatch, *before: Callable[[], object]) -> lis
     return loaded
 
 
-def newer(asked: Asked, path: Path, seed: int = 1) -> None:
+def newer(inline: InlineEngine, path: Path, seed: int = 1) -> None:
     """Replace a checkpoint, and have the engine see that."""
     write_model(path, seed=seed)
-    asked.engine.registry.rescan()
-    asked.engine.post(asked.engine.changed)
+    inline.engine.registry.rescan()
+    inline.engine.post(inline.engine.changed)
 
 
 def fail() -> None:
     raise RuntimeError("injected")
 
 
-def is_newest(asked: Asked) -> bool:
-    (runner,), (entry,) = asked.engine.runners.values(), asked.engine.registry.entries
+def is_newest(inline: InlineEngine) -> bool:
+    (runner,), (entry,) = inline.engine.runners.values(), inline.engine.registry.entries
     return runner.revision == entry.revision
 
 
 def test_weights_that_come_while_others_are_loaded_are_loaded_next(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = Asked(checkpoint)
+    inline = InlineEngine(checkpoint)
     loaded = loads(
         monkeypatch,
-        lambda: newer(asked, checkpoint, seed=1),  # nothing is there yet
-        lambda: newer(asked, checkpoint, seed=2),  # it is waited for, as this is loaded
+        lambda: newer(inline, checkpoint, seed=1),  # nothing is there yet
+        lambda: newer(inline, checkpoint, seed=2),  # it is waited for, as this is loaded
     )
-    asked.one(generate("a", [1]))
+    inline.one(generate("a", [1]))
     assert len(loaded) == 3
-    assert is_newest(asked)
+    assert is_newest(inline)
 
 
 def test_newer_weights_that_did_not_load_are_tried_again_later(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = Asked(checkpoint)
-    asked.one(generate("old", [1]))
+    inline = InlineEngine(checkpoint)
+    inline.one(generate("old", [1]))
     loaded = loads(monkeypatch, fail)
-    newer(asked, checkpoint)
+    newer(inline, checkpoint)
     for name in ("b", "c", "d"):
-        assert isinstance(asked.one(generate(name, [1])).end, Finished)
+        assert isinstance(inline.one(generate(name, [1])).end, Finished)
     assert len(loaded) == 1
     monkeypatch.setattr(engine_module, "RETRY_S", 0.0)
-    asked.one(generate("e", [1]))
-    assert is_newest(asked)
+    inline.one(generate("e", [1]))
+    assert is_newest(inline)
 
 
 def test_who_waits_for_a_broken_file_is_served_with_the_one_that_replaces_it(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = Asked(checkpoint)
+    inline = InlineEngine(checkpoint)
 
     def replaced() -> None:
-        newer(asked, checkpoint)
+        newer(inline, checkpoint)
         fail()
 
     loads(monkeypatch, replaced)
-    assert isinstance(asked.one(generate("a", [1])).end, Finished)
-    assert is_newest(asked)
+    assert isinstance(inline.one(generate("a", [1])).end, Finished)
+    assert is_newest(inline)
 
 
 def test_the_least_used_model_makes_room(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_model(tmp_path / name / "checkpoints" / "last.ckpt")
-    asked = Asked(tmp_path, max_models=1)
+    inline = InlineEngine(tmp_path, max_models=1)
     for name in ("a", "b"):
-        asked.one(Generate(name, name, [1], SamplingParams(1)))
-    assert list(asked.engine.runners) == ["b"]
+        inline.one(Generate(name, name, [1], SamplingParams(1)))
+    assert list(inline.engine.runners) == ["b"]
 
 
 def test_newer_weights_are_no_use_of_a_model(tmp_path: Path) -> None:
-    for name in ("trained", "asked"):
+    for name in ("trained", "requested"):
         write_model(tmp_path / name / "checkpoints" / "last.ckpt")
-    asked = Asked(tmp_path, max_models=2)
-    ask(asked, "trained")
-    ask(asked, "asked")
-    newer(asked, tmp_path / "trained" / "checkpoints" / "last.ckpt")
-    asked.settle()
+    inline = InlineEngine(tmp_path, max_models=2)
+    use_model(inline, "trained")
+    use_model(inline, "requested")
+    newer(inline, tmp_path / "trained" / "checkpoints" / "last.ckpt")
+    inline.settle()
     write_model(tmp_path / "third" / "checkpoints" / "last.ckpt")
-    asked.engine.registry.rescan()
-    ask(asked, "third")
-    assert list(asked.engine.runners) == ["asked", "third"]
+    inline.engine.registry.rescan()
+    use_model(inline, "third")
+    assert list(inline.engine.runners) == ["requested", "third"]
 
 
 SLOT_BYTES = 2 * 2 * 256 * 64 * 4  # keys and values: 2 layers, 256 tokens, 64 channels in fp32
 
 
-def n_slots(asked: Asked) -> dict[str, int]:
-    return {id_: len(r.scheduler.slots.slots) for id_, r in asked.engine.runners.items()}
+def n_slots(inline: InlineEngine) -> dict[str, int]:
+    return {id_: len(r.scheduler.slots.slots) for id_, r in inline.engine.runners.items()}
 
 
-def ask(asked: Asked, model: str) -> None:
-    asked.one(Generate(f"{model}'s", model, [1], SamplingParams(1)))
+def use_model(inline: InlineEngine, model: str) -> None:
+    inline.one(Generate(f"{model}'s", model, [1], SamplingParams(1)))
 
 
 @pytest.mark.parametrize(
@@ -560,29 +566,29 @@ def test_models_share_the_memory_for_keys_and_values(
     for name in names:
         write_model(tmp_path / name / "checkpoints" / "last.ckpt")
     cache_gb = held * SLOT_BYTES / 1e9
-    asked = Asked(tmp_path, max_models=max_models, max_slots=10, cache_gb=cache_gb)
+    inline = InlineEngine(tmp_path, max_models=max_models, max_slots=10, cache_gb=cache_gb)
     for name in names:
-        ask(asked, name)
-    assert n_slots(asked) == expected
+        use_model(inline, name)
+    assert n_slots(inline) == expected
 
 
 def test_a_model_with_more_than_its_share_makes_room_when_it_is_idle(tmp_path: Path) -> None:
     write_model(tmp_path / "a" / "checkpoints" / "last.ckpt")
-    asked = Asked(tmp_path, max_slots=10, cache_gb=8.5 * SLOT_BYTES / 1e9)
-    ask(asked, "a")
+    inline = InlineEngine(tmp_path, max_slots=10, cache_gb=8.5 * SLOT_BYTES / 1e9)
+    use_model(inline, "a")
     for name in ("b", "c"):
         write_model(tmp_path / name / "checkpoints" / "last.ckpt")
-    asked.engine.registry.rescan()
-    asked.engine.accept(asked, Generate("long", "a", [1], SamplingParams(200, ignore_eos=True)))
-    asked.engine.accept(asked, Describe("b's", "b"))
-    asked.engine.step()
-    while "b" not in asked.engine.runners:
-        asked.engine.take_inbox(wait=True)
-    assert n_slots(asked) == {"a": 8, "b": 2}
-    asked.settle()
-    ask(asked, "b")
-    ask(asked, "c")
-    assert n_slots(asked) == {"b": 2, "c": 2}
+    inline.engine.registry.rescan()
+    inline.engine.accept(inline, Generate("long", "a", [1], SamplingParams(200, ignore_eos=True)))
+    inline.engine.accept(inline, Describe("b's", "b"))
+    inline.engine.step()
+    while "b" not in inline.engine.runners:
+        inline.engine.take_inbox(wait=True)
+    assert n_slots(inline) == {"a": 8, "b": 2}
+    inline.settle()
+    use_model(inline, "b")
+    use_model(inline, "c")
+    assert n_slots(inline) == {"b": 2, "c": 2}
 
 
 def test_newer_weights_of_an_evicted_model_are_not_loaded(
@@ -592,20 +598,20 @@ def test_newer_weights_of_an_evicted_model_are_not_loaded(
     for path in paths.values():
         write_model(path)
     monkeypatch.setattr(engine_module, "PATIENCE_S", 60.0)  # a slow load would let another begin
-    asked = Asked(tmp_path, max_models=2, cache_gb=SLOT_BYTES / 1e9)
-    ask(asked, "a")
-    loaded = loads(monkeypatch, lambda: newer(asked, paths["a"]))
-    ask(asked, "b")
-    asked.settle()
+    inline = InlineEngine(tmp_path, max_models=2, cache_gb=SLOT_BYTES / 1e9)
+    use_model(inline, "a")
+    loaded = loads(monkeypatch, lambda: newer(inline, paths["a"]))
+    use_model(inline, "b")
+    inline.settle()
     assert [entry.id for entry in loaded] == ["b"]
-    assert list(asked.engine.runners) == ["b"]
+    assert list(inline.engine.runners) == ["b"]
 
 
 def test_a_file_that_is_no_checkpoint_fails_its_requests(tmp_path: Path) -> None:
     path = tmp_path / "run" / "last.ckpt"
     path.parent.mkdir()
     path.write_bytes(b"nothing")
-    end = Asked(tmp_path).one(generate("a", [1])).end
+    end = InlineEngine(tmp_path).one(generate("a", [1])).end
     assert isinstance(end, Failed)
     assert end.kind == "internal"
     assert "no readable checkpoint" in end.message
@@ -614,7 +620,7 @@ def test_a_file_that_is_no_checkpoint_fails_its_requests(tmp_path: Path) -> None
 def test_a_model_of_which_no_slot_fits_the_cache_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "long" / "last.ckpt"
     write_model(path, position="rotary", block_size=10**9)
-    end = Asked(tmp_path).one(Generate("a", "long", [1], SamplingParams(1))).end
+    end = InlineEngine(tmp_path).one(Generate("a", "long", [1], SamplingParams(1))).end
     assert isinstance(end, Failed)
     assert "long could not be loaded: the keys and values of block_size=1000000000 tokens take" in (
         end.message
@@ -628,23 +634,23 @@ def test_a_failed_load_is_logged_once_and_named_without_paths(
     path.parent.mkdir()
     path.write_bytes(b"nothing")
     write_model(tmp_path / "good" / "last.ckpt")
-    asked = Asked(tmp_path)
+    inline = InlineEngine(tmp_path)
     for n in range(3):
-        end = asked.one(Generate(str(n), "bad", [1], SamplingParams(1))).end
+        end = inline.one(Generate(str(n), "bad", [1], SamplingParams(1))).end
         assert isinstance(end, Failed)
         assert end.message.startswith("bad could not be loaded: last.ckpt is no readable")
         assert str(tmp_path) not in end.message
-        broken = asked.engine.registry.failures
+        broken = inline.engine.registry.failures
         broken.update({key: (0.0, why) for key, (_, why) in broken.items()})  # long ago
     records = [r for r in caplog.records if r.name == "serving.engine.engine"]
     assert [r.getMessage().partition(":")[0] for r in records] == ["could not load bad"]
     assert records[0].exc_info is None
-    errors = {info.id: info.error for info in asked.engine.models().models}
+    errors = {info.id: info.error for info in inline.engine.models().models}
     assert errors["bad"].startswith("bad could not be loaded: last.ckpt")
     assert errors["good"] == ""
     write_model(path)
-    asked.engine.registry.rescan()
-    assert {info.error for info in asked.engine.models().models} == {""}
+    inline.engine.registry.rescan()
+    assert {info.error for info in inline.engine.models().models} == {""}
 
 
 def test_a_model_that_loads_after_a_failure_has_no_error_and_is_the_default_again(
@@ -653,18 +659,18 @@ def test_a_model_that_loads_after_a_failure_has_no_error_and_is_the_default_agai
     for name in ("best", "other"):
         write_model(tmp_path / name / "last.ckpt")
     (tmp_path / "best" / "summary.json").write_text('{"steps": 1000}')
-    asked = Asked(tmp_path)
+    inline = InlineEngine(tmp_path)
     load = engine_module.load_runner
     monkeypatch.setattr(engine_module, "load_runner", None)
-    asked.one(Generate("a", "best", [1], SamplingParams(1)))
-    assert [(m.id, m.default) for m in asked.engine.models().models if m.error == ""] == [
+    inline.one(Generate("a", "best", [1], SamplingParams(1)))
+    assert [(m.id, m.default) for m in inline.engine.models().models if m.error == ""] == [
         ("other", True)
     ]
     monkeypatch.setattr(engine_module, "load_runner", load)
     monkeypatch.setattr(engine_module, "RETRY_S", 0.0)
-    asked.one(Generate("b", "best", [1], SamplingParams(1)))
-    told = {m.id: (m.default, m.error) for m in asked.engine.models().models}
-    assert told == {"best": (True, ""), "other": (False, "")}
+    inline.one(Generate("b", "best", [1], SamplingParams(1)))
+    listed = {m.id: (m.default, m.error) for m in inline.engine.models().models}
+    assert listed == {"best": (True, ""), "other": (False, "")}
 
 
 def test_slow_loads_are_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -678,25 +684,25 @@ def test_slow_loads_are_few_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(engine_module, "load_runner", slow)
     monkeypatch.setattr(engine_module, "PATIENCE_S", 0.0)
-    asked = Asked(tmp_path, max_models=1)
+    inline = InlineEngine(tmp_path, max_models=1)
     for n in range(4):
-        asked.engine.accept(asked, Generate(f"{n}", f"r{n}", [1], SamplingParams(1)))
+        inline.engine.accept(inline, Generate(f"{n}", f"r{n}", [1], SamplingParams(1)))
     for _ in range(3):
-        asked.engine.step()
-    assert len(asked.engine._loading) == 2
+        inline.engine.step()
+    assert len(inline.engine._loading) == 2
     until.set()
-    asked.settle()
-    assert all(isinstance(asked.answers[f"{n}"].end, Finished) for n in range(4))
+    inline.settle()
+    assert all(isinstance(inline.answers[f"{n}"].end, Finished) for n in range(4))
 
 
-def test_an_error_that_nobody_foresaw_is_named_by_its_type(
+def test_an_unforeseen_error_is_named_by_its_type(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> Any:
         raise KeyError("/secret/path")
 
     monkeypatch.setattr(engine_module, "load_runner", fail)
-    end = Asked(checkpoint).one(generate("a", [1])).end
+    end = InlineEngine(checkpoint).one(generate("a", [1])).end
     assert isinstance(end, Failed)
     assert end.message == "run could not be loaded: KeyError"
 
@@ -716,30 +722,30 @@ def test_a_load_that_hangs_keeps_no_other_model_waiting(
 
     monkeypatch.setattr(engine_module, "load_runner", hanging)
     monkeypatch.setattr(engine_module, "PATIENCE_S", 0.1)
-    asked = Asked(tmp_path, max_models=max_models)
+    inline = InlineEngine(tmp_path, max_models=max_models)
     for name in ("hangs", "whole"):
-        asked.engine.accept(asked, Generate(name, name, [1], SamplingParams(1)))
-    while "whole" not in asked.answers or not asked.answers["whole"].end:
-        asked.step()
-    assert isinstance(asked.answers["whole"].end, Finished)
-    ((key, load_),) = asked.engine._loading.items()
-    asked.engine._loading[key] = load_._replace(deadline=load_.started)
-    asked.settle()
-    late = asked.answers["hangs"].end
+        inline.engine.accept(inline, Generate(name, name, [1], SamplingParams(1)))
+    while "whole" not in inline.answers or not inline.answers["whole"].end:
+        inline.step()
+    assert isinstance(inline.answers["whole"].end, Finished)
+    ((key, load_),) = inline.engine._loading.items()
+    inline.engine._loading[key] = load_._replace(deadline=load_.started)
+    inline.settle()
+    late = inline.answers["hangs"].end
     assert isinstance(late, Failed)
     assert late.message == "hangs could not be loaded within 0 s."
     until.set()
-    while "hangs" not in asked.engine.runners:
-        asked.step()  # it is there after all
-    assert len(asked.engine.runners) <= max_models
+    while "hangs" not in inline.engine.runners:
+        inline.step()  # it is there after all
+    assert len(inline.engine.runners) <= max_models
 
 
 def test_a_slow_load_does_not_replace_newer_weights(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load, until = engine_module.load_runner, threading.Event()
-    asked = Asked(checkpoint)
-    old = asked.engine.registry.entries[0].revision
+    inline = InlineEngine(checkpoint)
+    old = inline.engine.registry.entries[0].revision
 
     def slow(entry: Entry, *others: Any) -> Any:
         runner = load(entry, *others)
@@ -749,37 +755,37 @@ def test_a_slow_load_does_not_replace_newer_weights(
 
     monkeypatch.setattr(engine_module, "load_runner", slow)
     monkeypatch.setattr(engine_module, "PATIENCE_S", 0.1)
-    asked.engine.accept(asked, Describe("first", "run"))
-    asked.engine.step()
-    newer(asked, checkpoint)
-    while "run" not in asked.engine.runners:
-        asked.step()
-    new = asked.engine.runners["run"].revision
+    inline.engine.accept(inline, Describe("first", "run"))
+    inline.engine.step()
+    newer(inline, checkpoint)
+    while "run" not in inline.engine.runners:
+        inline.step()
+    new = inline.engine.runners["run"].revision
     until.set()
-    while asked.engine._loading:
-        asked.step()
-    assert asked.engine.runners["run"].revision == new != old
+    while inline.engine._loading:
+        inline.step()
+    assert inline.engine.runners["run"].revision == new != old
 
 
 def test_an_engine_that_loads_sleeps_until_it_has(checkpoint: Path) -> None:
-    asked = Asked(checkpoint)
-    asked.engine.accept(asked, generate("a", [1]))
-    assert not asked.engine.computes
-    assert not asked.engine.idle
+    inline = InlineEngine(checkpoint)
+    inline.engine.accept(inline, generate("a", [1]))
+    assert not inline.engine.computes
+    assert not inline.engine.idle
 
 
-def test_the_only_model_is_loaded_before_it_is_asked_for(checkpoint: Path) -> None:
-    engine = Asked(checkpoint).engine
+def test_the_only_model_is_loaded_before_any_request(checkpoint: Path) -> None:
+    engine = InlineEngine(checkpoint).engine
     engine.post(engine.drain)
     engine.run()
     assert list(engine.runners) == ["run"]
 
 
-def begun(asked: Asked, *requests: Any) -> None:
-    """Ask, and compute until every one of the requests that fit has begun to answer."""
+def begun(inline: InlineEngine, *requests: Any) -> None:
+    """Submit requests and compute until each that fits has begun to answer."""
     for request in requests:
-        asked.engine.accept(asked, request)
-        asked.step()
+        inline.engine.accept(inline, request)
+        inline.step()
 
 
 def hog(name: str, key: str = "hog", origin: str = "one", **params: Any) -> Generate:
@@ -788,12 +794,12 @@ def hog(name: str, key: str = "hog", origin: str = "one", **params: Any) -> Gene
     return generate(name, [ord(name[0]), *name.encode()], key=key, origin=origin, **params)
 
 
-def steps_to_end(asked: Asked, request: Any) -> int:
-    """Ask, and return how many steps the answer takes."""
-    asked.engine.accept(asked, request)
+def steps_to_end(inline: InlineEngine, request: Any) -> int:
+    """Submit a request and return the number of steps that its answer takes."""
+    inline.engine.accept(inline, request)
     n = 0
-    while request.request_id not in asked.answers or not asked.answers[request.request_id].end:
-        asked.step()
+    while request.request_id not in inline.answers or not inline.answers[request.request_id].end:
+        inline.step()
         n += 1
     return n
 
@@ -802,104 +808,104 @@ def steps_to_end(asked: Asked, request: Any) -> int:
 def test_who_comes_later_waits_for_no_long_answer_of_another(
     checkpoint: Path, labels: tuple[str, str]
 ) -> None:
-    asked = Asked(checkpoint)
-    asked.one(generate("warm", [1]))
-    begun(asked, *[hog(f"{i} hog") for i in range(12)])
+    inline = InlineEngine(checkpoint)
+    inline.one(generate("warm", [1]))
+    begun(inline, *[hog(f"{i} hog") for i in range(12)])
     key, origin = labels
     newcomer = generate("new", [7, 8, 9], key=key, origin=origin, max_tokens=2)
-    assert steps_to_end(asked, newcomer) <= 3
-    asked.settle()
-    alone = Asked(checkpoint).all([hog(f"{i} hog") for i in range(12)])
-    assert {n: asked.answers[n].said for n in alone} == {n: a.said for n, a in alone.items()}
-    first = [m for m in asked.messages if isinstance(m, Tokens) and m.queue_s is not None]
-    ends = {m.request_id: m.queue_s for m in asked.messages if isinstance(m, Finished)}
+    assert steps_to_end(inline, newcomer) <= 3
+    inline.settle()
+    alone = InlineEngine(checkpoint).all([hog(f"{i} hog") for i in range(12)])
+    assert {n: inline.answers[n].outcome for n in alone} == {n: a.outcome for n, a in alone.items()}
+    first = [m for m in inline.messages if isinstance(m, Tokens) and m.queue_s is not None]
+    ends = {m.request_id: m.queue_s for m in inline.messages if isinstance(m, Finished)}
     assert {m.request_id: m.queue_s for m in first} == ends  # a pause is no wait in the queue
 
 
 def test_a_long_prompt_of_another_key_is_read_in_turns_with_ones_own(checkpoint: Path) -> None:
-    asked = Asked(checkpoint)
-    asked.one(generate("warm", [1]))
+    inline = InlineEngine(checkpoint)
+    inline.one(generate("warm", [1]))
     long = [generate(f"{i}", [i] * 240, key="hog", origin="one") for i in range(3)]
-    begun(asked, *long)
+    begun(inline, *long)
     newcomer = generate("new", [7] * 20, key="another", max_tokens=1)
-    assert steps_to_end(asked, newcomer) <= 4  # 2 pieces of it, and as many of others
+    assert steps_to_end(inline, newcomer) <= 4  # 2 pieces of it, and as many of others
 
 
 def test_a_request_is_read_before_the_many_prompts_of_another(checkpoint: Path) -> None:
-    asked = Asked(checkpoint)
-    asked.one(generate("warm", [1]))
-    begun(asked, *[generate(f"{i}", [i] * 240, origin="one") for i in range(3)])
+    inline = InlineEngine(checkpoint)
+    inline.one(generate("warm", [1]))
+    begun(inline, *[generate(f"{i}", [i] * 240, origin="one") for i in range(3)])
     newcomer = generate("new", [7] * 20, origin="two", max_tokens=1)
-    assert steps_to_end(asked, newcomer) <= 240 // 16 + 2  # after the prompt that is begun
+    assert steps_to_end(inline, newcomer) <= 240 // 16 + 2  # after the prompt that is begun
 
 
 def test_a_prompt_that_is_begun_is_read_to_its_end(checkpoint: Path) -> None:
-    asked = Asked(checkpoint)
-    asked.one(generate("warm", [1]))
+    inline = InlineEngine(checkpoint)
+    inline.one(generate("warm", [1]))
     for name in "ab":
-        asked.engine.accept(asked, generate(name, [ord(name)] * 240, origin=name))
+        inline.engine.accept(inline, generate(name, [ord(name)] * 240, origin=name))
     for _ in range(4):  # of 64 tokens
-        asked.step()
-    assert len(asked.answers["a"].ids) == 1
+        inline.step()
+    assert len(inline.answers["a"].ids) == 1
 
 
 def test_a_slot_that_is_free_goes_to_the_key_with_the_fewest(checkpoint: Path) -> None:
-    asked = Asked(checkpoint, max_slots=2)
-    asked.one(generate("warm", [1]))
-    begun(asked, hog("a", "a", max_tokens=8), hog("b", "b"))
+    inline = InlineEngine(checkpoint, max_slots=2)
+    inline.one(generate("warm", [1]))
+    begun(inline, hog("a", "a", max_tokens=8), hog("b", "b"))
     waiting = [hog("a later", "a"), hog("b later", "b"), hog("c", "c"), hog("d", "d")]
     for request in waiting:
-        asked.engine.accept(asked, request)
-    while not asked.answers["a"].end:
-        asked.step()
-    asked.step()
-    (runner,) = asked.engine.runners.values()
+        inline.engine.accept(inline, request)
+    while not inline.answers["a"].end:
+        inline.step()
+    inline.step()
+    (runner,) = inline.engine.runners.values()
     assert [s.request.request_id for s in runner.scheduler.running] == ["b", "c"]
 
 
 def test_keys_take_turns_at_the_only_slot(checkpoint: Path) -> None:
-    asked = Asked(checkpoint, max_slots=1)
-    asked.one(generate("warm", [1]))
+    inline = InlineEngine(checkpoint, max_slots=1)
+    inline.one(generate("warm", [1]))
     requests = [generate(f"a{i}", [1], key="a", origin=f"a{i}") for i in range(4)]
     requests += [generate(f"b{i}", [1], key="b", origin=f"b{i}") for i in range(2)]
-    asked.all(requests)
-    ended = [m.request_id for m in asked.messages if isinstance(m, Finished)]
+    inline.all(requests)
+    ended = [m.request_id for m in inline.messages if isinstance(m, Finished)]
     assert ended[1:] == ["a0", "b0", "a1", "b1", "a2", "a3"]
 
 
 def test_a_scored_prompt_that_made_room_is_scored_from_its_start(checkpoint: Path) -> None:
-    asked = Asked(checkpoint, max_slots=2)
+    inline = InlineEngine(checkpoint, max_slots=2)
     score = Score("s", "run", list(range(90)), 2, key="hog", origin="one")
-    alone = asked.one(score).end
-    begun(asked, hog("a"))
-    asked.answers["s"].end = None
-    begun(asked, score)
-    asked.step()
-    steps_to_end(asked, generate("new", [7], key="another", max_tokens=1))
-    (runner,) = asked.engine.runners.values()
+    alone = inline.one(score).end
+    begun(inline, hog("a"))
+    inline.answers["s"].end = None
+    begun(inline, score)
+    inline.step()
+    steps_to_end(inline, generate("new", [7], key="another", max_tokens=1))
+    (runner,) = inline.engine.runners.values()
     assert [s.request.request_id for s in runner.scheduler.waiting] == ["s"]
-    asked.settle()
-    assert asked.answers["s"].end == alone
+    inline.settle()
+    assert inline.answers["s"].end == alone
 
 
 def test_a_full_queue_takes_each_keys_share(checkpoint: Path) -> None:
-    asked = Asked(checkpoint, max_slots=1, max_queue=6)
-    asked.one(generate("warm", [1]))
-    begun(asked, hog("a", "hog"))
+    inline = InlineEngine(checkpoint, max_slots=1, max_queue=6)
+    inline.one(generate("warm", [1]))
+    begun(inline, hog("a", "hog"))
     hogs = [hog(f"{i}", "hog") for i in range(7)]
     others = [generate(f"other {i}", [1], key="other", max_tokens=1) for i in range(4)]
     thirds = [generate(f"third {i}", [1], key="third", max_tokens=1) for i in range(3)]
     for request in [*hogs, *others, *thirds]:
-        asked.engine.accept(asked, request)
-    asked.step()
-    refused = [n for n, a in asked.answers.items() if isinstance(a.end, Failed)]
+        inline.engine.accept(inline, request)
+    inline.step()
+    refused = [n for n, a in inline.answers.items() if isinstance(a.end, Failed)]
     assert refused == ["6", "other 3", "third 2"]
 
 
 def test_those_who_wait_for_a_model_count_to_their_keys_share(checkpoint: Path) -> None:
-    asked = Asked(checkpoint, max_queue=4)
+    inline = InlineEngine(checkpoint, max_queue=4)
     requests = [hog(f"{i}", "hog", max_tokens=1) for i in range(5)]
     requests += [generate(f"other {i}", [1], key="other", max_tokens=1) for i in range(3)]
-    asked.all(requests)
-    refused = [n for n, a in asked.answers.items() if isinstance(a.end, Failed)]
+    inline.all(requests)
+    refused = [n for n, a in inline.answers.items() if isinstance(a.end, Failed)]
     assert refused == ["4", "other 2"]

@@ -154,9 +154,9 @@ def test_a_front_end_brings_neither_torch_nor_what_training_needs() -> None:
 def test_an_engine_that_has_loaded_a_model_holds_nothing_of_training(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from tests.engine_models import Asked, generate, write_model
+from tests.engine_models import InlineEngine, generate, write_model
 path = Path({str(tmp_path)!r})
 write_model(path / "run" / "last.ckpt")
-assert Asked(path).one(generate("1", [1, 2])).ids
+assert InlineEngine(path).one(generate("1", [1, 2])).ids
 import serving.engine.server"""
     assert not modules_after(code) & {"lightning", "hydra", "omegaconf", "fastapi"}
