@@ -1,4 +1,4 @@
-"""An engine without a model, for tests of what stands before it: it says what it is told to say."""
+"""An engine without a model that sends prepared replies, for tests of its clients."""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -39,7 +39,7 @@ class FakeEngine:
     """A server of one model, for use as `async with FakeEngine(f"unix:{tmp_path}/e") as engine`.
 
     `reply` gives an answer's tokens, sent `step` at a time, a pause of `delay_s` between. `failure`
-    is said instead of an answer. `requests` and `cancelled` record what came.
+    replaces the answer. `requests` and `cancelled` record what came.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class FakeEngine:
 
 
 def tokens(request: Generate, ids: list[int]) -> Tokens:
-    """Return the next tokens of an answer, each as likely as any where that was asked for."""
+    """Return the next tokens of an answer, with uniform logprobs on request."""
     top = request.params.logprobs
     if top is None:
         return Tokens(request.request_id, ids)

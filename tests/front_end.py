@@ -1,4 +1,4 @@
-"""The whole front end on a real port, before an engine that says what a test wrote down."""
+"""The whole front end on a real port, before an engine with prepared replies."""
 
 import asyncio
 import contextlib
@@ -18,14 +18,14 @@ from serving.engine.messages import Generate
 from tests.fake_engine import FakeEngine, Reply
 
 
-def says(text: str | bytes) -> Reply:
-    """Return what makes an engine answer everything with this text, in bytes."""
+def fixed_reply(text: str | bytes) -> Reply:
+    """Return a reply function that answers every request with the bytes of a text."""
     ids = list(text.encode() if isinstance(text, str) else text)
     return lambda request: ids
 
 
 def generated(engine: FakeEngine) -> list[Generate]:
-    """Return the generations that an engine was asked for."""
+    """Return the generation requests that an engine received."""
     return [message for message in engine.requests if isinstance(message, Generate)]
 
 
@@ -36,7 +36,7 @@ def hang_up(engine: FakeEngine) -> None:
 
 
 def eventually(true: Any, seconds: float = 10.0) -> bool:
-    """Return whether something becomes true before long."""
+    """Return whether a condition becomes true in time."""
     end = time.monotonic() + seconds
     while not true():
         if time.monotonic() > end:
@@ -64,7 +64,7 @@ def serve(engine: FakeEngine, settings: ApiSettings | None = None, port: int = 0
                     app, http=Connection, log_config=None, timeout_graceful_shutdown=5
                 )
                 servers.append(uvicorn.Server(config))
-                starting = asyncio.create_task(_tell(servers[0], started))
+                starting = asyncio.create_task(_signal_start(servers[0], started))
                 await servers[0].serve([listening])
                 await starting
             await client.close()
@@ -81,7 +81,7 @@ def serve(engine: FakeEngine, settings: ApiSettings | None = None, port: int = 0
         thread.join()
 
 
-async def _tell(server: uvicorn.Server, started: threading.Event) -> None:
+async def _signal_start(server: uvicorn.Server, started: threading.Event) -> None:
     while not server.started:
         await asyncio.sleep(0.005)
     started.set()

@@ -23,7 +23,7 @@ from serving.api.settings import ApiSettings
 from serving.engine.messages import Generate, Tokens
 from tests import fake_engine
 from tests.fake_engine import FakeEngine
-from tests.front_end import hang_up, says, serve
+from tests.front_end import fixed_reply, hang_up, serve
 from tests.test_runs import write_run
 
 ANSWER = """Here is **what I know** about it:
@@ -91,7 +91,7 @@ def say(page: Any, text: str, *, wait: bool = True) -> None:
 
 def chat(pictures: Pictures) -> None:
     """An empty chat, an answer on its way and complete, settings, editing, versions."""
-    with pictures.page(reply=says(ANSWER), delay_s=0.01, **CHAT) as (page, _):
+    with pictures.page(reply=fixed_reply(ANSWER), delay_s=0.01, **CHAT) as (page, _):
         pictures.take(page, "chat-empty")
         page.click("#settings-button")
         page.fill("#sampling-max_tokens", "2000")
@@ -121,7 +121,7 @@ def looks(pictures: Pictures) -> None:
         ("phone-dark-chinese", {"viewport": PHONE, "color_scheme": "dark", "locale": "zh-CN"}),
     ]
     for name, options in variants:
-        with pictures.page(reply=says(ANSWER), **CHAT, **options) as (page, _):
+        with pictures.page(reply=fixed_reply(ANSWER), **CHAT, **options) as (page, _):
             page.evaluate("localStorage.setItem('nanogpt.sampling', '{\"max_tokens\": 2000}')")
             page.reload()
             page.wait_for_selector("body[data-model]", state="attached")
@@ -134,7 +134,7 @@ def looks(pictures: Pictures) -> None:
                 page.click("#settings-button")
                 pictures.take(page, f"settings-{name}")
     for name, view in (("attack", DESK), ("attack-phone", PHONE)):
-        with pictures.page(reply=says(LONG), viewport=view, **CHAT) as (page, _):
+        with pictures.page(reply=fixed_reply(LONG), viewport=view, **CHAT) as (page, _):
             page.evaluate("localStorage.setItem('nanogpt.sampling', '{\"max_tokens\": 2000}')")
             page.reload()
             page.wait_for_selector("body[data-model]", state="attached")
@@ -163,14 +163,14 @@ def failures(pictures: Pictures) -> None:
     with pictures.page(failure=("overloaded", "The queue is full."), **CHAT) as (page, _):
         say(page, "Hello")
         pictures.take(page, "busy")
-    with pictures.page(reply=says(STORY), block_size=256, **CHAT) as (page, _):
+    with pictures.page(reply=fixed_reply(STORY), block_size=256, **CHAT) as (page, _):
         for text in ("Tell a story.", "Another one, please, and a longer one this time."):
             say(page, text)
         pictures.take(page, "context-full")
         page.click("text=Continue without")
         page.wait_for_selector("#send:visible")
         pictures.take(page, "context-forgotten")
-    with pictures.page(reply=says("abc " * 90), delay_s=0.02, **CHAT) as (page, engine):
+    with pictures.page(reply=fixed_reply("abc " * 90), delay_s=0.02, **CHAT) as (page, engine):
         say(page, "Hello", wait=False)
         page.wait_for_selector(".theirs :text('abc')")
         hang_up(engine)
@@ -194,7 +194,7 @@ def complete(pictures: Pictures) -> None:
         ("-phone", {"viewport": PHONE}),
     ]
     for name, options in variants:
-        with pictures.page(reply=says(STORY[5:]), **options) as (page, _):
+        with pictures.page(reply=fixed_reply(STORY[5:]), **options) as (page, _):
             pictures.take(page, f"complete-empty{name}")
             page.fill("#complete-text", STORY[:5])
             page.click("#go")

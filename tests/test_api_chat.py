@@ -15,7 +15,7 @@ from nanogpt.prompts import find_template
 from nanogpt.tokenizer import byte_tokenizer
 from serving.engine.messages import Generate, Message
 from tests.fake_engine import FakeEngine
-from tests.front_end import generated, says, serve
+from tests.front_end import fixed_reply, generated, serve
 
 TEXT = "Grüße, 🌍! END and more"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -23,7 +23,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> FakeEngine:
-    return FakeEngine(f"unix:{tmp_path_factory.mktemp('engine')}/e", reply=says(TEXT))
+    return FakeEngine(f"unix:{tmp_path_factory.mktemp('engine')}/e", reply=fixed_reply(TEXT))
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_a_trailing_slash_lists_the_models_too(url: str) -> None:
 
 
 def test_the_client_comes_again_when_the_server_was_busy(tmp_path: Path) -> None:
-    engine = BusyOnce(f"unix:{tmp_path}/e", reply=says("now"))
+    engine = BusyOnce(f"unix:{tmp_path}/e", reply=fixed_reply("now"))
     with serve(engine) as url, openai.OpenAI(base_url=url, api_key="none") as client:
         assert ask(client).choices[0].message.content == "now"
 

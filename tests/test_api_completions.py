@@ -8,7 +8,7 @@ import pytest
 
 from nanogpt.tokenizer import byte_tokenizer
 from tests.fake_engine import FakeEngine
-from tests.front_end import generated, says, serve
+from tests.front_end import fixed_reply, generated, serve
 
 EOT = byte_tokenizer().eot_id
 
@@ -16,7 +16,7 @@ EOT = byte_tokenizer().eot_id
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> FakeEngine:
     path = tmp_path_factory.mktemp("engine") / "e"
-    return FakeEngine(f"unix:{path}", reply=says(b"a\xc3\xa4b"), block_size=64)
+    return FakeEngine(f"unix:{path}", reply=fixed_reply(b"a\xc3\xa4b"), block_size=64)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from serving.api.connection import MAX_HEAD_BYTES, Connection
 from serving.api.settings import ApiSettings
 from tests import front_end
 from tests.fake_engine import FakeEngine
-from tests.front_end import eventually, generated, says, serve
+from tests.front_end import eventually, fixed_reply, generated, serve
 
 BODY = b'{"prompt": "x", "max_tokens": 900}'
 HEAD = (
@@ -24,7 +24,7 @@ ASKED = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 
 @pytest.fixture
 def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 900), delay_s=0.01)
+    return FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("x" * 900), delay_s=0.01)
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_a_client_that_does_not_read_is_cut_off(
     tmp_path: Path, lost: list[Connection], caplog: pytest.LogCaptureFixture, stream: str
 ) -> None:
     """Its answer is more than the system holds for it."""
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 900), step=50)
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("x" * 900), step=50)
     body = b'{"messages": [{"role": "user", "content": "x"}], "logprobs": true, "top_logprobs": 20'
     body += b', "n": 8, "max_tokens": 900, "stream": %b}' % stream.encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: stuck\r\n"

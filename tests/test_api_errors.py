@@ -11,7 +11,7 @@ from nanogpt.tokenizer import ByteTokenizer
 from serving.api.settings import ApiSettings
 from serving.engine.client import EngineClient
 from tests.fake_engine import FakeEngine
-from tests.front_end import says, serve
+from tests.front_end import fixed_reply, serve
 
 ORIGIN = {"Origin": "https://chat.example"}
 JSON = {"Content-Type": "application/json", **ORIGIN}
@@ -21,7 +21,7 @@ JSON = {"Content-Type": "application/json", **ORIGIN}
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     path = tmp_path_factory.mktemp("engine") / "e"
     settings = ApiSettings(max_body_bytes=1000, cors_origins=("*",))
-    with serve(FakeEngine(f"unix:{path}", reply=says("a")), settings) as at:
+    with serve(FakeEngine(f"unix:{path}", reply=fixed_reply("a")), settings) as at:
         yield at
 
 

@@ -18,7 +18,7 @@ from serving.api.generation import Piece
 from serving.api.settings import ApiSettings
 from serving.engine.messages import Classify, Describe, Generate, Message, Score
 from tests.fake_engine import FakeEngine
-from tests.front_end import eventually, generated, says, serve
+from tests.front_end import eventually, fixed_reply, generated, serve
 
 SLOW = {"prompt": "x", "max_tokens": 900}
 
@@ -51,7 +51,7 @@ class StallingEngine(FakeEngine):
 
 
 def slow_engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 900), delay_s=0.01)
+    return FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("x" * 900), delay_s=0.01)
 
 
 def test_too_many_requests_at_once_are_told_to_come_again(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_open_answers_finish_when_the_server_ends(tmp_path: Path) -> None:
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 50), delay_s=0.01)
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("x" * 50), delay_s=0.01)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         with serve(engine) as url:
             answer = pool.submit(httpx.post, f"{url}/v1/completions", json={"max_tokens": 50})
@@ -190,7 +190,7 @@ def test_open_answers_finish_when_the_server_ends(tmp_path: Path) -> None:
 
 
 def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 900))
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("x" * 900))
     body = b'{"max_tokens": 900, "n": 8, "stream": true, "logprobs": 20}'  # some 10 MB of frames
     with serve(engine, ApiSettings(write_s=0.3)) as url, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -301,7 +301,7 @@ def test_the_biases_of_many_prompts_are_read_once(
         return {65: 1.0}
 
     monkeypatch.setattr(call, "_bias", counted)
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("a"))
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("a"))
     body = {"prompt": ["x"] * 16, "n": 8, "logit_bias": {"65": 1}, "seed": 1}
     with serve(engine) as url:
         assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
@@ -312,7 +312,7 @@ def test_the_biases_of_many_prompts_are_read_once(
 
 
 def test_prompts_without_a_seed_have_different_ones(tmp_path: Path) -> None:
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("a"))
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("a"))
     with serve(engine) as url:
         httpx.post(f"{url}/v1/completions", json={"prompt": ["x"] * 16, "n": 8})
     assert len({request.params.seed for request in generated(engine)}) == 128

@@ -11,12 +11,14 @@ import pytest
 from serving.api.paths import normalized
 from serving.api.settings import ApiSettings
 from tests.fake_engine import FakeEngine
-from tests.front_end import says, serve
+from tests.front_end import fixed_reply, serve
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serve(FakeEngine(f"unix:{tmp_path_factory.mktemp('engine')}/e", reply=says("a"))) as at:
+    with serve(
+        FakeEngine(f"unix:{tmp_path_factory.mktemp('engine')}/e", reply=fixed_reply("a"))
+    ) as at:
         yield at
 
 

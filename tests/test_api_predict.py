@@ -7,7 +7,7 @@ import pytest
 
 from serving.engine.messages import Classify
 from tests.fake_engine import FakeEngine
-from tests.front_end import generated, says, serve
+from tests.front_end import fixed_reply, generated, serve
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_classifier_does_not_chat(classifier: FakeEngine) -> None:
 
 
 def test_a_language_model_predicts_what_follows(tmp_path: Path) -> None:
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("more"))
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("more"))
     with serve(engine) as url:
         answer = httpx.post(f"{url}/predict", json={"input_data": "Once"})
     assert answer.json() == {"prediction": "more"}
@@ -55,7 +55,7 @@ def test_a_language_model_predicts_what_follows(tmp_path: Path) -> None:
 
 def test_a_model_taught_to_chat_predicts_its_answer(tmp_path: Path) -> None:
     engine = FakeEngine(
-        f"unix:{tmp_path}/e", reply=says("Hi.\n### Instruction:"), template="alpaca"
+        f"unix:{tmp_path}/e", reply=fixed_reply("Hi.\n### Instruction:"), template="alpaca"
     )
     with serve(engine) as url:
         answer = httpx.post(f"{url}/predict", json={"input_data": "Hello"})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_engine import FakeEngine
-from tests.front_end import says, serve
+from tests.front_end import fixed_reply, serve
 
 SCHEMATHESIS = Path(sysconfig.get_path("scripts")) / "schemathesis"
 CHECKS = "not_a_server_error,content_type_conformance,response_schema_conformance"
@@ -16,7 +16,7 @@ CHECKS = "not_a_server_error,content_type_conformance,response_schema_conformanc
 @pytest.mark.skipif(not SCHEMATHESIS.exists(), reason="needs schemathesis, of the dev extra")
 @pytest.mark.slow
 def test_nothing_that_can_be_asked_is_a_server_error(tmp_path: Path) -> None:
-    with serve(FakeEngine(f"unix:{tmp_path}/e", reply=says("Grüße"))) as url:
+    with serve(FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("Grüße"))) as url:
         options = ["--checks", CHECKS, "--max-examples", "20", "--seed", "1"]
         options += ["--phases", "fuzzing"]
         done = subprocess.run(

@@ -29,7 +29,7 @@ from serving.engine.messages import (
 )
 from serving.logs import JsonFormatter
 from tests.fake_engine import FakeEngine
-from tests.front_end import eventually, hang_up, says, serve
+from tests.front_end import eventually, fixed_reply, hang_up, serve
 
 LABELS = r'\{[a-z_]+="[^"]*"(,[a-z_]+="[^"]*")*\}'
 SAMPLE = re.compile(rf"(nanogpt|process)_[a-z_]+({LABELS})? [0-9.e+-]+")
@@ -37,7 +37,9 @@ SAMPLE = re.compile(rf"(nanogpt|process)_[a-z_]+({LABELS})? [0-9.e+-]+")
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serve(FakeEngine(f"unix:{tmp_path_factory.mktemp('engine')}/e", reply=says("a"))) as at:
+    with serve(
+        FakeEngine(f"unix:{tmp_path_factory.mktemp('engine')}/e", reply=fixed_reply("a"))
+    ) as at:
         yield at
 
 
@@ -136,7 +138,7 @@ def test_labels_come_from_a_classifier_where_the_default_is_none(tmp_path: Path)
 
 
 def test_who_names_no_model_has_texts_from_one_that_generates(tmp_path: Path) -> None:
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("a"))
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("a"))
     classifier = ModelInfo(
         "spam", [], 2, "2", loaded=False, default=True, default_to_generate=False
     )
@@ -249,7 +251,7 @@ def test_a_log_line_is_one_line_whatever_it_quotes() -> None:
 
 
 def test_a_model_is_described_once_for_all_who_ask_at_once(tmp_path: Path) -> None:
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("a"))
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("a"))
     with serve(engine) as url, ThreadPoolExecutor(8) as pool:
         body = {"prompt": "x"}
         asked = [pool.submit(httpx.post, f"{url}/v1/completions", json=body) for _ in range(8)]

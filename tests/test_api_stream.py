@@ -15,7 +15,7 @@ from serving.api.generation import Choice
 from serving.api.settings import ApiSettings
 from serving.engine.messages import Cancel, Generate, SamplingParams, Tokens
 from tests.fake_engine import FakeEngine
-from tests.front_end import eventually, generated, hang_up, says, serve
+from tests.front_end import eventually, fixed_reply, generated, hang_up, serve
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
 USAGE = {"stream_options": {"include_usage": True}}
@@ -102,7 +102,7 @@ def test_streamed_and_whole_texts_are_equal_for_random_bytes(url: str) -> None:
 
 def test_a_text_with_line_ends_and_quotes_is_one_line_of_json(tmp_path: Path) -> None:
     text = 'a\n\n\r"\\\u2028</script>\x00b'
-    with serve(FakeEngine(f"unix:{tmp_path}/e", reply=says(text))) as url:
+    with serve(FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply(text))) as url:
         chunks = events(
             httpx.post(f"{url}/v1/completions", json={"stream": True, "max_tokens": 99}).text
         )
@@ -119,7 +119,7 @@ def test_an_error_before_the_first_token_is_an_error_status(tmp_path: Path) -> N
 
 
 def test_an_error_on_the_way_is_an_event_that_clients_raise(tmp_path: Path) -> None:
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 1000), delay_s=0.01)
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("x" * 1000), delay_s=0.01)
     with serve(engine) as url, openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         stream = client.completions.create(model="tiny", prompt="", max_tokens=900, stream=True)
         assert next(stream).choices[0].text
@@ -129,7 +129,7 @@ def test_an_error_on_the_way_is_an_event_that_clients_raise(tmp_path: Path) -> N
 
 
 def test_a_client_that_leaves_a_stream_cancels_it(tmp_path: Path) -> None:
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 1000), delay_s=0.01)
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("x" * 1000), delay_s=0.01)
     with serve(engine) as url:
         body = {**CHAT, "max_tokens": 900}
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
@@ -138,7 +138,9 @@ def test_a_client_that_leaves_a_stream_cancels_it(tmp_path: Path) -> None:
 
 
 def test_a_client_that_leaves_before_the_first_token_cancels_it(tmp_path: Path) -> None:
-    half = FakeEngine(f"unix:{tmp_path}/e", reply=says(b"\xc3" * 9), delay_s=0.2)  # of characters
+    half = FakeEngine(
+        f"unix:{tmp_path}/e", reply=fixed_reply(b"\xc3" * 9), delay_s=0.2
+    )  # of characters
     with serve(half) as url:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=0.15)
@@ -147,7 +149,7 @@ def test_a_client_that_leaves_before_the_first_token_cancels_it(tmp_path: Path) 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_that_takes_too_long_is_ended(tmp_path: Path, stream: bool) -> None:
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 1000), delay_s=0.01)
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("x" * 1000), delay_s=0.01)
     with serve(engine, ApiSettings(request_s=0.3)) as url:
         body = {**CHAT, "max_tokens": 900, "stream": stream}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body)
@@ -157,7 +159,7 @@ def test_an_answer_that_takes_too_long_is_ended(tmp_path: Path, stream: bool) ->
 
 
 def test_a_client_that_leaves_a_whole_answer_cancels_it(tmp_path: Path) -> None:
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 1000), delay_s=0.01)
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("x" * 1000), delay_s=0.01)
     with serve(engine) as url:
         body = {**CHAT, "max_tokens": 900, "stream": False, "n": 3}
         with pytest.raises(httpx.ReadTimeout):
@@ -167,7 +169,9 @@ def test_a_client_that_leaves_a_whole_answer_cancels_it(tmp_path: Path) -> None:
 
 
 def test_an_answer_that_a_stop_string_ends_is_not_left(tmp_path: Path) -> None:
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("one END" + "x" * 900), delay_s=0.01)
+    engine = FakeEngine(
+        f"unix:{tmp_path}/e", reply=fixed_reply("one END" + "x" * 900), delay_s=0.01
+    )
     with serve(engine) as url:
         body = {"prompt": "x", "max_tokens": 900, "stop": "END"}
         answer = httpx.post(f"{url}/v1/completions", json=body).json()

@@ -20,7 +20,7 @@ import pytest
 
 from serving.api.settings import ApiSettings
 from tests.fake_engine import FakeEngine
-from tests.front_end import generated, hang_up, says, serve
+from tests.front_end import fixed_reply, generated, hang_up, serve
 
 KEY = "sk-a-key"
 TEXT = "Grüße, 世界! 😀"
@@ -45,7 +45,7 @@ AGENT = {
 
 @pytest.fixture
 def engine(tmp_path: Path) -> FakeEngine:
-    return FakeEngine(f"unix:{tmp_path}/e", reply=says(TEXT), template="alpaca")
+    return FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply(TEXT), template="alpaca")
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_lobe_chat_finds_words_for_each_error(engine: FakeEngine, url: str) -> N
 
 
 def test_lobe_chat_shows_an_error_on_the_way(engine: FakeEngine, url: str) -> None:
-    engine.reply, engine.delay_s = says("x" * 200), 0.02
+    engine.reply, engine.delay_s = fixed_reply("x" * 200), 0.02
     headers = {"Authorization": f"Bearer {KEY}"}
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=CHAT, headers=headers) as answer:
         lines = (line for line in answer.iter_lines() if line)

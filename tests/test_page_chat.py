@@ -8,7 +8,7 @@ import pytest
 
 from serving.engine.messages import Generate
 from tests.fake_engine import FakeEngine
-from tests.front_end import eventually, generated, says
+from tests.front_end import eventually, fixed_reply, generated
 from tests.page import answers, opened, send
 
 
@@ -34,7 +34,7 @@ def page(browser: Any, url: str) -> Iterator[Any]:
 
 
 def test_tokens_are_seen_as_they_arrive(page: Any, engine: FakeEngine) -> None:
-    engine.reply, engine.delay_s = says("abcdefghij" * 3), 0.05
+    engine.reply, engine.delay_s = fixed_reply("abcdefghij" * 3), 0.05
     page.fill("#chat-text", "Hello")
     page.click("#send")
     seen = set()
@@ -48,7 +48,7 @@ def test_tokens_are_seen_as_they_arrive(page: Any, engine: FakeEngine) -> None:
 
 
 def test_stopping_keeps_what_is_there_and_frees_the_slot(page: Any, engine: FakeEngine) -> None:
-    engine.reply, engine.delay_s = says("x" * 900), 0.02
+    engine.reply, engine.delay_s = fixed_reply("x" * 900), 0.02
     page.fill("#chat-text", "Hello")
     page.press("#chat-text", "Enter")
     page.wait_for_selector(".theirs .text:has-text('xxx')")
@@ -61,7 +61,7 @@ def test_stopping_keeps_what_is_there_and_frees_the_slot(page: Any, engine: Fake
 def test_after_an_answer_in_another_conversation_one_can_send(
     page: Any, engine: FakeEngine
 ) -> None:
-    engine.reply, engine.delay_s = says("x" * 40), 0.02
+    engine.reply, engine.delay_s = fixed_reply("x" * 40), 0.02
     page.fill("#chat-text", "Hello")
     page.click("#send")
     page.wait_for_selector(".theirs .text:has-text('xxx')")
@@ -88,7 +88,7 @@ def test_the_whole_conversation_is_sent_with_its_system_prompt(
 
 def test_an_answer_again_is_another_version_of_it(page: Any, engine: FakeEngine) -> None:
     send(page, "Hello")
-    engine.reply = says("Another")
+    engine.reply = fixed_reply("Another")
     page.click("[aria-label='Regenerate']")
     page.wait_for_selector("text=2/2")
     assert answers(page) == ["Another"]
@@ -121,7 +121,7 @@ def test_leaving_the_editing_changes_nothing(page: Any) -> None:
 
 
 def test_an_answer_is_copied_as_it_was_written(page: Any, engine: FakeEngine) -> None:
-    engine.reply = says("**bold** text")
+    engine.reply = fixed_reply("**bold** text")
     send(page, "Hello")
     page.click(".theirs [aria-label='Copy']")
     page.wait_for_selector("#notice:has-text('Copied')")
@@ -212,7 +212,7 @@ def test_sampling_controls_are_sent_within_their_limits_and_reset(
 
 
 def test_a_stop_string_ends_an_answer(page: Any, engine: FakeEngine) -> None:
-    engine.reply = says("one STOP two")
+    engine.reply = fixed_reply("one STOP two")
     page.click("#settings-button")
     page.fill("#sampling-stop", "STOP")
     send(page, "Hello")
@@ -227,7 +227,7 @@ def test_the_tokens_of_the_conversation_are_counted(page: Any) -> None:
 def test_long_words_and_other_directions_stay_within_the_page(
     page: Any, engine: FakeEngine
 ) -> None:
-    engine.reply = says("W" * 400 + "\n\nשלום עולם\n\n`" + "c" * 300 + "`")
+    engine.reply = fixed_reply("W" * 400 + "\n\nשלום עולם\n\n`" + "c" * 300 + "`")
     page.set_viewport_size({"width": 360, "height": 640})
     page.click("#settings-button")
     page.fill("#sampling-max_tokens", "900")

@@ -10,7 +10,7 @@ import pytest
 from serving.engine.messages import Generate, Tokens
 from tests import fake_engine
 from tests.fake_engine import FakeEngine
-from tests.front_end import generated, says, serve
+from tests.front_end import fixed_reply, generated, serve
 from tests.page import opened
 
 LOGPROBS = {"s": math.log(0.75), "l": math.log(0.2), "o": math.log(0.02), "u": math.log(0.001)}
@@ -26,7 +26,7 @@ def likely(request: Generate, ids: list[int]) -> Tokens:
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     monkeypatch.setattr(fake_engine, "tokens", likely)
-    return FakeEngine(f"unix:{tmp_path}/e", reply=says("slou"))
+    return FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("slou"))
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_what_is_known_of_tokens_lasts_up_to_a_change(page: Any) -> None:
 def test_characters_beyond_two_bytes_keep_tokens_in_their_places(
     page: Any, engine: FakeEngine
 ) -> None:
-    engine.reply = says("a😀b")
+    engine.reply = fixed_reply("a😀b")
     assert go_on(page) == "a😀b"
     assert page.locator(".token").all_inner_texts() == ["a", "😀", "b"]
 
@@ -100,7 +100,7 @@ def test_again_continues_the_same_text_and_undo_gives_it_back(
 ) -> None:
     page.fill("#complete-text", "Once ")
     go_on(page)
-    engine.reply = says("more")
+    engine.reply = fixed_reply("more")
     page.click("#complete-again")
     page.wait_for_selector("#go:visible")
     assert page.input_value("#complete-text") == "Once more"
@@ -109,7 +109,7 @@ def test_again_continues_the_same_text_and_undo_gives_it_back(
 
 
 def test_stopping_keeps_the_text_so_far(page: Any, engine: FakeEngine) -> None:
-    engine.reply, engine.delay_s = says("s" * 200), 0.03
+    engine.reply, engine.delay_s = fixed_reply("s" * 200), 0.03
     page.press("#complete-text", "Control+Enter")
     page.wait_for_selector(".token >> nth=5")
     page.keyboard.press("Escape")

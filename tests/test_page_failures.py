@@ -7,7 +7,7 @@ import pytest
 
 from serving.api.settings import ApiSettings
 from tests.fake_engine import FakeEngine
-from tests.front_end import generated, hang_up, says, serve
+from tests.front_end import fixed_reply, generated, hang_up, serve
 from tests.page import answers, free_port, opened, send, watched
 
 KEY = "sk-schlüssel"
@@ -16,7 +16,7 @@ KEY = "sk-schlüssel"
 @pytest.fixture
 def engine(tmp_path: Path) -> FakeEngine:
     about: dict[str, Any] = {"template": "alpaca", "stage": "instruct", "block_size": 256}
-    return FakeEngine(f"unix:{tmp_path}/e", reply=says("Fine."), **about)
+    return FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("Fine."), **about)
 
 
 def test_a_key_is_asked_for_checked_and_kept_in_the_tab_only(
@@ -91,7 +91,7 @@ def test_a_refusal_is_told_and_can_be_tried_again(
 
 
 def test_too_many_requests_of_a_key_are_told(browser: Any, engine: FakeEngine) -> None:
-    engine.reply, engine.delay_s = says("x" * 200), 0.05
+    engine.reply, engine.delay_s = fixed_reply("x" * 200), 0.05
     settings = ApiSettings(api_keys=("k",), max_open_per_key=1)
     with serve(engine, settings) as url, browser.new_page(locale="en-US") as page:
         page.add_init_script("sessionStorage.setItem('nanogpt.key', 'k')")
@@ -109,7 +109,7 @@ def test_too_many_requests_of_a_key_are_told(browser: Any, engine: FakeEngine) -
 def test_a_full_context_is_told_and_the_oldest_messages_can_go(
     browser: Any, engine: FakeEngine, url: str
 ) -> None:
-    engine.reply = says("An answer. ")
+    engine.reply = fixed_reply("An answer. ")
     with opened(browser, url) as page:
         for i in range(5):
             page.fill("#chat-text", f"Message {i} {'and so on ' * 3}")
@@ -142,7 +142,7 @@ def test_a_message_that_never_fits_is_told_without_a_false_promise(browser: Any,
 def test_an_engine_that_dies_on_the_way_leaves_what_was_said(
     browser: Any, engine: FakeEngine, url: str
 ) -> None:
-    engine.reply, engine.delay_s = says("abc" * 80), 0.05
+    engine.reply, engine.delay_s = fixed_reply("abc" * 80), 0.05
     with opened(browser, url) as page:
         page.fill("#chat-text", "Hello")
         page.press("#chat-text", "Enter")
@@ -157,7 +157,7 @@ def test_an_engine_that_dies_on_the_way_leaves_what_was_said(
 
 def test_a_server_that_is_gone_is_told_and_so_is_its_return(browser: Any, tmp_path: Path) -> None:
     port = free_port()
-    about: dict[str, Any] = {"template": "alpaca", "reply": says("Fine.")}
+    about: dict[str, Any] = {"template": "alpaca", "reply": fixed_reply("Fine.")}
     with browser.new_page(locale="en-US") as page:
         with serve(FakeEngine(f"unix:{tmp_path}/a", **about), port=port) as url:
             page.goto(url)

@@ -15,7 +15,7 @@ import pytest
 from nanogpt.report.report import write_report
 from serving.api.settings import ApiSettings
 from tests.fake_engine import FakeEngine
-from tests.front_end import says, serve
+from tests.front_end import fixed_reply, serve
 from tests.page import answers, opened, send
 from tests.test_runs import write_run
 
@@ -94,7 +94,7 @@ def url(tmp_path: Path) -> Iterator[str]:
     """A server with a key, a model that chats, and a run with a report."""
     rows = [f"{step},{8 * step},{4 - step / 40},{4 - step / 50},9" for step in range(1, 40)]
     write_report(write_run(tmp_path / "runs" / "tiny", *rows, summary={"steps": 39}))
-    engine = FakeEngine(f"unix:{tmp_path}/e", template="alpaca", reply=says("Hi there."))
+    engine = FakeEngine(f"unix:{tmp_path}/e", template="alpaca", reply=fixed_reply("Hi there."))
     with serve(engine, ApiSettings(api_keys=(KEY,), runs_dir=str(tmp_path / "runs"))) as address:
         yield address
 

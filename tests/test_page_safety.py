@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.fake_engine import FakeEngine
-from tests.front_end import says, serve
+from tests.front_end import fixed_reply, serve
 from tests.page import opened
 
 ATTACKS = [  # more of them, on the renderer alone, in tests/js/markdown.test.mjs
@@ -55,7 +55,7 @@ def converse(page: Any, text: str) -> None:
 
 def test_attacks_in_prompts_and_in_answers_do_nothing(page: Any, engine: FakeEngine) -> None:
     text = "\n\n".join(ATTACKS)
-    engine.reply = says(text)
+    engine.reply = fixed_reply(text)
     converse(page, text)
     page.wait_for_timeout(50)
     found = page.evaluate(INERT)

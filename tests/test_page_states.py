@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.fake_engine import FakeEngine
-from tests.front_end import generated, says, serve
+from tests.front_end import fixed_reply, generated, serve
 from tests.page import answers, opened, send
 
 # A key of an input method as browsers send it; Safari ends its composition before the last one.
@@ -36,7 +36,7 @@ CONTRAST = """(element) => {
 @pytest.fixture
 def engine(tmp_path: Path) -> FakeEngine:
     return FakeEngine(
-        f"unix:{tmp_path}/e", reply=says("Fine."), template="alpaca", stage="instruct"
+        f"unix:{tmp_path}/e", reply=fixed_reply("Fine."), template="alpaca", stage="instruct"
     )
 
 
@@ -93,7 +93,7 @@ def test_keys_of_an_input_method_leave_renaming_and_editing_open(page: Any) -> N
 
 
 def test_escape_of_an_input_method_stops_no_answer(page: Any, engine: FakeEngine) -> None:
-    engine.reply, engine.delay_s = says("x" * 60), 0.02
+    engine.reply, engine.delay_s = fixed_reply("x" * 60), 0.02
     page.click("#settings-button")
     page.fill("#chat-text", "Hello")
     page.press("#chat-text", "Enter")

@@ -25,7 +25,7 @@ from serving.api.settings import ApiSettings, read_settings
 from serving.app import ENGINE_VARIABLE, create_app
 from serving.engine.messages import Settings
 from tests.fake_engine import FakeEngine
-from tests.front_end import eventually, generated, says
+from tests.front_end import eventually, fixed_reply, generated
 
 ROOT = Path(__file__).parent.parent
 LIMITS_S = ("BODY", "QUEUE", "REQUEST", "WRITE")
@@ -317,7 +317,7 @@ def streamed(
 def test_a_server_told_to_end_finishes_its_answers_and_ends_with_0(
     tmp_path: Path, workers: int, signum: int
 ) -> None:
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 100), delay_s=0.01)
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("x" * 100), delay_s=0.01)
     with started(engine, NANOGPT_WORKERS=str(workers)) as (url, server):
         lines = streamed(url, server, 100, signum)
         assert server.wait(30) == 0
@@ -332,7 +332,7 @@ def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path, workers: int) ->
     def as_nohup() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("a"))
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("a"))
     output = {"preexec_fn": as_nohup}
     with started(engine, output, NANOGPT_WORKERS=str(workers)) as (url, server):
         server.send_signal(signal.SIGHUP)
@@ -343,7 +343,7 @@ def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path, workers: int) ->
 
 @POSIX
 def test_an_answer_that_outlasts_the_drain_is_told_so(tmp_path: Path) -> None:
-    engine = FakeEngine(f"unix:{tmp_path}/e", reply=says("x" * 900), delay_s=0.02)
+    engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("x" * 900), delay_s=0.02)
     with started(engine, NANOGPT_DRAIN_S="0.5") as (url, server):
         lines = streamed(url, server, 900)
         assert server.wait(15) == 0

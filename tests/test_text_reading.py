@@ -19,7 +19,7 @@ from nanogpt.tokenizer import ByteTokenizer, Tokenizer
 from nanogpt.tokenizer_files import read_tokenizer
 from nanogpt.training import callbacks
 from tests.fake_engine import FakeEngine
-from tests.front_end import generated, says, serve
+from tests.front_end import fixed_reply, generated, serve
 
 EOT, BOS = 256, 257
 TEXT = "Grüße <|endoftext|>"
@@ -56,7 +56,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Ids]:
 
 def ask(tokenizer: Tokenizer, folder: Path, path: str, body: dict[str, Any]) -> tuple[Any, Ids]:
     """Return the server's answer, and the prompt that reached the engine."""
-    engine = FakeEngine(f"unix:{folder}/e", reply=says("a"), tokenizer=tokenizer)
+    engine = FakeEngine(f"unix:{folder}/e", reply=fixed_reply("a"), tokenizer=tokenizer)
     with serve(engine) as url:
         answer = httpx.post(url + path, json=body).json()
     return answer, next((request.prompt_ids for request in generated(engine)), [])
