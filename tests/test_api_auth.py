@@ -48,7 +48,7 @@ def test_a_key_opens_the_api(url: str, headers: dict[str, str]) -> None:
         {"X-API-Key": KEY + "x"},
     ],
 )
-def test_no_key_or_a_wrong_one_is_told_so(url: str, headers: dict[str, str]) -> None:
+def test_a_missing_or_wrong_key_is_unauthorized(url: str, headers: dict[str, str]) -> None:
     answer = httpx.get(f"{url}/v1/models", headers={**headers, "Origin": "https://a.example"})
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
@@ -86,7 +86,7 @@ def test_prefixes_are_reused_for_one_key_only(url: str, engine: FakeEngine) -> N
     assert KEY not in first
 
 
-def test_the_name_of_a_key_does_not_tell_it() -> None:
+def test_the_name_of_a_key_does_not_reveal_it() -> None:
     assert ApiKeys(["one"]).identify(b"one") not in (None, "one")
     assert ApiKeys(["one"]).identify(b"two") is None
 

@@ -1,4 +1,4 @@
-"""Chat completions, asked for with the client that they are made for."""
+"""Chat completions through the OpenAI client."""
 
 import asyncio
 import threading
@@ -38,13 +38,13 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def ask(client: openai.OpenAI, **options: object) -> openai.types.chat.ChatCompletion:
-    asked: dict[str, object] = {"model": "tiny", "messages": HELLO, **options}
-    return client.chat.completions.create(**asked)  # type: ignore[call-overload]
+def complete(client: openai.OpenAI, **options: object) -> openai.types.chat.ChatCompletion:
+    body: dict[str, object] = {"model": "tiny", "messages": HELLO, **options}
+    return client.chat.completions.create(**body)  # type: ignore[call-overload]
 
 
 def test_an_answer_has_text_reason_and_usage(client: openai.OpenAI) -> None:
-    answer = ask(client)
+    answer = complete(client)
     assert answer.choices[0].message.content == TEXT
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None
@@ -52,29 +52,29 @@ def test_an_answer_has_text_reason_and_usage(client: openai.OpenAI) -> None:
 
 
 def test_the_prompt_is_the_template_s_own_ids(client: openai.OpenAI, engine: FakeEngine) -> None:
-    ask(client, messages=[{"role": "system", "content": "Be brief."}, *HELLO])
-    said = [prompts.Message("system", "Be brief."), prompts.Message("user", "Hello")]
-    plain = find_template("plain").encode(byte_tokenizer(), said, add_generation_prompt=True)
+    complete(client, messages=[{"role": "system", "content": "Be brief."}, *HELLO])
+    messages = [prompts.Message("system", "Be brief."), prompts.Message("user", "Hello")]
+    plain = find_template("plain").encode(byte_tokenizer(), messages, add_generation_prompt=True)
     assert generated(engine)[-1].prompt_ids == plain.ids
 
 
 def test_a_content_that_spells_a_special_token_stays_text(
     client: openai.OpenAI, engine: FakeEngine
 ) -> None:
-    ask(client, messages=[{"role": "user", "content": "<|endoftext|>"}])
+    complete(client, messages=[{"role": "user", "content": "<|endoftext|>"}])
     assert generated(engine)[-1].prompt_ids.count(byte_tokenizer().eot_id) == 1  # the opening
 
 
 def test_content_may_come_in_parts(client: openai.OpenAI, engine: FakeEngine) -> None:
     parts = [{"type": "text", "text": "first"}, {"type": "text", "text": "second"}]
-    ask(client, messages=[{"role": "user", "content": parts}])
+    complete(client, messages=[{"role": "user", "content": parts}])
     in_parts = generated(engine)[-1].prompt_ids
-    ask(client, messages=[{"role": "user", "content": "first\nsecond"}])
+    complete(client, messages=[{"role": "user", "content": "first\nsecond"}])
     assert generated(engine)[-1].prompt_ids == in_parts
 
 
 def test_system_messages_are_one_at_the_start(client: openai.OpenAI, engine: FakeEngine) -> None:
-    ask(client, messages=[*HELLO, {"role": "developer", "content": "Be brief."}])
+    complete(client, messages=[*HELLO, {"role": "developer", "content": "Be brief."}])
     text = byte_tokenizer().decode(generated(engine)[-1].prompt_ids)
     assert text == "Be brief.\n\nUser:\nHello\n\nAssistant:\n"
 
@@ -82,17 +82,17 @@ def test_system_messages_are_one_at_the_start(client: openai.OpenAI, engine: Fak
 def test_a_picture_is_refused(client: openai.OpenAI) -> None:
     parts = [{"type": "image_url", "image_url": {"url": "data:,"}}]
     with pytest.raises(openai.BadRequestError, match="reads text only"):
-        ask(client, messages=[{"role": "user", "content": parts}])
+        complete(client, messages=[{"role": "user", "content": parts}])
 
 
 def test_a_stop_string_ends_the_answer(client: openai.OpenAI, engine: FakeEngine) -> None:
-    answer = ask(client, stop=["END"])
+    answer = complete(client, stop=["END"])
     assert answer.choices[0].message.content == "Grüße, 🌍! "
     assert answer.choices[0].finish_reason == "stop"
 
 
 def test_a_full_answer_ends_with_length(client: openai.OpenAI) -> None:
-    answer = ask(client, max_completion_tokens=2)
+    answer = complete(client, max_completion_tokens=2)
     assert answer.choices[0].message.content == "Gr"
     assert answer.choices[0].finish_reason == "length"
 
@@ -100,14 +100,14 @@ def test_a_full_answer_ends_with_length(client: openai.OpenAI) -> None:
 def test_the_answer_gets_the_context_that_is_left(
     client: openai.OpenAI, engine: FakeEngine
 ) -> None:
-    ask(client)
+    complete(client)
     request = generated(engine)[-1]
     assert request.params.max_tokens == 1024 - len(request.prompt_ids)
 
 
 def test_sampling_parameters_reach_the_engine(client: openai.OpenAI, engine: FakeEngine) -> None:
     extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "stop_token_ids": [65]}
-    ask(
+    complete(
         client,
         temperature=0.5,
         top_p=0.9,
@@ -128,7 +128,7 @@ def test_sampling_parameters_reach_the_engine(client: openai.OpenAI, engine: Fak
 def test_several_answers_differ_in_their_seeds_and_the_first_has_the_given_one(
     client: openai.OpenAI, engine: FakeEngine
 ) -> None:
-    answer = ask(client, n=3, seed=7)
+    answer = complete(client, n=3, seed=7)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     seeds = [request.params.seed for request in generated(engine)[-3:]]
     assert seeds[0] == 7
@@ -138,34 +138,36 @@ def test_several_answers_differ_in_their_seeds_and_the_first_has_the_given_one(
 def test_nulls_and_unknown_fields_are_passed_over(client: openai.OpenAI) -> None:
     names = ("temperature", "top_p", "max_tokens", "stop", "seed", "n", "stream", "logit_bias")
     body = {**dict.fromkeys(names), "reasoning_effort": "high", "user": "me", "tools": None}
-    assert ask(client, extra_body=body).choices[0].message.content == TEXT
+    assert complete(client, extra_body=body).choices[0].message.content == TEXT
 
 
 def test_logprobs_come_with_bytes(client: openai.OpenAI) -> None:
-    choice = ask(client, logprobs=True, top_logprobs=2, stop="rüß").choices[0]
+    choice = complete(client, logprobs=True, top_logprobs=2, stop="rüß").choices[0]
     assert choice.logprobs is not None
     assert choice.logprobs.content is not None
-    (token,) = choice.logprobs.content  # the stop string's tokens are not told
+    (token,) = choice.logprobs.content  # the tokens of the stop string are left out
     assert (token.token, token.bytes, token.logprob) == ("G", [71], -1.0)
     assert len(token.top_logprobs) == 2
 
 
 def test_a_json_format_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="use text"):
-        ask(client, response_format={"type": "json_object"})
+        complete(client, response_format={"type": "json_object"})
 
 
 def test_a_prompt_that_fills_the_context_is_refused_with_the_code_that_clients_know(
     client: openai.OpenAI,
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        ask(client, messages=[{"role": "user", "content": "x" * 2000}], stream=True)
+        complete(client, messages=[{"role": "user", "content": "x" * 2000}], stream=True)
     assert refused.value.code == "context_length_exceeded"
     assert refused.value.param == "messages"
 
 
 def test_a_model_is_found_by_alias_and_by_default(client: openai.OpenAI) -> None:
-    assert [ask(client, model=name).model for name in ("run/tiny", "tiny.ckpt", "")] == ["tiny"] * 3
+    assert [complete(client, model=name).model for name in ("run/tiny", "tiny.ckpt", "")] == [
+        "tiny"
+    ] * 3
 
 
 def test_models_are_listed_and_described(client: openai.OpenAI) -> None:
@@ -176,7 +178,7 @@ def test_models_are_listed_and_described(client: openai.OpenAI) -> None:
 
 def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
-        ask(client, model="../../etc/passwd")
+        complete(client, model="../../etc/passwd")
     assert refused.value.code == "model_not_found"
 
 
@@ -184,19 +186,19 @@ def test_a_chat_model_stops_at_its_turn_markers(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer().with_special_tokens(find_template("chat").special_tokens)
     engine = FakeEngine(f"unix:{tmp_path}/e", tokenizer=tokenizer, template="chat")
     with serve(engine) as url, openai.OpenAI(base_url=url, api_key="none") as client:
-        ask(client, max_tokens=1)  # without /v1 in the base URL
+        complete(client, max_tokens=1)  # without /v1 in the base URL
     expected = [tokenizer.special_tokens[f"<|{n}|>"] for n in ("system", "user", "assistant")]
     assert generated(engine)[-1].params.stop_ids == (tokenizer.eot_id, *expected)
 
 
-def test_a_tokenizer_without_the_template_s_markers_is_told(tmp_path: Path) -> None:
+def test_a_tokenizer_without_the_markers_of_the_template_is_an_error(tmp_path: Path) -> None:
     engine = FakeEngine(f"unix:{tmp_path}/e", tokenizer=byte_tokenizer(), template="chat")
     with (
         serve(engine) as url,
         openai.OpenAI(base_url=url, api_key="none") as client,
         pytest.raises(openai.BadRequestError, match=r"has no <\|user\|>"),
     ):
-        ask(client)
+        complete(client)
 
 
 @pytest.mark.parametrize("name", prompts.TEMPLATES)
@@ -205,11 +207,11 @@ def test_the_served_prompt_is_what_was_trained_on_up_to_the_reply(
 ) -> None:
     template = find_template(name)
     tokenizer = byte_tokenizer().with_special_tokens(template.special_tokens)
-    asked, reply = ("user", " What is <|user|>?\n"), ("assistant", "A word.")
-    trained = template.encode(tokenizer, [prompts.Message(*asked), prompts.Message(*reply)])
+    question, reply = ("user", " What is <|user|>?\n"), ("assistant", "A word.")
+    trained = template.encode(tokenizer, [prompts.Message(*question), prompts.Message(*reply)])
     n = trained.is_response.index(True)
     with serve(FakeEngine(f"unix:{tmp_path}/e", tokenizer=tokenizer, template=name)) as url:
-        body = {"messages": [{"role": asked[0], "content": asked[1]}]}
+        body = {"messages": [{"role": question[0], "content": question[1]}]}
         served = httpx.post(f"{url}/tokenize", json=body).json()["tokens"]
     assert served == trained.ids[:n]
 
@@ -252,7 +254,7 @@ def test_a_trailing_slash_lists_the_models_too(url: str) -> None:
 def test_the_client_comes_again_when_the_server_was_busy(tmp_path: Path) -> None:
     engine = BusyOnce(f"unix:{tmp_path}/e", reply=fixed_reply("now"))
     with serve(engine) as url, openai.OpenAI(base_url=url, api_key="none") as client:
-        assert ask(client).choices[0].message.content == "now"
+        assert complete(client).choices[0].message.content == "now"
 
 
 class BusyOnce(FakeEngine):
@@ -267,7 +269,7 @@ class BusyOnce(FakeEngine):
 def test_the_final_message_is_continued(client: openai.OpenAI, engine: FakeEngine) -> None:
     begun = [*HELLO, {"role": "assistant", "content": "Once "}]
     body = {"add_generation_prompt": False, "continue_final_message": True}
-    ask(client, messages=begun, extra_body=body)
+    complete(client, messages=begun, extra_body=body)
     text = byte_tokenizer().decode(generated(engine)[-1].prompt_ids)
     assert text == "User:\nHello\n\nAssistant:\nOnce "
 
@@ -276,7 +278,7 @@ def test_an_answer_may_be_begun_without_a_question(
     client: openai.OpenAI, engine: FakeEngine
 ) -> None:
     begun = [{"role": "assistant", "content": "Once"}]
-    ask(client, messages=begun, extra_body={"continue_final_message": True})
+    complete(client, messages=begun, extra_body={"continue_final_message": True})
     assert byte_tokenizer().decode(generated(engine)[-1].prompt_ids) == "Assistant:\nOnce"
 
 
@@ -295,12 +297,12 @@ def test_what_cannot_be_continued_is_refused(
     client: openai.OpenAI, messages: Any, body: dict[str, object], param: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        ask(client, messages=messages, extra_body=body)
+        complete(client, messages=messages, extra_body=body)
     assert refused.value.param == param
 
 
 def test_the_assistant_s_turn_may_be_left_closed(client: openai.OpenAI, engine: FakeEngine) -> None:
-    ask(client, extra_body={"add_generation_prompt": False})
+    complete(client, extra_body={"add_generation_prompt": False})
     assert byte_tokenizer().decode(generated(engine)[-1].prompt_ids) == "User:\nHello\n\n"
 
 
@@ -315,12 +317,12 @@ def test_tokenize_gives_the_ids_that_are_continued(url: str, engine: FakeEngine)
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-def test_minus_one_is_as_many_tokens_as_fit(
+def test_max_tokens_of_minus_one_fills_the_context(
     client: openai.OpenAI, engine: FakeEngine, name: str
 ) -> None:
-    ask(client, **{name: -1})
-    asked = generated(engine)[-1]
-    assert asked.params.max_tokens == 1024 - len(asked.prompt_ids)
+    complete(client, **{name: -1})
+    request = generated(engine)[-1]
+    assert request.params.max_tokens == 1024 - len(request.prompt_ids)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ HEAD = (
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nOrigin: https://a.example\r\n"
     b"Content-Type: application/json\r\n"
 )
-ASKED = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+REQUEST = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 
 
 @pytest.fixture
@@ -71,14 +71,14 @@ def refusal_of(answer: bytes) -> tuple[int, dict[str, str], str]:
 def full(url: str, engine: FakeEngine) -> Iterator[str]:
     """The server while it is full."""
     with connect(url) as first:
-        first.sendall(ASKED)
+        first.sendall(REQUEST)
         assert eventually(lambda: generated(engine))
         yield url
 
 
 def test_a_request_to_a_full_server_is_refused_for_pages_too(full: str) -> None:
     with connect(full) as second:
-        second.sendall(ASKED)
+        second.sendall(REQUEST)
         status, headers, code = refusal_of(read_one(second))
     assert (status, code) == (503, "overloaded")
     assert headers["retry-after"] == "1"
@@ -87,12 +87,12 @@ def test_a_request_to_a_full_server_is_refused_for_pages_too(full: str) -> None:
 
 def test_a_refused_request_is_read_to_its_end(full: str) -> None:
     with connect(full) as second:
-        second.sendall(ASKED[:-5])
+        second.sendall(REQUEST[:-5])
         second.settimeout(0.1)
         with pytest.raises(TimeoutError):
             second.recv(1)
         second.settimeout(10)
-        second.sendall(ASKED[-5:])
+        second.sendall(REQUEST[-5:])
         assert refusal_of(read_one(second))[0] == 503
 
 
@@ -104,7 +104,7 @@ def test_a_connection_outlives_a_refusal(full: str, engine: FakeEngine) -> None:
     assert len(generated(engine)) == 1
 
 
-def test_a_client_that_waits_to_be_asked_for_its_body_is_refused_at_once(full: str) -> None:
+def test_a_client_that_expects_100_continue_is_refused_at_once(full: str) -> None:
     with connect(full) as second:
         second.sendall(HEAD + b"Content-Length: 9\r\nExpect: 100-continue\r\n\r\n")
         assert refusal_of(read(second))[0] == 503
@@ -131,7 +131,7 @@ def test_a_head_without_end_is_refused(url: str) -> None:
         assert refusal_of(read_one(connection))[0] == 431
 
 
-@pytest.mark.parametrize("part", [b"", b"GET /health HT", ASKED[:-1]])
+@pytest.mark.parametrize("part", [b"", b"GET /health HT", REQUEST[:-1]])
 def test_a_client_that_sends_nothing_more_is_not_waited_for(url: str, part: bytes) -> None:
     with connect(url) as connection:
         connection.sendall(part)

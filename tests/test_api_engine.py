@@ -1,4 +1,4 @@
-"""Front end and engine together, on a small random model: HTTP tells what the engine computes."""
+"""Front end and engine together, on a small random model: HTTP ships the engine's results."""
 
 import asyncio
 import os
@@ -91,10 +91,10 @@ def test_the_likeliest_tokens_are_those_of_generate(runs: Path, client: openai.O
 
 
 def test_streamed_whole_and_second_answers_are_equal(client: openai.OpenAI) -> None:
-    asked = {"model": "one", "prompt": "hello", "max_tokens": 60, "seed": 3, "logprobs": 2}
-    first = client.completions.create(**asked).choices[0]  # type: ignore[call-overload]
-    again = client.completions.create(**asked).choices[0]  # type: ignore[call-overload]
-    stream = client.completions.create(**asked, stream=True)  # type: ignore[call-overload]
+    body = {"model": "one", "prompt": "hello", "max_tokens": 60, "seed": 3, "logprobs": 2}
+    first = client.completions.create(**body).choices[0]  # type: ignore[call-overload]
+    again = client.completions.create(**body).choices[0]  # type: ignore[call-overload]
+    stream = client.completions.create(**body, stream=True)  # type: ignore[call-overload]
     chunks = [chunk.choices[0] for chunk in stream]
     assert again == first
     assert "".join(chunk.text for chunk in chunks) == first.text
@@ -102,7 +102,7 @@ def test_streamed_whole_and_second_answers_are_equal(client: openai.OpenAI) -> N
     assert logprobs == first.logprobs.token_logprobs
 
 
-def test_a_second_turn_says_what_was_cached(client: openai.OpenAI) -> None:
+def test_the_usage_of_a_second_turn_counts_its_cached_tokens(client: openai.OpenAI) -> None:
     text = "To be, or not to be, that is the question. " * 2
     client.completions.create(model="one", prompt=text, max_tokens=1)
     again = client.completions.create(model="one", prompt=text + "Whether", max_tokens=1)
@@ -112,11 +112,11 @@ def test_a_second_turn_says_what_was_cached(client: openai.OpenAI) -> None:
 
 
 def test_an_echoed_prompt_is_scored_as_it_was_generated(client: openai.OpenAI) -> None:
-    asked = {"model": "one", "temperature": 0, "logprobs": 0}
-    made = client.completions.create(prompt=PROMPT, max_tokens=8, **asked)  # type: ignore[call-overload]
+    body = {"model": "one", "temperature": 0, "logprobs": 0}
+    made = client.completions.create(prompt=PROMPT, max_tokens=8, **body)  # type: ignore[call-overload]
     logprobs = made.choices[0].logprobs
     ids = [*PROMPT, *map(byte_of, logprobs.tokens)]
-    scored = client.completions.create(prompt=ids, max_tokens=0, echo=True, **asked)  # type: ignore[call-overload]
+    scored = client.completions.create(prompt=ids, max_tokens=0, echo=True, **body)  # type: ignore[call-overload]
     n = len(logprobs.token_logprobs)
     assert scored.choices[0].logprobs.token_logprobs[-n:] == pytest.approx(
         logprobs.token_logprobs, abs=1e-4
@@ -131,16 +131,16 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(
     assert answer.status_code >= 400
     assert answer.json()["error"]["message"]
     assert not (runs / "pwned").exists()
-    asked = {"model": "one", "prompt": "x", "max_tokens": 1}
-    assert httpx.post(f"{url}/v1/completions", json=asked, timeout=60).status_code == 200
+    body = {"model": "one", "prompt": "x", "max_tokens": 1}
+    assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
 
 
 @LINUX
 def test_an_engine_that_is_killed_is_started_again(client: openai.OpenAI) -> None:
-    asked = {"model": "one", "prompt": PROMPT, "temperature": 0}
+    body = {"model": "one", "prompt": PROMPT, "temperature": 0}
     # 64 answers of 240 tokens: the engine is still at work when it is killed
-    many = {**asked, "prompt": [PROMPT] * 8, "n": 8, "max_tokens": 240, "stream": True}
-    before = client.completions.create(**asked, max_tokens=5).choices[0].text  # type: ignore[call-overload]
+    many = {**body, "prompt": [PROMPT] * 8, "n": 8, "max_tokens": 240, "stream": True}
+    before = client.completions.create(**body, max_tokens=5).choices[0].text  # type: ignore[call-overload]
     engine = engine_of(str(client.base_url))
     with client.completions.create(**many, extra_body={"ignore_eos": True}) as stream:  # type: ignore[call-overload]
         next(stream)
@@ -148,7 +148,7 @@ def test_an_engine_that_is_killed_is_started_again(client: openai.OpenAI) -> Non
         with pytest.raises(openai.APIError, match="engine stopped"):
             list(stream)
     patient = client.with_options(max_retries=20)  # 503 with Retry-After, until it is there
-    after = patient.completions.create(**asked, max_tokens=5).choices[0].text  # type: ignore[call-overload]
+    after = patient.completions.create(**body, max_tokens=5).choices[0].text  # type: ignore[call-overload]
     assert after == before
 
 
@@ -177,13 +177,13 @@ def test_many_at_once_have_the_answers_they_have_alone(url: str) -> None:
         for i in range(16)
     ]
 
-    async def ask_all() -> list[str]:
+    async def post_all() -> list[str]:
         async with httpx.AsyncClient(base_url=url, timeout=60) as asynchronous:
-            asked = [asynchronous.post("/v1/completions", json=body) for body in bodies]
-            return [a.json()["choices"][0]["text"] for a in await asyncio.gather(*asked)]
+            answers = [asynchronous.post("/v1/completions", json=body) for body in bodies]
+            return [a.json()["choices"][0]["text"] for a in await asyncio.gather(*answers)]
 
     alone = [
         httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
         for body in bodies
     ]
-    assert asyncio.run(ask_all()) == alone
+    assert asyncio.run(post_all()) == alone

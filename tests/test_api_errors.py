@@ -65,14 +65,14 @@ def test_an_unknown_route_names_the_api(url: str) -> None:
     assert "/v1" in error_of(answer)["message"]
 
 
-def test_a_wrong_method_says_the_right_one(url: str) -> None:
+def test_a_wrong_method_is_answered_with_the_allowed_ones(url: str) -> None:
     answer = httpx.get(f"{url}/v1/chat/completions", headers=ORIGIN)
     assert answer.status_code == 405
     assert answer.headers["allow"] == "POST"
     error_of(answer)
 
 
-def test_a_body_that_is_not_json_says_what_to_send(url: str) -> None:
+def test_the_error_for_a_body_that_is_not_json_names_what_to_send(url: str) -> None:
     answer = httpx.post(f"{url}/v1/completions", data={"prompt": "x"}, headers=ORIGIN)
     assert answer.status_code == 415
     assert "application/json" in error_of(answer)["message"]
@@ -100,7 +100,7 @@ def test_a_message_of_an_unknown_role_is_refused(url: str) -> None:
     error_of(answer)
 
 
-def test_what_nobody_foresaw_is_an_error_object_that_tells_nothing(
+def test_an_unforeseen_exception_is_an_error_object_without_its_text(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(self: EngineClient) -> None:
@@ -115,7 +115,7 @@ def test_what_nobody_foresaw_is_an_error_object_that_tells_nothing(
 
 
 def reasons_logged(caplog: pytest.LogCaptureFixture, request_id: str) -> list[str]:
-    """Return the exceptions that the log tells of a request."""
+    """Return the exceptions that the log holds for a request."""
     records = [r for r in caplog.records if r.exc_info]
     assert all(r.__dict__["fields"]["request_id"].startswith(request_id) for r in records)
     return [str(r.exc_info[1]) for r in records if r.exc_info]
@@ -153,16 +153,16 @@ def test_a_text_that_breaks_the_tokenizer_fails_alone(
     assert other.status_code == 200
 
 
-def test_a_preflight_allows_the_headers_that_were_asked_for(url: str) -> None:
-    asked = "authorization, content-type, x-stainless-os, x-anything"
+def test_a_preflight_allows_the_requested_headers(url: str) -> None:
+    requested = "authorization, content-type, x-stainless-os, x-anything"
     headers = {
         **ORIGIN,
         "Access-Control-Request-Method": "POST",
-        "Access-Control-Request-Headers": asked,
+        "Access-Control-Request-Headers": requested,
     }
     answer = httpx.options(f"{url}/v1/chat/completions", headers=headers)
     assert answer.status_code == 204
-    assert answer.headers["access-control-allow-headers"] == asked
+    assert answer.headers["access-control-allow-headers"] == requested
     assert "POST" in answer.headers["access-control-allow-methods"]
     assert "access-control-allow-credentials" not in answer.headers
 
@@ -178,9 +178,9 @@ def test_only_listed_origins_are_allowed_where_they_are_listed(tmp_path: Any) ->
     with serve(FakeEngine(f"unix:{tmp_path}/e"), settings) as url:
         ours = httpx.get(f"{url}/v1/models", headers=ORIGIN)
         theirs = httpx.get(f"{url}/v1/models", headers={"Origin": "https://evil.example"})
-        asked = {"Access-Control-Request-Method": "GET"}
-        asked["Access-Control-Request-Private-Network"] = "true"
-        private = httpx.options(f"{url}/v1/models", headers={**ORIGIN, **asked})
+        preflight = {"Access-Control-Request-Method": "GET"}
+        preflight["Access-Control-Request-Private-Network"] = "true"
+        private = httpx.options(f"{url}/v1/models", headers={**ORIGIN, **preflight})
     assert ours.headers["access-control-allow-origin"] == "https://chat.example"
     assert "access-control-allow-origin" not in theirs.headers
     assert private.headers["access-control-allow-private-network"] == "true"

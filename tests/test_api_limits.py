@@ -54,11 +54,11 @@ def slow_engine(tmp_path: Path) -> FakeEngine:
     return FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("x" * 900), delay_s=0.01)
 
 
-def test_too_many_requests_at_once_are_told_to_come_again(tmp_path: Path) -> None:
+def test_requests_over_the_limit_are_refused_with_retry_after(tmp_path: Path) -> None:
     engine = slow_engine(tmp_path)
     with serve(engine, ApiSettings(max_open=1)) as url:
         with httpx.stream("POST", f"{url}/v1/completions", json={**SLOW, "stream": True}) as first:
-            lines = first.iter_lines()  # kept: without it the stream is closed
+            lines = first.iter_lines()  # a reference: without it the stream is closed
             next(lines)
             second = httpx.post(f"{url}/v1/completions", json=SLOW)
             health = httpx.get(f"{url}/health")
@@ -79,7 +79,7 @@ def test_one_key_cannot_take_all(tmp_path: Path, limits: dict[str, int]) -> None
         mine, other = {"X-API-Key": "a"}, {"X-API-Key": "b"}
         body = {**SLOW, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=mine) as first:
-            lines = first.iter_lines()  # kept: without it the stream is closed
+            lines = first.iter_lines()  # a reference: without it the stream is closed
             next(lines)
             second = httpx.post(f"{url}/v1/completions", json=SLOW, headers=mine)
             third = httpx.post(f"{url}/v1/completions", json={"max_tokens": 1}, headers=other)
@@ -90,7 +90,7 @@ def test_one_key_cannot_take_all(tmp_path: Path, limits: dict[str, int]) -> None
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_request_that_waits_too_long_for_a_token_is_told_to_come_again(
+def test_a_request_that_waits_too_long_for_a_token_is_refused_with_retry_after(
     tmp_path: Path, stream: bool
 ) -> None:
     engine = SilentEngine(f"unix:{tmp_path}/e")
@@ -119,9 +119,9 @@ def test_nothing_waits_longer_for_the_engine(
     with serve(engine, ApiSettings(queue_s=0.2)) as url:
         assert eventually(lambda: httpx.get(f"{url}/v1/models/tiny").status_code == 200)
         answer = httpx.post(url + path, json=body)
-        asked = [m for m in engine.requests if isinstance(m, Generate | Score | Classify)]
-        assert asked
-        assert eventually(lambda: len(engine.cancelled) == len(asked))
+        requests = [m for m in engine.requests if isinstance(m, Generate | Score | Classify)]
+        assert requests
+        assert eventually(lambda: len(engine.cancelled) == len(requests))
     assert answer.status_code == 503
     assert answer.headers["retry-after"]
 
@@ -161,7 +161,7 @@ def test_a_request_with_more_answers_than_the_queue_holds_is_refused_for_good(
 
 
 @pytest.mark.parametrize("body", [{}, {"echo": True}, {"echo": True, "stream": True}])
-def test_a_full_queue_is_told_before_a_stream_begins(
+def test_a_full_queue_is_an_error_before_a_stream_begins(
     tmp_path: Path, body: dict[str, object]
 ) -> None:
     engine = FakeEngine(f"unix:{tmp_path}/e", failure=("overloaded", "The queue is full."))
@@ -203,10 +203,10 @@ def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:
 
 
 def requests_open(url: str) -> int:
-    """Return how many requests are being answered, the question itself included."""
+    """Return the number of open requests, that for the metrics included."""
     lines = httpx.get(f"{url}/metrics").text.splitlines()
-    (figure,) = [line for line in lines if line.startswith("nanogpt_http_requests_open{")]
-    return int(float(figure.split()[-1]))
+    (sample,) = [line for line in lines if line.startswith("nanogpt_http_requests_open{")]
+    return int(float(sample.split()[-1]))
 
 
 def test_two_hundred_clients_that_leave_leave_nothing_behind(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_two_hundred_clients_that_leave_leave_nothing_behind(tmp_path: Path) -> 
 
 
 def leave(url: str, n: int) -> None:
-    """Ask, streamed or not, and close the connection after a moment."""
+    """Send a request, streamed or not, and close the connection after a moment."""
     host, port = httpx.URL(url).host, httpx.URL(url).port
     body = f'{{"prompt": "x", "max_tokens": 900, "stream": {"true" if n % 2 else "false"}}}'
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -306,9 +306,9 @@ def test_the_biases_of_many_prompts_are_read_once(
     with serve(engine) as url:
         assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
     assert n_read == 1
-    asked = [request.params for request in generated(engine)]
-    assert [params.logit_bias for params in asked] == [{65: 1.0}] * 128
-    assert len({params.seed for params in asked}) == 8  # of each prompt's answers
+    requests = [request.params for request in generated(engine)]
+    assert [params.logit_bias for params in requests] == [{65: 1.0}] * 128
+    assert len({params.seed for params in requests}) == 8  # of each prompt's answers
 
 
 def test_prompts_without_a_seed_have_different_ones(tmp_path: Path) -> None:

@@ -27,8 +27,10 @@ def test_a_text_is_classified(classifier: FakeEngine) -> None:
 def test_a_text_is_encoded_before_it_reaches_the_engine(classifier: FakeEngine) -> None:
     with serve(classifier) as url:
         httpx.post(f"{url}/classify", json={"input": ["win now", "x" * 20_000]})
-    asked = [message.prompt_ids for message in classifier.requests if isinstance(message, Classify)]
-    assert asked == [list(b"win now"), list(b"x" * 1024)]  # no more is read
+    prompts = [
+        message.prompt_ids for message in classifier.requests if isinstance(message, Classify)
+    ]
+    assert prompts == [list(b"win now"), list(b"x" * 1024)]  # no more is read
 
 
 def test_a_classifier_predicts_a_label(classifier: FakeEngine) -> None:

@@ -1,4 +1,4 @@
-"""Whatever our own OpenAPI document allows to ask, and much that it does not."""
+"""Requests generated from the OpenAPI document, valid and invalid."""
 
 import subprocess
 import sysconfig
@@ -15,7 +15,7 @@ CHECKS = "not_a_server_error,content_type_conformance,response_schema_conformanc
 
 @pytest.mark.skipif(not SCHEMATHESIS.exists(), reason="needs schemathesis, of the dev extra")
 @pytest.mark.slow
-def test_nothing_that_can_be_asked_is_a_server_error(tmp_path: Path) -> None:
+def test_no_request_is_a_server_error(tmp_path: Path) -> None:
     with serve(FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("Grüße"))) as url:
         options = ["--checks", CHECKS, "--max-examples", "20", "--seed", "1"]
         options += ["--phases", "fuzzing"]

@@ -121,8 +121,8 @@ def test_a_name_is_found_however_its_accents_are_composed(tmp_path: Path) -> Non
     engine = FakeEngine(f"unix:{tmp_path}/e")
     engine.models = [replace(engine.models[0], aliases=["caf\u00e9"])]
     with serve(engine) as url:
-        asked = {"model": "cafe\u0301", "prompt": "x", "max_tokens": 1}
-        assert httpx.post(f"{url}/v1/completions", json=asked).status_code == 200
+        body = {"model": "cafe\u0301", "prompt": "x", "max_tokens": 1}
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
 
 
 def test_labels_come_from_a_classifier_where_the_default_is_none(tmp_path: Path) -> None:
@@ -148,14 +148,14 @@ def test_who_names_no_model_has_texts_from_one_that_generates(tmp_path: Path) ->
     ]
     messages = [{"role": "user", "content": "x"}]
     with serve(engine) as url:
-        told = [
+        answers = [
             httpx.post(f"{url}/v1/completions", json={"prompt": "x"}),
             httpx.post(f"{url}/v1/chat/completions", json={"model": "", "messages": messages}),
         ]
         httpx.post(f"{url}/classify", json={"input": "x"})
         counted = httpx.post(f"{url}/tokenize", json={"messages": messages}).json()
-        assert counted["count"] == told[1].json()["usage"]["prompt_tokens"]
-    assert [answer.json()["model"] for answer in told] == ["tiny", "tiny"]
+        assert counted["count"] == answers[1].json()["usage"]["prompt_tokens"]
+    assert [answer.json()["model"] for answer in answers] == ["tiny", "tiny"]
     described = [message.model for message in engine.requests if isinstance(message, Describe)]
     assert described == ["tiny", "spam"]
 
@@ -174,7 +174,7 @@ def test_metrics_are_what_prometheus_reads(url: str) -> None:
     assert any('path="/completions",status="200"' in line for line in samples)
 
 
-def test_paths_that_nobody_serves_are_one_label(url: str) -> None:
+def test_unknown_paths_share_one_label(url: str) -> None:
     httpx.get(f"{url}/one")
     httpx.get(f"{url}/two")
     text = httpx.get(f"{url}/metrics").text
@@ -198,15 +198,15 @@ def test_the_page_or_its_stead_is_at_the_root(url: str) -> None:
 
 
 def test_a_request_is_logged_without_its_text(url: str, caplog: pytest.LogCaptureFixture) -> None:
-    def told(request_id: str) -> list[str]:
+    def logged(request_id: str) -> list[str]:
         lines = [JsonFormatter().format(r) for r in caplog.records if r.name == "nanogpt.access"]
         return [line for line in lines if json.loads(line).get("request_id") == request_id]
 
     with caplog.at_level(logging.INFO, "nanogpt.access"):
         body = {"prompt": "a secret", "max_tokens": 1}
         httpx.post(f"{url}/v1/completions", json=body, headers={"X-Request-ID": "mine"})
-        assert eventually(lambda: told("mine"))
-    (text,) = told("mine")
+        assert eventually(lambda: logged("mine"))
+    (text,) = logged("mine")
     line = json.loads(text)
     assert (line["status"], line["model"]) == (200, "tiny")
     assert (line["prompt_tokens"], line["completion_tokens"]) == (8, 1)
@@ -220,20 +220,20 @@ def test_a_request_is_logged_without_its_text(url: str, caplog: pytest.LogCaptur
         ("/classify", {"input": "x"}, ["ham", "spam"]),
     ],
 )
-def test_what_the_engine_is_asked_begins_with_the_id_of_the_request(
+def test_the_ids_of_engine_requests_begin_with_that_of_the_http_request(
     tmp_path: Path, path: str, body: dict[str, Any], labels: list[str] | None
 ) -> None:
     engine = FakeEngine(f"unix:{tmp_path}/e", labels=labels)
     with serve(engine) as url:
         for _ in range(2):
             httpx.post(url + path, json=body, headers={"X-Request-ID": "mine"}).raise_for_status()
-    asked = [m.request_id for m in engine.requests if isinstance(m, Generate | Score | Classify)]
-    assert asked
-    assert all(request_id.startswith("mine-") for request_id in asked)
-    assert len(set(asked)) == len(asked)
+    ids = [m.request_id for m in engine.requests if isinstance(m, Generate | Score | Classify)]
+    assert ids
+    assert all(request_id.startswith("mine-") for request_id in ids)
+    assert len(set(ids)) == len(ids)
 
 
-def test_prompts_are_logged_where_that_was_asked_for(
+def test_log_prompts_writes_the_prompts_to_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "nanogpt.access")
@@ -250,12 +250,12 @@ def test_a_log_line_is_one_line_whatever_it_quotes() -> None:
     assert json.loads(line)["message"] == "a\nb\u2028c"
 
 
-def test_a_model_is_described_once_for_all_who_ask_at_once(tmp_path: Path) -> None:
+def test_concurrent_requests_share_one_description_of_a_model(tmp_path: Path) -> None:
     engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("a"))
     with serve(engine) as url, ThreadPoolExecutor(8) as pool:
         body = {"prompt": "x"}
-        asked = [pool.submit(httpx.post, f"{url}/v1/completions", json=body) for _ in range(8)]
-        assert {future.result().status_code for future in asked} == {200}
+        futures = [pool.submit(httpx.post, f"{url}/v1/completions", json=body) for _ in range(8)]
+        assert {future.result().status_code for future in futures} == {200}
     assert sum(isinstance(message, Describe) for message in engine.requests) == 1
 
 

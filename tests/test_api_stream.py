@@ -68,7 +68,7 @@ def test_all_chunks_share_id_time_and_model(url: str) -> None:
     assert len({tuple(chunk[key] for key in shared) for chunk in chunks}) == 1
 
 
-def test_there_is_no_usage_without_asking(url: str) -> None:
+def test_a_stream_has_no_usage_by_default(url: str) -> None:
     chunks = events(httpx.post(f"{url}/v1/chat/completions", json=CHAT).text)
     assert all(chunk["choices"] for chunk in chunks)
 
@@ -202,14 +202,14 @@ def test_every_line_reader_reads_a_stream(url: str, path: str, separator: str) -
         *lines, done = [line for line in answer.iter_lines() if line]
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
-    said = [c["text"] if "text" in c else c["delta"].get("content") for c in choices]
-    assert "".join(filter(None, said)).startswith(text)
+    texts = [c["text"] if "text" in c else c["delta"].get("content") for c in choices]
+    assert "".join(filter(None, texts)).startswith(text)
     assert done == "data: [DONE]"
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("logprobs", [None, True])
-def test_the_chunks_before_the_usage_say_that_it_is_not_there_yet(
+def test_the_chunks_before_the_usage_have_a_null_usage(
     url: str, path: str, logprobs: bool | None
 ) -> None:
     body = {**CHAT, "prompt": "x", "logprobs": logprobs and (1 if "chat" not in path else True)}

@@ -30,7 +30,7 @@ CHAT = {
     "stream": True,
     "stream_options": {"include_usage": True},
 }
-# What LobeChat sends beside it: an agent's parameters, and names that a server may not know.
+# What LobeChat adds to it: an agent's parameters, and names that a server may not know.
 AGENT = {
     "user": "someone",
     "temperature": 0.7,
@@ -146,8 +146,8 @@ SCRIPTS = {
         const whole = await client.chat.completions.create(request);
         const wrong = new OpenAI({ baseURL: process.env.URL, apiKey: "no", maxRetries: 0 });
         const refused = await wrong.models.list().catch((e) => [e.constructor.name, e.code]);
-        const said = whole.choices[0].message.content;
-        console.log(JSON.stringify({ text, finish, tokens, said, refused }));
+        const reply = whole.choices[0].message.content;
+        console.log(JSON.stringify({ text, finish, tokens, reply, refused }));
     """,
     "ai-sdk": """
         import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
@@ -159,11 +159,11 @@ SCRIPTS = {
         for await (const part of result.textStream) text += part;
         const finish = await result.finishReason;
         const tokens = (await result.usage).outputTokens;
-        const said = (await generateText({ model, prompt: "Hi" })).text;
+        const reply = (await generateText({ model, prompt: "Hi" })).text;
         const wrong = createOpenAICompatible({ ...settings, apiKey: "no" })("tiny");
         const refused = await generateText({ model: wrong, prompt: "Hi", maxRetries: 0 })
             .catch((e) => [e.name, JSON.parse(e.responseBody).error.code]);
-        console.log(JSON.stringify({ text, finish, tokens, said, refused }));
+        console.log(JSON.stringify({ text, finish, tokens, reply, refused }));
     """,
 }
 REFUSED = {"openai": "AuthenticationError", "ai-sdk": "AI_APICallError"}
@@ -189,7 +189,7 @@ def test_npm_s_client_streams_answers_and_reads_errors(url: str, name: str) -> N
         "text": TEXT,
         "finish": "stop",
         "tokens": N_TOKENS,
-        "said": TEXT,
+        "reply": TEXT,
         "refused": [REFUSED[name], "invalid_api_key"],
     }
 
@@ -207,7 +207,7 @@ STAINLESS = {
     "x-stainless-runtime-version": "1.2.3",
     "x-stainless-timeout": "600",
 }
-ASK = """async ([url, headers, body]) => {
+POST = """async ([url, headers, body]) => {
     const answer = await fetch(`${url}/v1/chat/completions`,
         { method: "POST", headers, body: JSON.stringify(body) });
     const text = await answer.text();
@@ -237,17 +237,17 @@ def elsewhere() -> Iterator[str]:
         thread.join()
 
 
-def test_a_page_of_another_origin_may_ask_with_a_key(
+def test_a_page_of_another_origin_may_send_requests_with_a_key(
     browser: Any, elsewhere: str, url: str
 ) -> None:
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **STAINLESS}
     with browser.new_page() as page:
         page.goto(elsewhere)
-        status, text, request_id = page.evaluate(ASK, [url, headers, CHAT])
+        status, text, request_id = page.evaluate(POST, [url, headers, CHAT])
         assert (status, text[-14:]) == (200, "data: [DONE]\n\n")
         assert request_id.startswith("req-")
         refused = {**headers, "Authorization": "Bearer wrong"}
-        status, text, _ = page.evaluate(ASK, [url, refused, CHAT])
+        status, text, _ = page.evaluate(POST, [url, refused, CHAT])
         assert (status, json.loads(text)["error"]["code"]) == (401, "invalid_api_key")
 
 
@@ -268,7 +268,7 @@ def test_a_host_name_that_is_rebound_to_loopback_reaches_nothing(
     with serve(engine) as url, browser.new_page() as page:
         rebound = url.replace("127.0.0.1", "rebound.example")
         assert page.goto(rebound).status == 403
-        status, text, _ = page.evaluate(ASK, [rebound, {"Content-Type": "application/json"}, CHAT])
+        status, text, _ = page.evaluate(POST, [rebound, {"Content-Type": "application/json"}, CHAT])
         assert (status, json.loads(text)["error"]["code"]) == (403, "host_not_allowed")
         assert generated(engine) == []
 

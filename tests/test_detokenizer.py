@@ -17,7 +17,7 @@ def pieces(parts: list[bytes], stops: tuple[str, ...] = ()) -> list[str]:
     return [*(detokenizer.feed([i]) for i in range(len(parts))), detokenizer.finish()]
 
 
-def test_a_character_is_told_when_its_last_byte_has_come() -> None:
+def test_a_character_is_emitted_with_its_last_byte() -> None:
     assert pieces([b"a\xe2", b"\x82", b"\xac!"]) == ["a", "", "€!", ""]
 
 
@@ -30,15 +30,15 @@ def test_bytes_that_are_no_text_become_what_decoding_them_at_once_gives() -> Non
     assert "".join(pieces([bytes([b]) for b in raw])) == raw.decode("utf-8", "replace")
 
 
-def test_a_stop_string_over_three_tokens_is_never_told() -> None:
+def test_a_stop_string_over_three_tokens_is_never_emitted() -> None:
     assert pieces([b"ab<", b"st", b"op>", b"more"], ("<stop>",)) == ["ab", "", "", "", ""]
 
 
-def test_what_might_have_been_a_stop_string_is_told_when_it_is_none() -> None:
+def test_the_beginning_of_a_stop_string_is_emitted_once_it_is_none() -> None:
     assert pieces([b"ab<", b"st", b"art>"], ("<stop>",)) == ["ab", "", "<start>", ""]
 
 
-def test_what_might_have_been_a_stop_string_is_told_at_the_end() -> None:
+def test_the_beginning_of_a_stop_string_is_emitted_at_the_end() -> None:
     assert pieces([b"ab<s"], ("<stop>",)) == ["ab", "<s"]
 
 
@@ -56,7 +56,7 @@ def test_tokens_after_a_stop_string_are_not_counted() -> None:
     assert detokenizer.n_tokens == 2
 
 
-def test_only_tokens_with_text_before_the_stop_string_are_told() -> None:
+def test_only_tokens_with_text_before_the_stop_string_are_emitted() -> None:
     detokenizer = Detokenizer([b"a", b"bE", b"ND", b"c"], ["END"])
     detokenizer.feed([0, 1, 2, 3])
     assert detokenizer.n_emitted == 2  # "a" and "bE"; "ND" is within the stop string

@@ -67,13 +67,13 @@ def test_closing_an_answer_cancels_it(tmp_path: Path) -> None:
         async with FakeEngine(address, delay_s=0.01) as engine:
             client = EngineClient(address)
             await client.connect(5)
-            asked = request(client, [7], max_tokens=1000)
-            async with aclosing(client.generate(asked)) as answers:
+            generation = request(client, [7], max_tokens=1000)
+            async with aclosing(client.generate(generation)) as answers:
                 async for _ in answers:
                     break
             while not engine.cancelled:
                 await asyncio.sleep(0.01)
-            assert engine.cancelled == [asked.request_id]
+            assert engine.cancelled == [generation.request_id]
             await client.close()
 
     asyncio.run(run())
@@ -85,17 +85,17 @@ def test_an_answer_that_is_complete_is_not_left(tmp_path: Path) -> None:
         async with FakeEngine(address, delay_s=0.01) as engine:
             client = EngineClient(address)
             await client.connect(5)
-            asked = request(client, [7], max_tokens=1000)
-            async with aclosing(client.generate(asked)) as answers:
+            generation = request(client, [7], max_tokens=1000)
+            async with aclosing(client.generate(generation)) as answers:
                 async for _ in answers:
-                    client.stop(asked.request_id)
+                    client.stop(generation.request_id)
                     break
             ended = [a async for a in client.generate(request(client, [7]))][-1]
             assert isinstance(ended, Finished)
             client.stop(ended.request_id)
             await client.stats()  # all that was sent before has come
             cancels = [message for message in engine.requests if isinstance(message, Cancel)]
-            assert cancels == [Cancel(asked.request_id, "stop")]
+            assert cancels == [Cancel(generation.request_id, "stop")]
             await client.close()
 
     asyncio.run(run())
@@ -148,11 +148,11 @@ def test_an_unknown_model_is_named(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_no_model_is_unknown_before_the_engine_told_of_any() -> None:
+def test_without_a_list_of_models_the_engine_is_unavailable() -> None:
     client = EngineClient("unix:/nowhere")
-    for ask in (client.models, lambda: client.find("tiny"), lambda: client.find(None)):
+    for lookup in (client.models, lambda: client.find("tiny"), lambda: client.find(None)):
         with pytest.raises(EngineError) as raised:
-            ask()
+            lookup()
         assert raised.value.kind == "unavailable"
 
 

@@ -133,7 +133,7 @@ computes = make_forward(model, torch.zeros(1, 2, 1, 1, 65536, 64), "fp32")
 before = computes.hidden_states([Span(0, 0, [1, 2, 3])])
 pages = int(open("/proc/self/statm").read().split()[0])
 whole = 65536 * 64 * 4  # bytes of a row of numbers for every token
-limit = pages * resource.getpagesize() + 6 * whole  # the kernels want 9 more than their input
+limit = pages * resource.getpagesize() + 6 * whole  # the kernels need 9 more than their input
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
     computes.hidden_states([Span(0, 0, [1] * 65536)])
@@ -144,7 +144,7 @@ assert computes.hidden_states([Span(0, 0, [1, 2, 3])]).equal(before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-def test_where_memory_ends_the_kernels_say_so_and_go_on() -> None:
+def test_the_kernels_raise_without_memory_and_recover() -> None:
     if native.load_library() is None:
         pytest.skip("there is no compiler")
     done = subprocess.run([sys.executable, "-c", EXHAUSTED], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The engine as a process: started, asked, killed, drained."""
+"""The engine as a process: start, requests, kill, drain."""
 
 import asyncio
 import os
@@ -58,9 +58,9 @@ def test_a_process_serves_front_ends_survives_a_kill_and_drains(process: EngineP
         client, other = await connected(process), await connected(process)
         details = await client.details(client.find(None))
         assert (details.block_size, details.dtype) == (256, "fp32")
-        said = await asyncio.gather(ids(client, 20), ids(other, 20))
-        assert len(said[0]) == 20
-        assert said[0] == said[1]
+        expected = await asyncio.gather(ids(client, 20), ids(other, 20))
+        assert len(expected[0]) == 20
+        assert expected[0] == expected[1]
 
         killed = client.generate(request(client, 250))
         await anext(killed)
@@ -70,7 +70,7 @@ def test_a_process_serves_front_ends_survives_a_kill_and_drains(process: EngineP
             [a async for a in killed]
         assert raised.value.kind == "unavailable"
         await client.connect(60)
-        assert await ids(client, 20) == said[0]
+        assert await ids(client, 20) == expected[0]
         assert process.restarts == 1
 
         async with aclosing(client.generate(request(client, 200))) as draining:
@@ -101,7 +101,7 @@ def test_a_stopped_process_is_replaced(
     async def run() -> None:
         client = EngineClient(process.address, stall_s=1.5)
         await client.connect(60)
-        said = await ids(client, 20)
+        expected = await ids(client, 20)
         stopped = client.generate(request(client, 250))
         await anext(stopped)
         assert process.pid is not None
@@ -113,7 +113,7 @@ def test_a_stopped_process_is_replaced(
             [a async for a in stopped]
         assert raised.value.kind == "unavailable"
         await client.connect(60)
-        assert await ids(client, 20) == said
+        assert await ids(client, 20) == expected
         assert process.restarts == 1
         await client.close()
 

@@ -21,7 +21,7 @@ def test_a_new_cache_is_all_zeros(dtype: torch.dtype) -> None:
     assert not cache.any()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads its memory as Linux tells it")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its memory from /proc")
 def test_memory_is_taken_by_the_tokens_alone() -> None:
     def resident() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
