@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine, for tests: what huggingface_hub and datasets ask of one.
+"""A Hugging Face hub on this machine, for tests: the endpoints of huggingface_hub and datasets.
 
 Both libraries read the hub's address when they are imported, so what shall meet this one runs in a
 process of its own: see `visitor`.
@@ -129,19 +129,19 @@ class _Handler(BaseHTTPRequestHandler):
             paths = sorted(top.rglob("*") if recursive else top.iterdir())
             self._send(json.dumps([self._entry(path) for path in paths]).encode(), body)
         elif verb == "paths-info":
-            paths = [self.repository / name for name in self._asked_paths()]
+            paths = [self.repository / name for name in self._requested_paths()]
             found = [self._entry(path) for path in paths if path.exists()]
             self._send(json.dumps(found).encode(), body)
         else:
             self._refuse(404, "EntryNotFound")
 
-    def _asked_paths(self) -> list[str]:
+    def _requested_paths(self) -> list[str]:
         if self.data.startswith(b"{"):
             return list(json.loads(self.data)["paths"])
         return parse_qs(self.data.decode())["paths"]
 
     def _resolve(self, what: str, body: bool) -> None:
-        """Answer resolve/REVISION/PATH with a file, or the part of it asked for."""
+        """Answer resolve/REVISION/PATH with a file, or the requested range of it."""
         _, revision, name = what.split("/", maxsplit=2)
         path = self.repository / name
         if revision not in ("main", COMMIT):

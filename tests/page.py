@@ -1,4 +1,4 @@
-"""The page in a real browser: opened, and watched for what it must never do."""
+"""The page in a real browser, with a check for errors and requests to other origins."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ import httpx
 from tests.front_end import eventually
 
 ROOT = Path(__file__).parent.parent
-SAYS = "article.theirs .text"
+ANSWER_TEXT = "article.theirs .text"
 TIMEOUT_MS = 30_000
 
 
@@ -22,8 +22,8 @@ TIMEOUT_MS = 30_000
 def opened(browser: Any, url: str, *, path: str = "/", **context: Any) -> Iterator[Any]:
     """Open the page in a profile of its own, and wait until it knows its model.
 
-    Ends with an AssertionError if a script failed, the page's policy was broken, or anything was
-    asked of another origin. What failed as a request is the server's answer, and no error here.
+    Raise AssertionError if a script failed, the content security policy was violated, or a request
+    went to another origin. A failed request is the server's answer and no error here.
     """
     with contextlib.closing(browser.new_context(**{"locale": "en-US", **context})) as profile:
         profile.set_default_timeout(TIMEOUT_MS)
@@ -37,7 +37,7 @@ def opened(browser: Any, url: str, *, path: str = "/", **context: Any) -> Iterat
 
 
 def watched(page: Any, url: str) -> list[str]:
-    """Return a list that grows by what goes wrong in a page."""
+    """Return a list to which every error of a page is appended."""
     wrong: list[str] = []
 
     def on_console(message: Any) -> None:
@@ -56,7 +56,7 @@ def watched(page: Any, url: str) -> list[str]:
 
 
 def send(page: Any, text: str) -> None:
-    """Say something, and wait until it is answered or has failed."""
+    """Send a message and wait until its answer is complete or has failed."""
     page.fill("#chat-text", text)
     page.press("#chat-text", "Enter")
     page.wait_for_selector(".theirs .actions .icon-button, .theirs .failure")
@@ -64,7 +64,7 @@ def send(page: Any, text: str) -> None:
 
 def answers(page: Any) -> list[str]:
     """Return the texts of the answers."""
-    return [str(text).strip() for text in page.locator(SAYS).all_inner_texts()]
+    return [str(text).strip() for text in page.locator(ANSWER_TEXT).all_inner_texts()]
 
 
 def free_port() -> int:

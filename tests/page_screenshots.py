@@ -2,8 +2,8 @@
 
     python -m tests.page_screenshots /tmp/pictures [--url http://127.0.0.1:5001]
 
-The pictures are of an engine that says what is written here; `--url` adds some of a running server
-with models of one's own. Needs Playwright and Chromium, as the tests of the page do.
+The pictures show an engine with the replies of this module; `--url` adds some of a running server.
+Needs Playwright and Chromium, as the tests of the page do.
 """
 
 import argparse
@@ -82,7 +82,7 @@ class Pictures:
             yield page, engine
 
 
-def say(page: Any, text: str, *, wait: bool = True) -> None:
+def send(page: Any, text: str, *, wait: bool = True) -> None:
     page.fill("#chat-text", text)
     page.press("#chat-text", "Enter")
     if wait:
@@ -98,7 +98,7 @@ def chat(pictures: Pictures) -> None:
         page.fill("#system-prompt", "Be brief.")
         pictures.take(page, "chat-settings")
         page.keyboard.press("Escape")
-        say(page, "What is in a checkpoint?", wait=False)
+        send(page, "What is in a checkpoint?", wait=False)
         page.wait_for_selector(".theirs ol")
         pictures.take(page, "chat-streaming")
         page.keyboard.press("Escape")
@@ -125,7 +125,7 @@ def looks(pictures: Pictures) -> None:
             page.evaluate("localStorage.setItem('nanogpt.sampling', '{\"max_tokens\": 2000}')")
             page.reload()
             page.wait_for_selector("body[data-model]", state="attached")
-            say(page, "What is in a checkpoint? 检查点里有什么？")
+            send(page, "What is in a checkpoint? 检查点里有什么？")
             pictures.take(page, f"chat-{name}")
             if "viewport" in options:
                 page.click("#menu")
@@ -138,12 +138,12 @@ def looks(pictures: Pictures) -> None:
             page.evaluate("localStorage.setItem('nanogpt.sampling', '{\"max_tokens\": 2000}')")
             page.reload()
             page.wait_for_selector("body[data-model]", state="attached")
-            say(page, LONG)
+            send(page, LONG)
             pictures.take(page, name)
 
 
 def failures(pictures: Pictures) -> None:
-    """What is said when something is wrong, or not yet known."""
+    """Failures, and states in which something is not yet known."""
     for name, view in (("", DESK), ("-phone", PHONE)):
         with pictures.page(path="/?model=gone", viewport=view) as (page, _):
             page.wait_for_selector("#banner:visible")
@@ -161,23 +161,23 @@ def failures(pictures: Pictures) -> None:
         page.wait_for_selector("#key-wrong")
         pictures.take(page, "key-wrong")
     with pictures.page(failure=("overloaded", "The queue is full."), **CHAT) as (page, _):
-        say(page, "Hello")
+        send(page, "Hello")
         pictures.take(page, "busy")
     with pictures.page(reply=fixed_reply(STORY), block_size=256, **CHAT) as (page, _):
-        for text in ("Tell a story.", "Another one, please, and a longer one this time."):
-            say(page, text)
+        for text in ("Write a story.", "Another one, please, and a longer one this time."):
+            send(page, text)
         pictures.take(page, "context-full")
         page.click("text=Continue without")
         page.wait_for_selector("#send:visible")
         pictures.take(page, "context-forgotten")
     with pictures.page(reply=fixed_reply("abc " * 90), delay_s=0.02, **CHAT) as (page, engine):
-        say(page, "Hello", wait=False)
+        send(page, "Hello", wait=False)
         page.wait_for_selector(".theirs :text('abc')")
         hang_up(engine)
         page.wait_for_selector(".theirs .failure")
         pictures.take(page, "engine-died")
         page.context.set_offline(True)
-        say(page, "Are you there?")
+        send(page, "Are you there?")
         page.evaluate("dispatchEvent(new Event('online'))")
         page.wait_for_selector("#banner:visible")
         pictures.take(page, "server-gone")
@@ -249,7 +249,7 @@ def of_server(pictures: Pictures, url: str) -> None:
             page.select_option("#models", name)
             page.wait_for_selector(f"body[data-model='{name}']", state="attached")
             if page.is_visible("#chat-text"):
-                say(page, "Name three primary colors.")
+                send(page, "Name three primary colors.")
             elif page.is_visible("#complete-text"):
                 page.fill("#complete-text", "def main(")
                 page.click("#go")

@@ -166,7 +166,7 @@ def test_lone_surrogates_are_read_as_replacement_characters(url: str, engine: Fa
     assert generated(engine)[-1].prompt_ids == [*"\ufffd".encode()]
 
 
-def test_minus_one_is_as_many_tokens_as_fit(url: str, engine: FakeEngine) -> None:
+def test_max_tokens_of_minus_one_fills_the_context(url: str, engine: FakeEngine) -> None:
     complete(url, prompt="hi", max_tokens=-1)
     assert generated(engine)[-1].params.max_tokens == 62
 

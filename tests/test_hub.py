@@ -27,7 +27,7 @@ class Answering(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HTTPServer]:
-    """A hub on this machine that answers 200 until told otherwise."""
+    """A hub on this machine that answers with `server.status`, 200 at first."""
     with HTTPServer(("127.0.0.1", 0), Answering) as server:
         server.status = 200  # type: ignore[attr-defined]
         endpoint = f"http://127.0.0.1:{server.server_port}"
@@ -39,7 +39,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HTTPServer]:
         thread.join()
 
 
-def ask() -> None:
+def access_hub() -> None:
     with hub_errors("the weights of gpt2", "copy them here"):
         pass
 
@@ -47,21 +47,21 @@ def ask() -> None:
 @pytest.mark.parametrize("status", [200, 302, 401, 404, 501])
 def test_any_answer_of_the_hub_will_do(server: HTTPServer, status: int) -> None:
     server.status = status  # type: ignore[attr-defined]
-    ask()
+    access_hub()
 
 
 def test_a_gateway_without_a_way_to_the_hub_is_no_answer(server: HTTPServer) -> None:
     server.status = 503  # type: ignore[attr-defined]
     with pytest.raises(ConnectionError, match=r"^the weights of gpt2 .* answered 503; copy them"):
-        ask()
+        access_hub()
 
 
-def test_a_closed_port_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_port_is_an_error_of_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     with pytest.raises(ConnectionError, match=rf"fetched: {endpoint} cannot be reached \(Connect"):
-        ask()
+        access_hub()
 
 
 def test_silence_ends_with_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,14 +70,14 @@ def test_silence_ends_with_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
         with pytest.raises(ConnectionError, match=rf"{endpoint} cannot be reached \(ReadT"):
-            ask()
+            access_hub()
 
 
 def test_offline_mode_sends_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nanogpt.hub.problem_of", pytest.fail)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="fetched: HF_HUB_OFFLINE is set; copy them here"):
-        ask()
+        access_hub()
 
 
 def refusal(kind: str, status: int) -> Exception:

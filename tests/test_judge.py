@@ -1,4 +1,4 @@
-"""The judge: answers kept and not asked for again; silence and nonsense said in a sentence."""
+"""The judge: stored answers are reused; silence and nonsense are errors of one sentence."""
 
 import json
 import threading
@@ -25,7 +25,7 @@ class FakeJudge:
 
     answers: list[str]
     url: str = ""
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
 
 
@@ -36,16 +36,16 @@ def judge() -> Iterator[FakeJudge]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            fake.asked.append(json.loads(body))
+            fake.requests.append(json.loads(body))
             fake.keys.append(self.headers["Authorization"])
-            said = fake.answers.pop(0) if len(fake.answers) > 1 else fake.answers[0]
+            reply = fake.answers.pop(0) if len(fake.answers) > 1 else fake.answers[0]
             echo = {"error": f"with {self.headers['Authorization']}"}
-            completion = {"choices": [{"message": {"content": said}}]}
-            answer = json.dumps(echo if said in ("broken", "other") else completion).encode()
-            self.send_response({"broken": 500, "moved": 302}.get(said, 200))
+            completion = {"choices": [{"message": {"content": reply}}]}
+            answer = json.dumps(echo if reply in ("broken", "other") else completion).encode()
+            self.send_response({"broken": 500, "moved": 302}.get(reply, 200))
             self.send_header("Location", f"{fake.url}/elsewhere")
             self.end_headers()
-            self.wfile.write(b"not JSON" if said == "no JSON" else answer)
+            self.wfile.write(b"not JSON" if reply == "no JSON" else answer)
 
         def do_GET(self) -> None:  # after a redirect
             fake.keys.append(self.headers["Authorization"])
@@ -75,7 +75,7 @@ def arguments(tmp_path: Path, judge: FakeJudge) -> list[str]:
     write_checkpoint(
         {"nanogpt": about, "state_dict": weights, "global_step": 1}, tmp_path / "a.ckpt"
     )
-    rows = [{"instruction": f"Say {i}.", "response": f"{i}"} for i in range(3)]
+    rows = [{"instruction": f"Echo {i}.", "response": f"{i}"} for i in range(3)]
     (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return [
         *(str(tmp_path / "a.ckpt"), "--task", "judge", "--data", str(tmp_path / "data.jsonl")),
@@ -114,10 +114,10 @@ def test_a_file_of_something_else_is_refused_and_left_as_it_is(
         [*arguments, "--answers", str(path)], capsys
     )
     assert path.read_text() == text + end
-    assert not judge.asked
+    assert not judge.requests
 
 
-def test_answers_without_a_last_newline_are_all_kept(
+def test_answers_without_a_last_newline_are_all_reused(
     judge: FakeJudge, arguments: list[str], tmp_path: Path
 ) -> None:
     assert main(arguments) == 0
@@ -125,11 +125,11 @@ def test_answers_without_a_last_newline_are_all_kept(
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])  # by an editor
     assert main(arguments) == 0
-    assert len(judge.asked) == 3
+    assert len(judge.requests) == 3
     assert path.read_bytes() == whole
 
 
-def test_a_torn_first_answer_is_asked_for_again(
+def test_a_torn_first_answer_is_requested_again(
     judge: FakeJudge, arguments: list[str], tmp_path: Path
 ) -> None:
     assert main(arguments) == 0
@@ -140,7 +140,7 @@ def test_a_torn_first_answer_is_asked_for_again(
     assert path.read_bytes() == whole
 
 
-def test_replies_are_scored_and_answers_kept_word_for_word(
+def test_replies_are_scored_and_answers_stored_verbatim(
     judge: FakeJudge, arguments: list[str], tmp_path: Path
 ) -> None:
     judge.answers = ["70", "Score: 80/100.", "**90**"]
@@ -150,21 +150,21 @@ def test_replies_are_scored_and_answers_kept_word_for_word(
     assert row["results"]["score_stderr"] == pytest.approx(10 / 3**0.5)
     assert [one["answer"] for one in answers(tmp_path)] == ["70", "Score: 80/100.", "**90**"]
     assert judge.keys == ["Bearer sk-mine"] * 3
-    prompt = judge.asked[1]["messages"][0]["content"]
-    assert "Say 1." in prompt
+    prompt = judge.requests[1]["messages"][0]["content"]
+    assert "Echo 1." in prompt
     assert answers(tmp_path)[1]["prompt"] == prompt
 
 
-def test_what_was_answered_is_not_asked_again(
+def test_answered_requests_are_not_sent_again(
     judge: FakeJudge, arguments: list[str], tmp_path: Path
 ) -> None:
     assert main(arguments) == main(arguments) == 0
-    assert len(judge.asked) == 3
+    assert len(judge.requests) == 3
     path = tmp_path / "judge.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])  # killed in the last line
     assert main(arguments) == 0
-    assert len(judge.asked) == 4
+    assert len(judge.requests) == 4
     assert path.read_bytes() == whole
 
 

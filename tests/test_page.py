@@ -1,4 +1,4 @@
-"""The page on the real server: it opens as its model wants, everywhere, and stays at home."""
+"""The page on the real server: the view for each model, on every screen, one origin only."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.front_end import eventually
 from tests.page import opened, real_server, send
 
 FIELD = {"base": "#complete-text", "chat": "#chat-text", "spam": "#classify-text"}
-MOST_BYTES = 100_000
+MAX_BYTES = 100_000
 FIRST_TEXTAREA = """() => [...document.querySelectorAll("textarea")]
     .find((field) => field.checkVisibility())?.id"""
 NAMELESS = """() => [...document.querySelectorAll("button, a, input, select, textarea")]
@@ -86,12 +86,12 @@ def test_a_text_is_classified_while_it_is_written(browser: Any, url: str) -> Non
     with opened(browser, url, path="/?model=spam") as page:
         page.fill("#classify-text", "Win a prize")
         page.wait_for_selector(".label")
-        asked = {"model": "spam", "input": "Win a prize"}
-        told = httpx.post(f"{url}/v1/classify", json=asked).json()["data"][0]
+        body = {"model": "spam", "input": "Win a prize"}
+        expected = httpx.post(f"{url}/v1/classify", json=body).json()["data"][0]
         best = page.locator(".label").first
-        assert best.locator(".name").inner_text() == told["label"]
+        assert best.locator(".name").inner_text() == expected["label"]
         shown = float(best.locator(".share").inner_text().removesuffix("%")) / 100
-        assert shown == pytest.approx(max(told["probs"]), abs=0.0006)
+        assert shown == pytest.approx(max(expected["probs"]), abs=0.0006)
 
 
 @pytest.mark.parametrize("path", ["/?model=base", "/?model=chat"])
@@ -112,7 +112,7 @@ def test_on_a_phone_the_conversations_are_a_drawer(browser: Any, url: str) -> No
         page.wait_for_selector("#new-chat", state="hidden")
 
 
-def test_a_dark_system_gives_a_dark_page_and_a_choice_is_kept(browser: Any, url: str) -> None:
+def test_the_page_follows_a_dark_system_and_remembers_a_choice(browser: Any, url: str) -> None:
     brightness = "parseInt(getComputedStyle(document.body).backgroundColor.slice(4))"
     with opened(browser, url, color_scheme="dark") as page:
         assert page.evaluate(brightness) < 60
@@ -163,7 +163,7 @@ def test_it_is_small_and_nothing_in_it_is_inline(browser: Any, url: str) -> None
         page.wait_for_selector("text=Chat with chat")
         files = {at: body for at, body in bodies.items() if "/static/" in at or "/?" in at}
     assert len(files) > 10
-    assert sum(map(len, files.values())) < MOST_BYTES
+    assert sum(map(len, files.values())) < MAX_BYTES
     for document in ("index.html", "runs.html"):
         text = (STATIC / document).read_text(encoding="utf-8")
         assert "style=" not in text
@@ -185,8 +185,8 @@ def test_conversations_stay_in_the_browser_and_nothing_else_does(browser: Any, u
         page.reload()
         page.wait_for_selector(".theirs .icon-button")
         assert page.inner_text(".mine .bubble") == "Hello"
-        kept = page.evaluate("Object.keys(localStorage)")
-        assert {name.partition(".chat.")[0] for name in kept} <= {"nanogpt", "nanogpt.last"}
+        names = page.evaluate("Object.keys(localStorage)")
+        assert {name.partition(".chat.")[0] for name in names} <= {"nanogpt", "nanogpt.last"}
         assert page.context.cookies() == []
 
 

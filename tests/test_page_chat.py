@@ -1,4 +1,4 @@
-"""Chat in the page, before an engine that says what a test wrote down."""
+"""Chat in the page, before an engine with prepared replies."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +12,14 @@ from tests.front_end import eventually, fixed_reply, generated
 from tests.page import answers, opened, send
 
 
-def said(request: Generate) -> str:
-    """Return the prompt that a request carries."""
+def prompt_text(request: Generate) -> str:
+    """Return the prompt of a request as text."""
     return bytes(token for token in request.prompt_ids if token < 256).decode()
 
 
 def counting(request: Generate) -> list[int]:
     """Answer with the number of the user's turns."""
-    return list(f"Answer {said(request).count('### Instruction')}".encode())
+    return list(f"Answer {prompt_text(request).count('### Instruction')}".encode())
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_the_whole_conversation_is_sent_with_its_system_prompt(
     page.fill("#chat-text", "Two")
     page.press("#chat-text", "Enter")
     page.wait_for_selector("text=Answer 2")
-    prompt = said(generated(engine)[-1])
+    prompt = prompt_text(generated(engine)[-1])
     parts = ["Be brief.", "One", "Answer 1", "Two", "### Response:"]
     places = [prompt.rindex(part) for part in parts]
     assert places == sorted(places)
@@ -128,7 +128,7 @@ def test_an_answer_is_copied_as_it_was_written(page: Any, engine: FakeEngine) ->
     assert page.evaluate("navigator.clipboard.readText()") == "**bold** text"
 
 
-def test_conversations_are_kept_opened_renamed_and_deleted(page: Any) -> None:
+def test_conversations_are_stored_opened_renamed_and_deleted(page: Any) -> None:
     send(page, "About cats")
     page.click("#new-chat")
     assert page.locator("article").count() == 0
@@ -163,7 +163,7 @@ def test_two_tabs_see_each_other_s_conversations(page: Any, url: str) -> None:
         assert sorted(titles) == ["From one tab", "From the other"]
 
 
-def test_a_full_storage_is_told_and_the_conversation_goes_on(page: Any) -> None:
+def test_a_full_storage_is_reported_and_the_conversation_continues(page: Any) -> None:
     page.evaluate("""() => {
         let size = 1 << 22;
         while (size >= 1) {

@@ -17,7 +17,7 @@ LOGPROBS = {"s": math.log(0.75), "l": math.log(0.2), "o": math.log(0.02), "u": m
 
 
 def likely(request: Generate, ids: list[int]) -> Tokens:
-    """Return tokens whose letters tell how likely they are; X could stand in each one's place."""
+    """Return tokens with logprobs by letter, and X as the alternative of each."""
     values = [LOGPROBS.get(chr(i), -0.01) for i in ids]
     tops = [[ord("X"), i] for i in ids]
     return Tokens(request.request_id, ids, values, tops, [[-2.0, v] for v in values])
@@ -137,7 +137,7 @@ def test_the_mirror_lies_under_the_text_to_the_pixel(page: Any) -> None:
     assert sizes[0] == sizes[1]
 
 
-def test_the_text_is_kept(page: Any) -> None:
+def test_the_text_outlives_a_reload(page: Any) -> None:
     page.fill("#complete-text", "A draft")
     page.wait_for_timeout(700)
     page.reload()

@@ -1,4 +1,4 @@
-"""What the page says and does when something is wrong, and that nothing typed is lost by it."""
+"""Failures in the page: a message for each, a way to continue, and no typed text is lost."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def engine(tmp_path: Path) -> FakeEngine:
     return FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("Fine."), **about)
 
 
-def test_a_key_is_asked_for_checked_and_kept_in_the_tab_only(
+def test_a_key_is_requested_checked_and_stored_in_the_tab_only(
     browser: Any, engine: FakeEngine
 ) -> None:
     with (
@@ -48,7 +48,7 @@ def test_a_key_is_asked_for_checked_and_kept_in_the_tab_only(
         assert wrong == []
 
 
-def test_without_a_key_the_page_says_so_and_asks_again_when_told(
+def test_a_dismissed_key_dialog_opens_again_from_the_banner(
     browser: Any, engine: FakeEngine
 ) -> None:
     with (
@@ -62,14 +62,14 @@ def test_without_a_key_the_page_says_so_and_asks_again_when_told(
         page.wait_for_selector("#key-dialog[open]")
 
 
-def test_where_no_key_is_needed_none_is_asked_for(browser: Any, url: str) -> None:
+def test_a_server_without_keys_shows_no_key_dialog(browser: Any, url: str) -> None:
     with opened(browser, url) as page:
         send(page, "Hello")
         assert not page.is_visible("#key-dialog")
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "message"),
     [
         ("overloaded", "The server is busy; try again in a moment."),
         ("unavailable", "The engine is unavailable; try again in a moment."),
@@ -77,20 +77,22 @@ def test_where_no_key_is_needed_none_is_asked_for(browser: Any, url: str) -> Non
         ("invalid", "The request is invalid."),
     ],
 )
-def test_a_refusal_is_told_and_can_be_tried_again(
-    browser: Any, engine: FakeEngine, url: str, kind: str, said: str
+def test_a_refusal_is_shown_and_can_be_retried(
+    browser: Any, engine: FakeEngine, url: str, kind: str, message: str
 ) -> None:
     engine.failure = (kind, "Some reason.")
     with opened(browser, url) as page:
         send(page, "Hello")
-        assert said in page.inner_text(".theirs .failure")
+        assert message in page.inner_text(".theirs .failure")
         engine.failure = None
         page.click(".failure button")
         page.wait_for_selector(".theirs :text('Fine.')")
         assert page.locator(".failure:visible").count() == 0
 
 
-def test_too_many_requests_of_a_key_are_told(browser: Any, engine: FakeEngine) -> None:
+def test_too_many_requests_of_a_key_are_shown_as_a_failure(
+    browser: Any, engine: FakeEngine
+) -> None:
     engine.reply, engine.delay_s = fixed_reply("x" * 200), 0.05
     settings = ApiSettings(api_keys=("k",), max_open_per_key=1)
     with serve(engine, settings) as url, browser.new_page(locale="en-US") as page:
@@ -106,7 +108,7 @@ def test_too_many_requests_of_a_key_are_told(browser: Any, engine: FakeEngine) -
         page.wait_for_selector(".theirs .failure:has-text('The server is busy')")
 
 
-def test_a_full_context_is_told_and_the_oldest_messages_can_go(
+def test_a_full_context_is_shown_and_the_oldest_messages_can_be_dropped(
     browser: Any, engine: FakeEngine, url: str
 ) -> None:
     engine.reply = fixed_reply("An answer. ")
@@ -132,16 +134,14 @@ def test_a_full_context_is_told_and_the_oldest_messages_can_go(
         assert page.locator(".theirs .failure").count() == 0
 
 
-def test_a_message_that_never_fits_is_told_without_a_false_promise(browser: Any, url: str) -> None:
+def test_a_message_over_the_context_is_a_failure_without_a_button(browser: Any, url: str) -> None:
     with opened(browser, url) as page:
         send(page, "long " * 100)
         assert "256 tokens" in page.inner_text(".theirs .failure")
         assert page.locator(".theirs .failure button").count() == 0
 
 
-def test_an_engine_that_dies_on_the_way_leaves_what_was_said(
-    browser: Any, engine: FakeEngine, url: str
-) -> None:
+def test_a_partial_answer_outlives_the_engine(browser: Any, engine: FakeEngine, url: str) -> None:
     engine.reply, engine.delay_s = fixed_reply("abc" * 80), 0.05
     with opened(browser, url) as page:
         page.fill("#chat-text", "Hello")
@@ -155,7 +155,7 @@ def test_an_engine_that_dies_on_the_way_leaves_what_was_said(
         assert answers(page)[0].startswith("abc")
 
 
-def test_a_server_that_is_gone_is_told_and_so_is_its_return(browser: Any, tmp_path: Path) -> None:
+def test_a_lost_server_is_shown_and_so_is_its_return(browser: Any, tmp_path: Path) -> None:
     port = free_port()
     about: dict[str, Any] = {"template": "alpaca", "reply": fixed_reply("Fine.")}
     with browser.new_page(locale="en-US") as page:
@@ -173,7 +173,7 @@ def test_a_server_that_is_gone_is_told_and_so_is_its_return(browser: Any, tmp_pa
             page.wait_for_selector(".theirs :text('Fine.')")
 
 
-def test_a_connection_that_breaks_is_told(browser: Any, url: str) -> None:
+def test_a_broken_connection_is_shown(browser: Any, url: str) -> None:
     cut = 'data: {"choices":[{"index":0,"delta":{"content":"Half"},"finish_reason":null}]}\n\n'
     with opened(browser, url) as page:
         stream = {"content_type": "text/event-stream", "body": cut}
@@ -183,14 +183,14 @@ def test_a_connection_that_breaks_is_told(browser: Any, url: str) -> None:
         assert "The connection was lost." in page.inner_text(".theirs .failure")
 
 
-def test_a_server_without_models_says_how_to_make_one(browser: Any, engine: FakeEngine) -> None:
+def test_a_server_without_models_shows_how_to_train_one(browser: Any, engine: FakeEngine) -> None:
     engine.models = []
     with serve(engine) as url, browser.new_page(locale="en-US") as page:
         page.goto(url)
         page.wait_for_selector("#banner:has-text('python train.py')")
 
 
-def test_a_failing_completion_is_told_beside_the_text(browser: Any, tmp_path: Path) -> None:
+def test_a_failing_completion_is_shown_next_to_the_text(browser: Any, tmp_path: Path) -> None:
     failing = FakeEngine(f"unix:{tmp_path}/f", failure=("overloaded", "The queue is full."))
     with serve(failing) as url, opened(browser, url) as page:
         page.fill("#complete-text", "Once")

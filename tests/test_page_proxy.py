@@ -39,7 +39,7 @@ def reverse_proxy(url: str, prefix: str, required: tuple[str, str] | None = None
 
         def do_GET(self) -> None:
             if required and required[1] not in self.headers.get(required[0], ""):
-                self._ask_to_sign_in()
+                self._require_sign_in()
                 return
             if not self.path.startswith(prefix):
                 self.send_error(404)
@@ -65,7 +65,7 @@ def reverse_proxy(url: str, prefix: str, required: tuple[str, str] | None = None
 
         do_POST = do_GET
 
-        def _ask_to_sign_in(self) -> None:
+        def _require_sign_in(self) -> None:
             if required == ("Cookie", COOKIE):
                 self.send_response(302)
                 self.send_header("Location", "/sign-in")

@@ -36,16 +36,16 @@ def engine(tmp_path: Path) -> FakeEngine:
 
 @pytest.fixture
 def page(browser: Any, engine: FakeEngine) -> Iterator[Any]:
-    kept = '{"max_tokens": 4096, "temperature": 0}'
+    stored = '{"max_tokens": 4096, "temperature": 0}'
     with serve(engine) as url, opened(browser, url) as found:
-        found.evaluate(f"localStorage.setItem('nanogpt.sampling', '{kept}')")
+        found.evaluate(f"localStorage.setItem('nanogpt.sampling', '{stored}')")
         found.reload()
         found.wait_for_selector("body[data-model]", state="attached")
         yield found
 
 
 def converse(page: Any, text: str) -> None:
-    """Say a text in a new conversation, and see it through."""
+    """Send a text in a new conversation and wait for the end of the answer."""
     page.click("#new-chat")
     page.fill("#chat-text", text)
     page.press("#chat-text", "Enter")
