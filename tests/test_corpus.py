@@ -1,4 +1,4 @@
-"""An opened corpus: as its manifest says, or refused by name."""
+"""An opened corpus: equal to its manifest, or refused by name."""
 
 import json
 import shutil

@@ -233,18 +233,18 @@ def test_validation_batches_hold_so_many_tokens(corpus: Corpus) -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "kept"), [(1, [0]), (16, [0, 2]), (24, [0, 1, 2]), (99, None)]
+    ("max_tokens", "indices"), [(1, [0]), (16, [0, 2]), (24, [0, 1, 2]), (99, None)]
 )
 def test_a_part_of_validation_is_evenly_spaced(
-    corpus: Corpus, max_tokens: int, kept: list[int] | None
+    corpus: Corpus, max_tokens: int, indices: list[int] | None
 ) -> None:
     whole = _rows(list(_module(corpus).val_dataloader()))
     part = _rows(list(_module(corpus, val_tokens=max_tokens).val_dataloader()))
-    assert part == (whole if kept is None else [whole[i] for i in kept])
+    assert part == (whole if indices is None else [whole[i] for i in indices])
 
 
 @pytest.mark.parametrize(
-    ("fn", "kept"),
+    ("fn", "indices"),
     [
         (TrainerFn.FITTING, [0]),
         (TrainerFn.VALIDATING, [0, 2]),
@@ -252,12 +252,12 @@ def test_a_part_of_validation_is_evenly_spaced(
     ],
 )
 def test_what_is_validated_depends_on_what_the_trainer_does(
-    corpus: Corpus, fn: TrainerFn, kept: list[int]
+    corpus: Corpus, fn: TrainerFn, indices: list[int]
 ) -> None:
     whole = _rows(list(_module(corpus).val_dataloader()))
     module = _module(corpus, val_tokens=8, final_val_tokens=16, fn=fn)
-    assert _rows(list(module.val_dataloader())) == [whole[i] for i in kept]
-    assert _rows(list(module.test_dataloader())) == [whole[i] for i in kept]
+    assert _rows(list(module.val_dataloader())) == [whole[i] for i in indices]
+    assert _rows(list(module.test_dataloader())) == [whole[i] for i in indices]
 
 
 def test_a_rank_without_validation_rows_has_a_batch_that_scores_nothing(corpus: Corpus) -> None:

@@ -1,4 +1,4 @@
-"""Benchmark files: fetched from the hub once, then read here; no hub is said in a sentence."""
+"""Benchmark files: fetched from the hub once, then read here; no hub is a clear error."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_a_benchmark_is_fetched_once(tmp_path: Path) -> None:
     assert find_benchmark(BENCHMARK, tmp_path / "data") == path  # the hub is gone
 
 
-def test_without_the_hub_it_says_what_to_pass(tmp_path: Path) -> None:
+def test_the_error_without_the_hub_names_what_to_pass(tmp_path: Path) -> None:
     with (
         hub_server.visitor("http://127.0.0.1:9", tmp_path / "cache") as process,
         pytest.raises(ConnectionError, match=r"cannot be fetched: .*; pass a .jsonl file of it"),

@@ -48,16 +48,16 @@ def test_a_prepared_corpus_is_described_sampled_and_verified(
     corpus: Corpus, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(corpus.directory), "--samples", "40"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     train = corpus.manifest["splits"]["train"]
     n_shards = len(train["shards"]) + len(corpus.manifest["splits"]["val"]["shards"])
-    assert "source     text" in said
-    assert "tokenizer  byte, 273 ids" in said
-    assert f"{train['tokens']:,} tokens, {train['documents']:,} documents" in said
-    assert f"{train['bytes'] / train['tokens']:.2f} bytes per token" in said
-    assert "  | document" in said
-    assert "\x1b" not in said
-    assert said.endswith(f"{n_shards} shards as recorded\n")
+    assert "source     text" in output
+    assert "tokenizer  byte, 273 ids" in output
+    assert f"{train['tokens']:,} tokens, {train['documents']:,} documents" in output
+    assert f"{train['bytes'] / train['tokens']:.2f} bytes per token" in output
+    assert "  | document" in output
+    assert "\x1b" not in output
+    assert output.endswith(f"{n_shards} shards as recorded\n")
 
 
 def test_a_damaged_shard_is_named(
@@ -82,13 +82,13 @@ def test_shards_of_others_are_read_with_the_tokenizer_named(
     tokens = np.array([*b"first", EOT, *b"second ", EOT] * 300, dtype=np.uint16)
     np.save(tmp_path / "a.npy", tokens)
     assert main([str(tmp_path / "a.npy"), "--tokenizer", "byte", "--samples", "2"]) == 0
-    said = capsys.readouterr().out
-    assert "train      1 shard, 3,175 tokens" in said  # of 4,200, all but 1,025
-    assert said.count("  | first\n") + said.count("  | second \n") == 2
-    assert "no SHA-256 is recorded" in said
+    output = capsys.readouterr().out
+    assert "train      1 shard, 3,175 tokens" in output  # of 4,200, all but 1,025
+    assert output.count("  | first\n") + output.count("  | second \n") == 2
+    assert "no SHA-256 is recorded" in output
 
 
-def test_shards_of_others_are_taken_for_gpt2_and_it_is_said_where_that_is_not_to_be_had(
+def test_shards_of_others_are_read_as_gpt2_whose_missing_table_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unavailable() -> None:
@@ -115,7 +115,7 @@ def test_without_a_path_corpora_are_listed(
     )
 
 
-def test_without_corpora_it_says_how_to_make_one(
+def test_without_corpora_it_prints_how_to_make_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--data-dir", str(tmp_path)]) == 0
@@ -159,9 +159,9 @@ def test_of_a_long_stream_whole_documents_in_spread_blocks_are_counted(
     monkeypatch.setattr(inspect, "COUNTED_BLOCKS", 4)
     counts = document_lengths(Stream([EOT, 1, 1, 1, 1] * 400), EOT)
     assert counts[2] == counts.sum() == 12  # 20 tokens have 4 <|endoftext|>, with 3 between
-    said = list(inspect.histogram(Stream([EOT, 1, 1, 1, 1] * 400), EOT))
-    assert said[1].endswith("sampled: those that lie whole in 80 of the tokens")
-    assert said[2].split() == ["4", "..", "7", "12", "#" * 40]
+    lines = list(inspect.histogram(Stream([EOT, 1, 1, 1, 1] * 400), EOT))
+    assert lines[1].endswith("sampled: those that lie whole in 80 of the tokens")
+    assert lines[2].split() == ["4", "..", "7", "12", "#" * 40]
 
 
 def test_the_listing_reads_manifests_only(

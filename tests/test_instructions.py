@@ -1,4 +1,4 @@
-"""Conversations from files: what is read, what is refused, which split it goes to, what is kept."""
+"""Conversations from files: the records that are read or refused, and their splits."""
 
 import json
 import logging
@@ -64,8 +64,8 @@ def test_dollys_and_alpacas_names_are_one(record: dict[str, Any]) -> None:
     ],
 )
 def test_prompts_and_questions_are_instructions(record: dict[str, Any]) -> None:
-    asked, answered = SUM
-    assert conversation(record) == (asked, Message("assistant", f" {answered.content}"))
+    question, answer = SUM
+    assert conversation(record) == (question, Message("assistant", f" {answer.content}"))
 
 
 @pytest.mark.parametrize("key", ["conversations", "conversation"])
@@ -95,19 +95,22 @@ def test_prompt_and_completion_may_be_messages() -> None:
 def test_the_indentation_of_a_response_is_taught(
     indentation: str, template: str, tmp_path: Path
 ) -> None:
-    said = f"{indentation}for x in xs:\n{indentation * 2}print(x)"
-    talk = [{"role": "user", "content": " Loop. "}, {"role": "assistant", "content": f"\n{said}\n"}]
-    for record in ({"instruction": "Loop.", "response": f"\r\n{said} \n"}, {"messages": talk}):
+    reply = f"{indentation}for x in xs:\n{indentation * 2}print(x)"
+    talk = [
+        {"role": "user", "content": " Loop. "},
+        {"role": "assistant", "content": f"\n{reply}\n"},
+    ]
+    for record in ({"instruction": "Loop.", "response": f"\r\n{reply} \n"}, {"messages": talk}):
         one = conversation(record)
-        assert one == (Message("user", "Loop."), Message("assistant", said))
+        assert one == (Message("user", "Loop."), Message("assistant", reply))
         ids, is_response = find_template(template).encode(BYTES, one)
         taught = [i for i, response in zip(ids, is_response, strict=True) if response]
-        assert BYTES.decode(taught) == said
+        assert BYTES.decode(taught) == reply
 
 
 def test_messages_are_taken_as_they_are() -> None:
-    said = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "?")]
-    talk = [Message(*message) for message in [*said, ("assistant", "!")]]
+    prompt = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "?")]
+    talk = [Message(*message) for message in [*prompt, ("assistant", "!")]]
     assert conversation({"messages": [vars(message) for message in talk]}) == tuple(talk)
 
 
@@ -322,14 +325,14 @@ def test_dolly_is_fetched_once(tmp_path: Path) -> None:
     folder = tmp_path / "hub" / "databricks/databricks-dolly-15k"
     folder.mkdir(parents=True)
     write(folder / FILE, numbered(3))
-    said = [f"Double {i}.\n\nIt is {2 * i}." for i in range(3)]
+    expected = [f"Double {i}.\n\nIt is {2 * i}." for i in range(3)]
     with (
         hub_server.serving(Hub(tmp_path / "hub")) as hub,
         hub_server.visitor(hub.url, tmp_path / "cache") as process,
     ):
-        assert process.submit(hub_server.documents, Dolly()).result(timeout=60) == said
+        assert process.submit(hub_server.documents, Dolly()).result(timeout=60) == expected
         (folder / FILE).unlink()
-        assert process.submit(hub_server.documents, Dolly()).result(timeout=60) == said
+        assert process.submit(hub_server.documents, Dolly()).result(timeout=60) == expected
         other = process.submit(hub_server.documents, Dolly(revision="none"))
         with pytest.raises(ValueError, match="at none has no such revision"):
             other.result(timeout=60)

@@ -31,7 +31,7 @@ from nanogpt.tokenizer import (
 
 Batch = dict[str, Any]
 TOKENIZER = byte_tokenizer()
-EXPECTED = [Example('say "hi"', "yes"), Example("go, now", "no")]
+EXPECTED = [Example('one "hi"', "yes"), Example("go, now", "no")]
 
 
 def written(path: Path, text: str) -> Path:
@@ -45,13 +45,13 @@ def written(path: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("SMSSpamCollection", 'yes\tsay "hi"\nno\tgo, now\n'),
-        ("a.tsv", 'text\tlabel\r\nsay "hi"\tyes\r\ngo, now\tno\r\n'),
-        ("b.tsv", 'id\tlabel\ttext\n1\tyes\tsay "hi"\n\n2\tno\tgo, now'),
-        ("a.csv", 'label,text\nyes,"say ""hi"""\nno,"go, now"\n'),
+        ("SMSSpamCollection", 'yes\tone "hi"\nno\tgo, now\n'),
+        ("a.tsv", 'text\tlabel\r\none "hi"\tyes\r\ngo, now\tno\r\n'),
+        ("b.tsv", 'id\tlabel\ttext\n1\tyes\tone "hi"\n\n2\tno\tgo, now'),
+        ("a.csv", 'label,text\nyes,"one ""hi"""\nno,"go, now"\n'),
         (
             "a.jsonl",
-            '{"text": "say \\"hi\\"", "label": "yes"}\n\n{"label": "no", "text": "go, now"}',
+            '{"text": "one \\"hi\\"", "label": "yes"}\n\n{"label": "no", "text": "go, now"}',
         ),
     ],
 )
@@ -127,8 +127,8 @@ def test_a_file_in_latin_1_is_named_with_line_byte_and_remedy(name: str, tmp_pat
     found = r"line 2 is not UTF-8 at byte \d+ \(0xe9\).*; convert the file with iconv -f ENC"
     with pytest.raises(ValueError, match=found):
         read_examples(path)
-    kept = read_examples(path, skip_bad=True)
-    assert kept == [Example("plain", "y") if name == "a.csv" else Example("ok", "ham")]
+    read = read_examples(path, skip_bad=True)
+    assert read == [Example("plain", "y") if name == "a.csv" else Example("ok", "ham")]
 
 
 @pytest.mark.parametrize(
@@ -200,12 +200,12 @@ def test_bad_rows_can_be_left_out(
         LabelledTexts(path).examples()
 
 
-def test_a_missing_file_says_what_to_pass(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_names_what_to_pass(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="pass a labelled"):
         read_examples(tmp_path / "nothing.tsv")
 
 
-def test_no_path_says_what_to_pass() -> None:
+def test_the_error_without_a_path_names_what_to_pass() -> None:
     with pytest.raises(ValueError, match=r"data=labelled needs data\.path="):
         LabelledTexts().examples()
 
@@ -223,7 +223,7 @@ def test_to_other_stages_labelled_texts_are_documents(tmp_path: Path) -> None:
     assert LabelledTexts(written(path, "x\tone\ny\tthree\n")).fingerprint() != before
 
 
-def test_spam_that_cannot_be_fetched_says_what_to_pass(
+def test_the_error_without_the_spam_data_names_what_to_pass(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -569,7 +569,7 @@ def test_classification_needs_labelled_texts(tmp_path: Path) -> None:
         LabelledDataModule(source=TextFiles(tmp_path), block_size=8, tokens_per_step=8, seed=0)
 
 
-def test_classes_weigh_the_same_where_asked_for() -> None:
+def test_class_weights_balance_the_classes() -> None:
     splits = splits_of([Example(str(i), "ab"[i % 4 == 0]) for i in range(60)])
     options: dict[str, Any] = {"block_size": 8, "tokens_per_step": 8, "seed": 0}
     for weighted in (False, True):

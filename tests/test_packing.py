@@ -1,4 +1,4 @@
-"""Packing: every text once, hardly a place empty, and rows that say which token is whose."""
+"""Packing: every text once, few empty positions, and rows with the document of each token."""
 
 import numpy as np
 import pytest

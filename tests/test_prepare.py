@@ -60,8 +60,8 @@ def test_other_numbers_of_tokens_are_wrong_usage(
     with pytest.raises(SystemExit) as error:
         main(["text", f"--tokens={text}"])
     assert error.value.code == 2
-    assert "--tokens: " in (said := capsys.readouterr().err)
-    assert "pass one such as 500000, 100M or 10B" in said
+    assert "--tokens: " in (output := capsys.readouterr().err)
+    assert "pass one such as 500000, 100M or 10B" in output
 
 
 def test_a_file_becomes_a_corpus(
@@ -72,9 +72,9 @@ def test_a_file_becomes_a_corpus(
     corpus = open_corpus(tmp_path / "out")
     splits = corpus.manifest["splits"]
     assert splits["train"]["documents"] + splits["val"]["documents"] == 200
-    said = capsys.readouterr().out
-    assert f"train: {len(corpus.train):,} tokens" in said
-    assert f"data=shards data.path={tmp_path / 'out'}" in said
+    output = capsys.readouterr().out
+    assert f"train: {len(corpus.train):,} tokens" in output
+    assert f"data=shards data.path={tmp_path / 'out'}" in output
 
 
 def test_the_path_alone_names_a_data_set(pages: Path) -> None:
@@ -101,14 +101,14 @@ def test_a_repository_is_a_data_set_of_the_hub() -> None:
         (["--path", "nowhere.parquet"], "does not exist"),
     ],
 )
-def test_what_cannot_be_prepared_is_said_in_one_sentence(
+def test_what_cannot_be_prepared_is_an_error_of_one_sentence(
     words: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*words, "--tokenizer", "byte", "--data-dir", str(tmp_path)]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("nanogpt.prepare: ")
-    assert expected in said
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("nanogpt.prepare: ")
+    assert expected in output
+    assert output.count("\n") == 1
 
 
 def test_weights_are_fetched_by_name(

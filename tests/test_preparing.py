@@ -107,7 +107,7 @@ def test_copies_of_a_document_share_a_split() -> None:
     assert not set(train) & set(val)
 
 
-def test_split_has_about_the_fraction_asked_for() -> None:
+def test_split_has_about_the_given_fraction() -> None:
     texts = tuple(str(i) for i in range(5000))
     _, val = _splits(Documents(texts, val_fraction=0.1))
     assert abs(len(val) / len(texts) - 0.1) < 0.015
@@ -152,7 +152,7 @@ def test_half_of_a_surrogate_pair_is_taken(tmp_path: Path) -> None:
     assert sorted(texts) == ["a\ufffd", "b\ufffd"]
 
 
-def test_manifest_says_what_the_corpus_is(tmp_path: Path) -> None:
+def test_manifest_describes_the_corpus(tmp_path: Path) -> None:
     corpus = _prepare(MANY, tmp_path)
     train, val = _splits(MANY)
     manifest = json.loads((corpus.directory / "manifest.json").read_text())
@@ -174,7 +174,7 @@ def test_manifest_has_gzips_bits_per_byte(tmp_path: Path) -> None:
     assert corpus.manifest["gzip_bits_per_byte"] == expected
 
 
-def test_directory_says_source_and_tokenizer(tmp_path: Path) -> None:
+def test_directory_names_source_and_tokenizer(tmp_path: Path) -> None:
     name = prepare(Preparation(MANY, byte_tokenizer, "bpe 2,048", tmp_path)).directory.name
     assert name.startswith("documents-bpe-2-048-")
     assert int(name[-8:], 16) >= 0
@@ -214,7 +214,7 @@ def test_a_corpus_made_twice_is_the_same_to_the_byte(tmp_path: Path) -> None:
     assert _bytes_of(one) == _bytes_of(two)
 
 
-def test_fingerprint_tells_tokens_and_tables_apart(tmp_path: Path) -> None:
+def test_fingerprint_distinguishes_tokens_and_tables(tmp_path: Path) -> None:
     corpora = [
         _prepare(MANY, tmp_path),
         _prepare(replace(MANY, texts=MANY.texts[1:]), tmp_path),

@@ -1,4 +1,4 @@
-"""Token shards of any make: told apart by content, read in place, refused by name."""
+"""Token shards of any make: recognized by content, read in place, refused by name."""
 
 import hashlib
 import json
@@ -192,7 +192,7 @@ def test_fingerprint_is_of_content_and_tokenizer_not_of_paths(tmp_path: Path) ->
     assert len({one, open_shards(c).fingerprint, open_shards(a, other_tokenizer).fingerprint}) == 3
 
 
-def test_manifest_says_what_is_known(tmp_path: Path) -> None:
+def test_manifest_holds_what_is_known(tmp_path: Path) -> None:
     write_bin(tmp_path / "train_1.bin", TOKENS)
     write_bin(tmp_path / "val_1.bin", TOKENS[:10])
     manifest = open_shards(tmp_path).manifest
@@ -320,7 +320,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_without_a_network_it_says_so_within_seconds(tmp_path: Path) -> None:
+def test_without_a_network_it_fails_within_seconds(tmp_path: Path) -> None:
     began = time.monotonic()
     code = f"fetch_pretokenized('someone/shards', Path({str(tmp_path)!r}))"
     done = run(code, HF_ENDPOINT="http://127.0.0.1:9")
@@ -335,7 +335,7 @@ def test_a_repository_is_fetched_once_and_found_again_without_a_network(tmp_path
     folder.mkdir(parents=True)
     for name in ("edu_train_000001.bin", "edu_val_000000.bin"):
         write_bin(folder / name, TOKENS)
-    (folder / "README.md").write_text("not wanted")
+    (folder / "README.md").write_text("not a shard")
     code = (
         f"path = fetch_pretokenized('someone/something', Path({str(tmp_path / 'data')!r}))\n"
         "print(path)"
@@ -376,7 +376,7 @@ def test_a_repository_without_shards_is_refused(
     assert done.stderr.splitlines()[-1].startswith(words)
 
 
-def test_a_fetch_that_breaks_off_says_how_to_go_on_and_leaves_nothing_that_looks_complete(
+def test_an_interrupted_fetch_names_how_to_continue_and_leaves_no_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import httpx

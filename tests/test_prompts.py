@@ -19,7 +19,7 @@ from nanogpt.tokenizer import (
 from nanogpt.tokenizer_files import write_tokenizer
 
 CHAT, ALPACA = find_template("chat"), find_template("alpaca")
-ASKED = [Message("user", "Hi there!")]
+QUESTION = [Message("user", "Hi there!")]
 TALK = [
     Message("system", "Be brief."),
     Message("user", "What is 2 + 3?"),
@@ -62,7 +62,7 @@ def test_alpaca_is_the_published_prompt(tokenizer: Tokenizer) -> None:
 
 
 def test_a_system_message_takes_the_place_of_alpacas_first_sentence() -> None:
-    ids, _ = ALPACA.encode(TOKENIZERS[0], [Message("system", "Answer."), *ASKED])
+    ids, _ = ALPACA.encode(TOKENIZERS[0], [Message("system", "Answer."), *QUESTION])
     assert spelt(TOKENIZERS[0], ids) == "<|endoftext|>Answer.\n\n### Instruction:\nHi there!\n\n"
 
 
@@ -118,7 +118,9 @@ def test_end_of_text_and_every_marker_stop_a_reply(tokenizer: Tokenizer) -> None
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
 @every_tokenizer
 @pytest.mark.parametrize("name", ["chat", "alpaca"])
-@pytest.mark.parametrize("messages", [ASKED, TALK, TALK[1:]], ids=["asked", "talk", "no-system"])
+@pytest.mark.parametrize(
+    "messages", [QUESTION, TALK, TALK[1:]], ids=["question", "talk", "no-system"]
+)
 def test_hugging_face_renders_the_same_ids(
     messages: list[Message],
     name: str,
@@ -146,13 +148,13 @@ def test_hugging_face_keeps_the_indentation_of_a_response(name: str) -> None:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     template = TEMPLATES[name]
-    said = "    return x" if template.trims else "\n    return x\n"
-    messages = [Message("user", "Return."), Message("assistant", said)]
+    reply = "    return x" if template.trims else "\n    return x\n"
+    messages = [Message("user", "Return."), Message("assistant", reply)]
     ours = "".join(segment.text for segment in template.render(messages))
     theirs = ImmutableSandboxedEnvironment().from_string(template.jinja())
     assert theirs.render(messages=[vars(message) for message in messages]) == ours
-    assert said in ours
-    surrounded = [messages[0], Message("assistant", f"\r\n{said} \n")]
+    assert reply in ours
+    surrounded = [messages[0], Message("assistant", f"\r\n{reply} \n")]
     rendered = theirs.render(messages=[vars(message) for message in surrounded])
     assert not template.trims or rendered == ours
 
@@ -166,12 +168,12 @@ def test_a_reply_keeps_its_indentation() -> None:
 def test_a_tokenizer_without_the_markers_is_refused() -> None:
     bare = BytePairTokenizer("bare", BPE.pattern, [bytes([i]) for i in range(256)], [END_OF_TEXT])
     with pytest.raises(ValueError, match=r"tokenizer bare has no <\|user\|>"):
-        CHAT.encode(bare, ASKED)
+        CHAT.encode(bare, QUESTION)
 
 
 @pytest.mark.parametrize(
     ("messages", "found"),
-    [([], "conversation is empty"), ([*ASKED, Message("system", "x")], "put it first")],
+    [([], "conversation is empty"), ([*QUESTION, Message("system", "x")], "put it first")],
 )
 def test_a_conversation_out_of_order_is_refused(messages: list[Message], found: str) -> None:
     with pytest.raises(ValueError, match=found):

@@ -143,7 +143,7 @@ def test_a_stream_of_parts_reads_runs_of_any_type_at_any_offset(
             assert stream.read(start, stop).tolist() == expected[start:stop]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is resident")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads resident pages from /proc")
 def test_memory_stays_flat_however_much_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,7 +83,7 @@ def test_python_stdlib_is_on_this_machine() -> None:
     assert PythonStdlib().fingerprint() == PythonStdlib().fingerprint()
 
 
-def test_python_without_sources_says_what_to_do(
+def test_the_error_for_python_without_sources_names_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
@@ -343,7 +343,7 @@ def test_text_fingerprint_follows_names_and_contents_not_the_place(folder: Path)
 
 
 @pytest.mark.parametrize("place", [0, 507_500, -1])
-def test_large_files_are_told_apart_by_samples(
+def test_large_files_are_distinguished_by_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
 ) -> None:
     monkeypatch.setattr(nanogpt.data.source, "HASHED_WHOLE_BYTES", 999_999)
@@ -363,7 +363,7 @@ def test_large_files_are_told_apart_by_samples(
 # Estimates
 
 
-def test_extent_says_how_much_text_there_is(tmp_path: Path) -> None:
+def test_extent_estimates_the_amount_of_text(tmp_path: Path) -> None:
     texts: list[str | None] = [f"Document {i}: {os.urandom(40).hex()}" for i in range(2000)]
     n_bytes = sum(len(text or "") for text in texts)
     write_parquet(tmp_path / "a.parquet", texts, row_group_size=300)
@@ -519,7 +519,7 @@ def test_no_damage_to_parquet_breaks_reading(
     reader = Reader(skip_bad=True)
     try:
         found = list(reader.documents([str(path)]))
-    except ValueError:  # the footer tells of other columns
+    except ValueError:  # the footer lists other columns
         return
     assert list(reader.documents([str(path)], skip=7)) == found[7:]
 
@@ -636,14 +636,14 @@ def test_extent_of_the_hub_is_that_of_the_text_column(visit: Visit) -> None:
     )
 
 
-def test_the_files_are_not_kept_on_disk(visit: Visit) -> None:
+def test_the_files_are_not_stored_on_disk(visit: Visit) -> None:
     visit.read(DATA_SET)
     assert list(visit.cache.rglob("README.md"))
     assert not list(visit.cache.rglob("*.parquet"))
     assert not list(visit.cache.rglob("*.arrow"))
 
 
-def test_a_busy_hub_is_asked_again(visit: Visit) -> None:
+def test_a_busy_hub_is_retried(visit: Visit) -> None:
     visit.hub.failures[:] = [(503, "")]
     assert visit.read(DATA_SET) == PAGES
 
@@ -673,7 +673,7 @@ def test_a_busy_hub_is_asked_again(visit: Visit) -> None:
         ),
     ],
 )
-def test_what_the_hub_has_not_is_told_in_one_sentence(
+def test_what_the_hub_lacks_is_an_error_of_one_sentence(
     visit: Visit, source: HubDataset, error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words) as raised:
@@ -689,7 +689,7 @@ def test_what_the_hub_has_not_is_told_in_one_sentence(
         (410, "", ConnectionError, "broke off .* the same command continues it"),
     ],
 )
-def test_a_refusal_of_the_hub_is_told_in_one_sentence(
+def test_a_refusal_of_the_hub_is_an_error_of_one_sentence(
     visit: Visit, status: int, code: str, error: type[Exception], words: str
 ) -> None:
     visit.hub.failures[:] = [(status, code)]
@@ -699,9 +699,9 @@ def test_a_refusal_of_the_hub_is_told_in_one_sentence(
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
-def test_without_a_network_one_sentence_says_what_to_do(tmp_path: Path, offline: str) -> None:
+def test_the_error_without_a_network_names_what_to_do(tmp_path: Path, offline: str) -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and not listening: nobody answers there
+        taken.bind(("127.0.0.1", 0))  # and not listening: connections are refused
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
         code = "from nanogpt.data.fineweb_edu import FineWebEdu; next(FineWebEdu().documents())"
         done = subprocess.run(
@@ -718,8 +718,8 @@ def test_without_a_network_one_sentence_says_what_to_do(tmp_path: Path, offline:
     assert ("HF_HUB_OFFLINE" if offline == "1" else endpoint) in last
 
 
-def test_the_hubs_fingerprint_needs_no_network_and_tells_requests_apart() -> None:
-    asked = [
+def test_the_hubs_fingerprint_needs_no_network_and_distinguishes_sources() -> None:
+    sources = [
         DATA_SET,
         replace(DATA_SET, subset="others"),
         replace(DATA_SET, split="test"),
@@ -728,7 +728,7 @@ def test_the_hubs_fingerprint_needs_no_network_and_tells_requests_apart() -> Non
         replace(DATA_SET, repository="someone/else"),
         FineWebEdu(),
     ]
-    assert len({source.fingerprint() for source in asked}) == len(asked)
+    assert len({source.fingerprint() for source in sources}) == len(sources)
     assert replace(DATA_SET, skip_bad=True).fingerprint() == DATA_SET.fingerprint()
 
 

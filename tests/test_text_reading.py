@@ -54,7 +54,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Ids]:
     return read
 
 
-def ask(tokenizer: Tokenizer, folder: Path, path: str, body: dict[str, Any]) -> tuple[Any, Ids]:
+def post(tokenizer: Tokenizer, folder: Path, path: str, body: dict[str, Any]) -> tuple[Any, Ids]:
     """Return the server's answer, and the prompt that reached the engine."""
     engine = FakeEngine(f"unix:{folder}/e", reply=fixed_reply("a"), tokenizer=tokenizer)
     with serve(engine) as url:
@@ -63,14 +63,14 @@ def ask(tokenizer: Tokenizer, folder: Path, path: str, body: dict[str, Any]) -> 
 
 
 def by_tokenize(tokenizer: Tokenizer, text: str, folder: Path, _: Any) -> Ids:
-    answer, _ids = ask(tokenizer, folder, "/tokenize", {"prompt": text})
+    answer, _ids = post(tokenizer, folder, "/tokenize", {"prompt": text})
     assert answer["count"] == len(answer["tokens"])
     return list(answer["tokens"])
 
 
 def by_completion(tokenizer: Tokenizer, text: str, folder: Path, _: Any) -> Ids:
     body = {"prompt": text, "max_tokens": 1, "echo": True, "logprobs": 0}
-    answer, ids = ask(tokenizer, folder, "/v1/completions", body)
+    answer, ids = post(tokenizer, folder, "/v1/completions", body)
     [choice] = answer["choices"]
     assert answer["usage"]["prompt_tokens"] == len(ids)
     assert len(choice["logprobs"]["tokens"]) == len(ids) + 1
@@ -79,7 +79,7 @@ def by_completion(tokenizer: Tokenizer, text: str, folder: Path, _: Any) -> Ids:
 
 
 def by_predict(tokenizer: Tokenizer, text: str, folder: Path, _: Any) -> Ids:
-    return ask(tokenizer, folder, "/predict", {"input_data": text})[1]
+    return post(tokenizer, folder, "/predict", {"input_data": text})[1]
 
 
 def by_generate(
@@ -178,5 +178,5 @@ def test_a_text_is_read_as_it_is_and_an_empty_one_begins_a_document(
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/completions"])
 def test_special_tokens_can_be_left_out(tmp_path: Path, path: str) -> None:
     body = {"prompt": TEXT, "add_special_tokens": False}
-    answer, ids = ask(WITH_BOS, tmp_path, path, body)
+    answer, ids = post(WITH_BOS, tmp_path, path, body)
     assert answer.get("tokens", ids) == BYTES

@@ -153,12 +153,12 @@ def test_byte_ids_are_the_bytes() -> None:
     assert tokenizer.encode("aé") == [97, 0xC3, 0xA9]
 
 
-def test_bpe_has_the_vocabulary_asked_for() -> None:
+def test_bpe_has_the_given_vocabulary_size() -> None:
     assert BPE.vocab_size == 600
     assert BPE.token_bytes()[:256] == [bytes([i]) for i in range(256)]
 
 
-def test_bpe_of_a_tiny_text_is_smaller_than_asked() -> None:
+def test_bpe_of_a_tiny_text_is_smaller_than_its_limit() -> None:
     tokenizer = bpe_tokenizer(["abab"], vocab_size=1000)
     assert tokenizer.vocab_size == 256 + 1 + 17  # the one pair that occurs twice
     assert tokenizer.decode(tokenizer.encode("abab xyz")) == "abab xyz"
@@ -237,7 +237,7 @@ def test_gpt2_comes_back_from_its_record(gpt2: Tokenizer) -> None:
     assert from_record(gpt2.record()) == gpt2
 
 
-def test_gpt2_without_its_table_says_what_to_do(
+def test_the_error_for_gpt2_without_its_table_names_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def unreachable(path: str) -> bytes:
@@ -260,7 +260,7 @@ def test_record_is_json_and_rebuilds_an_equal_tokenizer(tokenizer: Tokenizer) ->
     assert rebuilt.encode(SAMPLE[2]) == tokenizer.encode(SAMPLE[2])
 
 
-def test_fingerprints_tell_tables_apart() -> None:
+def test_fingerprints_distinguish_tables() -> None:
     other = bpe_tokenizer(SAMPLE, vocab_size=599)
     fingerprints = {t.fingerprint for t in (*TOKENIZERS, other)}
     assert len(fingerprints) == 3

@@ -226,7 +226,7 @@ def test_another_kind_of_tokenizer_is_refused_by_name(
         read_tokenizer(tmp_path)
 
 
-def test_merges_of_another_order_than_the_table_tells_are_refused(tmp_path: Path) -> None:
+def test_merges_in_another_order_than_the_table_are_refused(tmp_path: Path) -> None:
     write_tokenizer(table(b"he", b"el", b"hel"), tmp_path, block_size=8)
     merges = tmp_path / "merges.txt"
     merges.write_text(merges.read_text().replace("he l", "h el"))
