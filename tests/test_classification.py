@@ -25,9 +25,9 @@ def test_accuracy_and_macro_f1_by_hand() -> None:
 
 def test_macro_f1_falls_where_a_rare_class_is_never_found() -> None:
     # Class 0: 2 * 98 / (2 * 98 + 2); class 1: 0.
-    figures = scores(np.array([[98, 0], [2, 0]]))
-    assert figures["accuracy"] == pytest.approx(0.98)
-    assert figures["macro_f1"] == pytest.approx((196 / 198 + 0) / 2)
+    metrics = scores(np.array([[98, 0], [2, 0]]))
+    assert metrics["accuracy"] == pytest.approx(0.98)
+    assert metrics["macro_f1"] == pytest.approx((196 / 198 + 0) / 2)
 
 
 def test_a_class_that_never_occurs_does_not_count() -> None:
@@ -45,7 +45,7 @@ def predicted(texts: list[str], labels: list[int], new: list[str], n_labels: int
     return list(bag_of_words(texts, labels, new, n_labels).argmax(-1).tolist())
 
 
-def test_a_bag_of_words_learns_which_words_tell_the_class() -> None:
+def test_a_bag_of_words_learns_the_words_of_each_class() -> None:
     new = ["a PRIZE!", "home", "free free home"]
     assert predicted(TEXTS, [1, 1, 0, 0], new, 2) == [1, 0, 1]
 
@@ -60,14 +60,14 @@ def test_a_bag_of_words_guesses_by_frequency_where_it_knows_no_word() -> None:
     assert predicted(TEXTS, [1, 1, 1, 0], ["unseen", ""], 2) == [1, 1]
 
 
-def test_several_classes_are_told_apart() -> None:
+def test_several_classes_are_distinguished() -> None:
     assert predicted(["red", "green", "blue"], [0, 1, 2], ["blue", "red", "green"], 3) == [2, 0, 1]
 
 
 def test_the_majority_baseline_has_the_accuracy_of_its_share() -> None:
-    figures = baselines(TEXTS, [1, 1, 1, 0], ["free", "home", "home"], [1, 0, 0], 2)
-    assert figures["majority"]["accuracy"] == pytest.approx(1 / 3)
-    assert figures["majority"]["macro_f1"] == pytest.approx((2 / 4 + 0) / 2)
+    metrics = baselines(TEXTS, [1, 1, 1, 0], ["free", "home", "home"], [1, 0, 0], 2)
+    assert metrics["majority"]["accuracy"] == pytest.approx(1 / 3)
+    assert metrics["majority"]["macro_f1"] == pytest.approx((2 / 4 + 0) / 2)
 
 
 def test_a_reduced_confusion_keeps_the_classes_with_the_most_mistakes() -> None:

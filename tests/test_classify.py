@@ -1,4 +1,4 @@
-"""The classification loss and its figures, by hand; every split of a step gives one update."""
+"""The classification loss and its metrics, by hand; every split of a step gives one update."""
 
 import json
 import logging
@@ -192,7 +192,7 @@ def report(run_dir: Path, facts: dict[str, Any]) -> str:
     return write_report(run_dir).read_text()
 
 
-def test_the_report_has_scores_beside_the_baselines_and_mistakes_as_text(tmp_path: Path) -> None:
+def test_the_report_has_scores_and_baselines_and_mistakes_as_text(tmp_path: Path) -> None:
     page = report(tmp_path, summary())
     assert '<th scope="col">this model</th><th scope="col">bag of words</th>' in page
     assert "test accuracy</th><td>50.0 %</td><td>100.0 %</td>" in page

@@ -59,7 +59,7 @@ def losses(run_dir: Path) -> list[tuple[str, ...]]:
     return metrics(run_dir, "step", "train/loss", "train/grad_norm", "val/loss", "val/accuracy")
 
 
-def test_a_run_learns_and_tells_what_it_reached(tiny: list[str], tmp_path: Path) -> None:
+def test_a_run_learns_and_reports_its_test_metrics(tiny: list[str], tmp_path: Path) -> None:
     summary = fit(*tiny, "max_steps=60")
     run_dir = tmp_path / "runs" / "tiny"
     assert json.loads((run_dir / "summary.json").read_text()) == summary
@@ -99,8 +99,8 @@ def test_every_micro_batch_gives_the_same_losses(tiny: list[str], tmp_path: Path
             f"name=m{micro_batch}",
         )
     one, other = (metrics(tmp_path / "runs" / f"m{n}", "train/loss", "val/loss") for n in (8, 2))
-    for figures in zip(one, other, strict=True):
-        for a, b in zip(*figures, strict=True):
+    for rows in zip(one, other, strict=True):
+        for a, b in zip(*rows, strict=True):
             assert a == b == "" or abs(float(a) - float(b)) < 1e-5
 
 

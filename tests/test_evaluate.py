@@ -1,4 +1,4 @@
-"""The evaluate command: figures by hand, the JSON rows, and mistakes in one sentence."""
+"""The evaluate command: metrics by hand, the JSON rows, and mistakes in one sentence."""
 
 import json
 import subprocess
@@ -182,13 +182,15 @@ def test_a_task_gets_the_options_that_it_names_or_all_of_them() -> None:
         task_options(unknown, options)
 
 
-def test_no_data_says_what_to_pass(always_ham: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_without_data_names_what_to_pass(
+    always_ham: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "needs --data (Score a classifier on a labelled" in fails(
         [str(always_ham), "--task", "classify"], capsys
     )
 
 
-def test_a_folder_that_is_not_there_is_said_before_scoring(
+def test_a_missing_folder_is_an_error_before_scoring(
     always_ham: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "nowhere" / "out.json")

@@ -1,4 +1,4 @@
-"""HellaSwag while training: the figures of the checkpoint, on any number of ranks."""
+"""HellaSwag while training: the metrics of the checkpoint, on any number of ranks."""
 
 import json
 import subprocess
@@ -75,8 +75,8 @@ def test_what_is_measured_of_a_run_is_in_its_report(
     assert (
         evaluate(arguments) == evaluate(arguments) == 0
     )  # the second takes the place of the first
-    [kept] = json.loads((run_dir / "evaluations.json").read_text())
-    assert kept["about"] == {"step": 12, "data": str(items_path), "limit": None}
+    [stored] = json.loads((run_dir / "evaluations.json").read_text())
+    assert stored["about"] == {"step": 12, "data": str(items_path), "limit": None}
     report = (run_dir / "report.html").read_text()
     assert "Evaluations" in report
     assert "gpt2 124M (published)" in report
@@ -91,7 +91,7 @@ def test_a_classifier_in_training_is_refused_at_once(
     assert "stage=classify trains none" in capfd.readouterr().err
 
 
-def test_a_file_that_is_not_there_is_said_before_anything_else(
+def test_a_missing_file_is_an_error_before_anything_else(
     main: Main, tiny_run: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     keys = ["callbacks.hellaswag.every_n_steps=4", "callbacks.hellaswag.path=nowhere.jsonl"]

@@ -86,7 +86,7 @@ def test_no_value_is_outside_the_frame(noisy: bool) -> None:
     assert max(ys) < CURVE_HEIGHT - 20
 
 
-def test_labels_of_small_values_fit_beside_the_axis() -> None:
+def test_labels_of_small_values_fit_next_to_the_axis() -> None:
     points = [(step, step * 1e-6) for step in range(1001)]
     svg = draw_curves(Chart("Learning rate", "", [Series("", points)], from_zero=True), 1000)
     labels = re.findall(r"text-anchor: end[^>]*>([^<]+)</text>", svg)

@@ -35,7 +35,7 @@ def test_the_prompt_and_its_continuation_are_printed(
     assert capsys.readouterr().out.startswith("def é")
 
 
-def test_a_model_that_was_taught_a_template_is_asked_with_it(
+def test_a_model_with_a_template_is_prompted_with_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = find_template("chat")

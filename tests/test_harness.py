@@ -193,8 +193,8 @@ def test_a_task_that_cannot_be_run_is_one_sentence(
     path = tmp_path / name
     path.write_text(path.read_text().replace(found, broken, 1))
     folder = ["--include-path", str(tmp_path)]
-    asked = ["--task", "harness", "--harness-tasks", "local_hellaswag", *folder]
-    assert main([str(checkpoint_path), *asked]) == 1
+    arguments = ["--task", "harness", "--harness-tasks", "local_hellaswag", *folder]
+    assert main([str(checkpoint_path), *arguments]) == 1
     [sentence] = [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("nanogpt")
     ]

@@ -1,4 +1,4 @@
-"""HellaSwag: equal to asking one ending at a time, whatever the batches; rows of both forms."""
+"""HellaSwag: equal to scoring one ending at a time, whatever the batches; rows of both forms."""
 
 import json
 import os
@@ -107,14 +107,14 @@ def test_a_model_without_finite_likelihoods_is_refused() -> None:
 
 
 def test_any_batch_size_and_order_give_the_same_bits() -> None:
-    model, asked = new_model(), requests()
-    alone = [loglikelihoods(model, [request])[0] for request in asked]
+    model, batch = new_model(), requests()
+    alone = [loglikelihoods(model, [request])[0] for request in batch]
     for batch_size in (1, 2, 3, 5, 8, 64):
-        assert loglikelihoods(model, asked, batch_size) == alone
-    assert loglikelihoods(model, asked[::-1]) == alone[::-1]
+        assert loglikelihoods(model, batch, batch_size) == alone
+    assert loglikelihoods(model, batch[::-1]) == alone[::-1]
 
 
-def test_greedy_is_what_the_model_would_say() -> None:
+def test_greedy_is_the_most_likely_continuation() -> None:
     model = new_model()
     context = TOKENIZER.encode("abc")
     best = int(model(torch.tensor([context]))[0, -1].argmax())
@@ -126,8 +126,8 @@ def test_of_a_long_context_the_end_is_read() -> None:
     model = new_model(block_size=16)
     context, ending = list(range(30)), [1, 2, 3]
     [[found]] = loglikelihoods(model, [Request(context, [ending])])
-    kept = Request(context[-14:], [ending])  # the last token of an ending is not read
-    assert found.loglikelihood == pytest.approx(reference(model, kept)[0], abs=1e-5)
+    cut = Request(context[-14:], [ending])  # the last token of an ending is not read
+    assert found.loglikelihood == pytest.approx(reference(model, cut)[0], abs=1e-5)
 
 
 def test_an_ending_longer_than_the_context_is_scored_in_pieces() -> None:
@@ -143,7 +143,7 @@ def test_an_ending_longer_than_the_context_is_scored_in_pieces() -> None:
     assert found.loglikelihood == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_two_styles_ask_what_their_sources_ask(tmp_path: Path) -> None:
+def test_the_two_styles_build_the_requests_of_their_sources(tmp_path: Path) -> None:
     [item] = read_items(write(tmp_path / "a.jsonl", ROW))
     ours, harness = completion_request(TOKENIZER, item), harness_request(TOKENIZER, item)
     assert TOKENIZER.decode(ours.context) == "A female chef stands in a kitchen. she"
@@ -207,10 +207,10 @@ def test_all_endings_of_300_genuine_items_score_as_they_do_alone() -> None:
     path = Path(os.environ["NANOGPT_TEST_DATA"]) / "hellaswag" / "hellaswag_val_300.jsonl"
     items = read_items(path)
     model = new_model(block_size=1024, n_layer=1)
-    asked = [completion_request(TOKENIZER, item) for item in items]
+    batch = [completion_request(TOKENIZER, item) for item in items]
     differences = [
         abs(one.loglikelihood - alone)
-        for request, results in zip(asked, loglikelihoods(model, asked), strict=True)
+        for request, results in zip(batch, loglikelihoods(model, batch), strict=True)
         for one, alone in zip(results, reference(model, request), strict=True)
     ]
     assert len(differences) == 1200

@@ -80,15 +80,15 @@ def visible_text(page: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
 
 
-def test_headline_tells_the_figures(run_dir: Path) -> None:
+def test_headline_has_the_metrics(run_dir: Path) -> None:
     text = visible_text(html_of(run_dir))
-    for figure in ("2.2500", "1.5360", "20 % below gzip -9 (1.92)", "307k", "1 min 20 s"):
-        assert figure in text
-    for figure in ("5,412", "MFU 38 %", "4,213,248", "finished after 300 steps", "bf16-mixed"):
-        assert figure in text
+    for value in ("2.2500", "1.5360", "20 % below gzip -9 (1.92)", "307k", "1 min 20 s"):
+        assert value in text
+    for value in ("5,412", "MFU 38 %", "4,213,248", "finished after 300 steps", "bf16-mixed"):
+        assert value in text
 
 
-def test_headline_tells_why_a_run_stopped_before_its_budget(run_dir: Path) -> None:
+def test_headline_names_why_a_run_stopped_before_its_budget(run_dir: Path) -> None:
     stopped = "EarlyStopping: val/loss did not improve"
     (run_dir / "summary.json").write_text(json.dumps(SUMMARY | {"stopped": stopped}))
     assert f"finished after 300 steps ({stopped})" in visible_text(html_of(run_dir))
@@ -185,7 +185,7 @@ def test_command_falls_back_to_the_plain_one(run_dir: Path) -> None:
     assert "python train.py</pre>" in html_of(run_dir)
 
 
-def test_interrupted_run_tells_how_far_it_came(run_dir: Path) -> None:
+def test_the_report_of_an_interrupted_run_names_its_last_step(run_dir: Path) -> None:
     (run_dir / "summary.json").unlink()
     (run_dir / "config.yaml").write_text("max_steps: 1500\n")
     text = visible_text(html_of(run_dir))

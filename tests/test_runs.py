@@ -1,4 +1,4 @@
-"""The runs as the server tells them, and whom it tells."""
+"""The runs as the server lists them, and who may read them."""
 
 import json
 import os
@@ -123,7 +123,7 @@ def test_a_report_that_is_a_link_is_not_followed(url: str, runs_dir: Path) -> No
         {"Origin": "null"},
     ],
 )
-def test_without_keys_only_this_machine_itself_is_told(
+def test_without_keys_only_this_machine_is_answered(
     url: str, path: str, headers: dict[str, str]
 ) -> None:
     assert httpx.get(url + path).status_code == 200
@@ -141,7 +141,7 @@ def test_with_keys_every_asker_needs_one(locked: str, path: str) -> None:
     assert httpx.get(locked + path, headers=forwarded).status_code == 200
 
 
-def test_a_browser_without_a_key_gets_the_page_that_asks_for_it(locked: str) -> None:
+def test_a_browser_without_a_key_gets_the_page_with_the_key_dialog(locked: str) -> None:
     answer = httpx.get(f"{locked}/runs", headers={"Accept": "text/html,*/*;q=0.8"})
     assert answer.status_code == 401
     assert 'src="static/runs.js"' in answer.text
@@ -198,7 +198,7 @@ MERGES = "a0: &a0 {k: 0}\n" + "".join(
         ("config.yaml", b"# " * 2**18, "524,288 bytes; at most 262,144 are read"),
     ],
 )
-def test_a_damaged_run_is_listed_with_the_reason_beside_whole_ones(
+def test_a_damaged_run_is_listed_with_the_reason_and_with_whole_ones(
     url: str,
     runs_dir: Path,
     file: str,
@@ -309,7 +309,7 @@ def test_a_date_that_cannot_be_shown_is_clamped(tmp_path: Path, seconds: float) 
     assert 0 <= run.updated < 8.64e12
 
 
-def test_a_torn_or_broken_run_is_told_as_far_as_it_can_be_read(tmp_path: Path) -> None:
+def test_a_torn_or_broken_run_is_listed_as_far_as_it_can_be_read(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "torn", "1,8,3.5,,", "2,16,nan,,", "3,24,3.0,,", "4,3")
     (run_dir / "summary.json").write_text('{"steps": 4, ')
     (run_dir / "config.yaml").write_text("stage: [")

@@ -133,7 +133,7 @@ def test_a_phone_shows_the_runs(browser: Any, url: str) -> None:
         assert page.evaluate(wide) <= 0
 
 
-def test_without_runs_it_says_how_to_make_one(
+def test_without_runs_it_shows_how_to_train_one(
     browser: Any, engine: FakeEngine, tmp_path: Path
 ) -> None:
     with (

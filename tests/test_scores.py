@@ -1,4 +1,4 @@
-"""Perplexity, LAMBADA, replies and the table: figures by hand, whatever the batches."""
+"""Perplexity, LAMBADA, replies and the table: metrics by hand, whatever the batches."""
 
 import json
 import math
@@ -115,7 +115,7 @@ def test_space_at_a_contexts_end_belongs_to_what_follows(
     assert ids
 
 
-def test_the_last_word_is_asked_for_with_its_space() -> None:
+def test_the_last_word_is_scored_with_its_space() -> None:
     request = lambada.request(TOKENIZER, "one two three")
     assert TOKENIZER.decode(request.context) == "one two"
     assert TOKENIZER.decode(request.continuations[0]) == " three"
@@ -128,8 +128,8 @@ def test_a_uniform_models_last_words_by_hand() -> None:
     assert found["acc"] == 0.0
 
 
-def conversation(asked: str, said: str) -> tuple[Message, Message]:
-    return Message("user", asked), Message("assistant", said)
+def conversation(prompt: str, reply: str) -> tuple[Message, Message]:
+    return Message("user", prompt), Message("assistant", reply)
 
 
 def chat_model() -> Checkpoint:
@@ -152,8 +152,8 @@ def test_the_loss_is_of_the_responses_and_their_ends() -> None:
     assert found["loss"] == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_what_replies_are_like_is_told_beside_the_responses() -> None:
-    conversations = [conversation("Say a.", "aaaaaaaa"), conversation("Say b.", "bc")]
+def test_metrics_of_the_replies_have_those_of_the_responses_as_baselines() -> None:
+    conversations = [conversation("Print a.", "aaaaaaaa"), conversation("Print b.", "bc")]
     found = instructions.evaluate(chat_model(), conversations, max_new_tokens=4)
     assert found["baseline_responses_reply_tokens"] == 5.0
     assert found["baseline_responses_repetition"] == pytest.approx((4 / 5 + 0) / 2)
@@ -167,15 +167,15 @@ def test_repetition_is_the_share_of_runs_seen_before(ids: list[int], share: floa
     assert instructions.repetition(ids) == pytest.approx(share)
 
 
-def test_published_figures_are_lines_of_their_own() -> None:
+def test_published_metrics_are_lines_of_their_own() -> None:
     results = with_published({"acc": 0.3, "acc_stderr": 0.01}, {"gpt2_124M": {"acc": 0.2859}})
     assert results["baseline_published_gpt2_124M_acc"] == 0.2859
-    told = table([{"checkpoint": "a", "task": "hellaswag", "results": results}]).splitlines()
-    assert told[1].split() == ["a", "hellaswag", "0.3000", "±", "0.0100"]
-    assert told[2].split() == ["gpt2", "124M", "(published)", "hellaswag", "0.2859"]
+    rows = table([{"checkpoint": "a", "task": "hellaswag", "results": results}]).splitlines()
+    assert rows[1].split() == ["a", "hellaswag", "0.3000", "±", "0.0100"]
+    assert rows[2].split() == ["gpt2", "124M", "(published)", "hellaswag", "0.2859"]
 
 
-def test_the_picture_tells_its_figures_in_words_too() -> None:
+def test_the_picture_has_its_values_as_text_too() -> None:
     row = {"checkpoint": "<a>", "task": "lambada", "results": {"acc": 0.5, "acc_stderr": 0.1}}
     drawn = draw_scores(lines([row]), ["acc"])
     assert drawn.startswith("<svg ")
@@ -302,7 +302,7 @@ def test_processes_share_the_work_and_give_the_same_figures(tmp_path: Path) -> N
     assert found[0] == found[1]
 
 
-def test_what_was_scored_before_a_failure_is_told(
+def test_scores_before_a_failure_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
@@ -311,9 +311,9 @@ def test_what_was_scored_before_a_failure_is_told(
     out = tmp_path / "out.json"
     data = ["--task", "perplexity", "--data", str(tmp_path / "a.txt"), "--json", str(out)]
     assert main([str(good), str(tmp_path / "b.ckpt"), *data]) == 1
-    said = capsys.readouterr()
-    assert len(said.err.splitlines()) == 1
-    assert "a.ckpt  perplexity" in said.out
+    output = capsys.readouterr()
+    assert len(output.err.splitlines()) == 1
+    assert "a.ckpt  perplexity" in output.out
     assert [row["checkpoint"] for row in json.loads(out.read_text())] == [str(good)]
 
 
@@ -325,9 +325,9 @@ def test_the_table_is_there_where_nothing_can_be_drawn(
     monkeypatch.setattr(perplexity, "evaluate", lambda *_, **__: {"tokens": 3.0, "bytes": 0.0})
     data = ["--task", "perplexity", "--data", str(tmp_path / "a.txt")]
     assert main([str(path), *data, "--picture", str(tmp_path / "a.svg")]) == 1
-    said = capsys.readouterr()
-    assert "a.ckpt  perplexity" in said.out
-    assert len(said.err.splitlines()) == 1
+    output = capsys.readouterr()
+    assert "a.ckpt  perplexity" in output.out
+    assert len(output.err.splitlines()) == 1
     assert not (tmp_path / "a.svg").exists()
 
 
@@ -342,7 +342,7 @@ def test_a_hugging_face_directory_is_scored_as_its_checkpoint(tmp_path: Path) ->
     assert first["results"] == second["results"]
 
 
-def test_a_run_keeps_what_was_measured_with_other_options(tmp_path: Path) -> None:
+def test_a_run_stores_the_scores_of_other_options_too(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     (tmp_path / "config.yaml").write_text("stage: pretrain\n")
     (tmp_path / "checkpoints").mkdir()
@@ -350,8 +350,8 @@ def test_a_run_keeps_what_was_measured_with_other_options(tmp_path: Path) -> Non
     data = ["--task", "perplexity", "--data", str(tmp_path / "a.txt")]
     for stride in ("8", "16", "8"):
         assert main([str(path), *data, "--stride", stride]) == 0
-    kept = json.loads((tmp_path / "evaluations.json").read_text())
-    assert [row["about"]["stride"] for row in kept] == [16, 8]
+    stored = json.loads((tmp_path / "evaluations.json").read_text())
+    assert [row["about"]["stride"] for row in stored] == [16, 8]
 
 
 @pytest.mark.parametrize("text", ["5", "null", '[{"results": {}}]', "{", ""])

@@ -215,7 +215,7 @@ def test_other_machines_are_not_let_in_without_a_key(host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["prot=1"], 2, "there is no key prot; did you mean port?"),
         (["max_n=many", "runs_dir=."], 2, "max_n='many' should be a whole number"),
@@ -228,7 +228,7 @@ def test_other_machines_are_not_let_in_without_a_key(host: str) -> None:
     ],
 )
 def test_a_mistake_is_one_sentence(
-    tmp_path: Path, arguments: list[str], code: int, said: str
+    tmp_path: Path, arguments: list[str], code: int, message: str
 ) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "serve.py"), *arguments],
@@ -240,7 +240,7 @@ def test_a_mistake_is_one_sentence(
     )
     assert done.returncode == code
     assert done.stderr.startswith("serve.py: ")
-    assert said in done.stderr
+    assert message in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -302,7 +302,7 @@ def started(
 def streamed(
     url: str, server: subprocess.Popen[bytes], max_tokens: int, signum: int = signal.SIGTERM
 ) -> list[str]:
-    """Return the lines of a stream, during which the server is told to end."""
+    """Return the lines of a stream, during which the server receives a signal to end."""
     body = {"max_tokens": max_tokens, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
         lines = answer.iter_lines()
@@ -314,7 +314,7 @@ def streamed(
 @POSIX
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_server_told_to_end_finishes_its_answers_and_ends_with_0(
+def test_a_server_finishes_its_answers_on_a_signal_and_exits_with_0(
     tmp_path: Path, workers: int, signum: int
 ) -> None:
     engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("x" * 100), delay_s=0.01)
@@ -342,7 +342,7 @@ def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path, workers: int) ->
 
 
 @POSIX
-def test_an_answer_that_outlasts_the_drain_is_told_so(tmp_path: Path) -> None:
+def test_an_answer_that_outlasts_the_drain_ends_with_an_error(tmp_path: Path) -> None:
     engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("x" * 900), delay_s=0.02)
     with started(engine, NANOGPT_DRAIN_S="0.5") as (url, server):
         lines = streamed(url, server, 900)

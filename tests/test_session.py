@@ -24,7 +24,7 @@ def start() -> Checkpoint:
     )
 
 
-def test_a_shorter_block_size_is_said_in_one_line(
+def test_a_shorter_block_size_is_logged_in_one_line(
     start: Checkpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="nanogpt"):

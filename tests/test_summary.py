@@ -1,4 +1,4 @@
-"""What a run says at its end."""
+"""The summary of a run at its end."""
 
 import logging
 import shlex
@@ -13,10 +13,10 @@ from nanogpt.training.summary import log_summary, next_commands
 def test_an_unknown_mfu_is_left_out(
     mfu: float, shown: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    figures = {"stage": "pretrain", "steps": 2, "tokens": 512, "wall_s": 2, "train_s": 1}
+    metrics = {"stage": "pretrain", "steps": 2, "tokens": 512, "wall_s": 2, "train_s": 1}
     with caplog.at_level(logging.INFO):
         log_summary(
-            {**figures, "tokens_per_s": 512.0, "mfu": mfu, "val_loss": 1.0},
+            {**metrics, "tokens_per_s": 512.0, "mfu": mfu, "val_loss": 1.0},
             Path("r"),
             {"prompts": []},
         )
@@ -49,5 +49,5 @@ def test_a_model_with_a_foreign_block_is_generated_from_with_its_package_allowed
     ]
 
 
-def test_a_classifier_is_not_asked_to_write() -> None:
+def test_a_classifier_writes_no_samples() -> None:
     assert not any("generate" in command for command in next_commands("classify", Path("r"), "x"))
