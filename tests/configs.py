@@ -1,4 +1,4 @@
-"""The YAML files of `conf/` that the project ships; a user's own beside them are not tested."""
+"""The YAML files of `conf/` that the project ships, without a user's own."""
 
 import subprocess
 from pathlib import Path

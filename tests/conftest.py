@@ -125,7 +125,7 @@ def url(engine: Any, runs_dir: Path) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="module")  # while it is open, no event loop of asyncio can run beside it
+@pytest.fixture(scope="module")  # while it is open, no event loop of asyncio can run in this thread
 def browser() -> Iterator[Any]:
     """A real browser, for tests of the page."""
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")

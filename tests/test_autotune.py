@@ -87,7 +87,7 @@ def test_second_call_measures_nothing_and_decides_the_same(
     assert decide_tiny(tmp_path, threads=1) == first
 
 
-def test_what_rounds_disagree_on_is_said_and_measured_again_by_the_next_run(
+def test_a_choice_without_agreement_is_provisional_and_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trials, "AGREEMENT", 0.0)  # nothing agrees
@@ -256,7 +256,7 @@ def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch, ranks: int, thre
     assert autotune._choose_threads(ranks)[0] == threads
 
 
-def test_threads_asked_of_openmp_count_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_omp_num_threads_sets_the_threads_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.setattr(autotune, "usable_cores", lambda: 8)
     assert autotune._choose_threads(1) == (5, "OMP_NUM_THREADS")

@@ -452,8 +452,8 @@ def test_modules_of_the_current_folder_are_found(
 
     run(str(ROOT / "train.py"), *tiny_run, SWIGLU, "max_steps=1")
     checkpoint = str(tmp_path / "runs" / "tiny")
-    said = run("-m", "nanogpt.generate", checkpoint, "--prompt=def ", "--allow-module=other")
-    assert said.startswith("def ")
+    output = run("-m", "nanogpt.generate", checkpoint, "--prompt=def ", "--allow-module=other")
+    assert output.startswith("def ")
 
 
 def test_generate_runs_what_it_is_allowed_to_and_names_the_option_else(

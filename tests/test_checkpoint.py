@@ -103,10 +103,10 @@ def test_every_flipped_byte_of_the_weights_is_noticed(path: Path) -> None:
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("kept", [0, 10, 1000, -1])
-def test_a_truncated_file_is_refused_and_an_older_one_named(path: Path, kept: int) -> None:
+@pytest.mark.parametrize("size", [0, 10, 1000, -1])
+def test_a_truncated_file_is_refused_and_an_older_one_named(path: Path, size: int) -> None:
     (path.parent / "step_000001.ckpt").write_bytes(path.read_bytes())
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match=r"an older one is .*step_000001\.ckpt"):
         read_checkpoint(path)
 
@@ -207,7 +207,7 @@ def test_a_run_is_found_by_path_directory_and_name(tmp_path: Path, model: GPT) -
         assert find_checkpoint(reference, tmp_path / "runs") == file
 
 
-def test_a_missing_checkpoint_says_where_it_looked(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_checkpoint_names_the_places_searched(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nor a run under"):
         find_checkpoint("nowhere", tmp_path)
 

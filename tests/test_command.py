@@ -34,17 +34,17 @@ def failing(error: BaseException) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "line"),
     [
         (ValueError("too long\nwith more"), "a.command: too long\n"),
-        (OSError(), "a.command: OSError\n"),  # says nothing of itself
+        (OSError(), "a.command: OSError\n"),  # without a message
     ],
 )
-def test_what_goes_wrong_is_said_in_one_line(
-    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
+def test_an_error_is_one_line(
+    error: Exception, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command("a.command", lambda: failing(error)) == 1
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_out_of_memory_is_one_sentence(
     )
 
 
-def test_an_interrupted_command_says_what_is_next(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_command_prints_what_is_next(capsys: pytest.CaptureFixture[str]) -> None:
     code = run_command("a.command", lambda: failing(KeyboardInterrupt()), interrupted="again")
     assert code == 130
     assert capsys.readouterr().err == "a.command: again\n"

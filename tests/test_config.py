@@ -32,7 +32,7 @@ ODD = [
     "données/é.txt",
     "{a}#b&c;d",
     "it's",
-    'say "a"',
+    'quote "a"',
     "'half",
     "back\\slash\\",
     "back\\'s",

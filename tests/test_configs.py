@@ -1,4 +1,4 @@
-"""Every YAML composes and builds, and mistakes in a command are said in one sentence."""
+"""Every YAML composes and builds, and a mistake in a command is an error of one sentence."""
 
 import copy
 import inspect

@@ -146,7 +146,7 @@ def test_generation_ends_with_the_text(write: Write, tmp_path: Path) -> None:
 
 
 TALK = [
-    {"role": "user", "content": "Say é <b>\n"},
+    {"role": "user", "content": "Echo é <b>\n"},
     {"role": "assistant", "content": "é"},
     {"role": "user", "content": "Again"},
 ]
@@ -196,7 +196,7 @@ def test_half_precision_is_for_gguf_only(write: Write, tmp_path: Path) -> None:
     assert stopped.value.code == 2
 
 
-def test_an_existing_export_is_kept_unless_overwritten(
+def test_an_existing_export_needs_overwrite(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint, out = write(), tmp_path / "out"

@@ -203,7 +203,7 @@ def handed_over(node: str) -> list[str]:
     return [word for word in re.findall(r"`(\w+)`", names) if word not in ("Path", "str")]
 
 
-def test_constructors_receive_what_the_table_says(folder: Path) -> None:
+def test_constructors_receive_the_arguments_of_the_table(folder: Path) -> None:
     of_data = handed_over("`data`: a data module")
     of_callbacks = handed_over("`callbacks.*`")
     of_loggers = [*of_callbacks, *handed_over("`logger.*`, `module`")]

@@ -92,7 +92,7 @@ def fit(*overrides: str) -> dict[str, Any]:
     return train.train({**config, "command": "python train.py", "typed": {}})
 
 
-def figures(run_dir: Path, *columns: str) -> list[list[str]]:
+def columns_of(run_dir: Path, *columns: str) -> list[list[str]]:
     with open(run_dir / "metrics.csv", newline="") as file:
         return [[row[c] for c in columns] for row in csv.DictReader(file)]
 
@@ -179,7 +179,7 @@ def test_every_micro_batch_gives_the_same_losses(tiny_run: list[str], tmp_path: 
     options = [*tiny_run, DROPOUT]
     for micro_batch in (4, 1):
         fit(*options, f"micro_batch={micro_batch}", f"name=m{micro_batch}")
-        reached.append(figures(tmp_path / "runs" / f"m{micro_batch}", "train/loss"))
+        reached.append(columns_of(tmp_path / "runs" / f"m{micro_batch}", "train/loss"))
     for [one], [other] in zip(*reached, strict=True):
         assert abs(float(one) - float(other)) < 1e-5
 
@@ -195,7 +195,7 @@ def test_a_killed_run_continues_to_the_same_bits(tiny_run: list[str], tmp_path: 
     continued = fit(*options)
     assert continued["weights_sha256"] == whole["weights_sha256"]
     runs = tmp_path / "runs"
-    assert figures(runs / "tiny", *COLUMNS) == figures(runs / "whole", *COLUMNS)
+    assert columns_of(runs / "tiny", *COLUMNS) == columns_of(runs / "whole", *COLUMNS)
     assert (runs / "tiny" / "samples.txt").read_text() == (
         runs / "whole" / "samples.txt"
     ).read_text()
@@ -210,7 +210,9 @@ def test_two_ranks_learn_the_same_as_one(
     assert two.returncode == 0, two.stderr
     fit(*options, "name=one")
     for column in ("train/loss", "val/loss"):
-        pairs = zip(*(figures(tmp_path / "runs" / n, column) for n in ("one", "two")), strict=True)
+        pairs = zip(
+            *(columns_of(tmp_path / "runs" / n, column) for n in ("one", "two")), strict=True
+        )
         for [a], [b] in pairs:
             assert a == b == "" or abs(float(a) - float(b)) < 1e-5
 
@@ -226,7 +228,7 @@ def test_other_conversations_are_another_corpus(
         fit(*tiny_run)
 
 
-def test_a_misspelt_key_of_the_stage_is_told_the_nearest() -> None:
+def test_the_error_for_a_misspelt_key_of_the_stage_names_the_nearest() -> None:
     assert "did you mean instruct.template?" in unknown_key("instruct.templat")
 
 
@@ -245,9 +247,9 @@ def test_a_mistake_in_the_command_is_one_sentence(
     arguments: list[str], expected: str, tiny_run: list[str], tmp_path: Path
 ) -> None:
     replaced = [argument.partition("=")[0] for argument in arguments]
-    kept = [word for word in tiny_run if word.partition("=")[0] not in replaced]
+    words = [word for word in tiny_run if word.partition("=")[0] not in replaced]
     if "data" in replaced:
-        kept = [word for word in kept if not word.startswith("data.path")]
+        words = [word for word in words if not word.startswith("data.path")]
     with pytest.raises((ValueError, FileNotFoundError), match=expected) as error:
-        fit(*kept, *arguments)
+        fit(*words, *arguments)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The pretraining loss and its validation figures, by hand."""
+"""The pretraining loss and its validation metrics, by hand."""
 
 import copy
 import logging

@@ -332,7 +332,7 @@ def test_best_and_last_are_found_by_name(tmp_path: Path, which: str, step: int |
 
 # Private members of libraries in use, each with its reason.
 EXCEPTIONS = {
-    # Lightning would ask all ranks, and wait for the device, before every step.
+    # Lightning would synchronize all ranks, and wait for the device, before every step.
     ("nanogpt/training/callbacks.py", "_broadcast_sigterm_tensor"),
     # Lightning passes what W&B no longer knows, which prints a warning.
     ("nanogpt/training/loggers.py", "_wandb_init"),

@@ -1,4 +1,4 @@
-"""Loggers beside metrics.csv."""
+"""Loggers in addition to metrics.csv."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the machine says of itself."""
+"""Facts about the machine."""
 
 import os
 from pathlib import Path

@@ -106,12 +106,12 @@ def test_a_file_cut_and_continued_equals_the_unbroken_one(
     assert file.path.read_bytes() == unbroken.path.read_bytes()
 
 
-@pytest.mark.parametrize("kept", range(1, 12))
-def test_a_last_line_torn_anywhere_is_dropped(file: MetricsFile, kept: int) -> None:
+@pytest.mark.parametrize("size", range(1, 12))
+def test_a_last_line_torn_anywhere_is_dropped(file: MetricsFile, size: int) -> None:
     file.append(1, {"train/loss": 3.0})
     whole = file.path.read_bytes()
     file.append(2, {"train/loss": 2.125})
-    file.path.write_bytes(file.path.read_bytes()[: len(whole) + kept])
+    file.path.write_bytes(file.path.read_bytes()[: len(whole) + size])
     assert read_metrics(file.path) == {"train/loss": [(1, 3.0)]}
     continued = MetricsFile(file.path)
     continued.cut_after(1)

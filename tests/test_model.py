@@ -1,4 +1,4 @@
-"""The model is GPT-2, whatever is asked of it: padded, cached, copied, compiled."""
+"""The model is GPT-2 in every use: padded, cached, copied, compiled."""
 
 import copy
 import itertools
@@ -240,9 +240,9 @@ SEEDS = torch.tensor([3, -5, 2**62])
 
 def dropped(rate: float, *shape: int, site: int = 0, seeds: Tensor = SEEDS) -> Tensor:
     """Return where a mask of some shape (B, ...) is zero."""
-    kept = RowDropout(rate, seeds[: shape[0]])(torch.ones(shape), site)
-    assert torch.equal(kept.unique(), torch.tensor([0, 1 / (1 - rate)]))
-    return kept == 0
+    mask = RowDropout(rate, seeds[: shape[0]])(torch.ones(shape), site)
+    assert torch.equal(mask.unique(), torch.tensor([0, 1 / (1 - rate)]))
+    return mask == 0
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])

@@ -123,7 +123,7 @@ def test_adamw_is_fused_on_this_cpu(model: Parameters) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_muon_equals_torch_muon_beside_torch_adamw(model: Parameters, steps: int) -> None:
+def test_muon_equals_torch_muon_with_torch_adamw(model: Parameters, steps: int) -> None:
     reference = copy.deepcopy(model)
     named = list(reference.named_parameters())
     torch_muon = torch.optim.Muon(

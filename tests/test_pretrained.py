@@ -92,11 +92,11 @@ def test_logits_and_gradients_equal_the_reference(
     loss_of(expected, targets).backward()
     expected_gradients = dict(reference.transformer.named_parameters())
     for name, parameter in model.named_parameters():
-        gradient, wanted = parameter.grad, expected_gradients[name].grad
+        gradient, expected = parameter.grad, expected_gradients[name].grad
         assert gradient is not None
-        assert wanted is not None
-        wanted = wanted.t() if name.endswith(CONV1D) else wanted
-        assert (gradient - wanted).abs().max() <= 1e-5, name
+        assert expected is not None
+        expected = expected.t() if name.endswith(CONV1D) else expected
+        assert (gradient - expected).abs().max() <= 1e-5, name
 
 
 def test_a_loaded_model_trains_and_owns_its_memory(directory: Path) -> None:
@@ -264,18 +264,18 @@ def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             name = self.path.rpartition("/resolve/main/")[2]
-            wanted = self.headers.get("Range")
-            hub.requests.append((self.command, name, wanted))
+            byte_range = self.headers.get("Range")
+            hub.requests.append((self.command, name, byte_range))
             if not (hub.files / name).is_file():
                 return self.send_error(404)
             content = (hub.files / name).read_bytes()
-            start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
-            self.send_response(206 if wanted else 200)
+            start = int(byte_range.removeprefix("bytes=").split("-")[0]) if byte_range else 0
+            self.send_response(206 if byte_range else 200)
             self.send_header("ETag", '"' + name.encode().hex().ljust(40, "0")[:40] + '"')
             self.send_header("X-Repo-Commit", "0" * 40)
             self.send_header("Accept-Ranges", "bytes")
             self.send_header("Content-Length", str(len(content) - start))
-            if wanted:
+            if byte_range:
                 range_ = f"bytes {start}-{len(content) - 1}/{len(content)}"
                 self.send_header("Content-Range", range_)
             self.end_headers()
@@ -329,7 +329,7 @@ def test_a_directory_that_was_copied_here_needs_no_network(
     assert not hub.requests
 
 
-def test_without_a_network_one_sentence_says_what_to_do(
+def test_the_error_without_a_network_names_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offline(monkeypatch)
@@ -380,7 +380,9 @@ def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
 # Starting from a directory
 
 
-def test_the_tokenizer_comes_from_beside_the_weights(directory: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_comes_from_the_folder_of_the_weights(
+    directory: Path, tmp_path: Path
+) -> None:
     tokenizer = bpe_tokenizer(["the cat sat on the mat " * 9], 280)
     shape = {**SHAPE, "vocab_size": tokenizer.vocab_size}
     GPT2LMHeadModel(GPT2Config(**shape, **SPECIAL)).save_pretrained(tmp_path / "own")
@@ -408,6 +410,6 @@ def test_a_shorter_block_size_cuts_the_positions(
 
 
 class Vocabulary:
-    """As much of a tokenizer as a start asks for."""
+    """The part of a tokenizer that a start needs."""
 
     name, vocab_size = "stub", 97

@@ -62,7 +62,7 @@ def training(
     return trainer
 
 
-def test_line_tells_all_figures() -> None:
+def test_line_has_all_metrics() -> None:
     metrics = {"step": 120, "tokens": 37645, "loss": 3.21454, "tokens_per_s": 5412.4, "mfu": 0.384}
     line = progress_line(120, 1500, metrics)
     assert line == "step 120/1500  loss 3.2145  5,412 tokens/s  MFU 38 %  1 min 20 s left"
@@ -91,7 +91,7 @@ def test_lines_come_every_few_seconds(clock: Clock, capsys: pytest.CaptureFixtur
     assert steps == ["1/50", "6/50", "11/50"]
 
 
-def test_end_is_always_told(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_end_is_always_printed(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     shown = Progress(every_s=5)
     trainer = training(clock, shown, range(8))
     shown.on_train_end(trainer, MODULE)
@@ -146,19 +146,19 @@ def test_bar_gives_way_to_a_line(clock: Clock, monkeypatch: pytest.MonkeyPatch) 
     shown.teardown(trainer, MODULE, "fit")
 
 
-def test_said_control_characters_are_shown_not_sent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_control_characters_are_shown_not_sent(capsys: pytest.CaptureFixture[str]) -> None:
     print_text("a\x1b[2J\x07\tb\nc\x9b")
     assert capsys.readouterr().out == "a␛[2J␇\tb\nc�\n"
 
 
-def test_said_text_fits_any_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_printed_text_fits_any_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     print_text("é")
     assert written.getvalue() == b"?\n"
 
 
-def test_log_records_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_records_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     handler = ConsoleHandler()
     handler.handle(logging.makeLogRecord({"msg": "compiled in %d s", "args": (4,)}))
     assert capsys.readouterr().out == "compiled in 4 s\n"

@@ -1,4 +1,4 @@
-"""Arithmetic per token against published figures, and the peak against what is measured."""
+"""Arithmetic per token against published numbers, and the peak against what is measured."""
 
 import pytest
 import torch

@@ -96,7 +96,7 @@ def test_the_final_checkpoint_generates(tiny_run: list[str], tmp_path: Path) -> 
     assert checkpoint.tokenizer.name == "byte"
 
 
-def test_a_finished_run_says_so_and_changes_nothing(tiny_run: list[str], tmp_path: Path) -> None:
+def test_a_finished_run_logs_that_and_changes_nothing(tiny_run: list[str], tmp_path: Path) -> None:
     summary = fit(*tiny_run)
     before = {
         p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.name != "train.log"
@@ -530,7 +530,7 @@ def test_a_sweep_over_an_operational_key_has_a_run_for_each_value(
     assert sorted(config["callbacks"]["early"]["patience"] for config in recorded) == [1, 2]
 
 
-def test_a_run_that_a_callback_ended_says_why_then_and_again(
+def test_a_run_that_a_callback_ended_prints_why_on_every_start(
     tiny_run: list[str], main: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     early = "lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss, patience: 1, mode: max"

@@ -32,9 +32,9 @@ def sure(seconds: float) -> Measured:
     return Measured({"a": seconds}, False)
 
 
-def record(figures: dict[str, Any]) -> dict[str, Any]:
-    """Return what the file holds of sure figures."""
-    return {"seconds": figures, "provisional": False}
+def record(seconds: dict[str, Any]) -> dict[str, Any]:
+    """Return what the file holds of reliable measurements."""
+    return {"seconds": seconds, "provisional": False}
 
 
 RECORD = record({"a": 1.0})
@@ -160,7 +160,7 @@ def test_rounds_go_on_for_the_time_that_there_is(
         ([3.0, 2.0, 1.0], 1.0, True),
         ([1.0, 1.2, 1.2], 1.0, True),
         ([1.0, 1.0, 1.0], 0.9, False),
-        ([2.0, 2.0, 2.0], 0.5, True),  # always the same, beside another program
+        ([2.0, 2.0, 2.0], 0.5, True),  # always the same, while another program runs
     ],
 )
 def test_what_the_rounds_disagree_on_is_provisional(
