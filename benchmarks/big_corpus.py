@@ -8,7 +8,7 @@ process of its own; memory is what a process has resident above what it had afte
 
 On two busy cores: opening 0.73 s where ids have to be checked and 0.01 s where a manifest vouches
 for them, the first batch 0.01 s, 4 MB. 80,000 random rows, in rows/s and MB held at the end:
-os.pread 108,000 to 136,000 and 0, maps that are kept 82,000 to 85,000 and 560, TokenStream 38,000
+os.pread 108,000 to 136,000 and 0, open maps 82,000 to 85,000 and 560, TokenStream 38,000
 to 42,000 and 5, batches of CorpusDataModule 14,000 to 20,000 and 6. A pass of 9.67 million rows is
 shuffled at 6 million rows/s and holds each once.
 """
@@ -122,7 +122,7 @@ def read_by_stream(directory: Path, steps: int) -> str:
     return _read_rows(lambda start: stream.read(start, start + BLOCK_SIZE + 1), steps, len(stream))
 
 
-def read_by_kept_maps(directory: Path, steps: int) -> str:
+def read_by_open_maps(directory: Path, steps: int) -> str:
     """Read the stream with maps that are never made anew."""
     shards.MAPPED_BYTES = 2**62
     return read_by_stream(directory, steps)
@@ -154,7 +154,7 @@ def whole_pass(directory: Path, steps: int) -> str:
 
 READERS: dict[str, Callable[[Path, int], str]] = {
     "os.pread": read_by_pread,
-    "maps kept": read_by_kept_maps,
+    "open maps": read_by_open_maps,
     "TokenStream": read_by_stream,
     "batches of CorpusDataModule": read_by_module,
 }
@@ -217,8 +217,8 @@ def _paths(directory: Path, n_shards: int) -> list[Path]:
     return [directory / f"train_{i:06d}.bin" for i in range(n_shards)]
 
 
-def _show(name: str, figures: str) -> None:
-    print(f"{name:38} {figures}", flush=True)
+def _show(name: str, values: str) -> None:
+    print(f"{name:38} {values}", flush=True)
 
 
 @contextmanager

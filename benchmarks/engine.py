@@ -1,4 +1,4 @@
-"""How fast the engine continues 1, 8 and 32 texts at once, beside other programs and the machine.
+"""How fast the engine continues 1, 8 and 32 texts at once, against other programs and the machine.
 
     python benchmarks/engine.py [--new 64] [--rounds 3] [--threads 2] [--json FILE]
 
@@ -39,7 +39,7 @@ STREAMS = (1, 8, 32)
 PROMPT_TOKENS = 32
 KL_TOKENS = 256
 SAME_KL = 1e-12  # below it, two orders of the same float32 sums
-TURN = (850, 50, 20)  # tokens of a chat's first prompt, its answer, and what is then asked
+TURN = (850, 50, 20)  # tokens of a chat's first prompt, its answer and the next message
 
 
 @dataclass
@@ -85,7 +85,7 @@ def _answer(connection: Connection, name: str, files: Path, threads: int) -> Non
     kind, keys = engine_programs.PROGRAMS[name]
     program = kind(files, **keys)
     connection.send((program.weight_bytes, program.kv_bytes))
-    with suppress(EOFError):  # nobody asks any more
+    with suppress(EOFError):  # the parent closed its end
         while True:
             method, arguments = connection.recv()
             connection.send(getattr(program, method)(*arguments))

@@ -24,7 +24,7 @@ from serving.engine.runner import Runner
 from serving.engine.scheduler import Scheduler
 from serving.engine.slots import Slots
 
-MOST_STREAMS = 32
+MAX_STREAMS = 32
 CHUNK_TOKENS = 64
 TOKENS_PER_STREAM, BATCH_TOKENS = 256, 1024  # of llama.cpp's contexts
 Q8_0 = 7  # llama.cpp's LLAMA_FTYPE_MOSTLY_Q8_0
@@ -54,7 +54,7 @@ class Ours(Program):
         self.temperature = temperature
         sizes = {"fp32": 4.0, "fp24": 3.0, "bf16": 2.0, "int8": 1 + 2 / 64}  # with scales
         self.weight_bytes, self.kv_bytes = sizes[dtype], cache_dtype(dtype).itemsize
-        slots = Slots(about.config, MOST_STREAMS, cache_dtype(dtype), torch.device("cpu"))
+        slots = Slots(about.config, MAX_STREAMS, cache_dtype(dtype), torch.device("cpu"))
         forward = make_forward(about.model.requires_grad_(False), slots.cache, dtype)
         scheduler = Scheduler(slots, CHUNK_TOKENS)
         self.runner = Runner("m", "1", about, dtype, forward, scheduler, Counters())
@@ -67,8 +67,8 @@ class Ours(Program):
 
     def second_turn(self, prompt: list[int], reply: int, new: list[int]) -> tuple[float, float]:
         """Return seconds to the first token of a chat's second turn: anew, and after its first."""
-        (said,), _ = self._write([prompt], reply, scope=f"chat {time.perf_counter()}")
-        turn = [*prompt, *said, *new]
+        (answer,), _ = self._write([prompt], reply, scope=f"chat {time.perf_counter()}")
+        turn = [*prompt, *answer, *new]
         cold, cold_s = self._write([turn], 8, scope=f"new {time.perf_counter()}")
         scope = f"chat {time.perf_counter()}"
         self._write([prompt], reply, scope=scope)
@@ -186,12 +186,12 @@ class LlamaCpp(Program):
         return torch.from_numpy(logits).double().log_softmax(-1)
 
     def _read(self, tokens: list[tuple[int, int, int, bool]]) -> np.ndarray:
-        """Read (id, position, text, whether its logits are wanted); return the logits (R, V)."""
+        """Read (id, position, text, whether to return its logits); return the logits (R, V)."""
         batch = self.batch
-        for at, (id_, position, text, wanted) in enumerate(tokens):
+        for at, (id_, position, text, needs_logits) in enumerate(tokens):
             batch.token[at], batch.pos[at] = id_, position
             batch.n_seq_id[at], batch.seq_id[at][0] = 1, text
-            batch.logits[at] = wanted
+            batch.logits[at] = needs_logits
         batch.n_tokens = len(tokens)
         assert self.api.llama_decode(self.context, batch) == 0
         rows = [
@@ -263,8 +263,8 @@ def write_files(names: list[str], files: Path) -> Checkpoint:
     """Write the checkpoint in the formats that the programs read; return it."""
     about = load_checkpoint(files / "model.ckpt")
     for kind, write in (("hf", _write_hf), ("gguf", _write_gguf), ("ct2", _write_ct2)):
-        wanted = {"hf": (Transformers, CTranslate2), "gguf": (LlamaCpp,), "ct2": (CTranslate2,)}
-        if any(PROGRAMS[name][0] in wanted[kind] for name in names):
+        readers = {"hf": (Transformers, CTranslate2), "gguf": (LlamaCpp,), "ct2": (CTranslate2,)}
+        if any(PROGRAMS[name][0] in readers[kind] for name in names):
             write(files)
     return about
 
@@ -284,11 +284,11 @@ def _write_gguf(files: Path) -> None:
 
 @lru_cache
 def _quiet_llama_cpp() -> Any:
-    """Return llama.cpp's functions, told not to write what they do."""
+    """Return llama.cpp's functions, with its log turned off."""
     import llama_cpp
 
-    llama_cpp.say_nothing = llama_cpp.llama_log_callback(lambda *_: None)  # must not be collected
-    llama_cpp.llama_log_set(llama_cpp.say_nothing, ctypes.c_void_p(0))
+    llama_cpp.no_log = llama_cpp.llama_log_callback(lambda *_: None)  # must not be collected
+    llama_cpp.llama_log_set(llama_cpp.no_log, ctypes.c_void_p(0))
     return llama_cpp
 
 

@@ -3,7 +3,7 @@
     python benchmarks/engine_start.py CHECKPOINT [--rounds 3] [--dtype auto] [--json FILE]
 
 Each round starts an engine twice: with kernels still to be compiled, and with those that are there.
-The time to import torch is measured beside it, in a process that does nothing else; what is left
+The time to import torch is measured separately, in a process that does nothing else; what is left
 without it is the engine's own.
 """
 
@@ -57,18 +57,18 @@ def import_torch_s() -> float:
 
 
 def start(settings: Settings) -> tuple[float, float]:
-    """Start an engine and ask it for a token; return when it was ready, and when that came."""
+    """Start an engine and generate a token; return the seconds until ready and until the token."""
     process = EngineProcess(settings)
     started = time.perf_counter()
     process.start()
     try:
-        ready, first_token = asyncio.run(_ask(process))
+        ready, first_token = asyncio.run(_first_token(process))
     finally:
         process.stop()
     return ready - started, first_token - started
 
 
-async def _ask(process: EngineProcess) -> tuple[float, float]:
+async def _first_token(process: EngineProcess) -> tuple[float, float]:
     client = EngineClient(process.address)
     await client.connect()
     ready = time.perf_counter()

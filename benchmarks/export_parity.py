@@ -46,7 +46,7 @@ class Answer:
     encoded: list[list[int]]
 
 
-Ask = Callable[[Path, list[int], int], Answer]
+Run = Callable[[Path, list[int], int], Answer]
 
 
 def main() -> int:
@@ -56,18 +56,18 @@ def main() -> int:
         directory = Path(name)
         write_random(GPTConfig.preset(options.size), directory / "model.ckpt")
         ours = ask_us(directory / "model.ckpt", prompt, options.tokens)
-        for title, arguments, ask in rivals():
+        for title, arguments, run in rivals():
             out = directory / "out"
             if export([str(directory / "model.ckpt"), str(out), "--overwrite", *arguments]):
                 return 1
-            report(f"{options.size}, {title}", ours, ask(out, prompt, options.tokens))
+            report(f"{options.size}, {title}", ours, run(out, prompt, options.tokens))
             gc.collect()
     return 0
 
 
-def rivals() -> list[tuple[str, list[str], Ask]]:
-    """Return the name of each program, the options of its export, and how to ask it."""
-    there: list[tuple[str, list[str], Ask]] = [
+def rivals() -> list[tuple[str, list[str], Run]]:
+    """Return the name of each program, the options of its export, and the function that runs it."""
+    there: list[tuple[str, list[str], Run]] = [
         ("transformers", ["--format", "hf"], ask_transformers)
     ]
     if importlib.util.find_spec("gguf") and importlib.util.find_spec("llama_cpp"):

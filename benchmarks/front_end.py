@@ -1,14 +1,14 @@
-"""What HTTP costs: before an engine that only counts, and beside a real one.
+"""What HTTP costs: before an engine that only counts, and before a real one.
 
     python benchmarks/front_end.py
     python benchmarks/front_end.py --checkpoint RUN --rounds 5
 
-The first tells how many streamed tokens per second one front end ships, of an engine that sends a
-token to each of its streams in one frame, as fast as they are taken or at a given pace. Where the
-front end is behind, it puts several tokens into one piece (`pieces` beside `tokens`).
+The first measures how many streamed tokens per second one front end ships, of an engine that sends
+a token to each of its streams in one frame, as fast as they are taken or at a given pace. Where the
+front end is behind, it puts several tokens into one piece (`pieces` and `tokens`).
 
-The second asks an engine the same requests straight through EngineClient and through HTTP, in
-turns, and tells the share of the engine's own throughput that HTTP leaves.
+The second sends an engine the same requests straight through EngineClient and through HTTP, in
+turns, and prints the share of the engine's own throughput that HTTP leaves.
 """
 
 import argparse
@@ -52,14 +52,14 @@ URL = f"http://127.0.0.1:{PORT}"
 
 
 def main() -> int:
-    """Measure, and print the figures."""
+    """Measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=2000, help="of each stream")
     parser.add_argument("--tokens-per-s", type=int, default=0, help="of the engine; 0: no pause")
-    parser.add_argument("--checkpoint", help="ask a real engine with this model")
+    parser.add_argument("--checkpoint", help="measure a real engine with this model")
     parser.add_argument("--dtype", default="auto", help="of the real engine")
-    parser.add_argument("--rounds", type=int, default=5, help="of each way to ask it")
+    parser.add_argument("--rounds", type=int, default=5, help="of each of the two ways")
     options = parser.parse_args()
     if options.checkpoint:
         print(json.dumps(share_of_engine(options), indent=2))
@@ -86,14 +86,14 @@ def share_of_engine(options: argparse.Namespace) -> dict[str, object]:
     settings = Settings(models=options.checkpoint, dtype=options.dtype)
     engine = EngineProcess(settings)
     engine.start()
-    asked = ["--concurrency", str(options.streams), "--requests", str(options.streams)]
-    asked += ["--max-tokens", str(options.tokens), "--ignore-eos"]
+    flags = ["--concurrency", str(options.streams), "--requests", str(options.streams)]
+    flags += ["--max-tokens", str(options.tokens), "--ignore-eos"]
     straight: list[float] = []
     through_http: list[float] = []
     try:
         with front_end(engine.address):
             for number in range(2 * (options.rounds + 1)):  # other prompts each time: no cache
-                seeded = load.parser().parse_args([f"{URL}/v1", *asked, "--seed", str(number)])
+                seeded = load.parser().parse_args([f"{URL}/v1", *flags, "--seed", str(number)])
                 if number % 4 in (0, 3):
                     straight.append(asyncio.run(_straight_rate(engine, seeded)))
                 else:
@@ -136,7 +136,7 @@ def _http_rate(options: argparse.Namespace) -> float:
 
 
 async def _straight_rate(engine: EngineProcess, options: argparse.Namespace) -> float:
-    """Ask what load.py asks, without HTTP."""
+    """Send the requests of load.py without HTTP."""
     client = EngineClient(engine.address)
     await client.connect()
     model = client.find(None)
@@ -169,7 +169,7 @@ def count(path: str, tokens_per_s: int) -> None:
 
 async def _serve(path: str, tokens_per_s: int) -> None:
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        streams: dict[str, list[int]] = {}  # tokens sent, and wanted
+        streams: dict[str, list[int]] = {}  # tokens sent and requested
         writer.write(to_frame([Models([ModelInfo("fake", [], 0, "1", True, True, True)])]))
         stepping = asyncio.create_task(_step(streams, writer, tokens_per_s))
         with contextlib.suppress(asyncio.IncompleteReadError):

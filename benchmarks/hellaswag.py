@@ -1,4 +1,4 @@
-"""HellaSwag items per second, beside the way that build-nanogpt scores them.
+"""HellaSwag items per second, against the way that build-nanogpt scores them.
 
     python benchmarks/hellaswag.py --data FILE.jsonl [--items 24] [--rounds 5] [--threads 2]
 
@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--preset", default="gpt2", help="the shape (%(default)s)")
-    parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser.add_argument("--json", type=Path, help="a file for the results")
     return parser
 
 

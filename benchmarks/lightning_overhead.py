@@ -227,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20, help="steps of one chunk")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT to run beside")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT to compare with")
     return parser
 
 

@@ -4,13 +4,14 @@
     python benchmarks/load.py http://127.0.0.1:5001/v1 --burst 1000
     python benchmarks/load.py http://127.0.0.1:5001/v1 --disconnects 1000
 
-Each of `--concurrency` clients asks, reads its stream to the end, and asks again. With `--burst`
-all ask at one moment, and `/health` is asked meanwhile. With `--disconnects` each leaves at a
-random moment, and `/metrics` of a nanogpt server tells what they left behind.
+Each of `--concurrency` clients sends a request, reads its stream to the end, and sends the next.
+With `--burst` all requests are sent at one moment, and `/health` is polled meanwhile. With
+`--disconnects` each client leaves at a random moment, and `/metrics` of a nanogpt server shows the
+requests, slots and memory that are still in use.
 
 Prompts are random words, all different, so that no cache answers them. It speaks HTTP itself: a
-client library would take longer than the server. It shares the machine, so its own delay is told
-(`loop_lag_s`), and times count from when a request is sent.
+client library would take longer than the server. It shares the machine, so its own delay is
+reported (`loop_lag_s`), and times count from when a request is sent.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 WORDS = ("one", "two", "three", "four", "five", "red", "green", "blue", "day", "night", "sea")
-PROBE_S = 0.01  # between two questions after the server's health
+PROBE_S = 0.01  # between two requests of /health
 SETTLE_S = 10.0  # for a server to tidy up after clients that left
 LEAVE_S = 1.0  # the longest that one of --disconnects stays
 LEFT_BEHIND = {
@@ -52,12 +53,12 @@ class Outcome:
     total_s: float = 0.0
     gaps_s: list[float] = field(default_factory=list)  # between pieces of text
     pieces: int = 0  # of text
-    tokens: int = 0  # as the usage says, or else the pieces
+    tokens: int = 0  # of the usage, or else the pieces
     complete: bool = False  # a stream's end came, and no error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the load and print its figures; return 1 where a request was not answered well."""
+    """Run the load and print its metrics; return 1 where a request was not answered well."""
     options = parser().parse_args(arguments)
     mode, expected = load, {"200"}
     if options.burst:
@@ -73,13 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def load(options: argparse.Namespace) -> dict[str, Any]:
-    """Ask `options.requests` times, `options.concurrency` at a time, and return the figures."""
+    """Send `options.requests` requests, `options.concurrency` at a time; return the metrics."""
     waiting = requests(options, options.requests)
     outcomes: list[Outcome] = []
 
     async def client() -> None:
         while waiting:
-            outcomes.append(await ask(options.url, waiting.pop()))
+            outcomes.append(await send(options.url, waiting.pop()))
 
     lags: list[float] = []
     measuring = asyncio.create_task(_measure_lag(lags))
@@ -87,11 +88,11 @@ async def load(options: argparse.Namespace) -> dict[str, Any]:
     await asyncio.gather(*(client() for _ in range(options.concurrency)))
     seconds = time.perf_counter() - began
     measuring.cancel()
-    return figures(outcomes, seconds, lags, options)
+    return summarize(outcomes, seconds, lags, options)
 
 
 async def burst(options: argparse.Namespace) -> dict[str, Any]:
-    """Ask `options.burst` times at once, and return the figures with those of /health."""
+    """Send `options.burst` requests at once; return the metrics with those of /health."""
     options.requests = options.concurrency = options.burst
     with _Health(options.url) as health:
         report = await load(options)
@@ -110,7 +111,7 @@ async def disconnects(options: argparse.Namespace) -> dict[str, Any]:
             request = waiting.pop()
             part = chance.randrange(len(request)) if chance.random() < 0.2 else len(request)
             stay_s = chance.random() ** 3 * LEAVE_S
-            outcomes.append(await ask(options.url, request[:part], stay_s))
+            outcomes.append(await send(options.url, request[:part], stay_s))
 
     for left in (options.disconnects // 2, 0):  # memory is flat where the second half adds none
         ended = [asyncio.create_task(client()) for _ in range(options.concurrency)]
@@ -125,10 +126,10 @@ async def disconnects(options: argparse.Namespace) -> dict[str, Any]:
     return {"statuses": statuses, **dict(zip(names, rounds, strict=True))}
 
 
-def figures(
+def summarize(
     outcomes: list[Outcome], seconds: float, lags: list[float], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return what the outcomes amount to."""
+    """Return the metrics of the outcomes."""
     answered = [o for o in outcomes if o.status == 200]
     tokens = sum(o.tokens for o in answered)
     return {
@@ -151,8 +152,8 @@ def figures(
     }
 
 
-async def ask(url: str, request: bytes, stay_s: float | None = None) -> Outcome:
-    """Send one request and read what comes, to its end or for so long."""
+async def send(url: str, request: bytes, stay_s: float | None = None) -> Outcome:
+    """Send one request and read its answer, to the end or for `stay_s` seconds."""
     place = urlsplit(url)
     loop, outcome = asyncio.get_running_loop(), Outcome()
     ended: asyncio.Future[None] = loop.create_future()
@@ -179,7 +180,7 @@ def requests(options: argparse.Namespace, n: int) -> list[bytes]:
 
 
 def content_of(request: bytes) -> Any:
-    """Return what a request asks, parsed."""
+    """Return the parsed body of a request."""
     return json.loads(request.partition(b"\r\n\r\n")[2])
 
 
@@ -197,7 +198,7 @@ def run(work: Any) -> Any:
 
 
 class _Exchange(asyncio.Protocol):
-    """One request, and what the lines of the answer to it tell."""
+    """One request, and the outcome read from the lines of its answer."""
 
     def __init__(self, request: bytes, outcome: Outcome, ended: "asyncio.Future[None]") -> None:
         self.request, self.outcome, self.ended = request, outcome, ended
@@ -243,7 +244,7 @@ class _Exchange(asyncio.Protocol):
 
 
 class _Health:
-    """A process that asks for /health again and again, and how long each answer took."""
+    """A process that polls /health, and the time of each answer."""
 
     def __init__(self, url: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -282,7 +283,7 @@ def _request(options: argparse.Namespace, chance: random.Random) -> bytes:
     prompt: dict[str, Any] = {"prompt": text}
     if options.route == "/chat/completions":
         prompt = {"messages": [{"role": "user", "content": text}]}
-    asked = {
+    content = {
         "model": options.model,
         **prompt,
         "max_tokens": options.max_tokens,
@@ -291,7 +292,7 @@ def _request(options: argparse.Namespace, chance: random.Random) -> bytes:
         "stream_options": {"include_usage": True},
         **({"ignore_eos": True} if options.ignore_eos else {}),
     }
-    body = json.dumps(asked)
+    body = json.dumps(content)
     place = urlsplit(options.url)
     return (
         f"POST {place.path.rstrip('/')}{options.route} HTTP/1.1\r\nHost: {place.netloc}\r\n"
@@ -301,7 +302,7 @@ def _request(options: argparse.Namespace, chance: random.Random) -> bytes:
 
 
 def _metrics(options: argparse.Namespace) -> dict[str, float]:
-    """Return what a nanogpt server holds now; the question itself is one request."""
+    """Return what a nanogpt server holds now; this request included."""
     place = urlsplit(options.url)
     connection = http.client.HTTPConnection(place.hostname or "", place.port or 80, timeout=30)
     connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {options.key}"})
@@ -356,7 +357,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--key", default="none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ignore-eos", action="store_true", help="where the server knows it")
-    parser.add_argument("--json", help="write the figures there too")
+    parser.add_argument("--json", help="also write the metrics there")
     return parser
 
 

@@ -37,7 +37,7 @@ BLOCK_SIZE, ROWS = 64, 12
 SHAPE = {"block_size": BLOCK_SIZE, "n_layer": 4, "n_head": 4, "n_embd": 128, "bias": False}
 N_CHARACTERS, N_BYTES = 65, 273
 N_TOKENS = 1_003_854  # of tinyshakespeare's training split
-LEARNING_RATE, LEAST_RATE, BETAS, WEIGHT_DECAY = 1e-3, 1e-4, (0.9, 0.99), 0.1
+LEARNING_RATE, MIN_RATE, BETAS, WEIGHT_DECAY = 1e-3, 1e-4, (0.9, 0.99), 0.1
 MAX_STEPS, WARMUP_STEPS, GRAD_CLIP = 2000, 100, 1.0
 WARM_STEPS = 5  # untimed, of each side; the first of them compiles
 
@@ -113,7 +113,7 @@ def our_step(path: Path, compiled: bool, bf16: bool = False) -> Step:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=N_BYTES, **SHAPE))  # type: ignore[arg-type]
     optimizer = adamw(model, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS)
-    schedule, rates = Cosine(WARMUP_STEPS, LEAST_RATE / LEARNING_RATE), learning_rates(optimizer)
+    schedule, rates = Cosine(WARMUP_STEPS, MIN_RATE / LEARNING_RATE), learning_rates(optimizer)
     summed_loss = torch.compile(next_token_loss) if compiled else next_token_loss
     batches = aligned_windows(path)
     done = 0
@@ -200,7 +200,7 @@ def cosine_rate(step: int) -> float:
     if step < WARMUP_STEPS:
         return LEARNING_RATE * (step + 1) / (WARMUP_STEPS + 1)
     progress = min((step - WARMUP_STEPS) / (MAX_STEPS - WARMUP_STEPS), 1.0)
-    return LEAST_RATE + (LEARNING_RATE - LEAST_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+    return MIN_RATE + (LEARNING_RATE - MIN_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def read_module(path: Path) -> ModuleType:

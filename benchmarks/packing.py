@@ -91,8 +91,8 @@ def main() -> int:
     print(f"{options.model}, context {config.block_size}, {len(single):,} conversations")
     print(f"{machine_id(torch.device('cpu'))}, {options.threads} threads, fp32")
     for name, rival in rivals.items():
-        speeds = [figures[name] for figures in rounds]
-        ratios = [figures[PACKED] / figures[name] for figures in rounds]
+        speeds = [speed[name] for speed in rounds]
+        ratios = [speed[PACKED] / speed[name] for speed in rounds]
         print(
             f"  {name:22} {statistics.median(speeds):8,.0f} tokens/s, "
             f"padding {100 * rival.padding:4.1f} %, packed is faster by "

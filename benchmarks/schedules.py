@@ -8,8 +8,8 @@ engine process and its client: prompts that share beginnings, from one token to 
 context, next turns that continue an answer, several answers to one prompt, temperatures 0 and 1,
 every way to narrow and to penalise, log-probabilities, scored prompts, keys and requests that take
 turns, and readers that leave. Then each request is put to a new engine that computes nothing else.
-Tokens, log-probabilities (bit for bit) and the reason of the end must be the same; of an answer
-that nobody waited for, what came of it. Slots and chunks of the engine process change every few
+Tokens, log-probabilities (bit for bit) and the reason of the end must be the same; of an
+abandoned answer, the part that arrived. Slots and chunks of the engine process change every few
 schedules. Exits with 1 at the first difference.
 """
 
@@ -46,7 +46,7 @@ from serving.engine.messages import (
 )
 from serving.engine.runner import Event
 
-MOST_AT_ONCE = 32
+MAX_AT_ONCE = 32
 SCHEDULES_PER_ENGINE = 10
 KEYS = ("", "", "", "another")
 ORIGINS = ("", "one", "two")
@@ -56,7 +56,7 @@ PAUSE_S = 0.3  # conversations begin within this time
 
 @dataclass
 class Answer:
-    """What came of a request; `left` says that its reader did not wait for the rest."""
+    """The answer to a request; with `left` its reader did not wait for the rest."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -65,8 +65,8 @@ class Answer:
     left: bool = False
     cached_tokens: int = 0
 
-    def hear(self, message: Message) -> None:
-        """Take in one message of the engine."""
+    def add(self, message: Message) -> None:
+        """Add one message of the engine."""
         if isinstance(message, Tokens):
             self.ids += message.ids
             self.logprobs += message.logprobs or []
@@ -94,7 +94,7 @@ class Answer:
         return None
 
 
-Asked = tuple[Generate | Score, Answer]
+Exchange = tuple[Generate | Score, Answer]
 
 
 @dataclass
@@ -150,9 +150,9 @@ def check(
             cache_gb=1.0,
             drain_s=1.0,
         )
-        for number, asked, at_once in asyncio.run(run_schedules(some, settings, about)):
-            _count(row, asked, at_once)
-            for request, answer in asked:
+        for number, exchanges, at_once in asyncio.run(run_schedules(some, settings, about)):
+            _count(row, exchanges, at_once)
+            for request, answer in exchanges:
                 if why := answer.difference(alone(request, settings)):
                     row.differences += 1
                     row.seconds = time.monotonic() - started
@@ -165,7 +165,7 @@ def check(
 
 async def run_schedules(
     numbers: list[int], settings: Settings, about: Checkpoint
-) -> list[tuple[int, list[Asked], int]]:
+) -> list[tuple[int, list[Exchange], int]]:
     """Hold the conversations of some schedules with one engine process."""
     process = EngineProcess(settings)
     process.start()
@@ -180,7 +180,7 @@ async def run_schedules(
 
 
 class Schedule:
-    """The conversations of one number, which decides all that is asked."""
+    """The conversations of one number, the seed of every request."""
 
     def __init__(self, number: int, client: EngineClient, about: Checkpoint) -> None:
         self.rng = random.Random(number)
@@ -188,16 +188,16 @@ class Schedule:
         self.model = client.find(None).id
         self.text = about.tokenizer.encode(inspect.getsource(argparse))
         self.openings = [self._cut(self.rng.randint(1, self.block_size - 20)) for _ in range(4)]
-        self.asked: list[Asked] = []
-        self.room = asyncio.Semaphore(MOST_AT_ONCE)
+        self.exchanges: list[Exchange] = []
+        self.room = asyncio.Semaphore(MAX_AT_ONCE)
         self.open = self.most_open = 0
 
-    async def run(self) -> tuple[list[Asked], int]:
+    async def run(self) -> tuple[list[Exchange], int]:
         """Hold all conversations; return all requests and answers, and how many were open."""
         n = self.rng.choice([1, 2, 4, 8, 16, 32, 32])
         seeds = [self.rng.randrange(2**32) for _ in range(n)]
         await asyncio.gather(*(self._converse(random.Random(seed)) for seed in seeds))
-        return self.asked, self.most_open
+        return self.exchanges, self.most_open
 
     async def _converse(self, rng: random.Random) -> None:
         await asyncio.sleep(rng.uniform(0, PAUSE_S))
@@ -208,24 +208,26 @@ class Schedule:
         for _ in range(rng.choice([1, 1, 2, 3])):
             params = self._params(rng)
             answers = [
-                self._ask(prompt, structs.replace(params, seed=(params.seed + i) % 2**64), key, rng)
+                self._generate(
+                    prompt, structs.replace(params, seed=(params.seed + i) % 2**64), key, rng
+                )
                 for i in range(rng.choice([1, 1, 1, 1, 3]))
             ]
-            said = await asyncio.gather(*answers)
-            prompt = [*prompt, *said[0].ids, *self._cut(rng.randint(1, 12), rng)]
-            if said[0].left or len(prompt) >= self.block_size:
+            replies = await asyncio.gather(*answers)
+            prompt = [*prompt, *replies[0].ids, *self._cut(rng.randint(1, 12), rng)]
+            if replies[0].left or len(prompt) >= self.block_size:
                 return
 
-    async def _ask(
+    async def _generate(
         self, prompt: list[int], params: SamplingParams, key: str, rng: random.Random
     ) -> Answer:
         origin = rng.choice(ORIGINS)
         request = Generate(self.client.new_id(), self.model, prompt, params, key=key, origin=origin)
         answer, leaves_after = Answer(), rng.randint(0, 12) if rng.random() < 0.15 else None
-        self.asked.append((request, answer))
+        self.exchanges.append((request, answer))
         async with self._place(), aclosing(self.client.generate(request)) as messages:
             async for message in messages:
-                answer.hear(message)
+                answer.add(message)
                 if leaves_after is not None and len(answer.ids) >= leaves_after:
                     answer.left = isinstance(message, Tokens)
                     break
@@ -235,8 +237,8 @@ class Schedule:
         request = Score(self.client.new_id(), self.model, prompt, rng.randint(0, 5))
         async with self._place():
             scored = await self.client.answer(request, Scored)
-        self.asked.append((request, Answer()))
-        self.asked[-1][1].hear(scored)
+        self.exchanges.append((request, Answer()))
+        self.exchanges[-1][1].add(scored)
 
     @asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
@@ -285,13 +287,13 @@ def alone(request: Generate | Score, settings: Settings) -> Answer:
     """Return the answer of an engine that computes nothing else, before or after."""
     answer = Answer()
 
-    def hear(events: list[Event]) -> None:
+    def add(events: list[Event]) -> None:
         for event in events:
             if getattr(event.message, "request_id", None) == request.request_id:
-                answer.hear(event.message)
+                answer.add(event.message)
 
     settings = settings.model_copy(update={"max_slots": 1, "chunk_tokens": 64, "drain_s": 600.0})
-    engine = Engine(settings, hear)
+    engine = Engine(settings, add)
     engine.post(lambda: engine.accept(None, request))
     engine.post(engine.drain)
     engine.run()
@@ -306,11 +308,11 @@ def choose(kernels: str) -> None:
     native.load_library.cache_clear()
 
 
-def _count(row: Row, asked: list[Asked], at_once: int) -> None:
+def _count(row: Row, exchanges: list[Exchange], at_once: int) -> None:
     row.schedules += 1
-    row.requests += len(asked)
+    row.requests += len(exchanges)
     row.at_once = max(row.at_once, at_once)
-    for _, answer in asked:
+    for _, answer in exchanges:
         row.left += answer.left
         row.tokens += len(answer.ids)
         row.cached_tokens += answer.cached_tokens

@@ -1,4 +1,4 @@
-"""Classify SMS spam, from random weights if not said otherwise, over ten seeds.
+"""Classify SMS spam, from random weights by default, over ten seeds.
 
     python benchmarks/sms_spam.py --data SMSSpamCollection [--seeds 10] [KEY=VALUE ...]
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 TRAIN = Path(__file__).parent.parent / "train.py"
-FIGURES = {
+METRICS = {
     "test_accuracy": "test accuracy",
     "test_macro_f1": "test macro-F1",
     "imbalanced_macro_f1": "imbalanced macro-F1",
@@ -63,10 +63,10 @@ def run(seed: int, options: argparse.Namespace) -> Summary:
 
 
 def table(summaries: Sequence[Summary]) -> str:
-    """Return mean and standard deviation over the seeds of every method's figures, in percent."""
-    lines = [f"{'':14}" + "".join(f"{title:>22}" for title in FIGURES.values())]
+    """Return mean and standard deviation over the seeds of every method's metrics, in percent."""
+    lines = [f"{'':14}" + "".join(f"{title:>22}" for title in METRICS.values())]
     for prefix, method in METHODS.items():
-        cells = [spread([summary[prefix + figure] for summary in summaries]) for figure in FIGURES]
+        cells = [spread([summary[prefix + metric] for summary in summaries]) for metric in METRICS]
         lines.append(f"{method:14}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
