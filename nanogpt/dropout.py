@@ -32,8 +32,8 @@ class RowDropout:
         of_token = self._integers(2 * site, T * H).view(B, T, H).mT.contiguous()  # (B, H, T)
         of_element = self._integers(2 * site + 1, n)  # (B, n)
         products = of_token[..., None] * of_element[:, None, None]  # (B, H, T, n)
-        kept = products >= int(2**32 * self.rate) - 2**31
-        return x * kept.view_as(x) * (1 / (1 - self.rate))
+        mask = products >= int(2**32 * self.rate) - 2**31
+        return x * mask.view_as(x) * (1 / (1 - self.rate))
 
     def _integers(self, stream: int, n: int) -> Tensor:
         """Return the first n odd integers (B, n) int32 of a stream of each row.

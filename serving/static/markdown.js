@@ -4,7 +4,7 @@
 import { copy, h, icon } from "./dom.js";
 import { t } from "./words.js";
 
-const MOST_NESTED = 6;
+const MAX_NESTED = 6;
 const MAX_INLINE = 10_000; // characters of a paragraph that are parsed
 const MAX_SPAN = 1000; // characters between an opening and a closing mark
 const FENCE = /^ {0,3}(```+|~~~+)\s*([^`]*)$/;
@@ -56,7 +56,7 @@ function toBlocks(lines, depth = 0) {
 /** Return the end of the block that begins at a line, and how to build it. */
 function block(lines, at, depth) {
   const line = lines[at];
-  const nests = depth < MOST_NESTED;
+  const nests = depth < MAX_NESTED;
   if (FENCE.test(line)) return fence(lines, at);
   if (HEADING.test(line)) return [at + 1, () => heading(line)];
   if (RULE.test(line)) return [at + 1, () => h("hr")];
@@ -166,7 +166,7 @@ const cells = (line) =>
 
 /** Return the texts and elements of a paragraph. */
 function inline(text, depth = 0) {
-  if (text.length > MAX_INLINE || depth > MOST_NESTED) return [text];
+  if (text.length > MAX_INLINE || depth > MAX_NESTED) return [text];
   const nodes = [];
   let plain = "";
   let at = 0;

@@ -46,7 +46,7 @@ function card(run) {
     h("h2", {}, run.id),
     facts(run),
     run.error && h("p", { class: "failure" }, run.error),
-    figures(run.summary),
+    metrics(run.summary),
     figure(run),
     actions(run),
   );
@@ -64,7 +64,7 @@ function facts({ stage, state, step, max_steps: most, updated }) {
   return h("p", { class: "facts" }, badge, ` ${[stage, far, when].filter(Boolean).join(" · ")}`);
 }
 
-function figures(summary) {
+function metrics(summary) {
   const shown = [
     ["accuracy", summary.test_accuracy ?? summary.val_accuracy, percent],
     ["valLoss", summary.val_loss, (value) => number(value, 3)],
@@ -73,7 +73,7 @@ function figures(summary) {
   ].filter(([, value]) => Number.isFinite(value));
   return h(
     "dl",
-    { class: "figures" },
+    { class: "metrics" },
     shown.map(([name, value, format]) => h("div", {}, h("dt", {}, t(name)), h("dd", {}, format(value)))),
   );
 }
