@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.report.report import write_report
+from nanogpt.report.report import RunFiles, is_whole, render, write_report
 from nanogpt.runs.metrics import MetricsFile
 
 SUMMARY = {
@@ -199,6 +199,21 @@ def test_the_report_of_an_interrupted_run_names_its_last_step(run_dir: Path) -> 
 def test_missing_file_is_left_out(run_dir: Path, missing: str) -> None:
     (run_dir / missing).unlink()
     Elements(html_of(run_dir))
+
+
+def test_another_process_may_write_the_report_meanwhile(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = iter([run_dir])
+
+    def render_slowly(run: RunFiles) -> str:
+        for other in others:
+            write_report(other)
+        return render(run)
+
+    monkeypatch.setattr("nanogpt.report.report.render", render_slowly)
+    assert is_whole(write_report(run_dir))
+    assert not list(run_dir.glob("*.tmp"))
 
 
 def test_empty_run_directory_has_a_report(tmp_path: Path) -> None:

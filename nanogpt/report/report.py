@@ -93,9 +93,9 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} is not a directory; a report needs a run directory")
-    path = RunDirectory(run_dir).report_path
-    with replacing(path) as file:
-        file.write(render(RunFiles(run_dir)).encode())
+    path, content = RunDirectory(run_dir).report_path, render(RunFiles(run_dir))
+    with replacing(path, "w") as file:
+        file.write(content)
     return path
 
 
