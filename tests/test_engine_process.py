@@ -227,3 +227,30 @@ def test_the_watcher_outlives_a_look_that_fails(
 
     asyncio.run(run())
     assert "injected" in caplog.text
+
+
+def test_a_front_end_that_does_not_read_does_not_fail_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(Settings(models=str(tmp_path)), f"unix:{tmp_path}/e")
+    connected = threading.Event()
+
+    def end(engine: Engine) -> None:
+        connected.wait(10)
+        server.loop.call_soon_threadsafe(
+            lambda: [writer.write(bytes(2**24)) for writer in server.front_ends]
+        )
+
+    monkeypatch.setattr(Engine, "run", end)
+    monkeypatch.setattr(server, "_end_with_parent", lambda: None)
+
+    async def run() -> None:
+        serving = asyncio.create_task(server.serve())
+        await asyncio.to_thread(eventually, server.path.exists)
+        _, writer = await asyncio.open_unix_connection(server.path, limit=1)
+        await asyncio.to_thread(eventually, lambda: server.front_ends)
+        connected.set()
+        await serving
+        writer.close()
+
+    asyncio.run(run())

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -46,8 +45,10 @@ class Server:
         watching.cancel()
         listening.close()
         for writer, conversation in list(self.front_ends.items()):
-            with suppress(ConnectionError):
+            try:
                 await asyncio.wait_for(writer.drain(), 1)
+            except (ConnectionError, asyncio.TimeoutError):  # it is gone, or does not read
+                writer.transport.abort()
             writer.close()
             await asyncio.wait([conversation], timeout=1)
 
