@@ -151,6 +151,15 @@ def test_a_variable_that_is_no_setting_is_refused_with_the_nearest_name(
         read_settings()
 
 
+def test_the_engine_s_models_have_no_variable_as_the_checkpoint_replaces_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "NANOGPT_MODELS" not in ApiSettings().variables()
+    monkeypatch.setenv("NANOGPT_MODELS", "elsewhere")
+    with pytest.raises(ValueError, match="NANOGPT_MODELS is no setting"):
+        read_settings()
+
+
 @pytest.mark.parametrize("command", [[str(ROOT / "serve.py")], ["-m", "serving"]])
 def test_every_entry_point_refuses_an_unknown_variable(tmp_path: Path, command: list[str]) -> None:
     done = subprocess.run(

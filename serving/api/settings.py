@@ -80,7 +80,10 @@ class ApiSettings(BaseSettings, Settings):
 
     def variables(self) -> dict[str, str]:
         """Return the settings as environment variables."""
-        return {variable(name): _text(value) for name, value in self.model_dump().items()}
+        return {
+            variable(name): _text(value)
+            for name, value in self.model_dump(exclude={"models"}).items()
+        }
 
 
 def read_settings(**values: Any) -> ApiSettings:
@@ -88,7 +91,7 @@ def read_settings(**values: Any) -> ApiSettings:
 
     Raises ValueError for an environment variable that is no setting, and for a value out of range.
     """
-    known = {variable(field) for field in ApiSettings.model_fields} | OTHERS
+    known = {variable(field) for field in ApiSettings.model_fields.keys() - {"models"}} | OTHERS
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
