@@ -145,4 +145,4 @@ def test_a_session_of_the_proxy_that_ended_is_named(browser: Any, url: str) -> N
         page.context.clear_cookies()
         page.fill("#chat-text", "Hello")
         page.press("#chat-text", "Enter")
-        assert "sign in" in page.inner_text(".theirs .failure")
+        assert "requires a login" in page.inner_text(".theirs .failure")
