@@ -131,6 +131,28 @@ def test_a_head_without_end_is_refused(url: str) -> None:
         assert refusal_of(read_one(connection))[0] == 431
 
 
+def test_a_head_without_end_during_an_answer_ends_the_connection(
+    url: str, engine: FakeEngine
+) -> None:
+    with connect(url) as connection:
+        connection.sendall(REQUEST)
+        assert eventually(lambda: generated(engine))
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        with pytest.raises(ConnectionError):
+            connection.sendall((b"X: " + b"a" * 2**13 + b"\r\n") * 2**10)
+
+
+def test_the_body_of_a_wrong_method_is_no_head(url: str) -> None:
+    with connect(url) as connection:
+        n_bytes = 2 * MAX_HEAD_BYTES
+        head = b"PUT /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+        connection.sendall(head % n_bytes)
+        assert refusal_of(read_one(connection))[0] == 405
+        connection.sendall(b"a" * n_bytes)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b" 200 " in read_one(connection)
+
+
 @pytest.mark.parametrize("part", [b"", b"GET /health HT", REQUEST[:-1]])
 def test_a_client_that_sends_nothing_more_is_not_waited_for(url: str, part: bytes) -> None:
     with connect(url) as connection:

@@ -12,7 +12,7 @@ import secrets
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.api.errors import ApiError
 from serving.logs import of_request
@@ -22,11 +22,11 @@ MAX_HEAD_BYTES = 2**16  # of a request line and its headers
 log = logging.getLogger("nanogpt.access")
 
 
-class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+class Connection(HttpToolsProtocol):
     """A connection that ends where a request is not sent, or an answer not read, in time.
 
-    It overrides asyncio's methods, and uvicorn's answer to what is not HTTP. The application finds
-    it in the state of a request, and calls `request_started` and `request_ended`.
+    It overrides asyncio's and httptools' methods, and uvicorn's answer to what is not HTTP. The
+    application finds it in the state of a request, and calls `request_started` and `request_ended`.
     """
 
     def __init__(self, *, app_state: dict[str, Any], **options: Any) -> None:
@@ -34,6 +34,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         self._settings, self._metrics = app_state["settings"], app_state["metrics"]
         self._request_id = ""  # of the last request
         self._is_answering = False
+        self._in_head = True  # and not in a body
         self._n_head_bytes = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
@@ -50,10 +51,18 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     def data_received(self, data: bytes) -> None:
         if not self._is_answering:
             self._start_timer("head", self._settings.body_s, self._transport.close)
-            self._n_head_bytes += len(data)
+        self._n_head_bytes += len(data) if self._in_head else 0
         super().data_received(data)
-        if self._n_head_bytes > MAX_HEAD_BYTES:  # a body's too, where its request starts now
-            asyncio.get_running_loop().call_soon(self._check_head)
+        if self._n_head_bytes > MAX_HEAD_BYTES and not self._transport.is_closing():
+            self._refuse(ApiError(431, f"The headers are larger than {MAX_HEAD_BYTES:,} bytes."))
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._n_head_bytes = False, 0
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_head = True
+        super().on_message_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -68,7 +77,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     def request_started(self, request_id: str) -> None:
         """Stop the timer of the headers: they are complete."""
-        self._request_id, self._is_answering, self._n_head_bytes = request_id, True, 0
+        self._request_id, self._is_answering = request_id, True
         self._stop_timer("head")
         if not self._transport.get_write_buffer_size():
             self._stop_timer("write")
@@ -85,10 +94,6 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     def _stop_timer(self, name: str) -> None:
         if timer := self._timers.pop(name, None):
             timer.cancel()
-
-    def _check_head(self) -> None:
-        if self._n_head_bytes > MAX_HEAD_BYTES and not self._transport.is_closing():
-            self._refuse(ApiError(431, f"The headers are larger than {MAX_HEAD_BYTES:,} bytes."))
 
     def _check_read(self) -> None:
         del self._timers["write"]
@@ -107,5 +112,6 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         lines = [name + b": " + value for name, value in response.raw_headers]
         status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()
         head = b"\r\n".join([status, *lines, b"", b""])
-        self._transport.write(head + response.body)
+        if not self._is_answering:  # an earlier request
+            self._transport.write(head + response.body)
         self._transport.close()
