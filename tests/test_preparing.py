@@ -402,6 +402,12 @@ def test_a_full_disk_keeps_what_is_prepared(
     assert len(_prepare(MANY, tmp_path).train) > 0
 
 
+def test_a_folder_that_cannot_be_made_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/corpus cannot be written .*; pass another folder"):
+        _prepare(MANY, tmp_path, out=tmp_path / "file" / "corpus")
+
+
 def test_an_unfinished_folder_is_no_corpus(tmp_path: Path) -> None:
     directory = _prepare(MANY, tmp_path).directory
     (directory / "manifest.json").unlink()

@@ -106,7 +106,13 @@ def prepare(preparation: Preparation) -> Corpus:
     if not (directory / MANIFEST).exists():
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with wait_for_lock(FileLock(directory / ".lock"), f"prepares {directory}"):
+            lock = wait_for_lock(FileLock(directory / ".lock"), f"prepares {directory}")
+        except OSError as error:
+            raise OSError(
+                f"{directory} cannot be written ({error.strerror}); pass another folder"
+            ) from error
+        try:
+            with lock:
                 if not (directory / MANIFEST).exists():
                     _make(preparation, directory)
         except OSError as error:
