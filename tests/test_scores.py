@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,15 @@ def test_a_damaged_file_of_evaluations_is_begun_anew(tmp_path: Path, text: str) 
     assert read_evaluations(tmp_path) == []
     add_evaluation(tmp_path, {"checkpoint": "a", "task": "b", "results": {}}, {})
     assert len(read_evaluations(tmp_path)) == 1
+
+
+def test_evaluations_that_end_at_once_are_all_added(tmp_path: Path) -> None:
+    def add(number: int) -> None:
+        add_evaluation(tmp_path, {"checkpoint": "a", "task": f"task {number}", "results": {}}, {})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(40)))
+    assert len(read_evaluations(tmp_path)) == 40
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell script stands for the processes")

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from pydantic import BaseModel, TypeAdapter
 
-from nanogpt.disk import replacing
+from nanogpt.disk import replacing, wait_for_lock
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.text import first_line
 
@@ -184,14 +185,16 @@ def add_evaluation(run_dir: Path, row: Row, about: Mapping[str, Any]) -> None:
     """Add a row to a run's evaluations.json, in place of one of the same task and `about`.
 
     `about` has the step, the data and their limit, and the task's own options. A damaged file is
-    renamed to `evaluations.json.damaged`.
+    renamed to `evaluations.json.damaged`. Several processes may add rows at once.
     """
     path, new = RunDirectory(run_dir).evaluations_path, {**row, "about": dict(about)}
-    rows = read_evaluations(run_dir)
-    if not rows and path.exists():
-        path.replace(path.with_name(f"{path.name}.damaged"))
     subject = (new["task"], new["about"])
-    write_rows(path, [*(old for old in rows if (old["task"], old.get("about")) != subject), new])
+    with wait_for_lock(FileLock(path.with_name(f".{path.name}.lock")), f"adds to {path}"):
+        rows = read_evaluations(run_dir)
+        if not rows and path.exists():
+            path.replace(path.with_name(f"{path.name}.damaged"))
+        others = (old for old in rows if (old["task"], old.get("about")) != subject)
+        write_rows(path, [*others, new])
 
 
 def read_evaluations(run_dir: Path) -> list[Row]:
