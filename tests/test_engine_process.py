@@ -235,11 +235,13 @@ def test_a_front_end_that_does_not_read_does_not_fail_the_end(
     server = Server(Settings(models=str(tmp_path)), f"unix:{tmp_path}/e")
     connected = threading.Event()
 
+    def fill() -> None:
+        for writer in server.front_ends:
+            writer.write(bytes(2**24))
+
     def end(engine: Engine) -> None:
         connected.wait(10)
-        server.loop.call_soon_threadsafe(
-            lambda: [writer.write(bytes(2**24)) for writer in server.front_ends]
-        )
+        server.loop.call_soon_threadsafe(fill)
 
     monkeypatch.setattr(Engine, "run", end)
     monkeypatch.setattr(server, "_end_with_parent", lambda: None)

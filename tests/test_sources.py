@@ -125,6 +125,20 @@ def test_documents_continue_after_any_number_of_them(folder: Path, skip: int) ->
     assert list(TextFiles(folder).documents(skip)) == IN_FOLDER[skip:]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_more_lines_than_are_measured_are_read(suffix: str, tmp_path: Path) -> None:
+    n = 2 * files.MEASURED_LINES
+    content = b"".join(b'{"text": "%d"}\n' % i for i in range(n))
+    if suffix.endswith("gz"):
+        content = gzip.compress(content)
+    elif suffix.endswith("zst"):
+        content = pa.compress(content, "zstd").to_pybytes()
+    (tmp_path / f"many.{suffix}").write_bytes(content)
+    source = TextFiles(path=str(tmp_path / f"many.{suffix}"))
+    assert source.extent() is not None
+    assert list(source.documents()) == [str(i) for i in range(n)]
+
+
 def test_text_may_be_one_file(folder: Path) -> None:
     assert all_read(TextFiles(str(folder / "a.txt"))) == ["one"]
 

@@ -188,7 +188,8 @@ class Reader:
         with open_file(path) as file:
             if path.lower().endswith(".parquet"):
                 return self._measure_parquet(file, path)
-            blocks = list(islice(self._json_blocks(file, path), MEASURED_LINES))
+            every = self._json_blocks(file, path)  # whose end closes a compressed file
+            blocks = list(islice(every, MEASURED_LINES))
             n_read = file.tell() if len(blocks) == MEASURED_LINES else n_bytes
             texts = [t for _, records in blocks for t in records if isinstance(t, str)]
         n_text = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
