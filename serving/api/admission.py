@@ -21,7 +21,7 @@ from serving.api.runs import key_page
 from serving.api.settings import ApiSettings
 
 MAX_CONTAINERS = 350_000  # of a body's lists and objects; nested ones take longest to parse
-PATIENCE_S = 0.1  # that requests wait for others to arrive
+PATIENCE_S = 0.3  # that requests wait for others to arrive: 1,000 refusals take about as long
 
 
 class Admission:
