@@ -140,7 +140,7 @@ def next_commands(
     generate = f"python -m nanogpt.generate {run} --prompt {shlex.quote(prompt)}"
     if block is not None:
         return [f"{generate} --allow-module {block.partition('.')[0]}"]
-    serve = f"python serve.py checkpoint={run}    # a page to write on, and the OpenAI API"
+    serve = f"python serve.py checkpoint={run}    # web UI and OpenAI-compatible API"
     if stage == "classify":
         evaluate = f"python -m nanogpt.evaluate {run} --task classify --data YOUR_FILE"
         own = "python train.py stage=classify data=labelled data.path=YOUR_FILE    # own classes"
