@@ -131,7 +131,7 @@ class Reader:
         """Yield the records from `start` up to `stop`: as many as the row group has rows."""
         import pyarrow
 
-        row = start
+        row, reason = start, "they are missing"
         batches = parquet.iter_batches(
             BATCH_ROWS, row_groups=[group], columns=[self.text_column], use_threads=False
         )
@@ -147,7 +147,9 @@ class Reader:
         except (OSError, pyarrow.ArrowException) as error:
             if not is_damage(error):
                 raise
-            rows = f"rows {row + 1} to {stop} ({brief(error)})"
+            reason = brief(error)
+        if row < stop:
+            rows = f"rows {row + 1} to {stop} ({reason})"
             lost = BadRecord(f"is damaged in row group {group}, {rows}", "fetch the file again")
             yield from repeat(lost.at(path), stop - row)
 
