@@ -25,7 +25,7 @@ from fastapi.middleware import Middleware
 from fastapi.middleware.gzip import GZipMiddleware
 
 import nanogpt
-from serving.api import errors, pages, predict, runs, service, v1
+from serving.api import errors, pages, predict, service, v1
 from serving.api.admission import Admission
 from serving.api.auth import ApiKeys
 from serving.api.cors import Cors
@@ -83,8 +83,11 @@ def _add_routes(app: FastAPI) -> None:
         app.include_router(router, prefix="/v1")
         app.include_router(router, include_in_schema=False)
     app.include_router(pages.router)
-    app.include_router(runs.router)
-    app.mount("/static", GZipMiddleware(pages.PageFiles(), compresslevel=5), name="static")
+    app.mount(
+        "/static",
+        GZipMiddleware(pages.PageFiles(directory=pages.STATIC), compresslevel=5),
+        name="static",
+    )
 
 
 def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:

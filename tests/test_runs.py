@@ -229,23 +229,23 @@ def test_damaged_lines_of_metrics_are_left_out_as_training_does(
     run_dir = write_run(tmp_path / "torn", "1,8,2.5,,")
     (run_dir / "metrics.csv").write_bytes(b"step,train/loss\n1,2.5\n" + damage + b"\n3,2.0\n")
     (run,) = find_runs(tmp_path)
-    assert run.curves == {"train/loss": [(1, 2.5), (3, 2.0)]}
-    assert run.error is None
+    assert run["curves"] == {"train/loss": [(1, 2.5), (3, 2.0)]}
+    assert run["error"] is None
 
 
 def test_a_file_that_is_no_metrics_spoils_its_run(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "other", "1,8,2.5,,")
     (run_dir / "metrics.csv").write_text("time,loss\n1,2\n")
     (run,) = find_runs(tmp_path)
-    assert run.state == "damaged"
-    assert "begins with ['time']" in str(run.error)
+    assert run["state"] == "damaged"
+    assert "begins with ['time']" in str(run["error"])
 
 
 def test_merge_keys_do_not_make_a_configuration_grow(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "merges", "1,8,2.5,,")
     (run_dir / "config.yaml").write_text(f"{MERGES}stage: pretrain\n")
     (run,) = find_runs(tmp_path)
-    assert (run.stage, run.error) == ("pretrain", None)
+    assert (run["stage"], run["error"]) == ("pretrain", None)
 
 
 @pytest.mark.parametrize("file", ["metrics.csv", "summary.json", "config.yaml", "report.html"])
@@ -258,11 +258,11 @@ def test_what_is_no_file_spoils_its_own_run_only(tmp_path: Path, file: str) -> N
     (tmp_path / "loop" / file).symlink_to(file)
     (tmp_path / "dangling" / file).symlink_to("nowhere")
     (tmp_path / "device" / file).symlink_to("/dev/zero")
-    runs = {run.name: run for run in find_runs(tmp_path)}
-    assert runs["whole"].state == "finished"
+    runs = {run["id"]: run for run in find_runs(tmp_path)}
+    assert runs["whole"]["state"] == "finished"
     for name in ("fifo", "loop", "dangling", "device"):
-        assert runs[name].state == ("finished" if file == "report.html" else "damaged")
-        assert (runs[name].report_path is None) == (file == "report.html")
+        assert runs[name]["state"] == ("finished" if file == "report.html" else "damaged")
+        assert (runs[name]["report"] is None) == (file == "report.html")
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_directories_are_searched_to_a_limit(tmp_path: Path) -> None:
     found, too_deep = "/".join("d" * MAX_DEPTH), "/".join("d" * (MAX_DEPTH + 1))
     write_run(tmp_path / found, "1,8,3,,")
     write_run(tmp_path / too_deep, "1,8,3,,")
-    assert [run.name for run in find_runs(tmp_path)] == [found]
+    assert [run["id"] for run in find_runs(tmp_path)] == [found]
 
 
 @pytest.mark.parametrize("seconds", [-1e9, 4e11])
@@ -306,7 +306,7 @@ def test_a_date_that_cannot_be_shown_is_clamped(tmp_path: Path, seconds: float) 
     path = write_run(tmp_path / "odd", "1,8,3,,") / "metrics.csv"
     os.utime(path, (seconds, seconds))
     (run,) = find_runs(tmp_path)
-    assert 0 <= run.updated < 8.64e12
+    assert 0 <= run["updated"] < 8.64e12
 
 
 def test_a_torn_or_broken_run_is_listed_as_far_as_it_can_be_read(tmp_path: Path) -> None:
@@ -314,30 +314,30 @@ def test_a_torn_or_broken_run_is_listed_as_far_as_it_can_be_read(tmp_path: Path)
     (run_dir / "summary.json").write_text('{"steps": 4, ')
     (run_dir / "config.yaml").write_text("stage: [")
     (run,) = find_runs(tmp_path)
-    assert run.curves == {"train/loss": [(1, 3.5), (3, 3.0)]}
-    assert (run.state, run.stage, run.step) == ("damaged", None, 3)
-    assert run.error is not None
-    assert "summary.json" in run.error
-    assert "config.yaml" in run.error
+    assert run["curves"] == {"train/loss": [(1, 3.5), (3, 3.0)]}
+    assert (run["state"], run["stage"], run["step"]) == ("damaged", None, 3)
+    assert run["error"] is not None
+    assert "summary.json" in run["error"]
+    assert "config.yaml" in run["error"]
 
 
 def test_a_run_whose_files_rest_is_not_training(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "old", "5,40,3.5,,")
     os.utime(run_dir / "metrics.csv", (1_700_000_000, 1_700_000_000))
     (run,) = find_runs(tmp_path)
-    assert (run.state, run.step, run.max_steps) == ("stopped", 5, 20)
+    assert (run["state"], run["step"], run["max_steps"]) == ("stopped", 5, 20)
 
 
 def test_runs_of_sweeps_have_their_path_as_name_and_the_newest_is_first(tmp_path: Path) -> None:
     for age, name in enumerate(("a", "sweep/0", "sweep/1")):
         path = write_run(tmp_path / name, "1,8,3,,") / "metrics.csv"
         os.utime(path, (1_700_000_000 - age, 1_700_000_000 - age))
-    assert [run.name for run in find_runs(tmp_path)] == ["a", "sweep/0", "sweep/1"]
+    assert [run["id"] for run in find_runs(tmp_path)] == ["a", "sweep/0", "sweep/1"]
 
 
 def test_a_directory_that_is_a_run_is_listed_by_its_name(tmp_path: Path) -> None:
     write_run(tmp_path / "mine", "1,8,3,,")
-    assert [run.name for run in find_runs(tmp_path / "mine")] == ["mine"]
+    assert [run["id"] for run in find_runs(tmp_path / "mine")] == ["mine"]
 
 
 def test_nowhere_there_are_no_runs(tmp_path: Path) -> None:

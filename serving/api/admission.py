@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.api import errors
 from serving.api.auth import ApiKeys, authenticate
 from serving.api.errors import ApiError
-from serving.api.runs import key_page
+from serving.api.pages import key_page
 from serving.api.settings import ApiSettings
 
 MAX_CONTAINERS = 350_000  # of a body's lists and objects; nested ones take longest to parse

@@ -7,10 +7,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,37 +37,19 @@ Reader = Callable[[Path], dict[str, Any]]
 log = logging.getLogger("nanogpt.server")
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run; `name` is its path below the directory of runs, `error` the reason of damage."""
+def find_runs(runs_dir: Path) -> list[dict[str, Any]]:
+    """Return the runs under a directory, the newest first, at most MAX_RUNS.
 
-    name: str
-    state: str  # finished, training, stopped, damaged
-    error: str | None
-    stage: str | None
-    step: int
-    max_steps: int | None
-    updated: int  # seconds since 1970
-    summary: dict[str, Any]
-    curves: dict[str, Points]
-    report_path: Path | None
-
-    def describe(self) -> dict[str, Any]:
-        """Return the run as `/v1/runs` lists it."""
-        shown = ("stage", "state", "error", "step", "max_steps", "updated", "summary", "curves")
-        return {"id": self.name, "object": "run", **{key: getattr(self, key) for key in shown}}
-
-
-def find_runs(runs_dir: Path) -> list[Run]:
-    """Return the runs under a directory, the newest first, at most MAX_RUNS."""
+    Each is as `/v1/runs` lists it; `report` is the path of its report, None without one.
+    """
     found = []
     for run in directory.find_runs(runs_dir)[:MAX_RUNS]:
         with suppress(FileNotFoundError):  # removed meanwhile
-            found.append(_read_run(run, runs_dir))
+            found.append(_describe(run, runs_dir))
     return found
 
 
-def _read_run(run: RunDirectory, runs_dir: Path) -> Run:
+def _describe(run: RunDirectory, runs_dir: Path) -> dict[str, Any]:
     below = run.path.relative_to(runs_dir)
     metrics, no_metrics = _read(_read_curves, run.metrics_path)
     summary, no_summary = _read(_read_values, run.summary_path)
@@ -76,22 +58,22 @@ def _read_run(run: RunDirectory, runs_dir: Path) -> Run:
     updated = os.lstat(run.metrics_path).st_mtime
     age = abs(time.time() - updated)  # another machine's clock may be ahead
     state = "finished" if summary else "training" if age < FRESH_S else "stopped"
-    last_step = max((points[-1][0] for points in metrics.values()), default=0)
+    last = {name: points[-1] for name, points in metrics.items()}
     # A link out of the run would show any file of this machine.
     has_report = os.path.isfile(run.report_path) and not os.path.islink(run.report_path)
-    return Run(
-        name=display_name(below if below.parts else Path(Path(os.path.realpath(run.path)).name)),
-        state="damaged" if error else state,
-        error=error,
-        stage=summary.get("stage") or config.get("stage"),
-        step=summary.get("steps") or last_step,
-        max_steps=config.get("max_steps"),
-        updated=int(min(max(updated, 0), LAST_SECOND)),
-        summary={name.replace("/", "_"): points[-1][1] for name, points in metrics.items()}
-        | summary,
-        curves={name: metrics[name] for name in CURVES if name in metrics},
-        report_path=run.report_path if has_report else None,
-    )
+    return {
+        "id": display_name(below if below.parts else Path(run.path.resolve().name)),
+        "object": "run",
+        "stage": summary.get("stage") or config.get("stage"),
+        "state": "damaged" if error else state,
+        "error": error,
+        "step": summary.get("steps") or max((step for step, _ in last.values()), default=0),
+        "max_steps": config.get("max_steps"),
+        "updated": int(min(max(updated, 0), LAST_SECOND)),
+        "summary": {name.replace("/", "_"): value for name, (_, value) in last.items()} | summary,
+        "curves": {name: metrics[name] for name in CURVES if name in metrics},
+        "report": run.report_path if has_report else None,
+    }
 
 
 def thin(points: Points) -> Points:
@@ -102,27 +84,25 @@ def thin(points: Points) -> Points:
     thinned: Points = []
     for start in range(0, len(points), stretch):
         part = points[start : start + stretch]
-        thinned += sorted({min(part, key=_value), max(part, key=_value)})
+        thinned += sorted({min(part, key=itemgetter(1)), max(part, key=itemgetter(1))})
     return thinned if thinned[-1] == points[-1] else [*thinned, points[-1]]
 
 
-def _value(point: tuple[int, float]) -> float:
-    return point[1]
-
-
 def _read(reader: Reader, path: Path) -> tuple[dict[str, Any], str | None]:
-    """Return a file's content, or nothing and the reason why it cannot be read."""
-    try:
+    """Return a file's content, nothing for no file, or the reason why it cannot be read."""
+    if not os.path.lexists(path):
+        return {}, None
+    version = (0, 0, 0)
+    with suppress(OSError):  # which the reader raises again
         status = path.stat()
-    except FileNotFoundError:
-        return {}, f"{path.name} is a dangling link" if path.is_symlink() else None
-    except OSError as error:
-        return {}, f"{path.name} cannot be read ({error.strerror})"
-    return _read_once(reader, path, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+        version = (status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+    return _read_once(reader, path, version)
 
 
 @lru_cache(4 * MAX_RUNS)
-def _read_once(reader: Reader, path: Path, *version: int) -> tuple[dict[str, Any], str | None]:
+def _read_once(
+    reader: Reader, path: Path, version: tuple[int, ...]
+) -> tuple[dict[str, Any], str | None]:
     """Read a version of a file; an error is logged, once for each version."""
     try:
         return reader(path), None
@@ -139,9 +119,7 @@ def _read_curves(path: Path) -> dict[str, Any]:
         metrics = read_metrics(path)
     shown = {name: metrics[name] for name in LAST_VALUES if name in metrics}
     finite = {
-        name: [
-            (step, value) for step, value in points if math.isfinite(value) and step < MAX_NUMBER
-        ]
+        name: [(n, value) for n, value in points if math.isfinite(value) and n < MAX_NUMBER]
         for name, points in shown.items()
     }
     return {name: thin(points) for name, points in finite.items() if points}
@@ -159,13 +137,14 @@ def _read_values(path: Path) -> dict[str, Any]:
 def _read_budget(path: Path) -> dict[str, Any]:
     """Return the stage and the budget of a configuration.
 
-    Only these are constructed: merge keys (`<<`) can make a small file of YAML exponentially large.
+    Merge keys (`<<`), which can make a small file of YAML exponentially large, stay as they are.
     """
     with open_regular(path, MAX_CONFIG_BYTES) as file:
-        root = yaml.compose(file, yaml.SafeLoader)
-    if not isinstance(root, yaml.MappingNode):
+        config = yaml.load(file, yaml.BaseLoader)  # all scalars are text
+    if not isinstance(config, dict):
         raise ValueError("not a mapping")
-    types: Mapping[str, type] = {"stage": str, "max_steps": int}
-    scalars = {str(key.value): node.value for key, node in root.value if key.value in types}
-    values = {key: yaml.safe_load(text) for key, text in scalars.items() if isinstance(text, str)}
-    return {key: value for key, value in values.items() if isinstance(value, types[key])}
+    max_steps = str(config.get("max_steps"))
+    return {
+        "stage": config.get("stage"),
+        "max_steps": int(max_steps) if max_steps.isdecimal() else None,
+    }
