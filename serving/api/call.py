@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from serving.api.errors import ApiError
 from serving.api.generation import Choice, Generation, Prompt
 from serving.api.models import Catalogue, ServedModel
-from serving.api.schemas import SamplingRequest
+from serving.api.schemas import UNSUPPORTED, SamplingRequest
 from serving.api.settings import ApiSettings
 from serving.api.stream import EventStream, Format, to_json, whole
 from serving.api.timeouts import Timeouts
@@ -45,8 +45,14 @@ class Call:
     async def language_model(self, body: SamplingRequest) -> ServedModel:
         """Return the model that generates.
 
-        Raises ApiError for a classifier, and for more answers or stop strings than are allowed.
+        Raises ApiError for a classifier, for fields that are not supported, and for more answers or
+        stop strings than are allowed.
         """
+        for param, neutral in UNSUPPORTED.items():
+            if body.model_extra and body.model_extra.get(param) not in (None, *neutral):
+                use = "".join(f", or use {value}" for value in neutral if value or value == 0)
+                message = f"{param} is not supported; leave it out{use}."
+                raise ApiError(400, message, param=param)
         for param, n, limit, what in (
             ("n", body.n or 1, min(self.settings.max_n, self.settings.max_queue), "answers"),
             ("stop", len(body.stops), self.settings.max_stops, "stop strings"),

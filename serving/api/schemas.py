@@ -7,7 +7,6 @@ The OpenAI API's fields and ranges, and those of other servers for what it lacks
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,7 +23,23 @@ MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_IDS = 2**18
 MAX_ITEMS = 2048  # of other lists; the server's settings may allow fewer
-
+# Fields of other servers that would change the answer, by the values that do not.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("best_of", "length_penalty", "typical_p"), (1,)),
+    **dict.fromkeys(("min_tokens", "mirostat", "no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(("use_beam_search", "echo"), (False,)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("auto", "none")),
+    "modalities": ([], ["text"]),
+    "response_format": ({"type": "text"},),
+    **dict.fromkeys(
+        (
+            *("bad_words", "allowed_token_ids", "truncate_prompt_tokens", "prompt_logprobs"),
+            *("suffix", "audio", "grammar", "json_schema", "regex", "ebnf", "structured_outputs"),
+            *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding"),
+        ),
+        ("", [], {}),
+    ),
+}
 T = TypeVar("T")
 # The length is checked before the elements, and the first invalid element ends the validation: a
 # body has room for hundreds of thousands of them, each an error of its own.
@@ -76,23 +91,6 @@ def _few_biases(value: Any) -> Any:
     return value
 
 
-def only(*neutral: Any) -> AfterValidator:
-    """Return a validator that refuses all values but null and the neutral ones."""
-
-    def check(value: Any) -> Any:
-        if value is not None and value not in neutral:
-            use = "".join(f", or use {v}" for v in neutral if v or v == 0)
-            raise PydanticCustomError("unsupported", f"It is not supported; leave it out{use}")
-        return value
-
-    return AfterValidator(check)
-
-
-Unsupported = Annotated[Any, only("", [], {})]
-UnsupportedFlag = Annotated[Any, only(False)]
-ToolChoice = Annotated[Any, only("auto", "none")]
-
-
 class ErrorObject(BaseModel):
     """An error; clients show `message` and act on `code`."""
 
@@ -114,50 +112,13 @@ class StreamOptions(BaseModel):
     include_usage: StrictBool | None = None
 
 
-class ResponseFormat(BaseModel):
-    """The format of an answer, which is always text."""
-
-    type: Annotated[StrictStr, only("text")]
-
-
-class UnsupportedFields(BaseModel):
-    """Fields of other servers that would change the answer and are not supported."""
-
-    best_of: Annotated[Any, only(1)] = None
-    use_beam_search: UnsupportedFlag = None
-    length_penalty: Annotated[Any, only(1)] = None
-    min_tokens: Annotated[Any, only(0)] = None
-    bad_words: Unsupported = None
-    allowed_token_ids: Unsupported = None
-    truncate_prompt_tokens: Unsupported = None
-    prompt_logprobs: Unsupported = None
-    typical_p: Annotated[Any, only(1)] = None
-    mirostat: Annotated[Any, only(0)] = None
-    no_repeat_ngram_size: Annotated[Any, only(0)] = None
-    tool_choice: ToolChoice = None
-    function_call: ToolChoice = None
-    modalities: Annotated[Any, only([], ["text"])] = None
-    audio: Unsupported = None
-    grammar: Unsupported = None
-    json_schema: Unsupported = None
-    regex: Unsupported = None
-    ebnf: Unsupported = None
-    structured_outputs: Unsupported = None
-    guided_json: Unsupported = None
-    guided_regex: Unsupported = None
-    guided_choice: Unsupported = None
-    guided_grammar: Unsupported = None
-    guided_decoding: Unsupported = None
-
-
-class SamplingRequest(UnsupportedFields):
+class SamplingRequest(BaseModel):
     """The fields that chat and completions share."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")  # for UNSUPPORTED
 
     model: Name | None = None
     max_tokens: MaxTokens | None = None
-    response_format: ResponseFormat | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None  # 0: the likeliest token
     top_k: TopK | None = None  # 0 and -1: off
@@ -190,7 +151,6 @@ class CompletionRequest(SamplingRequest):
     """POST /v1/completions."""
 
     prompt: Prompt | None = None
-    suffix: StrictStr | None = None
     echo: StrictBool | None = None
     add_special_tokens: StrictBool | None = None  # false: the text alone, which may not be empty
     logprobs: Logprobs | None = None
@@ -217,7 +177,6 @@ class ChatRequest(SamplingRequest):
     max_completion_tokens: MaxTokens | None = None
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool | None = None  # of the assistant
-    echo: UnsupportedFlag = None
     logprobs: StrictBool | None = None
     top_logprobs: Logprobs | None = None
 

@@ -41,9 +41,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
 
 @router.post("/completions", responses=STREAMS)
 async def completions(request: Request, body: CompletionRequest) -> Response:
-    """Continue one text or several; raises ApiError for a suffix."""
-    if body.suffix:
-        raise ApiError(400, "suffix is not supported: these models only continue.", param="suffix")
+    """Continue one text or several."""
     call = Call(request)
     model = await call.language_model(body)
     prompts = await _prompts(body, model, call.max_prompts(body.n or 1))
