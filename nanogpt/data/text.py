@@ -1,9 +1,8 @@
 """Local text: files of plain text, JSON Lines or parquet, in a folder or by a pattern."""
 
 import os
-from collections.abc import Iterator, Sequence
-from fnmatch import fnmatch
-from glob import has_magic
+from collections.abc import Iterable, Iterator, Sequence
+from glob import escape, glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from nanogpt.data.source import Extent, Source, files_fingerprint, local_path
 from nanogpt.values import CHECKED, FilePath, Flag, Share, Text
 
 SUFFIXES = (*TEXTS, *RECORDS)
-MAX_NAMED = 5  # of each kind of what is left out
+MAX_NAMED = 10  # of what is left out
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -64,110 +63,75 @@ class TextFiles(Source):
         """Return the folder that names begin at, and the files: at least one that is not empty."""
         kinds = ", ".join(self.suffixes[:-1]) + " or " + self.suffixes[-1]
         path = local_path(self.path, self.name, f"a file, folder or pattern of {kinds}")
-        search = _Search(path)
-        candidates = search.files()
-        if not candidates and not search.root.is_dir():
-            found = "is a pipe or a device" if path.exists() else "does not exist"
-            raise FileNotFoundError(f"data.path={self.path} {found}; pass a file or folder")
-        suffixes = self.suffixes if search.root == path else (*self.suffixes, *JSON)
-        paths = [path for path in candidates if path.name.lower().endswith(suffixes)]
-        for other in sorted(set(candidates).difference(paths)):
-            search.leave_out("files of other kinds", other)
-        left_out = search.left_out()
+        root, suffixes = path, (*self.suffixes, *JSON)
+        names: Iterable[str] = [str(path)]
+        if path.is_dir():
+            names, suffixes = _matches(path, ["**"], follow_links=False), self.suffixes
+        elif path.is_file():
+            root = path.parent
+        elif has_magic(str(path)):
+            root = next(folder for folder in path.parents if not has_magic(str(folder)))
+            names = _matches(root, path.relative_to(root).parts, follow_links=True)
+        else:
+            raise FileNotFoundError(
+                f"data.path={self.path} does not exist or is no file; pass a file or folder"
+            )
+        found = {Path(name) for name in names}
+        files = _each_once(root, (path for path in found if path.is_file()))
+        paths = [path for path in files if path.name.lower().endswith(suffixes)]
+        others = sorted(p for p in found.difference(paths) if p.is_symlink() or not p.is_dir())
+        named = ", ".join(str(p.relative_to(root)) for p in others[:MAX_NAMED])
+        left_out = f"left out {len(others):,} names ({named}{', ...' * (len(others) > MAX_NAMED)})"
         if not paths:
-            more = f" (left out: {left_out})" if left_out else ""
+            more = f" ({left_out})" if others else ""
             raise ValueError(f"data.path={self.path} holds no file that ends in {kinds}{more}")
         if not any(path.stat().st_size for path in paths):
-            what = "is empty" if len(candidates) == 1 else "holds only empty files"
-            raise ValueError(f"data.path={self.path} {what}; pass text to train on")
-        if left_out:
-            log_once(f"data.path={self.path}: left out {left_out}")
-        return search.root, paths
+            raise ValueError(f"data.path={self.path} holds only empty files; pass text to train on")
+        if others:
+            log_once(
+                f"data.path={self.path}: {left_out}: files of other kinds, further names of a "
+                "file, links to folders, which a pattern such as DIR/**/* follows, or to nothing"
+            )
+        return root, paths
 
 
-class _Search:
-    """The visible files of a path: one file, all below a folder, or those of a pattern."""
+def _matches(folder: str | Path, parts: Sequence[str], follow_links: bool) -> Iterator[str]:
+    """Yield the visible names below a folder that match the parts of a pattern."""
+    if "**" not in parts:
+        yield from glob(os.path.join(escape(str(folder)), *parts))
+        return
+    first = parts.index("**")
+    for top in glob(os.path.join(escape(str(folder)), *parts[:first])):
+        for below in _folders(top, follow_links):
+            yield from _matches(below, parts[first + 1 :] or ["*"], follow_links)
 
-    def __init__(self, path: Path) -> None:
-        self.root, self._pattern, self._follows_links = path, ["**"], False
-        self._left_out: dict[str, dict[Path, None]] = {}
-        if path.is_file():
-            self.root, self._pattern = path.parent, [path.name]
-        elif not path.exists() and has_magic(str(path)):
-            self.root = next(folder for folder in path.parents if not has_magic(str(folder)))
-            self._pattern = list(path.relative_to(self.root).parts)
-            self._follows_links = True  # under `**`
 
-    def files(self) -> list[Path]:
-        """Return the files by name, each once: under a name without links where it has one."""
-        above = frozenset([os.path.realpath(self.root)])
-        names: dict[tuple[int, int], list[Path]] = {}
-        for path in set(self._matches(self.root, self._pattern, above)):
-            status = os.stat(path)
-            names.setdefault((status.st_dev, status.st_ino), []).append(path)
-        for same in names.values():
-            if len(same) > 1:
-                same.sort(key=lambda path: (self._is_linked(path), path))
-            for path in same[1:]:
-                self.leave_out("further names of the same files", path)
-        return sorted(same[0] for same in names.values())
+def _folders(top: str, follow_links: bool) -> Iterator[str]:
+    """Yield a folder and the visible ones below it; links that lead back to one are left out."""
 
-    def leave_out(self, kind: str, path: Path) -> None:
-        self._left_out.setdefault(kind, {})[path.relative_to(self.root)] = None
+    def log_denied(error: OSError) -> None:
+        log_once(f"{error.filename} is left out ({error.strerror})")
 
-    def left_out(self) -> str:
-        """Return the paths that were left out, such as `dangling links: 2 (a.txt, b.txt)`."""
-        parts = []
-        for kind, paths in self._left_out.items():
-            names = ", ".join(map(str, sorted(paths)[:MAX_NAMED]))
-            more = ", ..." if len(paths) > MAX_NAMED else ""
-            parts.append(f"{kind}: {len(paths):,} ({names}{more})")
-        return "; ".join(parts)
-
-    def _matches(
-        self, folder: Path, pattern: Sequence[str], above: frozenset[str]
-    ) -> Iterator[Path]:
-        """Yield the files that match; `above` are the real paths of the folders descended into."""
-        first, *rest = pattern
-        if first == "**":
-            yield from self._matches(folder, rest or ["*"], above)
-        for entry in self._entries(folder):
-            path = folder / entry.name
-            if first == "**":
-                if os.path.isdir(path) and (real := self._descend(entry, path, above)):
-                    yield from self._matches(path, pattern, above | {real})
-            elif not fnmatch(entry.name, first) and entry.name != first:
-                continue
-            elif rest and os.path.isdir(path):
-                yield from self._matches(path, rest, frozenset([os.path.realpath(path)]))
-            elif not rest and os.path.isfile(path):
-                yield path
-            elif not rest and not os.path.isdir(path):
-                kind = "dangling links" if entry.is_symlink() else "pipes or devices"
-                self.leave_out(kind, path)
-
-    def _descend(self, entry: "os.DirEntry[str]", path: Path, above: frozenset[str]) -> str | None:
-        """Return the real path of a folder to descend into, None for one that is left out."""
-        real = os.path.realpath(path)
-        if entry.is_symlink() and not self._follows_links:
-            self.leave_out("linked folders, which a pattern such as DIR/**/* reads", path)
-        elif real in above:
-            self.leave_out("loops of links", path)
+    for folder, below, _ in os.walk(top, onerror=log_denied, followlinks=follow_links):
+        above = (Path(top, parent) for parent in Path(folder).relative_to(top).parents)
+        if os.path.islink(folder) and any(os.path.samefile(folder, parent) for parent in above):
+            below.clear()
         else:
-            return real
-        return None
+            below[:] = [name for name in below if not name.startswith(".")]
+            yield folder
 
-    def _entries(self, folder: Path) -> "list[os.DirEntry[str]]":
-        try:
-            with os.scandir(folder) as entries:
-                return [entry for entry in entries if not entry.name.startswith(".")]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except PermissionError:
-            self.leave_out("folders that may not be read", folder)
-            return []
 
-    def _is_linked(self, path: Path) -> bool:
-        """Return whether a link leads from the root to the file."""
-        below = os.path.join(os.path.realpath(self.root), path.relative_to(self.root))
-        return os.path.realpath(path) != below
+def _each_once(root: Path, paths: Iterable[Path]) -> list[Path]:
+    """Return the files by name, each once: under a name without links where it has one."""
+    names: dict[tuple[int, int], list[Path]] = {}
+    for path in paths:
+        status = path.stat()
+        names.setdefault((status.st_dev, status.st_ino), []).append(path)
+
+    def is_linked(path: Path) -> bool:
+        return path.resolve() != root.resolve() / path.relative_to(root)
+
+    return sorted(
+        min(same, key=lambda path: (is_linked(path), path)) if len(same) > 1 else same[0]
+        for same in names.values()
+    )
