@@ -123,11 +123,11 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     from nanogpt.data.module import split_step
     from nanogpt.model import GPT
     from nanogpt.optim import may_extend
-    from nanogpt.ranks import Ranks
+    from nanogpt.ranks import Ranks, on_rank_zero
     from nanogpt.runs.identity import budget_steps
     from nanogpt.runs.run import open_run
     from nanogpt.training import summary
-    from nanogpt.training.autotune import autotune_run
+    from nanogpt.training.autotune import autotune
     from nanogpt.training.launch import resolve_device
     from nanogpt.training.trainer import build_trainer, fit, quieten_lightning
 
@@ -167,8 +167,8 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
             model_config = start.config
 
         # How this machine runs it
-        settings = autotune_run(run, model_config, device, rows_per_rank)
-        run.begin({"corpus": data.fingerprint, **settings.resolved()})
+        settings = on_rank_zero(lambda: autotune(run, model_config, device, rows_per_rank))
+        run.begin({"corpus": data.fingerprint, **settings._asdict()})
         torch.set_num_threads(settings.threads)
         data.micro_batch = settings.micro_batch
 

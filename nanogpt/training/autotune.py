@@ -1,26 +1,42 @@
 """What `auto` becomes on this machine, measured for each shape and stored in `probes.json`."""
 
+import itertools
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
-from nanogpt.model import GPTConfig
-from nanogpt.ranks import on_rank_zero
+from nanogpt.disk import replacing
+from nanogpt.model import GPT, GPTConfig
 from nanogpt.runs.run import Run
-from nanogpt.support import ANY, IN_BLOCKS, check_supported
-from nanogpt.training.machine import missing_for_compile, usable_cores, usable_memory_bytes
-from nanogpt.training.throughput import peak_flops
-from nanogpt.training.trials import CPU_PRECISIONS, DTYPES, Trials, isolated_measurement
+from nanogpt.support import check_supported
+from nanogpt.training.language_model import next_token_loss
+from nanogpt.training.machine import (
+    machine_id,
+    missing_for_compile,
+    usable_cores,
+    usable_memory_bytes,
+)
+from nanogpt.training.throughput import SUPPORTED, flops_per_token, peak_flops
+from nanogpt.values import CHECKED, Flag
 
 log = logging.getLogger("nanogpt")
-T = TypeVar("T")
 
-SUPPORTED = {**IN_BLOCKS, "position": ANY, "activation": ("gelu", "relu2")}
+Trial = tuple[int, str]  # rows and precision of a forward and backward
+
+DTYPES = {
+    "32-true": torch.float32,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
+CPU_PRECISIONS = ("32-true", "bf16-mixed")  # among which a CPU has the choice
 # bfloat16 must be this many times as fast as float32 on a CPU to be worth its rounding.
 WORTH_BF16 = 1.15
 # A larger micro-batch is preferred to a smaller one that is faster by less than this.
@@ -35,123 +51,90 @@ TRIED_S = 3.0  # a forward and backward thought to take longer is not tried on a
 COMPILE_GAIN = {"cpu": 0.12, "cuda": 0.4}
 COMPILE_S = {"cpu": 40.0, "cuda": 30.0}
 COMPILE_LAYER_S = {"cpu": 0.0, "cuda": 3.0}
+# Sides of the measured product: large enough to reach the device's rate.
+PRODUCT_SIDE = {"cpu": 1024, "mps": 2048, "cuda": 8192}
+PRODUCT_S = 0.3  # of measuring each product
+MEASURE_S = 1.0  # of measuring passes, but at least MIN_ROUNDS
+MIN_ROUNDS = 3
+# Rounds agree where each best time was reached twice, within this factor, while this thread had a
+# processor for this share of the time.
+AGREEMENT = 1.1
+MIN_CPU_SHARE = 0.8
+# Memory beyond the trial's own: AdamW's two moments and a gradient bucket, and some of the whole.
+BYTES_PER_PARAMETER = 12
+HEADROOM = 0.1
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a run uses this machine, with one sentence of reason for each setting."""
+class Settings(NamedTuple):
+    """How a run uses this machine."""
 
     precision: str
     compile: bool
     micro_batch: int
     threads: int
     peak_flops: float
-    reasons: list[str]
-
-    def resolved(self) -> dict[str, Any]:
-        """Return the settings without their reasons."""
-        return {key: value for key, value in asdict(self).items() if key != "reasons"}
 
 
-def autotune(
-    config: GPTConfig,
-    *,
-    device: torch.device,
-    rows_per_rank: int,
-    max_steps: int,
-    data_dir: Path,
-    local_world_size: int = 1,
-    deterministic: bool = False,
-    precision: str = "auto",
-    compile: bool | str = "auto",
-    micro_batch: int | str = "auto",
-    threads: int | str = "auto",
-    remeasure: bool = False,
-) -> Settings:
-    """Return the given values, and for each `auto` the best on this machine.
+def autotune(run: Run, model: GPTConfig, device: torch.device, rows_per_rank: int) -> Settings:
+    """Return the given values, and for each `auto` the best on this machine; log the reasons.
 
     `rows_per_rank` are the rows of `block_size` tokens of one rank and optimizer step; a
     micro-batch divides them. The first call for a shape measures for seconds, later ones read
     `data_dir/probes.json`; measurements whose rounds disagreed, as on a busy machine, are repeated,
-    all of them with `remeasure`. Random states and the number of threads stay as they were.
-    """
-    reasons: dict[str, str] = {}
-
-    def choose(key: str, value: Any, measure: Callable[[], tuple[Any, str]]) -> Any:
-        value, why = measure() if value == "auto" else (value, "as given")
-        text = str(value).lower() if isinstance(value, bool) else value
-        reasons[key] = f"{key} {text}: {why}"
-        return value
-
-    n_threads = choose("threads", threads, lambda: _choose_threads(local_world_size))
-    with isolated_measurement(device, n_threads):
-        trials = Trials(
-            config, device, rows_per_rank, n_threads, local_world_size, data_dir, remeasure
-        )
-        precision = choose("precision", precision, lambda: _choose_precision(trials))
-        rows = choose("micro_batch", micro_batch, lambda: _choose_micro_batch(trials, precision))
-        compiled = choose(
-            "compile",
-            compile,
-            lambda: _choose_compile(trials, precision, rows, max_steps, deterministic),
-        )
-        peak, source = peak_flops(device, DTYPES[precision], trials.rate(precision))
-    reasons["peak"] = f"peak {peak / 1e12:.4g} TFLOP/s: {source}"
-    ordered = [reasons[key] for key in ("precision", "micro_batch", "compile", "threads", "peak")]
-    if trials.stored.provisional:
-        ordered.append(
-            "provisional: the rounds of a measurement disagree, as on a busy machine; "
-            "the next run measures again"
-        )
-    return Settings(precision, compiled, rows, n_threads, peak, ordered)
-
-
-def autotune_run(
-    run: Run, model_config: GPTConfig, device: torch.device, rows_per_rank: int
-) -> Settings:
-    """Return the settings of a run, decided by rank zero and logged with their reasons.
-
-    A setting that was not typed is the recorded one, as long as it fits; with `remeasure` that
-    holds for the precision alone, which is identity.
+    all of them with `remeasure`. A setting that was not typed is the recorded one, as long as it
+    fits; with `remeasure` that holds for the precision alone, which is identity. Changes the number
+    of threads and the random state.
     """
     config, recorded, n_local = run.config, run.recorded, run.ranks.local_world_size
-    given = {key: config[key] for key in ("compile", "micro_batch", "threads")}
-    given["precision"] = config["trainer"]["precision"]
-    is_auto = {key for key, value in given.items() if value == "auto"}
-    stale = {"compile", "micro_batch", "threads"} if config["remeasure"] else set()
+    deterministic, remeasure = config["trainer"]["deterministic"], config["remeasure"]
+    stale = {"compile", "micro_batch", "threads"} if remeasure else set()
     if rows_per_rank % recorded.get("micro_batch", 1):
         stale.add("micro_batch")
     if recorded.get("local_world_size") != n_local:
         stale.add("threads")
-    given |= {key: recorded.get(key, "auto") for key in is_auto - stale}
-    if config["trainer"]["deterministic"]:  # cuBLAS reads it at its first product, which is timed
+    if deterministic:  # cuBLAS reads it at its first product, which is timed
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    settings = on_rank_zero(
-        lambda: autotune(
-            model_config,
-            device=device,
-            rows_per_rank=rows_per_rank,
-            max_steps=run.max_steps,
-            data_dir=Path(config["data_dir"]),
-            local_world_size=n_local,
-            deterministic=config["trainer"]["deterministic"],
-            remeasure=config["remeasure"],
-            **given,
-        )
+
+    def choose(key: str, value: Any, measure: Callable[[], tuple[Any, str]]) -> Any:
+        why = "as given"
+        if value == "auto" and key in recorded and key not in stale:
+            value, why = recorded[key], "same as before"
+        elif value == "auto":
+            value, why = measure()
+        log.info("%s %s: %s", key, str(value).lower(), why)
+        return value
+
+    threads = choose("threads", config["threads"], lambda: _choose_threads(n_local))
+    torch.set_num_threads(threads)
+    path = Path(config["data_dir"]) / "probes.json"
+    trials = Trials(model, device, rows_per_rank, n_local, path, remeasure)
+    precision = choose(
+        "precision", config["trainer"]["precision"], lambda: _choose_precision(trials)
     )
-    for reason in settings.reasons:
-        if reason.partition(" ")[0] in is_auto:
-            reason = reason.replace(": as given", ": same as before")
-        log.info("%s", reason)
+    rows = choose(
+        "micro_batch", config["micro_batch"], lambda: _choose_micro_batch(trials, precision)
+    )
+    compiled = choose(
+        "compile",
+        config["compile"],
+        lambda: _choose_compile(trials, precision, rows, run.max_steps, deterministic),
+    )
+    peak, source = peak_flops(device, DTYPES[precision], trials.rate(precision))
+    log.info("peak %.4g TFLOP/s: %s", peak / 1e12, source)
+    if trials.provisional:
+        log.info(
+            "provisional: the rounds of a measurement disagree, as on a busy machine; "
+            "the next run measures again"
+        )
     log.info(
         "tokens_per_step %s = %s rank(s) x %s micro-batch(es) x %s rows x block_size %s",
         f"{config['tokens_per_step']:,}",
         run.ranks.world_size,
-        rows_per_rank // settings.micro_batch,
-        settings.micro_batch,
-        model_config.block_size,
+        rows_per_rank // rows,
+        rows,
+        model.block_size,
     )
-    return settings
+    return Settings(precision, compiled, rows, threads, peak)
 
 
 def _choose_threads(local_world_size: int) -> tuple[int, str]:
@@ -162,7 +145,7 @@ def _choose_threads(local_world_size: int) -> tuple[int, str]:
     return max(1, cores // local_world_size), f"{cores} cores for {local_world_size} process(es)"
 
 
-def _choose_precision(trials: Trials) -> tuple[str, str]:
+def _choose_precision(trials: "Trials") -> tuple[str, str]:
     if trials.device.type == "cuda":
         with torch.cuda.device(trials.device):
             if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -172,24 +155,21 @@ def _choose_precision(trials: Trials) -> tuple[str, str]:
         return "32-true", "the GPU has no tensor cores"
     if trials.device.type != "cpu":
         return "32-true", f"the gain of others on {trials.device.type} is not known"
-    rates = trials.product_rates(CPU_PRECISIONS)
-    gain, what = rates["bf16-mixed"] / rates["32-true"], "matrix products"
-    rows = _candidates(trials)[0]
+    gain, what = trials.rate("bf16-mixed") / trials.rate("32-true"), "matrix products"
+    rows = trials.candidates()[0]
     if gain >= WORTH_BF16 and trials.guess_s(rows, "32-true") <= TRIED_S:
-        timings = trials.time({name: (rows, name) for name in CPU_PRECISIONS})
-        gain, what = timings["32-true"] / timings["bf16-mixed"], "forward and backward"
+        timings = trials.time([(rows, precision) for precision in CPU_PRECISIONS])
+        gain, what = timings[rows, "32-true"] / timings[rows, "bf16-mixed"], "forward and backward"
     choice = "bf16-mixed" if gain >= WORTH_BF16 else "32-true"
     return choice, f"{what} in bfloat16 run {gain:.2f} times as fast"
 
 
-def _choose_micro_batch(trials: Trials, precision: str) -> tuple[int, str]:
-    candidates = _candidates(trials)
+def _choose_micro_batch(trials: "Trials", precision: str) -> tuple[int, str]:
+    candidates = trials.candidates()
     if len(candidates) == 1:
         return candidates[0], f"of {trials.rows_per_rank} rows per step and rank"
-    if trials.device.type not in ("cpu", "cuda"):
-        return candidates[-1], f"the largest of at most {CPU_TOKENS[0]} tokens"
-    timings = trials.time({str(rows): (rows, precision) for rows in candidates})
-    row_s = {rows: timings[str(rows)] / rows for rows in candidates if str(rows) in timings}
+    timings = trials.time([(rows, precision) for rows in candidates])
+    row_s = {rows: seconds / rows for (rows, _), seconds in timings.items()}
     if not row_s:
         return candidates[0], "the memory is too small even for this"
     fastest_s = min(row_s.values())
@@ -200,7 +180,7 @@ def _choose_micro_batch(trials: Trials, precision: str) -> tuple[int, str]:
 
 
 def _choose_compile(
-    trials: Trials, precision: str, micro_batch: int, max_steps: int, deterministic: bool
+    trials: "Trials", precision: str, micro_batch: int, max_steps: int, deterministic: bool
 ) -> tuple[bool, str]:
     kind = trials.device.type
     if kind not in COMPILE_GAIN:
@@ -211,33 +191,185 @@ def _choose_compile(
         return False, f"this machine lacks {missing}"
     micro_batch_s = trials.guess_s(micro_batch, precision)
     if micro_batch_s <= TRIED_S:
-        candidates = _candidates(trials)
+        candidates = trials.candidates()
         timed = candidates if micro_batch in candidates else [micro_batch]
-        timings = trials.time({str(rows): (rows, precision) for rows in timed})
-        micro_batch_s = timings.get(str(micro_batch), micro_batch_s)
+        timings = trials.time([(rows, precision) for rows in timed])
+        micro_batch_s = timings.get((micro_batch, precision), micro_batch_s)
     run_s = max_steps * micro_batch_s * trials.rows_per_rank / micro_batch
     saved_s = COMPILE_GAIN[kind] * run_s
     cost_s = COMPILE_S[kind] + COMPILE_LAYER_S[kind] * trials.config.n_layer
     return saved_s > cost_s, f"would save about {saved_s:.0f} s of the run and take {cost_s:.0f} s"
 
 
-def _candidates(trials: Trials) -> list[int]:
-    """Return micro-batches worth trying, ascending: divisors of the rows of a step."""
-    T = trials.config.block_size
-    divisors = [n for n in range(1, trials.rows_per_rank + 1) if trials.rows_per_rank % n == 0]
-    if trials.device.type == "cuda":
-        doubling = [1]
-        for rows in divisors:
-            if rows >= 2 * doubling[-1] and rows * T <= GPU_TOKENS:
-                doubling.append(rows)
-        return doubling
-    memory = usable_memory_bytes() / 4 / trials.local_world_size
-    fitting = [n for n in divisors if n * T * _bytes_per_token(trials.config) <= memory] or [1]
-    largest = {max([n for n in fitting if n * T <= tokens] or [1]) for tokens in CPU_TOKENS}
-    if trials.device.type != "cpu":
-        return [max(largest)]
-    quick = [n for n in largest if trials.guess_s(n, "32-true") <= TRIED_S]
-    return sorted(quick) or [min(largest)]
+@dataclass(config=CHECKED)
+class Measured:
+    """Seconds by trial; provisional where the rounds disagree, as on a busy machine."""
+
+    seconds: dict[str, Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]]
+    provisional: Flag
+
+
+STORED = TypeAdapter(dict[str, Measured])  # by machine and what was measured
+
+
+class Trials:
+    """Forward and backward passes of one shape, and matrix products, timed on one device.
+
+    The times are stored in a JSON file that several processes may share. Provisional ones, and with
+    `remeasure` all, are measured again by the next process; so is everything where the file is
+    damaged.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        device: torch.device,
+        rows_per_rank: int,
+        local_world_size: int,
+        path: Path,
+        remeasure: bool = False,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.rows_per_rank = rows_per_rank
+        self.local_world_size = local_world_size
+        self.path = path
+        self.remeasure = remeasure
+        used = f"{torch.get_num_threads()} threads, {local_world_size} ranks"
+        self.scope = f"{machine_id(device)}, {used}"
+        self.provisional = False  # whether any measurement of this process is
+        self._measured: dict[str, dict[str, float]] = {}  # by this process
+
+    def rate(self, precision: str) -> float:
+        """Return the FLOP/s of matrix products in a precision."""
+        is_choice = self.device.type == "cpu" and precision in CPU_PRECISIONS
+        precisions = CPU_PRECISIONS if is_choice else (precision,)
+        side = PRODUCT_SIDE.get(self.device.type, PRODUCT_SIDE["cuda"])
+
+        def measure() -> Measured:
+            products = {}
+            for name in precisions:
+                a = torch.rand(side, side, device=self.device).to(DTYPES[name])
+                out = torch.empty_like(a)
+                products[name] = partial(torch.mm, a, a.t().contiguous(), out=out)
+            return self._in_turn(products, PRODUCT_S * len(products))
+
+        seconds = self.recall(f"product {', '.join(precisions)}", measure)
+        return 2 * side**3 / seconds[precision]
+
+    def time(self, trials: Collection[Trial]) -> dict[Trial, float]:
+        """Return the seconds of a forward and backward of each trial whose memory suffices.
+
+        The rows ascend.
+        """
+        names = {trial: "{} rows {}".format(*trial) for trial in trials}
+        shape = " ".join(f"{key}={value}" for key, value in self.config.record().items())
+        seconds = self.recall(f"{'; '.join(names.values())}, {shape}", lambda: self._measure(names))
+        return {trial: seconds[name] for trial, name in names.items() if name in seconds}
+
+    def guess_s(self, rows: int, precision: str) -> float:
+        """Return the seconds of a forward and backward at half the rate of matrix products."""
+        tokens = rows * self.config.block_size
+        return 2 * flops_per_token(self.config) * tokens / self.rate(precision)
+
+    def candidates(self) -> list[int]:
+        """Return micro-batches worth trying, ascending: divisors of the rows of a step."""
+        T = self.config.block_size
+        divisors = [n for n in range(1, self.rows_per_rank + 1) if self.rows_per_rank % n == 0]
+        if self.device.type == "cuda":
+            doubling = [1]
+            for rows in divisors:
+                if rows >= 2 * doubling[-1] and rows * T <= GPU_TOKENS:
+                    doubling.append(rows)
+            return doubling
+        memory = usable_memory_bytes() / 4 / self.local_world_size
+        fitting = [n for n in divisors if n * T * _bytes_per_token(self.config) <= memory] or [1]
+        largest = {max([n for n in fitting if n * T <= tokens] or [1]) for tokens in CPU_TOKENS}
+        if self.device.type != "cpu":
+            return [max(largest)]
+        quick = [n for n in largest if self.guess_s(n, "32-true") <= TRIED_S]
+        return sorted(quick) or [min(largest)]
+
+    def recall(self, what: str, measure: Callable[[], Measured]) -> dict[str, float]:
+        """Return the seconds stored for a measurement, which is taken where there are none."""
+        key = f"{self.scope}: {what}"
+        if key in self._measured:
+            return self._measured[key]
+        stored = None if self.remeasure else self._read().get(key)
+        if stored and not stored.provisional:
+            return stored.seconds
+        measured = measure()
+        self.provisional |= measured.provisional
+        self._measured[key] = measured.seconds
+        content = self._read() | {key: measured}  # again: another process may have written
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path) as file:
+                file.write(STORED.dump_json(content, indent=1))
+        except OSError as error:
+            log.warning("measurements are not stored: %s cannot be written (%s)", self.path, error)
+        return measured.seconds
+
+    def _read(self) -> dict[str, Measured]:
+        try:
+            return STORED.validate_json(self.path.read_bytes())
+        except (OSError, ValidationError):
+            return {}
+
+    def _in_turn(self, trials: Mapping[str, Callable[[], object]], budget_s: float) -> Measured:
+        """Return the best seconds of trials that take turns, over several rounds."""
+        times: dict[str, list[float]] = {name: [] for name in trials}
+        start, cpu_start = time.perf_counter(), time.thread_time()
+        for n_rounds in itertools.count():
+            elapsed_s = time.perf_counter() - start
+            if n_rounds >= MIN_ROUNDS and elapsed_s * (n_rounds + 1) / n_rounds > budget_s:
+                break
+            for name, trial in trials.items():
+                began = time.perf_counter()
+                trial()
+                if self.device.type != "cpu":
+                    torch.accelerator.synchronize(self.device)
+                times[name].append(time.perf_counter() - began)
+        cpu_s = time.thread_time() - cpu_start
+        waited = self.device.type == "cpu" and cpu_s < MIN_CPU_SHARE * elapsed_s
+        two_best = [sorted(seconds)[:2] for seconds in times.values()]
+        disagree = any(second > AGREEMENT * best for best, second in two_best)
+        return Measured({name: min(seconds) for name, seconds in times.items()}, waited or disagree)
+
+    def _measure(self, trials: Mapping[Trial, str]) -> Measured:
+        """Time the trials in turn; on a GPU one after another while its memory suffices."""
+        best: dict[str, float] = {}
+        provisional = False
+        try:
+            with self.device:
+                model = GPT(self.config).train()
+            passes = {name: partial(self._pass, model, *trial) for trial, name in trials.items()}
+            if self.device.type != "cuda":
+                return self._in_turn(passes, MEASURE_S)
+            reserve = self._memory_reserve(model)
+            for name, trial in passes.items():
+                trial()  # kernels are loaded and chosen
+                measured = self._in_turn({name: trial}, 0)
+                best |= measured.seconds
+                provisional |= measured.provisional
+            del reserve
+        except torch.OutOfMemoryError:
+            log.debug("memory is full beyond %s rows", list(best))
+        return Measured(best, provisional or not best)
+
+    def _memory_reserve(self, model: GPT) -> torch.Tensor:
+        """Return a tensor (N,) of the bytes that training needs and a trial does not."""
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        n_bytes = BYTES_PER_PARAMETER * model.num_parameters() + int(HEADROOM * total)
+        return torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
+
+    def _pass(self, model: GPT, rows: int, precision: str) -> None:
+        """Run a forward and backward; gradients add up, as over the micro-batches of a step."""
+        shape = (rows, self.config.block_size)
+        input_ids = torch.randint(self.config.vocab_size, shape, device=self.device)
+        with torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "32-true"):
+            loss = next_token_loss(model, input_ids, input_ids)
+        (loss / input_ids.numel()).backward()
 
 
 def _bytes_per_token(config: GPTConfig) -> int:

@@ -24,7 +24,6 @@ from nanogpt.model import GPT
 from nanogpt.optim import factor_at, learning_rates, set_learning_rates
 from nanogpt.prompts import Template
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.training.throughput import mfu
 
 # The batch contract: input_ids (B, T), targets (B, T), step_targets, row_seeds (B,).
 Batch = dict[str, Any]
@@ -207,7 +206,8 @@ class StageModule(LightningModule):
         """Return the share of the devices' peak that the arithmetic uses, 0 where unknown."""
         if not self.peak_flops:
             return 0.0
-        return mfu(tokens_per_s, self.flops_per_token, self.peak_flops, self.trainer.world_size)
+        peak_flops = self.peak_flops * self.trainer.world_size
+        return tokens_per_s * self.flops_per_token / peak_flops
 
     def wall_s(self) -> float:
         """Return the seconds since training began, those of earlier processes included."""

@@ -1,8 +1,6 @@
-"""FLOPs per token, a device's FLOP/s, and the share that is used (MFU)."""
+"""FLOPs per token, and a device's FLOP/s."""
 
-import time
 import warnings
-from collections.abc import Callable
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
@@ -12,9 +10,6 @@ from nanogpt.support import ANY, IN_BLOCKS, check_supported
 from nanogpt.weights import model_without_weights
 
 SUPPORTED = {**IN_BLOCKS, "position": ANY, "activation": ("gelu", "relu2")}
-# Sides of the measured product: large enough to reach the device's rate.
-GEMM_SIDE = {"cpu": 1024, "mps": 2048}
-GEMM_SIDE_GPU = 8192
 # Dense bfloat16 and float16 rates that Lightning's table lacks or gives with sparsity, from the
 # data sheets' sparse rates halved: https://www.nvidia.com/en-us/data-center/h200/, .../h100/.
 DENSE_HALF_FLOPS = {
@@ -44,33 +39,6 @@ def flops_per_token(config: GPTConfig) -> int:
     return 6 * (n_block + config.vocab_size * C) + 12 * L * C * T
 
 
-def mfu(
-    tokens_per_s: float, flops_per_token: float, peak_flops: float, n_devices: int = 1
-) -> float:
-    """Return the share of the devices' peak that the model's arithmetic uses."""
-    return tokens_per_s * flops_per_token / (peak_flops * n_devices)
-
-
-def make_product(device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
-    """Return a function that times one product of random matrices, in seconds per FLOP.
-
-    The matrices are large enough to reach the device's rate.
-    """
-    side = GEMM_SIDE.get(device.type, GEMM_SIDE_GPU)
-    generator = torch.Generator(device).manual_seed(0)
-    a = torch.rand(side, side, generator=generator, device=device).to(dtype)
-    b = a.t().contiguous()
-    out = torch.empty_like(a)
-
-    def seconds_per_flop() -> float:
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        synchronize(device)
-        return (time.perf_counter() - start) / (2 * side**3)
-
-    return seconds_per_flop
-
-
 def peak_flops(device: torch.device, dtype: torch.dtype, measured: float) -> tuple[float, str]:
     """Return the device's arithmetic per second in `dtype` and where the number comes from.
 
@@ -82,12 +50,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype, measured: float) -> tup
     if listed is not None and low * listed <= measured <= high * listed:
         return listed, f"data sheet of {torch.cuda.get_device_name(device)}"
     return measured, "measured by a matrix product"
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its queue."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _listed_flops(device: torch.device, dtype: torch.dtype) -> float | None:
