@@ -25,7 +25,7 @@ from fastapi.middleware import Middleware
 from fastapi.middleware.gzip import GZipMiddleware
 
 import nanogpt
-from serving.api import errors, pages, predict, service, v1
+from serving.api import errors, pages, service, v1
 from serving.api.admission import Admission
 from serving.api.auth import ApiKeys
 from serving.api.cors import Cors
@@ -79,9 +79,8 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
 
 def _add_routes(app: FastAPI) -> None:
     app.include_router(service.router)
-    for router in (v1.router, predict.router):
-        app.include_router(router, prefix="/v1")
-        app.include_router(router, include_in_schema=False)
+    app.include_router(v1.router, prefix="/v1")
+    app.include_router(v1.router, include_in_schema=False)
     app.include_router(pages.router)
     app.mount(
         "/static",

@@ -2,20 +2,23 @@
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from operator import itemgetter
 from typing import Any, TypeVar
 
+import anyio
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
 from serving.api.errors import ApiError
-from serving.api.generation import Choice, Generation, Prompt
+from serving.api.generation import Choice, Generation, Piece, Prompt, cancel
 from serving.api.models import Catalogue, ServedModel
 from serving.api.schemas import UNSUPPORTED, SamplingRequest
 from serving.api.settings import ApiSettings
-from serving.api.stream import EventStream, Format, to_json, whole
-from serving.api.timeouts import Timeouts
+from serving.api.stream import CompletionFormat, EventStream, events, to_json, whole
 from serving.engine.client import EngineClient
 from serving.engine.messages import Generate, SamplingParams, Task
 
@@ -27,6 +30,7 @@ SHARED = {  # fields of requests and SamplingParams with the same names, ranges 
 }
 
 T = TypeVar("T")
+Limits = Sequence[tuple[float, ApiError]]
 
 
 class Call:
@@ -37,10 +41,20 @@ class Call:
         self.settings: ApiSettings = request.app.state.settings
         self.client: EngineClient = request.app.state.client
         self.catalogue: Catalogue = request.app.state.catalogue
-        limits = self.settings.queue_s, self.settings.request_s
-        self.timeouts = Timeouts(*limits, request.state.arrived)
+        self._queue_start = request.state.arrived
         # Requests to the engine take turns by the hash of the API key, and by the client's request.
         self.labels = {"key": request.state.key, "origin": request.state.request_id}
+
+    def limits(self) -> Limits:
+        """Return the seconds left for the first answer and for all, each with its error."""
+        queue_s, request_s = self.settings.queue_s, self.settings.request_s
+        queued = f"The request waited for {queue_s:g} s in vain; try again in a moment."
+        late = f"The answer was not complete within {request_s:g} s; request less at once."
+        now = time.monotonic()
+        return [
+            (self._queue_start + queue_s - now, ApiError(503, queued, code="overloaded")),
+            (self.request.state.arrived + request_s - now, ApiError(504, late, code="timeout")),
+        ]
 
     async def language_model(self, body: SamplingRequest) -> ServedModel:
         """Return the model that generates.
@@ -66,7 +80,7 @@ class Call:
 
     async def load(self, name: str | None, task: Task | None = None) -> ServedModel:
         """Return the model of a name, ready for use; raises ApiError after a timeout."""
-        model = await self.timeouts.within(self.catalogue.load(name, task))
+        model = await _within(self.limits(), self.catalogue.load(name, task))
         self.request.state.log["model"] = model.id
         return model
 
@@ -79,8 +93,19 @@ class Call:
         return self.client.new_id(self.request.state.request_id)
 
     async def gather(self, requests: Sequence[Awaitable[T]]) -> list[T]:
-        """Return the engine's answers to concurrent requests; raises ApiError after a timeout."""
-        return await self.until_disconnect(self.timeouts.gather(requests))
+        """Return the engine's answers to concurrent requests.
+
+        Raises the first exception of a request, and ApiError at the timeouts. After the answers the
+        engine has `queue_s` again.
+        """
+        tasks = [asyncio.ensure_future(request) for request in requests]
+        try:
+            first = asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await self.until_disconnect(_within(self.limits(), first))
+            return await self.until_disconnect(_within(self.limits()[1:], asyncio.gather(*tasks)))
+        finally:
+            await cancel(tasks)
+            self._queue_start = time.monotonic()
 
     def choices(
         self,
@@ -121,39 +146,38 @@ class Call:
                 choices.append(choice)
         return choices
 
-    def generation(self, choices: Sequence[Choice]) -> Generation:
-        """Start to generate answers; the caller closes the generation."""
-        generation = Generation(self.client, choices)
-        generation.start(self.timeouts)
-        return generation
+    async def answer(self, form: CompletionFormat, stream: bool | None) -> Response:
+        """Generate, and answer with a stream or with one object."""
+        if not stream:
+            answers, usage = await self.whole(form.choices)
+            return Response(await whole(form, answers, usage), media_type="application/json")
+        async with AsyncExitStack() as context:
+            generation = await context.enter_async_context(self._generation(form.choices))
+            await self.until_disconnect(generation.wait_for_first(FIRST_PIECE_S))
+            return EventStream(events(form, generation), context.pop_all())
 
-    async def answer(
-        self,
-        body: SamplingRequest,
-        model: ServedModel,
-        prompts: Sequence[Prompt],
-        stop_ids: Sequence[int],
-        stops: Sequence[str],
-        logprobs: int | None,
-        form_class: type[Format],
-    ) -> Response:
-        """Generate, and answer with a stream or with one object; raises ApiError as `choices`."""
-        choices = self.choices(body, model, prompts, stop_ids, stops, logprobs)
-        form = form_class(model, len(choices), logprobs is not None, body.include_usage)
-        generation = self.generation(choices)
-        streams = False
+    async def whole(self, choices: Sequence[Choice]) -> tuple[list[Piece], dict[str, Any]]:
+        """Return the complete answers and their usage."""
+        async with self._generation(choices) as generation:
+            return await self.until_disconnect(generation.whole()), generation.usage()
+
+    @asynccontextmanager
+    async def _generation(self, choices: Sequence[Choice]) -> AsyncIterator[Generation]:
+        """Generate within the context, and log the usage at its end."""
+        generation = Generation(self.client, choices, self.limits())
         try:
-            if body.stream:
-                await self.until_disconnect(generation.wait_for_first(FIRST_PIECE_S))
-                streams = True
-                return EventStream(generation, form, on_end=lambda: self._log_usage(generation))
-            answers = await self.until_disconnect(generation.whole())
-            content = await whole(form, answers, generation.usage())
-            return Response(content, media_type="application/json")
+            yield generation
         finally:
-            if not streams:
+            with anyio.CancelScope(shield=True):
                 await generation.close()
-                self._log_usage(generation)
+            usage = generation.usage()
+            self.request.state.log.update(
+                prompt_tokens=usage["prompt_tokens"],
+                cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+                completion_tokens=usage["completion_tokens"],
+                tokens_per_second=usage["tokens_per_second"],
+                finish_reasons=[choice.finish_reason for choice in choices],
+            )
 
     async def until_disconnect(self, work: Awaitable[T]) -> T:
         """Return the result of work; raises ClientDisconnect as soon as the client disconnects."""
@@ -165,28 +189,25 @@ class Call:
                 raise ClientDisconnect
             return working.result()
         finally:
-            for task in (working, waiting):
-                task.cancel()
-            await asyncio.gather(working, waiting, return_exceptions=True)
+            await cancel([working, waiting])
 
     async def _wait_for_disconnect(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
 
-    def _log_usage(self, generation: Generation) -> None:
-        usage = generation.usage()
-        self.request.state.log.update(
-            prompt_tokens=usage["prompt_tokens"],
-            cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
-            completion_tokens=usage["completion_tokens"],
-            tokens_per_second=usage["tokens_per_second"],
-            finish_reasons=[choice.finish_reason for choice in generation.choices],
-        )
-
 
 def json_response(content: Any) -> Response:
     """Return an answer of 200."""
     return Response(to_json(content), media_type="application/json")
+
+
+async def _within(limits: Limits, work: Awaitable[T]) -> T:
+    """Return the result of work, or raise the error of the first limit that passes."""
+    seconds, error = min(limits, key=itemgetter(0))
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except asyncio.TimeoutError as timeout:
+        raise error from timeout
 
 
 def _bias(bias: Mapping[str, float], model: ServedModel) -> dict[int, float]:

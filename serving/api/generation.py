@@ -5,7 +5,7 @@ Streamed and whole answers both come from here, so their texts are equal.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,7 +13,6 @@ from typing import Any, Literal
 from nanogpt.detokenizer import Detokenizer
 from serving.api import errors
 from serving.api.errors import ApiError
-from serving.api.timeouts import Timeouts
 from serving.engine.client import EngineClient
 from serving.engine.messages import Finished, Generate, Scored, Tokens
 
@@ -110,28 +109,26 @@ class Choice:
 class Generation:
     """The answers to one request as they grow: iterate over it, and close it in any case.
 
-    The engine is read without waiting for the client: a slow one gets longer pieces.
+    The engine is read without waiting for the client: a slow one gets longer pieces. `limits` are
+    the seconds until the first piece and until the end, each with the error of a longer wait.
     """
 
-    def __init__(self, client: EngineClient, choices: Sequence[Choice]) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        choices: Sequence[Choice],
+        limits: Sequence[tuple[float, ApiError]],
+    ) -> None:
         self.choices = choices
-        self.began = time.monotonic()
+        self._began = time.monotonic()
         self._client = client
         self._pieces: dict[int, Piece] = {}  # not yet iterated over, by the index of the answer
         self._changed = asyncio.Event()
         self._error: ApiError | None = None
         self._n_open = len(choices)
-        self._tasks: list[asyncio.Task[None]] = []
-        self._timers: list[asyncio.TimerHandle] = []
-
-    def start(self, timeouts: Timeouts) -> None:
-        """Send the requests to the engine; fail at a timeout."""
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._read(choice)) for choice in self.choices]
-        self._timers = [
-            loop.call_later(timeouts.remaining_queue_s, self._fail, timeouts.queue_error()),
-            loop.call_later(timeouts.remaining_s, self._fail, timeouts.response_error()),
-        ]
+        self._tasks = [loop.create_task(self._read(choice)) for choice in choices]
+        self._timers = [loop.call_later(seconds, self._fail, error) for seconds, error in limits]
 
     async def wait_for_first(self, seconds: float) -> None:
         """Wait for the first piece; raises ApiError where the generation failed before it."""
@@ -164,16 +161,14 @@ class Generation:
         """Cancel the requests that are not finished."""
         for timer in self._timers:
             timer.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel(self._tasks)
 
     def usage(self) -> dict[str, Any]:
         """Return what was computed so far, as the OpenAI API counts it, and how fast."""
         prompts = {id(c.request.prompt_ids): c for c in reversed(self.choices)}.values()
         prompt_tokens = sum(len(choice.request.prompt_ids) for choice in prompts)
         completion_tokens = sum(choice.completion_tokens for choice in self.choices)
-        seconds = time.monotonic() - self.began - min(choice.wait_s for choice in self.choices)
+        seconds = time.monotonic() - self._began - min(choice.wait_s for choice in self.choices)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -211,6 +206,13 @@ class Generation:
     def _fail(self, error: ApiError) -> None:
         self._error = self._error or error
         self._changed.set()
+
+
+async def cancel(tasks: Collection[asyncio.Future[Any]]) -> None:
+    """Cancel tasks, and wait for their end."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def tokens_of(ids: Sequence[int], offsets: Sequence[int], scores: Tokens | Scored) -> list[Token]:

@@ -10,7 +10,7 @@ from typing import TypeVar
 from nanogpt.prompts import Message, Template, find_template
 from nanogpt.tokenizer import Tokenizer, from_record
 from serving.api.errors import ApiError
-from serving.api.schemas import ChatMessage
+from serving.api.schemas import ChatMessage, ChatRequest, TokenizeRequest
 from serving.engine.client import EngineClient
 from serving.engine.messages import ModelDetails, ModelInfo, Task
 
@@ -26,17 +26,12 @@ T = TypeVar("T")
 class ServedModel:
     """A revision of a model; `token_bytes` has the bytes of each id."""
 
-    info: ModelInfo
+    id: str
     details: ModelDetails
     tokenizer: Tokenizer
     template: Template
     token_bytes: list[bytes]
     max_chars: int  # of a text whose tokens can fit the context
-
-    @property
-    def id(self) -> str:
-        """The id of the model."""
-        return self.info.id
 
     @property
     def fingerprint(self) -> str:
@@ -52,32 +47,30 @@ class ServedModel:
         encode = self.tokenizer.encode if alone else self.tokenizer.encode_prompt
         return await _encoded(len(text), partial(encode, text))
 
-    async def encode_chat(
-        self,
-        messages: Sequence[ChatMessage],
-        *,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool | None = None,
-        to_answer: bool = False,
-    ) -> list[int]:
+    async def encode_chat(self, body: ChatRequest | TokenizeRequest) -> list[int]:
         """Return the ids of a conversation, by default with the assistant's turn opened.
 
         `continue_final_message` leaves the last message open instead. Raises ApiError where the
-        template or the tokenizer cannot encode the conversation, and with `to_answer` for one that
-        cannot fit the context.
+        template or the tokenizer cannot encode the conversation, and for one to answer that cannot
+        fit the context.
         """
-        if continue_final_message:
-            _check_continues(messages, add_generation_prompt)
+        messages, continues = body.messages or [], bool(body.continue_final_message)
+        if continues and body.add_generation_prompt:
+            text = "Use either continue_final_message or add_generation_prompt."
+            raise ApiError(400, text, param="continue_final_message")
+        if continues and messages[-1].role != "assistant":
+            text = "continue_final_message continues the assistant's message, and the last one is"
+            raise ApiError(400, f"{text} of role {messages[-1].role!r}.", param="messages")
         conversation = to_messages(messages)
         n_chars = sum(len(message.content) for message in conversation)
-        if to_answer:
+        if isinstance(body, ChatRequest):
             self.check_chars(n_chars, "messages")
         encode = partial(
             self.template.encode,
             self.tokenizer,
             conversation,
-            add_generation_prompt=add_generation_prompt is not False and not continue_final_message,
-            continue_final_message=bool(continue_final_message),
+            add_generation_prompt=body.add_generation_prompt is not False and not continues,
+            continue_final_message=continues,
         )
         try:
             return (await _encoded(n_chars + MESSAGE_CHARS * len(conversation), encode)).ids
@@ -147,13 +140,14 @@ class Catalogue:
         key = (info.id, info.revision)
         building = self._built.get(key)
         if building is None or (building.done() and building.exception()):
-            self._built = {k: task for k, task in self._built.items() if k[0] != info.id}
+            served = {(model.id, model.revision) for model in self.client.models()}
+            self._built = {k: task for k, task in self._built.items() if k in served}
             building = self._built[key] = asyncio.create_task(self._build(info))
         return await asyncio.shield(building)  # shared by concurrent requests
 
     async def _build(self, info: ModelInfo) -> ServedModel:
         details = await self.client.details(info)
-        return await asyncio.to_thread(_build, info, details)
+        return await asyncio.to_thread(_build, info.id, details)
 
 
 def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
@@ -186,19 +180,10 @@ def _text(message: ChatMessage) -> str:
     return "\n".join(part.text or "" for part in message.content)
 
 
-def _check_continues(messages: Sequence[ChatMessage], add_generation_prompt: bool | None) -> None:
-    if add_generation_prompt:
-        text = "Use either continue_final_message or add_generation_prompt."
-        raise ApiError(400, text, param="continue_final_message")
-    if messages[-1].role != "assistant":
-        text = "continue_final_message continues the assistant's message, and the last one is of "
-        raise ApiError(400, f"{text}role {messages[-1].role!r}.", param="messages")
-
-
-def _build(info: ModelInfo, details: ModelDetails) -> ServedModel:
+def _build(model_id: str, details: ModelDetails) -> ServedModel:
     tokenizer = from_record(details.tokenizer)
     tokenizer.encode("warm up")  # builds the table
     template = find_template(details.template or BASE_TEMPLATE)
     token_bytes = tokenizer.token_bytes()
     max_chars = details.block_size * max(map(len, token_bytes))
-    return ServedModel(info, details, tokenizer, template, token_bytes, max_chars)
+    return ServedModel(model_id, details, tokenizer, template, token_bytes, max_chars)

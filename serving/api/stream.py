@@ -9,18 +9,16 @@ import asyncio
 import json
 import secrets
 import time
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
-import anyio
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 from starlette.types import Receive, Scope, Send
 
 from serving.api.errors import ApiError
-from serving.api.generation import Generation, Piece, Token
+from serving.api.generation import Choice, Generation, Piece, Token
 from serving.api.models import ServedModel
 
 DONE = b"data: [DONE]\n\n"
@@ -34,15 +32,13 @@ TEXT = "\x00text\x00"  # a placeholder in rendered JSON
 AppStatus.disable_automatic_graceful_drain()  # open answers finish: see serving/app.py
 
 
-class Format(ABC):
-    """The JSON objects of an answer of one of the two APIs; all share id, time and model."""
+class CompletionFormat:
+    """The JSON objects of `/v1/completions`; those of an answer share id, time and model."""
 
-    prefix: str  # of the id
-    kinds: tuple[str, str]  # of a whole answer and of a chunk
+    prefix = "cmpl"  # of the id
+    kinds = ("text_completion", "text_completion")  # of a whole answer and of a chunk
 
-    def __init__(
-        self, model: ServedModel, n: int, with_logprobs: bool, include_usage: bool
-    ) -> None:
+    def __init__(self, model: ServedModel, choices: Sequence[Choice], include_usage: bool) -> None:
         whole, chunk = self.kinds
         self.head: dict[str, Any] = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
@@ -54,27 +50,33 @@ class Format(ABC):
         self._chunk_head = {**self.head, "object": chunk}
         if include_usage:  # null in all chunks but the last
             self._chunk_head["usage"] = None
-        self._n = n
+        self.choices, self.include_usage = choices, include_usage
         self._token_bytes = model.token_bytes
-        self._with_logprobs, self.include_usage = with_logprobs, include_usage
+        self._with_logprobs = choices[0].request.params.logprobs is not None
         # Frames of text alone are rendered once, but for the text.
-        self._texts = [self._frame(i, self.delta(TEXT)).split(to_json(TEXT)) for i in range(n)]
-
-    @abstractmethod
-    def delta(self, text: str) -> dict[str, Any]:
-        """Return the text of a chunk."""
-
-    @abstractmethod
-    def message(self, text: str) -> dict[str, Any]:
-        """Return the text of a whole answer."""
-
-    @abstractmethod
-    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Return tokens with their log-probabilities."""
+        text = to_json(TEXT)
+        self._texts = [self._frame(c.index, self.delta(TEXT)).split(text) for c in choices]
 
     def opening(self) -> bytes:
         """Return the frames before any text."""
         return b""
+
+    def delta(self, text: str) -> dict[str, Any]:
+        """Return the text of a chunk."""
+        return {"text": text}
+
+    def message(self, text: str) -> dict[str, Any]:
+        """Return the text of a whole answer."""
+        return {"text": text}
+
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """Return tokens with their log-probabilities."""
+        return {
+            "tokens": [self._name(token.id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [self._top(token) for token in tokens],
+            "text_offset": [token.offset for token in tokens],
+        }
 
     def frames(self, piece: Piece) -> bytes:
         """Return a frame with the new text and tokens, and one with the finish reason."""
@@ -111,47 +113,82 @@ class Format(ABC):
         rest = {"logprobs": logprobs, "finish_reason": finish_reason}
         return frame({**self._chunk_head, "choices": [{"index": index, **delta, **rest}]})
 
+    def _top(self, token: Token) -> dict[str, float] | None:
+        """Return the likeliest tokens and the chosen one, with their log-probabilities."""
+        if token.logprob is None:
+            return None
+        top = {self._name(i): logprob for i, logprob in zip(*token.top, strict=True)}
+        return {**top, self._name(token.id): token.logprob}
+
+    def _name(self, token_id: int) -> str:
+        """Return a token's text, or its bytes where they are no text (`bytes:\\xe2\\x80`)."""
+        raw = self._token_bytes[token_id]
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class ChatFormat(CompletionFormat):
+    """The objects of `/v1/chat/completions`."""
+
+    prefix, kinds = "chatcmpl", ("chat.completion", "chat.completion.chunk")
+
+    def opening(self) -> bytes:
+        role = {"delta": {"role": "assistant", "content": None}}
+        return b"".join(self._frame(choice.index, role) for choice in self.choices)
+
+    def delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}
+
+    def message(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        content = [
+            {
+                **self._token(token.id, token.logprob),
+                "top_logprobs": [self._token(*top) for top in zip(*token.top, strict=True)],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        raw = self._token_bytes[token_id]
+        text = raw.decode("utf-8", "replace")
+        return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
 
 class EventStream(EventSourceResponse):
-    """The stream of a generation, which is closed when the stream ends for any reason."""
+    """A stream of frames, and the context that ends with it for any reason."""
 
-    def __init__(
-        self,
-        generation: Generation,
-        form: Format,
-        on_end: Callable[[], None],
-    ) -> None:
+    def __init__(self, frames: AsyncIterator[bytes], context: AsyncExitStack) -> None:
         super().__init__(
-            events(generation, form),
+            frames,
             headers={"Cache-Control": "no-cache, no-transform"},
             ping=PING_S,
             ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
             sep="\n",
         )
-        self.generation = generation
-        self.on_end = on_end
+        self._context = context
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        async with self._context:
             await super().__call__(scope, receive, send)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self.generation.close()
-            self.on_end()
 
 
-async def events(generation: Generation, form: Format) -> AsyncIterator[bytes]:
+async def events(form: CompletionFormat, generation: Generation) -> AsyncIterator[bytes]:
     """Yield the frames of a stream; an error during generation is a frame before `[DONE]`."""
     yield form.opening()
     try:
-        async with aclosing(generation.__aiter__()) as iterator:  # type: ignore[type-var]
-            async for pieces in iterator:
-                frames = []
-                for piece in pieces:
-                    frames.append(form.frames(piece))
-                    if len(frames[-1]) > LONG_BYTES:
-                        await asyncio.sleep(0)
-                yield b"".join(frames)
+        async for pieces in generation:
+            frames = []
+            for piece in pieces:
+                frames.append(form.frames(piece))
+                if len(frames[-1]) > LONG_BYTES:
+                    await asyncio.sleep(0)
+            yield b"".join(frames)
         if form.include_usage:
             yield form.usage(generation.usage())
     except ApiError as error:
@@ -159,7 +196,7 @@ async def events(generation: Generation, form: Format) -> AsyncIterator[bytes]:
     yield DONE
 
 
-async def whole(form: Format, answers: Sequence[Piece], usage: dict[str, Any]) -> bytes:
+async def whole(form: CompletionFormat, answers: Sequence[Piece], usage: dict[str, Any]) -> bytes:
     """Return answers as one JSON object, yielding to the event loop after each."""
     before, after = to_json({**form.head, "choices": [TEXT], "usage": usage}).split(to_json(TEXT))
     parts = [before]

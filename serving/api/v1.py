@@ -1,6 +1,8 @@
-"""The routes of the OpenAI API: models, chat completions and completions."""
+"""The routes of the OpenAI API, and others that compute: labels, tokens, predictions."""
 
 import asyncio
+import secrets
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +11,22 @@ from fastapi import APIRouter, Request, Response
 from nanogpt.detokenizer import Detokenizer
 from serving.api.call import Call, json_response
 from serving.api.errors import ApiError
-from serving.api.generation import Piece, Prompt, Token, tokens_of
+from serving.api.generation import Choice, Piece, Prompt, tokens_of
 from serving.api.models import ServedModel
-from serving.api.schemas import ChatRequest, CompletionRequest
-from serving.api.stream import STREAMS, Format
-from serving.engine.messages import ModelInfo, Score, Scored
+from serving.api.schemas import (
+    ChatMessage,
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    PredictRequest,
+    TokenizeRequest,
+)
+from serving.api.stream import STREAMS, ChatFormat, CompletionFormat
+from serving.engine.messages import Classified, Classify, ModelInfo, Score, Scored
 
 DEFAULT_TOKENS = 16  # of a completion, as the OpenAI API's
+PREDICTED_TOKENS = 100
 
 router = APIRouter()
 
@@ -25,18 +36,8 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Reply to a conversation."""
     call = Call(request)
     model = await call.language_model(body)
-    ids = await model.encode_chat(
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        to_answer=True,
-    )
-    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    prompt = Prompt(ids, model.room_for(ids, limit, "messages"))
-    template = model.template
-    stop_ids, stops = template.stop_ids(model.tokenizer), template.stop_texts
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return await call.answer(body, model, [prompt], stop_ids, stops, logprobs, ChatFormat)
+    choices = await _chat_choices(call, model, body)
+    return await call.answer(ChatFormat(model, choices, body.include_usage), body.stream)
 
 
 @router.post("/completions", responses=STREAMS)
@@ -44,11 +45,8 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue one text or several."""
     call = Call(request)
     model = await call.language_model(body)
-    prompts = await _prompts(body, model, call.max_prompts(body.n or 1))
-    if body.echo and body.logprobs is not None:
-        await _score(call, model, prompts, body.logprobs)
-    stop_ids = [model.tokenizer.eot_id]
-    return await call.answer(body, model, prompts, stop_ids, (), body.logprobs, CompletionFormat)
+    choices = await _completion_choices(call, model, body)
+    return await call.answer(CompletionFormat(model, choices, body.include_usage), body.stream)
 
 
 @router.get("/models")
@@ -79,84 +77,98 @@ async def model(request: Request, model_id: str) -> Response:
     return json_response({**_describe(call.catalogue.find(model_id)), **about})
 
 
-class ChatFormat(Format):
-    """The objects of `/v1/chat/completions`."""
-
-    prefix, kinds = "chatcmpl", ("chat.completion", "chat.completion.chunk")
-
-    def opening(self) -> bytes:
-        role = {"delta": {"role": "assistant", "content": None}}
-        return b"".join(self._frame(index, role) for index in range(self._n))
-
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
-
-    def message(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        content = [
-            {
-                **self._token(token.id, token.logprob),
-                "top_logprobs": [self._token(*top) for top in zip(*token.top, strict=True)],
-            }
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token(self, token_id: int, logprob: float | None) -> dict[str, Any]:
-        raw = self._token_bytes[token_id]
-        text = raw.decode("utf-8", "replace")
-        return {"token": text, "logprob": logprob, "bytes": list(raw)}
-
-
-class CompletionFormat(Format):
-    """The objects of `/v1/completions`."""
-
-    prefix, kinds = "cmpl", ("text_completion", "text_completion")
-
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    message = delta
-
-    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        return {
-            "tokens": [self._name(token.id) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [self._top(token) for token in tokens],
-            "text_offset": [token.offset for token in tokens],
+@router.post("/classify")
+async def classify(request: Request, body: ClassifyRequest) -> Response:
+    """Return the label of each text, and how probable each label is."""
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    call = Call(request)
+    model = await call.load(body.model, "classify")
+    data, n_tokens = await _classify(call, model, texts)
+    return json_response(
+        {
+            "id": f"classify-{secrets.token_hex(12)}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": model.id,
+            "data": data,
+            "usage": {
+                "prompt_tokens": n_tokens,
+                "completion_tokens": 0,
+                "total_tokens": n_tokens,
+            },
         }
-
-    def _top(self, token: Token) -> dict[str, float] | None:
-        """Return the likeliest tokens and the chosen one, with their log-probabilities."""
-        if token.logprob is None:
-            return None
-        top = {self._name(i): logprob for i, logprob in zip(*token.top, strict=True)}
-        return {**top, self._name(token.id): token.logprob}
-
-    def _name(self, token_id: int) -> str:
-        """Return a token's text, or its bytes where they are no text (`bytes:\\xe2\\x80`)."""
-        raw = self._token_bytes[token_id]
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+    )
 
 
-async def _prompts(body: CompletionRequest, model: ServedModel, limit: int) -> list[Prompt]:
-    """Return the prompts, one or several, given as texts or as ids."""
+@router.post("/predict")
+async def predict(request: Request, body: PredictRequest) -> Response:
+    """Return the label of a text, or a language model's answer to it."""
+    call = Call(request)
+    model = await call.load(body.model, "classify")
+    if model.details.labels:
+        data, _ = await _classify(call, model, [body.input_data])
+        return json_response({"prediction": data[0]["label"]})
+    return json_response({"prediction": await _answer(call, model, body)})
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+    """Return the token ids of a text, or of a conversation with the assistant's turn opened.
+
+    Raises ApiError for a body with neither.
+    """
+    chats = bool(body.messages)
+    model = await Call(request).load(body.model, "generate" if chats else None)
+    text = body.content if body.prompt is None else body.prompt
+    if body.messages:
+        ids = await model.encode_chat(body)
+    elif text is not None:
+        ids = await model.encode(text, add_special_tokens=body.add_special_tokens)
+    else:
+        raise ApiError(400, "Give a text as prompt, or messages.", param="prompt")
+    length = model.details.block_size
+    return json_response({"tokens": ids, "count": len(ids), "max_model_len": length})
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+    """Return the text of token ids."""
+    model = await Call(request).load(body.model)
+    model.check_ids(body.tokens, "tokens")
+    text = model.tokenizer.decode(body.tokens)
+    return json_response({"prompt": text, "content": text})
+
+
+async def _chat_choices(call: Call, model: ServedModel, body: ChatRequest) -> list[Choice]:
+    """Return the answers to generate."""
+    ids = await model.encode_chat(body)
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    prompt = Prompt(ids, model.room_for(ids, limit, "messages"))
+    stop_ids = model.template.stop_ids(model.tokenizer)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    stops = model.template.stop_texts
+    return call.choices(body, model, [prompt], stop_ids, stops, logprobs)
+
+
+async def _completion_choices(
+    call: Call, model: ServedModel, body: CompletionRequest
+) -> list[Choice]:
+    """Return the answers to generate; raises ApiError for too many prompts and for empty ones."""
     given: Any = "" if body.prompt is None else body.prompt
     several = isinstance(given, list) and not (given and isinstance(given[0], int))
-    prompts = given if several else [given]
-    if not 1 <= len(prompts) <= limit:
+    texts = given if several else [given]
+    limit = call.max_prompts(body.n or 1)
+    if not 1 <= len(texts) <= limit:
         with_n = f", with n={body.n}" if body.n else ""
-        message = f"There are {len(prompts)} prompts{with_n}; give 1 to {limit} of them."
+        message = f"There are {len(texts)} prompts{with_n}; give 1 to {limit} of them."
         raise ApiError(400, message, param="prompt")
-    if body.add_special_tokens is False and not all(prompts):
+    if body.add_special_tokens is False and not all(texts):
         raise ApiError(400, "A prompt is empty, and add_special_tokens is false.", param="prompt")
     max_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-    return [await _prompt(prompt, max_tokens, model, body) for prompt in prompts]
+    prompts = [await _prompt(text, max_tokens, model, body) for text in texts]
+    if body.echo and body.logprobs is not None:
+        await _score(call, model, prompts, body.logprobs)
+    return call.choices(body, model, prompts, [model.tokenizer.eot_id], (), body.logprobs)
 
 
 async def _prompt(
@@ -185,6 +197,49 @@ async def _score(call: Call, model: ServedModel, prompts: Sequence[Prompt], top:
         detokenizer.feed(prompt.ids)
         prompt.echo.tokens = tokens_of(prompt.ids, detokenizer.starts, scored)
         await asyncio.sleep(0)
+
+
+async def _classify(
+    call: Call, model: ServedModel, texts: list[str]
+) -> tuple[list[dict[str, Any]], int]:
+    """Return the label and the probabilities of each text, and the number of tokens."""
+    model.check_task("classify")
+    if not 1 <= len(texts) <= call.max_prompts():
+        message = f"There are {len(texts)} texts; give 1 to {call.max_prompts()} of them."
+        raise ApiError(400, message, param="input")
+    limit, labels = model.details.block_size, model.details.labels or []
+    ids = [(await model.encode(text, add_special_tokens=False))[:limit] for text in texts]
+    requests = [Classify(call.new_id(), model.id, text, **call.labels) for text in ids]
+    answers = await call.gather([call.client.answer(text, Classified) for text in requests])
+    data = [
+        {
+            "index": index,
+            "label": labels[answer.probabilities.index(max(answer.probabilities))],
+            "probs": answer.probabilities,
+            "num_classes": len(labels),
+            "probabilities": dict(zip(labels, answer.probabilities, strict=True)),
+        }
+        for index, answer in enumerate(answers)
+    ]
+    return data, sum(answer.n_tokens for answer in answers)
+
+
+async def _answer(call: Call, model: ServedModel, body: PredictRequest) -> str:
+    """Return the reply to a message, or the continuation of a text for a base model."""
+    limit = PREDICTED_TOKENS if body.max_tokens is None else body.max_tokens
+    shared: Any = {"max_tokens": limit, "temperature": body.temperature, "seed": body.seed}
+    try:
+        if model.details.template:
+            message = ChatMessage(role="user", content=body.input_data)
+            choices = await _chat_choices(call, model, ChatRequest(messages=[message], **shared))
+        else:
+            completion = CompletionRequest(prompt=body.input_data, **shared)
+            choices = await _completion_choices(call, model, completion)
+    except ApiError as error:
+        error.param = "input_data"
+        raise
+    ((answer, *_), _) = await call.whole(choices)
+    return answer.text
 
 
 def _describe(info: ModelInfo) -> dict[str, Any]:
