@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanogpt.evaluation.hellaswag import completion_request, read_items
+from nanogpt.evaluation.examples import read_items
+from nanogpt.evaluation.hellaswag import Item, completion_request
 from nanogpt.evaluation.scoring import BATCH_SIZE, Request, loglikelihoods
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import gpt2_tokenizer
@@ -37,7 +38,7 @@ def main() -> int:
     device = torch.device(options.device)
     model = GPT(GPTConfig.preset(options.preset)).to(device).eval()
     tokenizer = gpt2_tokenizer()
-    items = read_items(options.data, options.items)
+    items = read_items(Item, options.data, options.items)
     requests = [completion_request(tokenizer, item) for item in items]
     ours, theirs, difference = measure(model, requests, options.rounds, options.batch_size)
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]

@@ -2,6 +2,8 @@
 
     python -m nanogpt.evaluate CHECKPOINT [CHECKPOINT ...] --task hellaswag [--data FILE]
     python -m nanogpt.evaluate RUN --task perplexity --data TEXT --json scores.json
+    python -m nanogpt.evaluate RUN --task hellaswag --processes 8 --device cuda
+    torchrun --nproc_per_node=8 -m nanogpt.evaluate RUN --task hellaswag --device cuda
 
 CHECKPOINT is a .ckpt, a run directory, the name of a run under runs/, a Hugging Face GPT-2's
 directory, or one of gpt2, gpt2-medium, gpt2-large and gpt2-xl. Results are printed as a table with
@@ -14,23 +16,35 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from nanogpt.checkpoint import find_init_from, init_model, load_checkpoint
 from nanogpt.command import add_shared, guard_output, parse, run_command
-from nanogpt.evaluation.processes import device_of_rank, explain, joined, rank_zero_first
+from nanogpt.data.records import PASS_OVER
 from nanogpt.evaluation.results import Row, add_evaluation, lines, run_dir_of, table, write_rows
 from nanogpt.evaluation.scoring import BATCH_SIZE
-from nanogpt.evaluation.tasks import SHARED, TASKS, find_task, task_options
-from nanogpt.ranks import Ranks, launch_ranks
+from nanogpt.evaluation.tasks import OF_LANGUAGE_MODELS, SHARED, TASKS, find_task, task_options
+from nanogpt.ranks import Ranks, launch_ranks, leave_with_launcher
 from nanogpt.report.figures import draw_scores, drawn_metrics, standalone
 from nanogpt.report.report import write_report
 from nanogpt.runs.directory import RunDirectory
-from nanogpt.text import print_line
+from nanogpt.text import first_line, print_line
 
-NOT_RECORDED = {"data", "limit", "data_dir", "batch_size", "options"}  # or recorded by other keys
-NOT_RECORDED |= {"judge_url", "judge_key", "answers", "include_path"}
+REPORT_S = 2.0  # in which rank zero reports an error of all
+# options that are recorded in a run's evaluations.json, if they are not the defaults
+RECORDED = {"stride", "text_column", "separator", "label_column", "max_new_tokens"}
+RECORDED |= {"judge_model", "harness_tasks"}
+# keys of training's configuration that errors on data name, by this command's options
+OPTION_OF = {
+    "data.path=": "--data ",
+    "data.text_column=": "--text-column ",
+    f", {PASS_OVER}": "",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,10 +64,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
             exit_code = launch_ranks(options.processes, ["-m", "nanogpt.evaluate", *given])
         else:
-            measure(options, is_first=ranks.rank == 0)
+            measure(options, ranks)
 
     rank = f" (process {ranks.rank} of {ranks.world_size})" if ranks.rank > 0 else ""
     return run_command(f"nanogpt.evaluate{rank}", work, explain=explain) or exit_code
+
+
+def explain(error: Exception) -> str:
+    """Return an error's message, delayed where rank zero may print the same and end the others."""
+    if Ranks.from_environment().rank > 0:
+        time.sleep(REPORT_S)
+    text = first_line(error)
+    for key, option in OPTION_OF.items():
+        text = text.replace(key, option)
+    return text
 
 
 def check(options: argparse.Namespace, ranks: Ranks) -> None:
@@ -74,46 +98,57 @@ def check(options: argparse.Namespace, ranks: Ranks) -> None:
 
 def find_checkpoints(options: argparse.Namespace) -> list[Path]:
     """Return the paths of the checkpoints, published ones fetched; raises where one is missing."""
-    with rank_zero_first():
-        return [
-            find_init_from(reference, options.runs_dir, options.data_dir)
-            for reference in options.checkpoints
-        ]
+    folders = (options.runs_dir, options.data_dir)
+    return [find_init_from(reference, *folders) for reference in options.checkpoints]
 
 
-def measure(options: argparse.Namespace, is_first: bool) -> None:
+def measure(options: argparse.Namespace, ranks: Ranks) -> None:
     """Score all checkpoints and, on the first rank, print the results before any failure."""
     rows: list[Row] = []
-    if is_first:
+    if ranks.rank == 0:
         log = logging.getLogger("nanogpt.evaluation")  # the scorer's progress
         log.handlers = [logging.StreamHandler()]
         log.setLevel(logging.INFO)
+    leave_with_launcher()
+    if ranks.world_size > 1:
+        dist.init_process_group("gloo")  # for objects only
     try:
-        with joined():
-            paths = find_checkpoints(options)
-            for reference, path in zip(options.checkpoints, paths, strict=True):
-                rows.append(score(reference, path, options, is_first))
+        paths = find_checkpoints(options)
+        for reference, path in zip(options.checkpoints, paths, strict=True):
+            rows.append(score(reference, path, options, ranks))
     finally:
-        if rows and is_first:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if rows and ranks.rank == 0:
             print_results(rows, options)
 
 
-def score(reference: str, path: Path, options: argparse.Namespace, is_first: bool) -> Row:
-    """Return the results of a checkpoint; the first rank adds them to the report of its run."""
-    device = device_of_rank(options.device)
+def score(reference: str, path: Path, options: argparse.Namespace, ranks: Ranks) -> Row:
+    """Return the results of a checkpoint; the first rank adds them to the report of its run.
+
+    Raises ValueError for a classifier in a task of language models.
+    """
+    is_cuda = options.device == "cuda"
+    device = torch.device(f"cuda:{ranks.local_rank}" if is_cuda else options.device)
     checkpoint = (
         load_checkpoint(path, device=device, allow_modules=options.allow_module)
         if path.is_file()
         else init_model(path)
     )
+    if checkpoint.labels is not None and options.task in OF_LANGUAGE_MODELS:
+        raise ValueError(
+            f"{checkpoint.path} is a classifier of {', '.join(checkpoint.labels)} and this task "
+            "scores language models; pass a checkpoint of stage=pretrain or instruct, or "
+            "--task classify"
+        )
     checkpoint.model.to(device).eval()
     task = find_task(options.task)
     read = task_options(task, options)
     row = {"checkpoint": reference, "task": options.task, "results": task(checkpoint, **read)}
     run_dir = run_dir_of(checkpoint.path)
-    if run_dir is not None and is_first and options.report:
+    if run_dir is not None and ranks.rank == 0 and options.report:
         default = parser().get_default
-        own = {k: v for k, v in read.items() if k not in NOT_RECORDED and v != default(k)}
+        own = {k: v for k, v in read.items() if k in RECORDED and v != default(k)}
         data = None if options.data is None else str(options.data.resolve())
         about = {"step": checkpoint.step, "data": data, "limit": options.limit, **own}
         try:

@@ -18,7 +18,8 @@ import torch
 
 from nanogpt.checkpoint import load_checkpoint, record, write_checkpoint
 from nanogpt.evaluate import main
-from nanogpt.evaluation.hellaswag import harness_request, read_items
+from nanogpt.evaluation.examples import read_items
+from nanogpt.evaluation.hellaswag import Item, harness_request
 from nanogpt.evaluation.scoring import Request, loglikelihoods
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
@@ -172,7 +173,7 @@ def test_figures_of_several_filters_keep_their_names() -> None:
     [
         ("items.jsonl", '{"activity_label"', '{oops, "activity_label"', "JSON parse error"),
         ("local_hellaswag.yaml", "{{ctx_a}}", "{{ctx_a.no.thing}}", "has no attribute 'no'"),
-        ("local_hellaswag.yaml", "acc_norm}]", "acc_norm", "local_hellaswag.yaml cannot be read"),
+        ("local_hellaswag.yaml", "acc_norm}]", "acc_norm", "files that are no YAML"),
     ],
 )
 def test_a_task_that_cannot_be_run_is_one_sentence(
@@ -252,7 +253,7 @@ def test_local_completions_through_the_server_give_the_same(
 
     checkpoint = load_checkpoint(checkpoint_path)
     write_tokenizer(TOKENIZER, tmp_path, checkpoint.config.block_size, None)
-    requests = [harness_request(TOKENIZER, item) for item in read_items(items_path)]
+    requests = [harness_request(TOKENIZER, item) for item in read_items(Item, items_path)]
     pairs = [
         (TOKENIZER.decode(request.context), TOKENIZER.decode(ending))
         for request in requests

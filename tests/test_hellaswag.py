@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanogpt.checkpoint import Checkpoint
 from nanogpt.evaluation import hellaswag, scoring
-from nanogpt.evaluation.hellaswag import Item, completion_request, harness_request, read_items
+from nanogpt.evaluation.examples import read_items
+from nanogpt.evaluation.hellaswag import Item, completion_request, harness_request
 from nanogpt.evaluation.scoring import Request, Result, loglikelihoods
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
@@ -144,7 +146,7 @@ def test_an_ending_longer_than_the_context_is_scored_in_pieces() -> None:
 
 
 def test_the_two_styles_build_the_requests_of_their_sources(tmp_path: Path) -> None:
-    [item] = read_items(write(tmp_path / "a.jsonl", ROW))
+    [item] = read_items(Item, write(tmp_path / "a.jsonl", ROW))
     ours, harness = completion_request(TOKENIZER, item), harness_request(TOKENIZER, item)
     assert TOKENIZER.decode(ours.context) == "A female chef stands in a kitchen. she"
     assert TOKENIZER.decode(ours.continuations[1]) == " opens the oven door."
@@ -156,20 +158,23 @@ def test_the_two_styles_build_the_requests_of_their_sources(tmp_path: Path) -> N
 def test_marks_of_wikihow_are_removed_for_the_harness(tmp_path: Path) -> None:
     ctx = "[header] How to boil eggs [title] Take a pot. [step] Fill it."
     row = {**ROW, "ctx": ctx, "ctx_a": ctx, "ctx_b": "", "activity_label": "Food"}
-    [item] = read_items(write(tmp_path / "a.jsonl", row))
+    [item] = read_items(Item, write(tmp_path / "a.jsonl", row))
     request = harness_request(TOKENIZER, item)
     assert TOKENIZER.decode(request.context) == "Food: How to boil eggs. Take a pot. Fill it."
 
 
 def test_a_row_without_its_parts_is_parted_after_the_last_sentence(tmp_path: Path) -> None:
     short = {key: value for key, value in ROW.items() if key not in ("ctx_a", "ctx_b")}
-    items = read_items(write(tmp_path / "a.jsonl", short, {**short, "ctx": "She sits. He stands."}))
-    assert (items[0].ctx_a, items[0].ctx_b) == (ROW["ctx_a"], ROW["ctx_b"])
-    assert (items[1].ctx_a, items[1].ctx_b) == ("She sits. He stands.", "")
+    items = read_items(
+        Item, write(tmp_path / "a.jsonl", short, {**short, "ctx": "She sits. He stands."})
+    )
+    found = [TOKENIZER.decode(harness_request(TOKENIZER, item).context) for item in items]
+    assert found[0] == "Baking cookies: A female chef stands in a kitchen. She"
+    assert found[1] == "Baking cookies: She sits. He stands."
 
 
 def test_labels_are_numbers_or_the_hubs_digits(tmp_path: Path) -> None:
-    items = read_items(write(tmp_path / "a.jsonl", ROW, {**ROW, "label": "2"}))
+    items = read_items(Item, write(tmp_path / "a.jsonl", ROW, {**ROW, "label": "2"}))
     assert [item.label for item in items] == [1, 2]
 
 
@@ -178,26 +183,31 @@ def test_labels_are_numbers_or_the_hubs_digits(tmp_path: Path) -> None:
     [
         ('{"ctx": ', "line 2 is not JSON"),
         ("[1]", "line 2 is no JSON object"),
-        (json.dumps({**ROW, "label": 4}), "line 2 has the label 4 and 0 to 3 are known"),
-        (json.dumps({**ROW, "label": ""}), "line 2 has no label, as the test split"),
-        (json.dumps({**ROW, "endings": ["a"]}), "line 2 has no list of 4 texts under 'endings'"),
-        (json.dumps({**ROW, "ctx": None}), "line 2 has no text under 'ctx'"),
+        (json.dumps({**ROW, "label": 4}), r"line 2 is no Item \(label: .* less than 4"),
+        (json.dumps({**ROW, "label": ""}), r"line 2 is no Item \(label: .* integer"),
+        (json.dumps({**ROW, "endings": ["a"]}), r"line 2 is no Item \(endings: .* 4 items"),
+        (json.dumps({**ROW, "endings": [" "] * 4}), r"line 2 is no Item \(endings.0: "),
+        (json.dumps({**ROW, "ctx": None}), r"line 2 is no Item \(ctx: .* string"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:
     path = write(tmp_path / "a.jsonl", ROW)
     path.write_text(f"{path.read_text()}{line}\n")
     with pytest.raises(ValueError, match=message):
-        read_items(path)
+        read_items(Item, path)
 
 
-def test_the_scores_are_the_shares_of_right_endings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scores_are_the_shares_of_right_endings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The sums prefer the short ending, the means over tokens the long one."""
-    item = Item("a", "b", "b", "", ("xx", "xxxxxxxx", "xx", "xx"), label=1)
+    path = write(tmp_path / "a.jsonl", {**ROW, "endings": ["xx", "xxxxxxxx", "xx", "xx"]})
     likelihoods = [-4.0, -9.0, -5.0, -6.0]  # per token, the space before it counted: 4/3, 1, ...
     found = [Result(value, is_greedy=False) for value in likelihoods]
     monkeypatch.setattr(hellaswag, "loglikelihoods_on_all_ranks", lambda *_: [found])
-    results = hellaswag.evaluate(new_model(), TOKENIZER, [item])
+    model = new_model()
+    checkpoint = Checkpoint(model, TOKENIZER, None, None, "pretrain", model.config, 0, path)
+    results = hellaswag.evaluate(checkpoint, path, None, 8, tmp_path)
     assert (results["acc"], results["acc_norm"], results["acc_stderr"]) == (0.0, 1.0, 0.0)
     assert (results["harness_acc"], results["harness_acc_norm"]) == (0.0, 1.0)
 
@@ -205,7 +215,7 @@ def test_the_scores_are_the_shares_of_right_endings(monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif("NANOGPT_TEST_DATA" not in os.environ, reason="NANOGPT_TEST_DATA is not set")
 def test_all_endings_of_300_genuine_items_score_as_they_do_alone() -> None:
     path = Path(os.environ["NANOGPT_TEST_DATA"]) / "hellaswag" / "hellaswag_val_300.jsonl"
-    items = read_items(path)
+    items = read_items(Item, path)
     model = new_model(block_size=1024, n_layer=1)
     batch = [completion_request(TOKENIZER, item) for item in items]
     differences = [

@@ -23,7 +23,6 @@ from nanogpt.evaluation.results import (
     mean_and_error,
     read_evaluations,
     table,
-    with_published,
 )
 from nanogpt.evaluation.scoring import Request, encode_pair
 from nanogpt.export import main as export
@@ -64,7 +63,7 @@ def stream(tokenizer: Tokenizer, text: str = TEXT) -> list[int]:
 def test_a_uniform_model_needs_the_logarithm_of_its_vocabulary(stride: int) -> None:
     for tokenizer in (TOKENIZER, bpe_tokenizer([TEXT], 300)):
         tokens = stream(tokenizer)
-        results = perplexity.evaluate(uniform(tokenizer), tokenizer, tokens, stride=stride)
+        results = perplexity.scores(uniform(tokenizer), tokenizer, tokens, stride)
         n_bytes = len(TEXT.encode())
         bits = (len(tokens) - 1) * math.log2(tokenizer.vocab_size) / n_bytes
         assert results["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
@@ -74,9 +73,7 @@ def test_a_uniform_model_needs_the_logarithm_of_its_vocabulary(stride: int) -> N
 
 def test_bits_per_byte_do_not_depend_on_the_batches() -> None:
     model, tokens = new_model(), stream(TOKENIZER)
-    found = [
-        perplexity.evaluate(model, TOKENIZER, tokens, batch_size=size) for size in (1, 3, 8, 100)
-    ]
+    found = [perplexity.scores(model, TOKENIZER, tokens, 16, size) for size in (1, 3, 8, 100)]
     assert found[1:] == found[:-1]
 
 
@@ -87,7 +84,7 @@ def test_with_a_stride_of_the_context_windows_are_those_of_validation() -> None:
     for start in range(0, len(tokens) - 1, 32):
         ids = torch.tensor(tokens[start : start + 33])
         nats += float(F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="sum"))
-    results = perplexity.evaluate(model, TOKENIZER, tokens, stride=32)
+    results = perplexity.scores(model, TOKENIZER, tokens, 32)
     assert results["loss"] == pytest.approx(nats / (len(tokens) - 1), abs=1e-6)
 
 
@@ -122,8 +119,12 @@ def test_the_last_word_is_scored_with_its_space() -> None:
     assert TOKENIZER.decode(request.continuations[0]) == " three"
 
 
-def test_a_uniform_models_last_words_by_hand() -> None:
-    found = lambada.evaluate(uniform(TOKENIZER), TOKENIZER, ["a bc", "a bcde"])
+def test_a_uniform_models_last_words_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a bc"}\n{"text": " a bcde\\n"}\n')
+    model = uniform(TOKENIZER)
+    checkpoint = Checkpoint(model, TOKENIZER, None, None, "pretrain", model.config, 0, path)
+    found = lambada.evaluate(checkpoint, path, None, 8, tmp_path)
     mean = (3 + 5) / 2 * math.log(TOKENIZER.vocab_size)
     assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
     assert found["acc"] == 0.0
@@ -153,9 +154,11 @@ def test_the_loss_is_of_the_responses_and_their_ends() -> None:
     assert found["loss"] == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_metrics_of_the_replies_have_those_of_the_responses_as_baselines() -> None:
-    conversations = [conversation("Print a.", "aaaaaaaa"), conversation("Print b.", "bc")]
-    found = instructions.evaluate(chat_model(), conversations, max_new_tokens=4)
+def test_metrics_of_the_replies_have_those_of_the_responses_as_baselines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [("Print a.", "aaaaaaaa"), ("Print b.", "bc")]
+    path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows))
+    found = instructions.evaluate(chat_model(), path, None, 8, max_new_tokens=4)
     assert found["baseline_responses_reply_tokens"] == 5.0
     assert found["baseline_responses_repetition"] == pytest.approx((4 / 5 + 0) / 2)
     assert found["reply_tokens"] <= 4
@@ -169,8 +172,8 @@ def test_repetition_is_the_share_of_runs_seen_before(ids: list[int], share: floa
 
 
 def test_published_metrics_are_lines_of_their_own() -> None:
-    results = with_published({"acc": 0.3, "acc_stderr": 0.01}, {"gpt2_124M": {"acc": 0.2859}})
-    assert results["baseline_published_gpt2_124M_acc"] == 0.2859
+    published = {"baseline_published_gpt2_124M_acc": 0.2859}
+    results = {"acc": 0.3, "acc_stderr": 0.01, **published}
     rows = table([{"checkpoint": "a", "task": "hellaswag", "results": results}]).splitlines()
     assert rows[1].split() == ["a", "hellaswag", "0.3000", "±", "0.0100"]
     assert rows[2].split() == ["gpt2", "124M", "(published)", "hellaswag", "0.2859"]
@@ -323,7 +326,7 @@ def test_the_table_is_there_where_nothing_can_be_drawn(
 ) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     path = saved(tmp_path / "a.ckpt", uniform(TOKENIZER))
-    monkeypatch.setattr(perplexity, "evaluate", lambda *_, **__: {"tokens": 3.0, "bytes": 0.0})
+    monkeypatch.setattr(perplexity, "scores", lambda *_, **__: {"tokens": 3.0, "bytes": 0.0})
     data = ["--task", "perplexity", "--data", str(tmp_path / "a.txt")]
     assert main([str(path), *data, "--picture", str(tmp_path / "a.svg")]) == 1
     output = capsys.readouterr()

@@ -6,7 +6,6 @@
     classification.py                            classifiers
     harness.py         any task of lm-evaluation-harness, on our checkpoints
     examples.py        benchmark files, here or on the Hugging Face hub
-    processes.py       several processes that share the work
     results.py         the table, and the record of a run's evaluations
 
 A task is a function from a checkpoint to metrics by name: `tasks.py`.

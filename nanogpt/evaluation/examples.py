@@ -5,12 +5,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from nanogpt.command import expand_home
-from nanogpt.disk import replacing
+from filelock import FileLock
+from pydantic import BaseModel, ValidationError
+
+from nanogpt.disk import replacing, wait_for_lock
 from nanogpt.hub import hub_errors
 from nanogpt.text import read_jsonl
+
+Item = TypeVar("Item", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -24,21 +28,24 @@ class Benchmark:
 
 
 def find_benchmark(benchmark: Benchmark, data_dir: str | Path) -> Path:
-    """Return the file of a benchmark under `data_dir`, fetched where it is missing.
+    """Return the file of a benchmark under `data_dir`, fetched by one process if it is missing.
 
     Raises the errors of `hub_errors`.
     """
     path = Path(data_dir) / "benchmarks" / f"{benchmark.name}.jsonl"
-    if not path.is_file():
-        instead = f"pass a .jsonl file of it, or copy {path} from a connected machine"
-        with hub_errors(f"the data set {benchmark.repository}", instead):
-            from datasets import load_dataset
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    instead = f"pass a .jsonl file of it, or copy {path} from a connected machine"
+    with wait_for_lock(FileLock(path.with_name(f".{path.name}.lock")), f"fetches {path}"):
+        if not path.is_file():
+            with hub_errors(f"the data set {benchmark.repository}", instead):
+                from datasets import load_dataset
 
-            source = (benchmark.repository, benchmark.subset)
-            rows = list(load_dataset(*source, split=benchmark.split, streaming=True))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, "w") as file:
-            file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+                source = (benchmark.repository, benchmark.subset)
+                rows = list(load_dataset(*source, split=benchmark.split, streaming=True))
+            with replacing(path, "w") as file:
+                file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
     return path
 
 
@@ -48,8 +55,7 @@ def read_rows(path: str | Path, limit: int | None = None) -> Iterator[tuple[str,
     Raises ValueError, naming file and line, for a line that is not one JSON object, and
     FileNotFoundError for a missing file.
     """
-    path = Path(expand_home(str(path)))
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is no file; pass a .jsonl file")
     for where, row in islice(read_jsonl(path), limit):
         if not isinstance(row, dict):
@@ -57,8 +63,21 @@ def read_rows(path: str | Path, limit: int | None = None) -> Iterator[tuple[str,
         yield where, row
 
 
-def text_of(row: dict[str, Any], key: str, where: str) -> str:
-    """Return the text under a key; raises ValueError where it is missing."""
-    if not isinstance(row.get(key), str):
-        raise ValueError(f"{where} has no text under {key!r}; correct it or remove it")
-    return str(row[key])
+def read_items(kind: type[Item], path: str | Path, limit: int | None = None) -> list[Item]:
+    """Return the first `limit` rows of a benchmark's file as objects of a pydantic class.
+
+    Raises as `read_rows` does, and ValueError, naming the line, for a row that is no such object.
+    """
+    items = []
+    for where, row in read_rows(path, limit):
+        try:
+            items.append(kind.model_validate(row))
+        except ValidationError as error:
+            found = error.errors()[0]
+            raise ValueError(
+                f"{where} is no {kind.__name__} ({'.'.join(map(str, found['loc']))}: "
+                f"{found['msg']}); correct or remove it"
+            ) from error
+    if not items:
+        raise ValueError(f"{path} has no rows; pass the file of the benchmark")
+    return items

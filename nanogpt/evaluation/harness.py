@@ -12,28 +12,21 @@ or, for what only its own interface offers:
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from contextlib import redirect_stdout
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import yaml
+import lm_eval
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.evaluation.results import STDERR, Results
 from nanogpt.evaluation.scoring import BATCH_SIZE, Request, loglikelihoods
 from nanogpt.generation import Reply
 from nanogpt.text import first_line
-
-try:
-    import lm_eval
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-except ImportError as error:
-    raise ImportError(
-        f'--task harness needs lm-evaluation-harness ({error}); pip install -e ".[eval]"'
-    ) from error
 
 MAX_NEW_TOKENS = 256  # by default
 RESAMPLES = 100  # where a standard error has no formula; those of means have one
@@ -42,22 +35,14 @@ RESAMPLES = 100  # where a standard error has no formula; those of means have on
 class HarnessModel(TemplateLM):
     """A checkpoint behind the harness's interface, with the log-likelihoods of our scorer."""
 
+    eot_token_id, tokenizer_name = 0, ""  # properties without a setter in the base class
+
     def __init__(self, checkpoint: Checkpoint, batch_size: int = BATCH_SIZE) -> None:
         super().__init__()
-        self.checkpoint = checkpoint
-        self.batch_size = batch_size
-
-    @property
-    def eot_token_id(self) -> int:
-        return self.checkpoint.tokenizer.eot_id
-
-    @property
-    def max_length(self) -> int:
-        return self.checkpoint.config.block_size
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self.checkpoint.tokenizer.name
+        self.checkpoint, self.batch_size = checkpoint, batch_size
+        self.max_length = checkpoint.config.block_size
+        self.eot_token_id = checkpoint.tokenizer.eot_id
+        self.tokenizer_name = checkpoint.tokenizer.name
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -73,32 +58,20 @@ class HarnessModel(TemplateLM):
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (_, context, _) in enumerate(requests):
             groups[tuple(context)].append(i)
-        batch = [
-            Request(context, [requests[i][2] for i in group]) for context, group in groups.items()
-        ]
+        batch = [Request(key, [requests[i][2] for i in group]) for key, group in groups.items()]
         results = loglikelihoods(self.checkpoint.model, batch, self.batch_size)
-        found = {
-            i: (one.loglikelihood, one.is_greedy)
-            for group, of_group in zip(groups.values(), results, strict=True)
-            for i, one in zip(group, of_group, strict=True)
-        }
-        return [found[i] for i in range(len(requests))]
+        indices, answers = map(chain.from_iterable, (groups.values(), results))
+        found = dict(zip(indices, answers, strict=True))
+        return [(found[i].loglikelihood, found[i].is_greedy) for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihoods of whole texts, in the harness's own disjoint windows."""
         sums = []
         for request in requests:
-            (text,) = request.args
-            windows = map(
-                make_disjoint_window,
-                get_rolling_token_windows(
-                    self.tok_encode(text, add_special_tokens=False),
-                    prefix_token=self.prefix_token_id,
-                    max_seq_len=self.max_length,
-                    context_len=1,
-                ),
-            )
-            batch = [Request(context, [scored]) for context, scored in windows]
+            ids = self.tok_encode(*request.args, add_special_tokens=False)
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            pairs = map(make_disjoint_window, windows)
+            batch = [Request(context, [scored]) for context, scored in pairs]
             results = loglikelihoods(self.checkpoint.model, batch, self.batch_size)
             sums.append(sum(one.loglikelihood for [one] in results))
         return sums
@@ -121,16 +94,17 @@ class HarnessModel(TemplateLM):
 
 def evaluate(
     checkpoint: Checkpoint,
-    tasks: Sequence[str],
-    *,
-    include_path: Path | None = None,
-    limit: int | None = None,
-    batch_size: int = BATCH_SIZE,
+    limit: int | None,
+    batch_size: int,
+    harness_tasks: str,
+    include_path: Path | None,
 ) -> Results:
-    """Return the harness's metrics as `<task>_<metric>`.
+    """Run tasks of lm-evaluation-harness, with commas between their names.
 
-    Raises ValueError for an unknown task and for one that cannot be run.
+    The metrics are `<task>_<metric>`. Raises ValueError for an unknown task and for one that cannot
+    be run.
     """
+    tasks = harness_tasks.split(",")
     manager = find_tasks(tasks, include_path)
     model: Any = HarnessModel(checkpoint, batch_size)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # so few resamples are one worker's
@@ -144,21 +118,17 @@ def evaluate(
                 bootstrap_iters=RESAMPLES,
             )
     except Exception as error:  # of the harness, datasets, jinja2 or a task's own code
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # that of datasets has no reason of its own
+            cause = cause.__cause__
         raise ValueError(
-            f"lm-evaluation-harness could not run {','.join(tasks)} ({_cause(error)}); look at the "
-            "task files and their data"
+            f"lm-evaluation-harness could not run {harness_tasks} ({type(cause).__name__}: "
+            f"{first_line(cause)}); look at the task files and their data"
         ) from error
     return flat(found["results"])
 
 
-def _cause(error: BaseException) -> str:
-    """Return the first cause of an error: that of datasets has no reason of its own."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {first_line(error)}"
-
-
-def find_tasks(tasks: Sequence[str], folder: Path | None) -> TaskManager:
+def find_tasks(tasks: list[str], folder: Path | None) -> TaskManager:
     """Return the manager of a folder's tasks or, where it lacks one, of the harness's too.
 
     The thousands of files of the latter take a while to read. Raises ValueError for an unknown
@@ -166,26 +136,17 @@ def find_tasks(tasks: Sequence[str], folder: Path | None) -> TaskManager:
     """
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"--include-path {folder} is no folder of task files")
-    unknown = list(tasks)
-    for more in [{}] if folder is None else [{"include_defaults": False}, {}]:
-        manager = TaskManager(include_path=None if folder is None else str(folder), **more)
+    unknown = tasks
+    for include_defaults in [True] if folder is None else [False, True]:
+        path = None if folder is None else str(folder)
+        manager = TaskManager(include_path=path, include_defaults=include_defaults)
         unknown = [name for name in tasks if not manager.match_tasks([name])]
         if not unknown:
             return manager
     raise ValueError(
-        f"lm-evaluation-harness has no task {unknown[0]!r}{_unreadable(folder)}; "
-        "`lm-eval ls tasks` lists them, --include-path DIR adds some"
+        f"lm-evaluation-harness has no task {unknown[0]!r}; `lm-eval ls tasks` lists them, "
+        "--include-path DIR adds those of a folder's files, but for files that are no YAML"
     )
-
-
-def _unreadable(folder: Path | None) -> str:
-    """Return which task file of a folder is no YAML; the harness skips it silently."""
-    for path in [] if folder is None else sorted(folder.glob("**/*.yaml")):
-        try:
-            yaml.compose(path.read_bytes())
-        except (yaml.YAMLError, OSError) as error:
-            return f", and {path} cannot be read ({' '.join(str(error).split())})"
-    return ""
 
 
 def flat(found: dict[str, dict[str, Any]]) -> Results:

@@ -11,13 +11,14 @@ context in either. `PUBLISHED` has scores of GPT-2 over all 10,042 validation it
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
+from pydantic import BaseModel, Field
 
-from nanogpt.evaluation.examples import Benchmark, read_rows, text_of
+from nanogpt.checkpoint import Checkpoint
+from nanogpt.evaluation.examples import Benchmark, find_benchmark, read_items
 from nanogpt.evaluation.results import Results, mean_and_error
 from nanogpt.evaluation.scoring import BATCH_SIZE, Request, encode_pair, loglikelihoods_on_all_ranks
 from nanogpt.model import GPT
@@ -49,63 +50,41 @@ PUBLISHED: dict[str, Results] = {
 _BEGUN_SENTENCE = re.compile(r"(.*[.!?]) ([^A-Z.!?][^.!?]*)", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Item:
-    """A context, given whole and as its sentences and a begun one, with its endings."""
+class Item(BaseModel, frozen=True):
+    """A row of HellaSwag's validation file, the published one or the hub's.
 
-    activity: str
-    ctx: str
-    ctx_a: str
-    ctx_b: str
-    endings: tuple[str, ...]
-    label: int
-
-
-def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
-    """Return the first `limit` items of a file, the published one or the hub's.
-
-    Without `ctx_a` and `ctx_b` a row's `ctx` is split after its last sentence, if the rest begins
-    in lower case. Raises ValueError, naming file and line, for a row that is no item.
+    `ctx_a` are the sentences of `ctx`, and `ctx_b` is a begun one that the endings complete.
     """
-    items = [_item(row, where) for where, row in read_rows(path, limit)]
-    if not items:
-        raise ValueError(f"{path} has no items; pass HellaSwag's validation file")
-    return items
 
-
-def _item(row: dict[str, Any], where: str) -> Item:
-    endings = row.get("endings")
-    if not (
-        isinstance(endings, list)
-        and len(endings) == N_ENDINGS
-        and all(isinstance(ending, str) and ending.strip() for ending in endings)
-    ):
-        raise ValueError(f"{where} has no list of {N_ENDINGS} texts under 'endings'; correct it")
-    label, known = row.get("label"), [str(i) for i in range(N_ENDINGS)]
-    if label == "":
-        raise ValueError(f"{where} has no label, as the test split; pass the validation split")
-    if isinstance(label, bool) or str(label) not in known:
-        raise ValueError(f"{where} has the label {label!r} and 0 to {N_ENDINGS - 1} are known")
-    ctx = text_of(row, "ctx", where)
-    begun = _BEGUN_SENTENCE.fullmatch(ctx)
-    ctx_a, ctx_b = (begun[1], begun[2]) if begun else (ctx, "")
-    if "ctx_a" in row:
-        ctx_a, ctx_b = text_of(row, "ctx_a", where), text_of(row, "ctx_b", where)
-    activity = text_of(row, "activity_label", where)
-    return Item(activity, ctx, ctx_a, ctx_b, tuple(endings), int(str(label)))
+    activity_label: str
+    ctx: str
+    ctx_a: str | None = None
+    ctx_b: str = ""
+    endings: Annotated[
+        list[Annotated[str, Field(pattern=r"\S")]],
+        Field(min_length=N_ENDINGS, max_length=N_ENDINGS),
+    ]
+    label: Annotated[int, Field(ge=0, lt=N_ENDINGS)]  # the hub's is a digit, of the test split ""
 
 
 def evaluate(
-    model: GPT, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int = BATCH_SIZE
+    checkpoint: Checkpoint, data: Path | None, limit: int | None, batch_size: int, data_dir: Path
 ) -> Results:
-    """Return `acc`, `acc_norm` and their like of the harness, with standard errors."""
+    """Score HellaSwag in both forms, with chance and the published scores as baselines."""
+    items = read_items(Item, data or find_benchmark(BENCHMARK, data_dir), limit)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
     results = completion_scores(model, tokenizer, items, batch_size)
     harness = [harness_request(tokenizer, item) for item in items]
     characters = [[max(1, len(_plain(ending))) for ending in item.endings] for item in items]
     found = _scores(model, items, harness, characters, batch_size)
     results |= {f"harness_{name}": value for name, value in found.items()}
     chance = {f"baseline_chance_{name}": 1 / N_ENDINGS for name in results if "stderr" not in name}
-    return {**results, **chance, "examples": len(items)}
+    published = {
+        f"baseline_published_{who}_{name}": value
+        for who, metrics in PUBLISHED.items()
+        for name, value in metrics.items()
+    }
+    return {**results, **chance, "examples": len(items), **published}
 
 
 def completion_scores(
@@ -124,8 +103,15 @@ def completion_request(tokenizer: Tokenizer, item: Item) -> Request:
 
 
 def harness_request(tokenizer: Tokenizer, item: Item) -> Request:
-    """Return an item as lm-evaluation-harness prompts it (tasks/hellaswag/utils.py)."""
-    text = _plain(f"{item.activity}: {item.ctx_a} {item.ctx_b.capitalize()}")
+    """Return an item as lm-evaluation-harness prompts it (tasks/hellaswag/utils.py).
+
+    Without `ctx_a` its context is split after its last sentence, if the rest begins in lower case.
+    """
+    sentences, begun = item.ctx_a, item.ctx_b
+    if sentences is None:
+        split = _BEGUN_SENTENCE.fullmatch(item.ctx)
+        sentences, begun = split.groups() if split else (item.ctx, "")
+    text = _plain(f"{item.activity_label}: {sentences} {begun.capitalize()}")
     pairs = [encode_pair(tokenizer, text, f" {_plain(ending)}") for ending in item.endings]
     return Request(pairs[0][0], [continuation for _, continuation in pairs])
 

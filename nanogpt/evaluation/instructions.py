@@ -10,10 +10,12 @@ each conversation without its last message: `terminated` is the share of replies
 
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 
 from nanogpt.checkpoint import Checkpoint
+from nanogpt.data.instructions import Conversation, Instructions
 from nanogpt.evaluation.results import Results, mean_and_error, ratio_and_error
 from nanogpt.evaluation.scoring import BATCH_SIZE, Request, loglikelihoods_on_all_ranks
 from nanogpt.generation import Reply
@@ -22,20 +24,15 @@ from nanogpt.tokenizer import Tokenizer
 
 NGRAM = 4  # tokens
 
-Conversation = Sequence[Message]
-
 
 def evaluate(
-    checkpoint: Checkpoint,
-    conversations: Sequence[Conversation],
-    *,
-    max_new_tokens: int,
-    batch_size: int = BATCH_SIZE,
+    checkpoint: Checkpoint, data: Path, limit: int | None, batch_size: int, max_new_tokens: int
 ) -> Results:
-    """Return the metrics of the file's responses and of the model's replies.
+    """Measure the replies to a .jsonl or .json file of instructions and responses.
 
     Raises ValueError for a model without a template.
     """
+    conversations = read_conversations(data, limit)
     losses = response_loss(checkpoint, conversations, batch_size)
     replies = [reply(checkpoint, one[:-1], max_new_tokens) for one in conversations]
     responses = [checkpoint.tokenizer.encode(one[-1].content) for one in conversations]
@@ -48,6 +45,14 @@ def evaluate(
     }
 
 
+def read_conversations(data: Path, limit: int | None) -> list[Conversation]:
+    """Return the conversations of an instruction set; raises ValueError where it has none."""
+    found = Instructions(data, max_examples=limit).conversations
+    if not found:
+        raise ValueError(f"{data} has no conversations; pass instructions and responses")
+    return found
+
+
 def _statistics(texts: Sequence[Sequence[int]]) -> Results:
     return {
         "reply_tokens": float(np.mean([len(ids) for ids in texts])),
@@ -55,7 +60,7 @@ def _statistics(texts: Sequence[Sequence[int]]) -> Results:
     }
 
 
-def reply(checkpoint: Checkpoint, messages: Conversation, max_new_tokens: int) -> Reply:
+def reply(checkpoint: Checkpoint, messages: Sequence[Message], max_new_tokens: int) -> Reply:
     """Return the greedy reply to a conversation; raises ValueError for a model without template."""
     model = (checkpoint.model, checkpoint.tokenizer)
     template = _template_of(checkpoint)

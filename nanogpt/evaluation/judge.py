@@ -28,9 +28,9 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from nanogpt.checkpoint import Checkpoint, weights_sha256
-from nanogpt.evaluation.instructions import Conversation, reply
-from nanogpt.evaluation.results import Results, mean_and_error
-from nanogpt.prompts import trimmed
+from nanogpt.evaluation.instructions import read_conversations, reply
+from nanogpt.evaluation.results import Results, mean_and_error, run_dir_of
+from nanogpt.prompts import Message, trimmed
 
 log = logging.getLogger(__name__)
 
@@ -149,31 +149,41 @@ def _address(url: str) -> SplitResult | None:
 
 def evaluate(
     checkpoint: Checkpoint,
-    conversations: Sequence[Conversation],
-    judge: Judge,
-    answers_path: Path,
-    *,
+    judge_url: str,
+    judge_model: str,
+    judge_key: str | None,
+    data: Path,
+    limit: int | None,
     max_new_tokens: int,
+    answers: Path | None,
 ) -> Results:
-    """Return the mean score of the replies; stored answers are used again.
+    """Let another model score the replies to a file of instructions and responses.
 
-    Raises ValueError where the judge gives no number for a reply in three attempts; its answers up
-    to then are stored.
+    Stored answers are used again. Raises FileNotFoundError where the answers have no folder, and
+    ValueError where the judge gives no number for a reply in three attempts; its answers up to then
+    are stored.
     """
-    weights = weights_sha256(checkpoint.model)
-    known = read_answers(answers_path)
+    path = answers or (run_dir_of(checkpoint.path) or checkpoint.path.parent) / "judge.jsonl"
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--answers {path}: there is no folder for it; make one")
+    conversations = read_conversations(data, limit)
+    key = environment_key(judge_url) if judge_key is None else judge_key
+    judge = Judge(judge_url, judge_model, key.strip())  # of a file's line end
+    weights, known = weights_sha256(checkpoint.model), read_answers(path)
     scores = []
     for number, messages in enumerate(conversations, start=1):
-        key = _key(weights, messages, max_new_tokens, judge.model)
-        if key not in known:
+        texts = [[m.role, m.content, m.context] for m in messages]
+        subject = json.dumps([weights, texts, max_new_tokens, judge_model, PROMPT])
+        digest = hashlib.sha256(subject.encode()).hexdigest()
+        if digest not in known:
             text = trimmed(reply(checkpoint, messages[:-1], max_new_tokens).text)
-            known[key] = _score(judge, messages, text, key, answers_path)
-        scores.append(known[key])
-        log.info("%s of %s: %s", number, len(conversations), known[key])
+            known[digest] = _score(judge, messages, text, digest, path)
+        scores.append(known[digest])
+        log.info("%s of %s: %s", number, len(conversations), known[digest])
     return {**mean_and_error("score", np.array(scores)), "examples": len(scores)}
 
 
-def _score(judge: Judge, messages: Conversation, reply: str, key: str, path: Path) -> int:
+def _score(judge: Judge, messages: Sequence[Message], reply: str, key: str, path: Path) -> int:
     """Return the judge's score of a reply; append each of its answers to the file."""
     texts = [text for m in messages[:-1] for text in (m.content, m.context) if text]
     reference = messages[-1].content
@@ -239,9 +249,3 @@ def read_answers(path: Path) -> dict[str, int]:
             with path.open("ab") as file:
                 file.write(b"\n")
     return {answer.key: answer.score for answer in answers if answer.score is not None}
-
-
-def _key(weights: str, messages: Conversation, max_new_tokens: int, judge_model: str) -> str:
-    texts = [[m.role, m.content, m.context] for m in messages]
-    subject = json.dumps([weights, texts, max_new_tokens, judge_model, PROMPT])
-    return hashlib.sha256(subject.encode()).hexdigest()

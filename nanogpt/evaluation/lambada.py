@@ -7,45 +7,37 @@ continuation; `perplexity` is that of the last words as wholes. Both as `lambada
 lm-evaluation-harness: no token stands before the passage, and no word is ruled out.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import BaseModel, StringConstraints
 
-from nanogpt.evaluation.examples import Benchmark, read_rows, text_of
+from nanogpt.checkpoint import Checkpoint
+from nanogpt.evaluation.examples import Benchmark, find_benchmark, read_items
 from nanogpt.evaluation.results import Results, mean_and_error, perplexity_of
-from nanogpt.evaluation.scoring import BATCH_SIZE, Request, encode_pair, loglikelihoods_on_all_ranks
-from nanogpt.model import GPT
+from nanogpt.evaluation.scoring import Request, encode_pair, loglikelihoods_on_all_ranks
 from nanogpt.tokenizer import Tokenizer
 
 BENCHMARK = Benchmark("lambada_openai_test", "EleutherAI/lambada_openai", "test", "default")
 
 
-def read_passages(path: str | Path, limit: int | None = None) -> list[str]:
-    """Return the texts of the first `limit` rows; raises ValueError, naming the line of a bad one.
+class Passage(BaseModel):
+    """A row of LAMBADA's test file: a text of two words or more."""
 
-    A row is an object with `text`, of two words at least.
-    """
-    passages = []
-    for where, row in read_rows(path, limit):
-        text = text_of(row, "text", where).strip()
-        if " " not in text:
-            raise ValueError(f"{where} has a text of one word; a last word needs words before it")
-        passages.append(text)
-    if not passages:
-        raise ValueError(f"{path} has no passages; pass LAMBADA's test file")
-    return passages
+    text: Annotated[str, StringConstraints(strip_whitespace=True, pattern=" ")]
 
 
 def evaluate(
-    model: GPT, tokenizer: Tokenizer, passages: Sequence[str], batch_size: int = BATCH_SIZE
+    checkpoint: Checkpoint, data: Path | None, limit: int | None, batch_size: int, data_dir: Path
 ) -> Results:
-    """Return accuracy and perplexity of the last words."""
-    requests = [request(tokenizer, passage) for passage in passages]
-    results = [a for [a] in loglikelihoods_on_all_ranks(model, requests, batch_size)]
-    loss = mean_and_error("loss", -np.array([a.loglikelihood for a in results]))
+    """Score the last words of LAMBADA."""
+    passages = read_items(Passage, data or find_benchmark(BENCHMARK, data_dir), limit)
+    requests = [request(checkpoint.tokenizer, passage.text) for passage in passages]
+    results = loglikelihoods_on_all_ranks(checkpoint.model, requests, batch_size)
+    loss = mean_and_error("loss", -np.array([found.loglikelihood for [found] in results]))
     return {
-        **mean_and_error("acc", np.array([a.is_greedy for a in results])),
+        **mean_and_error("acc", np.array([found.is_greedy for [found] in results])),
         **perplexity_of(loss),
         "examples": len(passages),
     }

@@ -9,41 +9,95 @@ token but the first is scored once. `<|endoftext|>` adds loss and no bytes, so t
 compare models of any tokenizer.
 """
 
+import gzip
 import math
-from itertools import pairwise
+from itertools import islice, pairwise
+from pathlib import Path
 
 import numpy as np
 
+from nanogpt.checkpoint import Checkpoint
+from nanogpt.data.corpus import MANIFEST, open_corpus
+from nanogpt.data.pretokenized import TokenShards
+from nanogpt.data.text import TextFiles
 from nanogpt.evaluation.results import Results, perplexity_of, ratio_and_error
 from nanogpt.evaluation.scoring import BATCH_SIZE, Request, Tokens, loglikelihoods_on_all_ranks
 from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer
 
+MAX_GZIP_BYTES = 64 * 2**20  # of a text that is compressed for comparison
+SHARDS = (".bin", ".npy")
+
 
 def evaluate(
-    model: GPT,
-    tokenizer: Tokenizer,
-    tokens: Tokens,
-    *,
-    stride: int | None = None,
-    batch_size: int = BATCH_SIZE,
+    checkpoint: Checkpoint,
+    data: Path,
+    limit: int | None,
+    batch_size: int,
+    stride: int | None,
+    text_column: str,
+    separator: str | None,
 ) -> Results:
-    """Return the metrics of a stream of tokens (N,), in windows of half a context by default.
+    """Score text (.txt .md .py .jsonl .parquet) or token shards, and compress it with gzip.
 
-    Standard errors treat the windows as independent. Raises ValueError for a stride that is no
-    window, and for less than two tokens.
+    Windows are half a context by default. Raises ValueError for a stride that is no window.
     """
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
     block_size = model.config.block_size
     stride = max(block_size // 2, 1) if stride is None else stride
     if not 1 <= stride <= block_size:
         raise ValueError(
             f"--stride {stride} is not from 1 to the model's context of {block_size} tokens"
         )
+    tokens = prepared_tokens(data, checkpoint, limit)
+    if tokens is None:
+        texts = islice(TextFiles(data, text_column, separator=separator).documents(), limit)
+        documents = [[tokenizer.eot_id, *tokenizer.encode(text or "")] for text in texts]
+        tokens = np.array([token for ids in documents for token in ids], dtype=np.int64)
+        if limit is not None and len(documents) == 1:  # counts windows instead
+            tokens = tokens[: 1 + limit * stride]
+    results = scores(model, tokenizer, tokens, stride, batch_size)
+    if 0 < results["bytes"] <= MAX_GZIP_BYTES:
+        content = tokenizer.decode_bytes(tokens.tolist())
+        bits = 8 * len(gzip.compress(content, 9, mtime=0)) / len(content)
+        results["baseline_gzip_bits_per_byte"] = bits
+    return results
+
+
+def prepared_tokens(path: Path, checkpoint: Checkpoint, limit: int | None) -> np.ndarray | None:
+    """Return the tokens (N,) of shards, of a corpus those held out; None where `path` holds text.
+
+    Raises ValueError for a limit, and for tokens of another tokenizer.
+    """
+    tokenizer = checkpoint.tokenizer
+    is_corpus = (path / MANIFEST).is_file()
+    files = path.iterdir() if path.is_dir() else [path]
+    if not is_corpus and not any(file.suffix in SHARDS for file in files):
+        return None
+    if limit is not None:
+        raise ValueError(f"--limit counts documents and {path} holds tokens; leave it out")
+    corpus = open_corpus(path) if is_corpus else TokenShards(path).open(tokenizer, tokenizer.name)
+    if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{path} has tokens of {corpus.tokenizer.name} and {checkpoint.path} another "
+            f"tokenizer ({tokenizer.name}); pass the text itself"
+        )
+    parts = [corpus.val] if path.is_dir() else [corpus.train, corpus.val]
+    return np.concatenate([part.read(0, len(part)) for part in parts])
+
+
+def scores(
+    model: GPT, tokenizer: Tokenizer, tokens: Tokens, stride: int, batch_size: int = BATCH_SIZE
+) -> Results:
+    """Return the metrics of a stream of tokens (N,); standard errors treat windows as independent.
+
+    Raises ValueError for less than two tokens.
+    """
     if len(tokens) < 2:
         raise ValueError(f"the text has {len(tokens)} tokens; give two or more")
-    requests = windows(tokens, block_size, stride)
+    requests = windows(tokens, model.config.block_size, stride)
     results = loglikelihoods_on_all_ranks(model, requests, batch_size)
-    nats = np.array([-a.loglikelihood for [a] in results])
+    nats = np.array([-found.loglikelihood for [found] in results])
     n_tokens = np.array([len(r.continuations[0]) for r in requests])
     sizes = np.array([len(token) for token in tokenizer.token_bytes()])
     n_bytes = np.array([sizes[r.continuations[0]].sum() for r in requests])

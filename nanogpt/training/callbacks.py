@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import validate_call
 
 from nanogpt.evaluation import hellaswag
-from nanogpt.evaluation.examples import find_benchmark
+from nanogpt.evaluation.examples import find_benchmark, read_items
 from nanogpt.generation import Reply
 from nanogpt.prompts import trimmed
 from nanogpt.ranks import on_rank_zero
@@ -87,8 +87,8 @@ class HellaSwag(Periodic):
                 "pass callbacks.hellaswag.every_n_steps=null"
             )
         self.items = on_rank_zero(
-            lambda: hellaswag.read_items(
-                path or find_benchmark(hellaswag.BENCHMARK, data_dir), limit
+            lambda: read_items(
+                hellaswag.Item, path or find_benchmark(hellaswag.BENCHMARK, data_dir), limit
             )
         )
 
