@@ -8,22 +8,17 @@ is appended to `--answers` word for word, with its prompt; the same command cont
 one. The key is --judge-key, or OPENAI_API_KEY for the hosts that it is meant for.
 """
 
-import contextlib
 import hashlib
-import http.client
-import ipaddress
 import json
 import logging
 import os
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-from urllib.parse import SplitResult, urlsplit
+from typing import Annotated
 
+import httpx
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
@@ -31,19 +26,21 @@ from nanogpt.checkpoint import Checkpoint, weights_sha256
 from nanogpt.evaluation.instructions import read_conversations, reply
 from nanogpt.evaluation.results import Results, mean_and_error, run_dir_of
 from nanogpt.prompts import Message, trimmed
+from nanogpt.text import first_line
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # the later ones at a temperature, so that the judge finds other words
 ANSWER_TOKENS = 32
 TIMEOUT_S = 120.0
+OPENAI_URL = "https://api.openai.com/v1"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _OUT_OF = re.compile(r"\s*(/|out of)\s*100\b")
 # a number that ends its line or its part of a sentence, but for the `1.` that begins a list
 _SCORE = re.compile(
     r"(?<![\w.,/–-])(?!1[.)]\s+\w)(\d{1,3})(?:\s*%|\s+points?\b)?(?=[^\w\s/–-]*(?:\s*$|[.,;]\s))",
     re.MULTILINE,
 )
-_BEGINNING = re.compile(rb'\{"key": "[0-9a-f]{64}", "score": ')  # of every stored answer
 PROMPT = """You are grading a reply to an instruction.
 
 Instruction:
@@ -68,7 +65,7 @@ class Judge:
     key: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        if _address(self.url) is None:
+        if _host(self.url) is None:
             raise ValueError(f"--judge-url {self.url!r} is no address; pass http://HOST:PORT/v1")
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError(
@@ -77,40 +74,27 @@ class Judge:
 
     def complete(self, prompt: str, temperature: float = 0.0) -> str:
         """Return the judge's answer; raises ConnectionError, with the address, where none comes."""
+        url = f"{self.url.rstrip('/')}/chat/completions"
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": temperature,
             "max_tokens": ANSWER_TOKENS,
         }
-        url = f"{self.url.rstrip('/')}/chat/completions"
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        if self.key:  # for this address alone, whatever it redirects to
-            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
-        answered: Any = None
+        text = ""
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-                answered = json.load(response)
-            return str(answered["choices"][0]["message"]["content"] or "")
-        except urllib.error.HTTPError as error:
-            text = self._redacted(error.read().decode("utf-8", "replace"))
-            problem = f"refused with {error.code}: {text}"
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            problem = f"cannot be reached ({reason}); start it or correct --judge-url"
-        except (LookupError, TypeError):
-            problem = f"answered {self._redacted(str(answered))}, no chat completion"
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            problem = f"did not answer in JSON ({error})"
-        except ValueError:  # its message may quote a header
-            problem = "cannot be reached; correct --judge-url"
-        raise ConnectionError(f"the judge at {url} {problem}")
-
-    def _redacted(self, text: str) -> str:
-        """Return the beginning of a server's text in one line; some repeat the key."""
-        line = " ".join(text.split())
-        return (line.replace(self.key, "***") if self.key else line)[:300]
+            response = httpx.post(url, json=body, headers=headers, timeout=TIMEOUT_S)
+            text = f"{response.status_code} {response.text}"
+            response.raise_for_status()
+            return str(response.json()["choices"][0]["message"]["content"] or "")
+        except (httpx.HTTPError, LookupError, TypeError, ValueError, RecursionError) as error:
+            reason = " ".join(f"{type(error).__name__}: {first_line(error)}; {text}".split())
+            if self.key:  # some servers repeat it
+                reason = reason.replace(self.key, "***")
+            raise ConnectionError(
+                f"the judge at {url} gave no chat completion ({reason[:300]}); correct --judge-url"
+            ) from None
 
 
 def environment_key(url: str) -> str:
@@ -119,32 +103,18 @@ def environment_key(url: str) -> str:
     It is sent to OpenAI's API or the host of OPENAI_BASE_URL, over TLS, and to loopback addresses;
     another host would learn a key that was set for other programs.
     """
-    key, address = os.environ.get("OPENAI_API_KEY", ""), _address(url)
-    own = _address(os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
-    if not key or address is None:
-        return ""
-    host = address.hostname or ""
-    is_own = address.scheme == "https" and own is not None and host == own.hostname
-    if is_own or _is_loopback(host):
-        return key
-    log.warning(
-        "OPENAI_API_KEY is not sent to %s; pass --judge-key KEY if it is meant for it", host
-    )
-    return ""
+    host, own = _host(url), _host(os.environ.get("OPENAI_BASE_URL") or OPENAI_URL)
+    is_trusted = host in LOOPBACK or (url.startswith("https://") and host == own)
+    return os.environ.get("OPENAI_API_KEY", "") if is_trusted else ""
 
 
-def _is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
-def _address(url: str) -> SplitResult | None:
-    with contextlib.suppress(ValueError):  # of brackets or a port
-        parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return parts
-    return None
+def _host(url: str) -> str | None:
+    """Return the host of an HTTP address, None where it is none."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return None
+    return parsed.host if parsed.scheme in ("http", "https") and parsed.host else None
 
 
 def evaluate(
@@ -225,27 +195,24 @@ class _Answer(BaseModel):
 def read_answers(path: Path) -> dict[str, int]:
     """Return the scores of a file of answers by key, and make it end with a whole line.
 
-    The last line is cut off where a kill left it unfinished. Raises ValueError, and leaves the file
-    as it is, for one that has anything but answers.
+    A line that a kill cut off is skipped. Raises ValueError, and leaves the file as it is, for one
+    that has anything but answers.
     """
-    answers: list[_Answer] = []
-    n_bytes, line = 0, b"\n"
+    scores: dict[str, int] = {}
     content = path.read_bytes() if path.is_file() else b""
-    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
-            answers += [_Answer.model_validate_json(line)] if line.strip() else []
+            answer = _Answer.model_validate_json(line)
         except ValidationError as error:
-            is_cut = not line.endswith(b"\n") and error.errors()[0]["type"] == "json_invalid"
-            if is_cut and (answers or _BEGINNING.match(line)):
-                os.truncate(path, n_bytes)
-                break
-            raise ValueError(
-                f"{path}, line {number} is no answer of a judge; pass --answers FILE, a new file "
-                "or one of answers"
-            ) from error
-        n_bytes += len(line)
-    else:
-        if not line.endswith(b"\n"):
-            with path.open("ab") as file:
-                file.write(b"\n")
-    return {answer.key: answer.score for answer in answers if answer.score is not None}
+            is_json = error.errors()[0]["type"] != "json_invalid"
+            if is_json or not line.startswith(b'{"key": "'):
+                raise ValueError(
+                    f"{path}, line {number} is no answer of a judge; pass --answers FILE, a new "
+                    "file or one of answers"
+                ) from error
+        else:
+            scores |= {} if answer.score is None else {answer.key: answer.score}
+    if content and not content.endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
+    return scores
