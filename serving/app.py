@@ -26,11 +26,9 @@ from fastapi.middleware.gzip import GZipMiddleware
 
 import nanogpt
 from serving.api import errors, pages, service, v1
-from serving.api.admission import Admission
 from serving.api.auth import ApiKeys
-from serving.api.cors import Cors
-from serving.api.logs import RequestLog
 from serving.api.metrics import Metrics
+from serving.api.middleware import Admission, Cors, RequestLog
 from serving.api.models import Catalogue
 from serving.api.schemas import ErrorAnswer
 from serving.api.settings import ApiSettings, read_settings

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from serving.api.admission import Admission
 from serving.api.auth import ApiKeys
+from serving.api.middleware import Admission
 from serving.api.settings import ApiSettings
 from tests.fake_engine import FakeEngine
 from tests.front_end import generated, serve

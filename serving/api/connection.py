@@ -3,16 +3,15 @@
     uvicorn serving.app:create_app --factory --http serving.api.connection:Connection
 
 as `python -m serving` does. An application learns of a request when its headers are complete, and
-cannot cut off a client that does not read; all other limits are in `serving/api/admission.py`.
+cannot cut off a client that does not read; all other limits are in `serving/api/middleware.py`.
 """
 
 import asyncio
 import logging
 import secrets
-from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serving.api.errors import ApiError
 from serving.logs import of_request
@@ -23,23 +22,20 @@ log = logging.getLogger("nanogpt.access")
 
 
 class Connection(HttpToolsProtocol):
-    """A connection that ends where a request is not sent, or an answer not read, in time.
-
-    It overrides asyncio's and httptools' methods, and uvicorn's answer to what is not HTTP. The
-    application finds it in the state of a request, and calls `request_started` and `request_ended`.
-    """
+    """A connection that ends where a request is not sent, or an answer not read, in time."""
 
     def __init__(self, *, app_state: dict[str, Any], **options: Any) -> None:
-        super().__init__(app_state={**app_state, "connection": self}, **options)
+        super().__init__(app_state=app_state, **options)
         self._settings, self._metrics = app_state["settings"], app_state["metrics"]
-        self._request_id = ""  # of the last request
-        self._is_answering = False
         self._in_head = True  # and not in a body
         self._n_head_bytes = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
     def connection_made(self, transport: Any) -> None:
-        self._transport = transport
         super().connection_made(transport)
         self._start_timer("head", self._settings.body_s, transport.close)
 
@@ -50,19 +46,27 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if not self._is_answering:
-            self._start_timer("head", self._settings.body_s, self._transport.close)
+            self._start_timer("head", self._settings.body_s, self.transport.close)
         self._n_head_bytes += len(data) if self._in_head else 0
         super().data_received(data)
-        if self._n_head_bytes > MAX_HEAD_BYTES and not self._transport.is_closing():
+        if self._n_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(ApiError(431, f"The headers are larger than {MAX_HEAD_BYTES:,} bytes."))
 
     def on_headers_complete(self) -> None:
         self._in_head, self._n_head_bytes = False, 0
+        self._stop_timer("head")
+        if not self.transport.get_write_buffer_size():
+            self._stop_timer("write")
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         self._in_head = True
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._is_answering:  # what is left is too little to pause the writing
+            self._start_timer("write", self._settings.write_s, self._check_read)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -75,21 +79,9 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, "This is not HTTP.", code="invalid_http"))
 
-    def request_started(self, request_id: str) -> None:
-        """Stop the timer of the headers: they are complete."""
-        self._request_id, self._is_answering = request_id, True
-        self._stop_timer("head")
-        if not self._transport.get_write_buffer_size():
-            self._stop_timer("write")
-
-    def request_ended(self) -> None:
-        """Start the timer of what is left of the answer, too little to pause the writing."""
-        self._is_answering = False
-        self._start_timer("write", self._settings.write_s, self._check_read)
-
     def _start_timer(self, name: str, seconds: float, action: Any) -> None:
         if name not in self._timers:
-            self._timers[name] = asyncio.get_running_loop().call_later(seconds, action)
+            self._timers[name] = self.loop.call_later(seconds, action)
 
     def _stop_timer(self, name: str) -> None:
         if timer := self._timers.pop(name, None):
@@ -97,21 +89,19 @@ class Connection(HttpToolsProtocol):
 
     def _check_read(self) -> None:
         del self._timers["write"]
-        if self._transport.get_write_buffer_size():
-            extra = of_request(self._request_id)
+        if self.transport.get_write_buffer_size():
+            extra = of_request(self.cycle.scope["state"]["request_id"])
             log.warning("a client read too slowly; it is cut off", extra=extra)
-            self._transport.abort()  # closing would wait for the client
+            self.transport.abort()  # closing would wait for the client
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what is no request, and close the connection."""
         response = error.response()
-        response.headers.update(
-            {"x-request-id": f"req-{secrets.token_hex(12)}", "connection": "close"}
-        )
+        response.headers["x-request-id"] = f"req-{secrets.token_hex(12)}"
+        response.headers["connection"] = "close"
         self._metrics.count("other", "refused", error.status, 0.0)
-        lines = [name + b": " + value for name, value in response.raw_headers]
-        status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()
-        head = b"\r\n".join([status, *lines, b"", b""])
         if not self._is_answering:  # an earlier request
-            self._transport.write(head + response.body)
-        self._transport.close()
+            lines = [b"%b: %b\r\n" % header for header in response.raw_headers]
+            head = [STATUS_LINE[error.status], *lines, b"\r\n"]
+            self.transport.write(b"".join([*head, response.body]))
+        self.transport.close()
