@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from serving.api import middleware
 from serving.api.connection import MAX_HEAD_BYTES, Connection
 from serving.api.settings import ApiSettings
 from tests import front_end
@@ -93,6 +94,15 @@ def test_a_refused_request_is_read_to_its_end(full: str) -> None:
             second.recv(1)
         second.settimeout(10)
         second.sendall(REQUEST[-5:])
+        assert refusal_of(read_one(second))[0] == 503
+
+
+def test_a_refusal_is_not_delayed_where_too_many_are_read(
+    full: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(middleware, "MAX_REFUSALS", 0)
+    with connect(full) as second:
+        second.sendall(REQUEST[:-5])
         assert refusal_of(read_one(second))[0] == 503
 
 

@@ -28,6 +28,7 @@ from serving.api.paths import resolved
 from serving.api.settings import ApiSettings
 
 MAX_CONTAINERS = 350_000  # of a body's lists and objects; nested ones take longest to parse
+MAX_REFUSALS = 1000  # requests that are read although they are refused; more are cut off
 PATIENCE_S = 0.3  # that requests wait for others to arrive: 1,000 refusals take about as long
 OVERLOAD_LOG_S = 1.0  # requests refused within it are one line of the log
 QUIET = ("/health", "/ready", "/metrics")
@@ -142,7 +143,7 @@ class Admission:
         if self.max_open_per_key is None and len(settings.api_keys) > 1:
             self.max_open_per_key = max(1, settings.max_open * 3 // 4)  # no key shuts others out
         self.open: Counter[str] = Counter()  # by key
-        self._n_arrived = 0
+        self._n_arrived = self._n_refusals = 0
         self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -167,8 +168,12 @@ class Admission:
         try:
             key = self._check(scope)
         except ApiError as refusal:
-            if "expect" not in Headers(scope=scope):
-                await self._read(scope, receive, refusal)
+            if "expect" not in Headers(scope=scope) and self._n_refusals < MAX_REFUSALS:
+                self._n_refusals += 1
+                try:
+                    await self._read(scope, receive, refusal)
+                finally:
+                    self._n_refusals -= 1
             raise
         self.open[key] += 1
         try:
