@@ -1,9 +1,6 @@
-"""Numbers, durations, errors and JSON Lines as text: formatted, printed and read in one way."""
+"""Numbers, durations and errors as text: formatted and printed in one way."""
 
-import json
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 
 def format_number(number: float, digits: int = 3) -> str:
@@ -49,21 +46,3 @@ def print_line(text: str = "", end: str = "\n", *, flush: bool = False) -> None:
     """Print to standard output; characters that its encoding lacks become question marks."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), end=end, flush=flush)
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, object]]:
-    """Yield each record of a JSON Lines file after its position, `PATH, line 3`.
-
-    Blank lines are skipped. Raises ValueError, naming the line, where one is not JSON in UTF-8, and
-    FileNotFoundError where there is no such file.
-    """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                try:
-                    yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(
-                        f"{where} is not JSON ({first_line(error)}); write one record per line"
-                    ) from error

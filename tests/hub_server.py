@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from nanogpt.data.source import Extent, Source
+from nanogpt.data.source import Source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -76,8 +76,8 @@ def documents(source: Source, skip: int = 0) -> list[str | None]:
     return list(source.documents(skip))
 
 
-def extent(source: Source) -> Extent | None:
-    return source.extent()
+def text_bytes(source: Source) -> int | None:
+    return source.text_bytes()
 
 
 def pinned(source: Source) -> Source:

@@ -51,5 +51,5 @@ def test_blank_lines_are_passed_over_and_numbers_are_the_files(tmp_path: Path) -
 def test_bytes_that_are_no_text_are_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": "\xff"}\n')
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
+    with pytest.raises(ValueError, match="line 1 is not UTF-8"):
         list(read_rows(path))

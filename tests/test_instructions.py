@@ -129,15 +129,18 @@ def test_json_lines_and_an_array_give_the_same(name: str, tmp_path: Path) -> Non
     [
         ("{", "line 2 is not JSON"),
         ("[1]", "line 2 is no JSON object"),
-        ('{"instruction": "Hi"}', "line 2 has no text under 'response or output'"),
+        ('{"instruction": "Hi"}', "line 2 has no text under 'response'"),
         ('{"instruction": " ", "output": "x"}', "line 2 has no text under 'instruction'"),
-        ('{"instruction": 5, "output": "x"}', "line 2 has a number and not text under 'instr"),
+        ('{"instruction": 5, "output": "x"}', "line 2 has no text under 'instruction' .5 is there"),
         (
             '{"instruction": null, "output": "x"}',
             r"'instruction' \(null is there\); write .* messages",
         ),
-        ('{"text": "Hi"}', r"under 'instruction or prompt' \(it has text\); write instruction and"),
-        ('{"prompt": "Hi", "completion": ["x"]}', "has an array and not text under 'completion'"),
+        ('{"text": "Hi"}', r"under 'instruction' \(it has text\); write instruction and"),
+        (
+            '{"prompt": "Hi", "completion": ["x"]}',
+            r"has no text under 'completion' \(\[\"x\"\] is there",
+        ),
         (
             '{"messages": [{"role": "assistant", "content": null}]}',
             r"has no text under 'content' \(null is there\)",
@@ -162,9 +165,7 @@ def test_a_bad_record_is_named_by_file_and_line(line: str, found: str, tmp_path:
 
 def test_bad_records_can_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "own.jsonl", [*numbered(3), {"text": "?"}, 7])
-    with pytest.raises(
-        ValueError, match=r"has 2 bad records: line 4 has .*; line 5 is no JSON obj"
-    ):
+    with pytest.raises(ValueError, match=r"line 4 has .*; line 5 is no JSON object but 7"):
         _ = Instructions(path).conversations
     with caplog.at_level(logging.INFO):
         assert len(Instructions(path, skip_bad=True).conversations) == 3

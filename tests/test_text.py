@@ -2,7 +2,6 @@
 
 import io
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,6 @@ from nanogpt.text import (
     format_number,
     format_percent,
     print_line,
-    read_jsonl,
 )
 
 
@@ -71,19 +69,3 @@ def test_what_an_encoding_lacks_is_a_question_mark(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     print_line("naïve \ud800", end="|", flush=True)
     assert raw.getvalue() == b"na?ve ?|"
-
-
-def test_records_come_with_their_lines(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}\r\n\n  \n[1]')
-    assert list(read_jsonl(path)) == [(f"{path}, line 1", {"a": "é"}), (f"{path}, line 4", [1])]
-
-
-@pytest.mark.parametrize("line", [b"{", b'{"a": "\xe9"}', b"[" * 100_000])
-def test_a_bad_line_is_named(tmp_path: Path, line: bytes) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"1\n" + line + b"\n3\n")
-    records = read_jsonl(path)
-    assert next(records) == (f"{path}, line 1", 1)
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 is not JSON \(.*\); write one record"):
-        next(records)

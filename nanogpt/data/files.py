@@ -7,8 +7,9 @@ JSON Lines by the line. Only a plain text file, which is one document, is held w
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import islice, repeat
 from typing import IO, Any
 
@@ -18,12 +19,13 @@ from nanogpt.data.records import (
     is_damage,
     is_remote,
     lines,
+    log_once,
     open_file,
     parse_json,
     text_under,
 )
-from nanogpt.data.source import Extent
 from nanogpt.hub import brief
+from nanogpt.text import format_number
 from nanogpt.tokenizer import END_OF_TEXT
 
 RECORDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -32,8 +34,7 @@ TEXTS = (".txt", ".md", ".py")
 STRING_TYPES = ("string", "large_string", "string_view")  # of Arrow, dictionaries of them too
 BATCH_ROWS = 64  # of parquet, decoded together
 BUFFER_BYTES = 2**20  # of a parquet column or a plain text file, read together
-MEASURED_FILES = 16  # read in part for an estimate of all
-MEASURED_LINES = 200  # of each
+COMPRESSION = 3  # of JSON Lines by gzip or zstd, about
 
 log = logging.getLogger(__name__)
 
@@ -73,15 +74,23 @@ class Reader:
                     yield record if isinstance(record, str) else None
                 skip = 0
 
-    def extent(self, paths: Sequence[str]) -> Extent:
-        """Estimate the bytes to read, and those of text in them, from parts of some files."""
-        sizes = file_sizes(paths)
-        measured = range(0, len(paths), -(-len(paths) // MEASURED_FILES))
-        parts = [self._measure(paths[i], sizes[i]) for i in measured]
-        scale = sum(sizes) / max(sum(sizes[i] for i in measured), 1)
-        read_bytes, text_bytes = (round(scale * sum(part)) for part in zip(*parts, strict=True))
-        remote = any(is_remote(path) for path in paths)
-        return Extent(len(paths), read_bytes if remote else 0, text_bytes)
+    def text_bytes(self, paths: Sequence[str]) -> int:
+        """Estimate the bytes of text in files from their sizes, and the footer of the first."""
+        sizes, name, scale = file_sizes(paths), paths[0].lower(), 1.0
+        log.info("reading %s files of %sB in all", len(paths), format_number(sum(sizes)))
+        if name.endswith((".gz", ".zst")):
+            scale = COMPRESSION
+        elif name.endswith(".parquet"):
+            import pyarrow
+            import pyarrow.parquet
+
+            with open_file(paths[0]) as file, suppress(OSError, pyarrow.ArrowException):
+                metadata = pyarrow.parquet.read_metadata(file)
+                groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+                chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+                texts = [chunk for chunk in chunks if chunk.path_in_schema == self.text_column]
+                scale = sum(chunk.total_uncompressed_size for chunk in texts) / max(sizes[0], 1)
+        return round(scale * sum(sizes))
 
     def _blocks(self, path: str) -> Iterator[Block]:
         with open_file(path) as file:
@@ -93,13 +102,12 @@ class Reader:
                 yield from self._json_blocks(file, path)
 
     def _text_blocks(self, file: IO[bytes], path: str) -> Iterator[Block]:
-        pieces = iter(partial(file.read, BUFFER_BYTES), b"")  # the hub repeats each where it fails
         if self.separator is None:
-            yield 1, _whole(pieces, path)
+            yield 1, _whole(file, path)
             return
-        for number, data in enumerate(_separated(pieces, self.separator.encode()), start=1):
-            if data.strip():
-                yield 1, _document(data.strip(b"\r\n"), f"{path}, document {number}")
+        documents = filter(bytes.strip, _separated(file, self.separator.encode()))
+        for number, data in enumerate(documents, start=1):
+            yield 1, _document(data.strip(b"\r\n"), f"{path}, document {number}")
 
     def _json_blocks(self, file: IO[bytes], path: str) -> Iterator[Block]:
         for number, line in lines(file, path):
@@ -169,47 +177,12 @@ class Reader:
             found = f"is not a whole parquet file ({brief(error)})"
             raise BadRecord(found, "fetch it again") from error
         schema = parquet.schema_arrow
-        if self.text_column not in schema.names:
+        if self.text_column not in (texts := [f.name for f in schema if _is_string(f.type)]):
             raise ValueError(
-                f"{path} has no column {self.text_column!r}; it has columns "
-                f"{', '.join(schema.names)}; pass data.text_column=NAME"
-            )
-        kind = schema.field(self.text_column).type
-        if not _is_string(kind):
-            texts = [field.name for field in schema if _is_string(field.type)]
-            raise ValueError(
-                f"column {self.text_column!r} of {path} holds {kind} and not text; pass "
-                f"data.text_column=NAME (text is in {', '.join(texts) or 'none of its columns'})"
+                f"{path} has no column {self.text_column!r} of text (columns of text: "
+                f"{', '.join(texts) or 'none'}); pass data.text_column=NAME"
             )
         return parquet
-
-    def _measure(self, path: str, n_bytes: int) -> tuple[int, int]:
-        """Estimate how many bytes of a file are read, and of them, how many are text."""
-        if path.lower().endswith(TEXTS):
-            return n_bytes, n_bytes
-        with open_file(path) as file:
-            if path.lower().endswith(".parquet"):
-                return self._measure_parquet(file, path)
-            every = self._json_blocks(file, path)  # whose end closes a compressed file
-            blocks = list(islice(every, MEASURED_LINES))
-            n_read = file.tell() if len(blocks) == MEASURED_LINES else n_bytes
-            texts = [t for _, records in blocks for t in records if isinstance(t, str)]
-        n_text = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-        return n_bytes, round(n_text * n_bytes / max(n_read, 1))
-
-    def _measure_parquet(self, file: IO[bytes], path: str) -> tuple[int, int]:
-        try:
-            parquet = self._open_parquet(file, path)
-        except BadRecord:
-            return 0, 0
-        leaves = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
-        column = leaves.index(self.text_column)
-        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
-        chunks = [group.column(column) for group in groups]
-        return (
-            sum(chunk.total_compressed_size for chunk in chunks),
-            sum(chunk.total_uncompressed_size for chunk in chunks),
-        )
 
 
 def file_sizes(paths: Sequence[str]) -> list[int]:
@@ -231,37 +204,23 @@ def _document(data: bytes, where: str) -> Iterator[Record]:
         yield error.at(where)
 
 
-def _whole(pieces: Iterable[bytes], path: str) -> Iterator[Record]:
-    data = b"".join(pieces)
+def _whole(file: IO[bytes], path: str) -> Iterator[Record]:
+    data = b"".join(iter(partial(file.read, BUFFER_BYTES), b""))  # the hub repeats a failed part
     if END_OF_TEXT.encode() in data:
-        _log_marker(os.path.dirname(path))
+        log_once(
+            f"text in {os.path.dirname(path)} holds {END_OF_TEXT}, which is read as plain text; "
+            "where it separates documents, pass it as separator (data.separator, or --separator)"
+        )
     yield from _document(data, path)
 
 
-def _separated(pieces: Iterable[bytes], separator: bytes) -> Iterator[bytes]:
-    """Yield the bytes between the separators; one may reach over two pieces."""
-    begun: list[bytes] = []
-    end = b""  # of the pieces so far, which may begin a separator
-    for piece in pieces:
-        *whole, rest = (end + piece).split(separator)
-        for part in whole:
-            yield b"".join([*begun, part])
-            begun = []
-        cut = max(len(rest) - len(separator) + 1, 0)
-        begun.append(rest[:cut])
-        end = rest[cut:]
-    yield b"".join([*begun, end])
-
-
-@cache
-def _log_marker(folder: str) -> None:
-    """Log, once for each folder, that its files hold the end-of-text marker."""
-    log.info(
-        "text in %s holds %s, which is read as plain text; where it separates documents, pass it "
-        "as separator (data.separator, or --separator)",
-        folder,
-        END_OF_TEXT,
-    )
+def _separated(file: IO[bytes], separator: bytes) -> Iterator[bytes]:
+    """Yield the bytes between the separators; the parts read grow with a document's length."""
+    rest = b""
+    while piece := file.read(max(BUFFER_BYTES, len(rest))):
+        *whole, rest = (rest + piece).split(separator)
+        yield from whole
+    yield rest
 
 
 def _as_bytes(column: Any) -> Any:

@@ -15,7 +15,6 @@ from pydantic.dataclasses import dataclass
 
 from nanogpt.data.files import JSON, RECORDS
 from nanogpt.data.records import BadRecord, open_file, text_under
-from nanogpt.data.source import Extent
 from nanogpt.data.text import TextFiles
 from nanogpt.hub import hub_errors
 from nanogpt.values import CHECKED, Share, Text
@@ -65,13 +64,13 @@ class HubDataset(TextFiles):
         request += [] if self.separator is None else [self.separator]
         return hashlib.sha256(repr(request).encode()).hexdigest()[:16]
 
-    def extent(self) -> Extent | None:
-        """Return an estimate from parts of some files; None for other kinds of files."""
+    def text_bytes(self) -> int | None:
+        """Return an estimate of the bytes of text; None for other kinds of files."""
         if self.path is not None:
-            return super().extent()
+            return super().text_bytes()
         with self._hub_errors():
             files = self._files(self._builder())
-            return self._reader().extent(files) if files else None
+            return self._reader().text_bytes(files) if files else None
 
     def pinned(self, revision: str | None = None) -> "HubDataset":
         """Return this data set at a commit: the one given, or the hub's for its revision now."""

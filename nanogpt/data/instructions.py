@@ -6,7 +6,6 @@ A record has `instruction` (or `prompt`, `question`), `response` (or `output`, `
 of `{"from": "system" | "human" | "gpt", "value": "..."}`.
 """
 
-import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -16,14 +15,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from nanogpt.data.records import (
-    BadRecord,
-    check_text,
-    json_records,
-    kind_of,
-    parse_json,
-    read_all,
-)
+from nanogpt.data.records import BadRecord, json_records, read_all, shown, text_under
 from nanogpt.data.source import Source, files_fingerprint, local_path
 from nanogpt.data.tokenizing import choose_split
 from nanogpt.prompts import ROLES, Message, trimmed
@@ -112,21 +104,16 @@ class Instructions(Source):
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the position of each record of a JSON array or of JSON Lines, and the record.
 
-    A line that is not JSON is a BadRecord in place of its record. Raises ValueError for an array
-    that is not JSON.
+    A line that is not JSON is a BadRecord in place of its record.
     """
-    check_text(path)
-    with path.open("rb") as file:
-        is_array = file.read(2**10).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-    if not is_array:
-        yield from json_records(path)
-        return
     try:
-        records = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
-    except BadRecord as error:
-        raise ValueError(f"{path} {error}; {error.remedy}") from error
-    for number, record in enumerate(records, start=1):
-        yield f"record {number}", record
+        records = json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError):
+        records = None
+    if isinstance(records, list):
+        yield from ((f"record {number}", record) for number, record in enumerate(records, 1))
+    else:
+        yield from json_records(path)
 
 
 def conversation(record: object) -> Conversation:
@@ -136,7 +123,7 @@ def conversation(record: object) -> Conversation:
     (Message('user', 'Add.', '2 and 3'), Message('assistant', '5', ''))
     """
     if not isinstance(record, dict):
-        raise BadRecord(f"is no JSON object but {kind_of(record)}", SHAPES)
+        raise BadRecord(f"is no JSON object but {shown(record)}", SHAPES)
     for key in MESSAGE_KEYS:
         if record.get(key) is not None:
             return _talk(record[key], key)
@@ -184,15 +171,11 @@ def _message(message: dict[str, Any]) -> Message:
 
 def _text(record: dict[str, Any], *keys: str, required: bool = True, indented: bool = False) -> str:
     """Return the text under the first of the keys that is not null."""
-    found = next((record[key] for key in keys if record.get(key) is not None), None)
-    present = [key for key in keys if key in record]
-    names = " or ".join(present or keys[:2])
-    remedy = SHAPES if keys[0] != "content" else "write the text there"
-    if found is not None and not isinstance(found, str):
-        raise BadRecord(f"has {kind_of(found)} and not text under {names!r}", remedy)
-    text = "" if found is None else trimmed(found) if indented else found.strip()
+    key = next((key for key in keys if record.get(key) is not None), None)
+    if key is None and not required:
+        return ""
+    text = text_under(record, key or next((k for k in keys if k in record), keys[0]), SHAPES)
+    text = trimmed(text) if indented else text.strip()
     if required and not text:
-        empty = "null is there" if found is None else "it is empty"
-        what = empty if present else f"it has {', '.join(record) or 'no names'}"
-        raise BadRecord(f"has no text under {names!r} ({what})", remedy)
+        raise BadRecord(f"has no text under {key!r} (it is empty)", SHAPES)
     return text

@@ -2,15 +2,16 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pydantic.dataclasses import dataclass
 
 from nanogpt.command import expand_home
-from nanogpt.data.records import BadRecord, check_text, decode, json_records, read_all, text_under
+from nanogpt.data.records import BadRecord, decode, json_records, read_all, text_under
 from nanogpt.data.source import Source, local_path
 from nanogpt.data.splits import Example, Splits, examples_sha256, split
 from nanogpt.tokenizer import SURROGATE
@@ -103,65 +104,50 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
     if path.suffix.lower() in (".jsonl", ".json"):
         yield from json_records(path)
         return
-    check_text(path)
     is_csv = path.suffix.lower() == ".csv"
-    bad: dict[int, BadRecord] = {}  # by line
-    header: list[str] = []
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines = _checked_lines(file, bad)
         tsv: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        reader = csv.reader(lines, **({"strict": True} if is_csv else tsv))
-        while True:
-            first = reader.line_num + 1
-            row: Any = None
-            try:
-                cells = next(reader)
-            except StopIteration:
-                break
-            except csv.Error as error:
-                if reader.line_num > first:  # other rows may be lost with it
-                    raise ValueError(
-                        f"{path}, line {first} opens a quote that ends nowhere up to line "
-                        f"{reader.line_num} ({error}); close it"
-                    ) from error
-                row = BadRecord(f"is not CSV ({error})", "correct its quotes")
-            else:
-                if not header:
-                    has_header = is_csv or set(columns) <= set(cells) or len(cells) != 2
-                    header = cells if has_header else [columns[1], columns[0]]  # label, text
-                    _check_header(header, path, columns)
-                    if has_header:
-                        continue
-                if "".join(cells).strip():
-                    row = dict(zip(header, cells, strict=False))
-                    if len(cells) != len(header):
-                        names = f"{len(header)} are expected ({', '.join(header)})"
-                        row = BadRecord(f"has {len(cells)} cells and {names}")
-            number = next((n for n in range(first, reader.line_num + 1) if n in bad), first)
-            if row is not None:
-                yield f"line {number}", bad.get(number, row)
-    _check_header(header, path, columns)
-
-
-def _checked_lines(lines: Iterable[str], bad: dict[int, BadRecord]) -> Iterator[str]:
-    """Yield the lines; those with bytes other than UTF-8 are added to `bad` by number."""
-    for number, line in enumerate(lines, start=1):
-        try:
-            if not line.isascii():
-                decode(line.encode("utf-8", "surrogateescape"))
-        except BadRecord as error:
-            bad[number] = error
-        yield line
-
-
-def _check_header(header: list[str], path: Path, columns: Sequence[str]) -> None:
-    for column in columns:
-        if column not in header:
-            names = ", ".join(header).encode("utf-8", "replace").decode()
+        rows = _cells(csv.reader(file, **({"strict": True} if is_csv else tsv)), path)
+        start, first = next(rows, (1, []))
+        if isinstance(first, BadRecord):
+            raise ValueError(f"{path}, line {start} {first}; {first.remedy}")
+        has_header = is_csv or set(columns) <= set(first) or len(first) != 2
+        header = first if has_header else [columns[1], columns[0]]  # label, text
+        if missing := [column for column in columns if column not in header]:
             raise ValueError(
-                f"{path} has no column {column!r} (its first line has {names}); name "
-                f"the columns in the first line, or pass text_column and label_column"
+                f"{path} has no column {missing[0]!r} (its first line has {', '.join(header)}); "
+                "name the columns in the first line, or pass text_column and label_column"
             )
+        for line, cells in rows if has_header else chain([(start, first)], rows):
+            row: Any = cells
+            if isinstance(cells, list):
+                row = dict(zip(header, cells, strict=False))
+                if len(cells) != len(header):
+                    names = f"{len(header)} are expected ({', '.join(header)})"
+                    row = BadRecord(f"has {len(cells)} cells and {names}")
+            yield f"line {line}", row
+
+
+def _cells(reader: Any, path: Path) -> Iterator[tuple[int, list[str] | BadRecord]]:
+    """Yield the first line of each row that is not blank, and the row's cells or its error."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+            decode("\t".join(cells).encode("utf-8", "surrogateescape"))
+            if "".join(cells).strip():
+                yield line, cells
+        except StopIteration:
+            return
+        except BadRecord as error:
+            yield line, error
+        except csv.Error as error:
+            if reader.line_num > line:  # other rows may be lost with it
+                raise ValueError(
+                    f"{path}, line {line} opens a quote that ends nowhere up to line "
+                    f"{reader.line_num} ({error}); close it"
+                ) from error
+            yield line, BadRecord(f"is not CSV ({error})", "correct its quotes")
 
 
 def _example(row: Any, *, text_column: str, label_column: str) -> Example:

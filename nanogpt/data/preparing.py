@@ -32,7 +32,7 @@ from nanogpt.data.corpus import (
     read_tokenizer,
 )
 from nanogpt.data.shards import MAX_SHARD_TOKENS, SHARD_TOKENS, TokenStream, token_dtype
-from nanogpt.data.source import Extent, Source
+from nanogpt.data.source import Source
 from nanogpt.data.tokenizing import Split, batches, choose_split, n_cores, tokenized
 from nanogpt.data.writer import JOURNAL, SPLITS, CorpusWriter, Progress, read_journal, write_json
 from nanogpt.disk import wait_for_lock
@@ -227,10 +227,7 @@ def _write(
     byte_lengths = np.array([len(token) for token in tokenizer.token_bytes()])
     workers = n_cores() if preparation.workers is None else preparation.workers
     committed = time.monotonic()
-    extent, is_checked = source.extent(), False
-    if extent is not None and extent.download_bytes:
-        size, n_files = format_number(extent.download_bytes), extent.files
-        log.info("reading about %sB of %s files on the hub", size, n_files)
+    text_bytes = source.text_bytes()
     with _bar(progress.tokens) as bar:
         to_come = batches(source, split, tokenizer, progress)
         for batch, parts in tokenized(to_come, tokenizer, workers):
@@ -252,32 +249,25 @@ def _write(
             if due and batch.ends_with_document:
                 writer.commit()
                 committed = time.monotonic()
-            bar.total = _expected_tokens(extent, limit, progress)
+            total = _expected_tokens(text_bytes, limit, progress)
+            if bar.total is None and total is not None:
+                n_bytes = total * token_dtype(tokenizer.vocab_size).itemsize
+                free = shutil.disk_usage(preparation.directory).free
+                log.info(
+                    "about %s tokens, %sB on a disk that has %sB free",
+                    *map(format_number, (total, n_bytes, free)),
+                )
+            bar.total = total
             bar.update(progress.tokens - bar.n)
-            if bar.total is not None and not is_checked:
-                is_checked = True
-                item_bytes = token_dtype(tokenizer.vocab_size).itemsize
-                _check_disk(preparation.directory, (bar.total - progress.tokens) * item_bytes)
     writer.finish()
 
 
-def _expected_tokens(extent: Extent | None, limit: int | None, progress: Progress) -> int | None:
+def _expected_tokens(text_bytes: int | None, limit: int | None, progress: Progress) -> int | None:
     """Return the tokens of the whole corpus, estimated from the written part."""
     totals = [] if limit is None else [limit]
-    if extent is not None and progress.bytes:
-        totals.append(extent.text_bytes * progress.tokens // progress.bytes)
+    if text_bytes is not None and progress.bytes:
+        totals.append(text_bytes * progress.tokens // progress.bytes)
     return max(min(totals), progress.tokens) if totals else None
-
-
-def _check_disk(directory: Path, n_bytes: int) -> None:
-    """Warn where the shards will not fit."""
-    free = shutil.disk_usage(directory).free
-    if n_bytes > free:
-        log.warning(
-            "%s has %sB free and needs about %sB: preparing will stop there, and continue when the "
-            "command is issued again with more room",
-            *(directory, format_number(free), format_number(n_bytes)),
-        )
 
 
 def _bar(n_tokens: int) -> tqdm:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from nanogpt.data.files import Reader
-from nanogpt.data.source import Extent, Source, files_fingerprint
+from nanogpt.data.source import Source, files_fingerprint
 from nanogpt.values import CHECKED, Share, Text
 
 LEFT_OUT = {
@@ -37,9 +37,9 @@ class PythonStdlib(Source):
         """Return a hash over the files' names and contents."""
         return files_fingerprint(_root(), [Path(path) for path in self._paths()])
 
-    def extent(self) -> Extent:
+    def text_bytes(self) -> int:
         """Return the size of the files."""
-        return Reader().extent(self._paths())
+        return Reader().text_bytes(self._paths())
 
     def description(self) -> dict[str, Any]:
         """Return Python's version."""

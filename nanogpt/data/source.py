@@ -4,7 +4,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,6 @@ from nanogpt.hub import hub_errors
 HASHED_WHOLE_BYTES = 2**30  # of files above this size in all, samples are hashed
 SAMPLES = 64  # of each such file
 SAMPLE_BYTES = 64 * 2**10
-
-
-@dataclass(frozen=True)
-class Extent:
-    """The approximate size of a source."""
-
-    files: int
-    download_bytes: int  # 0 for local files
-    text_bytes: int  # UTF-8, of the text in all documents
 
 
 class Source(ABC):
@@ -48,8 +38,8 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """Return a text that changes when the documents do, quickly and without a network."""
 
-    def extent(self) -> Extent | None:
-        """Return the size of the source, None where it is unknown; may send requests to the hub."""
+    def text_bytes(self) -> int | None:
+        """Return about the bytes of all text, None where unknown; may send requests to the hub."""
         return None
 
     def pinned(self, revision: str | None = None) -> "Source":

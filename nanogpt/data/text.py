@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from nanogpt.data.files import JSON, RECORDS, TEXTS, Reader
 from nanogpt.data.records import log_once
-from nanogpt.data.source import Extent, Source, files_fingerprint, local_path
+from nanogpt.data.source import Source, files_fingerprint, local_path
 from nanogpt.values import CHECKED, FilePath, Flag, Share, Text
 
 SUFFIXES = (*TEXTS, *RECORDS)
@@ -47,9 +47,9 @@ class TextFiles(Source):
         how = self.text_column if self.separator is None else f"{self.text_column}-{self.separator}"
         return f"{how}-{files_fingerprint(root, paths)}"
 
-    def extent(self) -> Extent | None:
-        """Return an estimate of the text, from parts of some files."""
-        return self._reader().extent([str(path) for path in self._found()[1]])
+    def text_bytes(self) -> int | None:
+        """Return an estimate of the bytes of text."""
+        return self._reader().text_bytes([str(path) for path in self._found()[1]])
 
     def description(self) -> dict[str, Any]:
         """Return the path, and how its files are read."""

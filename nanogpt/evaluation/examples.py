@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
+from nanogpt.data.records import BadRecord, json_records
 from nanogpt.disk import replacing, wait_for_lock
 from nanogpt.hub import hub_errors
-from nanogpt.text import read_jsonl
 
 Item = TypeVar("Item", bound=BaseModel)
 
@@ -57,10 +57,12 @@ def read_rows(path: str | Path, limit: int | None = None) -> Iterator[tuple[str,
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is no file; pass a .jsonl file")
-    for where, row in islice(read_jsonl(path), limit):
+    for position, row in islice(json_records(Path(path)), limit):
+        if isinstance(row, BadRecord):
+            raise ValueError(f"{path}, {position} {row}; {row.remedy}")
         if not isinstance(row, dict):
-            raise ValueError(f"{where} is no JSON object; write one object per line")
-        yield where, row
+            raise ValueError(f"{path}, {position} is no JSON object; write one object per line")
+        yield f"{path}, {position}", row
 
 
 def read_items(kind: type[Item], path: str | Path, limit: int | None = None) -> list[Item]:
