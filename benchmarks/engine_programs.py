@@ -19,7 +19,7 @@ from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.export import main as export
 from serving.engine.forward import Span
 from serving.engine.loading import cache_dtype, make_forward
-from serving.engine.messages import Counters, Generate, SamplingParams, Tokens
+from serving.engine.messages import Generate, SamplingParams, Stats, Tokens
 from serving.engine.runner import Runner
 from serving.engine.scheduler import Scheduler
 from serving.engine.slots import Slots
@@ -57,7 +57,7 @@ class Ours(Program):
         slots = Slots(about.config, MAX_STREAMS, cache_dtype(dtype), torch.device("cpu"))
         forward = make_forward(about.model.requires_grad_(False), slots.cache, dtype)
         scheduler = Scheduler(slots, CHUNK_TOKENS)
-        self.runner = Runner("m", "1", about, dtype, forward, scheduler, Counters())
+        self.runner = Runner("m", "1", about, dtype, forward, scheduler, Stats())
 
     def run(self, prompts: list[list[int]], n_new: int) -> tuple[float, float]:
         start = time.perf_counter()

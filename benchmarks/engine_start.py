@@ -17,11 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import aclosing
 from pathlib import Path
 
 from serving.engine.client import EngineClient, EngineProcess
-from serving.engine.messages import Generate, SamplingParams, Settings
+from serving.engine.messages import Generate, Message, SamplingParams, Settings
 
 
 def main() -> None:
@@ -74,9 +73,10 @@ async def _first_token(process: EngineProcess) -> tuple[float, float]:
     ready = time.perf_counter()
     params = SamplingParams(1, temperature=0)
     request = Generate(client.new_id(), client.find(None).id, [1, 2, 3], params)
-    async with aclosing(client.generate(request)) as answers:
-        await anext(answers)
-        first_token = time.perf_counter()
+    answers: asyncio.Queue[Message] = asyncio.Queue()
+    client.submit(request, answers.put_nowait)
+    await answers.get()
+    first_token = time.perf_counter()
     await client.close()
     return ready, first_token
 

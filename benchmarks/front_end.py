@@ -24,17 +24,15 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import aclosing
 from pathlib import Path
 
 import load
 
 from nanogpt.tokenizer import byte_tokenizer, from_record
-from serving.engine.client import EngineClient, EngineProcess, read_frame
+from serving.engine.client import EngineClient, EngineProcess
 from serving.engine.messages import (
     Cancel,
     Describe,
-    Finished,
     Generate,
     Message,
     ModelDetails,
@@ -43,6 +41,7 @@ from serving.engine.messages import (
     SamplingParams,
     Settings,
     Tokens,
+    read_frame,
     to_frame,
 )
 
@@ -148,12 +147,15 @@ async def _straight_rate(engine: EngineProcess, options: argparse.Namespace) -> 
 
     async def one(seed: int, ids: list[int]) -> int:
         params = SamplingParams(options.max_tokens, seed, ignore_eos=True)
+        answers: asyncio.Queue[Message] = asyncio.Queue()
+        client.submit(Generate(client.new_id(), model.id, ids, params), answers.put_nowait)
         n = 0
-        request = Generate(client.new_id(), model.id, ids, params)
-        async with aclosing(client.generate(request)) as events:
-            async for event in events:
-                n += len(event.ids) if isinstance(event, Tokens) else 0
-        return n
+        while True:
+            answer = await answers.get()
+            assert isinstance(answer, Tokens)
+            n += len(answer.ids)
+            if answer.finish_reason:
+                return n
 
     began = time.perf_counter()
     counts = await asyncio.gather(*(one(seed, ids) for seed, ids in enumerate(prompts)))
@@ -202,10 +204,11 @@ async def _step(
         frame: list[Message] = []
         for request_id, counted in list(streams.items()):
             counted[0] += 1
-            frame.append(Tokens(request_id, [97 + counted[0] % 26]))
+            tokens = Tokens(request_id, [97 + counted[0] % 26])
             if counted[0] == counted[1]:
                 del streams[request_id]
-                frame.append(Finished(request_id, "length", 0, 0.0))
+                tokens.finish_reason = "length"
+            frame.append(tokens)
         if frame:
             writer.write(to_frame(frame))
             await writer.drain()

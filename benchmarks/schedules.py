@@ -22,7 +22,7 @@ import random
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -35,7 +35,6 @@ from serving.engine.client import EngineClient, EngineProcess
 from serving.engine.engine import Engine
 from serving.engine.messages import (
     Failed,
-    Finished,
     Generate,
     Message,
     SamplingParams,
@@ -71,13 +70,12 @@ class Answer:
             self.ids += message.ids
             self.logprobs += message.logprobs or []
             self.top += zip(message.top_ids or [], message.top_logprobs or [], strict=True)
-            self.cached_tokens += message.cached_tokens or 0
+            self.cached_tokens = message.cached_tokens
+            self.end = message.finish_reason or ""
         elif isinstance(message, Scored):
             self.logprobs = [value or 0.0 for value in message.logprobs]
             self.top = list(zip(message.top_ids, message.top_logprobs, strict=True))
             self.end = "scored"
-        elif isinstance(message, Finished):
-            self.end = message.reason
         elif isinstance(message, Failed):
             self.end = f"failed: {message.message}"
 
@@ -225,12 +223,14 @@ class Schedule:
         request = Generate(self.client.new_id(), self.model, prompt, params, key=key, origin=origin)
         answer, leaves_after = Answer(), rng.randint(0, 12) if rng.random() < 0.15 else None
         self.exchanges.append((request, answer))
-        async with self._place(), aclosing(self.client.generate(request)) as messages:
-            async for message in messages:
-                answer.add(message)
-                if leaves_after is not None and len(answer.ids) >= leaves_after:
-                    answer.left = isinstance(message, Tokens)
-                    break
+        messages: asyncio.Queue[Message] = asyncio.Queue()
+        async with self._place():
+            self.client.submit(request, messages.put_nowait)
+            while not answer.end and not answer.left:
+                answer.add(await messages.get())
+                has_enough = leaves_after is not None and len(answer.ids) >= leaves_after
+                answer.left = has_enough and not answer.end
+            self.client.cancel(request.request_id)
         return answer
 
     async def _score(self, prompt: list[int], rng: random.Random) -> None:

@@ -12,7 +12,7 @@ from nanogpt.classifier import Classifier
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
 from serving.engine.engine import Engine
-from serving.engine.messages import Finished, Generate, Message, SamplingParams, Settings, Tokens
+from serving.engine.messages import Generate, Message, SamplingParams, Settings, Tokens
 from serving.engine.runner import Event
 
 MODERN: dict[str, Any] = {
@@ -59,7 +59,7 @@ class Answer:
     @property
     def outcome(self) -> tuple[object, ...]:
         """Return the part that must depend on the request alone."""
-        reason = self.end.reason if isinstance(self.end, Finished) else self.end
+        reason = self.end.finish_reason if isinstance(self.end, Tokens) else self.end
         return self.ids, self.logprobs, self.top, reason
 
 
@@ -81,7 +81,7 @@ class InlineEngine:
                 answer.logprobs += message.logprobs or []
                 tops = zip(message.top_ids or [], message.top_logprobs or [], strict=True)
                 answer.top += tops
-            else:
+            if not isinstance(message, Tokens) or message.finish_reason:
                 answer.end = message
 
     def step(self) -> None:

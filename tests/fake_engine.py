@@ -1,20 +1,19 @@
 """An engine without a model that sends prepared replies, for tests of its clients."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
 from nanogpt.tokenizer import Tokenizer, byte_tokenizer
-from serving.engine.client import read_frame
+from serving.engine.client import EngineClient
 from serving.engine.messages import (
     Cancel,
     Classified,
     Classify,
     Describe,
+    EngineError,
     Failed,
-    Finished,
     Generate,
-    GetStats,
     Message,
     ModelDetails,
     ModelInfo,
@@ -23,6 +22,7 @@ from serving.engine.messages import (
     Scored,
     Stats,
     Tokens,
+    read_frame,
     to_frame,
 )
 
@@ -93,12 +93,21 @@ class FakeEngine:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.append(writer)
         writer.write(to_frame([Models(self.models)]))
+        beating = asyncio.create_task(self._beat(writer))
         try:
             while True:
                 for message in await read_frame(reader):
                     self._receive(message, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
+        finally:
+            beating.cancel()
+
+    async def _beat(self, writer: asyncio.StreamWriter) -> None:
+        while True:
+            stats = Stats(slots=4, device="cpu", dtype="fp32", threads=1)
+            writer.write(to_frame([stats]))
+            await asyncio.sleep(0.5)
 
     def _receive(self, message: Message, writer: asyncio.StreamWriter) -> None:
         self.requests.append(message)
@@ -121,7 +130,7 @@ class FakeEngine:
             writer.write(to_frame([tokens(request, ids[start : start + self.step])]))
             await writer.drain()
             await asyncio.sleep(self.delay_s)
-        end = Finished(request.request_id, reason, 0, 0.0)  # type: ignore[arg-type]
+        end = Tokens(request.request_id, [], finish_reason=reason)  # type: ignore[arg-type]
         writer.write(to_frame([end]))
         self._answering.pop(request.request_id, None)
 
@@ -147,16 +156,6 @@ class FakeEngine:
             labels = self.about["labels"] or []
             even = [1 / len(labels)] * len(labels)
             return Classified(message.request_id, even, 3)
-        if isinstance(message, GetStats):
-            return Stats(
-                request_id=message.request_id,
-                slots=4,
-                slots_used=0,
-                queued=0,
-                device="cpu",
-                dtype="fp32",
-                threads=1,
-            )
         return None
 
 
@@ -167,3 +166,19 @@ def tokens(request: Generate, ids: list[int]) -> Tokens:
         return Tokens(request.request_id, ids)
     tops = [list(range(top)) for _ in ids]
     return Tokens(request.request_id, ids, [-1.0] * len(ids), tops, [[-1.0] * top for _ in ids])
+
+
+async def generate(client: EngineClient, request: Generate) -> AsyncGenerator[Tokens, None]:
+    """Yield the messages of an answer; cancel it when closed. Raises EngineError."""
+    answers: asyncio.Queue[Any] = asyncio.Queue()
+    client.submit(request, answers.put_nowait)
+    reason = None
+    try:
+        while reason is None:
+            answer = await answers.get()
+            if isinstance(answer, Failed):
+                raise EngineError(answer.kind, answer.message)
+            reason = answer.finish_reason
+            yield answer
+    finally:
+        client.cancel(request.request_id)

@@ -18,13 +18,13 @@ from serving.api.settings import ApiSettings
 from serving.app import create_app
 from serving.engine.client import EngineClient
 from serving.engine.messages import (
-    Beat,
     Classify,
     Describe,
     Generate,
     Message,
     ModelInfo,
     Score,
+    Stats,
     to_frame,
 )
 from serving.logs import JsonFormatter
@@ -66,9 +66,8 @@ def test_without_its_engine_the_server_lives_but_is_not_ready(tmp_path: Path) ->
 class Hung(FakeEngine):
     """An engine whose computing thread stands still after one heartbeat."""
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(to_frame([Beat()]))
-        await super()._serve(reader, writer)
+    async def _beat(self, writer: asyncio.StreamWriter) -> None:
+        writer.write(to_frame([Stats()]))
 
     def _receive(self, message: Message, writer: asyncio.StreamWriter) -> None:
         self.requests.append(message)
@@ -79,9 +78,9 @@ def test_with_an_engine_that_hangs_the_server_is_not_ready(
 ) -> None:
     with serve(Hung(f"unix:{tmp_path}/e"), ApiSettings(stall_s=2)) as url:
         assert httpx.get(f"{url}/ready").status_code == 200
+        assert eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
         assert "nanogpt_engine_up 0" in httpx.get(f"{url}/metrics").text
         assert httpx.get(f"{url}/v1/system_info").json()["engine"] is None
-        assert eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
         assert httpx.get(f"{url}/health").json() == {"status": "ok", "engine": "stalled"}
         answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x"})
     assert answer.status_code == 503

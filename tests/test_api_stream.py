@@ -184,7 +184,7 @@ def test_an_answer_that_a_stop_string_ends_knows_how_long_it_waited() -> None:
     request = Generate("a", "tiny", [1], SamplingParams(9))
     choice = Choice(0, request, byte_tokenizer().token_bytes(), ["b"])
     choice.take(Tokens("a", list(b"a"), cached_tokens=3, queue_s=1.5))
-    choice.take(Tokens("a", list(b"b")))
+    choice.take(Tokens("a", list(b"b"), cached_tokens=3, queue_s=1.5))
     assert (choice.finish_reason, choice.cached_tokens, choice.wait_s) == ("stop", 3, 1.5)
 
 

@@ -35,7 +35,7 @@ from nanogpt.tokenizer import byte_tokenizer
 from nanogpt.training.throughput import flops_per_token
 from serving.engine.forward import Span
 from serving.engine.loading import load_runner, make_forward
-from serving.engine.messages import Counters, Settings
+from serving.engine.messages import Settings, Stats
 from serving.engine.registry import Registry
 
 SOURCE = """
@@ -482,5 +482,5 @@ def test_the_server_refuses_it_without_an_import(package: Path, tmp_path: Path) 
     forget(package)
     entry = Registry(str(path)).entries[0]
     with pytest.raises(ValueError, match="export and the server cannot run it"):
-        load_runner(entry, Settings(device="cpu"), Counters(), 1e9)
+        load_runner(entry, Settings(device="cpu"), Stats(), 1e9)
     assert not (package / "other" / "blocks.imported").exists()

@@ -10,9 +10,7 @@ import pytest
 
 from serving.engine.client import EngineClient, EngineError
 from serving.engine.messages import (
-    LENGTH_BYTES,
     Cancel,
-    Finished,
     Generate,
     Histogram,
     Message,
@@ -21,19 +19,17 @@ from serving.engine.messages import (
     SamplingParams,
     Stats,
     Tokens,
-    from_frame,
+    read_frame,
     to_frame,
 )
-from tests.fake_engine import FakeEngine
+from tests.fake_engine import FakeEngine, generate
 
 LOAD: dict[str, Any] = {"slots": 4, "slots_used": 1, "queued": 0, "device": "cpu", "dtype": "fp32"}
 MESSAGES: list[Message] = [
     Generate("a", "m", [1, 2], SamplingParams(5, seed=2**63, logit_bias={7: -1.5}, stop_ids=(3,))),
     Tokens("a", [4], [-0.1], [[4, 5]], [[-0.1, -2.0]]),
     Models([ModelInfo("m", ["n"], 3, "r", True, False, False)]),
-    Stats(
-        request_id="s", **LOAD, threads=2, steps=3, queue_s=Histogram([0.1, 1.0], [1, 2, 3], 2.5)
-    ),
+    Stats(**LOAD, threads=2, steps=3, queue_s=Histogram([0.1, 1.0], [1, 2, 3], 2.5)),
 ]
 
 
@@ -43,19 +39,23 @@ def request(client: EngineClient, prompt: list[int], max_tokens: int = 4) -> Gen
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
 def test_a_message_survives_its_frame(message: Message) -> None:
-    assert from_frame(to_frame([message])[LENGTH_BYTES:]) == [message]
+    async def run() -> None:
+        reader = asyncio.StreamReader()
+        reader.feed_data(to_frame([message]))
+        assert await read_frame(reader) == [message]
+
+    asyncio.run(run())
 
 
-def test_an_answer_comes_as_tokens_then_finished(tmp_path: Path) -> None:
+def test_an_answer_comes_as_tokens_up_to_its_end(tmp_path: Path) -> None:
     async def run() -> None:
         address = f"unix:{tmp_path}/e"
         async with FakeEngine(address):
             client = EngineClient(address)
             await client.connect(5)
-            answers = [a async for a in client.generate(request(client, [7, 8]))]
-            ids = [i for a in answers if isinstance(a, Tokens) for i in a.ids]
-            assert ids == [7, 8, 7, 8]
-            assert isinstance(answers[-1], Finished)
+            answers = [a async for a in generate(client, request(client, [7, 8]))]
+            assert [i for a in answers for i in a.ids] == [7, 8, 7, 8]
+            assert [a.finish_reason for a in answers] == [None] * 4 + ["length"]
             await client.close()
 
     asyncio.run(run())
@@ -68,7 +68,7 @@ def test_closing_an_answer_cancels_it(tmp_path: Path) -> None:
             client = EngineClient(address)
             await client.connect(5)
             generation = request(client, [7], max_tokens=1000)
-            async with aclosing(client.generate(generation)) as answers:
+            async with aclosing(generate(client, generation)) as answers:
                 async for _ in answers:
                     break
             while not engine.cancelled:
@@ -86,14 +86,14 @@ def test_an_answer_that_is_complete_is_not_left(tmp_path: Path) -> None:
             client = EngineClient(address)
             await client.connect(5)
             generation = request(client, [7], max_tokens=1000)
-            async with aclosing(client.generate(generation)) as answers:
+            async with aclosing(generate(client, generation)) as answers:
                 async for _ in answers:
-                    client.stop(generation.request_id)
+                    client.cancel(generation.request_id, "stop")
                     break
-            ended = [a async for a in client.generate(request(client, [7]))][-1]
-            assert isinstance(ended, Finished)
-            client.stop(ended.request_id)
-            await client.stats()  # all that was sent before has come
+            ended = [a async for a in generate(client, request(client, [7]))][-1]
+            assert ended.finish_reason
+            client.cancel(ended.request_id, "stop")
+            await client.details(client.find(None))  # all that was sent before has come
             cancels = [message for message in engine.requests if isinstance(message, Cancel)]
             assert cancels == [Cancel(generation.request_id, "stop")]
             await client.close()
@@ -108,7 +108,7 @@ def test_a_refused_request_raises_its_kind(tmp_path: Path) -> None:
             client = EngineClient(address)
             await client.connect(5)
             with pytest.raises(EngineError, match="full") as raised:
-                [a async for a in client.generate(request(client, [7]))]
+                [a async for a in generate(client, request(client, [7]))]
             assert raised.value.kind == "overloaded"
             await client.close()
 
@@ -121,7 +121,7 @@ def test_a_lost_engine_fails_open_requests_and_is_found_again(tmp_path: Path) ->
         client = EngineClient(address)
         async with FakeEngine(address, delay_s=0.01) as engine:
             await client.connect(5)
-            answers = client.generate(request(client, [7], 1000))
+            answers = generate(client, request(client, [7], 1000))
             await anext(answers)
             engine.hang_up()
             with pytest.raises(EngineError) as raised:

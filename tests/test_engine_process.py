@@ -16,10 +16,11 @@ import pytest
 from serving.engine import engine as engine_module
 from serving.engine.client import EngineClient, EngineError, EngineProcess
 from serving.engine.engine import Engine
-from serving.engine.messages import Beat, Finished, Generate, SamplingParams, Settings, Tokens
+from serving.engine.messages import Generate, SamplingParams, Settings, Stats
 from serving.engine.runner import Event
 from serving.engine.server import Server
 from tests.engine_models import write_model
+from tests.fake_engine import generate
 from tests.front_end import eventually
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="stops a process as Linux does")
@@ -48,9 +49,9 @@ def request(client: EngineClient, max_tokens: int) -> Generate:
 
 
 async def ids(client: EngineClient, max_tokens: int) -> list[int]:
-    answers = [a async for a in client.generate(request(client, max_tokens))]
-    assert isinstance(answers[-1], Finished)
-    return [i for a in answers if isinstance(a, Tokens) for i in a.ids]
+    answers = [a async for a in generate(client, request(client, max_tokens))]
+    assert answers[-1].finish_reason
+    return [i for a in answers for i in a.ids]
 
 
 def test_a_process_serves_front_ends_survives_a_kill_and_drains(process: EngineProcess) -> None:
@@ -62,7 +63,7 @@ def test_a_process_serves_front_ends_survives_a_kill_and_drains(process: EngineP
         assert len(expected[0]) == 20
         assert expected[0] == expected[1]
 
-        killed = client.generate(request(client, 250))
+        killed = generate(client, request(client, 250))
         await anext(killed)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
@@ -73,11 +74,11 @@ def test_a_process_serves_front_ends_survives_a_kill_and_drains(process: EngineP
         assert await ids(client, 20) == expected[0]
         assert process.restarts == 1
 
-        async with aclosing(client.generate(request(client, 200))) as draining:
+        async with aclosing(generate(client, request(client, 200))) as draining:
             await anext(draining)
             process.drain()
             answers = [a async for a in draining]
-        assert isinstance(answers[-1], Finished)
+        assert answers[-1].finish_reason
         await client.close()
         await other.close()
 
@@ -102,13 +103,14 @@ def test_a_stopped_process_is_replaced(
         client = EngineClient(process.address, stall_s=1.5)
         await client.connect(60)
         expected = await ids(client, 20)
-        stopped = client.generate(request(client, 250))
+        stopped = generate(client, request(client, 250))
         await anext(stopped)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
         await asyncio.wait_for(until(lambda: client.stalled), 20)
+        assert client.stats is None
         with pytest.raises(EngineError, match="does not respond"):
-            await client.stats()
+            await client.details(client.find(None))
         with pytest.raises(EngineError) as raised:
             [a async for a in stopped]
         assert raised.value.kind == "unavailable"
@@ -141,7 +143,7 @@ def test_a_heartbeat_is_that_of_the_computing_thread(
         serving = asyncio.create_task(server.serve())
         client = EngineClient(f"unix:{tmp_path}/e", stall_s=1.5)
         await client.connect(20)
-        await client.stats()
+        await asyncio.wait_for(until(lambda: client.stats is not None), 20)
         server.engine.post(partial(wait_for, goes_on))
         await asyncio.wait_for(until(lambda: client.stalled), 20)
         assert not client.connected
@@ -170,7 +172,7 @@ def test_a_heartbeat_goes_on_while_a_model_is_loaded(
     thread = threading.Thread(target=engine.run)
     thread.start()
     try:
-        assert eventually(lambda: sum(isinstance(e.message, Beat) for e in events) > 3)
+        assert eventually(lambda: sum(isinstance(e.message, Stats) for e in events) > 3)
     finally:
         loaded.set()
         engine.post(engine.drain)

@@ -8,17 +8,21 @@ import torch
 from torch import Tensor
 
 from nanogpt.generation import probabilities
-from serving.engine.messages import SamplingParams, Tokens
-from serving.engine.sampling import Draw, NotFinite, choose, uniform
+from serving.engine.messages import Generate, SamplingParams, Tokens
+from serving.engine.sampling import choose, uniform
+from serving.engine.scheduler import SequenceState
 
 
-def draw(position: int = 0, answer: list[int] | None = None, **params: Any) -> Draw:
-    return Draw(SamplingParams(**{"max_tokens": 1, **params}), position, [], answer or [])
+def sequence(answer: tuple[int, ...] = (), **params: Any) -> SequenceState:
+    request = Generate("", "", [], SamplingParams(**{"max_tokens": 1, **params}))
+    state = SequenceState(request, None, [])
+    state.ids += answer
+    state.admitted = state.arrived
+    return state
 
 
 def token(logits: Tensor, **params: Any) -> int:
-    (chosen,) = choose(logits[None], [draw(**params)])
-    assert isinstance(chosen, Tokens)
+    (chosen,) = choose(logits[None], [sequence(**params)])
     return chosen.ids[0]
 
 
@@ -38,9 +42,9 @@ def test_tokens_are_drawn_as_often_as_generate_would(narrowing: dict[str, Any]) 
     logits = torch.tensor([1.0, 0.2, -0.5, 0.9, -2.0, 0.0, 0.95])
     expected = probabilities(logits, temperature=0.8, **narrowing)
     n = 6000
-    draws = [draw(i, temperature=0.8, seed=3, **narrowing) for i in range(n)]
-    chosen = choose(logits.expand(n, -1).contiguous(), draws)
-    tokens = torch.tensor([c.ids[0] for c in chosen if isinstance(c, Tokens)])
+    sequences = [sequence(temperature=0.8, seed=i, **narrowing) for i in range(n)]
+    chosen = choose(logits.expand(n, -1).contiguous(), sequences)
+    tokens = torch.tensor([c.ids[0] for c in chosen])
     drawn = torch.bincount(tokens, minlength=7)
     assert ((drawn > 0) == (expected > 0)).all()
     assert (drawn / n - expected).abs().max() < 4 * math.sqrt(0.25 / n)
@@ -49,8 +53,8 @@ def test_tokens_are_drawn_as_often_as_generate_would(narrowing: dict[str, Any]) 
 @pytest.mark.parametrize("top_p", [0.5, 0.999])
 def test_a_flat_distribution_is_not_cut_short(top_p: float) -> None:
     logits = torch.zeros(9000)
-    chosen = choose(logits.expand(400, -1), [draw(i, top_p=top_p) for i in range(400)])
-    tokens = {c.ids[0] for c in chosen if isinstance(c, Tokens)}
+    chosen = choose(logits.expand(400, -1), [sequence(seed=i, top_p=top_p) for i in range(400)])
+    tokens = {c.ids[0] for c in chosen}
     assert len(tokens) > 300  # some of 4500 or more, not of the first few
 
 
@@ -100,31 +104,29 @@ def test_a_top_k_beyond_the_vocabulary_is_all_of_it() -> None:
 )
 def test_penalties_and_bias_change_logits_as_defined(params: dict[str, Any], expected: int) -> None:
     logits = torch.tensor([2.0, 1.8, -1.0, -0.5])
-    assert token(logits, temperature=0.0, answer=[0, 0, 0], **params) == expected
+    assert token(logits, temperature=0.0, answer=(0, 0, 0), **params) == expected
 
 
 def test_a_repeated_unlikely_token_becomes_less_likely() -> None:
     logits = torch.tensor([-1.0, -1.1])
-    assert token(logits, temperature=0.0, answer=[0], repetition_penalty=1.2) == 1
+    assert token(logits, temperature=0.0, answer=(0,), repetition_penalty=1.2) == 1
 
 
 def test_logprobs_are_the_models_before_bias_and_temperature() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0]])
-    (chosen,) = choose(logits, [draw(temperature=0.0, logprobs=2, logit_bias={2: 9.0})])
-    assert isinstance(chosen, Tokens)
+    (chosen,) = choose(logits, [sequence(temperature=0.0, logprobs=2, logit_bias={2: 9.0})])
     expected = logits.log_softmax(-1)[0].tolist()
     assert chosen == Tokens("", [2], [expected[2]], [[0, 1]], [expected[:2]])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_is_refused_alone(value: float) -> None:
+def test_a_row_that_is_not_finite_is_refused(value: float) -> None:
     logits = torch.tensor([[0.0, 1.0], [0.0, value], [1.0, 0.0]])
-    first, second, third = choose(logits, [draw(temperature=t) for t in (0.0, 1.0, 0.0)])
-    assert isinstance(second, NotFinite)
-    assert (first, third) == (Tokens("", [1]), Tokens("", [0]))
+    with pytest.raises(ValueError, match="not finite"):
+        choose(logits, [sequence(temperature=t) for t in (0.0, 1.0, 0.0)])
 
 
 def test_a_penalty_that_leaves_no_finite_number_is_refused() -> None:
     logits = torch.tensor([[2.0, 1.0]])
-    (refused,) = choose(logits, [draw(answer=[0], repetition_penalty=1e-45)])
-    assert isinstance(refused, NotFinite)
+    with pytest.raises(ValueError, match="not finite"):
+        choose(logits, [sequence(answer=(0,), repetition_penalty=1e-45)])

@@ -3,18 +3,17 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from operator import itemgetter
 from typing import Any, TypeVar
 
-import anyio
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
 from serving.api.errors import ApiError
-from serving.api.generation import Choice, Generation, Piece, Prompt, cancel
+from serving.api.generation import Choice, Generation, Piece, Prompt
 from serving.api.models import Catalogue, ServedModel
 from serving.api.schemas import UNSUPPORTED, SamplingRequest
 from serving.api.settings import ApiSettings
@@ -104,7 +103,7 @@ class Call:
             await self.until_disconnect(_within(self.limits(), first))
             return await self.until_disconnect(_within(self.limits()[1:], asyncio.gather(*tasks)))
         finally:
-            await cancel(tasks)
+            await _cancel(tasks)
             self._queue_start = time.monotonic()
 
     def choices(
@@ -168,8 +167,7 @@ class Call:
         try:
             yield generation
         finally:
-            with anyio.CancelScope(shield=True):
-                await generation.close()
+            generation.close()
             usage = generation.usage()
             self.request.state.log.update(
                 prompt_tokens=usage["prompt_tokens"],
@@ -189,7 +187,7 @@ class Call:
                 raise ClientDisconnect
             return working.result()
         finally:
-            await cancel([working, waiting])
+            await _cancel([working, waiting])
 
     async def _wait_for_disconnect(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
@@ -208,6 +206,13 @@ async def _within(limits: Limits, work: Awaitable[T]) -> T:
         return await asyncio.wait_for(work, seconds)
     except asyncio.TimeoutError as timeout:
         raise error from timeout
+
+
+async def _cancel(tasks: Collection[asyncio.Future[Any]]) -> None:
+    """Cancel tasks, and wait for their end."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _bias(bias: Mapping[str, float], model: ServedModel) -> dict[int, float]:

@@ -5,16 +5,17 @@ Streamed and whole answers both come from here, so their texts are equal.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from nanogpt.detokenizer import Detokenizer
 from serving.api import errors
 from serving.api.errors import ApiError
 from serving.engine.client import EngineClient
-from serving.engine.messages import Finished, Generate, Scored, Tokens
+from serving.engine.messages import EngineError, Failed, Generate, Message, Scored, Tokens
 
 
 @dataclass(frozen=True)
@@ -82,23 +83,19 @@ class Choice:
         """The number of tokens generated, up to a stop string."""
         return self._detokenizer.n_tokens
 
-    def take(self, event: Tokens | Finished) -> Piece:
-        """Return what an event of the engine adds to the answer, its first piece with the echo."""
+    def take(self, tokens: Tokens) -> Piece:
+        """Return what tokens of the engine add to the answer, its first piece with the echo."""
         detokenizer, n_before = self._detokenizer, self._detokenizer.n_tokens
         piece, self._next = self._next, Piece(self.index, "")
-        if isinstance(event, Tokens):
-            piece.text += detokenizer.feed(event.ids)
-            if event.logprobs is not None:
-                offsets = [self._offset + start for start in detokenizer.starts[n_before:]]
-                self._pending += tokens_of(event.ids, offsets, event)
-        else:
+        piece.text += detokenizer.feed(tokens.ids)
+        if tokens.logprobs is not None:
+            offsets = [self._offset + start for start in detokenizer.starts[n_before:]]
+            self._pending += tokens_of(tokens.ids, offsets, tokens)
+        if tokens.finish_reason:
             piece.text += detokenizer.finish()
-            piece.finish_reason = event.reason
-        if event.cached_tokens is not None and event.queue_s is not None:
-            self.cached_tokens, self.wait_s = event.cached_tokens, event.queue_s
-        if detokenizer.stopped:
-            piece.finish_reason = "stop"
+        piece.finish_reason = "stop" if detokenizer.stopped else tokens.finish_reason
         self.finish_reason = piece.finish_reason
+        self.cached_tokens, self.wait_s = tokens.cached_tokens, tokens.queue_s
         if self._pending:
             n_emitted = len(self._pending) - (detokenizer.n_tokens - detokenizer.n_emitted)
             piece.tokens += self._pending[:n_emitted]
@@ -127,8 +124,16 @@ class Generation:
         self._error: ApiError | None = None
         self._n_open = len(choices)
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._read(choice)) for choice in choices]
         self._timers = [loop.call_later(seconds, self._fail, error) for seconds, error in limits]
+        for choice in choices:
+            request = choice.request
+            try:
+                if request.params.max_tokens:
+                    client.submit(request, partial(self._receive, choice))
+                else:
+                    self._receive(choice, Tokens(request.request_id, [], finish_reason="length"))
+            except EngineError as error:
+                self._fail(errors.from_exception(error, request.request_id))
 
     async def wait_for_first(self, seconds: float) -> None:
         """Wait for the first piece; raises ApiError where the generation failed before it."""
@@ -157,11 +162,12 @@ class Generation:
                 answers[piece.index].add(piece)
         return answers
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Cancel the requests that are not finished."""
         for timer in self._timers:
             timer.cancel()
-        await cancel(self._tasks)
+        for choice in self.choices:
+            self._client.cancel(choice.request.request_id)
 
     def usage(self) -> dict[str, Any]:
         """Return what was computed so far, as the OpenAI API counts it, and how fast."""
@@ -178,22 +184,20 @@ class Generation:
             "tokens_per_second": round(completion_tokens / max(seconds, 1e-6), 2),
         }
 
-    async def _read(self, choice: Choice) -> None:
-        request = choice.request
+    def _receive(self, choice: Choice, message: Message) -> None:
+        request_id = choice.request.request_id
         try:
-            if request.params.max_tokens:
-                async with aclosing(self._client.generate(request)) as events:
-                    async for event in events:
-                        self._put(choice.take(event))
-                        if choice.finish_reason:
-                            self._client.stop(request.request_id)
-                            break
-            else:
-                self._put(choice.take(Finished(request.request_id, "length", 0, 0.0)))
+            if isinstance(message, Failed):
+                raise EngineError(message.kind, message.message)
+            assert isinstance(message, Tokens)
+            self._put(choice.take(message))
+        except Exception as error:
+            self._fail(errors.from_exception(error, request_id))
+            self._client.cancel(request_id)
+        if choice.finish_reason:
+            self._client.cancel(request_id, "stop")
             self._n_open -= 1
             self._changed.set()
-        except Exception as error:
-            self._fail(errors.from_exception(error, request.request_id))
 
     def _put(self, piece: Piece) -> None:
         self._timers[0].cancel()
@@ -206,13 +210,6 @@ class Generation:
     def _fail(self, error: ApiError) -> None:
         self._error = self._error or error
         self._changed.set()
-
-
-async def cancel(tasks: Collection[asyncio.Future[Any]]) -> None:
-    """Cancel tasks, and wait for their end."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def tokens_of(ids: Sequence[int], offsets: Sequence[int], scores: Tokens | Scored) -> list[Token]:

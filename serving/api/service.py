@@ -2,7 +2,6 @@
 
 import platform
 import time
-from contextlib import suppress
 
 from fastapi import APIRouter, Request, Response
 from msgspec import structs, to_builtins
@@ -10,8 +9,7 @@ from msgspec import structs, to_builtins
 import nanogpt
 from serving.api.call import json_response
 from serving.api.errors import ApiError
-from serving.engine.client import STALLED, EngineError
-from serving.engine.messages import Stats
+from serving.engine.client import STALLED
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 LIMITS = ("max_n", "max_prompts", "max_body_bytes", "max_open")
@@ -42,7 +40,7 @@ async def ready(request: Request) -> Response:
 @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Return the metrics for Prometheus."""
-    content = request.app.state.metrics.render(await _stats(request))
+    content = request.app.state.metrics.render(request.app.state.client.stats)
     return Response(content, media_type=PROMETHEUS)
 
 
@@ -50,7 +48,7 @@ async def metrics(request: Request) -> Response:
 @router.get("/system_info", include_in_schema=False)
 async def system_info(request: Request) -> Response:
     """Describe the server and its load."""
-    state, stats = request.app.state, await _stats(request)
+    state, stats = request.app.state, request.app.state.client.stats
     return json_response(
         {
             "name": "nanogpt",
@@ -73,10 +71,3 @@ async def index(request: Request) -> Response:
         for path, methods in request.app.openapi()["paths"].items()
     ]
     return json_response({"object": "list", "data": listed})
-
-
-async def _stats(request: Request) -> Stats | None:
-    with suppress(EngineError):
-        stats: Stats = await request.app.state.client.stats()
-        return stats
-    return None

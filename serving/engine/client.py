@@ -10,34 +10,26 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from serving.engine.messages import (
-    LENGTH_BYTES,
-    MAX_FRAME_BYTES,
-    Beat,
     Cancel,
-    Classified,
     Describe,
     EngineError,
     Failed,
-    Finished,
-    Generate,
-    GetStats,
     Message,
     ModelDetails,
     ModelInfo,
     Models,
     Request,
-    Scored,
     Settings,
     Stats,
     Task,
     Tokens,
-    from_frame,
+    read_frame,
     to_frame,
 )
 
@@ -50,11 +42,10 @@ START_S = 60.0  # torch takes seconds to import, on a busy machine many
 FIRST_BEAT_S = 600.0  # kernels may be compiled before
 POLL_S = 0.1  # how often a process is looked at
 LATE_S = 0.5  # of a timer: later, the process was suspended
-STATS_S = 3.0  # for the engine's counters
 MAX_ROOT_BYTES = 70  # of the directory of a socket's: the path of a socket has at most 103
 
 log = logging.getLogger(__name__)
-Answer = TypeVar("Answer", Scored, Classified, ModelDetails, Stats)
+Answer = TypeVar("Answer", bound=Message)
 
 
 class EngineClient:
@@ -68,7 +59,8 @@ class EngineClient:
     def __init__(self, address: str, stall_s: float = 10.0) -> None:
         self.address, self.stall_s = address, stall_s
         self.stalled = False
-        self._answers: dict[str, asyncio.Queue[Message]] = {}
+        self.stats: Stats | None = None  # the latest, while the engine responds
+        self._receivers: dict[str, Callable[[Message], None]] = {}  # of open requests
         self._models: list[ModelInfo] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._ready = asyncio.Event()
@@ -128,28 +120,34 @@ class EngineClient:
         """Return a model's tokenizer record, template and shape; raises EngineError."""
         return await self.answer(Describe(self.new_id(), model.id), ModelDetails)
 
-    async def generate(self, request: Generate) -> AsyncGenerator[Tokens | Finished, None]:
-        """Yield an answer's tokens as they come, then Finished.
+    def submit(self, request: Request, receive: Callable[[Message], None]) -> None:
+        """Send a request; `receive` is called with each message of its answer.
 
-        Tokens that came while the reader was busy are one message. Closing the generator cancels
-        the request: iterate within `contextlib.aclosing`. Where a stop string ends the answer,
-        call `stop` before. Raises EngineError.
+        The last is Tokens with a `finish_reason`, Failed, or the only one of another type. Raises
+        EngineError("unavailable").
         """
-        async with aclosing(self._stream(request)) as answers:
-            async for answer in answers:
-                assert isinstance(answer, Tokens | Finished)
-                yield answer
+        if self._writer is None or not self.connected:
+            raise EngineError("unavailable", STALLED if self.stalled else STARTING)
+        self._receivers[request.request_id] = receive
+        self._writer.write(to_frame([request]))
 
-    def stop(self, request_id: str) -> None:
-        """Report an answer as complete; without effect where the engine has finished it."""
-        self._cancel(Cancel(request_id, "stop"))
+    def cancel(self, request_id: str, reason: Literal["left", "stop"] = "left") -> None:
+        """Drop a request, or report its answer as complete; no effect on an answered one."""
+        if self._receivers.pop(request_id, None) and self._writer is not None:
+            self._writer.write(to_frame([Cancel(request_id, reason)]))
 
-    async def stats(self) -> Stats:
-        """Return the engine's counters; raises EngineError("unavailable") after STATS_S."""
+    async def answer(self, request: Request, kind: type[Answer]) -> Answer:
+        """Return the one answer to a request; raises EngineError."""
+        answers: asyncio.Queue[Message] = asyncio.Queue()
+        self.submit(request, answers.put_nowait)
         try:
-            return await asyncio.wait_for(self.answer(GetStats(self.new_id()), Stats), STATS_S)
-        except (asyncio.TimeoutError, TimeoutError) as error:
-            raise EngineError("unavailable", STALLED) from error
+            answer = await answers.get()
+        finally:
+            self.cancel(request.request_id)
+        if isinstance(answer, Failed):
+            raise EngineError(answer.kind, answer.message)
+        assert isinstance(answer, kind)
+        return answer
 
     async def close(self) -> None:
         """Disconnect: the engine cancels what is still open."""
@@ -158,41 +156,6 @@ class EngineClient:
             with suppress(asyncio.CancelledError):
                 await self._task
             self._task = None
-
-    async def answer(self, request: Request, kind: type[Answer]) -> Answer:
-        """Return the one answer to a request; raises EngineError."""
-        async with aclosing(self._stream(request)) as answers:
-            answer = await anext(answers)
-            assert isinstance(answer, kind)
-            return answer
-
-    async def _stream(self, request: Request) -> AsyncGenerator[Message, None]:
-        if self._writer is None or not self.connected:
-            raise EngineError("unavailable", STALLED if self.stalled else STARTING)
-        queue = self._answers[request.request_id] = asyncio.Queue()
-        self._writer.write(to_frame([request]))
-        try:
-            while request.request_id in self._answers:
-                answer = await queue.get()
-                while isinstance(answer, Tokens) and not queue.empty():
-                    later = queue.get_nowait()
-                    if isinstance(later, Tokens):
-                        answer.extend(later)
-                    else:
-                        yield answer
-                        answer = later
-                if not isinstance(answer, Tokens):
-                    self._answers.pop(request.request_id, None)
-                if isinstance(answer, Failed):
-                    raise EngineError(answer.kind, answer.message)
-                yield answer
-        finally:
-            self._cancel(Cancel(request.request_id))
-
-    def _cancel(self, cancel: Cancel) -> None:
-        """Have the engine drop a request that is open."""
-        if self._answers.pop(cancel.request_id, None) and self._writer is not None:
-            self._writer.write(to_frame([cancel]))
 
     async def _stay_connected(self) -> None:
         while True:
@@ -213,10 +176,13 @@ class EngineClient:
                 if isinstance(message, Models):
                     self._models = message.models
                     self._ready.set()
-                elif isinstance(message, Beat):
+                elif isinstance(message, Stats):
+                    self.stats = message
                     self._beat()
-                elif queue := self._answers.get(getattr(message, "request_id", "")):
-                    queue.put_nowait(message)
+                elif receive := self._receivers.get(message.request_id):
+                    if not (isinstance(message, Tokens) and message.finish_reason is None):
+                        del self._receivers[message.request_id]
+                    receive(message)
 
     def _beat(self) -> None:
         """Wait anew for the next heartbeat."""
@@ -231,7 +197,7 @@ class EngineClient:
         if asyncio.get_running_loop().time() > due + LATE_S:
             self._beat()  # this process was suspended, and has yet to read the heartbeats
             return
-        self.stalled = True
+        self.stalled, self.stats = True, None
         log.error("the engine has not responded for %g s; new requests are refused", self.stall_s)
 
     def _calm(self) -> None:
@@ -243,22 +209,11 @@ class EngineClient:
         self._calm()
         assert self._writer is not None
         self._writer.close()
-        self._writer = None
+        self._writer = self.stats = None
         self._ready.clear()
-        for request_id, queue in self._answers.items():
-            queue.put_nowait(Failed(request_id, "unavailable", LOST))
-
-
-async def read_frame(reader: asyncio.StreamReader) -> list[Message]:
-    """Return the messages of the next frame.
-
-    Raises ValueError for a frame of more than MAX_FRAME_BYTES or of other content,
-    IncompleteReadError at the end.
-    """
-    n_bytes = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "big")
-    if n_bytes > MAX_FRAME_BYTES:
-        raise ValueError(f"a frame of {n_bytes} bytes; at most {MAX_FRAME_BYTES} are read")
-    return from_frame(await reader.readexactly(n_bytes))
+        receivers, self._receivers = self._receivers, {}
+        for request_id, receive in receivers.items():
+            receive(Failed(request_id, "unavailable", LOST))
 
 
 class EngineProcess:

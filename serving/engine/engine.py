@@ -15,20 +15,16 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, get_args
 
-import msgspec
 import torch
 
 from serving.engine.loading import all_cache_bytes, load_runner
 from serving.engine.messages import (
-    Beat,
     Cancel,
     Computation,
-    Counters,
     Describe,
     EngineError,
     Failed,
     FailureKind,
-    GetStats,
     Message,
     ModelInfo,
     Models,
@@ -66,7 +62,7 @@ class Engine:
     def __init__(self, settings: Settings, emit: Callable[[list[Event]], None]) -> None:
         self.settings, self.emit = settings, emit
         self.registry = Registry(settings.models, settings.runs_dir, settings.default_model)
-        self.counters = Counters()
+        self.stats = Stats(device=settings.device, dtype=settings.dtype)
         self.cache_bytes = all_cache_bytes(settings)
         self.runners: dict[str, Runner] = {}
         self.retiring: list[Runner] = []  # older weights that finish what they began
@@ -134,20 +130,18 @@ class Engine:
         if isinstance(message, Cancel):
             n = self._drop(client, message.request_id)
             if message.reason == "stop":
-                self.counters.finished += n
+                self.stats.finished += n
             else:
-                self.counters.cancelled += n
-        elif isinstance(message, GetStats):
-            self._events.append(Event(client, self._stats(message.request_id)))
+                self.stats.cancelled += n
         elif isinstance(message, Computation | Describe):
-            self.counters.requests += 1
+            self.stats.requests += 1
             with self._refusing(client, message):
                 self._check_queue(message)
                 self._begin(client, message)
 
     def leave(self, client: object) -> None:
         """Drop all requests of a front end that is gone."""
-        self.counters.cancelled += self._drop(client)
+        self.stats.cancelled += self._drop(client)
 
     def drain(self) -> None:
         """Take no new requests; end when the open ones are answered, or after `drain_s`."""
@@ -167,7 +161,8 @@ class Engine:
     def _beat(self) -> None:
         if time.monotonic() >= self._beat_at:
             self._beat_at = time.monotonic() + BEAT_S
-            self.emit([Event(None, Beat())])
+            self._update_load()
+            self.emit([Event(None, self.stats)])
 
     def _all_runners(self) -> list[Runner]:
         return [*self.runners.values(), *self.retiring]
@@ -266,7 +261,7 @@ class Engine:
         """Load a checkpoint (in a thread of its own)."""
         n_models = min(self.settings.max_models, len(self.registry.entries))
         try:
-            runner = load_runner(entry, self.settings, self.counters, self.cache_bytes, n_models)
+            runner = load_runner(entry, self.settings, self.stats, self.cache_bytes, n_models)
         except Exception as error:  # whatever a file can do to its reader
             self.post(partial(self._not_loaded, entry, error))
         else:
@@ -321,7 +316,7 @@ class Engine:
                 kind, why = error.kind, str(error)
             else:
                 log.exception("a request was not taken", extra=of_request(request.request_id))
-            self.counters.failed += 1
+            self.stats.failed += 1
             self._events.append(Event(client, Failed(request.request_id, kind, why)))
 
     def _drop(self, client: object, request_id: str | None = None) -> int:
@@ -333,16 +328,13 @@ class Engine:
         ]
         return sum(runner.drop(client, request_id) for runner in self._all_runners())
 
-    def _stats(self, request_id: str) -> Stats:
+    def _update_load(self) -> None:
         schedulers = [runner.scheduler for runner in self._all_runners()]
-        newest = max(self.runners.values(), key=lambda runner: runner.used, default=None)
-        return Stats(
-            request_id=request_id,
-            slots=sum(len(s.slots.slots) for s in schedulers),
-            slots_used=sum(len(s.slots.slots) - s.slots.n_free for s in schedulers),
-            queued=sum(len(s.waiting) for s in schedulers) + len(self._waiting),
-            device=str(newest.forward.device) if newest else self.settings.device,
-            dtype=newest.dtype if newest else self.settings.dtype,
-            threads=torch.get_num_threads(),
-            **msgspec.structs.asdict(self.counters),
-        )
+        stats = self.stats
+        stats.slots = sum(len(s.slots.slots) for s in schedulers)
+        stats.slots_used = sum(len(s.slots.slots) - s.slots.n_free for s in schedulers)
+        stats.queued = sum(len(s.waiting) for s in schedulers) + len(self._waiting)
+        stats.threads = torch.get_num_threads()
+        if self.runners:
+            newest = max(self.runners.values(), key=lambda runner: runner.used)
+            stats.device, stats.dtype = str(newest.forward.device), newest.dtype

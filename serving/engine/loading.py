@@ -12,7 +12,7 @@ from nanogpt.model import GPT
 from serving.engine import native
 from serving.engine.compiling import processor_flags
 from serving.engine.forward import Forward, round_to_24_bits
-from serving.engine.messages import Counters, Settings
+from serving.engine.messages import Settings, Stats
 from serving.engine.native import ForwardPass
 from serving.engine.registry import Entry
 from serving.engine.runner import Runner
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def load_runner(
-    entry: Entry, settings: Settings, counters: Counters, cache_bytes: float, n_models: int = 1
+    entry: Entry, settings: Settings, stats: Stats, cache_bytes: float, n_models: int = 1
 ) -> Runner:
     """Load an entry's checkpoint and make it ready to compute.
 
@@ -51,7 +51,7 @@ def load_runner(
     scheduler = Scheduler(slots, settings.chunk_tokens)
     log.info("loaded %s (%s) in %.1f s", entry.id, dtype, time.monotonic() - started)
     return Runner(
-        *(entry.id, entry.revision, checkpoint, dtype, forward, scheduler, counters),
+        *(entry.id, entry.revision, checkpoint, dtype, forward, scheduler, stats),
         created=entry.created,
     )
 

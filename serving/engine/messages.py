@@ -5,6 +5,7 @@ and its fields in order, checked against their types when it is decoded. All mes
 step to a front end are one frame.
 """
 
+import asyncio
 from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
@@ -14,7 +15,6 @@ from msgspec import Struct
 from pydantic import BaseModel, ConfigDict, Field
 
 LENGTH_BYTES = 4
-MAX_FRAME_BYTES = 256 * 2**20  # a whole tokenizer table is a few MB
 MIN_LOGPROB = -9999.0  # stands for minus infinity, which the API's JSON lacks
 BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -108,22 +108,6 @@ class Histogram(Struct):
         self.total += seconds
 
 
-class Counters(Struct, kw_only=True):
-    """The engine's totals since it started."""
-
-    requests: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    steps: int = 0
-    queue_s: Histogram = msgspec.field(default_factory=Histogram)
-    first_token_s: Histogram = msgspec.field(default_factory=Histogram)
-    inter_token_s: Histogram = msgspec.field(default_factory=Histogram)
-
-
 class ModelInfo(Struct, frozen=True):
     """A model that is served, by its id or an alias; a new `revision` has new weights.
 
@@ -167,7 +151,7 @@ class Computation(Labelled):
 
 
 class Generate(Computation):
-    """Continue a prompt; answered by Tokens, then Finished, or by Failed."""
+    """Continue a prompt; answered by Tokens, or by Failed."""
 
     params: SamplingParams
 
@@ -189,12 +173,6 @@ class Describe(Message):
     model: str
 
 
-class GetStats(Message):
-    """Return the engine's counters; answered by Stats."""
-
-    request_id: str
-
-
 class Cancel(Message):
     """Drop a request, which is not answered any more.
 
@@ -206,11 +184,12 @@ class Cancel(Message):
 
 
 class Tokens(Message):
-    """The next tokens of an answer. A token that ends it (stop_ids) is not among them.
+    """The next tokens of an answer; the last message has the reason of its end.
 
-    With `params.logprobs`: each token's log-probability, and the likeliest tokens at its position.
-    The first message has the number of prompt tokens that were in the cache and the time in the
-    queue, as a stop string may end the answer before there is a Finished.
+    That is "stop" after one of stop_ids, which is not among the tokens, and "length" at max_tokens
+    or a full context. With `params.logprobs`: each token's log-probability, and the likeliest
+    tokens at its position. `cached_tokens` of the prompt were in the cache; `queue_s` is the time
+    in the queue.
     """
 
     request_id: str
@@ -218,26 +197,9 @@ class Tokens(Message):
     logprobs: list[float] | None = None
     top_ids: list[list[int]] | None = None
     top_logprobs: list[list[float]] | None = None
-    cached_tokens: int | None = None
-    queue_s: float | None = None
-
-    def extend(self, later: "Tokens") -> None:
-        """Append the tokens that follow."""
-        for name in ("ids", "logprobs", "top_ids", "top_logprobs"):
-            if (values := getattr(self, name)) is not None:
-                values.extend(getattr(later, name))
-
-
-class Finished(Message):
-    """The end of an answer: "stop" after one of stop_ids, "length" at max_tokens or a full context.
-
-    There may have been no Tokens, so it repeats what the first of them has.
-    """
-
-    request_id: str
-    reason: Literal["stop", "length"]
-    cached_tokens: int
-    queue_s: float
+    finish_reason: Literal["stop", "length"] | None = None
+    cached_tokens: int = 0
+    queue_s: float = 0.0
 
 
 class Failed(Message):
@@ -291,25 +253,34 @@ class Models(Message):
     models: list[ModelInfo]
 
 
-class Beat(Message):
-    """A heartbeat of the computing thread, sent to every front end about twice a second."""
+class Stats(Message, kw_only=True):
+    """The engine's totals since it started, and its present load.
+
+    Sent to every front end about twice a second, as the heartbeat of the computing thread.
+    """
+
+    requests: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    steps: int = 0
+    queue_s: Histogram = msgspec.field(default_factory=Histogram)
+    first_token_s: Histogram = msgspec.field(default_factory=Histogram)
+    inter_token_s: Histogram = msgspec.field(default_factory=Histogram)
+    slots: int = 0
+    slots_used: int = 0
+    queued: int = 0
+    device: str = ""
+    dtype: str = ""
+    threads: int = 0
 
 
-class Stats(Counters, Message, kw_only=True):
-    """The engine's counters since it started, and its present load."""
-
-    request_id: str
-    slots: int
-    slots_used: int
-    queued: int
-    device: str
-    dtype: str
-    threads: int
-
-
-Request = Generate | Score | Classify | Describe | GetStats
-Answer = Tokens | Finished | Failed | Scored | Classified | ModelDetails | Stats
-_decoder = msgspec.msgpack.Decoder(list[Request | Cancel | Answer | Models | Beat])
+Request = Generate | Score | Classify | Describe
+Answer = Tokens | Failed | Scored | Classified | ModelDetails
+_decoder = msgspec.msgpack.Decoder(list[Request | Cancel | Answer | Models | Stats])
 
 
 def to_frame(messages: Iterable[Message]) -> bytes:
@@ -318,9 +289,10 @@ def to_frame(messages: Iterable[Message]) -> bytes:
     return len(content).to_bytes(LENGTH_BYTES, "big") + content
 
 
-def from_frame(content: bytes) -> list[Any]:
-    """Return the messages of a frame's content, without its length.
+async def read_frame(reader: asyncio.StreamReader) -> list[Any]:
+    """Return the messages of the next frame.
 
-    Raises ValueError for content of another form.
+    Raises ValueError for a frame of other content, IncompleteReadError at the end.
     """
-    return _decoder.decode(content)
+    n_bytes = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "big")
+    return _decoder.decode(await reader.readexactly(n_bytes))

@@ -2,9 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,16 +18,15 @@ from serving.engine.messages import (
     Classified,
     Classify,
     Computation,
-    Counters,
     EngineError,
     Failed,
     FailureKind,
-    Finished,
     Generate,
     Message,
     ModelDetails,
     Score,
     Scored,
+    Stats,
     Tokens,
 )
 from serving.engine.native import ForwardPass
@@ -37,6 +36,7 @@ from serving.logs import of_request
 MIN_TOKENS = 8  # of a prefill in one step where memory is short
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Event(NamedTuple):
@@ -63,9 +63,10 @@ class Runner:
     dtype: str
     forward: ForwardPass
     scheduler: Scheduler
-    counters: Counters
+    stats: Stats
     created: int = 0  # seconds since 1970
     used: float = 0.0  # the time of its latest request or step
+    events: list[Event] = field(default_factory=list)  # of the present step
 
     def add(self, client: object, request: Computation) -> None:
         """Queue a request; raises EngineError for a prompt that the model cannot compute."""
@@ -116,48 +117,42 @@ class Runner:
         return len(gone)
 
     def step(self) -> list[Event]:
-        """Compute the next tokens; return what came of it."""
+        """Compute the next tokens; return the messages about them."""
         self.scheduler.admit()
-        plan = self.scheduler.plan()
-        if not plan:
-            return []
-        self.counters.steps += 1
-        self.used = time.monotonic()
-        events: list[Event] = []
-        ready: list[Computed] = []
-        for computed in self._isolated(self._forward, plan, events):
-            sequence = computed.sequence
-            is_whole = sequence.n_computed == len(sequence.ids)
-            if isinstance(sequence.request, Score):
-                events += self._isolated(self._score, [computed], events)
-            elif is_whole and isinstance(sequence.request, Classify):
-                events += self._isolated(self._classify, [computed], events)
-            elif is_whole:
-                ready.append(Computed(sequence, computed.states[-1:]))
-        for sequence, chosen in self._isolated(self._sample, ready, events):
-            events += self._append(sequence, chosen)
+        if plan := self.scheduler.plan():
+            self.stats.steps += 1
+            self.used = time.monotonic()
+            ready: list[Computed] = []
+            for computed in self._isolated(self._forward, plan):
+                sequence = computed.sequence
+                is_whole = sequence.n_computed == len(sequence.ids)
+                if isinstance(sequence.request, Score):
+                    self._isolated(self._score, [computed])
+                elif is_whole and isinstance(sequence.request, Classify):
+                    self._isolated(self._classify, [computed])
+                elif is_whole:
+                    ready.append(Computed(sequence, computed.states[-1:]))
+            self._isolated(self._sample, ready)
+        events, self.events = self.events, []
         return events
 
-    def _isolated(self, compute: Callable, items: list, events: list[Event]) -> Iterator:
-        """Yield the results of all items; where that raises, of each alone, or its failure."""
-        if not items:
-            return
+    def _isolated(
+        self, compute: Callable[[list[Any]], list[T] | None], items: list[Any]
+    ) -> list[T]:
+        """Return the results of all items; where that raises, of each that succeeds alone."""
         try:
-            results = compute(items)
+            return (compute(items) or []) if items else []
         except Exception as error:
             if len(items) > 1:
-                for item in items:
-                    yield from self._isolated(compute, [item], events)
-            else:
-                events.append(self._fail(items[0][0], error))
-            return
-        yield from results
+                return [result for item in items for result in self._isolated(compute, [item])]
+            self._fail(items[0][0], error)
+            return []
 
     def _forward(self, plan: list[tuple[SequenceState, Span]]) -> list[Computed]:
         try:
             states = self.forward.hidden_states([span for _, span in plan])
         except Exception as error:
-            if len(plan) == 1 and is_out_of_memory(error) and self._halve(*plan[0]):
+            if len(plan) == 1 and out_of_memory(error) and self._halve(*plan[0]):
                 return self._forward([(s, s.next_span(len(span.ids))) for s, span in plan])
             raise
         parts = states.split([len(span.ids) for _, span in plan])
@@ -182,63 +177,56 @@ class Runner:
             torch.cuda.empty_cache()
         return True
 
-    def _sample(self, ready: list[Computed]) -> list[tuple[SequenceState, Tokens | Exception]]:
+    def _sample(self, ready: list[Computed]) -> None:
         logits = self.forward.logits(torch.cat([computed.states for computed in ready]))
-        chosen = sampling.choose(logits, [computed.sequence.draw for computed in ready])
-        return [(computed.sequence, c) for computed, c in zip(ready, chosen, strict=True)]
+        sequences = [computed.sequence for computed in ready]
+        for sequence, tokens in zip(sequences, sampling.choose(logits, sequences), strict=True):
+            self._append(sequence, tokens)
 
-    def _append(self, sequence: SequenceState, chosen: Tokens | Exception) -> list[Event]:
-        """Append a token to an answer; return the messages about it."""
-        if isinstance(chosen, Exception):
-            return [self._fail(sequence, chosen)]
-        assert isinstance(sequence.request, Generate)
-        params, is_first, (token,) = sequence.request.params, not sequence.first_token, chosen.ids
-        self._count_token(sequence)
-        if token in params.stop_ids and not params.ignore_eos:
-            return [self._finish(sequence, "stop")]
-        sequence.ids.append(token)
-        self.counters.completion_tokens += 1
-        if is_first:
-            chosen.cached_tokens, chosen.queue_s = sequence.n_cached, sequence.queue_s
-        events = [Event(sequence.client, chosen)]
-        is_full = len(sequence.ids) >= self.checkpoint.config.block_size
-        if is_full or len(sequence.ids) - sequence.n_prompt >= params.max_tokens:
-            events.append(self._finish(sequence, "length"))
-        return events
-
-    def _count_token(self, sequence: SequenceState) -> None:
-        now = time.monotonic()
+    def _append(self, sequence: SequenceState, tokens: Tokens) -> None:
+        """Append a token to an answer, which may end it."""
+        now, stats = time.monotonic(), self.stats
         if sequence.first_token:
-            self.counters.inter_token_s.add(now - sequence.last_token)
+            stats.inter_token_s.add(now - sequence.last_token)
         else:
             sequence.first_token = now
-            self.counters.queue_s.add(sequence.queue_s)
-            self.counters.first_token_s.add(now - sequence.arrived)
-            self.counters.prompt_tokens += sequence.n_prompt
-            self.counters.cached_tokens += sequence.n_cached
+            stats.queue_s.add(sequence.queue_s)
+            stats.first_token_s.add(now - sequence.arrived)
+            stats.prompt_tokens += sequence.n_prompt
+            stats.cached_tokens += sequence.n_cached
         sequence.last_token = now
+        params, (token,) = sequence.params, tokens.ids
+        if token in params.stop_ids and not params.ignore_eos:
+            tokens = sequence.tokens([])
+            tokens.finish_reason = "stop"
+        else:
+            sequence.ids.append(token)
+            stats.completion_tokens += 1
+            n_tokens = min(self.checkpoint.config.block_size, sequence.n_prompt + params.max_tokens)
+            if len(sequence.ids) >= n_tokens:
+                tokens.finish_reason = "length"
+        if tokens.finish_reason is None:
+            self.events.append(Event(sequence.client, tokens))
+        else:
+            self._end(sequence, tokens)
 
-    def _finish(self, sequence: SequenceState, reason: Literal["stop", "length"]) -> Event:
-        request_id, n_cached = sequence.request.request_id, sequence.n_cached
-        return self._end(sequence, Finished(request_id, reason, n_cached, sequence.queue_s))
-
-    def _end(self, sequence: SequenceState, answer: Message) -> Event:
+    def _end(self, sequence: SequenceState, answer: Message) -> None:
         self.scheduler.remove(sequence)
-        self.counters.finished += 1
+        self.stats.finished += 1
         if not sequence.generates:
-            self.counters.prompt_tokens += sequence.n_prompt
-        return Event(sequence.client, answer)
+            self.stats.prompt_tokens += sequence.n_prompt
+        self.events.append(Event(sequence.client, answer))
 
-    def _fail(self, sequence: SequenceState, error: Exception) -> Event:
+    def _fail(self, sequence: SequenceState, error: Exception) -> None:
         self.scheduler.remove(sequence, clean=False)
-        self.counters.failed += 1
+        self.stats.failed += 1
         request_id = sequence.request.request_id
         log.error("a request failed", exc_info=error, extra=of_request(request_id))
         why = f"The answer could not be computed ({type(error).__name__}: {error})."
-        kind: FailureKind = "overloaded" if is_out_of_memory(error) else "internal"
-        return Event(sequence.client, Failed(request_id, kind, why))
+        kind: FailureKind = "overloaded" if out_of_memory(error) else "internal"
+        self.events.append(Event(sequence.client, Failed(request_id, kind, why)))
 
-    def _score(self, computed: list[Computed]) -> list[Event]:
+    def _score(self, computed: list[Computed]) -> None:
         """Add the log-probabilities of the step's tokens; return all after the last."""
         ((sequence, states),) = computed
         assert isinstance(sequence.request, Score)
@@ -252,15 +240,11 @@ class Runner:
             scored.top_ids.append(ids)
             scored.top_logprobs.append(values)
         sequence.scored = scored
-        return [self._end(sequence, scored)] if sequence.n_computed == len(sequence.ids) else []
+        if sequence.n_computed == len(sequence.ids):
+            self._end(sequence, scored)
 
-    def _classify(self, computed: list[Computed]) -> list[Event]:
+    def _classify(self, computed: list[Computed]) -> None:
         ((sequence, states),) = computed
         (probabilities,) = self.forward.class_probabilities(states[-1:]).tolist()
         request_id = sequence.request.request_id
-        return [self._end(sequence, Classified(request_id, probabilities, sequence.n_prompt))]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error means that memory ran out, on a GPU or not."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(out_of_memory(error))
+        self._end(sequence, Classified(request_id, probabilities, sequence.n_prompt))

@@ -7,7 +7,6 @@ Shapes: R rows, V vocabulary, K candidates.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,66 +14,32 @@ from torch import Tensor
 from nanogpt.generation import allowed_tokens
 from nanogpt.splitmix import GAMMA, splitmix64
 from serving.engine.messages import MIN_LOGPROB, SamplingParams, Tokens
+from serving.engine.scheduler import SequenceState
 
 CANDIDATES = (256, 4096)  # likeliest tokens that are sorted; all only where they do not suffice
 MAX_TOP = 20  # likeliest tokens of a request
 MIN_TEMPERATURE = 1e-5  # below it the rounding of float32 logits decides: the likeliest is taken
 
 
-@dataclass(frozen=True)
-class Draw:
-    """The inputs of a row's draw: its parameters, the token's position, and the tokens before.
-
-    Those matter to penalties only.
-    """
-
-    params: SamplingParams
-    position: int
-    prompt_ids: list[int] = field(default_factory=list)
-    answer_ids: list[int] = field(default_factory=list)
-    request_id: str = ""
-
-    @property
-    def adjusts(self) -> bool:
-        """Whether penalties or bias change the logits."""
-        p = self.params
-        penalties = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1
-        return bool(p.logit_bias) or bool(penalties)
-
-    @property
-    def filters(self) -> bool:
-        """Whether only some of the tokens can be drawn."""
-        p = self.params
-        return p.top_k is not None or (p.top_p is not None and p.top_p < 1) or bool(p.min_p)
-
-
-class NotFinite(ValueError):
-    """Logits hold not-a-number or infinity: nothing can be drawn from them."""
-
-
 @torch.inference_mode()
-def choose(logits: Tensor, draws: list[Draw]) -> list[Tokens | NotFinite]:
-    """Return the token of each row of logits (R, V) float32, or why there is none.
+def choose(logits: Tensor, sequences: list[SequenceState]) -> list[Tokens]:
+    """Return the next token of each sequence, by its row of logits (R, V) float32.
 
-    With `params.logprobs`, its log-probability and the likeliest tokens come with it.
+    With `params.logprobs`, its log-probability and the likeliest tokens come with it. Raises
+    ValueError where the logits of a row are not finite numbers.
     """
     if logits.device.type == "mps":  # it has no float64
         logits = logits.cpu()
-    adjusted = _adjusted(logits, draws)
-    finite = adjusted.amax(-1).isfinite().tolist()  # false for any that is not a number, too
+    adjusted = _adjusted(logits, sequences)
+    if not adjusted.amax(-1).isfinite().all():  # false for any that is not a number, too
+        raise ValueError("the model's logits are not finite numbers")
     tokens = adjusted.argmax(-1)
-    drawn = [i for i, draw in enumerate(draws) if draw.params.temperature >= MIN_TEMPERATURE]
-    for filters in (False, True):
-        if rows := [i for i in drawn if draws[i].filters == filters]:
-            own = [draws[i] for i in rows]
-            weights = _weights(adjusted[rows], own)
-            sample = _sample_filtered if filters else _sample
-            tokens[rows] = sample(weights, own)
-    chosen = _with_logprobs(logits, tokens, draws)
-    return [
-        c if ok else NotFinite("the model's logits are not finite numbers")
-        for c, ok in zip(chosen, finite, strict=True)
-    ]
+    drawn = [i for i, s in enumerate(sequences) if s.params.temperature >= MIN_TEMPERATURE]
+    for filters, sample in ((False, _sample), (True, _sample_filtered)):
+        if rows := [i for i in drawn if _filters(sequences[i].params) == filters]:
+            own = [sequences[i] for i in rows]
+            tokens[rows] = sample(_weights(adjusted[rows], own), own)
+    return _with_logprobs(logits, tokens, sequences)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -101,29 +66,40 @@ def log_probabilities(
     return [(own[i], ids[i][:n], values[i][:n]) for i, n in enumerate(n_top)]
 
 
-def _adjusted(logits: Tensor, draws: list[Draw]) -> Tensor:
+def _adjusted(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
     """Return logits with penalties and bias; the same ones where no row has any."""
-    rows = [i for i, draw in enumerate(draws) if draw.adjusts]
+    rows = [i for i, sequence in enumerate(sequences) if _adjusts(sequence.params)]
     if rows:
         logits = logits.clone()
         for i in rows:
-            _adjust(logits[i], draws[i])
+            _adjust(logits[i], sequences[i])
     return logits
 
 
-def _adjust(row: Tensor, draw: Draw) -> None:
+def _adjusts(p: SamplingParams) -> bool:
+    penalties = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1
+    return bool(penalties or p.logit_bias)
+
+
+def _filters(p: SamplingParams) -> bool:
+    """Return whether only some of the tokens can be drawn."""
+    return p.top_k is not None or (p.top_p is not None and p.top_p < 1) or bool(p.min_p)
+
+
+def _adjust(row: Tensor, sequence: SequenceState) -> None:
     """Change one row (V,): repetition, frequency, presence, then bias.
 
     Repetition divides what is positive and multiplies what is not (CTRL, section 4.1); the others
     subtract, as the OpenAI API defines them.
     """
-    p, device = draw.params, row.device
+    p, device = sequence.params, row.device
     if p.repetition_penalty != 1:
-        seen = torch.tensor([*draw.prompt_ids, *draw.answer_ids], device=device).unique()
+        seen = torch.tensor(sequence.ids, device=device).unique()
         old = row[seen]
         row[seen] = torch.where(old > 0, old / p.repetition_penalty, old * p.repetition_penalty)
-    if draw.answer_ids and (p.frequency_penalty or p.presence_penalty):
-        seen, counts = torch.tensor(draw.answer_ids, device=device).unique(return_counts=True)
+    answer = sequence.ids[sequence.n_prompt :]
+    if answer and (p.frequency_penalty or p.presence_penalty):
+        seen, counts = torch.tensor(answer, device=device).unique(return_counts=True)
         row[seen] -= p.frequency_penalty * counts + p.presence_penalty
     if p.logit_bias:
         ids = torch.tensor(list(p.logit_bias), device=device)
@@ -134,34 +110,34 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None].to(like.dtype)
 
 
-def _weights(logits: Tensor, draws: list[Draw]) -> Tensor:
+def _weights(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
     """Return probabilities (R, V), the likeliest token's taken as 1."""
-    temperatures = _column([draw.params.temperature for draw in draws], logits)
+    temperatures = _column([s.params.temperature for s in sequences], logits)
     return ((logits - logits.amax(-1, keepdim=True)) / temperatures).exp()
 
 
-def _sample(weights: Tensor, draws: list[Draw]) -> Tensor:
+def _sample(weights: Tensor, sequences: list[SequenceState]) -> Tensor:
     """Return the index (R,) of each row of weights (R, K) at which its number lies."""
     sums = weights.cumsum(-1, dtype=torch.float64)
-    numbers = [uniform(draw.params.seed, draw.position) for draw in draws]
+    numbers = [uniform(s.params.seed, len(s.ids)) for s in sequences]
     total = sums[:, -1:].contiguous()
     mass = torch.tensor(numbers, dtype=sums.dtype, device=sums.device)[:, None] * total
     mass = torch.minimum(mass, total.nextafter(torch.zeros_like(total)))  # it may round up
     return torch.searchsorted(sums, mass, right=True)[:, 0].clamp_max(sums.size(-1) - 1)
 
 
-def _sample_filtered(weights: Tensor, draws: list[Draw]) -> Tensor:
-    tokens = torch.zeros(len(draws), dtype=torch.int64, device=weights.device)
-    rows = list(range(len(draws)))
+def _sample_filtered(weights: Tensor, sequences: list[SequenceState]) -> Tensor:
+    tokens = torch.zeros(len(sequences), dtype=torch.int64, device=weights.device)
+    rows = list(range(len(sequences)))
     for n in (*CANDIDATES, weights.size(-1)):
         if rows and n <= weights.size(-1):
-            of_rows, enough = _sample_among(weights[rows], n, [draws[i] for i in rows])
+            of_rows, enough = _sample_among(weights[rows], n, [sequences[i] for i in rows])
             tokens[rows] = of_rows
             rows = [i for i, done in zip(rows, enough.tolist(), strict=True) if not done]
     return tokens
 
 
-def _sample_among(weights: Tensor, n: int, draws: list[Draw]) -> tuple[Tensor, Tensor]:
+def _sample_among(weights: Tensor, n: int, sequences: list[SequenceState]) -> tuple[Tensor, Tensor]:
     """Sample among the n likeliest tokens (R, V), filtered by top_k, top_p, min_p in this order.
 
     Returns tokens (R,) and whether the n are sure to hold all that may be drawn (R,).
@@ -170,24 +146,25 @@ def _sample_among(weights: Tensor, n: int, draws: list[Draw]) -> tuple[Tensor, T
     best = weights.topk(n)
     w = best.values
     sums = w.cumsum(-1, dtype=torch.float64)
-    top_k = _column([min(d.params.top_k or n_vocab, n_vocab) for d in draws], sums)
-    top_p = _column([1.0 if d.params.top_p is None else d.params.top_p for d in draws], sums)
-    min_p = _column([d.params.min_p or 0.0 for d in draws], sums)
+    params = [sequence.params for sequence in sequences]
+    top_k = _column([min(p.top_k or n_vocab, n_vocab) for p in params], sums)
+    top_p = _column([1.0 if p.top_p is None else p.top_p for p in params], sums)
+    min_p = _column([p.min_p or 0.0 for p in params], sums)
     all_sums = weights.cumsum(-1, dtype=torch.float64)  # a plain sum adds in another order alone
     within = sums.gather(-1, top_k.long().clamp_max(n) - 1)
     total = torch.where(top_k == n_vocab, all_sums[:, -1:], within)
     allowed = allowed_tokens(w, sums, top_k, top_p * total, min_p)
     tail = (sums[:, -1:] >= top_p * total) & (top_p < 1) | (w[:, -1:] < min_p)
     enough = (top_k <= n) | (top_k == n_vocab) & tail  # at n = n_vocab always
-    index = _sample(torch.where(allowed, w, 0), draws)
+    index = _sample(torch.where(allowed, w, 0), sequences)
     return best.indices.gather(-1, index[:, None])[:, 0], enough[:, 0]
 
 
-def _with_logprobs(logits: Tensor, tokens: Tensor, draws: list[Draw]) -> list[Tokens]:
+def _with_logprobs(logits: Tensor, tokens: Tensor, sequences: list[SequenceState]) -> list[Tokens]:
     ids = tokens.tolist()
-    chosen = [Tokens(d.request_id, [token]) for d, token in zip(draws, ids, strict=True)]
-    if rows := [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]:
-        own, n_top = [ids[i] for i in rows], [draws[i].params.logprobs or 0 for i in rows]
+    chosen = [s.tokens([token]) for s, token in zip(sequences, ids, strict=True)]
+    if rows := [i for i, s in enumerate(sequences) if s.params.logprobs is not None]:
+        own, n_top = [ids[i] for i in rows], [sequences[i].params.logprobs or 0 for i in rows]
         found = log_probabilities(logits[rows], own, n_top)
         for i, (value, top_ids, top) in zip(rows, found, strict=True):
             message = chosen[i]

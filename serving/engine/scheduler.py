@@ -1,14 +1,11 @@
 """Which sequences wait, prefill and decode, and what the next step computes of them."""
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from serving.engine.forward import Span
-from serving.engine.messages import Computation, Generate, Scored
-from serving.engine.sampling import Draw
+from serving.engine.messages import Computation, Generate, SamplingParams, Scored, Tokens
 from serving.engine.slots import Slot, Slots
 
 MAX_GROUPS = 4096  # whose last turns the scheduler remembers
@@ -39,23 +36,18 @@ class SequenceState:
     last_token: float = 0.0
 
     def __post_init__(self) -> None:
-        self.n_prompt = len(self.ids)
-
-    @cached_property
-    def groups(self) -> tuple[str, tuple[str, str]]:
-        """The key, and the request of this key, that take turns with others."""
-        key = self.request.key
-        return key, (key, self.request.origin or self.request.request_id)
-
-    @property
-    def cache_scope(self) -> str:
-        """The label of the sequences whose prefixes it may reuse."""
-        return self.request.key if self.generates else self.request.request_id
+        request = self.request
+        self.n_prompt, self.generates = len(self.ids), isinstance(request, Generate)
+        # The key, and the request of this key, that take turns with others.
+        self.groups = request.key, (request.key, request.origin or request.request_id)
+        # The label of the sequences whose prefixes it may reuse.
+        self.cache_scope = request.key if self.generates else request.request_id
 
     @property
-    def generates(self) -> bool:
-        """Whether it continues its prompt."""
-        return isinstance(self.request, Generate)
+    def params(self) -> SamplingParams:
+        """The sampling parameters of a request that generates."""
+        assert isinstance(self.request, Generate)
+        return self.request.params
 
     @property
     def queue_s(self) -> float:
@@ -67,13 +59,11 @@ class SequenceState:
         """Whether only the latest token is not computed."""
         return self.n_computed == len(self.ids) - 1 and len(self.ids) > self.n_prompt
 
-    @property
-    def draw(self) -> Draw:
-        """The parameters of the next token's draw."""
-        request, n = self.request, self.n_prompt
-        assert isinstance(request, Generate)
-        prompt, answer = self.ids[:n], self.ids[n:]
-        return Draw(request.params, len(self.ids), prompt, answer, request.request_id)
+    def tokens(self, ids: list[int]) -> Tokens:
+        """Return the message with the next tokens of the answer."""
+        return Tokens(
+            self.request.request_id, ids, cached_tokens=self.n_cached, queue_s=self.queue_s
+        )
 
     def next_span(self, n_tokens: int) -> Span:
         """Return the next tokens to compute, at most `n_tokens`."""
@@ -114,7 +104,7 @@ class Scheduler:
         """Give slots to waiting sequences, but for those whose prefix is being computed."""
         while self.waiting:
             held = Counter(group for s in self.running for group in s.groups)
-            sequence = next(self._in_turn(held), None)
+            sequence = self._next(held)
             if sequence is None:
                 return
             if not self.slots.n_free:
@@ -126,19 +116,16 @@ class Scheduler:
                 self.waiting.insert(0, victim)
             self._start(sequence)
 
-    def _in_turn(self, held: Counter[Group]) -> Iterator[SequenceState]:
-        """Yield the sequences that may start, by the slots that their keys and requests hold."""
-        lines: defaultdict[Group, list[SequenceState]] = defaultdict(list)
-        for sequence in self.waiting:
-            lines[sequence.groups[1]].append(sequence)
+    def _next(self, held: Counter[Group]) -> SequenceState | None:
+        """Return the sequence to start, by the slots that keys and requests hold."""
 
-        def turn(line: list[SequenceState]) -> tuple[float, ...]:
-            key, request = line[0].groups
-            key_since, since = _since(self._admissions, line[0])
+        def turn(sequence: SequenceState) -> tuple[float, ...]:
+            key, request = sequence.groups
+            key_since, since = _since(self._admissions, sequence)
             return held[key], key_since, held[request], since
 
-        for line in sorted(lines.values(), key=turn):
-            yield from (s for s in line if not self._is_being_computed(s))
+        ready = (s for s in sorted(self.waiting, key=turn) if not self._is_being_computed(s))
+        return next(ready, None)
 
     def _victim(self, sequence: SequenceState, held: Counter[Group]) -> SequenceState | None:
         """Return the running sequence whose slot is due to one that waits."""

@@ -9,9 +9,8 @@ import threading
 from functools import partial
 from pathlib import Path
 
-from serving.engine.client import read_frame
 from serving.engine.engine import Engine
-from serving.engine.messages import Beat, Message, Settings, to_frame
+from serving.engine.messages import Message, Settings, read_frame, to_frame
 from serving.engine.runner import Event
 
 MAX_UNSENT_BYTES = 64 * 2**20  # a front end that does not read is cut off
@@ -57,7 +56,7 @@ class Server:
         assert task is not None
         self.front_ends[writer] = task
         try:
-            writer.write(to_frame([self.engine.models(), Beat()]))  # others are to follow
+            writer.write(to_frame([self.engine.models(), self.engine.stats]))
             while True:
                 for message in await read_frame(reader):
                     self.engine.post(partial(self.engine.accept, writer, message))

@@ -3,6 +3,7 @@
 Shapes: L layers, S slots, H heads, T time, D head size.
 """
 
+import itertools
 import math
 import mmap
 from contextlib import suppress
@@ -39,7 +40,7 @@ class Slots:
         shape = (config.n_layer, 2, n_slots, config.n_head, config.block_size, head_size)
         self.cache = _zeros(shape, dtype, device)
         self.slots = [Slot(i) for i in range(n_slots)]
-        self._clock = 0
+        self._clock = itertools.count(1)
 
     @property
     def n_free(self) -> int:
@@ -65,7 +66,12 @@ class Slots:
             if n_cached and source is not slot:
                 prefix = self.cache[:, :, source.index, :, :n_cached]
                 self.cache[:, :, slot.index, :, :n_cached] = prefix
-        slot.busy, slot.scope, slot.ids, slot.used = True, scope, prompt[:n_cached], self._tick()
+        slot.busy, slot.scope, slot.ids, slot.used = (
+            True,
+            scope,
+            prompt[:n_cached],
+            next(self._clock),
+        )
         return slot, n_cached
 
     def hold(self, slot: Slot, ids: list[int]) -> None:
@@ -74,7 +80,7 @@ class Slots:
 
     def release(self, slot: Slot, *, clean: bool = True) -> None:
         """Free a slot; its content may be reused if it is `clean`."""
-        slot.busy, slot.used = False, self._tick()
+        slot.busy, slot.used = False, next(self._clock)
         if not clean:
             slot.ids = slot.ids[:0]
             self.cache[:, :, slot.index].zero_()  # not a number times nothing is not nothing
@@ -95,14 +101,9 @@ class Slots:
             )
 
         def value(slot: Slot) -> tuple[bool, bool, int]:
-            is_held = len(slot.ids) > 0
-            return is_held, is_held and not is_superseded(slot), slot.used
+            return len(slot.ids) > 0, not is_superseded(slot), slot.used
 
         return min((slot for slot in self.slots if not slot.busy), key=value)
-
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
 
 
 def slot_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
