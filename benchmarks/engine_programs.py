@@ -18,11 +18,10 @@ from torch import Tensor
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.export import main as export
 from serving.engine.forward import Span
-from serving.engine.loading import cache_dtype, make_forward
-from serving.engine.messages import Generate, SamplingParams, Stats, Tokens
-from serving.engine.runner import Runner
-from serving.engine.scheduler import Scheduler
-from serving.engine.slots import Slots
+from serving.engine.messages import Generate, SamplingParams, Settings, Stats, Tokens
+from serving.engine.native import cache_dtype
+from serving.engine.registry import find_entries
+from serving.engine.runner import load_runner
 
 MAX_STREAMS = 32
 CHUNK_TOKENS = 64
@@ -49,15 +48,15 @@ class Program:
 class Ours(Program):
     """The engine's runner: the scheduler, the kernels and the sampler, without its process."""
 
-    def __init__(self, files: Path, dtype: str, temperature: float = 0.0) -> None:
-        about = load_checkpoint(files / "model.ckpt")
+    def __init__(self, files: Path, dtype: Any, temperature: float = 0.0) -> None:
         self.temperature = temperature
         sizes = {"fp32": 4.0, "fp24": 3.0, "bf16": 2.0, "int8": 1 + 2 / 64}  # with scales
         self.weight_bytes, self.kv_bytes = sizes[dtype], cache_dtype(dtype).itemsize
-        slots = Slots(about.config, MAX_STREAMS, cache_dtype(dtype), torch.device("cpu"))
-        forward = make_forward(about.model.requires_grad_(False), slots.cache, dtype)
-        scheduler = Scheduler(slots, CHUNK_TOKENS)
-        self.runner = Runner("m", "1", about, dtype, forward, scheduler, Stats())
+        (entry,) = find_entries(files / "model.ckpt")
+        settings = Settings(
+            device="cpu", dtype=dtype, max_slots=MAX_STREAMS, chunk_tokens=CHUNK_TOKENS
+        )
+        self.runner = load_runner(entry, settings, Stats(), cache_bytes=1e12)
 
     def run(self, prompts: list[list[int]], n_new: int) -> tuple[float, float]:
         start = time.perf_counter()

@@ -53,7 +53,7 @@ def main() -> int:
 def check_engine(settings: Settings) -> None:
     """Raise ValueError for a device or a default model that does not exist; these need torch."""
     if settings.device not in ("auto", "cpu"):
-        from serving.engine.loading import check_device
+        from serving.engine.runner import check_device
 
         check_device(settings.device)
     if settings.default_model is not None:

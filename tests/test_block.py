@@ -34,9 +34,10 @@ from nanogpt.support import mixes_by_attend
 from nanogpt.tokenizer import byte_tokenizer
 from nanogpt.training.throughput import flops_per_token
 from serving.engine.forward import Span
-from serving.engine.loading import load_runner, make_forward
 from serving.engine.messages import Settings, Stats
+from serving.engine.native import make_forward
 from serving.engine.registry import Registry
+from serving.engine.runner import load_runner
 
 SOURCE = """
 from pathlib import Path

@@ -467,7 +467,7 @@ def fail() -> None:
 
 def is_newest(inline: InlineEngine) -> bool:
     (runner,), (entry,) = inline.engine.runners.values(), inline.engine.registry.entries
-    return runner.revision == entry.revision
+    return runner.entry == entry
 
 
 def test_weights_that_come_while_others_are_loaded_are_loaded_next(
@@ -759,11 +759,11 @@ def test_a_slow_load_does_not_replace_newer_weights(
     newer(inline, checkpoint)
     while "run" not in inline.engine.runners:
         inline.step()
-    new = inline.engine.runners["run"].revision
+    new = inline.engine.runners["run"].entry.revision
     until.set()
     while inline.engine._loading:
         inline.step()
-    assert inline.engine.runners["run"].revision == new != old
+    assert inline.engine.runners["run"].entry.revision == new != old
 
 
 def test_an_engine_that_loads_sleeps_until_it_has(checkpoint: Path) -> None:

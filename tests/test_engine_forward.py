@@ -13,8 +13,7 @@ from nanogpt.model import GPT, GPTConfig
 from serving.engine import compiling, native
 from serving.engine import forward as forward_module
 from serving.engine.forward import Forward, Span, round_to_24_bits
-from serving.engine.loading import cache_dtype, make_forward
-from serving.engine.native import ForwardPass
+from serving.engine.native import ForwardPass, cache_dtype, make_forward
 from tests.engine_models import MODERN
 
 IDS = torch.randint(97, (150,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -126,7 +125,7 @@ import resource
 import torch
 from nanogpt.model import GPT, GPTConfig
 from serving.engine.forward import Span
-from serving.engine.loading import make_forward
+from serving.engine.native import make_forward
 
 model = GPT(GPTConfig(65536, 97, n_layer=1, n_head=1, n_embd=64)).eval()
 computes = make_forward(model, torch.zeros(1, 2, 1, 1, 65536, 64), "fp32")

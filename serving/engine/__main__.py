@@ -21,8 +21,8 @@ def main(address: str, settings: Settings) -> None:
         compiling.begin()
     import torch
 
-    from serving.engine.loading import choose_device
     from serving.engine.native import load_library
+    from serving.engine.runner import choose_device
     from serving.engine.server import Server
 
     if settings.threads is not None:

@@ -10,21 +10,18 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, get_args
 
 import torch
 
-from serving.engine.loading import all_cache_bytes, load_runner
 from serving.engine.messages import (
     Cancel,
     Computation,
     Describe,
     EngineError,
     Failed,
-    FailureKind,
     Message,
     ModelInfo,
     Models,
@@ -33,7 +30,7 @@ from serving.engine.messages import (
     Task,
 )
 from serving.engine.registry import Entry, Registry
-from serving.engine.runner import Event, Runner
+from serving.engine.runner import Event, Runner, all_cache_bytes, load_runner
 from serving.logs import of_request
 
 BEAT_S = 0.4  # the shortest time between two heartbeats
@@ -112,10 +109,9 @@ class Engine:
     def step(self) -> None:
         """Begin what waits for a model, let every model compute once, and emit the events."""
         self._begin_waiting()
-        for runner in list(self.runners.values()):
-            newest = self.registry.get(runner.id)
-            is_newer = newest is not None and newest.revision != runner.revision
-            if newest and is_newer and newest.key not in self.registry.failures:
+        for id_, runner in self.runners.items():
+            newest = self.registry.get(id_)
+            if newest and newest.key not in {runner.entry.key, *self.registry.failures}:
                 self._load(newest)
         for runner in self._all_runners():
             self._events += runner.step()
@@ -135,9 +131,7 @@ class Engine:
                 self.stats.cancelled += n
         elif isinstance(message, Computation | Describe):
             self.stats.requests += 1
-            with self._refusing(client, message):
-                self._check_queue(message)
-                self._begin(client, message)
+            self._take(client, message, is_new=True)
 
     def leave(self, client: object) -> None:
         """Drop all requests of a front end that is gone."""
@@ -148,9 +142,28 @@ class Engine:
         self._drain_until = time.monotonic() + self.settings.drain_s
 
     def models(self) -> Models:
-        """Return the models that are served."""
+        """Return the models that are served, by the weights that compute until newer ones do."""
         default = {task: self.registry.default(task) for task in (None, *get_args(Task))}
-        return Models([self._info(entry, default) for entry in self.registry.entries])
+        models = []
+        for entry in self.registry.entries:
+            runner = self.runners.get(entry.id)
+            weights = runner.entry if runner else entry
+            models.append(
+                ModelInfo(
+                    id=entry.id,
+                    aliases=list(entry.aliases),
+                    created=weights.created,
+                    revision=weights.revision,
+                    loaded=runner is not None,
+                    default=entry == default[None],
+                    default_to_generate=entry == default["generate"],
+                    default_to_classify=entry == default["classify"],
+                    name=entry.name,
+                    max_model_len=entry.max_model_len,
+                    error=self.registry.failures.get(entry.key, (0.0, ""))[1],
+                )
+            )
+        return Models(models)
 
     def changed(self) -> None:
         """Retire models that are gone, after the registry found other checkpoints."""
@@ -166,24 +179,6 @@ class Engine:
 
     def _all_runners(self) -> list[Runner]:
         return [*self.runners.values(), *self.retiring]
-
-    def _info(self, entry: Entry, default: Mapping[Task | None, Entry | None]) -> ModelInfo:
-        """Describe a model by the weights that compute, until newer ones do."""
-        runner = self.runners.get(entry.id)
-        weights = runner or entry
-        return ModelInfo(
-            id=entry.id,
-            aliases=list(entry.aliases),
-            created=weights.created,
-            revision=weights.revision,
-            loaded=runner is not None,
-            default=entry == default[None],
-            default_to_generate=entry == default["generate"],
-            default_to_classify=entry == default["classify"],
-            name=entry.name,
-            max_model_len=entry.max_model_len,
-            error=self.registry.failures.get(entry.key, (0.0, ""))[1],
-        )
 
     def _check_queue(self, request: Computation | Describe) -> None:
         """Refuse requests while draining, and those of a key that has its share of a full queue.
@@ -208,7 +203,7 @@ class Engine:
         if entry is None:
             raise EngineError("not_found", f"The model {request.model!r} does not exist.")
         runner = self.runners.get(entry.id)
-        if runner is None or runner.revision != entry.revision:
+        if runner is None or runner.entry.key != entry.key:
             why = self._load(entry)
             if runner is None:
                 if why:
@@ -224,8 +219,7 @@ class Engine:
     def _begin_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
         for client, request in waiting:
-            with self._refusing(client, request):
-                self._begin(client, request)
+            self._take(client, request)
 
     def _load(self, entry: Entry) -> str:
         """Begin to load a model where there is room; return why it will not be loaded, or ""."""
@@ -253,8 +247,8 @@ class Engine:
         idle = [r for r in self.runners.values() if r.scheduler.idle and r is not but]
         if idle:
             oldest = min(idle, key=lambda runner: runner.used)
-            log.info("evicting %s", oldest.id)
-            del self.runners[oldest.id]
+            log.info("evicting %s", oldest.entry.id)
+            del self.runners[oldest.entry.id]
         return bool(idle)
 
     def _read(self, entry: Entry) -> None:
@@ -262,23 +256,21 @@ class Engine:
         n_models = min(self.settings.max_models, len(self.registry.entries))
         try:
             runner = load_runner(entry, self.settings, self.stats, self.cache_bytes, n_models)
+            self.post(partial(self._loaded, runner))
         except Exception as error:  # whatever a file can do to its reader
             self.post(partial(self._not_loaded, entry, error))
-        else:
-            self.post(partial(self._loaded, runner))
 
     def _loaded(self, runner: Runner) -> None:
-        key = (runner.id, runner.revision)
-        self._loading.pop(key, None)
-        self.registry.failures.pop(key, None)
-        old = self.runners.get(runner.id)
-        entry = self.registry.get(runner.id)
-        if old is not None and entry is not None and old.revision == entry.revision:
+        loaded = runner.entry
+        self._loading.pop(loaded.key, None)
+        self.registry.failures.pop(loaded.key, None)
+        old, newest = self.runners.get(loaded.id), self.registry.get(loaded.id)
+        if old is not None and newest is not None and old.entry.key == newest.key:
             return  # newer weights were loaded in less time
         runner.used = old.used if old else time.monotonic()  # newer weights are no use of a model
         if old is not None:
             self.retiring.append(old)
-        self.runners[runner.id] = runner
+        self.runners[loaded.id] = runner
         self._begin_waiting()
         while self._holds_too_much() and self._evict(but=runner):
             pass  # models that were loaded when there were fewer have larger shares
@@ -304,20 +296,22 @@ class Engine:
         self.registry.failures[entry.key] = time.monotonic(), why
         self._events.append(Event(None, self.models()))
 
-    @contextmanager
-    def _refusing(self, client: object, request: Computation | Describe) -> Iterator[None]:
-        """Answer a request that is not taken with the reason; an unexpected error is its alone."""
+    def _take(
+        self, client: object, request: Computation | Describe, *, is_new: bool = False
+    ) -> None:
+        """Begin a request, or answer with the reason; an unexpected error is its alone."""
         try:
-            yield
+            if is_new:
+                self._check_queue(request)
+            self._begin(client, request)
         except Exception as error:
-            kind: FailureKind = "internal"
-            why = f"The request could not be taken ({type(error).__name__}: {error})."
-            if isinstance(error, EngineError):
-                kind, why = error.kind, str(error)
-            else:
+            if not isinstance(error, EngineError):
                 log.exception("a request was not taken", extra=of_request(request.request_id))
+                why = f"The request could not be taken ({type(error).__name__}: {error})."
+                error = EngineError("internal", why)
             self.stats.failed += 1
-            self._events.append(Event(client, Failed(request.request_id, kind, why)))
+            failed = Failed(request.request_id, error.kind, str(error))
+            self._events.append(Event(client, failed))
 
     def _drop(self, client: object, request_id: str | None = None) -> int:
         """Drop a client's request, or all of them; return the number of those in the queue."""

@@ -16,7 +16,7 @@ from nanogpt.classifier import Classifier
 from nanogpt.model import GPT, Block
 from nanogpt.support import ANY, Supported, unsupported
 from serving.engine import compiling
-from serving.engine.forward import Forward, Span
+from serving.engine.forward import Forward, Span, round_to_24_bits
 
 SUPPORTED: Supported = {
     "position": ("learned", "rotary"),
@@ -174,6 +174,25 @@ class NativeForward:
 
 
 ForwardPass = Forward | NativeForward
+
+
+def make_forward(model: GPT, cache: Tensor, dtype: str, *, invariant: bool = True) -> ForwardPass:
+    """Return the fastest forward pass for a model and its cache (L, 2, S, H, T, D) here.
+
+    The engine's own kernels are `invariant` at no cost; others take longer for it.
+    """
+    if dtype == "fp24":
+        round_to_24_bits(model)
+    if supported(model, dtype, cache.device):
+        forward = NativeForward(model, cache, dtype)
+        model.to("meta")  # its weights are packed: free the others
+        return forward
+    return Forward(model.to(cache.dtype), cache, int8=dtype == "int8", invariant=invariant)
+
+
+def cache_dtype(dtype: str) -> torch.dtype:
+    """Return the precision of activations, keys and values for a precision of the weights."""
+    return torch.float32 if dtype in ("fp32", "fp24") else torch.bfloat16
 
 
 def supported(model: GPT, dtype: str, device: torch.device) -> bool:

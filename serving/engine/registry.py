@@ -23,17 +23,9 @@ HIDDEN = (
 # Of models whose ids begin so, they change the parameters of requests.
 CHANGED = ("o1", "o3", "o4", "codex", "computer-use", "gpt-5")
 _HIDDEN = re.compile("|".join(HIDDEN), re.IGNORECASE)
+_SPLIT = "|".join(f"{word[0]}-{word[1:]}" for word in HIDDEN)
 # Names that read like the ids of others that were changed.
-_CHANGED = re.compile(
-    "|".join(
-        [
-            *(f"{word[0]}-{word[1:]}" for word in HIDDEN),
-            "-searching-",
-            *(f"^model-{word}" for word in CHANGED),
-        ]
-    ),
-    re.IGNORECASE,
-)
+_CHANGED = re.compile(f"{_SPLIT}|-searching-|^model-({'|'.join(CHANGED)})", re.IGNORECASE)
 
 ENDINGS = ("", ".ckpt", ".pt")  # that a model's name may have
 
@@ -214,13 +206,8 @@ def _entry(path: Path, name: str) -> Entry:
 def _rank(path: Path) -> int:
     """Return the rank of a run by its summary: see Entry."""
     with suppress(OSError, ValueError):  # there is none, or it is damaged
-        return min(len(str(_n_steps(path, path.stat().st_mtime_ns))), 3)
+        return min(len(str(read_summary(path)["steps"])), 3)
     return 0
-
-
-@lru_cache(1024)
-def _n_steps(path: Path, version: int) -> int:
-    return int(read_summary(path)["steps"])
 
 
 @lru_cache(4096)

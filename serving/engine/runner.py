@@ -1,6 +1,7 @@
 """One model at work: its weights, its slots and its sequences, computed step by step."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,10 +10,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from nanogpt.checkpoint import Checkpoint
+from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.classifier import enclose
 from nanogpt.command import out_of_memory
 from serving.engine import sampling
+from serving.engine.compiling import processor_flags
 from serving.engine.forward import Span
 from serving.engine.messages import (
     Classified,
@@ -26,11 +28,14 @@ from serving.engine.messages import (
     ModelDetails,
     Score,
     Scored,
+    Settings,
     Stats,
     Tokens,
 )
-from serving.engine.native import ForwardPass
+from serving.engine.native import ForwardPass, cache_dtype, make_forward
+from serving.engine.registry import Entry
 from serving.engine.scheduler import Scheduler, SequenceState
+from serving.engine.slots import Slots, slot_bytes
 from serving.logs import of_request
 
 MIN_TOKENS = 8  # of a prefill in one step where memory is short
@@ -57,14 +62,12 @@ class Computed(NamedTuple):
 class Runner:
     """A loaded model. Whatever fails in a step fails for the sequence that causes it alone."""
 
-    id: str
-    revision: str
+    entry: Entry
     checkpoint: Checkpoint
     dtype: str
     forward: ForwardPass
     scheduler: Scheduler
     stats: Stats
-    created: int = 0  # seconds since 1970
     used: float = 0.0  # the time of its latest request or step
     events: list[Event] = field(default_factory=list)  # of the present step
 
@@ -74,7 +77,7 @@ class Runner:
         block_size, vocab_size = about.config.block_size, about.config.vocab_size
         if isinstance(request, Classify):
             if about.labels is None:
-                what = f"The model {self.id} was not trained to classify."
+                what = f"The model {self.entry.id} was not trained to classify."
                 raise EngineError("invalid", what)
             ids = enclose(ids, about.tokenizer.eot_id, block_size)
         if not ids:
@@ -92,8 +95,8 @@ class Runner:
         about = self.checkpoint
         return ModelDetails(
             request_id,
-            id=self.id,
-            revision=self.revision,
+            id=self.entry.id,
+            revision=self.entry.revision,
             stage=about.stage,
             step=about.step,
             block_size=about.config.block_size,
@@ -248,3 +251,75 @@ class Runner:
         (probabilities,) = self.forward.class_probabilities(states[-1:]).tolist()
         request_id = sequence.request.request_id
         self._end(sequence, Classified(request_id, probabilities, sequence.n_prompt))
+
+
+def load_runner(
+    entry: Entry, settings: Settings, stats: Stats, cache_bytes: float, n_models: int = 1
+) -> Runner:
+    """Load an entry's checkpoint and make it ready to compute.
+
+    It has as many slots, of `max_slots`, as a model's share of `cache_bytes` holds: at least one.
+
+    Raises ValueError or FileNotFoundError for a file that is none of ours, ValueError for a model
+    of which not one slot fits `cache_bytes`.
+    """
+    started = time.monotonic()
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    checkpoint = load_checkpoint(entry.path, device=device)
+    config, precision = checkpoint.config, cache_dtype(dtype)
+    n_bytes = slot_bytes(config, precision)
+    if n_bytes > cache_bytes:
+        raise ValueError(
+            f"the keys and values of block_size={config.block_size} tokens take "
+            f"{n_bytes / 1e9:.1f} GB, more than the {cache_bytes / 1e9:.1f} GB there are for all "
+            f"models; raise cache_gb"
+        )
+    n_slots = max(1, min(settings.max_slots, int(cache_bytes / n_models // n_bytes)))
+    slots = Slots(config, n_slots, precision, device)
+    model = checkpoint.model.requires_grad_(False)
+    forward = make_forward(model, slots.cache, dtype, invariant=settings.invariant)
+    log.info("loaded %s (%s) in %.1f s", entry.id, dtype, time.monotonic() - started)
+    scheduler = Scheduler(slots, settings.chunk_tokens)
+    return Runner(entry, checkpoint, dtype, forward, scheduler, stats)
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device of a setting; `auto` is the GPU where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError for a device that this machine does not have."""
+    available = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    available += [*(["cuda"] if gpus else []), *gpus]
+    if device != "auto" and device not in available:
+        raise ValueError(
+            f"device={device} is not on this machine; choose from auto, {', '.join(available)}"
+        )
+
+
+def choose_dtype(dtype: str, device: torch.device) -> str:
+    """Return the weights' precision; `auto` is bf16 where the machine computes in it, else fp32."""
+    if dtype != "auto":
+        return dtype
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        is_fast = "AVX512" in capability and "avx512_bf16" in processor_flags().split()
+    else:  # older GPUs only emulate it
+        cuda = device.type == "cuda"
+        is_fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if is_fast else "fp32"
+
+
+def all_cache_bytes(settings: Settings) -> float:
+    """Return the memory for the keys and values of all models, before any is loaded."""
+    device = choose_device(settings.device)
+    if settings.cache_gb is not None:
+        return settings.cache_gb * 1e9
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
