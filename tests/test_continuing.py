@@ -21,7 +21,7 @@ def lose_the_end(run_dir: Path) -> None:
     (run_dir / "checkpoints" / "last.ckpt").unlink()
 
 
-def test_another_runs_checkpoint_is_refused_and_the_runs_own_named(
+def test_another_runs_checkpoint_is_refused_and_the_runs_own_continued_without_it(
     tiny_run: list[str], tmp_path: Path
 ) -> None:
     fit(*tiny_run, *SHORT)
@@ -30,9 +30,11 @@ def test_another_runs_checkpoint_is_refused_and_the_runs_own_named(
     lose_the_end(own.parent)
     other = tmp_path / "runs" / "other" / "checkpoints" / "last.ckpt"
     shutil.copy(other, own / "last.ckpt")
-    with pytest.raises(ValueError, match=r"last\.ckpt is a checkpoint of another run.*000002"):
+    with pytest.raises(ValueError, match=r"last\.ckpt is a checkpoint of another run; remove it"):
         fit(*tiny_run, *SHORT)
     assert (own / "last.ckpt").read_bytes() == other.read_bytes()
+    (own / "last.ckpt").unlink()
+    assert fit(*tiny_run, *SHORT)["steps"] == 4
 
 
 def test_a_checkpoint_of_the_same_settings_on_another_corpus_is_refused(

@@ -185,23 +185,23 @@ def test_a_run_of_an_earlier_version_is_continued(run_dir: Path, config: dict[st
 
 
 def test_it_stays_its_own_when_it_stops_before_its_next_checkpoint(
-    run_dir: Path, config: dict[str, Any]
+    run_dir: Path, old: dict[str, Any], config: dict[str, Any]
 ) -> None:
-    for _ in range(2):
+    def reopen() -> None:
         with opened(config, run_dir) as run:
             assert run.step == 4
             begin(run)
-        assert "schedule" in yaml.safe_load((run_dir / "config.yaml").read_text())
+            assert run.binding == binding(old)
+
+    reopen()
+    assert "schedule" in yaml.safe_load((run_dir / "config.yaml").read_text())
+    reopen()
     config["model"]["_target_"] = "nanogpt.model.GPTConfig"  # of a later version
-    for _ in range(2):
-        with opened(config, run_dir) as run:
-            assert run.step == 4
-            begin(run)
-            former = run.recorded["former_identities"]
-            assert len(former) == len({*former, run.binding["identity"]}) - 1 == 2
+    reopen()
+    reopen()
 
 
-def test_another_runs_checkpoint_is_no_former_one(
+def test_another_runs_checkpoint_is_refused(
     run_dir: Path, old: dict[str, Any], config: dict[str, Any]
 ) -> None:
     for key in ("seed", "corpus"):
@@ -223,17 +223,22 @@ def test_a_run_that_waited_for_shards_is_refused_in_one_sentence(
 ) -> None:
     old["data"]["wait"] = 3
     RunDirectory(run_dir).write_config(old)
+    content = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    content["nanogpt"]["run"] = binding(old)
+    write_checkpoint(content, run_dir / "checkpoints" / "last.ckpt")
     with (
-        pytest.raises(ValueError, match=r"data\.wait=3.*cannot be continued.*name=<new name>"),
+        pytest.raises(ValueError, match=r"data\.wait: 3 is recorded, None is.*name=<new name>"),
         opened(config, run_dir),
     ):
         pass
     assert (run_dir / "checkpoints" / "last.ckpt").exists()
 
 
-def test_a_replaced_run_has_no_former_identity(run_dir: Path, config: dict[str, Any]) -> None:
+def test_a_replaced_run_has_an_identity_of_its_own(
+    run_dir: Path, old: dict[str, Any], config: dict[str, Any]
+) -> None:
     with opened({**config, "resume": False, "overwrite": True}, run_dir) as run:
         assert (run.step, run.checkpoint, run.recorded) == (0, None, {})
         begin(run)
-        assert "former_identities" not in run.recorded
+        assert run.binding["identity"] != binding(old)["identity"]
     assert not (run_dir / "checkpoints" / "last.ckpt").exists()

@@ -41,8 +41,6 @@ OPERATIONAL = (
 IDENTITY_WITHIN_OPERATIONAL = ("trainer.precision",)
 NAMED_BY_CHOICE = ("stage", "model", "data")  # groups that the name begins with
 BUDGET = ("max_steps", "max_tokens")  # identity that may grow, where the schedule permits
-NEW_NODES = ("module", "datamodule")  # of the configuration; records of earlier versions lack them
-OWN_PACKAGE = "nanogpt."
 SCHEDULES = {
     "cosine": ("nanogpt.optim.Cosine", ("warmup_steps", "floor")),
     "wsd": ("nanogpt.optim.WarmupStableDecay", ("warmup_steps", "decay_fraction", "floor")),
@@ -128,8 +126,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def binding(recorded: Mapping[str, Any]) -> dict[str, str]:
     """Return what binds checkpoints to the run of a recorded configuration.
 
-    `identity` is a hash over the identity keys, but for the budget, which may grow. Numbers that
-    compare equal, such as 1 and 1.0, are the same value, as in `identity_differences`.
+    `identity` is that of the run's beginning where it is recorded, else a hash over the identity
+    keys, but for the budget, which may grow. Numbers that compare equal, such as 1 and 1.0, are the
+    same value, as in `identity_differences`.
     """
     values = {
         key: int(value) if isinstance(value, float) and value.is_integer() else value
@@ -137,34 +136,26 @@ def binding(recorded: Mapping[str, Any]) -> dict[str, str]:
         if is_identity(key) and key not in BUDGET and value is not None
     }
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    return {"identity": digest, "corpus": recorded["resolved"]["corpus"]}
+    resolved = recorded["resolved"]
+    return {"identity": resolved.get("identity", digest), "corpus": resolved["corpus"]}
 
 
 def identity_differences(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Return one line per identity key in which two configurations differ.
 
-    `auto` agrees with whatever it became when the run began. A record without a class or node that
-    this version names agrees with the project's own.
+    `auto` agrees with whatever it became when the run began. A record of an earlier version, which
+    lacks a class or node that this version names, agrees with the project's own.
     """
     old, new = flatten(recorded), flatten(config)
+    for key, value in new.items():
+        lacks_node = key.partition(".")[0] in {"module", "datamodule"} - recorded.keys()
+        if str(value).startswith("nanogpt.") if key.endswith("._target_") else lacks_node:
+            old.setdefault(key, value)
     return [
         f"{key}: {old.get(key)!r} is recorded, {new.get(key)!r} is configured"
         for key in sorted(old.keys() | new.keys())
-        if is_identity(key)
-        and old.get(key) != new.get(key)
-        and new.get(key) != "auto"
-        and not _is_new(key, old, new)
+        if is_identity(key) and old.get(key) != new.get(key) and new.get(key) != "auto"
     ]
-
-
-def _is_new(key: str, recorded: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Return whether a flat record lacks a key because its version did."""
-    if key in recorded:
-        return False
-    if key.endswith("._target_"):
-        return str(config[key]).startswith(OWN_PACKAGE)
-    root = key.partition(".")[0]
-    return root in NEW_NODES and not any(_under(other, root) for other in recorded)
 
 
 def check_continues(
@@ -183,22 +174,14 @@ def check_continues(
 
 
 def upgrade(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recorded configuration of an earlier version in the present layout.
-
-    Raises ValueError for a run that this version cannot continue.
-    """
-    config = {**recorded, "data": dict(recorded["data"]), "optim": dict(recorded["optim"])}
-    if (wait := config["data"].pop("wait", None)) is not None:
-        raise ValueError(
-            f"the run began with data.wait={wait}, which this version lacks: it cannot be "
-            f"continued; pass {NEW_OR_ANEW} (data.tokens=N prepares the first N tokens)"
-        )
-    if "grad_clip" in config["optim"]:
-        config["grad_clip"] = config["optim"].pop("grad_clip")
-    if old := config["optim"].pop("schedule", None):
+    """Return the recorded configuration of an earlier version in the present layout."""
+    config, optim = dict(recorded), dict(recorded["optim"])
+    if "grad_clip" in optim:
+        config["grad_clip"] = optim.pop("grad_clip")
+    if old := optim.pop("schedule", None):
         target, names = SCHEDULES[old["kind"]]
         config["schedule"] = {"_target_": target, **{name: old[name] for name in names}}
-    return config
+    return {**config, "optim": optim}
 
 
 def budget_steps(config: Mapping[str, Any]) -> int:
@@ -206,11 +189,9 @@ def budget_steps(config: Mapping[str, Any]) -> int:
 
     Raises ValueError where both are None.
     """
-    budgets = []
-    if config["max_steps"] is not None:
-        budgets.append(config["max_steps"])
-    if config["max_tokens"] is not None:
-        budgets.append(math.ceil(config["max_tokens"] / config["tokens_per_step"]))
+    tokens = config["max_tokens"]
+    of_tokens = None if tokens is None else math.ceil(tokens / config["tokens_per_step"])
+    budgets = [steps for steps in (config["max_steps"], of_tokens) if steps is not None]
     if not budgets:
         raise ValueError("the run has no budget; pass max_steps=N or max_tokens=N")
     return int(min(budgets))

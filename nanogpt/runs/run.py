@@ -29,12 +29,7 @@ from nanogpt.model import GPTConfig
 from nanogpt.prompts import Template
 from nanogpt.ranks import Ranks, join, leave_with_launcher, on_rank_zero
 from nanogpt.runs.directory import NEW_OR_ANEW, RunDirectory, cut_samples, lock_run, reached
-from nanogpt.runs.identity import (
-    binding,
-    budget_steps,
-    check_continues,
-    upgrade,
-)
+from nanogpt.runs.identity import binding, budget_steps, check_continues, upgrade
 from nanogpt.runs.log import log_to
 from nanogpt.runs.metrics import MetricsFile
 from nanogpt.tokenizer import Tokenizer
@@ -52,12 +47,10 @@ class Run:
     Attributes:
         files: the paths of the run's files; `path` is their directory.
         source: fingerprint of the data's source, None where the source is gone.
-        recorded: what was resolved when the run began, empty for a new one until `begin`.
+        recorded: what was resolved when the run began, without `corpus` before `begin`.
         checkpoint: the newest intact checkpoint, None to start at step 0.
         step: its optimizer step, 0 without one.
         finished: the summary of a run that has nothing left to do, else None.
-        identities: the hashes that the run's checkpoints may carry.
-        replaces: whether an older run in the directory is removed.
         max_steps: the budget in optimizer steps.
     """
 
@@ -68,9 +61,6 @@ class Run:
     checkpoint: Path | None = None
     step: int = 0
     finished: dict[str, Any] | None = None
-    identities: list[str] = field(default_factory=list)
-    replaces: bool = False
-    started_from: dict[str, str] | None = None  # on rank zero, until `begin`
 
     def __post_init__(self) -> None:
         self.path = self.files.path
@@ -91,11 +81,6 @@ class Run:
         """What binds this run's checkpoints to it."""
         return binding(self._as_recorded(self.recorded))
 
-    @property
-    def init_from(self) -> dict[str, str] | None:
-        """Path of what the run started from, and the sha256 of its weights."""
-        return self.recorded.get("init_from")
-
     def metadata(
         self,
         model_config: GPTConfig,
@@ -110,7 +95,7 @@ class Run:
             tokenizer,
             template=None if template is None else template.name,
             labels=labels,
-            init_from=self.init_from,
+            init_from=self.recorded.get("init_from"),
         )
         return {**about, "run": self.binding}
 
@@ -124,52 +109,42 @@ class Run:
         config = self.config
         if config["init_from"] is None:
             return None
-        block = config["model"].get("block")
-        allow_modules = [block] if block else []
+        allow_modules = list(filter(None, [config["model"].get("block")]))
         if self.checkpoint is not None:
             start = load_checkpoint(self.checkpoint, allow_modules=allow_modules)
         else:
             where = (config["init_from"], config["runs_dir"], config["data_dir"])
             start = init_model(on_rank_zero(lambda: find_init_from(*where)), allow_modules)
             start = adapt(start, config["model"], config["typed"])
-        if self.ranks.rank == 0 and self.init_from is None:
+        if self.ranks.rank == 0 and "init_from" not in self.recorded:
             path, sha256 = str(start.path.resolve()), weights_sha256(start.model)
-            self.started_from = {"path": path, "sha256": sha256}
+            self.recorded["init_from"] = {"path": path, "sha256": sha256}
         return start
 
     def begin(self, resolved: Mapping[str, Any]) -> None:
-        """Write config.yaml with `resolved` in it, after removing a run that is replaced.
+        """Write config.yaml with `resolved` in it, after removing a run that `overwrite` replaces.
 
         `resolved` has the fingerprint of the data, `corpus`, and the settings that were left to the
         machine. Called on every rank. Raises ValueError where the corpus is not the one that the
         run began with.
         """
-        is_new = not self.recorded
-        before, now = self.recorded.get("corpus", resolved["corpus"]), resolved["corpus"]
-        if before != now:
+        now, before = resolved["corpus"], self.recorded.get("corpus")
+        if before not in (None, now):
             raise ValueError(
                 f"{self.path} was trained on another corpus (fingerprint {before}, now {now}); "
-                "restore the data, pass name=<new name>, or resume=false overwrite=true"
+                f"restore the data, or pass {NEW_OR_ANEW}"
             )
         self.recorded = on_rank_zero(lambda: self._begin(resolved))
-        if is_new:
+        if before is None:
             log.info("%s: a new run", self.path)
 
     def _begin(self, resolved: Mapping[str, Any]) -> dict[str, Any]:
-        before = self.recorded
-        recorded = {
-            "corpus": resolved["corpus"],
-            "source": self.source or before.get("source"),
-            "wandb_id": before.get("wandb_id", secrets.token_hex(4)),
-            "local_world_size": self.ranks.local_world_size,
-            **resolved,
-        }
-        if init_from := before.get("init_from") or self.started_from:
-            recorded["init_from"] = init_from
-        identity = binding(self._as_recorded(recorded))["identity"]
-        if former := [other for other in self.identities if other != identity]:
-            recorded["former_identities"] = former
-        if self.replaces:
+        recorded = {"wandb_id": secrets.token_hex(4), **self.recorded, **resolved}
+        recorded["local_world_size"] = self.ranks.local_world_size
+        if self.source is not None:
+            recorded["source"] = self.source
+        recorded["identity"] = binding(self._as_recorded(recorded))["identity"]
+        if not self.config["resume"]:
             self.files.clear()
         self.files.write_config(self._as_recorded(recorded))
         return recorded
@@ -185,15 +160,8 @@ class Run:
 
     def _rewind(self) -> None:
         self.files.summary_path.unlink(missing_ok=True)  # of an older end
-        self.restore_last()
         MetricsFile(self.files.metrics_path).cut_after(self.step)
         cut_samples(self.files.samples_path, self.step)
-
-    def restore_last(self) -> None:
-        """Link the newest intact checkpoint as `last.ckpt`, where that is missing or damaged."""
-        last = self.files.last_checkpoint
-        if self.checkpoint is not None and self.checkpoint != last:
-            link_atomically(self.checkpoint, last)
 
     def log_state(self) -> None:
         """Log the point to continue from, or that the run is finished."""
@@ -206,7 +174,7 @@ class Run:
             )
         elif self.checkpoint is not None:
             log.info("%s: continuing at step %s, from %s", self.path, self.step, self.checkpoint)
-        elif self.recorded:
+        elif "corpus" in self.recorded:
             log.info("%s: continuing at step 0: it has no checkpoint", self.path)
 
     def find_state(
@@ -217,13 +185,10 @@ class Run:
         `recorded` is the run's config.yaml. Raises ValueError, with the ways on, where it records
         another run than the configured one.
         """
-        files, config, resolved = self.files, self.config, recorded["resolved"]
-        own = binding(recorded)
-        former = resolved.get("former_identities", [])
-        self.identities = list(dict.fromkeys([*former, own["identity"]]))
+        files, config, own = self.files, self.config, binding(recorded)
+        resolved = {**recorded["resolved"], **own}
         recorded = upgrade(recorded)
-        newest = self._newest_checkpoint(own["corpus"], self.identities)
-        self.step = 0 if newest is None else int(newest[1]["global_step"])
+        self.checkpoint, self.step = self._newest_checkpoint(own)
         old_max = budget_steps(recorded)
         extends = may_extend(self.step, old_max, self.max_steps)
         check_continues(files.path, recorded, config, may_extend=extends)
@@ -234,44 +199,41 @@ class Run:
             if path is None or recorded["data"].get("path") != path:
                 raise  # it never was this run's
             log.warning("%s; the run's prepared data replaces it", error)
+        if self.checkpoint is None:  # and so it starts from the present init_from
+            resolved.pop("init_from", None)
+        elif self.checkpoint != files.last_checkpoint:  # that one is missing or damaged
+            link_atomically(self.checkpoint, files.last_checkpoint)
         self.recorded = resolved
-        if newest is None:  # and so it starts from the present init_from
-            self.recorded = {key: resolved[key] for key in resolved if key != "init_from"}
-        else:
-            self.checkpoint, content = newest
-            if config["init_from"] is None:
-                check_shape(self.checkpoint, content[KEY]["model"], config["model"])
         summary = files.summary()
         same_source = self.source in (None, resolved.get("source", self.source))
         if summary is not None and same_source and old_max == self.max_steps:
             self.finished = summary if self.step in (0, summary["steps"]) else None
 
-    def _newest_checkpoint(
-        self, corpus: str, identities: list[str]
-    ) -> tuple[Path, dict[str, Any]] | None:
-        """Return the newest checkpoint that verifies, and its content; damaged ones are logged.
+    def _newest_checkpoint(self, own: Mapping[str, str]) -> tuple[Path | None, int]:
+        """Return the newest checkpoint that verifies, and its step; damaged ones are logged.
 
-        Raises ValueError where all are damaged, or where it is another run's.
+        `own` is what binds checkpoints to this run. Raises ValueError where the checkpoint is
+        another run's, or where all are damaged.
         """
         found = self.files.checkpoints()
-        own = [{"identity": identity, "corpus": corpus} for identity in identities]
-        foreign = ""
         for path in found:
             try:
                 content = verify_checkpoint(path)
             except (ValueError, OSError) as error:
                 log.warning("%s; an older checkpoint is used", error)
                 continue
-            is_own = content[KEY].get("run", own[0]) in own
-            if is_own and not foreign:
-                return path, content
-            if is_own:
-                raise ValueError(f"{foreign}; {path} is the newest of this run: copy it over")
-            foreign = foreign or f"{path} is a checkpoint of another run"
+            if content[KEY].get("run", own) != own:
+                raise ValueError(
+                    f"{path} is a checkpoint of another run; remove it to continue from an older "
+                    f"one, or pass {NEW_OR_ANEW}"
+                )
+            return path, int(content["global_step"])
         if found:
-            what = foreign or f"{found[0]} is damaged, and so is every older checkpoint"
-            raise ValueError(f"{what}; restore one of this run, or pass {NEW_OR_ANEW}")
-        return None
+            raise ValueError(
+                f"{found[0]} is damaged, and so is every older checkpoint; restore one of this "
+                f"run, or pass {NEW_OR_ANEW}"
+            )
+        return None, 0
 
 
 @contextlib.contextmanager
@@ -296,8 +258,6 @@ def open_run(
             join(device)
             stack.callback(dist.destroy_process_group)
         run = on_rank_zero(lambda: _open(config, files, stack, source_fingerprint, may_extend))
-        if run.finished is not None and run.ranks.rank == 0:
-            run.restore_last()
         run.log_state()
         try:
             yield run
@@ -327,17 +287,17 @@ def _open(
         stack.push(lambda kind, *_: _remove_unbegun(kind, files, missing))
     stack.callback(log_to(files.log_path))
     run = Run(config, files)
-    if not config["resume"] and (files.has_begun or files.config_path.is_file()):
-        if not config["overwrite"]:
-            raise ValueError(
-                f"{files.path} holds a run and resume=false; "
-                "pass overwrite=true to replace it, or name=<new name>"
-            )
-        run.replaces, run.source = True, source()
-    elif (recorded := files.recorded_config()) is None or not files.has_begun:
-        run.source = source()
-    else:
+    is_run = files.has_begun or files.config_path.is_file()
+    if is_run and not config["resume"] and not config["overwrite"]:
+        raise ValueError(
+            f"{files.path} holds a run and resume=false; "
+            "pass overwrite=true to replace it, or name=<new name>"
+        )
+    recorded = files.recorded_config() if config["resume"] else None
+    if recorded is not None and files.has_begun:
         run.find_state(recorded, source, may_extend)
+    else:
+        run.source = source()
     return run
 
 
@@ -345,8 +305,7 @@ def _remove_unbegun(
     kind: type[BaseException] | None, files: RunDirectory, made: list[Path]
 ) -> None:
     """Remove the directories that a failed command made, unless steps were taken."""
-    has_failed = kind is not None and issubclass(kind, Exception | KeyboardInterrupt)
-    if has_failed and not files.has_begun:
+    if kind not in (None, SystemExit) and not files.has_begun:
         shutil.rmtree(made[0], ignore_errors=True)
         for parent in made[1:]:
             with contextlib.suppress(OSError):  # another run is there by now
@@ -359,14 +318,10 @@ def adapt(start: Checkpoint, model: Mapping[str, Any], typed: Mapping[str, Any])
     Raises ValueError for any other typed model key that differs.
     """
     length = start.config.block_size
-    if "model.block_size" in typed and model["block_size"] < length:
-        log.info(
-            "%s: block_size cut from %s to %s, with the position embeddings beyond it",
-            start.path,
-            length,
-            model["block_size"],
-        )
-        start = with_block_size(start, model["block_size"])
+    if "model.block_size" in typed and (shorter := model["block_size"]) < length:
+        what = "with the position embeddings beyond it"
+        log.info("%s: block_size cut from %s to %s, %s", start.path, length, shorter, what)
+        start = with_block_size(start, shorter)
     for key, value in model.items():
         if key == "dropout" or not {"model", f"model.{key}"} & typed.keys():
             continue
@@ -376,20 +331,3 @@ def adapt(start: Checkpoint, model: Mapping[str, Any], typed: Mapping[str, Any])
                 "leave the model keys out: the model comes from init_from"
             )
     return with_dropout(start, model["dropout"]) if "model.dropout" in typed else start
-
-
-def check_shape(path: Path, there: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise ValueError where the run's checkpoint holds another model than its configuration.
-
-    A key that the checkpoint lacks is null in it; `_target_` is no key of a model.
-    """
-    differences = [
-        f"{key}={there.get(key)!r}"
-        for key, value in expected.items()
-        if key != "_target_" and there.get(key) != value
-    ]
-    if differences:
-        raise ValueError(
-            f"{path} holds another model than the run's config.yaml ({', '.join(differences)}); "
-            "restore the run's own checkpoint"
-        )
