@@ -1,10 +1,12 @@
 """The types of configuration values, which pydantic validates, and its errors as one sentence."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from reprlib import Repr
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, StrictBool, ValidationError
+from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 Count = Annotated[int, Field(strict=True, ge=1)]  # a whole number of at least 1
 Size = Annotated[int, Field(strict=True, ge=0)]  # a whole number of at least 0
@@ -34,7 +36,27 @@ WORDS = {
     "a valid boolean": "true or false",
     "a valid tuple": "a list",
     "a valid list": "a list",
+    "a valid dictionary": "a mapping",
 }
+
+
+def check(
+    values: Mapping[str, Any], kinds: Mapping[str, Any], where: str = "", *, closed: bool = False
+) -> None:
+    """Check values against types by their keys; `where` is their node of the configuration.
+
+    Raises ValueError, one sentence, where a key is missing, a value is of another type, or, with
+    `closed`, a key is in excess.
+
+    >>> check({"devices": 0}, {"devices": Count}, "trainer")
+    ValueError: trainer.devices=0 should be at least 1
+    """
+    config = ConfigDict(extra="forbid" if closed else "ignore")
+    node = with_config(config)(TypedDict("Node", dict(kinds)))  # type: ignore[misc]
+    try:
+        TypeAdapter(node).validate_python(values)
+    except ValidationError as error:
+        raise ValueError(explain(error, where)) from error
 
 
 def explain(error: ValidationError, where: str = "") -> str:
@@ -49,7 +71,7 @@ def explain(error: ValidationError, where: str = "") -> str:
     value = errors[0]["input"]
     if value == "":
         return f"{key} is empty (an unset variable of the shell?); give it a value or omit it"
-    if errors[0]["type"] == "unexpected_keyword_argument":
+    if errors[0]["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"there is no key {key}"
     if errors[0]["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key} must be given"
@@ -59,4 +81,4 @@ def explain(error: ValidationError, where: str = "") -> str:
     short = Repr()  # a value may be nested, or its parts shared, without end
     short.maxstring = short.maxother = 200
     found = " ".join(short.repr(value).split())  # a tensor has lines
-    return f"{key}={found} should be {reasons}"[:500]
+    return f"{key}={found} should be {reasons}".lstrip("=")[:500]

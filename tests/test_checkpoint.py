@@ -221,7 +221,7 @@ def test_latest_skips_a_damaged_summary(
     for name in ("whole", "damaged", "fifo"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         (tmp_path / name / "checkpoints" / "last.ckpt").touch()
-    (tmp_path / "whole" / "summary.json").write_text('{"stage": "pretrain"}')
+    (tmp_path / "whole" / "summary.json").write_text('{"stage": "pretrain", "steps": 1}')
     (tmp_path / "damaged" / "summary.json").write_bytes(content)
     os.mkfifo(tmp_path / "fifo" / "summary.json")
     assert find_checkpoint("latest", tmp_path).parent.parent == tmp_path / "whole"
@@ -236,7 +236,7 @@ def test_latest_is_the_newest_finished_pretraining_run(tmp_path: Path, model: GP
         file.parent.mkdir(parents=True)
         write_checkpoint(content(model), file)
         summary = tmp_path / name / "summary.json"
-        summary.write_text(f'{{"stage": "{stage}"}}')
+        summary.write_text(f'{{"stage": "{stage}", "steps": 1}}')
         os.utime(summary, ns=(i, i))
     assert find_checkpoint("latest", tmp_path) == tmp_path / "new" / "checkpoints" / "last.ckpt"
 

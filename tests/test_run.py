@@ -146,9 +146,7 @@ def test_a_recorded_count_below_one_is_damage(key: str, tmp_path: Path) -> None:
     assert run.recorded_config() is not None
     (recorded if key in recorded else resolved)[key] = 0
     run.write_config({**recorded, "resolved": resolved})
-    with pytest.raises(
-        ValueError, match=rf"config\.yaml is damaged \({key}=0 should be at least 1\)"
-    ):
+    with pytest.raises(ValueError, match=rf"config\.yaml is damaged.*{key}=0 should be at least 1"):
         run.recorded_config()
 
 

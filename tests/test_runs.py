@@ -188,7 +188,7 @@ MERGES = "a0: &a0 {k: 0}\n" + "".join(
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [
-        ("summary.json", b"[]", "a list in place of a mapping"),
+        ("summary.json", b"[]", "[] should be a mapping"),
         ("summary.json", b"", "Expecting value"),
         ("summary.json", b'{"a": "\xff"}', "utf-8"),
         ("summary.json", b"[" * 100_000, "recursion depth"),

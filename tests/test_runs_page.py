@@ -97,7 +97,7 @@ def test_a_damaged_run_has_a_card_with_the_reason(browser: Any, url: str, runs_d
         card = page.locator(".run", has_text="growing")
         card.wait_for()
         assert card.locator(".badge").inner_text() == "已损坏"
-        assert "summary.json cannot be read (a list in place of a mapping)" in card.inner_text()
+        assert "summary.json cannot be read ([] should be a mapping)" in card.inner_text()
         assert page.locator(".run", has_text="tiny").locator(".badge").inner_text() == "已完成"
 
 

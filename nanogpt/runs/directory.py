@@ -10,57 +10,52 @@ torch nor Lightning (the reader of `metrics.csv` is `nanogpt.runs.metrics.read_m
         checkpoints = run.checkpoints()                     # newest first
     find_checkpoint("latest"), find_checkpoint("run1")      # what a command's CHECKPOINT names
 
-Readers raise OSError, or ValueError for damage; `max_bytes` bounds the size of files from
-untrusted directories.
+Readers raise OSError, or ValueError for damage.
 """
 
 import contextlib
-import errno
+import fcntl
 import json
 import logging
 import os
 import re
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
-from pydantic import ConfigDict, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import StrictFloat, StrictInt
+from typing_extensions import NotRequired
 
 from nanogpt.disk import find_files, open_regular, replacing
 from nanogpt.runs.identity import NEW_OR_ANEW
 from nanogpt.text import first_line
-from nanogpt.values import Count, Flag, Text, explain
+from nanogpt.values import Count, Flag, Text, check
 
 MAX_BYTES = 16 * 2**20  # of a config.yaml or summary.json
 
 log = logging.getLogger("nanogpt")
 
 
-@dataclass(config=ConfigDict(extra="ignore"))
-class Resolved:
-    """The values under `resolved` in config.yaml that continuing a run needs."""
-
-    corpus: Text
-    precision: Text
-    compile: Flag
-    micro_batch: Count
-    threads: Count
-    local_world_size: Count
-    wandb_id: Text
-
-
-@dataclass(config=ConfigDict(extra="ignore"))
-class Recorded:
-    """The values at the top level of config.yaml that continuing a run needs."""
-
-    tokens_per_step: Count
-    max_steps: Count | None
-    max_tokens: Count | None
-    resolved: dict[str, Any]
+SUMMARY = {"steps": StrictInt, "val_loss": NotRequired[StrictFloat]}
+# What continuing a run needs of config.yaml, and under its key `resolved`.
+RECORDED = {
+    "tokens_per_step": Count,
+    "max_steps": Count | None,
+    "max_tokens": Count | None,
+    "resolved": dict,
+}
+RESOLVED = {
+    "corpus": Text,
+    "precision": Text,
+    "compile": Flag,
+    "micro_batch": Count,
+    "threads": Count,
+    "local_world_size": Count,
+    "wandb_id": Text,
+}
 
 
 class RunDirectory:
@@ -112,13 +107,10 @@ class RunDirectory:
                 )
             return None
         try:
-            config = read_config(self.config_path)
-            Resolved(**Recorded(**config).resolved)
-        except (ValueError, TypeError) as error:
-            reason = explain(error) if isinstance(error, ValidationError) else error
-            raise ValueError(
-                f"{self.config_path} is damaged ({reason}); restore it, or pass {NEW_OR_ANEW}"
-            ) from error
+            config = _read(self.config_path, yaml.safe_load, RECORDED)
+            check(config["resolved"], RESOLVED, f"{self.config_path} is damaged: resolved")
+        except ValueError as error:
+            raise ValueError(f"{error}; restore it, or pass {NEW_OR_ANEW}") from error
         return config
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -174,32 +166,25 @@ def find_runs(runs_dir: Path) -> list[RunDirectory]:
     return [RunDirectory(path) for _, path in sorted(found, reverse=True)]
 
 
-def read_config(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """Return a run's config.yaml. Raises ValueError unless it is a mapping of plain values."""
-    try:
-        with open_regular(path, max_bytes) as file:
-            config = yaml.safe_load(file)
-        json.dumps(config)  # refuses dates, and an anchor inside itself
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"not YAML of plain values: {first_line(error)}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"a {type(config).__name__} in place of a mapping")
-    return config
+    return _read(path, yaml.safe_load, {})
 
 
-def read_summary(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def read_summary(path: Path) -> dict[str, Any]:
     """Return a run's summary.json. Raises ValueError, naming the file, where it is damaged."""
+    return _read(path, json.load, SUMMARY)
+
+
+def _read(path: Path, load: Callable[[BinaryIO], Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        with open_regular(path, max_bytes) as file:
-            summary: dict[str, Any] = json.load(file)
-        if not isinstance(summary, dict):
-            raise ValueError(f"a {type(summary).__name__} in place of a mapping")
-        if type(summary["steps"]) is not int or not isinstance(summary.get("val_loss", 0.0), float):
-            raise ValueError("steps or val_loss is no number")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is damaged ({reason})") from error
-    return summary
+        with open_regular(path, MAX_BYTES) as file:
+            content: dict[str, Any] = load(file)
+        json.dumps(content)  # refuses dates, and an anchor inside itself
+        check(content, kinds)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)})") from error
+    return content
 
 
 def read_samples(path: Path) -> list[tuple[int, str]]:
@@ -251,13 +236,10 @@ def _latest_pretraining(runs_dir: Path) -> Path:
     for path in find_files(runs_dir, "summary.json"):
         last = RunDirectory(path.parent).last_checkpoint
         try:
-            with open_regular(path, MAX_BYTES) as file:
-                stage = json.load(file)["stage"]
+            if read_summary(path)["stage"] == "pretrain" and last.is_file():
+                finished.append((path.stat().st_mtime_ns, last))
         except Exception as error:  # whatever a file can do to its reader
             log.warning("skipping a run: %s is damaged (%s)", path, type(error).__name__)
-            continue
-        if stage == "pretrain" and last.is_file():
-            finished.append((path.stat().st_mtime_ns, last))
     if not finished:
         raise FileNotFoundError(
             f"init_from=latest found no finished pretraining run under {runs_dir}; "
@@ -302,37 +284,12 @@ def lock_run(run_dir: Path) -> Iterator[None]:
     Forked children (data workers) close their copy, so an orphan never keeps the run locked. Raises
     ValueError where another process holds it.
     """
-    handles = [os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)]
-
-    def close() -> None:
-        while handles:
-            os.close(handles.pop())
-
-    try:
-        _lock(handles[0])
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=close)
-    except OSError as error:
-        close()
-        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            raise
-        raise ValueError(
-            f"{run_dir} is in use by another process; wait for it, or pass name=<new name>"
-        ) from error
-    try:
+    with (run_dir / ".lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(
+                f"{run_dir} is in use by another process; wait for it, or pass name=<new name>"
+            ) from error
+        os.register_at_fork(after_in_child=file.close)
         yield
-    finally:
-        close()
-
-
-if os.name == "nt":
-    import msvcrt
-
-    def _lock(handle: int) -> None:
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-
-else:
-    import fcntl
-
-    def _lock(handle: int) -> None:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
