@@ -7,63 +7,39 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import hydra
-from hydra.core.global_hydra import GlobalHydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, OverrideParseException
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, Field, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import Field
+from typing_extensions import NotRequired
 
-from nanogpt.build import (
-    OTHER_NAMES,
-    PLAIN_KEYS,
-    CallbackError,
-    ConfigurationError,
-)
-from nanogpt.command import expand_home, is_path, out_of_memory
+from nanogpt.build import OTHER_NAMES, CallbackError, ConfigurationError
+from nanogpt.command import is_path, out_of_memory
 from nanogpt.runs.identity import flatten, run_name
 from nanogpt.text import first_line
-from nanogpt.values import CHECKED, Amount, Count, Flag, Size, Text, explain
+from nanogpt.values import Amount, Count, Flag, Seed, Size, Text, check
 
 CONF = Path(__file__).parent.parent / "conf"
 SWEEP = ("-m", "--multirun")
-# Keys other than paths whose value is text that Hydra would otherwise read as an expression.
-NAMES = (
-    "name",
-    "separator",
-    "repository",
-    "subset",
-    "split",
-    "revision",
-    "project",
-    "entity",
-    "default_model",
+# Last parts of keys, other than paths, whose value is text that Hydra may read as an expression.
+NAMES = re.compile(
+    r".*column|name|separator|repository|subset|split|revision|project|entity|default_model"
 )
 COUNTS_OF_TOKENS = {"max_steps", "max_tokens", "tokens_per_step", "tokens", "shard_tokens"}
+NODES = ("tokenizer", "model", "data", "schedule", "optim", "trainer", "callbacks", "logger")
 # Keys of nodes with a _target_, which may be new: build() checks them by its signature.
 OPEN = re.compile(
-    r"(data|optim|schedule|tokenizer|trainer|module|datamodule|logger"
-    r"|callbacks(?!\.(log_every|progress_every|validation)))\."
-)
-NODES = (
-    "tokenizer",
-    "model",
-    "data",
-    "schedule",
-    "optim",
-    "trainer",
-    "callbacks",
-    "logger",
-    "module",
-    "datamodule",
+    rf"({'|'.join(NODES)}|module|datamodule)\.(?!log_every|progress_every|validation)"
 )
 # Arguments of the Trainer that train.py hands over or does itself, and the keys to use.
 INSTEAD = {
@@ -77,12 +53,8 @@ INSTEAD = {
     "overfit_batches": "a small data set, such as data=text data.path=FILE",
 }
 OVERRIDE = re.compile(r"(\+{0,2}[\w./@-]*[\w.])=(.*)", re.DOTALL)
-QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
-CHOICE = re.compile(rf"(?:{QUOTED}|[^,])+")  # of a sweep, which a comma ends
+CHOICE = re.compile(r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^,])+""")  # which a comma ends
 FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)")
-PLAIN = re.compile(
-    r"null|(?!(?:true|false|nan|inf)$|\.\d)[A-Za-z/._][A-Za-z0-9/._+*?-]*", re.IGNORECASE
-)
 
 
 def as_overrides(arguments: Sequence[str]) -> list[str]:
@@ -115,34 +87,26 @@ def _as_override(word: str, sweep: bool) -> str:
 
 
 def _quote(key: str, text: str) -> str:
+    """Return a value as Hydra reads it as text; null and what is quoted stay as they are."""
     if is_path(key):
-        text = expand_home(text)
-    if not text or PLAIN.fullmatch(text) or re.fullmatch(QUOTED, text):
-        return text
-    # A backslash is an escape only in front of a quote.
-    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
-    return f"'{escaped}'"
+        text = expanduser(text)
+    with suppress(HydraException):
+        value = OverridesParser.create().parse_override(f"key={text}").value()
+        if value in (text, None) or (text[:1] in "'\"" and isinstance(value, str)):
+            return text
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def is_text(key: str) -> bool:
     """Return whether the value of a key is a path or a name, of characters of any kind."""
-    last = key.rpartition(".")[2]
-    return is_path(key) or last.endswith("column") or last in NAMES
+    return is_path(key) or NAMES.fullmatch(key.rpartition(".")[2]) is not None
 
 
 def expand_environment() -> None:
     """Expand `~` in the directories that NANOGPT_* variables name."""
     for name, text in os.environ.items():
         if name.startswith("NANOGPT_") and is_path(name.removeprefix("NANOGPT_").lower()):
-            os.environ[name] = expand_home(text)
-
-
-def expand_paths(tree: Any, key: str = "") -> Any:
-    """Return a configuration with `~` expanded in every path."""
-    if isinstance(tree, dict):
-        return {name: expand_paths(value, str(name)) for name, value in tree.items()}
-    is_home = isinstance(tree, str) and tree.startswith("~") and is_path(key)
-    return expand_home(tree) if is_home else tree
+            os.environ[name] = expanduser(text)
 
 
 def sweep_name(arguments: Sequence[str]) -> str:
@@ -176,7 +140,6 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
         value = override.value() if key in choices else OmegaConf.select(cfg, key)
         is_node = OmegaConf.is_config(value)
         typed[key] = OmegaConf.to_container(value, resolve=True) if is_node else value
-    config, typed = expand_paths(config), expand_paths(typed)
     clear_other_budget(config, typed)
     make_whole(config)
     check_values({**config, "typed": typed})
@@ -236,18 +199,14 @@ def check_values(config: Mapping[str, Any]) -> None:
     """Raise ConfigurationError for a value of the wrong kind that no object checks when built."""
     plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
     callbacks = config["callbacks"]
-    parts = (
-        ("", Values, {key: plain[key] for key in plain.keys() - {"command", "typed"}}),
-        ("trainer", TrainerValues, config["trainer"]),
-        ("callbacks", Intervals, {key: callbacks[key] for key in PLAIN_KEYS if key in callbacks}),
-        ("callbacks.validation", Validation, callbacks["validation"]),
-        ("data", Prompts, config["data"]),
-    )
-    for where, kind, values in parts:
-        try:
-            kind(**values)
-        except ValidationError as error:
-            raise ConfigurationError(explain(error, where)) from None
+    try:
+        check({key: plain[key] for key in plain.keys() - {"command"}}, VALUES, closed=True)
+        check(config["trainer"], TRAINER, "trainer")
+        check(callbacks, INTERVALS, "callbacks")
+        check(callbacks["validation"], VALIDATION, "callbacks.validation", closed=True)
+        check(config["data"], {"prompts": NotRequired[list[str]]}, "data")
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
     if not callbacks.get("checkpoint"):
         raise ConfigurationError(
             "callbacks.checkpoint is missing, and a run continues from its checkpoints; to write "
@@ -258,70 +217,41 @@ def check_values(config: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"trainer.{key} is not used here; pass {instead}")
 
 
-@dataclass(config=CHECKED)
-class Values:
-    """The plain values at the top level of conf/train.yaml."""
-
-    stage: Text
-    name: Text | None
-    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
-    init_from: Text | None
-    max_steps: Count | None
-    max_tokens: Count | None
-    tokens_per_step: Count
-    grad_clip: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None
-    resume: Flag
-    overwrite: Flag
-    debug: Flag
-    micro_batch: Count | Literal["auto"]
-    threads: Annotated[Count, Field(le=4 * (os.cpu_count() or 1))] | Literal["auto"]
-    compile: Flag | Literal["auto"]
-    remeasure: Flag
-    runs_dir: Text
-    data_dir: Text
-
-
-@dataclass(config=ConfigDict(extra="ignore"))
-class TrainerValues:
-    """The arguments of the Trainer that are read before it is built."""
-
-    devices: Count | Literal["auto"]
-    num_nodes: Count
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
-    deterministic: Flag
-    detect_anomaly: Flag
-    accelerator: Text = "auto"
-    val_check_interval: Count = 1  # optimizer steps
-    check_val_every_n_epoch: Count | None = None
-    log_every_n_steps: Count = 1
-    num_sanity_val_steps: Size | Literal[-1] = 0
-    use_distributed_sampler: Flag = False
-    enable_model_summary: Flag = False
-
-
-@dataclass(config=CHECKED)
-class Validation:
-    """The keys of `callbacks.validation`."""
-
-    every_n_steps: Count
-    tokens: Count | None
-    final_tokens: Count | None
-
-
-@dataclass(config=CHECKED)
-class Intervals:
-    """The keys of `callbacks` that are no callbacks."""
-
-    log_every_n_steps: Count
-    progress_every_s: Amount
-    validation: dict[str, Any]
-
-
-@dataclass(config=ConfigDict(extra="ignore"))
-class Prompts:
-    """The keys of `data` that callbacks.samples and the suggestions at the end of a run read."""
-
-    prompts: list[str] = Field(default_factory=list)
+VALUES = {  # at the top level of conf/train.yaml
+    "stage": Text,
+    "name": Text | None,
+    "seed": Seed,
+    "init_from": Text | None,
+    "max_steps": Count | None,
+    "max_tokens": Count | None,
+    "tokens_per_step": Count,
+    "grad_clip": Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None,
+    "resume": Flag,
+    "overwrite": Flag,
+    "debug": Flag,
+    "micro_batch": Count | Literal["auto"],
+    "threads": Annotated[Count, Field(le=4 * (os.cpu_count() or 1))] | Literal["auto"],
+    "compile": Flag | Literal["auto"],
+    "remeasure": Flag,
+    "runs_dir": Text,
+    "data_dir": Text,
+}
+TRAINER = {  # arguments of the Trainer that are read before it is built
+    "devices": Count | Literal["auto"],
+    "num_nodes": Count,
+    "precision": Literal["auto", "32-true", "bf16-mixed", "16-mixed"],
+    "deterministic": Flag,
+    "detect_anomaly": Flag,
+    "accelerator": NotRequired[Text],
+    "val_check_interval": NotRequired[Count],  # optimizer steps
+    "check_val_every_n_epoch": NotRequired[Count | None],
+    "log_every_n_steps": NotRequired[Count],
+    "num_sanity_val_steps": NotRequired[Size | Literal[-1]],
+    "use_distributed_sampler": NotRequired[Flag],
+    "enable_model_summary": NotRequired[Flag],
+}
+INTERVALS = {"log_every_n_steps": Count, "progress_every_s": Amount, "validation": dict}
+VALIDATION = {"every_n_steps": Count, "tokens": Count | None, "final_tokens": Count | None}
 
 
 def explain_failure(error: Exception) -> str:
@@ -368,13 +298,12 @@ def explain_composition(error: Exception, config_name: str = "train") -> str:
             f"characters such as ( [ {{ , = and letters beyond ASCII a meaning; quote the value "
             f"for it and for the shell: '{key}=\"{value}\"'"
         )
-    text = str(error)
-    if unknown := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
-        group, option = unknown[1], unknown[2]
-        options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
-        near = difflib.get_close_matches(option, options, n=1, cutoff=0.4)
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        near = difflib.get_close_matches(option, error.options, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        return f"there is no {group}={option}; {hint}{group} is one of {', '.join(options)}"
+        return f"there is no {group}={option}; {hint}{group} is one of {', '.join(error.options)}"
+    text = str(error)
     if unknown := re.search(r"Could not (?:override|find) '([^'@]+)'", text):
         return unknown_key(unknown[1], config_name)
     return re.sub(r" full_key: (\S+)( object_type=\S+)?", r" (\1)", " ".join(text.split()))
@@ -397,13 +326,11 @@ def unknown_key(key: str, config_name: str = "train") -> str:
 
 
 def _known_keys(config_name: str) -> list[str]:
-    """Return the dotted keys of a configuration, those of every stage, and its groups."""
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        if config_name != "train":
-            return list(map(str, hydra.compose(config_name)))
-        stages = [path.stem for path in sorted((CONF / "stage").glob("*.yaml"))]
-        composed = [hydra.compose(config_name, [f"stage={stage}"]) for stage in stages]
-    nested: list[Any] = [OmegaConf.to_container(cfg) for cfg in composed]
-    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-    return [*dict.fromkeys(key for config in nested for key in flatten(config)), *groups]
+    """Return the dotted keys of a configuration, with those of all options, and its groups."""
+    options = sorted(CONF.glob("*/*.yaml")) if config_name == "train" else []
+    keys = [path.name for path in CONF.iterdir() if path.is_dir()]
+    for path in (CONF / f"{config_name}.yaml", *options):
+        text = path.read_text(encoding="utf-8")
+        is_global = path.parent == CONF or "@package _global_" in text
+        keys += flatten(yaml.safe_load(text) or {}, "" if is_global else f"{path.parent.name}.")
+    return list(dict.fromkeys(keys))
