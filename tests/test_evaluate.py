@@ -51,21 +51,6 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_classifier_is_warned_of_its_own_training_data(
-    always_ham: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    checkpoint.parent.mkdir(parents=True)
-    checkpoint.write_bytes(always_ham.read_bytes())
-    config = checkpoint.parent.parent / "config.yaml"
-    for trained_on, warned in ((file, True), (always_ham, False), (tmp_path / "gone", False)):
-        config.write_text(f"data: {{path: {trained_on}}}\n")
-        assert (
-            main([str(checkpoint), "--task", "classify", "--data", str(file), "--no-report"]) == 0
-        )
-        assert (f"was trained on {file}" in capsys.readouterr().err) == warned
-
-
 def test_it_scores_a_file_and_writes_the_rows(
     always_ham: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

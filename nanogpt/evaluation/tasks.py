@@ -5,11 +5,8 @@ without None are required. A first one that is no option, such as `options`, is 
 """
 
 import inspect
-import os
-import sys
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,7 @@ from nanogpt.checkpoint import Checkpoint
 from nanogpt.classifier import Classifier, class_probabilities
 from nanogpt.data.labelled import read_examples
 from nanogpt.evaluation.classification import confusion_matrix, majority_class, scores
-from nanogpt.evaluation.results import CONFUSION, Results, align, reduced_confusion, run_dir_of
-from nanogpt.runs.directory import read_config
+from nanogpt.evaluation.results import CONFUSION, Results, align, reduced_confusion
 from nanogpt.text import print_line
 
 Task = Callable[..., Results]
@@ -89,12 +85,6 @@ def classify(
             f"{data} has the label {unknown[0]!r} and the checkpoint knows {', '.join(labels)}; "
             "pass a file with these labels"
         )
-    if is_training_data(checkpoint, data):
-        print(
-            f"nanogpt.evaluate: {checkpoint.path} was trained on {data}, so these metrics are not "
-            "those of unseen texts; the run's summary.json has the test split's",
-            file=sys.stderr,
-        )
     numbers = [labels.index(example.label) for example in examples]
     texts = [example.text for example in examples]
     predicted = class_probabilities(model, checkpoint.tokenizer, texts).argmax(-1).tolist()
@@ -116,13 +106,3 @@ def classify(
             for j, other in enumerate(labels)
         },
     }
-
-
-def is_training_data(checkpoint: Checkpoint, path: Path) -> bool:
-    """Return whether a file is the one that the checkpoint's run took its splits from."""
-    run_dir = run_dir_of(checkpoint.path)
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        return run_dir is not None and os.path.samefile(
-            read_config(run_dir / "config.yaml")["data"]["path"], path
-        )
-    return False
