@@ -13,7 +13,6 @@ docs/EVALUATION.md describes.
 """
 
 import argparse
-import logging
 import os
 import sys
 import time
@@ -52,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     guard_output()
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(parser(), given)
+    try:
+        find_task(options.task)
+    except ValueError as error:
+        parser().error(f"argument --task: {error}")
     ranks = Ranks.from_environment()
     exit_code = 0
 
@@ -105,10 +108,6 @@ def find_checkpoints(options: argparse.Namespace) -> list[Path]:
 def measure(options: argparse.Namespace, ranks: Ranks) -> None:
     """Score all checkpoints and, on the first rank, print the results before any failure."""
     rows: list[Row] = []
-    if ranks.rank == 0:
-        log = logging.getLogger("nanogpt.evaluation")  # the scorer's progress
-        log.handlers = [logging.StreamHandler()]
-        log.setLevel(logging.INFO)
     leave_with_launcher()
     if ranks.world_size > 1:
         dist.init_process_group("gloo")  # for objects only
@@ -177,15 +176,6 @@ def print_results(rows: Sequence[Row], options: argparse.Namespace) -> None:
         options.picture.write_text(picture, encoding="utf-8")
 
 
-def task_name(text: str) -> str:
-    """Return the name of a task; raises ArgumentTypeError for an unknown one."""
-    try:
-        find_task(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(
@@ -201,7 +191,6 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--task",
         required=True,
-        type=task_name,
         help=f"{', '.join(sorted(TASKS))}, or the import path of a function",
     )
     add("--data", type=Path, help="what to score (default of benchmarks: the hub's file)")

@@ -204,7 +204,7 @@ def test_the_scores_are_the_shares_of_right_endings(
     path = write(tmp_path / "a.jsonl", {**ROW, "endings": ["xx", "xxxxxxxx", "xx", "xx"]})
     likelihoods = [-4.0, -9.0, -5.0, -6.0]  # per token, the space before it counted: 4/3, 1, ...
     found = [Result(value, is_greedy=False) for value in likelihoods]
-    monkeypatch.setattr(hellaswag, "loglikelihoods_on_all_ranks", lambda *_: [found])
+    monkeypatch.setattr(hellaswag, "loglikelihoods", lambda *_: [found])
     model = new_model()
     checkpoint = Checkpoint(model, TOKENIZER, None, None, "pretrain", model.config, 0, path)
     results = hellaswag.evaluate(checkpoint, path, None, 8, tmp_path)

@@ -230,7 +230,7 @@ def test_a_classifier_is_refused_in_one_sentence(
     [
         (["--task", "hellaswag", "--data", "nowhere.jsonl"], "nowhere.jsonl is no file"),
         (["--task", "perplexity"], "--task perplexity needs --data (Score text"),
-        (["--task", "perplexity", "--data", "b.txt"], "--data b.txt does not exist; pass a file"),
+        (["--task", "perplexity", "--data", "b.txt"], "--data b.txt does not exist"),
         (["--task", "perplexity", "--data", "a.jsonl"], "pass --text-column NAME"),
         (
             ["--task", "judge", "--judge-url", "http://a", "--judge-model", "b"],

@@ -60,15 +60,14 @@ class HarnessModel(TemplateLM):
             groups[tuple(context)].append(i)
         batch = [Request(key, [requests[i][2] for i in group]) for key, group in groups.items()]
         results = loglikelihoods(self.checkpoint.model, batch, self.batch_size)
-        indices, answers = map(chain.from_iterable, (groups.values(), results))
-        found = dict(zip(indices, answers, strict=True))
+        found = dict(zip(chain(*groups.values()), chain(*results), strict=True))
         return [(found[i].loglikelihood, found[i].is_greedy) for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihoods of whole texts, in the harness's own disjoint windows."""
         sums = []
         for request in requests:
-            ids = self.tok_encode(*request.args, add_special_tokens=False)
+            ids = self.checkpoint.tokenizer.encode(*request.args)
             windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
             pairs = map(make_disjoint_window, windows)
             batch = [Request(context, [scored]) for context, scored in pairs]

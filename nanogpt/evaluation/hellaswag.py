@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.evaluation.examples import Benchmark, find_benchmark, read_items
 from nanogpt.evaluation.results import Results, mean_and_error
-from nanogpt.evaluation.scoring import BATCH_SIZE, Request, encode_pair, loglikelihoods_on_all_ranks
+from nanogpt.evaluation.scoring import BATCH_SIZE, Request, encode_pair, loglikelihoods
 from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer
 
@@ -130,7 +130,7 @@ def _scores(
     batch_size: int,
 ) -> Results:
     """Return how often the right ending has the largest sum, and the largest mean over its size."""
-    results = loglikelihoods_on_all_ranks(model, requests, batch_size)
+    results = loglikelihoods(model, requests, batch_size)
     sums = np.array([[a.loglikelihood for a in endings] for endings in results])  # (N, 4)
     labels = np.array([item.label for item in items])
     return {

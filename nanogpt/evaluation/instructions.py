@@ -17,10 +17,9 @@ import numpy as np
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.data.instructions import Conversation, Instructions
 from nanogpt.evaluation.results import Results, mean_and_error, ratio_and_error
-from nanogpt.evaluation.scoring import BATCH_SIZE, Request, loglikelihoods_on_all_ranks
+from nanogpt.evaluation.scoring import BATCH_SIZE, Request, loglikelihoods
 from nanogpt.generation import Reply
 from nanogpt.prompts import Message, Template, find_template
-from nanogpt.tokenizer import Tokenizer
 
 NGRAM = 4  # tokens
 
@@ -83,32 +82,20 @@ def response_loss(
 
     Raises ValueError for a model without a template.
     """
-    template = _template_of(checkpoint)
-    requests = [
-        (i, request)
-        for i, messages in enumerate(conversations)
-        for request in response_requests(checkpoint.tokenizer, template, messages)
-    ]
-    results = loglikelihoods_on_all_ranks(checkpoint.model, [r for _, r in requests], batch_size)
+    template, requests = _template_of(checkpoint), []
+    for i, messages in enumerate(conversations):
+        ids, is_response = template.encode(checkpoint.tokenizer, messages)
+        end = 0
+        for scored, group in groupby(is_response):
+            start, end = end, end + len(list(group))
+            if scored:
+                requests.append((i, Request(ids[:start], [ids[start:end]])))
+    results = loglikelihoods(checkpoint.model, [r for _, r in requests], batch_size)
     nats, n_tokens = np.zeros(len(conversations)), np.zeros(len(conversations))
     for (i, request), [found] in zip(requests, results, strict=True):
         nats[i] -= found.loglikelihood
         n_tokens[i] += len(request.continuations[0])
     return ratio_and_error("loss", nats, n_tokens)
-
-
-def response_requests(
-    tokenizer: Tokenizer, template: Template, messages: Conversation
-) -> list[Request]:
-    """Return a request for each response of a conversation, after all tokens before it."""
-    ids, is_response = template.encode(tokenizer, messages)
-    requests, start = [], 0
-    for scored, group in groupby(is_response):
-        end = start + len(list(group))
-        if scored:
-            requests.append(Request(ids[:start], [ids[start:end]]))
-        start = end
-    return requests
 
 
 def repetition(ids: Sequence[int]) -> float:

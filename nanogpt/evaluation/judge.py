@@ -10,25 +10,22 @@ one. The key is --judge-key, or OPENAI_API_KEY for the hosts that it is meant fo
 
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import httpx
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
+from tqdm import tqdm
 
 from nanogpt.checkpoint import Checkpoint, weights_sha256
 from nanogpt.evaluation.instructions import read_conversations, reply
 from nanogpt.evaluation.results import Results, mean_and_error, run_dir_of
 from nanogpt.prompts import Message, trimmed
 from nanogpt.text import first_line
-
-log = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # the later ones at a temperature, so that the judge finds other words
 ANSWER_TOKENS = 32
@@ -54,47 +51,6 @@ The reply to grade:
 
 How good is the reply to grade, from 0 (useless) to 100 (as good as can be)? \
 Answer with one whole number and nothing else."""
-
-
-@dataclass(frozen=True)
-class Judge:
-    """A model behind an OpenAI-compatible API; raises ValueError for a malformed URL or key."""
-
-    url: str
-    model: str
-    key: str = field(default="", repr=False)
-
-    def __post_init__(self) -> None:
-        if _host(self.url) is None:
-            raise ValueError(f"--judge-url {self.url!r} is no address; pass http://HOST:PORT/v1")
-        if not (self.key.isascii() and self.key.isprintable()):
-            raise ValueError(
-                "--judge-key (or OPENAI_API_KEY) has characters that no key has; copy it anew"
-            )
-
-    def complete(self, prompt: str, temperature: float = 0.0) -> str:
-        """Return the judge's answer; raises ConnectionError, with the address, where none comes."""
-        url = f"{self.url.rstrip('/')}/chat/completions"
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": temperature,
-            "max_tokens": ANSWER_TOKENS,
-        }
-        text = ""
-        try:
-            response = httpx.post(url, json=body, headers=headers, timeout=TIMEOUT_S)
-            text = f"{response.status_code} {response.text}"
-            response.raise_for_status()
-            return str(response.json()["choices"][0]["message"]["content"] or "")
-        except (httpx.HTTPError, LookupError, TypeError, ValueError, RecursionError) as error:
-            reason = " ".join(f"{type(error).__name__}: {first_line(error)}; {text}".split())
-            if self.key:  # some servers repeat it
-                reason = reason.replace(self.key, "***")
-            raise ConnectionError(
-                f"the judge at {url} gave no chat completion ({reason[:300]}); correct --judge-url"
-            ) from None
 
 
 def environment_key(url: str) -> str:
@@ -130,49 +86,77 @@ def evaluate(
     """Let another model score the replies to a file of instructions and responses.
 
     Stored answers are used again. Raises FileNotFoundError where the answers have no folder, and
-    ValueError where the judge gives no number for a reply in three attempts; its answers up to then
-    are stored.
+    ValueError for a malformed URL or key, and where the judge gives no number for a reply in three
+    attempts; its answers up to then are stored.
     """
     path = answers or (run_dir_of(checkpoint.path) or checkpoint.path.parent) / "judge.jsonl"
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--answers {path}: there is no folder for it; make one")
+    if _host(judge_url) is None:
+        raise ValueError(f"--judge-url {judge_url!r} is no address; pass http://HOST:PORT/v1")
+    key = (environment_key(judge_url) if judge_key is None else judge_key).strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(
+            "--judge-key (or OPENAI_API_KEY) has characters that no key has; copy it anew"
+        )
     conversations = read_conversations(data, limit)
-    key = environment_key(judge_url) if judge_key is None else judge_key
-    judge = Judge(judge_url, judge_model, key.strip())  # of a file's line end
     weights, known = weights_sha256(checkpoint.model), read_answers(path)
     scores = []
-    for number, messages in enumerate(conversations, start=1):
-        texts = [[m.role, m.content, m.context] for m in messages]
-        subject = json.dumps([weights, texts, max_new_tokens, judge_model, PROMPT])
-        digest = hashlib.sha256(subject.encode()).hexdigest()
-        if digest not in known:
-            text = trimmed(reply(checkpoint, messages[:-1], max_new_tokens).text)
-            known[digest] = _score(judge, messages, text, digest, path)
-        scores.append(known[digest])
-        log.info("%s of %s: %s", number, len(conversations), known[digest])
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=judge_url, headers=headers, timeout=TIMEOUT_S) as client:
+        for messages in tqdm(conversations, "judging"):
+            texts = [[m.role, m.content, m.context] for m in messages]
+            subject = json.dumps([weights, texts, max_new_tokens, judge_model, PROMPT])
+            digest = hashlib.sha256(subject.encode()).hexdigest()
+            if digest not in known:
+                text = trimmed(reply(checkpoint, messages[:-1], max_new_tokens).text)
+                known[digest] = _score(client, judge_model, messages, text, digest, path)
+            scores.append(known[digest])
     return {**mean_and_error("score", np.array(scores)), "examples": len(scores)}
 
 
-def _score(judge: Judge, messages: Sequence[Message], reply: str, key: str, path: Path) -> int:
+def _score(
+    client: httpx.Client, model: str, messages: Sequence[Message], reply: str, key: str, path: Path
+) -> int:
     """Return the judge's score of a reply; append each of its answers to the file."""
     texts = [text for m in messages[:-1] for text in (m.content, m.context) if text]
     reference = messages[-1].content
     prompt = PROMPT.format(instruction="\n\n".join(texts), reference=reference, reply=reply)
     answer = ""
     for attempt in range(ATTEMPTS):
-        answer = judge.complete(prompt, temperature=float(attempt > 0))
+        answer = _complete(client, model, prompt, temperature=float(attempt > 0))
         score = read_score(answer)
-        record = {"key": key, "score": score, "answer": answer, "judge": judge.model}
+        record = {"key": key, "score": score, "answer": answer, "judge": model}
         record |= {"reply": reply, "prompt": prompt}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         if score is not None:
             return score
     raise ValueError(
-        f"the judge {judge.model} gave no number from 0 to 100 in {ATTEMPTS} attempts (the last "
-        f"answer is {answer[:80]!r}); its answers are in {path}: pass another --judge-model, and "
-        "the same command continues from there"
+        f"the judge {model} gave no number from 0 to 100 in {ATTEMPTS} attempts (the last answer "
+        f"is {answer[:80]!r}); its answers are in {path}: pass another --judge-model, and the same "
+        "command continues from there"
     )
+
+
+def _complete(client: httpx.Client, model: str, prompt: str, temperature: float) -> str:
+    """Return the judge's answer; raises ConnectionError, with the address, where none comes."""
+    messages = [{"role": "user", "content": prompt}]
+    body = {"model": model, "messages": messages, "temperature": temperature}
+    text = ""
+    try:
+        response = client.post("chat/completions", json={**body, "max_tokens": ANSWER_TOKENS})
+        text = f"{response.status_code} {response.text}"
+        response.raise_for_status()
+        return str(response.json()["choices"][0]["message"]["content"] or "")
+    except (httpx.HTTPError, LookupError, TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {first_line(error)}; {text}".split())
+        if key := client.headers.get("Authorization", "").removeprefix("Bearer "):
+            reason = reason.replace(key, "***")  # some servers repeat it
+        raise ConnectionError(
+            f"the judge at {client.base_url} gave no chat completion ({reason[:300]}); correct "
+            "--judge-url"
+        ) from None
 
 
 def read_score(answer: str) -> int | None:

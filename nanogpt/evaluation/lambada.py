@@ -16,7 +16,7 @@ from pydantic import BaseModel, StringConstraints
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.evaluation.examples import Benchmark, find_benchmark, read_items
 from nanogpt.evaluation.results import Results, mean_and_error, perplexity_of
-from nanogpt.evaluation.scoring import Request, encode_pair, loglikelihoods_on_all_ranks
+from nanogpt.evaluation.scoring import Request, encode_pair, loglikelihoods
 from nanogpt.tokenizer import Tokenizer
 
 BENCHMARK = Benchmark("lambada_openai_test", "EleutherAI/lambada_openai", "test", "default")
@@ -34,7 +34,7 @@ def evaluate(
     """Score the last words of LAMBADA."""
     passages = read_items(Passage, data or find_benchmark(BENCHMARK, data_dir), limit)
     requests = [request(checkpoint.tokenizer, passage.text) for passage in passages]
-    results = loglikelihoods_on_all_ranks(checkpoint.model, requests, batch_size)
+    results = loglikelihoods(checkpoint.model, requests, batch_size)
     loss = mean_and_error("loss", -np.array([found.loglikelihood for [found] in results]))
     return {
         **mean_and_error("acc", np.array([found.is_greedy for [found] in results])),

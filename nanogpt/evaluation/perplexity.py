@@ -21,7 +21,7 @@ from nanogpt.data.corpus import MANIFEST, open_corpus
 from nanogpt.data.pretokenized import TokenShards
 from nanogpt.data.text import TextFiles
 from nanogpt.evaluation.results import Results, perplexity_of, ratio_and_error
-from nanogpt.evaluation.scoring import BATCH_SIZE, Request, Tokens, loglikelihoods_on_all_ranks
+from nanogpt.evaluation.scoring import BATCH_SIZE, Request, Tokens, loglikelihoods
 from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer
 
@@ -96,7 +96,7 @@ def scores(
     if len(tokens) < 2:
         raise ValueError(f"the text has {len(tokens)} tokens; give two or more")
     requests = windows(tokens, model.config.block_size, stride)
-    results = loglikelihoods_on_all_ranks(model, requests, batch_size)
+    results = loglikelihoods(model, requests, batch_size)
     nats = np.array([-found.loglikelihood for [found] in results])
     n_tokens = np.array([len(r.continuations[0]) for r in requests])
     sizes = np.array([len(token) for token in tokenizer.token_bytes()])

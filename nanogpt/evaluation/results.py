@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
+from typing_extensions import NotRequired, TypedDict
 
 from nanogpt.disk import replacing, wait_for_lock
 from nanogpt.runs.directory import RunDirectory
@@ -30,11 +31,11 @@ Row = dict[str, Any]
 STDERR, BASELINE, PUBLISHED, CONFUSION = "_stderr", "baseline_", "published_", "confusion_"
 
 
-class _StoredRow(BaseModel, extra="allow"):
+class _StoredRow(TypedDict):
     checkpoint: str
     task: str
     results: dict[str, int | float]
-    about: dict[str, Any] = {}
+    about: NotRequired[dict[str, Any]]
 
 
 _STORED_ROWS = TypeAdapter(list[_StoredRow])
@@ -67,15 +68,6 @@ def perplexity_of(loss: Results) -> Results:
     """Return the perplexity of a `loss` in nats, with its standard error to first order."""
     perplexity = math.exp(min(loss["loss"], 700.0))  # within float64
     return {"perplexity": perplexity, "perplexity_stderr": perplexity * loss["loss_stderr"]}
-
-
-def with_published(results: Results, published: Mapping[str, Results]) -> Results:
-    """Return results together with published ones, by the name of their model."""
-    return results | {
-        f"{BASELINE}{PUBLISHED}{who}_{name}": value
-        for who, metrics in published.items()
-        for name, value in metrics.items()
-    }
 
 
 @dataclass(frozen=True)
@@ -201,8 +193,7 @@ def read_evaluations(run_dir: Path) -> list[Row]:
     """Return the rows of a run's evaluations.json, none where it is missing or damaged."""
     path = RunDirectory(run_dir).evaluations_path
     try:
-        rows = _STORED_ROWS.validate_json(path.read_bytes())
-        return [row.model_dump(exclude_unset=True) for row in rows]
+        return [dict(row) for row in _STORED_ROWS.validate_json(path.read_bytes())]
     except FileNotFoundError:
         return []
     except ValueError as error:

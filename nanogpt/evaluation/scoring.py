@@ -10,9 +10,6 @@ Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary, R token
 S scored positions, N scored tokens.
 """
 
-import logging
-import math
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from nanogpt.model import GPT, Attend
 from nanogpt.support import IN_BLOCKS, check_supported, mixes_by_attend
@@ -33,13 +31,11 @@ PRODUCT_ROWS = 32  # a matrix product adds the remainder of this multiple in ano
 ROW_MULTIPLE = 16  # tokens to which a row's attention is padded
 TREE_TOKENS = 1024  # largest row: its attention scores grow with their square
 LOGITS_ROWS = 128  # of V logits, computed at a time
-PROGRESS_S = 10.0  # between lines of the log
+PROGRESS_S = 10.0  # between updates of the bar
 
 SUPPORTED = {**IN_BLOCKS, "position": ("learned", "rotary")}
 
 Tokens = Sequence[int] | np.ndarray
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,44 +63,34 @@ def loglikelihoods(
     Where a context and a continuation together exceed the model's context, the beginning of the
     context is dropped; a longer continuation is scored in parts of half the model's context, each
     after as much as fits of the text before it. Neither the order of the requests nor the size of
-    the batches changes the results.
+    the batches changes the results. Of several ranks each computes a share and returns all results.
 
     Raises ValueError where the model gives no finite likelihoods, or is not supported.
     """
     assert not model.training, "dropout would change the results"
     check_supported(model.config, "the scorer (nanogpt/evaluation/scoring.py)", SUPPORTED)
-    shares = mixes_by_attend(model)
-    tree_tokens, multiple = (TREE_TOKENS, PRODUCT_ROWS) if shares else (0, 1)
-    block_size = model.config.block_size
-    rows = [row for i, r in enumerate(requests) for row in _rows(i, r, block_size, tree_tokens)]
-    results = [[Result(0.0, True)] * len(request.continuations) for request in requests]
-    n_done, logged = 0, time.monotonic()
-    for batch in _batches(rows, batch_size if shares else 1):
+    is_shared = dist.is_available() and dist.is_initialized()
+    rank, n_ranks = (dist.get_rank(), dist.get_world_size()) if is_shared else (0, 1)
+    has_trees = mixes_by_attend(model)
+    tree_tokens, multiple = (TREE_TOKENS, PRODUCT_ROWS) if has_trees else (0, 1)
+    own = requests[rank::n_ranks]
+    results = [[Result(0.0, True)] * len(request.continuations) for request in own]
+    rows = [
+        row
+        for i, request in enumerate(own)
+        for row in _rows(i, request, model.config.block_size, tree_tokens)
+    ]
+    batches = list(_batches(rows, batch_size if has_trees else 1))
+    shown: dict[str, Any] = {"delay": PROGRESS_S, "mininterval": PROGRESS_S, "disable": rank > 0}
+    for batch in tqdm(batches, "scoring", **shown):
         owners = [(results[row.request], index) for row in batch for index in row.indices]
-        for (own, index), new in zip(owners, _results(model, batch, multiple), strict=True):
-            if not math.isfinite(new.loglikelihood):
-                raise ValueError(
-                    "the model gives no finite likelihoods: its weights are damaged, or its "
-                    "training diverged; pass another checkpoint"
-                )
-            loglikelihood = own[index].loglikelihood + new.loglikelihood
-            own[index] = Result(loglikelihood, own[index].is_greedy and new.is_greedy)
-        n_done += len(batch)
-        if time.monotonic() - logged > PROGRESS_S:
-            logged = time.monotonic()
-            log.info("scored %s of %s", f"{n_done:,}", f"{len(rows):,}")
-    return results
-
-
-def loglikelihoods_on_all_ranks(
-    model: GPT, requests: Sequence[Request], batch_size: int = BATCH_SIZE
-) -> list[list[Result]]:
-    """Return all results of `loglikelihoods` on every rank; each rank computes its share."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return loglikelihoods(model, requests, batch_size)
-    rank, n_ranks = dist.get_rank(), dist.get_world_size()
+        for (found, index), new in zip(owners, _results(model, batch, multiple), strict=True):
+            loglikelihood = found[index].loglikelihood + new.loglikelihood
+            found[index] = Result(loglikelihood, found[index].is_greedy and new.is_greedy)
+    if not is_shared:
+        return results
     shares: list[Any] = [None] * n_ranks
-    dist.all_gather_object(shares, loglikelihoods(model, requests[rank::n_ranks], batch_size))
+    dist.all_gather_object(shares, results)
     return [shares[i % n_ranks][i // n_ranks] for i in range(len(requests))]
 
 
@@ -141,24 +127,32 @@ class _Row:
         n_tokens = len(self.context) + sum(len(c) - 1 for c in self.continuations)
         return -(-n_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
-    def tree(self) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-        """Return the tokens, the index before each, and the index before each target with it."""
+    def tree(self) -> tuple[list[int], list[int], np.ndarray | None]:
+        """Return the tokens, the index before each target, and which tokens each attends to (T, T).
+
+        The mask of bools, in which padding attends to itself, is None for one continuation: such a
+        row is causal.
+        """
         n = len(self.context)
-        ids, parents = list(map(int, self.context)), list(range(-1, n - 1))
-        targets: list[tuple[int, int]] = []
+        ids = list(map(int, self.context))
+        if len(self.continuations) == 1:
+            ids += map(int, self.continuations[0][:-1])
+            return ids, list(range(n - 1, len(ids))), None
+        before: list[int] = []
         children: dict[tuple[int, int], int] = {}  # the index of a token after an index
+        mask = np.eye(self.n_padded, dtype=bool)
+        mask[:n, :n] = np.tri(n, dtype=bool)
         for continuation in self.continuations:
             index = n - 1
-            *inner, last = map(int, continuation)
-            for token in inner:
-                targets.append((index, token))
+            before.append(index)
+            for token in map(int, continuation[:-1]):
                 if (index, token) not in children:
                     children[index, token] = len(ids)
+                    mask[len(ids)] |= mask[index]
                     ids.append(token)
-                    parents.append(index)
                 index = children[index, token]
-            targets.append((index, last))
-        return ids, parents, targets
+                before.append(index)
+        return ids, before, mask
 
 
 def _rows(number: int, request: Request, block_size: int, tree_tokens: int) -> Iterator[_Row]:
@@ -229,14 +223,13 @@ def _results(model: GPT, rows: Sequence[_Row], multiple: int) -> Iterator[Result
     n_tokens = torch.tensor([len(ids) for ids, _, _ in trees])  # (B,)
     is_token = torch.arange(rows[0].n_padded) < n_tokens[:, None]  # (B, T)
     mask, positions = None, is_token.nonzero()[:, 1]  # (R,)
-    if len(rows[0].continuations) > 1:
-        masks = np.stack([_mask(parents, rows[0].n_padded) for _, parents, _ in trees])
-        mask = torch.from_numpy(masks)  # (B, T, T)
+    if masks := [mask for _, _, mask in trees if mask is not None]:
+        mask = torch.from_numpy(np.stack(masks))  # (B, T, T)
         positions = mask.sum(-1)[is_token] - 1
         mask = mask[:, None].to(device)
     ids = torch.tensor([i for ids, _, _ in trees for i in ids])  # (R,)
     starts = (n_tokens.cumsum(0) - n_tokens).tolist()
-    before = [n + i for n, (_, _, targets) in zip(starts, trees, strict=True) for i, _ in targets]
+    before = [start + i for start, (_, own, _) in zip(starts, trees, strict=True) for i in own]
     scored, of_target = torch.tensor(before).unique(return_inverse=True)  # (S,), (N,)
     ids, positions, scored = (
         F.pad(values, (0, -len(values) % multiple)).to(device)
@@ -245,19 +238,17 @@ def _results(model: GPT, rows: Sequence[_Row], multiple: int) -> Iterator[Result
     attend = _RowsAttend(is_token.to(device), len(ids), mask)
     x = model.embed(ids, positions)[None]  # (1, R, C)
     states = model.run_blocks(x, model.rotation(positions), attend)[0, scored]  # (S, C)
-    targets = torch.tensor([token for _, _, targets in trees for _, token in targets])  # (N,)
+    continuations = [continuation for row in rows for continuation in row.continuations]
+    targets = torch.tensor([int(token) for tokens in continuations for token in tokens])  # (N,)
     loglikelihoods, hits = _score(model, states, of_target, targets)
-    sizes = [len(continuation) for row in rows for continuation in row.continuations]
+    sizes = list(map(len, continuations))
     for part, hit in zip(loglikelihoods.split(sizes), hits.split(sizes), strict=True):
+        if not part.isfinite().all():
+            raise ValueError(
+                "the model gives no finite likelihoods: its weights are damaged, or its training "
+                "diverged; pass another checkpoint"
+            )
         yield Result(float(part.sum()), bool(hit.all()))
-
-
-def _mask(parents: Sequence[int], n_padded: int) -> np.ndarray:
-    """Return which tokens of a tree each attends to (T, T) bool, padding to itself."""
-    mask = np.eye(n_padded, dtype=bool)
-    for index, parent in enumerate(parents[1:], start=1):
-        mask[index] |= mask[parent]
-    return mask
 
 
 def _score(model: GPT, states: Tensor, of_target: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
