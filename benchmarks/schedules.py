@@ -304,7 +304,7 @@ def choose(kernels: str) -> None:
     """Have engines compute with our own kernels (native), or with torch's."""
     os.environ["NANOGPT_NO_KERNELS"] = "1" if kernels == "torch" else ""
     torch.set_num_threads(1 if kernels == "native" else N_THREADS)  # ours add alike in any number
-    compiling._compiled.cache_clear()
+    compiling.compiled_kernels.cache_clear()
     native.load_library.cache_clear()
 
 

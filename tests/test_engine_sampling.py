@@ -17,7 +17,6 @@ def sequence(answer: tuple[int, ...] = (), **params: Any) -> SequenceState:
     request = Generate("", "", [], SamplingParams(**{"max_tokens": 1, **params}))
     state = SequenceState(request, None, [])
     state.ids += answer
-    state.admitted = state.arrived
     return state
 
 

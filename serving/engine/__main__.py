@@ -18,7 +18,7 @@ def main(address: str, settings: Settings) -> None:
     """Run an engine until it has drained; an engine that listens is ready."""
     configure()
     if settings.device in ("auto", "cpu"):
-        compiling.begin()
+        compiling.compiled_kernels()
     import torch
 
     from serving.engine.native import load_library

@@ -72,14 +72,11 @@ class EngineClient:
     async def connect(self, timeout_s: float | None = START_S) -> None:
         """Begin to connect, and wait for the engine's first list of models.
 
-        Raises EngineError("unavailable") after `timeout_s` (the client goes on trying).
+        Raises asyncio.TimeoutError after `timeout_s` (the client goes on trying).
         """
         if self._task is None:
             self._task = asyncio.create_task(self._stay_connected())
-        try:
-            await asyncio.wait_for(self._ready.wait(), timeout_s)
-        except (asyncio.TimeoutError, TimeoutError) as error:
-            raise EngineError("unavailable", f"no engine answers at {self.address}") from error
+        await asyncio.wait_for(self._ready.wait(), timeout_s)
 
     @property
     def connected(self) -> bool:

@@ -10,7 +10,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,30 +19,25 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-Wno-ignored-attributes")
 
 log = logging.getLogger(__name__)
-_one_at_a_time = threading.Lock()
-
-
-def compiled_kernels() -> Path | None:
-    """Return the library, compiled if it is not yet, or None where that cannot be.
-
-    With NANOGPT_NO_KERNELS set there is none.
-    """
-    with _one_at_a_time:
-        return _compiled()
-
-
-def begin() -> None:
-    """Begin to compile in a thread; `compiled_kernels` waits for it."""
-    threading.Thread(target=compiled_kernels, name="compile", daemon=True).start()
 
 
 @lru_cache
+def compiled_kernels() -> Future[Path | None]:
+    """Return the library, which the first call begins to compile, or None where that cannot be.
+
+    With NANOGPT_NO_KERNELS set there is none.
+    """
+    return ThreadPoolExecutor(1, "compile").submit(_compiled)
+
+
 def _compiled() -> Path | None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     unwanted = os.environ.get("NANOGPT_NO_KERNELS")
     if compiler is None or unwanted or platform.machine() != "x86_64":
         return None
-    path = _cache_dir() / f"kernels-{_fingerprint(compiler)}.so"
+    flags = " ".join((compiler, *FLAGS, processor_flags()))
+    fingerprint = hashlib.sha256(SOURCE.read_bytes() + flags.encode()).hexdigest()[:16]
+    path = _cache_dir() / f"kernels-{fingerprint}.so"
     return path if path.exists() or _compile(compiler, path) else None
 
 
@@ -63,13 +59,6 @@ def _compile(compiler: str, path: Path) -> bool:
     return True
 
 
-def _fingerprint(compiler: str) -> str:
-    """Return a name for what is compiled: the source, how, by what, and for which processor."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
-    digest.update(" ".join((compiler, *FLAGS, processor_flags())).encode())
-    return digest.hexdigest()[:16]
-
-
 def processor_flags() -> str:
     """Return the features of the processor as Linux lists them, elsewhere its name."""
     try:
@@ -81,12 +70,9 @@ def processor_flags() -> str:
 
 def _cache_dir() -> Path:
     """Return the cache of compiled kernels, or a new directory where that cannot be written."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(base) / "nanogpt"
-    try:
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanogpt"
+    with suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
         if os.access(directory, os.W_OK):
             return directory
-    except OSError:
-        pass
     return Path(tempfile.mkdtemp(prefix="nanogpt-"))

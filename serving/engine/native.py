@@ -32,41 +32,37 @@ HEAD_SIZES = range(16, 129, 16)
 log = logging.getLogger(__name__)
 
 
+def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
+    """Return fields of one type; the order of a structure's fields is that of kernels.cpp."""
+    return [(name, kind) for name in names]
+
+
 class _Matrix(ctypes.Structure):
     _fields_ = (
-        ("weights", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("n", ctypes.c_int32),
-        ("k", ctypes.c_int32),
+        *_fields(ctypes.c_void_p, "weights", "scales", "bias"),
+        *_fields(ctypes.c_int32, "n", "k"),
     )
 
 
 class _Norm(ctypes.Structure):
-    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
+    _fields_ = _fields(ctypes.c_void_p, "weight", "bias")
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        ("ln_1", _Norm),
-        ("ln_2", _Norm),
-        ("c_attn", _Matrix),
-        ("attn_proj", _Matrix),
-        ("c_fc", _Matrix),
-        ("mlp_proj", _Matrix),
+        *_fields(_Norm, "ln_1", "ln_2"),
+        *_fields(_Matrix, "c_attn", "attn_proj", "c_fc", "mlp_proj"),
     )
 
 
 class _Model(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("dtype", "n_layer", "n_head", "n_embd")),
-        *((name, ctypes.c_int32) for name in ("block_size", "n_slots", "rms_norm", "relu2")),
-        *((name, ctypes.c_int32) for name in ("qk_norm", "n_threads")),
+        *_fields(ctypes.c_int32, "dtype", "n_layer", "n_head", "n_embd", "block_size", "n_slots"),
+        *_fields(ctypes.c_int32, "rms_norm", "relu2", "qk_norm", "n_threads"),
         ("layers", ctypes.POINTER(_Layer)),
         ("ln_f", _Norm),
         ("head", _Matrix),
-        ("rotations", ctypes.c_void_p),
-        ("cache", ctypes.c_void_p),
+        *_fields(ctypes.c_void_p, "rotations", "cache"),
     )
 
 
@@ -212,7 +208,7 @@ def supported(model: GPT, dtype: str, device: torch.device) -> bool:
 @lru_cache
 def load_library() -> ctypes.CDLL | None:
     """Return the kernels, compiled at the first call, or None where they do not compile."""
-    path = compiling.compiled_kernels()
+    path = compiling.compiled_kernels().result()
     if path is None:
         return None
     try:

@@ -80,14 +80,12 @@ class Runner:
                 what = f"The model {self.entry.id} was not trained to classify."
                 raise EngineError("invalid", what)
             ids = enclose(ids, about.tokenizer.eot_id, block_size)
-        if not ids:
-            raise EngineError("invalid", "The prompt is empty; it needs at least one token.")
         if len(ids) + isinstance(request, Generate) > block_size:
             what = f"The model's context is {block_size} tokens and the prompt has {len(ids)}"
             raise EngineError("context_length", f"{what}; shorten it.")
-        if min(ids) < 0 or max(ids) >= vocab_size:
-            what = f"The prompt has token ids from {min(ids)} to {max(ids)}"
-            raise EngineError("invalid", f"{what}; the model knows 0 to {vocab_size - 1}.")
+        if not ids or min(ids) < 0 or max(ids) >= vocab_size:
+            what = f"A prompt has at least one token, of ids from 0 to {vocab_size - 1}."
+            raise EngineError("invalid", what)
         self.scheduler.waiting.append(SequenceState(request, client, ids))
 
     def details(self, request_id: str) -> ModelDetails:

@@ -31,7 +31,7 @@ class SequenceState:
     max_tokens: int | None = None  # of a step, where memory did not suffice for more
     scored: Scored | None = None  # so far
     arrived: float = field(default_factory=time.monotonic)
-    admitted: float = 0.0
+    queue_s: float = 0.0  # seconds between arrival and the first slot
     first_token: float = 0.0
     last_token: float = 0.0
 
@@ -48,11 +48,6 @@ class SequenceState:
         """The sampling parameters of a request that generates."""
         assert isinstance(self.request, Generate)
         return self.request.params
-
-    @property
-    def queue_s(self) -> float:
-        """Seconds between arrival and the first slot."""
-        return self.admitted - self.arrived
 
     @property
     def is_decoding(self) -> bool:
@@ -142,8 +137,9 @@ class Scheduler:
         prompt = sequence.ids if sequence.generates else []  # others need the states of all tokens
         sequence.slot, sequence.n_reused = self.slots.acquire(prompt, sequence.cache_scope)
         sequence.n_computed = sequence.n_reused
-        if not sequence.admitted:
-            sequence.n_cached, sequence.admitted = sequence.n_reused, time.monotonic()
+        if not sequence.queue_s:
+            sequence.n_cached = sequence.n_reused
+            sequence.queue_s = time.monotonic() - sequence.arrived
         _serve(self._admissions, sequence)
         self.waiting.remove(sequence)
         self.running.append(sequence)

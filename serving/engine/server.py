@@ -43,13 +43,12 @@ class Server:
         await asyncio.to_thread(self.engine.run)
         watching.cancel()
         listening.close()
-        for writer, conversation in list(self.front_ends.items()):
-            try:
-                await asyncio.wait_for(writer.drain(), 1)
-            except (ConnectionError, asyncio.TimeoutError):  # it is gone, or does not read
-                writer.transport.abort()
-            writer.close()
-            await asyncio.wait([conversation], timeout=1)
+        for writer in self.front_ends:
+            writer.close()  # after what is to be sent
+        if self.front_ends:
+            await asyncio.wait(self.front_ends.values(), timeout=2)
+        for writer in self.front_ends:  # they do not read
+            writer.transport.abort()
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
