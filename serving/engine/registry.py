@@ -81,7 +81,7 @@ class Registry:
     def default(self, task: Task | None = None) -> Entry | None:
         """Return the entry of requests that name none: the configured one, or the best for a task.
 
-        Entries that could not be loaded come last.
+        Broken files and entries that could not be loaded come last.
         """
         if self.default_name:
             return self.find(self.default_name)
@@ -89,7 +89,7 @@ class Registry:
             self.entries,
             key=lambda e: (
                 task is not None and e.task == task,
-                e.key not in self.failures,
+                e.task is not None and e.key not in self.failures,
                 e.rank,
                 e.created,
             ),
