@@ -208,6 +208,29 @@ def test_an_engine_that_dies_at_once_is_started_less_and_less_often(
     assert process.restarts == 8
 
 
+def test_the_watch_goes_on_after_a_failed_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    process = EngineProcess(Settings(models=str(tmp_path)))
+    pauses = process._stopping = Pauses(4)
+    starts, spawn = iter([True, False, True]), process._spawn
+
+    def spawn_or_fail() -> None:
+        if not next(starts):
+            raise OSError("too many open files")
+        spawn()
+
+    monkeypatch.setattr(process, "_spawn", spawn_or_fail)
+    process.start()
+    ended = eventually(lambda: not process._watcher.is_alive(), 30)
+    pauses.set()
+    process.stop()
+    assert ended
+    assert pauses.seconds == [0.2, 10.0, 0.4, 0.8]
+    assert "too many open files" in caplog.text
+
+
 def test_the_watcher_outlives_a_look_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

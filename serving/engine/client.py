@@ -253,16 +253,12 @@ class EngineProcess:
         self.drain()
         assert self._process is not None, "stop() before start()"
         try:
-            code = self._process.wait(self.settings.drain_s + 5)
+            self._process.wait(self.settings.drain_s + 5)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            code = self._process.wait()
-        if self._process.stdin:
-            self._process.stdin.close()
-        if self._watcher.is_alive():
-            self._watcher.join()
+        self._watcher.join()
         self._directory.cleanup()
-        return code
+        return self._process.wait()
 
     def _spawn(self) -> None:
         command = [sys.executable, "-m", "serving.engine", self.address]
@@ -287,23 +283,25 @@ class EngineProcess:
         shortest, longest = RESTART_S
         pause = shortest
         while not self._stopping.is_set():
-            assert self._process is not None
             started = time.monotonic()
-            asyncio.run(self._watch(self._process))
-            code = self._process.wait()
-            if self._stopping.is_set():
-                return
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-            pause = shortest if time.monotonic() - started > START_S else min(2 * pause, longest)
-            log.error("the engine ended with code %s; starting it again in %.1f s", code, pause)
-            if self._stopping.wait(pause):
-                return
-            self.restarts += 1
-            self._spawn()
+            try:
+                code = asyncio.run(self._watch())
+                if self._stopping.is_set():
+                    return
+                is_lasting = time.monotonic() - started > START_S
+                pause = shortest if is_lasting else min(2 * pause, longest)
+                log.error("the engine ended with code %s; starting it again in %.1f s", code, pause)
+                if not self._stopping.wait(pause):
+                    self._spawn()
+                    self.restarts += 1
+            except OSError as error:  # too many open files
+                log.error("the engine cannot be watched (%s); trying again", error)
+                self._stopping.wait(longest)
 
-    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait until a process ends; kill it when its heartbeats stop."""
+    async def _watch(self) -> int:
+        """Wait until the process ends, and return its code; kill it when its heartbeats stop."""
+        process = self._process
+        assert process is not None
         client = EngineClient(self.address, self.settings.hang_s)
         connecting = asyncio.create_task(client.connect(FIRST_BEAT_S))
         while process.poll() is None:
@@ -315,3 +313,5 @@ class EngineProcess:
             await asyncio.sleep(POLL_S)
         connecting.cancel()
         await client.close()
+        process.communicate()  # closes its standard input
+        return process.returncode
