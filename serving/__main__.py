@@ -34,17 +34,13 @@ def main() -> int:
     try:
         settings = read_settings()
         check_engine(settings.engine_settings())
-    except ValueError as error:
-        print(f"serve.py: {error}", file=sys.stderr)
-        return WRONG_USAGE
-    try:
         check_exposure(settings)
         with listen(settings) as listening:
             announce(settings, listening.getsockname()[1])
             run(settings, listening)
     except (ValueError, OSError) as error:
         print(f"serve.py: {error}", file=sys.stderr)
-        return FAILED
+        return WRONG_USAGE if isinstance(error, ValueError) else FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0

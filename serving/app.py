@@ -16,7 +16,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -56,7 +57,7 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
     app = FastAPI(
         title="nanogpt",
         version=nanogpt.__version__,
-        lifespan=_lifespan(settings, client),
+        lifespan=partial(_lifespan, settings=settings, given=client),
         docs_url=None,  # FastAPI's pages for /openapi.json are fetched from elsewhere
         redoc_url=None,
         redirect_slashes=False,
@@ -71,51 +72,30 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
     )
     app.state.settings, app.state.metrics, app.state.api_keys = settings, metrics, keys
     app.state.started, app.state.draining = time.time(), False
-    _add_routes(app)
-    return app
-
-
-def _add_routes(app: FastAPI) -> None:
     app.include_router(service.router)
     app.include_router(v1.router, prefix="/v1")
     app.include_router(v1.router, include_in_schema=False)
     app.include_router(pages.router)
-    app.mount(
-        "/static",
-        GZipMiddleware(pages.PageFiles(directory=pages.STATIC), compresslevel=5),
-        name="static",
-    )
-
-
-def _lifespan(settings: ApiSettings, client: EngineClient | None) -> Any:
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        async with _connected(client, settings) as engine:
-            catalogue = Catalogue(engine, lenient=settings.unknown_model == "default")
-            app.state.client, app.state.catalogue = engine, catalogue
-            gc.freeze()  # what was imported lives as long as the process
-            gc.set_threshold(GC_OBJECTS, *gc.get_threshold()[1:])
-            if threading.current_thread() is threading.main_thread():
-                loop = asyncio.get_running_loop()
-                _before_shutdown(lambda: loop.call_soon_threadsafe(_drain, app))
-            yield {"settings": settings, "metrics": app.state.metrics}  # for Connection
-
-    return lifespan
+    files = pages.PageFiles(directory=pages.STATIC)
+    app.mount("/static", GZipMiddleware(files, compresslevel=5), name="static")
+    return app
 
 
 @contextlib.asynccontextmanager
-async def _connected(
-    client: EngineClient | None, settings: ApiSettings
-) -> AsyncIterator[EngineClient]:
-    """Give a client that connects to an engine, unless one is given."""
-    if client is not None:
-        yield client
-        return
-    with running_engine(settings) as address:
-        client = EngineClient(address, settings.stall_s)
+async def _lifespan(
+    app: FastAPI, settings: ApiSettings, given: EngineClient | None
+) -> AsyncIterator[dict[str, Any]]:
+    with contextlib.nullcontext("") if given else running_engine(settings) as address:
+        client = given or EngineClient(address, settings.stall_s)
         connecting = asyncio.create_task(_connect(client))
+        app.state.client = client
+        app.state.catalogue = Catalogue(client, lenient=settings.unknown_model == "default")
+        gc.freeze()  # what was imported lives as long as the process
+        gc.set_threshold(GC_OBJECTS, *gc.get_threshold()[1:])
+        if threading.current_thread() is threading.main_thread():
+            _drain_at_signals(app)
         try:
-            yield client
+            yield {"settings": settings, "metrics": app.state.metrics}  # for Connection
         finally:
             connecting.cancel()
             await client.close()
@@ -155,6 +135,21 @@ def _end_with_parent() -> None:
         threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
+def _drain_at_signals(app: FastAPI) -> None:
+    """Drain when a signal ends the process, before the handler of its server."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        former = signal.getsignal(number)
+
+        def handle(number: int, stack: FrameType | None, former: Any = former) -> None:
+            loop.call_soon_threadsafe(_drain, app)
+            if callable(former):
+                former(number, stack)
+
+        signal.signal(number, handle)
+    term_at_hangup()
+
+
 def _drain(app: FastAPI) -> None:
     """Be no longer ready; open answers may go on for `drain_s`, and fail then."""
     if not app.state.draining:
@@ -168,17 +163,3 @@ def term_at_hangup() -> None:
     """Let SIGHUP, of a terminal that closes, be SIGTERM, unless it is ignored (nohup)."""
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-
-
-def _before_shutdown(action: Callable[[], object]) -> None:
-    """Run an action when a signal ends the process, before the handler of its server."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        former = signal.getsignal(number)
-
-        def handle(number: int, stack: FrameType | None, former: Any = former) -> None:
-            action()
-            if callable(former):
-                former(number, stack)
-
-        signal.signal(number, handle)
-    term_at_hangup()
