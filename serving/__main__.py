@@ -29,7 +29,7 @@ def main() -> int:
     """Serve until a signal ends the process; return the exit code."""
     configure()
     # uvicorn raises the signal that ended it once more when all is done.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     term_at_hangup()
     try:
         settings = read_settings()

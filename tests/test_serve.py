@@ -336,6 +336,21 @@ def test_a_server_finishes_its_answers_on_a_signal_and_exits_with_0(
 
 
 @POSIX
+def test_a_signal_ends_a_server_that_starts(tmp_path: Path) -> None:
+    variables = {ENGINE_VARIABLE: f"unix:{tmp_path}/e", "NANOGPT_PORT": "0"}
+    environment = {**os.environ, **variables, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "serving"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as server:
+        assert server.stdout
+        server.stdout.readline()  # the address, before uvicorn handles signals
+        server.terminate()
+        try:
+            assert server.wait(30) == 0
+        finally:
+            server.kill()
+
+
+@POSIX
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path, workers: int) -> None:
     def as_nohup() -> None:
