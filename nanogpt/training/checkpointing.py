@@ -1,23 +1,16 @@
 """When checkpoints are written, which of them stay, and how Lightning writes and reads them."""
 
-import io
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import validate_call
 
-from nanogpt.checkpoint import (
-    read_checkpoint,
-    read_record,
-    write_checkpoint,
-)
+from nanogpt.checkpoint import read_checkpoint, read_record, write_checkpoint
 from nanogpt.disk import link_atomically
 from nanogpt.runs.directory import step_checkpoints
 from nanogpt.training.loggers import MetricsLogger
@@ -39,13 +32,10 @@ class AtomicCheckpointIO(CheckpointIO):
             read_record(Path(path))
         except ValueError as error:
             Path(path).unlink()
-            for name, state in checkpoint.get("callbacks", {}).items():
-                if not _is_plain(state):
-                    raise ValueError(
-                        f"state_dict() of the callback {name} holds Python objects, which can run "
-                        "code when loaded; let it return tensors, numbers, text, lists and dicts"
-                    ) from error
-            raise
+            raise ValueError(
+                f"{error}; state_dict() of a callback may return tensors, numbers, text, lists and "
+                "dicts alone"
+            ) from error
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -73,14 +63,12 @@ class Checkpointing(ModelCheckpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.best: tuple[float, int] | None = None  # (validation loss, step); Lightning's `best`
-        self.saved_step = -1
+        self.saved_step = 0
         self.stopped = ""  # why training ended before its budget
         self.max_steps = 0  # that budget
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        by, _, _ = self.stopped.partition(":")
-        names = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]
-        if by in names or (by and self.max_steps == trainer.max_steps):
+        if self.stopped and self.max_steps == trainer.max_steps:
             trainer.should_stop = True  # as it had, when the process ended
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -92,34 +80,19 @@ class Checkpointing(ModelCheckpoint):
             loss = trainer.callback_metrics.get("val/loss")
             self.save(trainer, pl_module, None if loss is None else float(loss))
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write nothing: all of training is one epoch."""
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.save(trainer, pl_module)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Save the step that a user's own callback failed after, which others need not agree on."""
-        is_between_steps = trainer.fit_loop.total_batch_idx + 1 == trainer.global_step > 0
-        if (
-            failing_part(exception, trainer) is not None
-            and is_between_steps
-            and trainer.world_size == 1
-            and not (trainer.fast_dev_run or will_validate(trainer))  # type: ignore[attr-defined]
-        ):
-            self.save(trainer, pl_module)
+        self.save(trainer, pl_module)
 
     def save(self, trainer: Trainer, module: LightningModule, loss: float | None = None) -> None:
         """Write the checkpoint of this step, once, and remove those that need not stay."""
         assert isinstance(module, StageModule)
         step = trainer.global_step
-        if step == self.saved_step:
+        if step == self.saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if loss is not None and (self.best is None or loss < self.best[0]):
-            self._name_best((loss, step))
+            self.best = (loss, step)
+        if self.best is not None:
+            self.best_model_path = str(self.directory / f"step_{self.best[1]:06d}.ckpt")
         self.stopped, self.max_steps = stopping_reason(trainer), trainer.max_steps
         with module.off_the_clock():
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -133,44 +106,21 @@ class Checkpointing(ModelCheckpoint):
                 self._remove_old(step)
             self.saved_step = step
 
-    def _name_best(self, best: tuple[float, int]) -> None:
-        self.best = best
-        self.best_model_path = str(self.directory / f"step_{best[1]:06d}.ckpt")
-
     def _is_due(self, trainer: Trainer) -> bool:
-        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return False
-        return trainer.should_stop or is_due(trainer.global_step, self.every_n_steps, trainer)
+        now = trainer.should_stop or is_due(trainer.global_step, self.every_n_steps, trainer)
+        return trainer.state.fn == TrainerFn.FITTING and now
 
     def _remove_old(self, step: int) -> None:
         steps = step_checkpoints(self.directory)
         newest = [s for s in steps if s <= step][-self.keep :] if self.keep else []
-        best = [self.best[1]] if self.best else []
-        for old in set(steps) - set(newest) - set(best):
+        for old in set(steps) - {*newest, self.best[1] if self.best else None}:
             steps[old].unlink()
 
     def state_dict(self) -> dict[str, Any]:
-        best = list(self.best) if self.best else None
-        return {"best": best, "stopped": self.stopped, "max_steps": self.max_steps}
+        return {name: getattr(self, name) for name in ("best", "stopped", "max_steps")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        best = state_dict["best"]
-        if best:
-            self._name_best((float(best[0]), int(best[1])))
-        self.stopped = state_dict.get("stopped", "")
-        self.max_steps = state_dict.get("max_steps", 0)
-
-
-def _is_plain(state: Any) -> bool:
-    """Return whether a checkpoint may hold a callback's state."""
-    file = io.BytesIO()
-    try:
-        torch.save(state, file)
-        file.seek(0)
-        torch.load(file, weights_only=True)
-    except (pickle.PickleError, TypeError, AttributeError):
-        return False
-    return True
+        vars(self).update(state_dict)
 
 
 def stopping_reason(trainer: Trainer) -> str:
@@ -189,17 +139,3 @@ def will_validate(trainer: Trainer) -> bool:
     every = trainer.val_check_batch
     is_due = isinstance(every, int) and trainer.global_step % every == 0
     return trainer.enable_validation and (trainer.should_stop or is_due)
-
-
-def failing_part(error: BaseException, trainer: Trainer) -> Any:
-    """Return the callback, logger or data module in which an error was raised, None for ours."""
-    failing, trace = None, error.__traceback__
-    parts = [*trainer.callbacks, *trainer.loggers, trainer.datamodule]  # type: ignore[attr-defined]
-    while trace is not None:
-        for name in ("self", "callback"):  # the latter in Lightning's calls of hooks
-            instance = trace.tb_frame.f_locals.get(name)
-            is_ours = type(instance).__module__.startswith("nanogpt.")
-            if any(instance is part for part in parts) and not is_ours:
-                failing = instance
-        trace = trace.tb_next
-    return failing

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from nanogpt.build import CallbackError, build
 from nanogpt.runs.run import Run
-from nanogpt.training.checkpointing import AtomicCheckpointIO, failing_part
+from nanogpt.training.checkpointing import AtomicCheckpointIO
 from nanogpt.training.loggers import MetricsLogger
 from nanogpt.training.module import StageModule
 from nanogpt.training.progress import Progress
@@ -33,7 +34,6 @@ MISFITTING = (
     ".*recommended to use `sync_dist=True`.*",
     ".*LeafSpec.*",
     ".*broadcast_buffers.*",
-    ".*`broadcast_buffers` is deprecated.*",
 )
 
 
@@ -119,13 +119,22 @@ def fit(
     except SIGTERMException:  # Lightning's, for a signal before training or validation started
         raise SystemExit(128 + signal.SIGTERM) from None
     except Exception as error:
-        failed = failing_part(error, trainer)
-        names = {f"{group}.{name}": part for group in parts for name, part in parts[group].items()}
-        for name, part in {**names, "data": data}.items():
-            if part is failed:
-                what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                raise CallbackError(
-                    f"{name} failed at step {trainer.global_step}: {what}; fix it, and the same "
-                    "command continues from the last checkpoint, if there is one"
-                ) from error
+        named = {f"{group}.{name}": part for group in parts for name, part in parts[group].items()}
+        if name := _failing_part(error, {**named, "data": data}):
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise CallbackError(
+                f"{name} failed at step {trainer.global_step}: {what}; fix it, and the same "
+                "command continues from the last checkpoint, if there is one"
+            ) from error
         raise
+
+
+def _failing_part(error: BaseException, parts: Mapping[str, Any]) -> str | None:
+    """Return the name of the part, a class of the user's own, in which an error was raised."""
+    own = {n: p for n, p in parts.items() if not type(p).__module__.startswith("nanogpt.")}
+    for frame, _ in [*traceback.walk_tb(error.__traceback__)][::-1]:
+        for key in ("self", "callback"):  # the latter in Lightning's calls of hooks
+            for name, part in own.items():
+                if frame.f_locals.get(key) is part:
+                    return name
+    return None
