@@ -197,10 +197,10 @@ def test_larger_micro_batch_wins_where_nearly_as_fast() -> None:
     assert autotune._choose_micro_batch(measured, "32-true")[0] == 16
 
 
-def test_gpu_tries_divisors_by_doubling_up_to_a_bound() -> None:
+def test_gpu_tries_the_divisors_below_powers_of_two() -> None:
     config = GPTConfig.preset("gpt2")
-    assert Given(GPU, config, 480).candidates() == [1, 2, 4, 8, 16, 32]
-    assert Given(GPU, config, 12).candidates() == [1, 2, 4, 12]
+    assert Given(GPU, config, 480).candidates() == [1, 2, 4, 8, 16, 32, 60]
+    assert Given(GPU, config, 12).candidates() == [1, 2, 4, 6, 12]
 
 
 def test_gpu_takes_one_row_where_nothing_fits() -> None:
@@ -220,33 +220,39 @@ def test_micro_batches_of_a_cpu_fit_its_memory(monkeypatch: pytest.MonkeyPatch) 
     assert Given(config=config, rows_per_rank=64).candidates() == [1]
 
 
+def a_second() -> Given:
+    return Given(seconds={(4, "32-true"): 0.25})  # a second per step: 12 % of 333 s are 40 s
+
+
 @pytest.mark.parametrize(("max_steps", "choice"), [(300, False), (400, True)])
 def test_compile_only_where_it_saves_more_than_it_takes(
     monkeypatch: pytest.MonkeyPatch, max_steps: int, choice: bool
 ) -> None:
-    monkeypatch.setattr(autotune, "missing_for_compile", lambda device: None)
-    measured = Given(seconds={(4, "32-true"): 0.25})  # a second per step: 12 % of 333 s are 40 s
-    compiled, why = autotune._choose_compile(measured, "32-true", 4, max_steps, False)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    compiled, why = autotune._choose_compile(a_second(), "32-true", 4, max_steps, False)
     assert compiled is choice
     assert why == f"would save about {0.12 * max_steps:.0f} s of the run and take 40 s"
 
 
+def test_compile_stays_off_where_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(function: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found\nin a trace")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    decision = autotune._choose_compile(a_second(), "32-true", 4, 10**9, False)
+    assert decision == (False, "it fails on this machine (No working C++ compiler found)")
+
+
 @pytest.mark.parametrize(
-    ("device", "deterministic", "missing", "why"),
+    ("device", "deterministic", "why"),
     [
-        (MPS, False, None, "its gain on mps is not known"),
-        (GPU, True, None, "its kernels are chosen by timing, and trainer.deterministic is set"),
-        (GPU, False, "triton", "this machine lacks triton"),
+        (MPS, False, "its gain on mps is not known"),
+        (GPU, True, "its kernels are chosen by timing, and trainer.deterministic is set"),
     ],
 )
 def test_compile_stays_off_where_it_cannot_help(
-    monkeypatch: pytest.MonkeyPatch,
-    device: torch.device,
-    deterministic: bool,
-    missing: str | None,
-    why: str,
+    device: torch.device, deterministic: bool, why: str
 ) -> None:
-    monkeypatch.setattr(autotune, "missing_for_compile", lambda device: missing)
     decision = autotune._choose_compile(Given(device), "32-true", 4, 10**9, deterministic)
     assert decision == (False, why)
 

@@ -81,7 +81,7 @@ def test_no_value_is_outside_the_frame(noisy: bool) -> None:
     points = [(1, 11.0), *((step, 3 - step / 1000) for step in range(10, 1001, 10)), (1001, 5.0)]
     chart = Chart("Loss", "", [Series("training", points, noisy=noisy)])
     ys = heights(draw_curves(chart, 1001))
-    assert len(ys) >= len(points)
+    assert len(ys) > 20
     assert min(ys) > 10  # below the frame's top, with a margin
     assert max(ys) < CURVE_HEIGHT - 20
 

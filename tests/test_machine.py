@@ -9,7 +9,6 @@ import torch
 from nanogpt.training import machine
 from nanogpt.training.machine import (
     machine_id,
-    missing_for_compile,
     usable_cores,
     usable_memory_bytes,
 )
@@ -56,14 +55,3 @@ def test_this_machine_has_cores_memory_and_a_name() -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
     assert usable_memory_bytes() > 2**28
     assert f"torch {torch.__version__}" in machine_id(CPU)
-
-
-def test_compile_is_missing_a_compiler_where_none_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.sys, "platform", "linux")
-    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
-    assert missing_for_compile(CPU) == "a C++ compiler"
-
-
-def test_compile_is_left_out_on_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.sys, "platform", "darwin")
-    assert missing_for_compile(CPU) == "a compiler that is known to work (on darwin)"

@@ -26,28 +26,30 @@ def test_an_unknown_mfu_is_left_out(
 @pytest.mark.parametrize("stage", ["pretrain", "instruct"])
 def test_the_next_command_has_the_prompt_of_the_data_whatever_it_holds(stage: str) -> None:
     prompt = 'It\'s $5: "a" `b`'
-    first = next_commands(stage, Path("runs/one"), prompt)[0]
+    first = next_commands({"stage": stage}, Path("runs/one"), {"prompts": ["", prompt]})[0]
     assert shlex.split(first)[-3:] == ["runs/one", "--prompt", prompt]
 
 
 def test_the_next_commands_fit_what_was_done() -> None:
-    run_dir = Path("runs/it's")
-    own = next_commands("pretrain", run_dir, "x", own_data=True)
-    assert not any("YOUR_FOLDER" in command for command in own)
-    large = next_commands("pretrain", run_dir, "x", large=True)
+    run_dir, pretrained, own = Path("runs/it's"), {"stage": "pretrain"}, {"path": "a.txt"}
+    assert not any("YOUR_FOLDER" in c for c in next_commands(pretrained, run_dir, own))
+    large = next_commands(pretrained | {"n_params": 124_000_000}, run_dir, {})
     assert not any("gpt2_small" in command for command in large)
     init_from = shlex.split(large[2], comments=True)[-1]
     assert init_from == f"init_from={run_dir}"
-    assert not any("YOUR" in c for c in next_commands("instruct", run_dir, "x", own_data=True))
-    assert any("YOUR_FILE" in c for c in next_commands("instruct", run_dir, "x"))
+    assert not any("YOUR" in c for c in next_commands({"stage": "instruct"}, run_dir, own))
+    assert any("YOUR_FILE" in c for c in next_commands({"stage": "instruct"}, run_dir, {}))
 
 
 def test_a_model_with_a_foreign_block_is_generated_from_with_its_package_allowed() -> None:
-    commands = next_commands("pretrain", Path("r"), "x", block="my_package.blocks.MyBlock")
+    commands = next_commands(
+        {"stage": "pretrain"}, Path("r"), {"prompts": ["x"]}, block="my_package.blocks.MyBlock"
+    )
     assert commands == [
         "python -m nanogpt.generate r --prompt x --allow-module my_package",
     ]
 
 
 def test_a_classifier_writes_no_samples() -> None:
-    assert not any("generate" in command for command in next_commands("classify", Path("r"), "x"))
+    commands = next_commands({"stage": "classify"}, Path("r"), {})
+    assert not any("generate" in command for command in commands)

@@ -26,7 +26,7 @@ Points = list[tuple[int, float]]  # (step, value)
 STYLESHEET = Path(__file__).parent / "style.css"
 WIDTH = 400  # of the view box: text stays legible in a phone's narrow column
 CURVE_HEIGHT = 208
-MAX_POINTS = 600  # of a curve
+MANY_POINTS = 600  # of a curve, whose line is then thin
 MAX_NAME_CHARS = 44  # of a checkpoint
 
 # colours that matplotlib draws with, for CSS variables of the page, which replace them
@@ -34,6 +34,7 @@ VARIABLES = ("ink", "muted", "grid", "reference", "accent", "card", "series-0", 
 _COLOURS = {name: f"#0000{i:02x}" for i, name in enumerate(VARIABLES, start=1)}
 _STYLE = {
     "svg.fonttype": "none",
+    "path.simplify_threshold": 0.5,  # of a point: the curves of long runs stay small
     "text.parse_math": False,
     "font.size": 10.5,
     "axes.edgecolor": _COLOURS["grid"],
@@ -157,18 +158,14 @@ def standalone(svg: str) -> str:
 def smooth(points: Points) -> Points:
     """Return the centred moving average, taken twice, over about a thirtieth of the points."""
     values = np.array([value for _, value in points])
-    half = len(points) // 60
-    index = np.arange(len(points))
-    first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, len(points))
+    window = np.ones(1 + 2 * (len(points) // 60))
     for _ in range(2):
-        sums = np.concatenate([[0.0], np.cumsum(values)])
-        values = (sums[last] - sums[first]) / (last - first)
+        sums = np.convolve(values, window, "same")
+        values = sums / np.convolve(np.ones(len(points)), window, "same")
     return [(step, float(value)) for (step, _), value in zip(points, values, strict=True)]
 
 
 def _paint_curves(chart: Chart, last_step: int, figure: "Figure") -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-
     axes = figure.add_axes(
         (46 / WIDTH, 24 / CURVE_HEIGHT, 1 - 58 / WIDTH, 1 - 34 / CURVE_HEIGHT),
         xlim=(0, max(last_step, 1) * 1.01),
@@ -176,49 +173,32 @@ def _paint_curves(chart: Chart, last_step: int, figure: "Figure") -> None:
     if chart.reference is not None:
         label, value = chart.reference
         axes.axhline(value, color=_COLOURS["reference"], linewidth=1.2, dashes=(4, 3))
-        axes.annotate(
-            label,
-            (1, value),
-            (0, 4),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="right",
-            color=_COLOURS["reference"],
-        )
+        where: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "ha": "right"}
+        axes.text(1, value, label, **where, va="bottom", color=_COLOURS["reference"])
     for series in chart.series:
-        colour, is_long = _COLOURS[f"series-{series.colour}"], len(series.points) > MAX_POINTS
+        colour, is_long = _COLOURS[f"series-{series.colour}"], len(series.points) > MANY_POINTS
         if series.noisy:
-            axes.plot(*_thin(series.points), color=colour, linewidth=0.8, alpha=0.35)
+            axes.plot(*zip(*series.points, strict=True), color=colour, linewidth=0.8, alpha=0.35)
         axes.plot(
-            *_thin(series.curve),
+            *zip(*series.curve, strict=True),
             color=colour,
             linewidth=1.0 if is_long and not series.noisy else 1.7,
             marker="o" if len(series.points) <= 40 and not series.noisy else "",
             markersize=3.4,
         )
     values = [value for series in chart.series for _, value in series.points]
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.locator_params("y", nbins=5)
     if min(values) > 0 and max(values) > 30 * median(values):
         axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_formatter("")
     elif chart.from_zero and min(values) >= 0:
         axes.set_ylim(bottom=0)
     axes.grid(axis="y")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_number(x, 4)))
+    axes.locator_params("x", nbins=6, integer=True)
+    axes.xaxis.set_major_formatter(lambda x, _: format_number(x, 4))
     axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda y, _: f"{100 * y:.4g} %" if chart.percent else format_number(y, 4))
+        lambda y, _: f"{100 * y:.4g} %" if chart.percent else format_number(y, 4)
     )
-
-
-def _thin(points: Points) -> np.ndarray:
-    """Return steps and values (2, N), of a long curve the extremes of every stretch of steps."""
-    array = np.array(points).T
-    if len(points) <= MAX_POINTS:
-        return array
-    stretches = np.array_split(np.arange(len(points)), MAX_POINTS // 2)
-    extremes = [s[[array[1, s].argmin(), array[1, s].argmax()]] for s in stretches]
-    return array[:, np.unique(extremes)]
 
 
 def _paint_scores(panels: dict[str, list[Line]], figure: "Figure") -> None:

@@ -88,11 +88,8 @@ class RunFiles:
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run directory from the files there, and return its path.
 
-    Raises FileNotFoundError where there is no such directory.
+    Raises OSError where it cannot be written.
     """
-    run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise FileNotFoundError(f"{run_dir} is not a directory; a report needs a run directory")
     path, content = RunDirectory(run_dir).report_path, render(RunFiles(run_dir))
     with replacing(path, "w") as file:
         file.write(content)
@@ -151,12 +148,12 @@ def progress(run: RunFiles) -> str:
 def tiles(run: RunFiles) -> list[tuple[str, str, str]]:
     """Return label, value and note of the main results."""
 
-    def note(text: str, form: Callable[[float], str], value: float | None) -> str:
+    def shown(name: str, form: Callable[[float], str], text: str = "{}") -> str:
+        value = run.value(name)
         return "" if value is None else text.format(form(value))
 
-    value, decimals, whole = run.value, "{:.4f}".format, "{:,.0f}".format
-    bits, gzip = value("val/bits_per_byte"), value("gzip_bits_per_byte")
-    tokens, n_params, steps = value("tokens"), value("n_params"), run.steps
+    decimals, whole = "{:.4f}".format, "{:,.0f}".format
+    bits, gzip = run.value("val/bits_per_byte"), run.value("gzip_bits_per_byte")
     best = against_gzip = per_step = ""
     if points := run.metrics.get("val/loss"):
         step, least = min(points, key=lambda point: point[1])
@@ -164,21 +161,21 @@ def tiles(run: RunFiles) -> list[tuple[str, str, str]]:
     if bits is not None and gzip is not None:
         side = "below" if bits < gzip else "above"
         against_gzip = f"{format_percent(abs(1 - bits / gzip))} {side} gzip -9 ({gzip:.2f})"
-    if tokens is not None and steps:
-        per_step = f"{steps:,} steps of {tokens / steps:,.0f}"
-    macro_f1 = note("macro-F1 {}", _percent, value("test_macro_f1"))
-    training = note("{} training", format_duration, value("train_s"))
-    mfu = note("MFU {}", format_percent, value("mfu") or None)
-    found: list[tuple[str, Callable[[float], str], float | None, str]] = [
-        ("Test accuracy", _percent, value("test_accuracy"), macro_f1),
-        ("Validation loss", decimals, value("val/loss"), best),
-        ("Bits per byte", decimals, bits, against_gzip),
-        ("Tokens", format_number, tokens, per_step),
-        ("Time", format_duration, value("wall_s"), training),
-        ("Tokens per second", whole, value("tokens_per_s"), mfu),
-        ("Parameters", format_number, n_params, note("{}", whole, n_params)),
+    if run.steps:
+        per_step = shown("tokens", lambda n: f"{run.steps:,} steps of {n / run.steps:,.0f}")
+    mfu = shown("mfu", format_percent, "MFU {}") if run.value("mfu") else ""
+    macro_f1 = shown("test_macro_f1", _percent, "macro-F1 {}")
+    training = shown("train_s", format_duration, "{} training")
+    found = [
+        ("Test accuracy", shown("test_accuracy", _percent), macro_f1),
+        ("Validation loss", shown("val/loss", decimals), best),
+        ("Bits per byte", shown("val/bits_per_byte", decimals), against_gzip),
+        ("Tokens", shown("tokens", format_number), per_step),
+        ("Time", shown("wall_s", format_duration), training),
+        ("Tokens per second", shown("tokens_per_s", whole), mfu),
+        ("Parameters", shown("n_params", format_number), shown("n_params", whole)),
     ]
-    return [(label, form(v), note) for label, form, v, note in found if v is not None]
+    return [tile for tile in found if tile[1]]
 
 
 def curves(run: RunFiles) -> list[Chart]:

@@ -17,13 +17,9 @@ from nanogpt.disk import replacing
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.runs.run import Run
 from nanogpt.support import check_supported
+from nanogpt.text import first_line
 from nanogpt.training.language_model import next_token_loss
-from nanogpt.training.machine import (
-    machine_id,
-    missing_for_compile,
-    usable_cores,
-    usable_memory_bytes,
-)
+from nanogpt.training.machine import machine_id, usable_cores, usable_memory_bytes
 from nanogpt.training.throughput import SUPPORTED, flops_per_token, peak_flops
 from nanogpt.values import CHECKED, Flag
 
@@ -42,7 +38,7 @@ WORTH_BF16 = 1.15
 # A larger micro-batch is preferred to a smaller one that is faster by less than this.
 WORTH_SMALLER = 1.03
 # Micro-batches are tried up to these many tokens (more are hardly faster, only larger).
-CPU_TOKENS = (8192, 2048, 512)
+CPU_TOKENS = (512, 2048, 8192)
 GPU_TOKENS = 65_536
 TRIED_S = 3.0  # a forward and backward thought to take longer is not tried on a CPU
 # torch.compile: share of the step it saves and seconds it takes. CPU: 64.7 against 69.1 to 73.1 ms
@@ -187,8 +183,6 @@ def _choose_compile(
         return False, f"its gain on {kind} is not known"
     if kind == "cuda" and deterministic:
         return False, "its kernels are chosen by timing, and trainer.deterministic is set"
-    if (missing := missing_for_compile(trials.device)) is not None:
-        return False, f"this machine lacks {missing}"
     micro_batch_s = trials.guess_s(micro_batch, precision)
     if micro_batch_s <= TRIED_S:
         candidates = trials.candidates()
@@ -198,6 +192,11 @@ def _choose_compile(
     run_s = max_steps * micro_batch_s * trials.rows_per_rank / micro_batch
     saved_s = COMPILE_GAIN[kind] * run_s
     cost_s = COMPILE_S[kind] + COMPILE_LAYER_S[kind] * trials.config.n_layer
+    if saved_s > cost_s:
+        try:
+            torch.compile(lambda x: x + 1)(torch.ones(8, device=trials.device))
+        except Exception as error:  # whatever the compilers of a machine raise
+            return False, f"it fails on this machine ({first_line(error)})"
     return saved_s > cost_s, f"would save about {saved_s:.0f} s of the run and take {cost_s:.0f} s"
 
 
@@ -274,21 +273,17 @@ class Trials:
 
     def candidates(self) -> list[int]:
         """Return micro-batches worth trying, ascending: divisors of the rows of a step."""
-        T = self.config.block_size
-        divisors = [n for n in range(1, self.rows_per_rank + 1) if self.rows_per_rank % n == 0]
-        if self.device.type == "cuda":
-            doubling = [1]
-            for rows in divisors:
-                if rows >= 2 * doubling[-1] and rows * T <= GPU_TOKENS:
-                    doubling.append(rows)
-            return doubling
-        memory = usable_memory_bytes() / 4 / self.local_world_size
-        fitting = [n for n in divisors if n * T * _bytes_per_token(self.config) <= memory] or [1]
-        largest = {max([n for n in fitting if n * T <= tokens] or [1]) for tokens in CPU_TOKENS}
-        if self.device.type != "cpu":
-            return [max(largest)]
-        quick = [n for n in largest if self.guess_s(n, "32-true") <= TRIED_S]
-        return sorted(quick) or [min(largest)]
+        T, kind = self.config.block_size, self.device.type
+        rows = [n for n in range(1, self.rows_per_rank + 1) if self.rows_per_rank % n == 0]
+        sizes = CPU_TOKENS if kind == "cpu" else CPU_TOKENS[-1:]
+        if kind == "cuda":
+            sizes = tuple(T << i for i in range(max(1, (GPU_TOKENS // T).bit_length())))
+        else:
+            memory = usable_memory_bytes() / 4 / self.local_world_size
+            rows = [n for n in rows if n * T * _bytes_per_token(self.config) <= memory] or [1]
+        largest = sorted({max(n for n in rows if n == 1 or n * T <= size) for size in sizes})
+        quick = [n for n in largest if kind != "cpu" or self.guess_s(n, "32-true") <= TRIED_S]
+        return quick or largest[:1]
 
     def recall(self, what: str, measure: Callable[[], Measured]) -> dict[str, float]:
         """Return the seconds stored for a measurement, which is taken where there are none."""

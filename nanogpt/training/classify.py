@@ -147,16 +147,15 @@ def mistakes(
     text_set: TextSet, probabilities: np.ndarray, labels: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return the misclassified texts, by (N, K) probabilities, the most confident first."""
-    predicted, surest = probabilities.argmax(-1), probabilities.max(-1)
-    examples = zip(*text_set, predicted, surest, strict=True)
-    wrong = [
+    (texts, numbers), predicted = text_set, probabilities.argmax(-1)
+    surest = probabilities.max(-1)
+    wrong = [i for i in np.argsort(-surest, kind="stable") if predicted[i] != numbers[i]]
+    return [
         {
-            "text": text[:MISTAKE_CHARS],
-            "label": labels[number],
-            "predicted": labels[guess],
-            "probability": float(probability),
+            "text": texts[i][:MISTAKE_CHARS],
+            "label": labels[numbers[i]],
+            "predicted": labels[predicted[i]],
+            "probability": float(surest[i]),
         }
-        for text, number, guess, probability in examples
-        if guess != number
+        for i in wrong[:MAX_MISTAKES]
     ]
-    return sorted(wrong, key=lambda mistake: -mistake["probability"])[:MAX_MISTAKES]

@@ -24,21 +24,16 @@ def resolve_device(accelerator: str) -> torch.device:
 
     Raises ValueError for a device that this machine lacks.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = {"gpu": "cuda"}.get(accelerator, accelerator)
-    if kind == "auto":
-        kind = next((name for name, there in available.items() if there), "cpu")
-    if kind not in ("cuda", "mps", "cpu") or not available.get(kind, True):
-        there = [name for name, is_there in available.items() if is_there] + ["cpu"]
+    found = torch.accelerator.current_accelerator(check_available=True)
+    there = ["cpu", *([found.type] if found is not None and found.type in ("cuda", "mps") else [])]
+    kind = there[-1] if accelerator == "auto" else accelerator.replace("gpu", "cuda")
+    if kind not in there:
         raise ValueError(
             f"trainer.accelerator={accelerator} is not on this machine; "
             f"choose from auto, {', '.join(there)}"
         )
-    return (
-        torch.device(kind, Ranks.from_environment().local_rank)
-        if kind == "cuda"
-        else torch.device(kind)
-    )
+    index = Ranks.from_environment().local_rank
+    return torch.device(f"cuda:{index}" if kind == "cuda" else kind)
 
 
 def count_devices(devices: int | str, accelerator: str) -> int:
@@ -46,11 +41,11 @@ def count_devices(devices: int | str, accelerator: str) -> int:
 
     Raises ValueError for more than the machine has GPUs or CPUs.
     """
-    kind = resolve_device(accelerator).type
-    n_gpus = torch.cuda.device_count() if kind == "cuda" else 1
+    is_gpu = resolve_device(accelerator).type == "cuda"
+    n_gpus = torch.cuda.device_count() if is_gpu else 1
     if isinstance(devices, str):  # auto
         return n_gpus
-    most, what = (n_gpus, "GPUs") if kind == "cuda" else (max(2, os.cpu_count() or 1), "CPUs")
+    most, what = (n_gpus, "GPUs") if is_gpu else (max(2, os.cpu_count() or 1), "CPUs")
     if devices > most:
         raise ValueError(
             f"trainer.devices={devices} but this machine has {most} {what}; pass at most {most}"

@@ -1,13 +1,11 @@
 """Loggers: metrics.csv, and W&B without a prompt."""
 
 import logging
-import netrc
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -80,8 +78,10 @@ def wandb_logger(
 
 def _is_wandb_usable(run_dir: Path) -> bool:
     """Return whether W&B can log in without a prompt and answers; log why where it does not."""
+    from requests.utils import get_netrc_auth
+
     endpoint = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    if not _has_wandb_key(endpoint):
+    if not (os.environ.get("WANDB_API_KEY") or get_netrc_auth(endpoint)):
         return False
     if problem := problem_of(endpoint):
         log.warning(
@@ -90,13 +90,3 @@ def _is_wandb_usable(run_dir: Path) -> bool:
             run_dir / "wandb" / "offline-run-*",
         )
     return not problem
-
-
-def _has_wandb_key(endpoint: str) -> bool:
-    """Return whether there is a key in the environment or in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators(urlsplit(endpoint).hostname or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -1,13 +1,10 @@
-"""This machine: cores, memory, names, versions, requirements of torch.compile."""
+"""This machine: cores, memory, names, versions."""
 
 import contextlib
-import importlib.util
 import os
 import platform
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import lightning
@@ -74,23 +71,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
     }
-
-
-def missing_for_compile(device: torch.device) -> str | None:
-    """Return what torch.compile needs and this machine lacks."""
-    if sys.platform != "linux":
-        return f"a compiler that is known to work (on {sys.platform})"
-    names = ("c++", "g++", "clang++") if device.type == "cpu" else ("cc", "gcc", "clang")
-    compiler = os.environ.get("CXX" if device.type == "cpu" else "CC")
-    if not any(shutil.which(name) for name in ([compiler] if compiler else names)):
-        return "a C++ compiler" if device.type == "cpu" else "a C compiler"
-    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
-        return "Python's headers"
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "triton"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        return "a GPU that triton supports"
-    return None
 
 
 def _siblings(cpu: int) -> str:

@@ -277,22 +277,16 @@ class StageModule(LightningModule):
         self.train_s, self.timed_steps = clock["train_s"], clock["timed_steps"]
         self._wall_s_before = clock["wall_s"]
         if "loops" not in checkpoint:  # of versions that recorded the step alone
-            loop = _advanced(self.trainer.fit_loop.state_dict(), checkpoint["global_step"])
+            step, loop = checkpoint["global_step"], self.trainer.fit_loop.state_dict()
+            done = dict.fromkeys(("ready", "started", "processed", "completed"), step)
+            steps, epoch = dict.fromkeys(("total", "current"), done), {"ready": 1, "started": 1}
+            loop |= {
+                "epoch_loop.state_dict": {"_batches_that_stepped": step},
+                "epoch_loop.batch_progress": {**steps, "is_last_batch": False},
+                "epoch_loop.manual_optimization.optim_step_progress": steps,
+                "epoch_progress": {"total": epoch, "current": epoch},  # in the middle of it
+            }
             checkpoint["loops"] = {"fit_loop": loop}
-
-
-def _advanced(state: dict[str, Any], step: int) -> dict[str, Any]:
-    """Return the state of a fresh fit loop as it is in the middle of its epoch after `step`s."""
-    done = {"ready": step, "started": step, "processed": step, "completed": step}
-    part = {"ready": step, "completed": step}
-    under_way = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-    return {
-        **state,
-        "epoch_loop.state_dict": {"_batches_that_stepped": step},
-        "epoch_loop.batch_progress": {"total": done, "current": done, "is_last_batch": False},
-        "epoch_loop.manual_optimization.optim_step_progress": {"total": part, "current": part},
-        "epoch_progress": {"total": under_way, "current": under_way},
-    }
 
 
 def is_due(step: int, every_n_steps: int | None, trainer: Trainer) -> bool:

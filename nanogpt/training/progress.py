@@ -17,6 +17,7 @@ from nanogpt.text import format_duration, format_percent
 from nanogpt.values import Amount
 
 BAR_EVERY_S = 0.25
+tqdm.monitor_interval = 0  # no watching thread: every refresh is explicit, and workers are forked
 
 
 class Progress(ProgressBar):
@@ -32,7 +33,7 @@ class Progress(ProgressBar):
         self.every_s = every_s
         self._due = math.inf  # never, unless training has begun on rank zero
         self._shown = -1
-        self._bar: _Bar | None = None
+        self._bar: tqdm | None = None
 
     def disable(self) -> None:
         """Lightning calls it on the other ranks, where `on_train_start` shows nothing anyway."""
@@ -44,7 +45,7 @@ class Progress(ProgressBar):
         if trainer.is_global_zero:
             self._due, self._shown = 0.0, -1
             if _on_terminal():
-                self._bar = _Bar(
+                self._bar = tqdm(
                     total=trainer.max_steps,
                     initial=trainer.global_step,
                     bar_format="{percentage:3.0f} %|{bar}| {desc}",
@@ -109,7 +110,3 @@ def _on_terminal() -> bool:
     if not all(stream.isatty() for stream in streams) or os.environ.get("TERM") == "dumb":
         return False
     return min(os.get_terminal_size(sys.stderr.fileno())) > 2
-
-
-class _Bar(tqdm):
-    monitor_interval = 0  # no watching thread: every refresh is explicit, and workers are forked

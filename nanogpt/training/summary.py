@@ -37,11 +37,10 @@ def finish(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[str,
         summary = summarise(run, module, facts)
         run.files.write_summary(summary)
         _write_report(run)
+        log_summary(summary, run.path, run.config["data"], module.model.config.block)
         return summary
 
-    summary = on_rank_zero(write)
-    log_summary(summary, run.path, run.config["data"], module.model.config.block)
-    return summary
+    return on_rank_zero(write)
 
 
 def finished(run: Run) -> dict[str, Any]:
@@ -65,16 +64,15 @@ def summarise(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[s
 
     tokens_per_s is over the steps that were timed.
     """
-    config, trainer = run.config, module.trainer
-    stopped = stopping_reason(trainer)
+    trainer, stopped = module.trainer, stopping_reason(module.trainer)
     last = {name: points[-1][1] for name, points in read_metrics(run.files.metrics_path).items()}
-    steps, tokens_per_step = trainer.global_step, module.tokens_per_step
-    tokens_per_s = module.timed_steps * tokens_per_step / module.train_s if module.train_s else 0.0
+    timed_tokens = module.timed_steps * module.tokens_per_step
+    tokens_per_s = timed_tokens / module.train_s if module.train_s else 0.0
     return {
-        "stage": config["stage"],
-        "name": config["name"],
-        "steps": steps,
-        "tokens": steps * tokens_per_step,
+        "stage": run.config["stage"],
+        "name": run.config["name"],
+        "steps": trainer.global_step,
+        "tokens": trainer.global_step * module.tokens_per_step,
         "wall_s": module.wall_s(),
         "train_s": module.train_s,
         "tokens_per_s": tokens_per_s,
@@ -97,7 +95,7 @@ def summarise(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[s
 def log_summary(
     summary: Mapping[str, Any], run_dir: Path, data: Mapping[str, Any], block: str | None = None
 ) -> None:
-    """Log what was reached and what may come next, with the first prompt of the `data` node."""
+    """Log what was reached and what may come next, of a run on the `data` node."""
     log.info(
         "finished: %s steps, %s tokens in %s, %s of it training (%s tokens/s%s)",
         summary["steps"],
@@ -111,45 +109,38 @@ def log_summary(
         log.info("ended before its budget by %s", stopped)
     log.info("%s", reached(summary))
     log.info("report: %s", run_dir / "report.html")
-    commands = next_commands(
-        summary["stage"],
-        run_dir,
-        next(filter(None, data.get("prompts", ())), "The"),
-        own_data=data.get("path") is not None,
-        large=summary.get("n_params", 0) >= LARGE_PARAMS,
-        block=block,
-    )
+    commands = next_commands(summary, run_dir, data, block)
     log.info("next:\n%s", "\n".join(f"  {command}" for command in commands))
 
 
 def next_commands(
-    stage: str,
-    run_dir: Path,
-    prompt: str,
-    *,
-    own_data: bool = False,
-    large: bool = False,
-    block: str | None = None,
+    summary: Mapping[str, Any], run_dir: Path, data: Mapping[str, Any], block: str | None = None
 ) -> list[str]:
-    """Return what may be done with the run, or after it.
+    """Return what may be done with the run, or after it; examples have the data's first prompt.
 
-    `own_data` is for data of the user's own, `large` for models of a GPT-2's size.
     Models with a block of another package are generated from alone: the server refuses them.
     """
-    run = shlex.quote(str(run_dir))
+    run, prompt = shlex.quote(str(run_dir)), next(filter(None, data.get("prompts", ())), "The")
     generate = f"python -m nanogpt.generate {run} --prompt {shlex.quote(prompt)}"
     if block is not None:
         return [f"{generate} --allow-module {block.partition('.')[0]}"]
-    serve = f"python serve.py checkpoint={run}    # web UI and OpenAI-compatible API"
-    if stage == "classify":
-        evaluate = f"python -m nanogpt.evaluate {run} --task classify --data YOUR_FILE"
-        own = "python train.py stage=classify data=labelled data.path=YOUR_FILE    # own classes"
-        return [evaluate, serve, *([] if own_data else [own])]
-    commands = [generate, serve]
-    if stage == "instruct":
-        own = "python train.py stage=instruct data=instructions data.path=YOUR_FILE.jsonl"
-        return [*commands, *([] if own_data else [own])]
+    stage, is_own = summary["stage"], data.get("path") is not None
+    is_large = summary.get("n_params", 0) >= LARGE_PARAMS
+    classifies, replies = stage == "classify", stage == "instruct"
+    writes = not classifies and not replies
+    labelled = "python train.py stage=classify data=labelled data.path=YOUR_FILE    # own classes"
+    pairs = "python train.py stage=instruct data=instructions data.path=YOUR_FILE.jsonl"
     reply = f"python train.py stage=instruct init_from={run}    # learns to reply, on Dolly"
-    own = "python train.py data=text data.path=YOUR_FOLDER    # the same on your own text"
+    text = "python train.py data=text data.path=YOUR_FOLDER    # the same on your own text"
     gpt2 = "python train.py stage=pretrain model=gpt2_small    # GPT-2 small on FineWeb-Edu"
-    return [*commands, reply if own_data or large else own, *([] if large else [gpt2])]
+    fitting = {
+        f"python -m nanogpt.evaluate {run} --task classify --data YOUR_FILE": classifies,
+        generate: not classifies,
+        f"python serve.py checkpoint={run}    # web UI and OpenAI-compatible API": True,
+        labelled: classifies and not is_own,
+        pairs: replies and not is_own,
+        reply: writes and (is_own or is_large),
+        text: writes and not (is_own or is_large),
+        gpt2: writes and not is_large,
+    }
+    return [command for command, fits in fitting.items() if fits]
