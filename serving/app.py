@@ -28,10 +28,10 @@ from fastapi.middleware.gzip import GZipMiddleware
 import nanogpt
 from serving.api import errors, pages, service, v1
 from serving.api.auth import ApiKeys
-from serving.api.metrics import Metrics
 from serving.api.middleware import Admission, Cors, RequestLog
 from serving.api.models import Catalogue
 from serving.api.schemas import ErrorAnswer
+from serving.api.service import Metrics
 from serving.api.settings import ApiSettings, read_settings
 from serving.engine.client import EngineClient, EngineProcess
 from serving.logs import configure

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serving.api.paths import normalized
+from serving.api.errors import normalized
 from serving.api.settings import ApiSettings
 from tests.fake_engine import FakeEngine
 from tests.front_end import fixed_reply, serve

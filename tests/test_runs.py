@@ -12,7 +12,7 @@ import pytest
 
 from nanogpt.disk import MAX_DEPTH
 from serving.api.auth import ApiKeys
-from serving.api.run_files import MAX_POINTS, find_runs, thin
+from serving.api.pages import MAX_POINTS, find_runs, thin
 from serving.api.settings import ApiSettings
 from tests.fake_engine import FakeEngine
 from tests.front_end import serve

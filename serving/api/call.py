@@ -134,15 +134,15 @@ class Call:
         for prompt in prompts:
             first = secrets.randbits(63) if body.seed is None else body.seed
             for i in range(1 if body.n is None else body.n):
-                if self.settings.log_prompts:
-                    logged = self.request.state.log.setdefault("prompts", {})
-                    logged[len(choices)] = model.tokenizer.decode(prompt.ids)
                 own = params(max_tokens=prompt.max_tokens, seed=(first + i * SEED_STEP) % 2**64)
                 request = Generate(self.new_id(), model.id, prompt.ids, own, **self.labels)
                 choice = Choice(
                     len(choices), request, model.token_bytes, [*body.stops, *stops], prompt.echo
                 )
                 choices.append(choice)
+        if self.settings.log_prompts:
+            texts = {c.index: model.tokenizer.decode(c.request.prompt_ids) for c in choices}
+            self.request.state.log["prompts"] = texts
         return choices
 
     async def answer(self, form: CompletionFormat, stream: bool | None) -> Response:

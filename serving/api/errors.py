@@ -15,7 +15,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from serving.api.paths import alternative
 from serving.engine.client import EngineError
 from serving.engine.messages import FailureKind
 from serving.logs import of_request
@@ -31,6 +30,15 @@ OF_ENGINE: dict[FailureKind, tuple[int, str | None, str | None]] = {  # status, 
     "overloaded": (503, "overloaded", None),
     "unavailable": (503, "unavailable", None),
     "internal": (500, None, None),
+}
+CHAT, COMPLETIONS = "POST /v1/chat/completions", "POST /v1/completions"
+# Routes of the OpenAI API, of Anthropic's, Ollama's, llama.cpp's and TGI's, by the first part.
+ALTERNATIVES = {
+    **dict.fromkeys(("responses", "messages", "chat", "assistants", "threads", "realtime"), CHAT),
+    **dict.fromkeys(("edits", "completion", "generate", "infill", "batches"), COMPLETIONS),
+    **dict.fromkeys(("engines", "tags", "deployments"), "GET /v1/models"),
+    "moderations": "POST /classify",
+    "fine_tuning": "python train.py stage=instruct",
 }
 
 
@@ -82,6 +90,28 @@ def from_exception(error: Exception, request_id: str) -> ApiError:
         return ApiError(499, "The client left.")  # for the log alone
     log.error("a request failed", exc_info=error, extra=of_request(request_id))
     return ApiError(500, "The server failed on this request; its log has the reason.")
+
+
+def normalized(path: str) -> str:
+    """Return the address that is meant.
+
+    >>> normalized("/v1//chat/completions/"), normalized("/v1/v1/models"), normalized("/")
+    ('/v1/chat/completions', '/v1/models', '/')
+    """
+    parts = [part for part in path.split("/") if part]
+    while parts[:2] == ["v1", "v1"]:
+        del parts[0]
+    return "/" + "/".join(parts)
+
+
+def alternative(path: str) -> str:
+    """Return what to use instead of an unknown route, "" for nothing known."""
+    if (meant := normalized(path)) != path:
+        return meant
+    if path.endswith("/chat/completions"):
+        return CHAT
+    parts = [part for part in path.split("/") if part not in ("", "v1", "api", "openai")]
+    return ALTERNATIVES.get(parts[0] if parts else "", "")
 
 
 async def answer_http_error(request: Request, error: Exception) -> Response:

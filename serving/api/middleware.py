@@ -21,10 +21,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api import errors
 from serving.api.auth import ApiKeys, allows_any_origin, allows_origin, authenticate
-from serving.api.errors import ApiError
-from serving.api.metrics import Metrics
+from serving.api.errors import ApiError, normalized
 from serving.api.pages import key_page
-from serving.api.paths import resolved
+from serving.api.service import Metrics
 from serving.api.settings import ApiSettings
 
 MAX_CONTAINERS = 350_000  # of a body's lists and objects; nested ones take longest to parse
@@ -244,3 +243,16 @@ class Admission:
         n_bytes = self.settings.max_body_bytes
         message = f"The body is larger than {n_bytes:,} bytes, the most this server reads."
         return ApiError(413, message, code="request_too_large")
+
+
+def resolved(scope: Scope) -> Scope:
+    """Return a request as routes know it: HEAD as GET, and an address of the API as it is meant.
+
+    Addresses of pages stay: the files of a page are relative to it.
+    """
+    root = scope.get("root_path", "")
+    path = normalized(scope["path"].removeprefix(root))
+    if path.startswith("/v1") or scope["method"] == "POST":
+        scope = {**scope, "path": root + path}
+    # Servers leave the body out of an answer to HEAD.
+    return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope

@@ -55,14 +55,12 @@ Whole = BeforeValidator(_whole)  # after the limits, or the OpenAPI document lac
 Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**64), Whole]
 Count = Annotated[StrictInt, Field(ge=1), Whole]
 MaxTokens = Annotated[StrictInt, Field(ge=-1), Whole]  # -1: as many as fit
-TopK = Annotated[StrictInt, Field(ge=-1), Whole]
 Logprobs = Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS), Whole]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
-Stop = Annotated[StrictStr, Field(max_length=256)]
-Name = Annotated[StrictStr, Field(max_length=256)]
+Short = Annotated[StrictStr, Field(max_length=256)]
 Ids = Annotated[list[TokenId], Field(max_length=MAX_IDS, fail_fast=True)]
 
 
@@ -117,11 +115,11 @@ class SamplingRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")  # for UNSUPPORTED
 
-    model: Name | None = None
+    model: Short | None = None
     max_tokens: MaxTokens | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None  # 0: the likeliest token
-    top_k: TopK | None = None  # 0 and -1: off
+    top_k: MaxTokens | None = None  # 0 and -1: off
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -129,7 +127,7 @@ class SamplingRequest(BaseModel):
     logit_bias: Annotated[dict[StrictStr, Bias], BeforeValidator(_few_biases)] | None = None
     seed: Seed | None = None
     n: Count | None = None
-    stop: Stop | Items[Stop] | None = None
+    stop: Short | Items[Short] | None = None
     stop_token_ids: Items[TokenId] | None = None
     ignore_eos: StrictBool | None = None
     stream: StrictBool | None = None
@@ -184,7 +182,7 @@ class ChatRequest(SamplingRequest):
 class TokenizeRequest(BaseModel):
     """POST /tokenize: a text (`prompt`, or `content` as llama.cpp has it), or a conversation."""
 
-    model: Name | None = None
+    model: Short | None = None
     prompt: StrictStr | None = None
     content: StrictStr | None = None
     add_special_tokens: StrictBool | None = None  # of a text; false: the text alone
@@ -196,21 +194,21 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """POST /detokenize."""
 
-    model: Name | None = None
+    model: Short | None = None
     tokens: Ids
 
 
 class ClassifyRequest(BaseModel):
     """POST /classify: one text or several."""
 
-    model: Name | None = None
+    model: Short | None = None
     input: StrictStr | Items[StrictStr]
 
 
 class PredictRequest(BaseModel):
     """POST /predict: a text to label, or to answer."""
 
-    model: Name | None = None
+    model: Short | None = None
     input_data: StrictStr
     max_tokens: MaxTokens | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
