@@ -18,7 +18,7 @@ from torch import Tensor
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.export import main as export
 from serving.engine.forward import Span
-from serving.engine.messages import Generate, SamplingParams, Settings, Stats, Tokens
+from serving.engine.messages import Generate, Message, SamplingParams, Settings, Stats, Tokens
 from serving.engine.native import cache_dtype
 from serving.engine.registry import find_entries
 from serving.engine.runner import load_runner
@@ -56,7 +56,7 @@ class Ours(Program):
         settings = Settings(
             device="cpu", dtype=dtype, max_slots=MAX_STREAMS, chunk_tokens=CHUNK_TOKENS
         )
-        self.runner = load_runner(entry, settings, Stats(), cache_bytes=1e12)
+        self.runner = load_runner(entry, settings, Stats(), self._record, cache_bytes=1e12)
 
     def run(self, prompts: list[list[int]], n_new: int) -> tuple[float, float]:
         start = time.perf_counter()
@@ -80,16 +80,18 @@ class Ours(Program):
     ) -> tuple[list[list[int]], float]:
         """Return what continues the prompts, and the seconds to the first token of the first."""
         params = SamplingParams(n_new, temperature=self.temperature)
-        start, first = time.perf_counter(), 0.0
+        start, self.first_token = time.perf_counter(), 0.0
+        self.written: list[list[int]] = [[] for _ in prompts]
         for n, prompt in enumerate(prompts):
             self.runner.add(None, Generate(str(n), "m", prompt, params, key=scope))
-        written: list[list[int]] = [[] for _ in prompts]
-        while not self.runner.scheduler.idle:
-            for event in self.runner.step():
-                if isinstance(event.message, Tokens):
-                    written[int(event.message.request_id)] += event.message.ids
-                    first = first or time.perf_counter() - start
-        return written, first
+        while self.runner.scheduler.sequences:
+            self.runner.step()
+        return self.written, self.first_token - start
+
+    def _record(self, client: object, message: Message) -> None:
+        if isinstance(message, Tokens):
+            self.written[int(message.request_id)] += message.ids
+            self.first_token = self.first_token or time.perf_counter()
 
     def log_probabilities(self, ids: list[int]) -> Tensor:
         states = self.runner.forward.hidden_states([Span(0, 0, ids)])

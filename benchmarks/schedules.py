@@ -32,7 +32,7 @@ from msgspec import structs
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from serving.engine import compiling, native
 from serving.engine.client import EngineClient, EngineProcess
-from serving.engine.engine import Engine
+from serving.engine.engine import Engine, Events
 from serving.engine.messages import (
     Failed,
     Generate,
@@ -43,7 +43,6 @@ from serving.engine.messages import (
     Settings,
     Tokens,
 )
-from serving.engine.runner import Event
 
 MAX_AT_ONCE = 32
 SCHEDULES_PER_ENGINE = 10
@@ -287,10 +286,10 @@ def alone(request: Generate | Score, settings: Settings) -> Answer:
     """Return the answer of an engine that computes nothing else, before or after."""
     answer = Answer()
 
-    def add(events: list[Event]) -> None:
-        for event in events:
-            if getattr(event.message, "request_id", None) == request.request_id:
-                answer.add(event.message)
+    def add(events: Events) -> None:
+        for message in (m for messages in events.values() for m in messages):
+            if getattr(message, "request_id", None) == request.request_id:
+                answer.add(message)
 
     settings = settings.model_copy(update={"max_slots": 1, "chunk_tokens": 64, "drain_s": 600.0})
     engine = Engine(settings, add)

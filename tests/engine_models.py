@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from nanogpt.checkpoint import KEY, record, write_checkpoint
 from nanogpt.classifier import Classifier
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
-from serving.engine.engine import Engine
+from serving.engine.engine import Engine, Events
 from serving.engine.messages import Generate, Message, SamplingParams, Settings, Tokens
-from serving.engine.runner import Event
 
 MODERN: dict[str, Any] = {
     "position": "rotary",
@@ -72,8 +72,8 @@ class InlineEngine:
         chosen = {"dtype": "fp32", "chunk_tokens": 16, "max_slots": 4, "cache_gb": 1.0, **settings}
         self.engine = Engine(Settings(models=str(models), **chosen), self._record)
 
-    def _record(self, events: list[Event]) -> None:
-        for _, message in events:
+    def _record(self, events: Events) -> None:
+        for message in chain.from_iterable(events.values()):
             self.messages.append(message)
             answer = self.answers.setdefault(getattr(message, "request_id", ""), Answer())
             if isinstance(message, Tokens):

@@ -483,5 +483,5 @@ def test_the_server_refuses_it_without_an_import(package: Path, tmp_path: Path) 
     forget(package)
     entry = Registry(str(path)).entries[0]
     with pytest.raises(ValueError, match="export and the server cannot run it"):
-        load_runner(entry, Settings(device="cpu"), Stats(), 1e9)
+        load_runner(entry, Settings(device="cpu"), Stats(), lambda client, message: None, 1e9)
     assert not (package / "other" / "blocks.imported").exists()

@@ -15,9 +15,8 @@ import pytest
 
 from serving.engine import engine as engine_module
 from serving.engine.client import EngineClient, EngineError, EngineProcess
-from serving.engine.engine import Engine
+from serving.engine.engine import Engine, Events
 from serving.engine.messages import Generate, SamplingParams, Settings, Stats
-from serving.engine.runner import Event
 from serving.engine.server import Server
 from tests.engine_models import write_model
 from tests.fake_engine import generate
@@ -65,8 +64,8 @@ def test_a_process_serves_front_ends_survives_a_kill_and_drains(process: EngineP
 
         killed = generate(client, request(client, 250))
         await anext(killed)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
+        assert process._process is not None
+        os.kill(process._process.pid, signal.SIGKILL)
         with pytest.raises(EngineError) as raised:
             [a async for a in killed]
         assert raised.value.kind == "unavailable"
@@ -105,8 +104,8 @@ def test_a_stopped_process_is_replaced(
         expected = await ids(client, 20)
         stopped = generate(client, request(client, 250))
         await anext(stopped)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGSTOP)
+        assert process._process is not None
+        os.kill(process._process.pid, signal.SIGSTOP)
         await asyncio.wait_for(until(lambda: client.stalled), 20)
         assert client.stats is None
         with pytest.raises(EngineError, match="does not respond"):
@@ -161,18 +160,18 @@ def test_a_heartbeat_goes_on_while_a_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_model(tmp_path / "run" / "last.ckpt")
-    loaded, events = threading.Event(), list[Event]()
+    loaded, emitted = threading.Event(), list[Events]()
 
     def load(*arguments: object) -> None:
         loaded.wait()
         raise ValueError("injected")
 
     monkeypatch.setattr(engine_module, "load_runner", load)
-    engine = Engine(Settings(models=str(tmp_path)), events.extend)
+    engine = Engine(Settings(models=str(tmp_path)), emitted.append)
     thread = threading.Thread(target=engine.run)
     thread.start()
     try:
-        assert eventually(lambda: sum(isinstance(e.message, Stats) for e in events) > 3)
+        assert eventually(lambda: sum(isinstance(e[None][0], Stats) for e in emitted) > 3)
     finally:
         loaded.set()
         engine.post(engine.drain)

@@ -237,11 +237,6 @@ class EngineProcess:
         self._spawn()
         self._watcher.start()
 
-    @property
-    def pid(self) -> int | None:
-        """The process id of the engine that runs now."""
-        return self._process.pid if self._process and self._process.poll() is None else None
-
     def drain(self) -> None:
         """Refuse new requests from now on; the process ends when the open ones have."""
         if not self._stopping.is_set() and self._process and self._process.poll() is None:

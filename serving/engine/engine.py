@@ -30,7 +30,7 @@ from serving.engine.messages import (
     Task,
 )
 from serving.engine.registry import Entry, Registry
-from serving.engine.runner import Event, Runner, all_cache_bytes, load_runner
+from serving.engine.runner import Runner, all_cache_bytes, load_runner
 from serving.logs import of_request
 
 BEAT_S = 0.4  # the shortest time between two heartbeats
@@ -41,6 +41,9 @@ LOAD_S = 60.0  # how long requests wait for a model; longer for a large file, at
 LOAD_BYTES_PER_S = 20e6  # a slow disk on a busy machine
 
 log = logging.getLogger(__name__)
+
+
+Events = dict[object, list[Message]]  # to a client, or to all for None
 
 
 class Load(NamedTuple):
@@ -56,7 +59,7 @@ class Engine:
     Between any two computations, and at least every IDLE_S, a heartbeat is due.
     """
 
-    def __init__(self, settings: Settings, emit: Callable[[list[Event]], None]) -> None:
+    def __init__(self, settings: Settings, emit: Callable[[Events], None]) -> None:
         self.settings, self.emit = settings, emit
         self.registry = Registry(settings.models, settings.runs_dir, settings.default_model)
         self.stats = Stats(device=settings.device, dtype=settings.dtype)
@@ -66,7 +69,7 @@ class Engine:
         self._waiting: list[tuple[object, Computation | Describe]] = []  # for models to be loaded
         self._loading: dict[tuple[str, str], Load] = {}  # by id and revision
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._events: list[Event] = []
+        self._events: Events = {}
         self._beat_at = 0.0
         self._drain_until: float | None = None
 
@@ -88,7 +91,7 @@ class Engine:
     @property
     def computes(self) -> bool:
         """Whether a step would compute anything."""
-        return any(not runner.scheduler.idle for runner in self._all_runners())
+        return any(runner.scheduler.sequences for runner in self._all_runners())
 
     @property
     def idle(self) -> bool:
@@ -114,12 +117,15 @@ class Engine:
             if newest and newest.key not in {runner.entry.key, *self.registry.failures}:
                 self._load(newest)
         for runner in self._all_runners():
-            self._events += runner.step()
+            runner.step()
             self._beat()
-        self.retiring = [runner for runner in self.retiring if not runner.scheduler.idle]
+        self.retiring = [runner for runner in self.retiring if runner.scheduler.sequences]
         if self._events:
-            events, self._events = self._events, []
+            events, self._events = self._events, {}
             self.emit(events)
+
+    def _emit(self, client: object, message: Message) -> None:
+        self._events.setdefault(client, []).append(message)
 
     def accept(self, client: object, message: Message) -> None:
         """Take a front end's message."""
@@ -169,13 +175,13 @@ class Engine:
         """Retire models that are gone, after the registry found other checkpoints."""
         for id_ in [id_ for id_ in self.runners if self.registry.get(id_) is None]:
             self.retiring.append(self.runners.pop(id_))
-        self._events.append(Event(None, self.models()))
+        self._emit(None, self.models())
 
     def _beat(self) -> None:
         if time.monotonic() >= self._beat_at:
             self._beat_at = time.monotonic() + BEAT_S
             self._update_load()
-            self.emit([Event(None, self.stats)])
+            self.emit({None: [self.stats]})
 
     def _all_runners(self) -> list[Runner]:
         return [*self.runners.values(), *self.retiring]
@@ -212,7 +218,7 @@ class Engine:
                 return
         runner.used = time.monotonic()
         if isinstance(request, Describe):
-            self._events.append(Event(client, runner.details(request.request_id)))
+            self._emit(client, runner.details(request.request_id))
         else:
             runner.add(client, request)
 
@@ -244,7 +250,7 @@ class Engine:
 
     def _evict(self, *, but: Runner | None = None) -> bool:
         """Drop the least recently used idle model; return whether there was one."""
-        idle = [r for r in self.runners.values() if r.scheduler.idle and r is not but]
+        idle = [r for r in self.runners.values() if not r.scheduler.sequences and r is not but]
         if idle:
             oldest = min(idle, key=lambda runner: runner.used)
             log.info("evicting %s", oldest.entry.id)
@@ -255,7 +261,9 @@ class Engine:
         """Load a checkpoint (in a thread of its own)."""
         n_models = min(self.settings.max_models, len(self.registry.entries))
         try:
-            runner = load_runner(entry, self.settings, self.stats, self.cache_bytes, n_models)
+            runner = load_runner(
+                entry, self.settings, self.stats, self._emit, self.cache_bytes, n_models
+            )
             self.post(partial(self._loaded, runner))
         except Exception as error:  # whatever a file can do to its reader
             self.post(partial(self._not_loaded, entry, error))
@@ -294,7 +302,7 @@ class Engine:
             trace = None if is_known else error
             log.error("could not load %s: %s", entry.id, error, exc_info=trace)
         self.registry.failures[entry.key] = time.monotonic(), why
-        self._events.append(Event(None, self.models()))
+        self._emit(None, self.models())
 
     def _take(
         self, client: object, request: Computation | Describe, *, is_new: bool = False
@@ -311,16 +319,20 @@ class Engine:
                 error = EngineError("internal", why)
             self.stats.failed += 1
             failed = Failed(request.request_id, error.kind, str(error))
-            self._events.append(Event(client, failed))
+            self._emit(client, failed)
 
     def _drop(self, client: object, request_id: str | None = None) -> int:
         """Drop a client's request, or all of them; return the number of those in the queue."""
-        self._waiting = [
-            (c, request)
-            for c, request in self._waiting
-            if c is not client or request_id not in (None, request.request_id)
-        ]
-        return sum(runner.drop(client, request_id) for runner in self._all_runners())
+
+        def is_gone(other: object, request: Computation | Describe) -> bool:
+            return other is client and request_id in (None, request.request_id)
+
+        self._waiting = [waiting for waiting in self._waiting if not is_gone(*waiting)]
+        schedulers = [runner.scheduler for runner in self._all_runners()]
+        gone = [(t, s) for t in schedulers for s in t.sequences if is_gone(s.client, s.request)]
+        for scheduler, sequence in gone:
+            scheduler.remove(sequence)
+        return len(gone)
 
     def _update_load(self) -> None:
         schedulers = [runner.scheduler for runner in self._all_runners()]

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -42,13 +42,7 @@ MIN_TOKENS = 8  # of a prefill in one step where memory is short
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class Event(NamedTuple):
-    """A message to a client, or to all for None."""
-
-    client: object
-    message: Message
+Emit = Callable[[object, Message], None]  # to a client, or to all for None
 
 
 class Computed(NamedTuple):
@@ -68,8 +62,8 @@ class Runner:
     forward: ForwardPass
     scheduler: Scheduler
     stats: Stats
+    emit: Emit
     used: float = 0.0  # the time of its latest request or step
-    events: list[Event] = field(default_factory=list)  # of the present step
 
     def add(self, client: object, request: Computation) -> None:
         """Queue a request; raises EngineError for a prompt that the model cannot compute."""
@@ -106,36 +100,25 @@ class Runner:
             labels=about.labels,
         )
 
-    def drop(self, client: object, request_id: str | None = None) -> int:
-        """Drop a client's request, or all of them; return how many there were."""
-        gone = [
-            s
-            for s in [*self.scheduler.running, *self.scheduler.waiting]
-            if s.client is client and request_id in (None, s.request.request_id)
-        ]
-        for sequence in gone:
-            self.scheduler.remove(sequence)
-        return len(gone)
-
-    def step(self) -> list[Event]:
-        """Compute the next tokens; return the messages about them."""
+    def step(self) -> None:
+        """Compute the next tokens, and emit the messages about them."""
         self.scheduler.admit()
-        if plan := self.scheduler.plan():
-            self.stats.steps += 1
-            self.used = time.monotonic()
-            ready: list[Computed] = []
-            for computed in self._isolated(self._forward, plan):
-                sequence = computed.sequence
-                is_whole = sequence.n_computed == len(sequence.ids)
-                if isinstance(sequence.request, Score):
-                    self._isolated(self._score, [computed])
-                elif is_whole and isinstance(sequence.request, Classify):
-                    self._isolated(self._classify, [computed])
-                elif is_whole:
-                    ready.append(Computed(sequence, computed.states[-1:]))
-            self._isolated(self._sample, ready)
-        events, self.events = self.events, []
-        return events
+        plan = self.scheduler.plan()
+        if not plan:
+            return
+        self.stats.steps += 1
+        self.used = time.monotonic()
+        ready: list[Computed] = []
+        for computed in self._isolated(self._forward, plan):
+            sequence = computed.sequence
+            is_whole = sequence.n_computed == len(sequence.ids)
+            if isinstance(sequence.request, Score):
+                self._isolated(self._score, [computed])
+            elif is_whole and isinstance(sequence.request, Classify):
+                self._isolated(self._classify, [computed])
+            elif is_whole:
+                ready.append(Computed(sequence, computed.states[-1:]))
+        self._isolated(self._sample, ready)
 
     def _isolated(
         self, compute: Callable[[list[Any]], list[T] | None], items: list[Any]
@@ -207,7 +190,7 @@ class Runner:
             if len(sequence.ids) >= n_tokens:
                 tokens.finish_reason = "length"
         if tokens.finish_reason is None:
-            self.events.append(Event(sequence.client, tokens))
+            self.emit(sequence.client, tokens)
         else:
             self._end(sequence, tokens)
 
@@ -216,7 +199,7 @@ class Runner:
         self.stats.finished += 1
         if not sequence.generates:
             self.stats.prompt_tokens += sequence.n_prompt
-        self.events.append(Event(sequence.client, answer))
+        self.emit(sequence.client, answer)
 
     def _fail(self, sequence: SequenceState, error: Exception) -> None:
         self.scheduler.remove(sequence, clean=False)
@@ -225,7 +208,7 @@ class Runner:
         log.error("a request failed", exc_info=error, extra=of_request(request_id))
         why = f"The answer could not be computed ({type(error).__name__}: {error})."
         kind: FailureKind = "overloaded" if out_of_memory(error) else "internal"
-        self.events.append(Event(sequence.client, Failed(request_id, kind, why)))
+        self.emit(sequence.client, Failed(request_id, kind, why))
 
     def _score(self, computed: list[Computed]) -> None:
         """Add the log-probabilities of the step's tokens; return all after the last."""
@@ -252,7 +235,12 @@ class Runner:
 
 
 def load_runner(
-    entry: Entry, settings: Settings, stats: Stats, cache_bytes: float, n_models: int = 1
+    entry: Entry,
+    settings: Settings,
+    stats: Stats,
+    emit: Emit,
+    cache_bytes: float,
+    n_models: int = 1,
 ) -> Runner:
     """Load an entry's checkpoint and make it ready to compute.
 
@@ -279,7 +267,7 @@ def load_runner(
     forward = make_forward(model, slots.cache, dtype, invariant=settings.invariant)
     log.info("loaded %s (%s) in %.1f s", entry.id, dtype, time.monotonic() - started)
     scheduler = Scheduler(slots, settings.chunk_tokens)
-    return Runner(entry, checkpoint, dtype, forward, scheduler, stats)
+    return Runner(entry, checkpoint, dtype, forward, scheduler, stats, emit)
 
 
 def choose_device(device: str) -> torch.device:
@@ -291,13 +279,11 @@ def choose_device(device: str) -> torch.device:
 
 def check_device(device: str) -> None:
     """Raise ValueError for a device that this machine does not have."""
-    available = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
-    available += [*(["cuda"] if gpus else []), *gpus]
-    if device != "auto" and device not in available:
-        raise ValueError(
-            f"device={device} is not on this machine; choose from auto, {', '.join(available)}"
-        )
+    mps = ["mps"] * torch.backends.mps.is_available()
+    known = ", ".join(["auto", "cpu", *mps, *["cuda"][: len(gpus)], *gpus])
+    if device not in known.split(", "):
+        raise ValueError(f"device={device} is not on this machine; choose from {known}")
 
 
 def choose_dtype(dtype: str, device: torch.device) -> str:

@@ -86,9 +86,9 @@ class Scheduler:
         self._prefills: Turns = {}
 
     @property
-    def idle(self) -> bool:
-        """Whether there is nothing to compute."""
-        return not self.waiting and not self.running
+    def sequences(self) -> list[SequenceState]:
+        """The sequences that run and wait."""
+        return [*self.running, *self.waiting]
 
     @property
     def n_queued(self) -> int:

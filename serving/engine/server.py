@@ -9,9 +9,8 @@ import threading
 from functools import partial
 from pathlib import Path
 
-from serving.engine.engine import Engine
-from serving.engine.messages import Message, Settings, read_frame, to_frame
-from serving.engine.runner import Event
+from serving.engine.engine import Engine, Events
+from serving.engine.messages import Settings, read_frame, to_frame
 
 MAX_UNSENT_BYTES = 64 * 2**20  # a front end that does not read is cut off
 
@@ -68,12 +67,9 @@ class Server:
             self.engine.post(partial(self.engine.leave, writer))
             writer.close()
 
-    def _emit(self, events: list[Event]) -> None:
+    def _emit(self, events: Events) -> None:
         """Send events, one frame for each front end (called in the engine's thread)."""
-        by_client: dict[object, list[Message]] = {}
-        for client, message in events:
-            by_client.setdefault(client, []).append(message)
-        frames = [(client, to_frame(messages)) for client, messages in by_client.items()]
+        frames = [(client, to_frame(messages)) for client, messages in events.items()]
         self.loop.call_soon_threadsafe(self._send, frames)
 
     def _send(self, frames: list[tuple[object, bytes]]) -> None:

@@ -100,10 +100,8 @@ class Slots:
                 for s in self.slots
             )
 
-        def value(slot: Slot) -> tuple[bool, bool, int]:
-            return len(slot.ids) > 0, not is_superseded(slot), slot.used
-
-        return min((slot for slot in self.slots if not slot.busy), key=value)
+        free = (slot for slot in self.slots if not slot.busy)
+        return min(free, key=lambda slot: (len(slot.ids) > 0, not is_superseded(slot), slot.used))
 
 
 def slot_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
