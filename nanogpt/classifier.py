@@ -4,13 +4,13 @@ Shapes: B batch, T time, C channels, N texts, K classes.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.model import GPT, GPTConfig, evaluating
 from nanogpt.tokenizer import Tokenizer
 
 TEXTS_PER_BATCH = 32
@@ -35,15 +35,13 @@ class Classifier(GPT):
     def from_model(cls, model: GPT, n_labels: int) -> "Classifier":
         """Return a classifier with the weights of a language model."""
         classifier = cls(model.config, n_labels)
-        classifier.load_state_dict({**classifier.state_dict(), **model.state_dict()})
+        classifier.load_state_dict(model.state_dict(), strict=False)
         return classifier
 
     def language_model(self) -> GPT:
         """Return a GPT with the weights of all but the classes."""
         model = GPT(self.config)
-        names = model.state_dict().keys()
-        weights = self.state_dict()
-        model.load_state_dict({name: weights[name] for name in names})
+        model.load_state_dict(self.state_dict(), strict=False)
         return model
 
     def class_logits(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
@@ -96,11 +94,8 @@ def enclose(ids: Sequence[int], eot_id: int, block_size: int) -> list[int]:
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Return rows of ids as one tensor (B, T) int64, T the longest, and their lengths (B,)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    input_ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.as_tensor(row)
-    return input_ids, lengths
+    tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True), torch.tensor([len(row) for row in rows])
 
 
 @torch.no_grad()
@@ -110,20 +105,10 @@ def class_probabilities(model: Classifier, tokenizer: Tokenizer, texts: Sequence
     rows = [encode_text(tokenizer, text, block_size)[0] for text in texts]
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     probabilities = torch.empty(len(rows), model.classes.out_features)
-    with _in_eval_mode(model):
+    with evaluating(model):
         for start in range(0, len(rows), TEXTS_PER_BATCH):
             batch = by_length[start : start + TEXTS_PER_BATCH]
             input_ids, lengths = pad([rows[i] for i in batch])
             logits = model.class_logits(input_ids.to(device), lengths.to(device))
             probabilities[batch] = logits.float().softmax(-1).cpu()
     return probabilities
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -5,14 +5,13 @@ Shapes: B batch, T time, H heads, D head size, V vocabulary.
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanogpt.detokenizer import Detokenizer
-from nanogpt.model import GPT, Attend, GPTConfig, causal_attention
+from nanogpt.model import GPT, Attend, causal_attention, evaluating
 from nanogpt.prompts import Message, Template, trimmed
 from nanogpt.support import IN_BLOCKS, check_supported, mixes_by_attend
 from nanogpt.tokenizer import Tokenizer
@@ -108,9 +107,22 @@ def generate(
         >>> list(generate(model, tokenizer.encode("def "), max_new_tokens=3, temperature=0))
         [305, 1117, 40]
     """
-    _check_sampling(max_new_tokens, temperature, top_k, top_p, min_p)
-    _check_prompt(input_ids, model.config.vocab_size)
-    generator = torch.Generator(model.wte.weight.device)
+    for name, value, least, most in (
+        ("max_new_tokens", max_new_tokens, 0, math.inf),
+        ("temperature", temperature, 0, math.inf),
+        ("top_k", top_k, 1, math.inf),
+        ("top_p", top_p, 0, 1),
+        ("min_p", min_p, 0, 1),
+    ):
+        if value is not None and not (least <= value <= most and value < math.inf):
+            raise ValueError(f"{name}={value} is not a number from {least} to {most}")
+    vocab_size, device = model.config.vocab_size, model.wte.weight.device
+    if not len(input_ids) or not 0 <= min(input_ids) <= max(input_ids) < vocab_size:
+        raise ValueError(
+            f"the prompt is empty or has token ids other than 0 to {vocab_size - 1}; encode it "
+            f"with the model's own tokenizer: tokenizer.encode_prompt(text)"
+        )
+    generator = torch.Generator(device)
     if seed is None:
         generator.seed()
     else:
@@ -120,15 +132,17 @@ def generate(
         block_size = model.config.block_size
         new = context = list(input_ids)[-block_size:]
         n_tokens = min(block_size, len(context) + max_new_tokens)
-        with _evaluating(model):
+        with evaluating(model):
             cached = mixes_by_attend(model)
-            cache = KVCache.like(model, n_tokens=n_tokens) if cached else None
+        cache = KVCache(model, n_tokens=n_tokens) if cached else None
         for _ in range(max_new_tokens):
             if len(context) > block_size:
                 new = context = context[-max(1, block_size // 2) :]
                 if cache is not None:
                     cache.length = 0
-            logits = next_logits(model, new, cache)
+            with torch.inference_mode(), evaluating(model):
+                ids = torch.tensor([new], device=device)  # (1, T)
+                logits = model.head(model.hidden_states(ids, cache)[0, -1])  # (V,)
             weights = probabilities(logits, temperature, top_k, top_p, min_p)
             token = int(torch.multinomial(weights, 1, generator=generator))
             if token in stop_ids:
@@ -143,45 +157,19 @@ def generate(
 class KVCache(Attend):
     """Attention over the keys and values of all tokens that a model has processed.
 
-    Memory for `n_tokens`, by default `block_size`, is allocated at once; a smaller `length`
-    truncates the cache.
+    The model's blocks mix tokens through `attend` alone (`mixes_by_attend`). Memory for `n_tokens`,
+    by default `block_size`, is allocated at once; a smaller `length` truncates the cache.
     """
 
-    def __init__(
-        self,
-        config: GPTConfig,
-        batch_size: int = 1,
-        *,
-        n_tokens: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, model: GPT, batch_size: int = 1, n_tokens: int | None = None) -> None:
         super().__init__()
+        config, weight = model.config, model.wte.weight
         check_supported(config, "the KV cache (nanogpt/generation.py)", SUPPORTED)
-        head_size = config.n_embd // config.n_head
         n_tokens = config.block_size if n_tokens is None else n_tokens
+        head_size = config.n_embd // config.n_head
         shape = (config.n_layer, 2, batch_size, config.n_head, n_tokens, head_size)
-        self.entries = torch.zeros(shape, dtype=dtype, device=device)
+        self.entries = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.length = 0
-
-    @classmethod
-    def like(cls, model: GPT, batch_size: int = 1, *, n_tokens: int | None = None) -> "KVCache":
-        """Return an empty cache of the model's shape, precision and device.
-
-        Raises ValueError where the model's blocks mix tokens outside `attend`.
-        """
-        if not mixes_by_attend(model):
-            raise ValueError(
-                f"model.block={model.config.block} mixes tokens outside attend, which a cache does "
-                f"not hold; pass the whole input without a cache"
-            )
-        weight = model.wte.weight
-        return cls(
-            *(model.config, batch_size),
-            n_tokens=n_tokens,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append a layer's k and v and attend from q to all: (B, T, H, D) each.
@@ -198,14 +186,6 @@ class KVCache(Attend):
             self.length = end
         y = causal_attention(q.transpose(1, 2), keys[:, :, :end], values[:, :, :end])
         return y.transpose(1, 2)
-
-
-@torch.inference_mode()
-def next_logits(model: GPT, input_ids: Sequence[int], cache: KVCache | None) -> Tensor:
-    """Append tokens to the cache and return the logits (V,) of the next one."""
-    ids = torch.tensor([input_ids], device=model.wte.weight.device)  # (1, T)
-    with _evaluating(model):
-        return model.head(model.hidden_states(ids, cache)[0, -1])
 
 
 def probabilities(
@@ -251,44 +231,3 @@ def allowed_tokens(
     ranks = torch.arange(weights.size(-1), device=weights.device)
     is_within = (sums - weights < top_mass) | (ranks == 0)
     return (ranks < top_k) & is_within & (weights >= min_p * weights[..., :1])
-
-
-@contextmanager
-def _evaluating(model: GPT) -> Iterator[None]:
-    """Disable dropout during the forward only: between two tokens the caller may train."""
-    if not model.training:
-        yield
-        return
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
-
-
-def _check_prompt(input_ids: Sequence[int], vocab_size: int) -> None:
-    if not len(input_ids):
-        raise ValueError('the prompt is empty; tokenizer.encode_prompt("") begins a document')
-    if min(input_ids) < 0 or max(input_ids) >= vocab_size:
-        raise ValueError(
-            f"the prompt has token ids from {min(input_ids)} to {max(input_ids)} but the model "
-            f"knows 0 to {vocab_size - 1}; encode it with the model's own tokenizer"
-        )
-
-
-def _check_sampling(
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-) -> None:
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens} is negative; pass 0 or more")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature} is not a number of at least 0")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} leaves no token; pass 1 or more, or null for all")
-    for name, value in (("top_p", top_p), ("min_p", min_p)):
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} is not a probability; pass a number from 0 to 1")

@@ -4,19 +4,25 @@ Module and tensor names are those of the published weights.
 Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
 """
 
+import importlib
+import inspect
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from os import PathLike
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from nanogpt.blocks import build_blocks
 from nanogpt.dropout import NO_DROPOUT, RowDropout
+from nanogpt.values import CHECKED, Count, Flag, Text
 
 NORM_EPSILON = 1e-5
 INIT_STD = 0.02
@@ -34,64 +40,49 @@ PRESETS = {  # n_layer, n_head, n_embd
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class GPTConfig:
     """The shape of a model; the defaults are GPT-2 small.
 
     `block` is the dotted path of a class that replaces `Block`, whose docstring is the contract.
-    Raises ValueError, naming the key, for a value that no model can have.
+    Raises pydantic's ValidationError, a ValueError, for a value that no model can have.
     """
 
-    block_size: int = 1024
-    vocab_size: int = 50257
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True
+    block_size: Count = 1024
+    vocab_size: Count = 50257
+    n_layer: Count = 12
+    n_head: Count = 12
+    n_embd: Count = 768
+    dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    bias: Flag = True
     position: Literal["learned", "rotary"] = "learned"
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     activation: Literal["gelu", "relu2"] = "gelu"
-    qk_norm: bool = False
-    zero_init: bool = False
-    block: str | None = None
+    qk_norm: Flag = False
+    zero_init: Flag = False
+    block: Text | None = None
 
-    def __post_init__(self) -> None:
-        for key, kind in get_type_hints(type(self)).items():
-            value = getattr(self, key)
-            if kind is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{key}={value!r} is not a whole number of at least 1")
-            if kind is float and (type(value) not in (int, float) or not 0 <= value < 1):
-                raise ValueError(f"{key}={value!r} is not a number from 0 up to, not including, 1")
-            if kind is bool and type(value) is not bool:
-                raise ValueError(f"{key}={value!r} is neither true nor false")
-            if get_origin(kind) is Literal and value not in (known := get_args(kind)):
-                raise ValueError(f"{key}={value!r} is unknown; choose one of {', '.join(known)}")
-        if self.n_embd % self.n_head:
+    @field_validator("n_embd", "position", "block")
+    @classmethod
+    def _check(cls, value: Any, info: ValidationInfo) -> Any:
+        n_head, n_embd = info.data.get("n_head", 1), info.data.get("n_embd", 0)
+        if info.field_name == "n_embd" and value % n_head:
+            raise ValueError(f"a multiple of n_head={n_head}")
+        if info.field_name == "block" and not re.fullmatch(r"\w+(\.\w+)+", value or "a.b"):
+            raise ValueError("the dotted path of a class, my_package.MyBlock")
+        if value == "rotary" and n_embd // n_head % 2:
             raise ValueError(
-                f"n_embd={self.n_embd} does not divide into n_head={self.n_head} equal heads; "
-                f"make n_embd a multiple of n_head"
+                f"learned where n_embd={n_embd} over n_head={n_head} gives an odd head size: it "
+                f"turns pairs of channels"
             )
-        if self.position == "rotary" and self.n_embd // self.n_head % 2:
-            raise ValueError(
-                f"position=rotary turns pairs of channels but n_embd={self.n_embd} over "
-                f"n_head={self.n_head} gives an odd head size; make it even"
-            )
-        names = self.block.split(".") if isinstance(self.block, str) else []
-        if self.block is not None and not (len(names) > 1 and all(map(str.isidentifier, names))):
-            raise ValueError(
-                f"block={self.block!r} is not the dotted path of a class, my_package.MyBlock"
-            )
+        return value
 
     def record(self) -> dict[str, Any]:
-        """Return the plain values for a checkpoint, without `block` where it is null.
+        """Return the plain values for a checkpoint, without those that are null.
 
         Versions of this package that lack the key can then read the checkpoint.
         """
-        values = asdict(self)
-        if self.block is None:
-            del values["block"]
-        return values
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
     @classmethod
     def preset(cls, name: str) -> "GPTConfig":
@@ -135,7 +126,7 @@ class GPT(nn.Module):
         self.wte = TokenEmbedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(build_blocks(config, Block))
+        self.h = nn.ModuleList(build_blocks(config))
         self.ln_f = make_norm(config)
         self.init_weights()
 
@@ -346,11 +337,46 @@ class MLP(nn.Module):
         return self.c_proj(x)
 
 
+def build_blocks(config: GPTConfig) -> list[nn.Module]:
+    """Return the blocks of a model: of `Block`, or of the class that `config.block` names.
+
+    Importing that class runs the code of its module. Raises ValueError where it cannot be a block.
+    """
+    if config.block is None:
+        return [Block(config, layer) for layer in range(config.n_layer)]
+    module, _, name = config.block.rpartition(".")
+    try:
+        block = getattr(importlib.import_module(module), name)
+        if not (isinstance(block, type) and issubclass(block, nn.Module)):
+            raise TypeError("it is not a subclass of torch.nn.Module")
+        inspect.signature(block.forward).bind(*inspect.signature(Block.forward).parameters)
+        return [block(config, layer) for layer in range(config.n_layer)]
+    except Exception as error:  # whatever code of another package raises
+        raise ValueError(
+            f"model.block={config.block} is no block ({type(error).__name__}: {error}): a block "
+            f"is an importable torch.nn.Module class, constructed with (config, layer) and called "
+            f"with (x, rotation, attend)"
+        ) from error
+
+
 def make_norm(config: GPTConfig) -> nn.Module:
     """Return a new normalisation over channels."""
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, eps=NORM_EPSILON)
     return nn.LayerNorm(config.n_embd, eps=NORM_EPSILON, bias=config.bias)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Disable dropout in the block: before and after it the caller may train."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
 
 
 def causal_attention(

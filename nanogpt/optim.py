@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError, WrapValidator, validate_call
+from pydantic import ConfigDict, Field, validate_call
 from pydantic.dataclasses import dataclass
 from torch import nn
 
@@ -24,15 +24,8 @@ HIDDEN_WEIGHT = re.compile(r"(^|\.)h\.\d+\.")
 QKV_WEIGHT = re.compile(r"(^|\.)attn\.c_attn\.weight$")
 
 
-def _two_decays(value: Any, validate: Callable[[Any], Any]) -> Any:
-    try:
-        return validate(value)
-    except ValidationError:
-        raise ValueError("two numbers from 0 to below 1") from None
-
-
 Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
-Betas = Annotated[tuple[Decay, Decay], WrapValidator(_two_decays)]
+Betas = Annotated[tuple[Decay, ...], Field(min_length=2, max_length=2)]
 checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True))
 
 
@@ -57,7 +50,7 @@ def adamw(
     return torch.optim.AdamW(
         parameter_groups(model.parameters(), weight_decay),
         lr=learning_rate,
-        betas=betas,
+        betas=(betas[0], betas[1]),
         eps=eps,
         fused=_all_fused(model.parameters()) or None,
     )
@@ -125,57 +118,52 @@ def set_learning_rates(
 
 
 @dataclass(frozen=True, config=CHECKED)
-class Cosine:
-    """Linear warm-up, then a cosine from 1 down to `floor` at `max_steps` (GPT-3, appendix B).
+class Constant:
+    """Linear warm-up over at most half of the run, then 1.
 
     Like every schedule it maps an optimizer step, counted from 0, and the length of the run to a
-    factor of the learning rate. The warm-up takes at most half of the run.
+    factor of the learning rate.
     """
 
     warmup_steps: Size = 0
-    floor: Fraction = 0.0
 
     def __call__(self, step: int, max_steps: int) -> float:
         """Return the learning-rate factor in [0, 1]."""
         warmup_steps = min(self.warmup_steps, max_steps // 2)
         if step < warmup_steps:
             return (step + 1) / warmup_steps
+        return self._factor(step, max_steps, warmup_steps)
+
+    def _factor(self, step: int, max_steps: int, warmup_steps: int) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True, config=CHECKED)
+class Cosine(Constant):
+    """Linear warm-up, then a cosine from 1 down to `floor` at `max_steps` (GPT-3, appendix B)."""
+
+    floor: Fraction = 0.0
+
+    def _factor(self, step: int, max_steps: int, warmup_steps: int) -> float:
         progress = min((step - warmup_steps) / max(max_steps - warmup_steps, 1), 1.0)
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True, config=CHECKED)
-class WarmupStableDecay:
+class WarmupStableDecay(Constant):
     """Linear warm-up, 1, and a linear decay to `floor` at `max_steps` (arXiv:2405.18392).
 
-    The warm-up takes at most half of the run, the decay `decay_fraction` of it or what is left.
+    The decay takes `decay_fraction` of the run, or what the warm-up leaves of it.
     """
 
-    warmup_steps: Size = 0
     decay_fraction: Fraction = 0.5
     floor: Fraction = 0.0
 
-    def __call__(self, step: int, max_steps: int) -> float:
-        """Return the learning-rate factor in [0, 1]."""
-        warmup_steps = min(self.warmup_steps, max_steps // 2)
+    def _factor(self, step: int, max_steps: int, warmup_steps: int) -> float:
         decay_steps = min(round(self.decay_fraction * max_steps), max_steps - warmup_steps)
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
         if step <= max_steps - decay_steps or not decay_steps:
             return 1.0
         return self.floor + (1 - self.floor) * max(max_steps - step, 0) / decay_steps
-
-
-@dataclass(frozen=True, config=CHECKED)
-class Constant:
-    """Linear warm-up over at most half of the run, then 1."""
-
-    warmup_steps: Size = 0
-
-    def __call__(self, step: int, max_steps: int) -> float:
-        """Return the learning-rate factor in [0, 1]."""
-        warmup_steps = min(self.warmup_steps, max_steps // 2)
-        return (step + 1) / warmup_steps if step < warmup_steps else 1.0
 
 
 def factor_at(schedule: Schedule, step: int, max_steps: int) -> float:
@@ -185,13 +173,15 @@ def factor_at(schedule: Schedule, step: int, max_steps: int) -> float:
     """
     function = getattr(schedule, "func", schedule)  # of a functools.partial
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    call = f"schedule {name}(step={step}, max_steps={max_steps})"
     try:
         factor = schedule(step, max_steps)
+        if not isinstance(factor, Real) or not 0 <= factor < math.inf:
+            raise ValueError(f"it returns {factor!r}, not a finite number from 0 up")
     except Exception as error:
-        raise ValueError(f"{call} raises {type(error).__name__}: {error}") from error
-    if isinstance(factor, bool) or not isinstance(factor, Real) or not 0 <= factor < math.inf:
-        raise ValueError(f"{call} returns {factor!r}; a schedule returns a finite number from 0 up")
+        raise ValueError(
+            f"schedule {name}(step={step}, max_steps={max_steps}) fails with "
+            f"{type(error).__name__}: {error}"
+        ) from error
     return float(factor)
 
 

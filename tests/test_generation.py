@@ -131,16 +131,16 @@ def test_a_context_of_one_token_goes_on() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input_ids": []}, "the prompt is empty"),
-        ({"input_ids": [3, 31]}, "token ids from 3 to 31 but the model knows 0 to 30"),
-        ({"input_ids": [-1]}, "token ids from -1 to -1"),
-        ({"max_new_tokens": -1}, "max_new_tokens=-1 is negative"),
-        ({"temperature": -0.5}, "temperature=-0.5 is not a number of at least 0"),
+        ({"input_ids": []}, "the prompt is empty or has token ids other than 0 to 30"),
+        ({"input_ids": [3, 31]}, "token ids other than 0 to 30"),
+        ({"input_ids": [-1]}, "token ids other than 0 to 30"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1 is not a number from 0"),
+        ({"temperature": -0.5}, "temperature=-0.5 is not a number from 0"),
         ({"temperature": math.nan}, "temperature=nan is not"),
         ({"temperature": math.inf}, "temperature=inf is not"),
-        ({"top_k": 0}, "top_k=0 leaves no token"),
-        ({"top_p": 1.5}, "top_p=1.5 is not a probability"),
-        ({"min_p": -0.1}, "min_p=-0.1 is not a probability"),
+        ({"top_k": 0}, "top_k=0 is not a number from 1"),
+        ({"top_p": 1.5}, "top_p=1.5 is not a number from 0 to 1"),
+        ({"min_p": -0.1}, "min_p=-0.1 is not a number from 0 to 1"),
     ],
     ids=str,
 )
@@ -174,7 +174,7 @@ def test_between_two_tokens_the_caller_may_train(model: GPT) -> None:
 
 
 def test_the_cache_follows_the_models_precision(model: GPT) -> None:
-    assert KVCache.like(model.bfloat16()).entries.dtype == torch.bfloat16
+    assert KVCache(model.bfloat16()).entries.dtype == torch.bfloat16
     assert len(list(generate(model, [1, 2], max_new_tokens=9))) == 9
 
 

@@ -12,7 +12,7 @@ CORE = {
     for name in (
         *("model", "tokenizer", "prompts", "generation", "pretrained", "classifier", "checkpoint"),
         *("weights", "optim", "muon", "splitmix", "hub", "tokenizer_files", "command"),
-        *("blocks", "dropout", "support", "detokenizer", "disk", "text", "values"),
+        *("dropout", "support", "detokenizer", "disk", "text", "values"),
         *("runs.directory", "runs.identity"),
     )
 }
@@ -108,8 +108,8 @@ def test_the_core_imports_only_the_core() -> None:
 
 
 def test_the_foundations_import_nothing_of_ours() -> None:
-    allowed = {"model": {"nanogpt.blocks", "nanogpt.dropout"}, "prompts": {"nanogpt.tokenizer"}}
-    for name in ("blocks", "dropout", "model", "tokenizer", "prompts", "detokenizer"):
+    allowed = {"model": {"nanogpt.dropout", "nanogpt.values"}, "prompts": {"nanogpt.tokenizer"}}
+    for name in ("dropout", "values", "model", "tokenizer", "prompts", "detokenizer"):
         ours = imported(f"nanogpt.{name}", lazy=False) & SOURCES.keys()
         assert ours <= allowed.get(name, set()), name
 

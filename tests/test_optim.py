@@ -382,9 +382,9 @@ def test_muon_takes_only_the_matrices_of_the_blocks(model: Parameters) -> None:
         (adamw, {"learning_rate": True}, "optim.learning_rate=True should be a number"),
         (adamw, {"weight_decay": -0.1}, "optim.weight_decay=-0.1 should be at least 0"),
         (adamw, {"eps": math.nan}, "optim.eps=nan should be a finite number"),
-        (adamw, {"betas": [0.9]}, "optim.betas=[0.9] should be two numbers from 0 to below 1"),
-        (adamw, {"betas": [0.9, 1.0]}, "optim.betas=[0.9, 1.0] should be two numbers from 0"),
-        (adamw, {"betas": 0.9}, "optim.betas=0.9 should be two numbers from 0 to below 1"),
+        (adamw, {"betas": [0.9]}, "optim.betas=[0.9] should be"),
+        (adamw, {"betas": [0.9, 1.0]}, "optim.betas=1.0 should be below 1"),
+        (adamw, {"betas": 0.9}, "optim.betas=0.9 should be a list"),
         (adamw, {"for_width": 0}, "optim.for_width=0 should be at least 1"),
         (adamw, {"momentum": 0.9}, "there is no key optim.momentum"),
         (muon, {"adamw_learning_rate": None}, "optim.adamw_learning_rate=None should be a number"),
@@ -487,21 +487,27 @@ def halved(step: int, max_steps: int, *, from_step: int) -> Any:
     [
         (
             functools.partial(halved, from_step=50),
-            r"halved\(step=50, max_steps=100\) returns 'half'",
+            r"halved\(step=50, max_steps=100\) fails .*: it returns 'half'",
         ),
         (
             functools.partial(halved, from_step=99),
-            r"halved\(step=99, max_steps=100\) returns 'half'",
+            r"halved\(step=99, max_steps=100\) fails .*: it returns 'half'",
         ),
         (
             lambda step, max_steps: 1 / step,
-            r"step=0, max_steps=100\) raises ZeroDivisionError: div",
+            r"step=0, max_steps=100\) fails with ZeroDivisionError: div",
         ),
-        (lambda step, max_steps: math.inf, r"step=0, max_steps=100\) returns inf; a schedule"),
-        (lambda step, max_steps: -0.1, r"returns -0.1; a schedule returns a finite number from 0"),
-        (lambda step, max_steps: None, "returns None; a schedule returns a finite number from 0"),
-        (lambda step: 1.0, r"step=0, max_steps=100\) raises TypeError: .* takes 1 positional"),
-        (0.5, r"schedule float\(step=0, max_steps=100\) raises TypeError: 'float' object is not"),
+        (
+            lambda step, max_steps: math.inf,
+            r"step=0, max_steps=100\) fails .* returns inf, not a finite",
+        ),
+        (lambda step, max_steps: -0.1, r"returns -0.1, not a finite number from 0"),
+        (lambda step, max_steps: None, "returns None, not a finite number from 0"),
+        (lambda step: 1.0, r"step=0, max_steps=100\) fails with TypeError: .* takes 1 positional"),
+        (
+            0.5,
+            r"schedule float\(step=0, max_steps=100\) fails with TypeError: 'float' object is not",
+        ),
     ],
 )
 def test_a_schedule_that_fails_is_named_with_its_step(schedule: Any, sentence: str) -> None:
