@@ -8,10 +8,10 @@ in the file's `state_dict` under `model.`. Everything is of plain types, so that
 import contextlib
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -27,7 +27,7 @@ from nanogpt.runs.directory import find_checkpoint, step_checkpoints
 from nanogpt.tokenizer import Tokenizer, from_record, gpt2_tokenizer
 from nanogpt.tokenizer_files import read_tokenizer
 from nanogpt.values import Amount, Flag, Text, explain
-from nanogpt.weights import check_weights, load_archive, model_without_weights
+from nanogpt.weights import check_weights, load_archive, model_without_weights, printable
 
 KEY = "nanogpt"
 FORMAT = 1
@@ -141,9 +141,9 @@ def load_checkpoint(
     try:
         model.load_state_dict(model_weights(raw))
     except RuntimeError as error:  # of a block of another package: ours were checked
-        reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{path} has weights that do not fit model.block={config.block} as it is now ({reason})"
+            f"{path} has weights that do not fit model.block={config.block} as it is now "
+            f"({printable(error)})"
         ) from error
     return Checkpoint(
         model=model.to(device).eval(),
@@ -151,7 +151,7 @@ def load_checkpoint(
         template=about["template"],
         labels=about["labels"],
         stage=about["stage"],
-        config=model.config,
+        config=config,
         step=raw["global_step"],
         path=path,
     )
@@ -180,34 +180,35 @@ def init_model(init_from: Path, allow_modules: Sequence[str] = ()) -> Checkpoint
     """
     if init_from.is_file():
         start = load_checkpoint(init_from, allow_modules=allow_modules)
-        if isinstance(start.model, Classifier):
-            return replace(start, model=start.model.language_model().eval(), labels=None)
-        return start
-    tokenizer = read_tokenizer(init_from) or gpt2_tokenizer()
-    model = load_pretrained(init_from)
-    if isinstance(model, Classifier):
-        model = model.language_model()
-    if model.config.vocab_size != tokenizer.vocab_size:
-        raise ValueError(
-            f"{init_from} has a model with vocab_size={model.config.vocab_size} and the tokenizer "
-            f"{tokenizer.name} with {tokenizer.vocab_size} ids; put the tokenizer.json that the "
-            f"model was trained with there"
-        )
-    return Checkpoint(model, tokenizer, None, None, "pretrain", model.config, 0, init_from)
+    else:
+        tokenizer = read_tokenizer(init_from) or gpt2_tokenizer()
+        model = load_pretrained(init_from)
+        if model.config.vocab_size != tokenizer.vocab_size:
+            raise ValueError(
+                f"{init_from} has a model with vocab_size={model.config.vocab_size} and the "
+                f"tokenizer {tokenizer.name} with {tokenizer.vocab_size} ids; put the "
+                f"tokenizer.json that the model was trained with there"
+            )
+        start = Checkpoint(model, tokenizer, None, None, "pretrain", model.config, 0, init_from)
+    if isinstance(start.model, Classifier):
+        start = replace(start, model=start.model.language_model().eval(), labels=None)
+    return start
 
 
-def with_block_size(start: Checkpoint, block_size: int) -> Checkpoint:
-    """Return a checkpoint for shorter contexts, without the position embeddings beyond them."""
-    assert block_size <= start.config.block_size
-    weights = start.model.state_dict()
+def with_config(
+    start: Checkpoint, weights: Mapping[str, Tensor] | None = None, **changes: Any
+) -> Checkpoint:
+    """Return a checkpoint with a changed model configuration and these weights, of any shape.
+
+    The position embeddings beyond a shorter block_size are cut.
+    """
+    config = replace(start.config, **changes)
+    weights = {**start.model.state_dict(), **(weights or {})}
     if "wpe.weight" in weights:
-        weights["wpe.weight"] = weights["wpe.weight"][:block_size].clone()
-    return _rebuilt(start, weights, block_size=block_size)
-
-
-def with_dropout(start: Checkpoint, dropout: float) -> Checkpoint:
-    """Return a checkpoint whose model drops another share of activations in training."""
-    return _rebuilt(start, start.model.state_dict(), dropout=dropout)
+        weights["wpe.weight"] = weights["wpe.weight"][: config.block_size].clone()
+    model = model_without_weights(config)
+    model.load_state_dict(weights, assign=True)
+    return replace(start, model=model.train(start.model.training), config=config)
 
 
 def with_special_tokens(start: Checkpoint, names: Sequence[str]) -> Checkpoint:
@@ -218,20 +219,11 @@ def with_special_tokens(start: Checkpoint, names: Sequence[str]) -> Checkpoint:
     Embeddings for Pretrained Language Models", 2021).
     """
     tokenizer = start.tokenizer.with_special_tokens(names)
-    weights = start.model.state_dict()
-    if n_new := tokenizer.vocab_size - start.config.vocab_size:
-        rows = weights["wte.weight"]
-        weights["wte.weight"] = torch.cat([rows, rows.mean(0, keepdim=True).expand(n_new, -1)])
-    grown = _rebuilt(start, weights, vocab_size=tokenizer.vocab_size)
+    rows = start.model.state_dict()["wte.weight"]
+    new = rows.mean(0, keepdim=True).expand(tokenizer.vocab_size - len(rows), -1)
+    weights = {"wte.weight": torch.cat([rows, new])}
+    grown = with_config(start, weights, vocab_size=tokenizer.vocab_size)
     return replace(grown, tokenizer=tokenizer)
-
-
-def _rebuilt(start: Checkpoint, weights: dict[str, Tensor], **changes: Any) -> Checkpoint:
-    """Return a checkpoint whose model has these weights and a changed configuration."""
-    config = replace(start.config, **changes)
-    model = model_without_weights(config)
-    model.load_state_dict(weights, assign=True)
-    return replace(start, model=model.train(start.model.training), config=config)
 
 
 def find_init_from(init_from: str, runs_dir: str | Path, data_dir: str | Path) -> Path:
@@ -262,18 +254,14 @@ def model_weights(raw: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, *, advise: bool = True) -> dict[str, Any]:
     """Return the content of a checkpoint file, memory-mapped, after checking every byte of it.
 
     Raises ValueError in one sentence where the file is truncated or altered, holds Python objects,
-    is not one of ours, or has other weights than it describes; an intact file is named.
+    is not one of ours, or has other weights than it describes; with `advise` an intact file is
+    named.
     """
-    return _read(path, advise=True).raw
-
-
-def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint file as `read_checkpoint`, but name no other file."""
-    return _read(path).raw
+    return _read(path, advise=advise)[0]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -281,64 +269,49 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Raises ValueError as `read_checkpoint`.
     """
-    metadata: dict[str, Any] = _read(path, verify=False).raw[KEY]
+    metadata: dict[str, Any] = _read(path, verify=False)[0][KEY]
     return metadata
 
 
-class _Content(NamedTuple):
-    raw: dict[str, Any]
-    config: GPTConfig
-    tokenizer: Tokenizer
-
-
-def _read(path: Path, *, verify: bool = True, advise: bool = False) -> _Content:
-    try:
-        return _checked(path, verify)
-    except ValueError as error:
-        advice = f"; {_alternative(path)}" if advise else ""
-        raise ValueError(f"{path} {error}{advice}") from error
-
-
-def _checked(path: Path, verify: bool) -> _Content:
+def _read(
+    path: Path, *, verify: bool = True, advise: bool = False
+) -> tuple[dict[str, Any], GPTConfig, Tokenizer]:
     """Return a checkpoint's content after checking all but Lightning's; raise ValueError else."""
+    where = ""
     try:
         raw = load_archive(path, verify=verify)
-    except ValueError as error:
-        raise ValueError(f"is no readable checkpoint: {error}") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get(KEY), dict):
-        raise ValueError(
-            f"is not a checkpoint of this project (no key {KEY!r}); "
-            "published GPT-2 weights are read with GPT.from_pretrained"
-        )
-    metadata = raw[KEY]
-    if isinstance(found := metadata.get("format"), int) and found > FORMAT:
-        raise ValueError(
-            f"has checkpoint format {str(found)[:20]} and this version reads format {FORMAT}; use "
-            f"the version of nanogpt that wrote it"
-        )
-    for adapter, value, key in ((_CONTENT, raw, ""), (_METADATA, metadata, KEY)):
-        try:
-            adapter.validate_python(value)
-        except ValidationError as error:
-            raise ValueError(f"is no checkpoint: {explain(error, key)}") from error
-    labels, template = metadata["labels"], metadata["template"]
-    if labels is not None and len(set(labels)) < len(labels):
-        raise ValueError("has labels that are not distinct")
-    try:
+        if not isinstance(raw, dict) or not isinstance(metadata := raw.get(KEY), dict):
+            raise ValueError(
+                f"is not a checkpoint of this project (no key {KEY!r}); "
+                "published GPT-2 weights are read with GPT.from_pretrained"
+            )
+        if isinstance(found := metadata.get("format"), int) and found > FORMAT:
+            raise ValueError(
+                f"has checkpoint format {str(found)[:20]} and this version reads format {FORMAT}; "
+                f"use the version of nanogpt that wrote it"
+            )
+        _CONTENT.validate_python(raw)
+        where = KEY
+        _METADATA.validate_python(metadata)
+        where = f"{KEY}.model"
         config = GPTConfig(**metadata["model"])
-    except TypeError as error:
-        raise ValueError(f"records a model that this version lacks: {error}") from error
-    check_weights(model_weights(raw), config, None if labels is None else len(labels))
-    tokenizer = from_record(metadata["tokenizer"])
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(
-            f"has a model with vocab_size={config.vocab_size} and a tokenizer with "
-            f"{tokenizer.vocab_size} ids"
-        )
-    names = [] if template is None else find_template(template).special_tokens
-    if missing := [name for name in names if name not in tokenizer.special_tokens]:
-        raise ValueError(f"has template={template} and a tokenizer without {', '.join(missing)}")
-    return _Content(raw, config, tokenizer)
+        labels, template = metadata["labels"], metadata["template"]
+        check_weights(model_weights(raw), config, labels and len(labels))
+        tokenizer = from_record(metadata["tokenizer"])
+        names = [] if template is None else find_template(template).special_tokens
+        if tokenizer.vocab_size != config.vocab_size or not {*names} <= {*tokenizer.special_tokens}:
+            raise ValueError(
+                f"has vocab_size={config.vocab_size}, template={template} and a tokenizer with "
+                f"{tokenizer.vocab_size} ids and {', '.join(tokenizer.special_tokens)[:200]!r}"
+            )
+    except ValueError as error:
+        if isinstance(error, ValidationError):  # its own text may be without end
+            reason = f"is no checkpoint: {explain(error, where)}"
+        else:
+            reason = str(error)
+        advice = f"; {_alternative(path)}" if advise else ""
+        raise ValueError(f"{path} {reason}{advice}") from error
+    return raw, config, tokenizer
 
 
 def _alternative(path: Path) -> str:
@@ -348,24 +321,22 @@ def _alternative(path: Path) -> str:
     for number, other in reversed(steps.items()):
         if number < below and not other.samefile(path):
             with contextlib.suppress(ValueError, OSError):
-                verify_checkpoint(other)
+                read_checkpoint(other, advise=False)
                 return f"an older one is {other}: copy it over"
     return "use another checkpoint"
 
 
-def write_checkpoint(content: dict[str, Any], path: Path) -> str:
-    """Write a checkpoint atomically, hashed while it streams; return its sha256.
+def write_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint atomically.
 
     Raises OSError where the disk is full or the directory cannot be written.
     """
     with replacing(path) as file:
-        writer = _HashingWriter(file)
         try:
-            torch.save(content, writer)  # type: ignore[arg-type]
+            torch.save(content, file)
         except RuntimeError as error:  # of torch's archive writer, after the system's
             cause = error.__context__
             raise (cause if isinstance(cause, OSError) else error) from None
-    return writer.sha256.hexdigest()
 
 
 def weights_sha256(model: GPT) -> str:
@@ -375,18 +346,3 @@ def weights_sha256(model: GPT) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-class _HashingWriter:
-    """The part of a file that `torch.save` needs, hashing what passes through."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()

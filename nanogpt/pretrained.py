@@ -3,16 +3,16 @@
 There, linear maps are stored input by output ("Conv1D"): the transpose of ours.
 """
 
-import json
 import logging
-import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,17 +21,24 @@ from nanogpt.disk import wait_for_lock
 from nanogpt.hub import hub_errors
 from nanogpt.model import GPT, NORM_EPSILON, PRESETS, GPTConfig
 from nanogpt.tokenizer_files import MERGES, VOCAB, read_tokenizer
-from nanogpt.weights import check_weights, load_archive, model_without_weights
+from nanogpt.values import explain
+from nanogpt.weights import check_weights, model_without_weights
 
 PUBLISHED = tuple(PRESETS)  # the names under which weights are fetched
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
+INSTEAD = "pass a directory in which a Hugging Face GPT-2 was saved"
 WEIGHTS = (SAFETENSORS, "pytorch_model.bin")  # each whole, or in shards with an index
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 SCORE, CLASSES = "score.weight", "classes.weight"  # the head of a classifier: there, and here
 WITHOUT_BIAS = ("wte.weight", "wpe.weight", CLASSES)
 CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
 
+FIELDS = {  # of config.json, as those of GPTConfig
+    "n_positions": "block_size",
+    "resid_pdrop": "dropout",
+    **{key: key for key in ("vocab_size", "n_layer", "n_head", "n_embd")},
+}
 # The values of config.json that our model has, its defaults first.
 REQUIRED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -57,12 +64,11 @@ def fetch_pretrained(name: str, data_dir: str | PathLike[str]) -> Path:
     if _unreadable(directory):
         _fetch(name, directory)
     found = _read_config(directory)
-    for key in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
-        if getattr(found, key) != getattr(expected, key):
-            raise ValueError(
-                f"{directory} has {key}={getattr(found, key)} but {name} has "
-                f"{getattr(expected, key)}; remove the directory, or pass another data_dir"
-            )
+    if replace(found, dropout=0.0) != expected:
+        raise ValueError(
+            f"{directory} has {found} but {name} is {expected}; remove the directory, or pass "
+            f"another data_dir"
+        )
     return directory
 
 
@@ -144,23 +150,16 @@ def _fetch(name: str, directory: Path) -> None:
 
 def _read_config(directory: Path) -> GPTConfig:
     path = directory / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; pass a directory in which a Hugging Face GPT-2 was saved"
-        )
     found = _read_json(path)
     if found.get("model_type") != "gpt2":
         raise ValueError(
             f"{path} has model_type={found.get('model_type')!r}; only 'gpt2' can be read"
         )
-    config = GPTConfig(
-        block_size=found.get("n_positions", 1024),
-        vocab_size=found.get("vocab_size", 50257),
-        n_layer=found.get("n_layer", 12),
-        n_head=found.get("n_head", 12),
-        n_embd=found.get("n_embd", 768),
-        dropout=found.get("resid_pdrop", 0.1),
-    )
+    names = {ours: found[theirs] for theirs, ours in FIELDS.items() if theirs in found}
+    try:
+        config = GPTConfig(**{"dropout": 0.1, **names})
+    except ValidationError as error:
+        raise ValueError(f"{path} cannot be read: {explain(error)}") from error
     for key, allowed in {**REQUIRED, "n_inner": (4 * config.n_embd, None)}.items():
         if found.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{path} has {key}={found[key]!r}; only {allowed[0]!r} can be read")
@@ -170,11 +169,11 @@ def _read_config(directory: Path) -> GPTConfig:
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raise ValueError where it is none."""
     try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON; fetch it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} does not hold a JSON object; fetch it again")
+        found: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist; {INSTEAD}") from error
+    except ValidationError as error:
+        raise ValueError(f"{path} is no JSON object; fetch it again") from error
     return found
 
 
@@ -198,40 +197,25 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def _weight_paths(directory: Path) -> list[Path]:
+    """Return the file of the weights, or the shards that an index lists."""
     for name in WEIGHTS:
         path, index = directory / name, directory / f"{name}.index.json"
         if path.is_file():
             return [path]
         if index.is_file():
-            return [directory / shard for shard in _shards(index)]
-    raise FileNotFoundError(
-        f"{directory} holds neither {' nor '.join(WEIGHTS)}; "
-        f"pass a directory in which a Hugging Face GPT-2 was saved"
-    )
-
-
-def _shards(index: Path) -> list[str]:
-    """Return the names of the files that an index lists."""
-    found = _read_json(index).get("weight_map")
-    names = list(found.values()) if isinstance(found, dict) else []
-    if not names or not all(type(name) is str and Path(name).name == name for name in names):
-        raise ValueError(f"{index} lists no files of its directory; fetch it again")
-    return sorted(set(names))
+            shards = _read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise ValueError(f"{index} lists no files; fetch it again")
+            return sorted({directory / Path(str(shard)).name for shard in shards.values()})
+    raise FileNotFoundError(f"{directory} holds neither {' nor '.join(WEIGHTS)}; {INSTEAD}")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is named in the index of its directory but does not exist")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if zipfile.is_zipfile(path):
-            content = load_archive(path)
-        else:  # as PyTorch wrote before 1.6, and GPT-2 was published
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        if all(isinstance(tensor, Tensor) for tensor in content.values()):
-            return dict(content)
-        raise ValueError("it holds other values")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.detach() for name, tensor in content.items()}
     except OSError:
         raise
     except Exception as error:  # whatever a file can do to its reader

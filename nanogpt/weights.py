@@ -1,7 +1,7 @@
 """Files of weights, and the names and shapes of a model's weights before a model is built."""
 
 import errno
-import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nanogpt.classifier import Classifier
@@ -27,24 +27,22 @@ def load_archive(path: Path, *, verify: bool = True) -> Any:
     n_bytes = path.stat().st_size
     try:
         if not path.is_file():
-            raise ValueError("it is no regular file")
+            raise ValueError("no regular file")
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             n_claimed = sum(entry.file_size for entry in entries)
             if n_claimed > n_bytes or any(entry.compress_type for entry in entries):
-                raise ValueError("its entries are compressed or larger than the file")
-            if verify and (broken := archive.testzip()):
-                raise ValueError(f"its entry {broken[:80]!r} is truncated or altered")
+                raise ValueError("entries that are compressed or larger than the file")
+            if verify and archive.testzip():
+                raise ValueError("a wrong checksum")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except ValueError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise ValueError("it holds Python objects, which can run code when loaded") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a wrong offset
             raise
+        reason = error if type(error) is ValueError else type(error).__name__
         raise ValueError(
-            f"it is truncated, altered or another kind of file ({type(error).__name__})"
+            f"is truncated, altered, of another kind, or holds Python objects, which can run code "
+            f"when loaded ({reason})"
         ) from error
 
 
@@ -71,32 +69,26 @@ def check_weights(weights: Mapping[str, Tensor], config: GPTConfig, n_labels: in
     layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
     if len(layers) != config.n_layer:
         raise ValueError(f"has weights of {len(layers)} layers and n_layer={config.n_layer}")
-    try:
-        expected = model_without_weights(replace(config, block=None), n_labels).state_dict()
-    except (RuntimeError, OverflowError) as error:
-        raise ValueError(f"has a model of a size that no tensor can have: {config}") from error
-    if config.block is not None:
-        weights, expected = (
-            {name: tensor for name, tensor in tensors.items() if not name.startswith("h.")}
-            for tensors in (weights, expected)
-        )
-    missing, unknown = sorted(expected.keys() - weights), sorted(weights.keys() - expected)
-    if missing or unknown:
-        raise ValueError(
-            f"has weights that are not those of its model: missing {_some(missing)}; "
-            f"not known {_some(unknown)}"
-        )
-    for name, other in expected.items():
-        tensor = weights[name]
-        if tensor.shape != other.shape:
-            found, shape = tuple(tensor.shape), tuple(other.shape)
-            raise ValueError(f"has {found} for {name} where its model has {shape}")
+    for name, tensor in weights.items():
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"has {tensor.dtype} for {name} where numbers are floating-point")
     storages = [tensor.untyped_storage() for tensor in weights.values()]
     n_stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     if sum(tensor.nbytes for tensor in weights.values()) > 2 * n_stored:  # tied weights share one
         raise ValueError("has weights of more values than it stores")
+    try:
+        model = model_without_weights(replace(config, block=None), n_labels)
+        if config.block is not None:
+            model.h = nn.ModuleList()
+            weights = {name: t for name, t in weights.items() if not name.startswith("h.")}
+        model.load_state_dict({name: t.to("meta") for name, t in weights.items()}, assign=True)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"has weights that do not fit its model ({printable(error)})") from error
+
+
+def printable(error: Exception) -> str:
+    """Return an error of `load_state_dict` in one line of at most 300 printable characters."""
+    return " ".join(re.findall(r"[!-~]+", str(error)))[:300]
 
 
 class _Undrawn(TorchFunctionMode):
@@ -109,9 +101,3 @@ class _Undrawn(TorchFunctionMode):
         if func.__name__ == "normal_":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
-
-
-def _some(names: list[str]) -> str:
-    shown = [name[:80] if name.isprintable() else repr(name[:80]) for name in names[:3]]
-    listed = ", ".join(shown) if names else "none"
-    return f"{listed} and {len(names) - 3} more" if len(names) > 3 else listed

@@ -1,6 +1,7 @@
 """The checkpoint contract: written atomically, verified when read, refused in one sentence."""
 
 import errno
+import io
 import os
 import pickle
 import subprocess
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-import nanogpt.checkpoint
 from nanogpt.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -71,22 +71,17 @@ def test_loading_brings_in_neither_lightning_nor_hydra(path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
 
 
-def test_the_returned_hash_is_the_files(tmp_path: Path, model: GPT) -> None:
-    import hashlib
-
-    digest = write_checkpoint(content(model), tmp_path / "a.ckpt")
-    assert digest == hashlib.sha256((tmp_path / "a.ckpt").read_bytes()).hexdigest()
-
-
 def test_a_failed_write_leaves_the_old_file_and_no_rest(
     path: Path, model: GPT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = path.read_bytes()
 
-    def full(self: Any, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(nanogpt.checkpoint._HashingWriter, "write", full)
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda content, file: save(content, Full()))
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint(content(model), path)
     assert path.read_bytes() == before
@@ -99,7 +94,7 @@ def test_every_flipped_byte_of_the_weights_is_noticed(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[entry.header_offset + 200 + entry.file_size // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="truncated or altered"):
+    with pytest.raises(ValueError, match="is truncated, altered"):
         read_checkpoint(path)
 
 
@@ -164,7 +159,7 @@ def test_objects_that_run_code_are_refused(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_bare_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_bytes(pickle.dumps({"nanogpt": 1}))
-    with pytest.raises(ValueError, match="no readable checkpoint"):
+    with pytest.raises(ValueError, match="of another kind"):
         read_checkpoint(tmp_path / "a.ckpt")
 
 
@@ -195,7 +190,7 @@ def test_weights_of_another_shape_than_recorded_are_refused(tmp_path: Path, mode
     other = content(model)
     other["nanogpt"]["model"]["n_embd"] = 16
     write_checkpoint(other, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"has \(273, 8\) for .* has \(273, 16\)"):
+    with pytest.raises(ValueError, match=r"size mismatch for .*\[273, 8\].*\[273, 16\]"):
         read_checkpoint(tmp_path / "a.ckpt")
 
 

@@ -66,7 +66,7 @@ def test_an_entry_larger_than_the_file_is_refused(path: Path, size: int) -> None
     last = data.rindex(b"PK\1\2")
     data[last + 20 : last + 28] = struct.pack("<II", size, size)
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"larger than the file|truncated, altered"):
+    with pytest.raises(ValueError, match="is truncated, altered"):
         load_archive(path)
 
 
@@ -113,7 +113,7 @@ def test_a_pickle_of_anything_else_is_refused(
         return [(e, pickled if e.filename.endswith("data.pkl") else c) for e, c in entries]
 
     monkeypatch.chdir(path.parent)
-    with pytest.raises(ValueError, match=r"Python objects|truncated, altered"):
+    with pytest.raises(ValueError, match="holds Python objects"):
         load_archive(rewritten(path, replaced))
     assert not Path("pwned").exists()
 
@@ -128,7 +128,7 @@ def test_a_list_within_itself_is_read(tmp_path: Path) -> None:
 
 def test_pickles_alone_are_no_archives(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(pickle.dumps({}))
-    with pytest.raises(ValueError, match="another kind of file"):
+    with pytest.raises(ValueError, match="of another kind"):
         load_archive(tmp_path / "a.pt")
 
 

@@ -18,11 +18,10 @@ from nanogpt.checkpoint import (
     find_init_from,
     init_model,
     load_checkpoint,
+    read_checkpoint,
     record,
-    verify_checkpoint,
     weights_sha256,
-    with_block_size,
-    with_dropout,
+    with_config,
 )
 from nanogpt.disk import link_atomically
 from nanogpt.model import GPTConfig
@@ -218,7 +217,7 @@ class Run:
         found = self.files.checkpoints()
         for path in found:
             try:
-                content = verify_checkpoint(path)
+                content = read_checkpoint(path, advise=False)
             except (ValueError, OSError) as error:
                 log.warning("%s; an older checkpoint is used", error)
                 continue
@@ -321,7 +320,7 @@ def adapt(start: Checkpoint, model: Mapping[str, Any], typed: Mapping[str, Any])
     if "model.block_size" in typed and (shorter := model["block_size"]) < length:
         what = "with the position embeddings beyond it"
         log.info("%s: block_size cut from %s to %s, %s", start.path, length, shorter, what)
-        start = with_block_size(start, shorter)
+        start = with_config(start, block_size=shorter)
     for key, value in model.items():
         if key == "dropout" or not {"model", f"model.{key}"} & typed.keys():
             continue
@@ -330,4 +329,4 @@ def adapt(start: Checkpoint, model: Mapping[str, Any], typed: Mapping[str, Any])
                 f"{start.path} has {key}={there!r} but the command has model.{key}={value!r}; "
                 "leave the model keys out: the model comes from init_from"
             )
-    return with_dropout(start, model["dropout"]) if "model.dropout" in typed else start
+    return with_config(start, dropout=model["dropout"]) if "model.dropout" in typed else start

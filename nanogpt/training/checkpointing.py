@@ -1,6 +1,5 @@
 """When checkpoints are written, which of them stay, and how Lightning writes and reads them."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from nanogpt.training.loggers import MetricsLogger
 from nanogpt.training.module import StageModule, is_due
 from nanogpt.values import Count, Size
 
-log = logging.getLogger("nanogpt.checkpoints")
-
 
 class AtomicCheckpointIO(CheckpointIO):
     """Write a Lightning checkpoint as a whole or not at all, and verify what was written."""
@@ -27,7 +24,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         """Raises ValueError, and leaves no file, for a content that could not be read back."""
-        log.debug("%s: sha256 %s", path, write_checkpoint(checkpoint, Path(path)))
+        write_checkpoint(checkpoint, Path(path))
         try:
             read_record(Path(path))
         except ValueError as error:
