@@ -95,7 +95,7 @@ async def _lifespan(
         if threading.current_thread() is threading.main_thread():
             _drain_at_signals(app)
         try:
-            yield {"settings": settings, "metrics": app.state.metrics}  # for Connection
+            yield {"settings": settings}  # for Connection
         finally:
             connecting.cancel()
             await client.close()

@@ -8,12 +8,10 @@ cannot cut off a client that does not read; all other limits are in `serving/api
 
 import asyncio
 import logging
-import secrets
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serving.api.errors import ApiError
 from serving.logs import of_request
 
 MAX_HEAD_BYTES = 2**16  # of a request line and its headers
@@ -26,7 +24,7 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *, app_state: dict[str, Any], **options: Any) -> None:
         super().__init__(app_state=app_state, **options)
-        self._settings, self._metrics = app_state["settings"], app_state["metrics"]
+        self._settings = app_state["settings"]
         self._in_head = True  # and not in a body
         self._n_head_bytes = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -50,7 +48,7 @@ class Connection(HttpToolsProtocol):
         self._n_head_bytes += len(data) if self._in_head else 0
         super().data_received(data)
         if self._n_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(ApiError(431, f"The headers are larger than {MAX_HEAD_BYTES:,} bytes."))
+            self.send_400_response(f"The headers are larger than {MAX_HEAD_BYTES:,} bytes.")
 
     def on_headers_complete(self) -> None:
         self._in_head, self._n_head_bytes = False, 0
@@ -77,7 +75,10 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(ApiError(400, "This is not HTTP.", code="invalid_http"))
+        if self._is_answering:  # an earlier request
+            self.transport.close()
+        else:
+            super().send_400_response(msg)
 
     def _start_timer(self, name: str, seconds: float, action: Any) -> None:
         if name not in self._timers:
@@ -93,15 +94,3 @@ class Connection(HttpToolsProtocol):
             extra = of_request(self.cycle.scope["state"]["request_id"])
             log.warning("a client read too slowly; it is cut off", extra=extra)
             self.transport.abort()  # closing would wait for the client
-
-    def _refuse(self, error: ApiError) -> None:
-        """Answer what is no request, and close the connection."""
-        response = error.response()
-        response.headers["x-request-id"] = f"req-{secrets.token_hex(12)}"
-        response.headers["connection"] = "close"
-        self._metrics.count("other", "refused", error.status, 0.0)
-        if not self._is_answering:  # an earlier request
-            lines = [b"%b: %b\r\n" % header for header in response.raw_headers]
-            head = [STATUS_LINE[error.status], *lines, b"\r\n"]
-            self.transport.write(b"".join([*head, response.body]))
-        self.transport.close()
