@@ -27,7 +27,6 @@ from fastapi.middleware.gzip import GZipMiddleware
 
 import nanogpt
 from serving.api import errors, pages, service, v1
-from serving.api.auth import ApiKeys
 from serving.api.middleware import Admission, Cors, RequestLog
 from serving.api.models import Catalogue
 from serving.api.schemas import ErrorAnswer
@@ -53,7 +52,7 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
         _end_with_parent()
     if settings is None:
         settings = read_settings()
-    metrics, keys = Metrics(), ApiKeys(settings.api_keys)
+    metrics = Metrics()
     app = FastAPI(
         title="nanogpt",
         version=nanogpt.__version__,
@@ -67,10 +66,10 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
         middleware=[  # in the order in which they see a request
             Middleware(RequestLog, metrics=metrics),
             Middleware(Cors, settings=settings),
-            Middleware(Admission, settings=settings, keys=keys),
+            Middleware(Admission, settings=settings),
         ],
     )
-    app.state.settings, app.state.metrics, app.state.api_keys = settings, metrics, keys
+    app.state.settings, app.state.metrics = settings, metrics
     app.state.started, app.state.draining = time.time(), False
     app.include_router(service.router)
     app.include_router(v1.router, prefix="/v1")

@@ -8,7 +8,6 @@ import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from serving.api.auth import ApiKeys
 from serving.api.middleware import Admission
 from serving.api.settings import ApiSettings
 from tests.fake_engine import FakeEngine
@@ -196,7 +195,7 @@ async def _status(settings: ApiSettings, server: tuple[str, int | None]) -> int:
     async def send(message: Message) -> None:
         statuses.append(message.get("status", 0))
 
-    await Admission(_ok, settings, ApiKeys([]))(scope, receive, send)
+    await Admission(_ok, settings)(scope, receive, send)
     return statuses[0]
 
 

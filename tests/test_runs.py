@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from nanogpt.disk import MAX_DEPTH
-from serving.api.auth import ApiKeys
+from serving.api import auth
 from serving.api.pages import MAX_POINTS, find_runs, thin
 from serving.api.settings import ApiSettings
 from tests.fake_engine import FakeEngine
@@ -161,22 +161,24 @@ def test_a_ticket_opens_its_report_and_nothing_else(locked: str, runs_dir: Path)
 
 
 def test_a_ticket_ends_and_cannot_be_made_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = ApiKeys([KEY])
-    ticket = keys.ticket("/a")
-    assert keys.admits("/a", ticket)
-    assert not keys.admits("/b", ticket)
-    assert not ApiKeys(["other"]).admits("/a", ticket)
-    assert not ApiKeys([]).admits("/a", ApiKeys([]).ticket("/a"))
+    keys = ApiSettings(api_keys=(KEY,))
+    other, none = ApiSettings(api_keys=("other",)), ApiSettings()
+    ticket = auth.ticket("/a", keys)
+    assert auth.admits("/a", ticket, keys)
+    assert not auth.admits("/b", ticket, keys)
+    assert not auth.admits("/a", ticket, other)
+    assert not auth.admits("/a", auth.ticket("/a", none), none)
     longer = str(int(ticket.partition("-")[0]) + 1)
-    assert not keys.admits("/a", f"{longer}-{ticket.partition('-')[2]}")
+    assert not auth.admits("/a", f"{longer}-{ticket.partition('-')[2]}", keys)
     later = time.time() + 3601
     monkeypatch.setattr(time, "time", lambda: later)
-    assert not keys.admits("/a", ticket)
+    assert not auth.admits("/a", ticket, keys)
 
 
 @pytest.mark.parametrize("ticket", ["", "-", "x-y", "9" * 99 + "-a", "٣-a", "1-\udcff"])
 def test_a_ticket_of_any_form_is_read_without_failing(ticket: str) -> None:
-    assert not ApiKeys([KEY]).admits("/a", ticket.encode("utf-8", "replace").decode())
+    keys = ApiSettings(api_keys=(KEY,))
+    assert not auth.admits("/a", ticket.encode("utf-8", "replace").decode(), keys)
 
 
 DEEP = "a: " + "[" * 3000 + "]" * 3000

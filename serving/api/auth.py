@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import ipaddress
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
 from urllib.parse import parse_qs, urlsplit
@@ -32,45 +31,39 @@ FORWARDING = {
 SET_KEYS = "set NANOGPT_API_KEYS and send a key"
 
 
-class ApiKeys:
-    """The keys that open the API, as hashes."""
+def key_name(key: bytes, settings: ApiSettings) -> str | None:
+    """Return a name for an API key that does not reveal it, None for an unknown one.
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys if key]
-
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
-    def identify(self, key: bytes) -> str | None:
-        """Return a name for a key that does not reveal it, None for an unknown one.
-
-        Takes as long for a right key as for a wrong one.
-        """
-        given = hashlib.sha256(key).digest()
-        known = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return given.hex()[:16] if any(known) else None
-
-    def ticket(self, path: str, expires: str = "") -> str:
-        """Return what opens one path for an hour, for an address that is opened without headers."""
-        expires = expires or str(int(time.time()) + TICKET_S)
-        message = f"{expires}\n{path}".encode("utf-8", "surrogateescape")
-        return f"{expires}-{hmac.new(b''.join(self._digests), message, 'sha256').hexdigest()}"
-
-    def admits(self, path: str, ticket: str) -> bool:
-        """Return whether a ticket was issued here, for this path, and has not expired."""
-        expires = ticket.partition("-")[0]
-        ours = self.ticket(path, expires)
-        is_ours = bool(self) and hmac.compare_digest(ours.encode(), ticket.encode())
-        return is_ours and time.time() < int(expires)
+    Takes as long for a right key as for a wrong one.
+    """
+    given = _digest(key)
+    known = [hmac.compare_digest(given, _digest(k.encode())) for k in settings.api_keys]
+    return given.hex()[:16] if any(known) else None
 
 
-def authenticate(scope: Scope, settings: ApiSettings, keys: ApiKeys) -> str:
+def ticket(path: str, settings: ApiSettings, expires: str = "") -> str:
+    """Return what opens one path for an hour, for an address that is opened without headers."""
+    expires = expires or str(int(time.time()) + TICKET_S)
+    message = f"{expires}\n{path}".encode("utf-8", "surrogateescape")
+    secret = b"".join(_digest(key.encode()) for key in settings.api_keys)
+    return f"{expires}-{hmac.new(secret, message, 'sha256').hexdigest()}"
+
+
+def admits(path: str, given: str, settings: ApiSettings) -> bool:
+    """Return whether a ticket was issued here, for this path, and has not expired."""
+    expires = given.partition("-")[0]
+    ours = ticket(path, settings, expires)
+    is_ours = bool(settings.api_keys) and hmac.compare_digest(ours.encode(), given.encode())
+    return is_ours and time.time() < int(expires)
+
+
+def authenticate(scope: Scope, settings: ApiSettings) -> str:
     """Return the name of the key that a request carries, "" where none is needed.
 
     Raises ApiError: 401 for an unknown key, 403 without keys for a request of another machine, or
     of a page of another site.
     """
-    if not keys:
+    if not settings.api_keys:
         if not settings.insecure:
             check_local(scope, settings)
         return ""
@@ -78,10 +71,10 @@ def authenticate(scope: Scope, settings: ApiSettings, keys: ApiKeys) -> str:
     if is_public(path) or scope["method"] == "OPTIONS":
         return ""
     query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
-    if scope["method"] in ("GET", "HEAD") and keys.admits(path, query.get("ticket", [""])[0]):
+    if scope["method"] in ("GET", "HEAD") and admits(path, query.get("ticket", [""])[0], settings):
         return "ticket"
     given = _given_key(Headers(scope=scope))
-    name = keys.identify(given) if given else None
+    name = key_name(given, settings) if given else None
     if name is None:
         what = "Incorrect API key" if given else "No API key"
         message = f"{what}; send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'."
@@ -165,6 +158,10 @@ def _is_same_site(headers: Headers, method: str, settings: ApiSettings) -> bool:
         return origin.partition("://")[2] == headers["host"] or allows_origin(origin, settings)
     followed_a_link = headers.get("sec-fetch-dest") == "document" and method in ("GET", "HEAD")
     return site != "cross-site" or followed_a_link
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 def _given_key(headers: Headers) -> bytes | None:

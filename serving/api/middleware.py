@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api import errors
-from serving.api.auth import ApiKeys, allows_any_origin, allows_origin, authenticate
+from serving.api.auth import allows_any_origin, allows_origin, authenticate
 from serving.api.errors import ApiError, normalized
 from serving.api.pages import key_page
 from serving.api.service import Metrics
@@ -136,8 +136,8 @@ class Cors(CORSMiddleware):
 class Admission:
     """Let requests of known clients in, `max_open` at a time; only POST routes compute anything."""
 
-    def __init__(self, app: ASGIApp, settings: ApiSettings, keys: ApiKeys) -> None:
-        self.app, self.settings, self.keys = app, settings, keys
+    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+        self.app, self.settings = app, settings
         self.max_open_per_key = settings.max_open_per_key
         if self.max_open_per_key is None and len(settings.api_keys) > 1:
             self.max_open_per_key = max(1, settings.max_open * 3 // 4)  # no key shuts others out
@@ -153,7 +153,7 @@ class Admission:
             if scope["method"] == "POST":
                 await self._admit(scope, receive, send)
             else:
-                scope["state"]["key"] = authenticate(scope, self.settings, self.keys)
+                scope["state"]["key"] = authenticate(scope, self.settings)
                 app = Response(None, 204) if scope["method"] == "OPTIONS" else self.app
                 await app(scope, receive, send)
         except Exception as error:
@@ -192,7 +192,7 @@ class Admission:
         if self.open.total() >= self.settings.max_open:
             scope["state"]["is_overload"] = True  # many come at once: see RequestLog
             raise ApiError(503, "The server is busy; try again in a moment.", code="overloaded")
-        key = scope["state"]["key"] = authenticate(scope, self.settings, self.keys)
+        key = scope["state"]["key"] = authenticate(scope, self.settings)
         most = self.max_open_per_key
         if most is not None and self.open[key] >= most:
             message = f"This key has {most} requests open, as many as it may; wait for one to end."

@@ -33,11 +33,6 @@ class ServedModel:
     token_bytes: list[bytes]
     max_chars: int  # of a text whose tokens can fit the context
 
-    @property
-    def fingerprint(self) -> str:
-        """The OpenAI API's system_fingerprint: it changes with weights and precision."""
-        return f"fp_{self.details.revision[:10]}_{self.details.dtype}"
-
     async def encode(self, text: str, *, add_special_tokens: bool | None = True) -> list[int]:
         """Return the ids of a text as a prompt, or those of the text alone.
 

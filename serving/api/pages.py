@@ -31,7 +31,7 @@ from nanogpt.disk import display_name, open_regular
 from nanogpt.runs import directory
 from nanogpt.runs.directory import RunDirectory, read_summary
 from nanogpt.runs.metrics import read_metrics
-from serving.api.auth import check_local
+from serving.api.auth import check_local, ticket
 from serving.api.call import json_response
 from serving.api.errors import ApiError
 
@@ -145,11 +145,13 @@ async def _find_runs(request: Request) -> list[dict[str, Any]]:
 
 async def _runs(request: Request) -> list[dict[str, Any]]:
     """Return the runs; a report is its URL, with a ticket: a browser opens it without headers."""
-    runs, keys = await _find_runs(request), request.app.state.api_keys
+    runs, settings = await _find_runs(request), request.app.state.settings
     for run in runs:
         if run["report"]:
             path = f"/runs/{run['id']}/report.html"
-            run["report"] = quote(path) + (f"?ticket={keys.ticket(path)}" if keys else "")
+            run["report"] = quote(path) + (
+                f"?ticket={ticket(path, settings)}" if settings.api_keys else ""
+            )
     return runs
 
 

@@ -39,13 +39,14 @@ class CompletionFormat:
     kinds = ("text_completion", "text_completion")  # of a whole answer and of a chunk
 
     def __init__(self, model: ServedModel, choices: Sequence[Choice], include_usage: bool) -> None:
-        whole, chunk = self.kinds
+        (whole, chunk), details = self.kinds, model.details
         self.head: dict[str, Any] = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "object": whole,
             "created": int(time.time()),
             "model": model.id,
-            "system_fingerprint": model.fingerprint,
+            # It changes with weights and precision.
+            "system_fingerprint": f"fp_{details.revision[:10]}_{details.dtype}",
         }
         self._chunk_head = {**self.head, "object": chunk}
         if include_usage:  # null in all chunks but the last
@@ -65,9 +66,7 @@ class CompletionFormat:
         """Return the text of a chunk."""
         return {"text": text}
 
-    def message(self, text: str) -> dict[str, Any]:
-        """Return the text of a whole answer."""
-        return {"text": text}
+    message = delta  # of a whole answer
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """Return tokens with their log-probabilities."""

@@ -165,26 +165,22 @@ async def _completion_choices(
     if body.add_special_tokens is False and not all(texts):
         raise ApiError(400, "A prompt is empty, and add_special_tokens is false.", param="prompt")
     max_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-    prompts = [await _prompt(text, max_tokens, model, body) for text in texts]
+    prompts = []
+    for text in texts:
+        if isinstance(text, str):
+            model.check_chars(len(text), "prompt")
+            ids = await model.encode(text, add_special_tokens=body.add_special_tokens)
+        else:
+            ids = text or await model.encode("")
+        prompt = Prompt(ids, model.room_for(ids, max_tokens, "prompt"))
+        model.check_ids(ids, "prompt")
+        if body.echo:
+            echoed = text if isinstance(text, str) else model.tokenizer.decode(ids)
+            prompt.echo = Piece(0, echoed)
+        prompts.append(prompt)
     if body.echo and body.logprobs is not None:
         await _score(call, model, prompts, body.logprobs)
     return call.choices(body, model, prompts, [model.tokenizer.eot_id], (), body.logprobs)
-
-
-async def _prompt(
-    given: str | list[int], max_tokens: int, model: ServedModel, body: CompletionRequest
-) -> Prompt:
-    if isinstance(given, str):
-        model.check_chars(len(given), "prompt")
-        ids = await model.encode(given, add_special_tokens=body.add_special_tokens)
-    else:
-        ids = given or await model.encode("")
-    prompt = Prompt(ids, model.room_for(ids, max_tokens, "prompt"))
-    model.check_ids(ids, "prompt")
-    if body.echo:
-        text = given if isinstance(given, str) else model.tokenizer.decode(ids)
-        prompt.echo = Piece(0, text)
-    return prompt
 
 
 async def _score(call: Call, model: ServedModel, prompts: Sequence[Prompt], top: int) -> None:
