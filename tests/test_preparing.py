@@ -142,7 +142,7 @@ def test_a_fraction_outside_0_to_1_is_refused(tmp_path: Path, val_fraction: floa
     "limits", [{"shard_tokens": 0}, {"shard_tokens": 2**31}, {"workers": 0}, {"workers": -1}]
 )
 def test_impossible_limits_are_refused(tmp_path: Path, limits: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(limits))}=.* must"):
+    with pytest.raises(ValueError, match=f"{next(iter(limits))}.* must"):
         _prepare(MANY, tmp_path, **limits)
 
 
@@ -402,9 +402,9 @@ def test_a_full_disk_keeps_what_is_prepared(
     assert len(_prepare(MANY, tmp_path).train) > 0
 
 
-def test_a_folder_that_cannot_be_made_is_named_with_what_to_do(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"file/corpus cannot be written .*; pass another folder"):
+    with pytest.raises(OSError, match=r"file/corpus"):
         _prepare(MANY, tmp_path, out=tmp_path / "file" / "corpus")
 
 
@@ -417,7 +417,9 @@ def test_an_unfinished_folder_is_no_corpus(tmp_path: Path) -> None:
 
 def test_shards_of_others_are_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "fineweb_train_000001.bin").write_bytes(b"precious")
-    with pytest.raises(ValueError, match="shards of another make"):
+    with pytest.raises(
+        ValueError, match=r"train_000001\.bin was not written here .*; pass another folder"
+    ):
         _prepare(MANY, tmp_path, out=tmp_path)
     assert (tmp_path / "fineweb_train_000001.bin").read_bytes() == b"precious"
 
@@ -435,13 +437,6 @@ def test_files_of_others_are_not_written_over(tmp_path: Path, name: str, content
     with pytest.raises(ValueError, match=rf"{name} (was|is) not .*; pass another folder"):
         _prepare(MANY, tmp_path, out=tmp_path)
     assert (tmp_path / name).read_text() == content
-
-
-def test_a_table_that_was_written_before_the_journal_is_written_again(tmp_path: Path) -> None:
-    table = (_prepare(MANY, tmp_path).directory / "tokenizer.json").read_bytes()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "tokenizer.json").write_bytes(table)
-    assert len(_prepare(MANY, tmp_path, out=tmp_path / "out").train) > 0
 
 
 def test_a_folder_of_another_corpus_is_refused(tmp_path: Path) -> None:
@@ -469,7 +464,7 @@ def test_a_file_that_changes_while_it_is_read_makes_no_corpus(
     with monkeypatch.context() as patch:
         patch.setattr(
             preparing.CorpusWriter,
-            "commit",
+            "finish",
             lambda writer: path.write_text(path.read_text() + "\n"),
         )
         with pytest.raises(ValueError, match="changed while it was read"):

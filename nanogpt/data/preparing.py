@@ -6,12 +6,13 @@ does not grow with the source.
 
 import errno
 import gzip
+import io
 import logging
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +35,15 @@ from nanogpt.data.corpus import (
 from nanogpt.data.shards import MAX_SHARD_TOKENS, SHARD_TOKENS, TokenStream, token_dtype
 from nanogpt.data.source import Source
 from nanogpt.data.tokenizing import Split, batches, choose_split, n_cores, tokenized
-from nanogpt.data.writer import JOURNAL, SPLITS, CorpusWriter, Progress, read_journal, write_json
+from nanogpt.data.writer import (
+    JOURNAL,
+    SPLITS,
+    CorpusWriter,
+    Progress,
+    read_journal,
+    write_journal,
+    write_json,
+)
 from nanogpt.disk import wait_for_lock
 from nanogpt.text import format_number
 from nanogpt.tokenizer import Tokenizer
@@ -71,8 +80,6 @@ class Preparation:
             raise ValueError(f"val_fraction={share} must be between 0 and 1, such as 0.1")
         if not 0 < (n := self.shard_tokens) <= MAX_SHARD_TOKENS:
             raise ValueError(f"shard_tokens={n} must be from 1 to {MAX_SHARD_TOKENS}")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers={self.workers} must be at least 1; omit it for all cores")
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -104,15 +111,9 @@ def prepare(preparation: Preparation) -> Corpus:
     """
     directory = preparation.directory
     if not (directory / MANIFEST).exists():
+        directory.mkdir(parents=True, exist_ok=True)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            lock = wait_for_lock(FileLock(directory / ".lock"), f"prepares {directory}")
-        except OSError as error:
-            raise OSError(
-                f"{directory} cannot be written ({error.strerror}); pass another folder"
-            ) from error
-        try:
-            with lock:
+            with wait_for_lock(FileLock(directory / ".lock"), f"prepares {directory}"):
                 if not (directory / MANIFEST).exists():
                     _make(preparation, directory)
         except OSError as error:
@@ -129,26 +130,34 @@ def prepare(preparation: Preparation) -> Corpus:
 
 def _check_identity(directory: Path, found: object, preparation: Preparation) -> None:
     """Raise ValueError where a folder, finished or not, holds another corpus than this one."""
-    known = found if isinstance(found, Mapping) else {}
-    if differences := [
-        f"{key}={known.get(key)}"
-        for key, value in preparation.identity.items()
-        if known.get(key) != value
-    ]:
+    if found != preparation.identity:
         raise ValueError(
-            f"{directory} holds another corpus ({', '.join(differences)}); pass another folder, or "
-            "remove this one"
+            f"{directory} holds another corpus ({found}); pass another folder, or remove this one"
         )
 
 
 def _make(preparation: Preparation, directory: Path) -> None:
     """Write the corpus, or continue where an earlier process was stopped."""
-    source = preparation.source
-    settled, tokenizer, progress = _begin_or_continue(preparation, directory)
-    source = source.pinned(settled["revision"])
+    settled, progress = read_journal(directory) or _begin(preparation, directory)
+    _check_identity(directory, settled.get("identity"), preparation)
+    done = f", continuing after {progress.records:,} documents" if progress.records else ""
+    name, key = preparation.source.name, preparation.tokenizer_key
+    log.info("preparing %s with tokenizer %s in %s%s", name, key, directory, done)
+    source = preparation.source.pinned(settled["revision"])
+    split, path = Split(**settled["split"]), directory / TOKENIZER
+    if path.exists():
+        tokenizer = read_tokenizer(path)
+    else:
+        tokenizer = preparation.make_tokenizer(
+            text
+            for document in source.documents()
+            for name, text in split.parts(document or "")
+            if name == "train"
+        )
+        write_json(path, tokenizer.record(), indent=None)
     dtype = token_dtype(tokenizer.vocab_size)
     with CorpusWriter(directory, dtype, preparation.shard_tokens, settled, progress) as writer:
-        _write(preparation, source, Split(**settled["split"]), tokenizer, writer)
+        _write(preparation, source, split, tokenizer, writer)
     if preparation.source.fingerprint() != preparation.identity["source"]:
         raise ValueError(
             f"data={source.name} changed while it was read, and {directory} may miss some of it; "
@@ -164,53 +173,29 @@ def _make(preparation: Preparation, directory: Path) -> None:
         },
         "split": {"val_fraction": source.val_fraction, **settled["split"]},
         "tokenizer": describe_tokenizer(tokenizer, preparation.tokenizer_key),
-        **asdict(writer.progress),
-        "gzip_bits_per_byte": _gzip_bits_per_byte(directory, tokenizer, writer.progress),
+        **asdict(progress),
+        "gzip_bits_per_byte": _gzip_bits_per_byte(directory, tokenizer, progress),
     }
     write_json(directory / MANIFEST, manifest)
     (directory / JOURNAL).unlink(missing_ok=True)
-    train, val = (f"{writer.progress.splits[split].tokens:,}" for split in SPLITS)
+    train, val = (f"{progress.splits[split].tokens:,}" for split in SPLITS)
     log.info("prepared %s training and %s validation tokens", train, val)
 
 
-def _begin_or_continue(
-    preparation: Preparation, directory: Path
-) -> tuple[dict[str, Any], Tokenizer, Progress | None]:
-    """Return the journal's settings of a corpus, its tokenizer, and its progress."""
-    source, path = preparation.source, directory / TOKENIZER
-    begun = read_journal(directory)
-    if begun is not None:
-        settled, progress = begun
-        _check_identity(directory, settled.get("identity"), preparation)
-        log.info("%s: continuing after %s documents", directory, f"{progress.records:,}")
-        return settled, read_tokenizer(path), progress
-    if any(directory.glob("*.bin")):
-        raise ValueError(f"{directory} holds shards of another make; pass another folder")
-    if path.exists():
-        try:
-            read_tokenizer(path)
-        except ValueError as error:
-            raise ValueError(
-                f"{path} was not written here and would be overwritten; pass another folder"
-            ) from error
-    log.info(
-        "preparing %s with tokenizer %s in %s", source.name, preparation.tokenizer_key, directory
-    )
-    source = source.pinned()
-    split = choose_split(source)
-    tokenizer = preparation.make_tokenizer(
-        text
-        for document in source.documents()
-        for name, text in split.parts(document or "")
-        if name == "train"
-    )
-    write_json(path, tokenizer.record(), indent=None)
+def _begin(preparation: Preparation, directory: Path) -> tuple[dict[str, Any], Progress]:
+    """Write a new journal; return its settings and progress."""
+    for path in (*directory.glob("*.bin"), *directory.glob(TOKENIZER)):
+        raise ValueError(
+            f"{path} was not written here and would be overwritten; pass another folder"
+        )
+    source = preparation.source.pinned()
     settled = {
         "identity": preparation.identity,
         "revision": source.description().get("revision"),
-        "split": asdict(split),
+        "split": asdict(choose_split(source)),
     }
-    return settled, tokenizer, None
+    write_journal(directory, settled, progress := Progress())
+    return settled, progress
 
 
 def _write(
@@ -222,8 +207,6 @@ def _write(
 ) -> None:
     """Write the shards from the writer's progress to the end of the source, or to the limit."""
     progress, limit = writer.progress, preparation.tokens
-    if not progress.records:
-        writer.commit()
     byte_lengths = np.array([len(token) for token in tokenizer.token_bytes()])
     workers = n_cores() if preparation.workers is None else preparation.workers
     committed = time.monotonic()
@@ -278,15 +261,13 @@ def _bar(n_tokens: int) -> tqdm:
     return tqdm(initial=n_tokens, unit=" tokens", unit_scale=True, miniters=1, delay=2, **options)
 
 
-class _LogFile:
+class _LogFile(io.StringIO):
     """A file whose lines go to the log."""
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         if line := text.strip():
             log.info("%s", line)
-
-    def flush(self) -> None:
-        pass
+        return len(text)
 
 
 def _gzip_bits_per_byte(directory: Path, tokenizer: Tokenizer, progress: Progress) -> float | None:

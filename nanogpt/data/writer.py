@@ -63,15 +63,20 @@ def read_journal(directory: Path) -> tuple[dict[str, Any], Progress] | None:
     Raises ValueError where the file is not such a journal.
     """
     path = directory / JOURNAL
-    if not path.exists():
-        return None
     try:
         journal = json.loads(path.read_bytes())
         return journal, TypeAdapter(Progress).validate_python(journal.pop("progress"))
+    except FileNotFoundError:
+        return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not the journal of a preparation; pass another folder, or remove this one"
         ) from error
+
+
+def write_journal(directory: Path, settled: Mapping[str, Any], progress: Progress) -> None:
+    """Record the settings, plain values, and the progress."""
+    write_json(directory / JOURNAL, {**settled, "progress": asdict(progress)})
 
 
 class CorpusWriter:
@@ -92,115 +97,91 @@ class CorpusWriter:
     ) -> None:
         self.progress = progress if progress is not None else Progress()
         self._directory = directory
+        self._dtype = dtype
         self._shard_tokens = shard_tokens
         self._settled = settled
-        self._files = {
-            split: _ShardFile(directory, split, dtype, self.progress.splits[split])
-            for split in SPLITS
-        }
+        self._files: dict[str, IO[bytes]] = {}  # the unfinished shards by split
+        for split, written in self.progress.splits.items():
+            if written.open_tokens:
+                self._open(split)
 
     def __enter__(self) -> "CorpusWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # of a full disk, which was raised before
+                file.close()
 
     def append(self, parts: Mapping[str, np.ndarray]) -> bool:
         """Append a batch's tokens (N,) of each split; return whether a shard was finished."""
-        self._files["val"].write(parts["val"])
+        self._write("val", parts["val"])
         tokens, rolled = parts["train"], False
         train = self.progress.splits["train"]
         while len(tokens):
             taken = tokens[: self._shard_tokens - train.open_tokens]
-            self._files["train"].write(taken)
+            self._write("train", taken)
             tokens = tokens[len(taken) :]
             if train.open_tokens == self._shard_tokens:
-                for file in self._files.values():
-                    file.finish()
+                for split in SPLITS:
+                    self._finish(split)
                 rolled = True
         return rolled
 
     def commit(self) -> None:
         """Synchronise everything written so far to the disk, then record it in the journal."""
         for file in self._files.values():
-            file.synchronise()
-        write_json(self._directory / JOURNAL, {**self._settled, "progress": asdict(self.progress)})
+            _synchronise(file)
+        write_journal(self._directory, self._settled, self.progress)
 
     def finish(self) -> None:
         """Finish the last shards; a split without tokens is one empty shard."""
         for name, split in self.progress.splits.items():
             if split.open_tokens or not split.shards:
-                self._files[name].finish()
+                self._finish(name)
 
-
-class _ShardFile:
-    """The unfinished shard of one split."""
-
-    def __init__(
-        self, directory: Path, split: str, dtype: np.dtype, progress: SplitProgress
-    ) -> None:
-        self._directory = directory
-        self._split = split
-        self._dtype = dtype
-        self._progress = progress
-        self._file: IO[bytes] | None = None
-        if progress.open_tokens:
-            self._reopen()
-
-    def write(self, tokens: np.ndarray) -> None:
+    def _write(self, split: str, tokens: np.ndarray) -> None:
         if len(tokens):
-            self._open().write(tokens.astype(self._dtype, copy=False).tobytes())
-            self._progress.tokens += len(tokens)
+            self._open(split).write(tokens.astype(self._dtype, copy=False).tobytes())
+            self.progress.splits[split].tokens += len(tokens)
 
-    def synchronise(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+    def _open(self, split: str) -> IO[bytes]:
+        """Return the unfinished shard, cut back to its size in the journal when it is opened."""
+        if split not in self._files:
+            path, partial = self._paths(split)
+            if path.exists():  # it was finished after the last commit
+                os.replace(path, partial)
+            partial.touch()
+            n_tokens = self.progress.splits[split].open_tokens
+            n_bytes = HEADER_BYTES + n_tokens * self._dtype.itemsize
+            if n_tokens and partial.stat().st_size < n_bytes:
+                raise ValueError(
+                    f"{partial} is missing or shorter than {JOURNAL} in its folder records; "
+                    f"{REMEDY}"
+                )
+            self._files[split] = file = partial.open("r+b")
+            file.truncate(n_bytes)
+            file.seek(n_bytes)
+        return self._files[split]
 
-    def close(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # of a full disk, which was raised before
-                self._file.close()
-
-    def finish(self) -> None:
-        """Write the header and give the shard its name."""
-        n_tokens = self._progress.open_tokens
+    def _finish(self, split: str) -> None:
+        """Write the header of a shard and give it its name."""
+        progress = self.progress.splits[split]
         header = np.zeros(HEADER_INTS, dtype="<i4")
-        header[:3] = (*MAGIC_AND_VERSION[self._dtype], n_tokens)
-        with self._open() as file:
+        header[:3] = (*MAGIC_AND_VERSION[self._dtype], progress.open_tokens)
+        with self._open(split) as file:
             file.seek(0)
             file.write(header.tobytes())
-            self.synchronise()
-        path, partial = self._paths()
+            _synchronise(file)
+        del self._files[split]
+        path, partial = self._paths(split)
         os.replace(partial, path)
-        self._progress.shards.append(Shard(path.name, n_tokens, file_sha256(path)))
-        self._file = None
+        progress.shards.append(Shard(path.name, progress.open_tokens, file_sha256(path)))
 
-    def _paths(self) -> tuple[Path, Path]:
-        """Return the paths of the shard when it is finished, and until then."""
-        name = f"{self._split}_{len(self._progress.shards):06d}.bin"
+    def _paths(self, split: str) -> tuple[Path, Path]:
+        """Return the paths of a shard when it is finished, and until then."""
+        name = f"{split}_{len(self.progress.splits[split].shards):06d}.bin"
         return self._directory / name, self._directory / f"{name}.partial"
-
-    def _open(self) -> IO[bytes]:
-        if self._file is None:
-            self._file = self._paths()[1].open("wb")
-            self._file.write(bytes(HEADER_BYTES))
-        return self._file
-
-    def _reopen(self) -> None:
-        """Cut the shard back to its size in the journal; it may have been finished since."""
-        path, partial = self._paths()
-        if path.exists():
-            os.replace(path, partial)
-        n_bytes = HEADER_BYTES + self._progress.open_tokens * self._dtype.itemsize
-        if not partial.exists() or partial.stat().st_size < n_bytes:
-            raise ValueError(
-                f"{partial} is missing or shorter than {JOURNAL} in its folder records; {REMEDY}"
-            )
-        self._file = partial.open("r+b")
-        self._file.truncate(n_bytes)
-        self._file.seek(n_bytes)
 
 
 def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> None:
@@ -208,3 +189,8 @@ def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> 
     with replacing(path, "w") as file:
         json.dump(value, file, indent=indent)
         file.write("\n")
+
+
+def _synchronise(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
