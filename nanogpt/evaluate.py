@@ -154,8 +154,10 @@ def score(reference: str, path: Path, options: argparse.Namespace, ranks: Ranks)
             add_evaluation(run_dir, {**row, "checkpoint": run_dir.name}, about)
             if RunDirectory(run_dir).report_path.is_file():  # of a finished run
                 write_report(run_dir)
-        except OSError as error:
-            print(f"nanogpt.evaluate: {run_dir} stays as it was ({error})", file=sys.stderr)
+        except (OSError, LookupError, TypeError, ValueError) as error:  # of its summary.json
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            text = f"{run_dir} gets no new report ({reason}); look at its files"
+            print(f"nanogpt.evaluate: {text}", file=sys.stderr)
     return row
 
 

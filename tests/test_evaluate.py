@@ -183,6 +183,31 @@ def test_a_missing_folder_is_an_error_before_scoring(
     assert "is no file of an existing folder" in fails(arguments, capsys)
 
 
+@pytest.mark.parametrize(
+    ("found", "key"),
+    [('"confusion": [[1]]', "labels"), ('"confusion": [[1]], "labels": ["a"]', "mistakes")],
+)
+def test_a_summary_that_lacks_keys_is_one_sentence(
+    found: str,
+    key: str,
+    always_ham: Path,
+    file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(always_ham.read_bytes())
+    (tmp_path / "run" / "config.yaml").write_text("stage: classify\n")
+    (tmp_path / "run" / "summary.json").write_text(f'{{"steps": 1, {found}}}')
+    (tmp_path / "run" / "report.html").touch()
+    assert main([str(tmp_path / "run"), "--task", "classify", "--data", str(file)]) == 0
+    output = capsys.readouterr()
+    [sentence] = output.err.splitlines()
+    assert f"run gets no new report (KeyError: '{key}')" in sentence
+    assert "majority (baseline)" in output.out
+
+
 def test_a_whole_evaluation_of_a_run_imports_no_lightning(
     always_ham: Path, file: Path, tmp_path: Path
 ) -> None:
