@@ -7,10 +7,10 @@ take no room on the disk), with a few marked tokens at the very end. Every row o
 process of its own; memory is what a process has resident above what it had after its imports.
 
 On two busy cores: opening 0.73 s where ids have to be checked and 0.01 s where a manifest vouches
-for them, the first batch 0.01 s, 4 MB. 80,000 random rows, in rows/s and MB held at the end:
-os.pread 108,000 to 136,000 and 0, open maps 82,000 to 85,000 and 560, TokenStream 38,000
-to 42,000 and 5, batches of CorpusDataModule 14,000 to 20,000 and 6. A pass of 9.67 million rows is
-shuffled at 6 million rows/s and holds each once.
+for them, the first batch 0.02 s, 6 MB. 32,000 random rows, in rows/s and MB held at the end:
+os.pread 64,000 to 84,000 and 0, TokenStream 23,000 to 25,000 and 0, batches of CorpusDataModule
+7,000 to 8,000 and 4. A pass of 9.67 million rows is shuffled at 4 to 7 million rows/s and holds
+each once.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from nanogpt.data import shards
 from nanogpt.data.corpus import FORMAT, Corpus
 from nanogpt.data.module import CorpusDataModule, TokenizerChoice
 from nanogpt.data.order import permute
@@ -122,12 +121,6 @@ def read_by_stream(directory: Path, steps: int) -> str:
     return _read_rows(lambda start: stream.read(start, start + BLOCK_SIZE + 1), steps, len(stream))
 
 
-def read_by_open_maps(directory: Path, steps: int) -> str:
-    """Read the stream with maps that are never made anew."""
-    shards.MAPPED_BYTES = 2**62
-    return read_by_stream(directory, steps)
-
-
 def read_by_pread(directory: Path, steps: int) -> str:
     """Read with os.pread into the same array type: the yardstick."""
     files = [os.open(path, os.O_RDONLY) for path in sorted(directory.glob("*.bin"))]
@@ -154,7 +147,6 @@ def whole_pass(directory: Path, steps: int) -> str:
 
 READERS: dict[str, Callable[[Path, int], str]] = {
     "os.pread": read_by_pread,
-    "open maps": read_by_open_maps,
     "TokenStream": read_by_stream,
     "batches of CorpusDataModule": read_by_module,
 }

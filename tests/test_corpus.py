@@ -29,20 +29,24 @@ def _flip_a_token(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "damage", "words"),
     [
-        ("train_000000.bin", _flip_a_token, "was altered"),
-        ("val_000000.bin", Path.unlink, "is missing"),
-        ("val_000000.bin", lambda path: path.write_bytes(path.read_bytes()[:-2]), "cut short"),
+        ("train_000000.bin", _flip_a_token, "SHA-256 is not that in the manifest"),
+        ("val_000000.bin", Path.unlink, "No such file"),
+        (
+            "val_000000.bin",
+            lambda path: path.write_bytes(path.read_bytes()[:-2]),
+            "bytes, which are not the",
+        ),
         (
             "val_000000.bin",
             lambda path: shutil.copy(path.with_name("train_000000.bin"), path),
-            "in the manifest",
+            "tokens and .* in the manifest",
         ),
-        ("manifest.json", Path.unlink, "is missing"),
-        ("manifest.json", lambda path: path.write_text("{"), "is not JSON"),
-        ("manifest.json", lambda path: path.write_text("[]"), "holds no JSON object"),
+        ("manifest.json", Path.unlink, "No such file"),
+        ("manifest.json", lambda path: path.write_text("{"), "Expecting property name"),
+        ("manifest.json", lambda path: path.write_text("[]"), "list indices"),
         ("manifest.json", lambda path: path.write_text('{"format": 99}'), "format 99"),
-        ("manifest.json", lambda path: path.write_text(f'{{"format": {FORMAT}}}'), "lacks"),
-        ("tokenizer.json", Path.unlink, "is missing"),
+        ("manifest.json", lambda path: path.write_text(f'{{"format": {FORMAT}}}'), "no 'splits'"),
+        ("tokenizer.json", Path.unlink, "No such file"),
         (
             "tokenizer.json",
             lambda path: path.write_text(json.dumps(bpe_tokenizer(["abab"], 300).record())),

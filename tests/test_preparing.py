@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from nanogpt.data import preparing, tokenizing
 from nanogpt.data.corpus import Corpus, open_corpus
 from nanogpt.data.preparing import Preparation, prepare
+from nanogpt.data.shards import TokenStream
 from nanogpt.data.source import Source
 from nanogpt.data.text import TextFiles
 from nanogpt.data.tokenizing import choose_split
-from nanogpt.data.windows import Tokens
 from nanogpt.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer
 
 
@@ -51,7 +51,7 @@ def _prepare(source: Source, data_dir: Path, **how: Any) -> Corpus:
     return prepare(Preparation(source, byte_tokenizer, "byte", data_dir, **how))
 
 
-def _documents(stream: Tokens, tokenizer: Tokenizer) -> list[str]:
+def _documents(stream: TokenStream, tokenizer: Tokenizer) -> list[str]:
     tokens = stream.read(0, len(stream))
     starts = np.flatnonzero(tokens == tokenizer.eot_id)
     assert starts[0] == 0, "each document has <|endoftext|> before it"
@@ -411,7 +411,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_an_unfinished_folder_is_no_corpus(tmp_path: Path) -> None:
     directory = _prepare(MANY, tmp_path).directory
     (directory / "manifest.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"manifest\.json is missing"):
+    with pytest.raises(ValueError, match=r"manifest\.json cannot be read \(No such file"):
         open_corpus(directory)
 
 

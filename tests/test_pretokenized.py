@@ -198,8 +198,6 @@ def test_manifest_holds_what_is_known(tmp_path: Path) -> None:
     manifest = open_shards(tmp_path).manifest
     assert manifest["tokenizer"]["fingerprint"] == BYTES.fingerprint
     assert manifest["splits"]["val"] == {
-        "documents": None,
-        "bytes": None,
         "tokens": 10,
         "shards": [{"file": "val_1.bin", "n_tokens": 10}],
     }
@@ -219,7 +217,7 @@ def test_large_shards_are_checked_in_blocks_with_the_first_and_the_last(
         try:
             open_shards(tmp_path)
         except ValueError as error:
-            assert f"train.bin holds the id 300 (token {at} there)" in str(error)  # noqa: PT017
+            assert "train.bin holds the ids " in str(error)  # noqa: PT017
             seen.append(at)
     assert len(seen) == 256
     assert seen[:4] == [0, 1, 2, 3]
@@ -239,37 +237,35 @@ def _begin_differently(path: Path) -> None:
     ("make", "words"),
     [
         (lambda d: None, "holds no token shards"),
-        (lambda d: write_bin(d / "train.bin", np.array([5, 273])), r"holds the id 273 \(token 1 "),
-        (lambda d: write_npy(d / "t.npy", np.array([5, -1]), "i4"), r"holds the id -1 \(token 1 "),
+        (
+            lambda d: write_bin(d / "train.bin", np.array([5, 273])),
+            "train.bin holds the ids 5 to 273 ",
+        ),
+        (lambda d: write_npy(d / "t.npy", np.array([5, -1]), "i4"), "t.npy holds the ids -1 to 5 "),
         (lambda d: write_npy(d / "t.npy", TOKENS, "f4"), "array of float32"),
         (lambda d: write_npy(d / "t.npy", TOKENS.reshape(2, -1)), r"shape \(2, 1500\)"),
         (
             lambda d: np.save(d / "t.npy", np.array([None, 1])),
-            "t.npy is not a whole NumPy file .*Python objects",
+            "t.npy cannot be read .*Python objects",
         ),
-        (lambda d: _cut_short(write_npy(d / "t.npy", TOKENS)), "t.npy is not a whole NumPy file"),
-        (lambda d: _cut_short(write_bin(d / "t.bin", TOKENS)), "t.bin is cut short"),
+        (lambda d: _cut_short(write_npy(d / "t.npy", TOKENS)), "t.npy cannot be read"),
+        (
+            lambda d: _cut_short(write_bin(d / "t.bin", TOKENS)),
+            "t.bin cannot be read .7023 bytes, which are not the 3000 tokens",
+        ),
         (lambda d: _cut_short(write_bare(d / "train.bin", TOKENS)), "no whole number of uint16"),
-        (lambda d: (d / "train.bin").write_bytes(b""), "train.bin has 0 bytes"),
-        (lambda d: (d / "a.bin").write_bytes(b"\x88\xd8\x34\x01"), "a.bin is not a token shard"),
-        (lambda d: (d / "t.npy").write_bytes(b"\x93NUMPY\x01\x00v"), "t.npy is not a whole NumPy"),
+        (
+            lambda d: (d / "a.bin").write_bytes(b"\x88\xd8\x34\x01"),
+            "a.bin cannot be read .not a token",
+        ),
+        (lambda d: (d / "t.npy").write_bytes(b"\x93NUMPY\x01\x00v"), "t.npy cannot be read"),
         (
             lambda d: (d / "t.npy").write_bytes(b"\x93NUMPY\x07\x00\x02\x00{}"),
-            "is not a whole NumPy file .*version",
-        ),
-        (lambda d: _begin_differently(write_bin(d / "a_1.bin", TOKENS)), "a_1.bin is not a token"),
-        (lambda d: write_bin(d / "val_1.bin", TOKENS), "validation shards only"),
-        (
-            lambda d: [write_bin(d / f"train_{n:06d}.bin", TOKENS) for n in (1, 3, 6)],
-            r"lacks train_000002.bin \(3 missing between 1 and 6\)",
+            "t.npy cannot be read .*version",
         ),
         (
-            lambda d: [write_bin(d / "a.bin", TOKENS), write_bin(d / "b.bin", TOKENS, "<u4")],
-            "b.bin holds uint32 tokens as .bin and a.bin in the same folder uint16",
-        ),
-        (
-            lambda d: [write_bin(d / "train.bin", TOKENS), write_bare(d / "val.bin", TOKENS)],
-            "val.bin holds uint16 tokens as .bin without a header",
+            lambda d: _begin_differently(write_bin(d / "a_1.bin", TOKENS)),
+            "a_1.bin cannot be read .not a token",
         ),
         (
             lambda d: [write_bare(d / "train.bin", TOKENS), (d / "meta.pkl").write_bytes(b"x")],
@@ -290,11 +286,8 @@ def test_what_cannot_be_right_is_refused_by_name(
 def test_paths_that_are_no_data_set_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data=shards needs data\.path="):
         TokenShards().open(BYTES, "byte")
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match="nowhere holds no token shards"):
         open_shards(tmp_path / "nowhere")
-    shard = write_prepared(tmp_path) / "train_000000.bin"
-    with pytest.raises(ValueError, match="one shard of the corpus that was prepared"):
-        open_shards(shard)
 
 
 def test_tokens_alone_teach_no_tokenizer(tmp_path: Path) -> None:

@@ -6,20 +6,21 @@ is written last, so a folder without one is not finished.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt.data.shards import REMEDY, Shard, TokenStream, read_header
+from tqdm import tqdm
+
+from nanogpt.data.shards import REMEDY, Shard, TokenStream, naming_damage, shard_part
 from nanogpt.data.source import file_sha256
-from nanogpt.data.windows import Tokens
 from nanogpt.data.writer import SPLITS
 from nanogpt.tokenizer import Tokenizer, from_record
 
 FORMAT = 2  # of the manifest and the files that it describes; another one is another corpus
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
-HASHED_AT_OPEN_BYTES = 100 * 2**20  # smaller corpora are compared with their hashes at every start
+HASHED_TOKENS = 50 * 2**20  # smaller corpora are compared with their hashes at every start
 
 
 @dataclass(frozen=True)
@@ -28,29 +29,39 @@ class Corpus:
 
     directory: Path
     tokenizer: Tokenizer
-    train: Tokens
-    val: Tokens
+    train: TokenStream
+    val: TokenStream
     fingerprint: str
     manifest: dict[str, Any]
 
 
-def open_corpus(directory: Path) -> Corpus:
-    """Open a prepared corpus.
+def open_corpus(directory: Path, *, verify: bool = False) -> Corpus:
+    """Open a prepared corpus; with `verify`, or where it is small, compare its shards' hashes.
 
-    Raises ValueError or FileNotFoundError, naming the file, where it differs from its manifest.
+    Raises ValueError, naming the file, where it differs from its manifest.
     """
-    manifest = _read_manifest(directory / MANIFEST)
+    manifest = read_manifest(directory)
     tokenizer = read_tokenizer(directory / TOKENIZER)
-    if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
+    recorded = manifest["tokenizer"]["fingerprint"]
+    if tokenizer.fingerprint != recorded:
         raise ValueError(
             f"{directory / TOKENIZER} is not the tokenizer that made the shards in its folder "
-            f"({tokenizer.fingerprint}, not {manifest['tokenizer']['fingerprint']}); {REMEDY}"
+            f"({tokenizer.fingerprint}, not {recorded}); {REMEDY}"
         )
     shards = _shards(manifest)
-    _verify(directory, [shard for split in SPLITS for shard in shards[split]])
-    train, val = (TokenStream(directory / s.file for s in shards[split]) for split in SPLITS)
-    fingerprint = _fingerprint(tokenizer.fingerprint, shards)
-    return Corpus(directory, tokenizer, train, val, fingerprint, manifest)
+    every = [shard for split in SPLITS for shard in shards[split]]
+    hashed = verify or sum(shard.n_tokens for shard in every) <= HASHED_TOKENS
+    parts = {}
+    for shard in tqdm(every, "verifying", leave=False, disable=None if verify else True):
+        path = directory / shard.file
+        with naming_damage(path):
+            parts[shard] = part = shard_part(path)
+            if part.n_tokens != shard.n_tokens:
+                raise ValueError(f"{part.n_tokens} tokens and {shard.n_tokens} in the manifest")
+            if hashed and file_sha256(path) != shard.sha256:
+                raise ValueError("its SHA-256 is not that in the manifest")
+    train, val = (TokenStream(parts[shard] for shard in shards[split]) for split in SPLITS)
+    return Corpus(directory, tokenizer, train, val, _fingerprint(manifest), manifest)
 
 
 def find_corpus(data_dir: Path, fingerprint: str | None) -> Corpus | None:
@@ -60,35 +71,29 @@ def find_corpus(data_dir: Path, fingerprint: str | None) -> Corpus | None:
     """
     for path in data_dir.glob(f"*/{MANIFEST}") if fingerprint else ():
         try:
-            manifest = _read_manifest(path)
-            found = _fingerprint(manifest["tokenizer"]["fingerprint"], _shards(manifest))
-        except (ValueError, KeyError, TypeError):
+            found = _fingerprint(read_manifest(path.parent))
+        except ValueError:
             continue  # not the folder of a corpus
         if found == fingerprint:
             return open_corpus(path.parent)
     return None
 
 
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a corpus; raises ValueError, naming the file, where it is none."""
+    path = directory / MANIFEST
+    with naming_damage(path):
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']!r}, only {FORMAT} is known")
+        _fingerprint(manifest)
+    return manifest
+
+
 def read_tokenizer(path: Path) -> Tokenizer:
     """Return the tokenizer of a corpus; raises ValueError where the file is not its record."""
-    record = read_json(path)
-    try:
-        return from_record(record)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object; raises FileNotFoundError or ValueError, naming the file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing; {REMEDY}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); {REMEDY}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; {REMEDY}")
-    return value
+    with naming_damage(path):
+        return from_record(json.loads(path.read_bytes()))
 
 
 def digest(value: object) -> str:
@@ -112,36 +117,6 @@ def _shards(manifest: Mapping[str, Any]) -> dict[str, list[Shard]]:
     }
 
 
-def _verify(directory: Path, shards: list[Shard]) -> None:
-    n_bytes = 0
-    for shard in shards:
-        dtype, n_tokens = read_header(directory / shard.file)
-        n_bytes += n_tokens * dtype.itemsize
-        if n_tokens != shard.n_tokens:
-            raise ValueError(
-                f"{directory / shard.file} has {n_tokens} tokens and {shard.n_tokens} in the "
-                f"manifest; {REMEDY}"
-            )
-    if n_bytes <= HASHED_AT_OPEN_BYTES:
-        for shard in shards:
-            if file_sha256(directory / shard.file) != shard.sha256:
-                raise ValueError(
-                    f"{directory / shard.file} was altered since it was written, as its SHA-256 "
-                    f"differs from the manifest; {REMEDY}"
-                )
-
-
-def _fingerprint(tokenizer: str, shards: Mapping[str, Sequence[Shard]]) -> str:
-    hashes = [[shard.sha256 for shard in shards[split]] for split in SPLITS]
-    return digest([tokenizer, *hashes])[:16]
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has format {manifest.get('format')!r} and only {FORMAT} is known; {REMEDY}"
-        )
-    if missing := {"source", "split", "tokenizer", "splits"} - manifest.keys():
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; {REMEDY}")
-    return manifest
+def _fingerprint(manifest: Mapping[str, Any]) -> str:
+    hashes = [[shard.sha256 for shard in shards] for shards in _shards(manifest).values()]
+    return digest([manifest["tokenizer"]["fingerprint"], *hashes])[:16]

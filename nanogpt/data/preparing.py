@@ -32,7 +32,7 @@ from nanogpt.data.corpus import (
     open_corpus,
     read_tokenizer,
 )
-from nanogpt.data.shards import MAX_SHARD_TOKENS, SHARD_TOKENS, TokenStream, token_dtype
+from nanogpt.data.shards import MAX_SHARD_TOKENS, SHARD_TOKENS, TokenStream, shard_part, token_dtype
 from nanogpt.data.source import Source
 from nanogpt.data.tokenizing import Split, batches, choose_split, n_cores, tokenized
 from nanogpt.data.writer import (
@@ -275,7 +275,7 @@ def _gzip_bits_per_byte(directory: Path, tokenizer: Tokenizer, progress: Progres
     val = progress.splits["val"]
     if not 0 < val.bytes <= GZIPPED_BYTES:
         return None
-    stream = TokenStream([directory / shard.file for shard in val.shards])
+    stream = TokenStream(shard_part(directory / shard.file) for shard in val.shards)
     starts = range(0, len(stream), DECODED_TOKENS)
     ids = (stream.read(start, min(start + DECODED_TOKENS, len(stream))) for start in starts)
     data = b"".join(tokenizer.decode_bytes(some.tolist()) for some in ids)

@@ -6,16 +6,17 @@ holds uint32 (Llama 3). Its readers and modded-nanogpt's read these shards (llm.
 dev/data/data_common.py; modded-nanogpt, train_gpt.py). Only shards end in `.bin`.
 """
 
-import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from nanogpt.text import first_line
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -24,8 +25,6 @@ UINT32: np.dtype = np.dtype("<u4")
 MAGIC_AND_VERSION = {UINT16: (20240520, 1), UINT32: (20240801, 7)}
 MAGIC_NUMBERS = {magic for magic, _ in MAGIC_AND_VERSION.values()}
 REMEDY = "remove its folder and run the command again to prepare the data anew"
-MAPPED_BYTES = 64 * 2**20  # of a stream's files, at most about, are in a process's memory at a time
-FAULT_BYTES = 64 * 2**10  # what Linux maps around one touch (fault_around_bytes)
 SHARD_TOKENS = 100_000_000  # as the field cuts FineWeb-Edu
 MAX_SHARD_TOKENS = 2**31 - 1  # that the header can count
 
@@ -44,34 +43,15 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return UINT16 if vocab_size <= 2**16 else UINT32
 
 
-def read_header(path: Path, remedy: str = REMEDY) -> tuple[np.dtype, int]:
-    """Return the type and the number of a shard's tokens.
-
-    Raises FileNotFoundError or ValueError, naming the file and the remedy, where it is not a whole
-    shard.
-    """
+@contextmanager
+def naming_damage(path: Path, remedy: str = REMEDY) -> Iterator[None]:
+    """Raise an error about a file in the block as ValueError: its path, the reason, the remedy."""
     try:
-        with path.open("rb") as file:
-            header = file.read(HEADER_BYTES)
-            n_bytes = os.fstat(file.fileno()).st_size
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"the token shard {path} is missing; {remedy}") from error
-    magic, version, n_tokens = np.frombuffer(header.ljust(12, b"\0"), "<i4")[:3].tolist()
-    dtypes = {made: dtype for dtype, made in MAGIC_AND_VERSION.items()}
-    dtype = dtypes.get((magic, version))
-    if dtype is None or n_bytes < HEADER_BYTES:
-        known = " or ".join(f"{number} and version {v}" for number, v in dtypes)
-        raise ValueError(
-            f"{path} is not a token shard: its {n_bytes} bytes begin with {magic} and version "
-            f"{version}, and not with {known} in a header of {HEADER_BYTES} bytes; {remedy}"
-        )
-    promised = HEADER_BYTES + n_tokens * dtype.itemsize
-    if n_tokens < 0 or n_bytes != promised:
-        raise ValueError(
-            f"{path} is {'cut short' if n_bytes < promised else 'longer than its header'}, which "
-            f"promises {n_tokens} tokens in {promised} bytes: it has {n_bytes}; {remedy}"
-        )
-    return dtype, n_tokens
+        yield
+    except (OSError, EOFError, LookupError, TypeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = f"no {reason}" if isinstance(error, KeyError) else reason
+        raise ValueError(f"{path} cannot be read ({reason}); {remedy}") from error
 
 
 @dataclass(frozen=True)
@@ -84,29 +64,50 @@ class Part:
     n_tokens: int
 
 
-def shard_part(path: Path, remedy: str = REMEDY) -> Part:
-    """Return where a shard's tokens lie; raises as `read_header` does."""
-    dtype, n_tokens = read_header(path, remedy)
+def shard_part(path: Path) -> Part:
+    """Return where a shard's tokens lie; raises ValueError or OSError for other or cut files."""
+    with path.open("rb") as file:
+        header = file.read(HEADER_BYTES)
+        n_bytes = os.fstat(file.fileno()).st_size
+    magic, version, n_tokens = np.frombuffer(header.ljust(12, b"\0"), "<i4")[:3].tolist()
+    dtypes = {made: dtype for dtype, made in MAGIC_AND_VERSION.items()}
+    dtype = dtypes.get((magic, version))
+    if dtype is None:
+        known = " or ".join(f"{number} and version {v}" for number, v in dtypes)
+        raise ValueError(
+            f"not a token shard: begins with {magic} and version {version}, not {known}"
+        )
+    if n_bytes != HEADER_BYTES + n_tokens * dtype.itemsize:
+        raise ValueError(f"{n_bytes} bytes, which are not the {n_tokens} tokens of its header")
     return Part(path, dtype, HEADER_BYTES, n_tokens)
 
 
 class TokenStream:
-    """The tokens of shards, or of parts of files, end to end and read in place; cheap to pickle.
+    """The tokens of parts of files, end to end, read in place; cheap to pickle.
 
-    Memory stays flat however much is read. A page that was touched counts as resident for as long
-    as its map lives, with its neighbours (Linux maps 64 KiB around a touch), so maps that live on
-    end up holding the whole corpus. They are made anew after `MAPPED_BYTES`; the pages themselves
-    stay in the system's cache.
+    No file stays open and none is mapped, so memory is flat however much is read.
     """
 
-    def __init__(self, parts: Iterable[Part | Path]) -> None:
-        self._parts = [part if isinstance(part, Part) else shard_part(part) for part in parts]
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self._parts = [part for part in parts if part.n_tokens > 0]
         # where each part begins, then the end
         self._starts = [0, *accumulate(part.n_tokens for part in self._parts)]
-        self._forget_maps()
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    def parts(self, start: int, stop: int) -> list[Part]:
+        """Return the tokens from `start` up to `stop` as parts of files."""
+        found = []
+        i = bisect_right(self._starts, start) - 1
+        while start < stop:
+            part = self._parts[i]
+            offset = start - self._starts[i]
+            n_tokens = min(stop - start, part.n_tokens - offset)
+            offset_bytes = part.offset_bytes + offset * part.dtype.itemsize
+            found.append(replace(part, offset_bytes=offset_bytes, n_tokens=n_tokens))
+            start, i = start + n_tokens, i + 1
+        return found
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens from `start` up to `stop`, (N,) int64 with N = stop - start.
@@ -116,40 +117,11 @@ class TokenStream:
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of a stream of {len(self)}")
         tokens = np.empty(stop - start, dtype=np.int64)
-        part = bisect_right(self._starts, start) - 1
         filled = 0
-        while filled < len(tokens):
-            offset = start + filled - self._starts[part]
-            piece = self._mapped(part)[offset : offset + len(tokens) - filled]
-            tokens[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            part += 1
-            self._touched_bytes += piece.nbytes + FAULT_BYTES
-        if self._touched_bytes > MAPPED_BYTES:
-            self._forget_maps()
+        for part in self.parts(start, stop):
+            with open(part.path, "rb", buffering=0) as file:
+                file.seek(part.offset_bytes)
+                data = file.read(part.n_tokens * part.dtype.itemsize)
+            tokens[filled : filled + part.n_tokens] = np.frombuffer(data, part.dtype)
+            filled += part.n_tokens
         return tokens
-
-    def _forget_maps(self) -> None:
-        self._maps: dict[int, np.ndarray] = {}  # by part; the last reference to a map unmaps it
-        self._touched_bytes = 0  # through these maps, at most about
-
-    def _mapped(self, part: int) -> np.ndarray:
-        maps = self._maps  # another thread may replace them
-        if part not in maps:
-            maps[part] = _map(self._parts[part])
-        return maps[part]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_maps": {}, "_touched_bytes": 0}
-
-
-def _map(part: Part) -> np.ndarray:
-    if part.n_tokens == 0:  # there is nothing to map
-        return np.empty(0, part.dtype)
-    with part.path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):
-        # Rows are read in random order. Where pages are not in memory yet, the system would read
-        # ahead for each of them: 724 KiB from the disk for a row of 2 KiB, measured; so it is 6.
-        mapped.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, part.dtype, part.n_tokens, part.offset_bytes)

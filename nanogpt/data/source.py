@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -92,13 +92,12 @@ def fetch_file(repository: str, name: str, revision: str, instead: str) -> Path:
         return Path(fetch())
 
 
-def file_sha256(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:
-    """Return the SHA-256 of a file; `progress` is called with the bytes of each piece read."""
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**20):
             digest.update(piece)
-            progress(len(piece))
     return digest.hexdigest()
 
 
