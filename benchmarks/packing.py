@@ -12,7 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +72,7 @@ def main() -> int:
     """Time the rivals and print the table."""
     options = parser().parse_args()
     torch.set_num_threads(options.threads)
-    config, packed = conversations(options)
-    single = replace(packed, table=[[text] for texts in packed.table for text in texts])
+    config, packed, single = conversations(options)
     per_step = round(options.rows * len(single) / len(packed))  # conversations
     layouts = {
         PACKED: list(steps_of(packed, options.rows, trimmed=False, masked=True)),
@@ -101,8 +100,8 @@ def main() -> int:
     return 0
 
 
-def conversations(options: argparse.Namespace) -> tuple[GPTConfig, PackedRows]:
-    """Return the model's shape and the file's conversations in packed rows of its context."""
+def conversations(options: argparse.Namespace) -> tuple[GPTConfig, PackedRows, PackedRows]:
+    """Return the model's shape and the file's conversations in its rows: packed, and one each."""
     read = Instructions(path=options.data).conversations
     template = find_template("chat")
     learnt = bpe_tokenizer(map(text_of, read), VOCAB_SIZE)
@@ -112,23 +111,23 @@ def conversations(options: argparse.Namespace) -> tuple[GPTConfig, PackedRows]:
     config = GPTConfig(**shape, vocab_size=tokenizer.vocab_size)
     encoded = [template.encode(tokenizer, one) for one in read]
     fitting = [one for one in encoded if len(one.ids) <= config.block_size + 1]
-    return config, PackedRows.from_texts(
-        [(one.ids, one.is_response) for one in fitting], config.block_size
+    texts = [(one.ids, one.is_response) for one in fitting]
+    alone = [PackedRows.from_texts([text], config.block_size) for text in texts]
+    single = PackedRows(
+        *(np.concatenate([getattr(rows, f.name) for rows in alone]) for f in fields(PackedRows))
     )
+    return config, PackedRows.from_texts(texts, config.block_size), single
 
 
 def steps_of(rows: PackedRows, per_step: int, *, trimmed: bool, masked: bool) -> Iterator[Step]:
     """Yield the steps of a pass, of `per_step` rows each, in one shuffled order."""
-    lengths = np.diff(rows.bounds) - 1  # places a text takes
     order = np.random.default_rng(0).permutation(len(rows))
     for start in range(0, len(order), per_step):
         chosen = order[start : start + per_step]
-        filled = [int(lengths[rows.table[row]].sum()) for row in chosen]
-        end = max(filled) if trimmed else rows.block_size
-        input_ids, targets, documents = (
-            torch.from_numpy(table[:, :end]) for table in rows.read(chosen)
-        )
-        yield Step(input_ids, targets, documents if masked else None, sum(filled))
+        filled = rows.lengths[chosen]
+        end = filled.max() if trimmed else None
+        input_ids, targets, documents = (table[:, :end] for table in rows.batch(chosen).values())
+        yield Step(input_ids, targets, documents if masked else None, int(filled.sum()))
 
 
 def trainer(config: GPTConfig) -> Callable[[Step], None]:

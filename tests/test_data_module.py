@@ -299,9 +299,9 @@ def test_steps_that_split_evenly_are_split(rows: int, world_size: int, micro_bat
         ((1000, 64, 2, 1), "tokens_per_step=1000 .*block_size=64 over 2 .*=896 or 1024$"),
         ((100, 64, 2, 1), "no multiple of 128; pass tokens_per_step=128$"),
         ((0, 64, 1, 1), "pass tokens_per_step=64$"),
-        ((640, 64, 1, 4), "micro_batch=4 does not divide the 10 rows .*micro_batch=2 or 5$"),
-        ((640, 64, 1, 11), "pass micro_batch=10$"),
-        ((640, 64, 1, 0), "pass micro_batch=1$"),
+        ((640, 64, 1, 4), "micro_batch=4 does not divide the 10 rows .*pass one of 1, 2, 5, 10$"),
+        ((640, 64, 1, 11), "pass one of 1, 2, 5, 10$"),
+        ((640, 64, 1, 0), "pass one of 1, 2, 5, 10$"),
     ],
 )
 def test_steps_that_do_not_split_are_refused_with_the_nearest_that_do(

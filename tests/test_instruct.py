@@ -235,7 +235,10 @@ def test_the_error_for_a_misspelt_key_of_the_stage_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["data=python_stdlib"], "data=python_stdlib has none; pass data=dolly"),
+        (
+            ["data=python_stdlib"],
+            "data=python_stdlib has no conversations for stage=instruct; pass data=dolly",
+        ),
         (["data=instructions"], "data=instructions needs data.path="),
         (["instruct.template=vicuna"], "template='vicuna' is unknown; choose one of chat"),
         (["instruct.template=plain"], "template=plain ends no response"),

@@ -12,14 +12,11 @@ import pytest
 from pydantic import ValidationError
 
 from nanogpt.data.dolly import FILE, Dolly
-from nanogpt.data.instruction_module import (
-    InstructionDataModule,
-    PackedConversations,
-    pack_conversations,
-)
+from nanogpt.data.instruction_module import InstructionDataModule, pack_conversations
 from nanogpt.data.instructions import Instructions, conversation
 from nanogpt.data.module import TokenizerChoice
 from nanogpt.data.text import TextFiles
+from nanogpt.data.windows import Rows
 from nanogpt.prompts import Message, find_template
 from nanogpt.tokenizer import ByteTokenizer, byte_tokenizer, gpt2_tokenizer
 from tests import hub_server
@@ -39,8 +36,24 @@ def numbered(n: int) -> list[dict[str, str]]:
     return [{"instruction": f"Double {i}.", "response": f"It is {2 * i}."} for i in range(n)]
 
 
-def packed(path: Path, block_size: int = 64, **options: Any) -> PackedConversations:
-    return pack_conversations(Instructions(path).splits(), CHAT, BYTES, block_size, **options)
+def module(source: Any, **options: Any) -> InstructionDataModule:
+    return InstructionDataModule(
+        **{"source": source, "template": "chat", "block_size": 64, "tokens_per_step": 64}
+        | {"seed": 0}
+        | options
+    )
+
+
+def packed(path: Path, **options: Any) -> InstructionDataModule:
+    data = module(Instructions(path), **options)
+    data.use_tokenizer(TokenizerChoice.from_tokenizer(BYTES))
+    return data
+
+
+def targets_of(rows: Rows) -> np.ndarray:
+    """Return all targets of the rows (N, T)."""
+    targets: np.ndarray = rows.batch(np.arange(len(rows)))["targets"].numpy()
+    return targets
 
 
 @pytest.mark.parametrize(
@@ -214,8 +227,7 @@ def test_max_examples_takes_the_first(tmp_path: Path) -> None:
 
 
 def test_responses_and_their_ends_are_the_targets(tmp_path: Path) -> None:
-    rows = packed(write(tmp_path / "own.jsonl", numbered(20))).train.rows
-    _, targets, _ = rows.read(np.arange(len(rows)))
+    targets = targets_of(packed(write(tmp_path / "own.jsonl", numbered(20))).train_rows)
     learnt = BYTES.decode(targets[targets != -100]).split("It is ")[1:]
     assert sorted(learnt) == sorted(
         c[1].content[6:] for c in Instructions(tmp_path / "own.jsonl").splits()["train"]
@@ -226,9 +238,10 @@ def test_responses_and_their_ends_are_the_targets(tmp_path: Path) -> None:
 def test_the_loss_can_be_on_all_tokens_and_validation_stays_on_responses(tmp_path: Path) -> None:
     path = write(tmp_path / "own.jsonl", numbered(20))
     responses, all_ = packed(path), packed(path, loss_on="all")
-    counts = [p.train.rows.n_targets(np.arange(len(p.train.rows))) for p in (responses, all_)]
-    assert counts[1] == len(all_.train.rows.ids) - all_.train.facts["examples"] > counts[0]
-    assert (responses.val.rows.scored == all_.val.rows.scored).all()
+    counts = [(targets_of(data.train_rows) != -100).sum() for data in (responses, all_)]
+    facts = all_.facts()["splits"]["train"]
+    assert counts[1] == facts["tokens"] - facts["examples"] > counts[0]
+    assert (targets_of(responses.val_rows) == targets_of(all_.val_rows)).all()
 
 
 def test_long_conversations_lose_their_end_and_those_without_a_response_are_left_out(
@@ -239,53 +252,45 @@ def test_long_conversations_lose_their_end_and_those_without_a_response_are_left
     dropped = {"instruction": "a" * 40, "response": "b"}
     path = write(tmp_path / "own.jsonl", [fits, cut, dropped])
     conversations = Instructions(path).conversations
-    splits = Instructions(path).splits()
-    splits = {"train": conversations, "val": conversations}
-    split = pack_conversations(splits, CHAT, BYTES, block_size=32).train
-    assert [split.facts[name] for name in ("examples", "cut", "dropped")] == [2, 1, 1]
-    assert split.rows.ids.tolist().count(BYTES.eot_id) == 3  # two openings and one end
+    rows, facts = pack_conversations(conversations, CHAT, BYTES, 32, "responses", "train")
+    assert [facts[name] for name in ("examples", "cut", "dropped")] == [2, 1, 1]
+    assert (rows.input_ids == BYTES.eot_id).sum() == 2  # the openings
+    assert (rows.targets == BYTES.eot_id).sum() == 1
     with pytest.raises(ValueError, match="block_size=2 tokens; use shorter ones"):
-        pack_conversations(splits, CHAT, BYTES, block_size=2)
+        pack_conversations(conversations, CHAT, BYTES, 2, "responses", "train")
 
 
 def test_the_fingerprint_knows_conversations_tokens_and_loss(tmp_path: Path) -> None:
     path, other = (write(tmp_path / f"{n}.jsonl", numbered(n)) for n in (20, 21))
-    variants = [packed(path), packed(other), packed(path, 32), packed(path, loss_on="all")]
+    variants = [packed(path), packed(other)]
+    variants += [packed(path, block_size=32), packed(path, loss_on="all")]
     assert len({variant.fingerprint for variant in variants}) == 4
     assert packed(path).fingerprint == variants[0].fingerprint
-    assert packed(path).train.facts["sha256"] != packed(other).train.facts["sha256"]
-
-
-def _module(source: Any, **options: Any) -> InstructionDataModule:
-    return InstructionDataModule(
-        **{"source": source, "template": "chat", "block_size": 64, "tokens_per_step": 64}
-        | {"seed": 0}
-        | options
-    )
+    hashes = [packed(p).facts()["splits"]["train"]["sha256"] for p in (path, other)]
+    assert hashes[0] != hashes[1]
 
 
 def test_the_tokenizer_of_a_new_model_learns_the_templates_tokens(tmp_path: Path) -> None:
     path = write(tmp_path / "own.jsonl", numbered(20))
-    data = _module(Instructions(path))
+    data = module(Instructions(path))
     tokenizer = data.use_tokenizer(TokenizerChoice(byte_tokenizer, "byte"))
     assert tokenizer.fingerprint == BYTES.fingerprint
     assert data.special_tokens == tuple(CHAT.special_tokens)
     assert data.fingerprint == packed(path).fingerprint
-    same = packed(path)
-    assert data.facts() == {
+    assert data.facts() == packed(path).facts()
+    assert {key: data.facts()[key] for key in ("template", "loss_on")} == {
         "template": "chat",
         "loss_on": "responses",
-        "splits": {"train": same.train.facts, "val": same.val.facts},
     }
 
 
 @pytest.mark.parametrize("passes", [1, 3])
 def test_passes_over_the_conversations_end_the_data(tmp_path: Path, passes: int) -> None:
     source = Instructions(write(tmp_path / "own.jsonl", numbered(20)))
-    data = _module(source, max_passes=passes, tokens_per_step=128)
+    data = module(source, max_passes=passes, tokens_per_step=128)
     data.use_tokenizer(TokenizerChoice.from_tokenizer(BYTES))
     assert data.max_steps == math.ceil(passes * len(data.train_rows) / 2)
-    endless = _module(source)
+    endless = module(source)
     endless.use_tokenizer(TokenizerChoice.from_tokenizer(BYTES))
     assert endless.max_steps is None
 
@@ -296,14 +301,16 @@ def test_passes_over_the_conversations_end_the_data(tmp_path: Path, passes: int)
 )
 def test_wrong_arguments_are_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
     with pytest.raises(ValidationError, match=key):
-        _module(Instructions(tmp_path / "own.jsonl"), **{key: value})
+        module(Instructions(tmp_path / "own.jsonl"), **{key: value})
 
 
 def test_instruction_tuning_needs_conversations(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="data=text has none; pass data=dolly"):
-        _module(TextFiles(tmp_path))
+    with pytest.raises(
+        ValueError, match="data=text has no conversations for stage=instruct; pass data=dolly"
+    ):
+        module(TextFiles(tmp_path))
     with pytest.raises(ValueError, match="template='verse'"):
-        _module(Instructions(tmp_path / "own.jsonl"), template="verse")
+        module(Instructions(tmp_path / "own.jsonl"), template="verse")
 
 
 def test_dolly_takes_a_copy_of_its_file(tmp_path: Path) -> None:
@@ -350,6 +357,8 @@ def test_real_instructions_leave_less_than_a_twentieth_empty(
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(data / "tiktoken_cache"))
     tokenizer = gpt2_tokenizer().with_special_tokens(CHAT.special_tokens)
     splits = Instructions(data / "instruction" / name).splits()
-    split = pack_conversations(splits, find_template(template), tokenizer, block_size).train
-    assert split.rows.padding < 0.05
-    assert split.facts["examples"] + split.facts["dropped"] == len(splits["train"])
+    _, facts = pack_conversations(
+        splits["train"], find_template(template), tokenizer, block_size, "responses", "train"
+    )
+    assert facts["padding"] < 0.05
+    assert facts["examples"] + facts["dropped"] == len(splits["train"])

@@ -564,7 +564,9 @@ def test_a_part_of_validation_has_every_class() -> None:
 
 
 def test_classification_needs_labelled_texts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="data=text has no labels; pass data=sms_spam"):
+    with pytest.raises(
+        ValueError, match="data=text has no labels for stage=classify; pass data=sms_spam"
+    ):
         LabelledDataModule(source=TextFiles(tmp_path), block_size=8, tokens_per_step=8, seed=0)
 
 

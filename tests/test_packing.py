@@ -46,18 +46,17 @@ def test_texts_that_fill_rows_leave_no_place_empty() -> None:
 
 def test_rows_hold_inputs_targets_and_documents() -> None:
     rows = PackedRows.from_texts(TEXTS, block_size=5)
-    assert rows.table == [[1], [0, 2]]
-    input_ids, targets, documents = rows.read(np.array([1, 0]))
-    assert input_ids.tolist() == [[1, 2, 3, 10, 11], [5, 6, 7, 8, 0]]
-    assert targets.tolist() == [[-100, 3, 4, 11, 12], [-100, -100, -100, 9, -100]]
-    assert documents.tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]
-    assert {array.dtype for array in (input_ids, targets, documents)} == {np.dtype(np.int64)}
+    batch = rows.batch(np.array([1, 0]))
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 11], [5, 6, 7, 8, 0]]
+    assert batch["targets"].tolist() == [[-100, 3, 4, 11, 12], [-100, -100, -100, 9, -100]]
+    assert batch["documents"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
 def test_targets_are_counted_by_row() -> None:
     rows = PackedRows.from_texts(TEXTS, block_size=5)
-    assert [rows.n_targets(np.array([row])) for row in (0, 1)] == [1, 4]
-    assert rows.n_targets(np.array([1, 1, 0])) == 9
+    assert [rows.totals(np.array([row]))["step_targets"] for row in (0, 1)] == [1, 4]
+    assert rows.totals(np.array([1, 1, 0])) == {"step_targets": 9}
 
 
 def test_padding_is_the_share_of_empty_places() -> None:
@@ -78,9 +77,10 @@ def test_the_packed_loss_is_the_unpacked_loss(position: str) -> None:
         losses = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
         alone = alone + losses[torch.tensor(scored[1:])].sum()
     rows = PackedRows.from_texts(texts, block_size=32)
-    input_ids, targets, documents = map(torch.from_numpy, rows.read(np.arange(len(rows))))
-    logits = model(input_ids, documents=documents)
+    batch = rows.batch(np.arange(len(rows)))
+    targets = batch["targets"]
+    logits = model(batch["input_ids"], documents=batch["documents"])
     packed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    n_targets = rows.n_targets(np.arange(len(rows)))
+    n_targets = rows.totals(np.arange(len(rows)))["step_targets"]
     assert n_targets == int((targets != -100).sum())
     assert abs((packed - alone).item()) / n_targets < 1e-5

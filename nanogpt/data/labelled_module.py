@@ -1,8 +1,9 @@
 """The Lightning data module of classification: every rank's batches of labelled texts."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from nanogpt.classifier import encode_text, pad
 from nanogpt.data.augmentation import Augmentation, Speller
 from nanogpt.data.labelled import LabelledTexts
 from nanogpt.data.module import CHECK_ARGUMENTS, RowsDataModule, TokenizerChoice
-from nanogpt.data.source import name_of
 from nanogpt.data.splits import class_weights
 from nanogpt.data.windows import Rows
 from nanogpt.tokenizer import Tokenizer
@@ -24,13 +24,18 @@ log = logging.getLogger("nanogpt")
 
 @dataclass(frozen=True)
 class EncodedTexts(Rows):
-    """Texts as ids (N,), the number of each one's class, and its weight in the loss."""
+    """Texts as ids (N,), the number of each one's class, and its weight in the loss.
+
+    `augment` returns a text's ids at a step, given those in `rows` and in `recased`, and a key.
+    """
 
     scored_key = "labels"
 
     rows: list[np.ndarray]
     labels: np.ndarray
     weights: np.ndarray
+    recased: Sequence[list[np.ndarray]] = ()
+    augment: Callable[[list[np.ndarray], tuple[int, ...]], np.ndarray] = lambda ids, key: ids[0]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,22 +56,11 @@ class EncodedTexts(Rows):
         lengths = [len(self.rows[i]) for i in rows[positions]]
         return positions[np.argsort(lengths, kind="stable")]
 
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentedTexts(EncodedTexts):
-    """Texts that are augmented anew at every step; `recased` are their other variants."""
-
-    recased: list[list[np.ndarray]]
-    augmentation: Augmentation
-    speller: Speller
-
-    def at_step(self, rows: np.ndarray, seed: int, step: int) -> tuple[EncodedTexts, np.ndarray]:
+    def at_step(self, rows: np.ndarray, seed: int, step: int) -> tuple["EncodedTexts", np.ndarray]:
         """Return the texts (N,) as they are at a step, and their numbers (N,) among those."""
         variants = (self.rows, *self.recased)
         augmented = [
-            self.augmentation.apply(
-                [texts[i] for texts in variants], (seed % 2**64, step, position), self.speller
-            )
+            self.augment([texts[i] for texts in variants], (seed % 2**64, step, position))
             for position, i in enumerate(rows)
         ]
         texts = EncodedTexts(augmented, self.labels[rows], self.weights[rows])
@@ -84,12 +78,16 @@ class LabelledDataModule(RowsDataModule):
     """
 
     val_batch_rows = 32
+    source_kind = LabelledTexts
+    source_error = (
+        "has no labels for stage=classify; pass data=sms_spam, or data=labelled "
+        "data.path=<a .tsv, .csv or .jsonl file>"
+    )
 
     @CHECK_ARGUMENTS
     def __init__(
         self,
         *,
-        source: Any,
         recase: Fraction = 0.0,
         token_split: Fraction = 0.0,
         token_dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0,
@@ -97,13 +95,6 @@ class LabelledDataModule(RowsDataModule):
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
-        if not isinstance(source, LabelledTexts):
-            raise ValueError(
-                f"stage=classify learns from labelled texts and data={name_of(source)} has no "
-                "labels; pass data=sms_spam, or data=labelled data.path=<a .tsv, .csv or .jsonl "
-                "file>"
-            )
-        self.source = source
         self.augmentation = Augmentation(recase, token_split, token_dropout)
         self.weighted = class_weights
 
@@ -121,13 +112,14 @@ class LabelledDataModule(RowsDataModule):
         tokenizer = choice.make(texts)
         variants = self.augmentation.variants(texts)
         (rows, n_train_cut), *recased = (self._encoded(tokenizer, some) for some in variants)
-        self.train_texts = AugmentedTexts(
+        self.train_texts = EncodedTexts(
             rows,
             np.array(labels),
             np.array(self.class_weights)[labels],
-            recased=[rows for rows, _ in recased],
-            augmentation=self.augmentation,
-            speller=Speller.from_tokenizer(tokenizer, self.block_size),
+            [rows for rows, _ in recased],
+            partial(
+                self.augmentation.apply, speller=Speller.from_tokenizer(tokenizer, self.block_size)
+            ),
         )
         texts, labels = splits.numbered(splits.val)
         rows, n_val_cut = self._encoded(tokenizer, texts)

@@ -39,7 +39,7 @@ from nanogpt.data.order import RowOrder, row_seeds
 from nanogpt.data.preparing import Preparation, prepare
 from nanogpt.data.pretokenized import TokenShards, fetch_pretokenized
 from nanogpt.data.shards import SHARD_TOKENS
-from nanogpt.data.source import Source
+from nanogpt.data.source import Source, name_of
 from nanogpt.data.windows import NOT_SCORED, Rows, Windows
 from nanogpt.ranks import Ranks
 from nanogpt.tokenizer import Tokenizer
@@ -85,6 +85,9 @@ class RowsDataModule(LightningDataModule, ABC):
     """
 
     fingerprint: str  # of all that decides the rows; known after use_tokenizer
+    source: Any
+    source_kind: type = object  # of the sources that fit
+    source_error = ""  # of others
     micro_batch: int = 1  # rows of one forward; to be set before fitting
     special_tokens: tuple[str, ...] = ()  # that the tokenizer must have
     max_steps: int | None = None  # after which the data ends, None for an endless supply
@@ -93,6 +96,7 @@ class RowsDataModule(LightningDataModule, ABC):
     def __init__(
         self,
         *,
+        source: Any,
         block_size: Count,
         tokens_per_step: Count,
         seed: Seed,
@@ -101,6 +105,9 @@ class RowsDataModule(LightningDataModule, ABC):
         final_val_tokens: Count | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(source, self.source_kind):
+            raise ValueError(f"data={name_of(source)} {self.source_error}")
+        self.source = source
         self.block_size = block_size
         self.tokens_per_step = tokens_per_step
         self.seed = seed
@@ -196,8 +203,7 @@ class CorpusDataModule(RowsDataModule):
         prepared: str | None = None,
         **shared: Any,
     ) -> None:
-        super().__init__(**shared)
-        self.source = source
+        super().__init__(source=source, **shared)
         self.data_dir = Path(data_dir)
         self.tokens = tokens
         self.shard_tokens = shard_tokens
@@ -260,14 +266,11 @@ def split_step(tokens_per_step: int, block_size: int, world_size: int, micro_bat
         )
     rows = tokens_per_step // unit
     if micro_batch < 1 or rows % micro_batch:
-        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-        smaller = [str(n) for n in divisors if n < micro_batch]
-        larger = [str(n) for n in divisors if n > micro_batch]
-        nearest = " or ".join(smaller[-1:] + larger[:1])
+        divisors = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
         raise ValueError(
             f"micro_batch={micro_batch} does not divide the {rows} rows that each of {world_size} "
             f"rank(s) has in a step (tokens_per_step={tokens_per_step}, block_size={block_size}); "
-            f"pass micro_batch={nearest}"
+            f"pass one of {divisors}"
         )
     return rows
 
@@ -293,7 +296,7 @@ class StepBatches(Dataset[list[dict[str, Any]]]):
         source, rows = self.source.at_step(rows, self.order.seed, step)
         totals = source.totals(rows)
         return [
-            {**source.batch(rows[part]), **totals, "row_seeds": seeds[part]}
+            source.batch(rows[part]) | totals | {"row_seeds": seeds[part]}
             for part in in_parts(source.arrange(rows, self.positions), self.micro_batch)
         ]
 
@@ -305,12 +308,10 @@ class _ScoredRows(Dataset[dict[str, Any]]):
     source: Rows
 
     def __getitem__(self, rows: np.ndarray) -> dict[str, Any]:
-        totals = self.source.totals(rows)
-        if len(rows):
-            return {**self.source.batch(rows), **totals}
-        batch = self.source.batch(np.array([0]))
-        nothing = torch.full_like(batch[self.source.scored_key], NOT_SCORED)
-        return {**batch, **totals, self.source.scored_key: nothing}
+        batch = self.source.batch(rows if len(rows) else np.array([0]))
+        if not len(rows):
+            batch[self.source.scored_key].fill_(NOT_SCORED)
+        return batch | self.source.totals(rows)
 
 
 class _RemainingSteps(Sampler[int]):

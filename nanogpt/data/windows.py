@@ -2,22 +2,14 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
+from nanogpt.data.shards import TokenStream
+
 NOT_SCORED = -100
-
-
-class Tokens(Protocol):
-    """A stream of tokens."""
-
-    def __len__(self) -> int:
-        """Return the number of tokens."""
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the tokens from `start` up to `stop`, (N,) int64 with N = stop - start."""
 
 
 class Rows(ABC):
@@ -46,56 +38,35 @@ class Rows(ABC):
         return positions
 
 
-class TokenRows(Rows):
-    """Rows of tokens for a language model."""
-
-    @abstractmethod
-    def n_targets(self, rows: np.ndarray) -> int:
-        """Return the number of targets in the rows (B,)."""
-
-    @abstractmethod
-    def read(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return inputs, targets and, where rows are packed, documents, (B, T) int64 each."""
-
-    def batch(self, rows: np.ndarray) -> dict[str, Any]:
-        """Return the tensors of the rows (B,)."""
-        names = ("input_ids", "targets", "documents")
-        return dict(zip(names, map(torch.from_numpy, self.read(rows)), strict=False))
-
-    def totals(self, rows: np.ndarray) -> dict[str, Any]:
-        """Return the number of targets in the rows (N,)."""
-        return {"step_targets": self.n_targets(rows)}
-
-
 @dataclass(frozen=True)
-class Windows(TokenRows):
+class Windows(Rows):
     """Cuts a stream of N tokens into ceil((N - 1) / T) rows of T targets; the last may be partial.
 
     Row r predicts the tokens r*T + 1 .. (r+1)*T, each from those of the row before it.
     """
 
-    stream: Tokens
+    stream: TokenStream
     block_size: int
 
     def __len__(self) -> int:
         return -(-(len(self.stream) - 1) // self.block_size)
 
-    def n_targets(self, rows: np.ndarray) -> int:
-        """Return the number of targets in the rows (B,)."""
+    def totals(self, rows: np.ndarray) -> dict[str, Any]:
+        """Return the number of targets in the rows (N,)."""
         targets_after = len(self.stream) - 1 - rows * self.block_size
-        return int(np.minimum(targets_after, self.block_size).sum())
+        return {"step_targets": int(np.minimum(targets_after, self.block_size).sum())}
 
-    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, rows: np.ndarray) -> dict[str, Any]:
         """Return the inputs and targets of the rows (B,), (B, T) int64 each.
 
         Past the end of the stream the inputs are 0 and the targets -100.
         """
-        input_ids = np.zeros((len(rows), self.block_size), dtype=np.int64)
-        targets = np.full((len(rows), self.block_size), NOT_SCORED, dtype=np.int64)
+        input_ids = torch.zeros(len(rows), self.block_size, dtype=torch.int64)
+        targets = torch.full_like(input_ids, NOT_SCORED)
         for i, row in enumerate(rows.tolist()):
             start = row * self.block_size
             end = min(start + self.block_size + 1, len(self.stream))
-            tokens = self.stream.read(start, end)
+            tokens = torch.from_numpy(self.stream.read(start, end))
             input_ids[i, : len(tokens) - 1] = tokens[:-1]
             targets[i, : len(tokens) - 1] = tokens[1:]
-        return input_ids, targets
+        return {"input_ids": input_ids, "targets": targets}
