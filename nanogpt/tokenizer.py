@@ -19,6 +19,9 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
+from nanogpt.text import first_line
+from nanogpt.values import explain
+
 if TYPE_CHECKING:
     import tiktoken
     import tokenizers
@@ -84,12 +87,12 @@ class Record(TypedDict):
 _RECORD = TypeAdapter(Record)
 
 
-def byte_tokenizer(documents: Iterable[str] | None = None) -> "ByteTokenizer":
+def byte_tokenizer(documents: Iterable[str] | None = None) -> "Tokenizer":
     """Return the tokenizer whose tokens are the 256 bytes, `<|endoftext|>` and the reserved ids."""
-    return ByteTokenizer()
+    return Tokenizer("byte", "", BYTES, [END_OF_TEXT, *RESERVED])
 
 
-def gpt2_tokenizer(documents: Iterable[str] | None = None) -> "BytePairTokenizer":
+def gpt2_tokenizer(documents: Iterable[str] | None = None) -> "Tokenizer":
     """Return GPT-2's tokenizer, from tiktoken's cache or else its download.
 
     Raises FileNotFoundError where neither gives the table.
@@ -106,10 +109,10 @@ def gpt2_tokenizer(documents: Iterable[str] | None = None) -> "BytePairTokenizer
             f"the tokenizer bpe or byte"
         ) from error
     tokens = [encoding.decode_single_token_bytes(i) for i in range(GPT2_VOCAB_SIZE - 1)]
-    return BytePairTokenizer("gpt2", GPT2_PATTERN, tokens, [END_OF_TEXT])
+    return Tokenizer("gpt2", GPT2_PATTERN, tokens, [END_OF_TEXT])
 
 
-def bpe_tokenizer(documents: Iterable[str], vocab_size: int) -> "BytePairTokenizer":
+def bpe_tokenizer(documents: Iterable[str], vocab_size: int) -> "Tokenizer":
     """Train a byte-level BPE of at most `vocab_size` ids, special ones included, on the documents.
 
     A text with too few pairs that occur twice gives a smaller vocabulary. The same documents give
@@ -123,7 +126,7 @@ def bpe_tokenizer(documents: Iterable[str], vocab_size: int) -> "BytePairTokeniz
             f"256 bytes, {END_OF_TEXT} and {len(RESERVED)} reserved ids"
         )
     merged = _tokens(_train(_sample(documents), vocab_size - n_special))[256:]
-    return BytePairTokenizer("bpe", BPE_PATTERN, [*BYTES, *merged], [END_OF_TEXT, *RESERVED])
+    return Tokenizer("bpe", BPE_PATTERN, [*BYTES, *merged], [END_OF_TEXT, *RESERVED])
 
 
 def from_record(record: Any) -> "Tokenizer":
@@ -134,32 +137,37 @@ def from_record(record: Any) -> "Tokenizer":
     try:
         _RECORD.validate_python(record)
         tokens = [base64.b64decode(token, validate=True) for token in record["tokens"]]
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "table"
-        raise _malformed(f"{key}: {first['msg']}") from error
-    except ValueError as error:
-        raise _malformed("tokens are not base64") from error
-    special_tokens, bos_token = record["special_tokens"], record.get("bos_token")
-    if len({END_OF_TEXT, *special_tokens}) != len(special_tokens):
-        raise _malformed(f"special tokens are not distinct names with {END_OF_TEXT} among them")
-    if bos_token not in (None, *special_tokens):
-        raise _malformed("bos_token is not a special token")
-    if record["kind"] == "byte":
-        tokenizer: Tokenizer = ByteTokenizer(special_tokens, bos_token)
-        if record != tokenizer.record() or len(special_tokens) <= len(RESERVED):
-            raise _malformed("kind='byte' with another table than the byte tokenizer's")
-        return tokenizer
-    if len({b"", *tokens}) <= len(tokens) or not {*BYTES} <= {*tokens}:
-        raise _malformed("tokens are not distinct, or lack some of the 256 bytes")
-    _check_pattern(record["pattern"])
-    return BytePairTokenizer(record["name"], record["pattern"], tokens, special_tokens, bos_token)
+        pattern, special_tokens = record["pattern"], record["special_tokens"]
+        bos_token = record.get("bos_token")
+        tokenizer = Tokenizer(record["name"], pattern, tokens, special_tokens, bos_token)
+        probe = Tokenizer("probe", pattern, BYTES, [END_OF_TEXT])
+        if (
+            len({END_OF_TEXT, *special_tokens}) != len(special_tokens)
+            or bos_token not in (None, *special_tokens)
+            or len({b"", *tokens}) <= len(tokens)
+            or not {*BYTES} <= {*tokens}
+            or tokenizer.kind != record["kind"]
+            or not (pattern or tokens == [*BYTES])
+            or probe.decode(probe.encode(PATTERN_SAMPLE)) != PATTERN_SAMPLE
+        ):
+            raise ValueError("a kind, token, special token or pattern that loses part of a text")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tiktoken panics where a pattern cuts an empty piece
+        reason = explain(error) if isinstance(error, ValidationError) else first_line(error)
+        raise ValueError(
+            f"the tokenizer's record is malformed ({reason[:200]}); use the checkpoint or "
+            f"tokenizer.json as it was written, or make it again"
+        ) from error
+    return tokenizer
 
 
 class Tokenizer:
-    """The bytes of the ordinary tokens by id, then the special tokens; a subclass encodes."""
+    """The bytes of the ordinary tokens by id, then the special tokens.
 
-    kind: str
+    tiktoken cuts a text by the pattern and merges byte pairs in the order of their ids; without a
+    pattern the ids are the bytes of the text.
+    """
 
     def __init__(
         self,
@@ -169,6 +177,7 @@ class Tokenizer:
         special_tokens: Sequence[str],
         bos_token: str | None = None,
     ) -> None:
+        self.kind = "bpe" if pattern else "byte"
         self.name = name
         self.pattern = pattern
         self.special_tokens = {s: len(tokens) + i for i, s in enumerate(special_tokens)}
@@ -191,8 +200,27 @@ class Tokenizer:
         return None if self.bos_token is None else self.special_tokens[self.bos_token]
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Return the ids of the text, (N,) uint16 or uint32; a subclass that does not raises."""
-        raise NotImplementedError
+        """Return the ids of the text, (N,) uint16 of bytes, else uint32.
+
+        The GIL is released, so threads scale.
+        """
+        text = _well_formed(text)
+        if not self.pattern:
+            return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
+        encode = partial(self._encoding.encode_to_numpy, disallowed_special=())
+        ids = [encode(piece) for piece in _within_longest_space(text)]
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
+
+    @cached_property
+    def _encoding(self) -> "tiktoken.Encoding":
+        import tiktoken
+
+        ranks = {token: i for i, token in enumerate(self._token_bytes) if token}
+        # Without any tiktoken would search for the empty text; this one is never allowed.
+        special_tokens = {END_OF_TEXT: max(ranks.values()) + 1}
+        return tiktoken.Encoding(
+            self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+        )
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the text."""
@@ -270,7 +298,7 @@ class Tokenizer:
         Each new one takes over the first reserved name that is left, and its id; where none is
         left, it gets a new id at the end.
 
-        >>> ByteTokenizer().with_special_tokens(["<|user|>"]).special_tokens["<|user|>"]
+        >>> byte_tokenizer().with_special_tokens(["<|user|>"]).special_tokens["<|user|>"]
         257
         """
         reserved = [t for t in self.special_tokens if t in RESERVED and t != self.bos_token]
@@ -286,52 +314,8 @@ class Tokenizer:
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, vocab_size={self.vocab_size})"
 
-
-class ByteTokenizer(Tokenizer):
-    """One token per byte of UTF-8."""
-
-    kind = "byte"
-
-    def __init__(
-        self,
-        special_tokens: Sequence[str] = (END_OF_TEXT, *RESERVED),
-        bos_token: str | None = None,
-    ) -> None:
-        super().__init__("byte", "", BYTES, special_tokens, bos_token)
-
-    def encode_array(self, text: str) -> np.ndarray:
-        """Return the ids of the text, (N,) uint16."""
-        return np.frombuffer(_well_formed(text).encode(), dtype=np.uint8).astype(np.uint16)
-
-
-class BytePairTokenizer(Tokenizer):
-    """Byte pairs merged in the order of their ids, by tiktoken."""
-
-    kind = "bpe"
-
-    def encode_array(self, text: str) -> np.ndarray:
-        """Return the ids of the text, (N,) uint32. The GIL is released, so threads scale."""
-        encode = partial(self._encoding.encode_to_numpy, disallowed_special=())
-        ids = [encode(piece) for piece in _within_longest_space(_well_formed(text))]
-        return ids[0] if len(ids) == 1 else np.concatenate(ids)
-
-    @cached_property
-    def _encoding(self) -> "tiktoken.Encoding":
-        ranks = {token: i for i, token in enumerate(self._token_bytes) if token}
-        return _encoding(self.name, self.pattern, ranks)
-
-
-def _encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> "tiktoken.Encoding":
-    import tiktoken
-
-    # Without any special token tiktoken would search for the empty text; this one is never allowed.
-    special_tokens = {END_OF_TEXT: max(ranks.values()) + 1}
-    return tiktoken.Encoding(
-        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
-    )
+BytePairTokenizer = Tokenizer  # its earlier name
 
 
 def _well_formed(text: str) -> str:
@@ -407,23 +391,3 @@ def byte_of_letter() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-def _check_pattern(pattern: str) -> None:
-    """Raise ValueError for a pattern that is no regular expression or drops part of a sample."""
-    try:
-        encoding = _encoding("check", pattern, {byte: i for i, byte in enumerate(BYTES)})
-        is_whole = encoding.encode_ordinary(PATTERN_SAMPLE) == list(PATTERN_SAMPLE.encode())
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:  # tiktoken panics where an empty piece is cut
-        is_whole = False
-    if not is_whole:
-        raise _malformed("pattern is no regular expression, or drops part of a text")
-
-
-def _malformed(found: str) -> ValueError:
-    return ValueError(
-        f"the tokenizer's record is malformed: its {found}; use the checkpoint or tokenizer.json "
-        f"as it was written, or make it again"
-    )

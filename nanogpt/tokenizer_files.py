@@ -4,7 +4,6 @@ There a byte is spelled as a letter, and a token is the merge of a listed pair o
 merged in the order of their ids, so that the pairs follow from the table and the table from them.
 """
 
-import base64
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -14,12 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt.text import first_line
 from nanogpt.tokenizer import (
-    BYTES,
     END_OF_TEXT,
     GPT2_PATTERN,
-    GPT2_VOCAB_SIZE,
     RESERVED,
-    BytePairTokenizer,
     Tokenizer,
     byte_of_letter,
     from_record,
@@ -44,17 +40,11 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
     for path in (directory / TOKENIZER, directory / VOCAB):
         if path.is_file() and (path.name == TOKENIZER or (directory / MERGES).is_file()):
             try:
-                library = _load(path)
+                return _from_library(_load(path))
             except Exception as error:  # the library raises no other class
                 raise ValueError(
-                    f"{path} cannot be read ({first_line(error)}); fetch it again"
-                ) from error
-            try:
-                return _from_library(library)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path} {first_line(error)}; only byte-level BPE tokenizers like GPT-2's, "
-                    f"merged in the order of their ids, can be read"
+                    f"{path} cannot be read ({first_line(error)[:200]}); fetch it again, or pass a "
+                    f"byte-level BPE tokenizer like GPT-2's, merged in the order of its ids"
                 ) from error
     return None
 
@@ -141,63 +131,40 @@ def _load(path: Path) -> "Library":
 
 
 def _from_library(library: "Library") -> Tokenizer:
-    """Return our tokenizer for the library's; raise ValueError where there is none."""
+    """Return our tokenizer for the library's; raise ValueError or KeyError where there is none."""
     content = json.loads(library.to_str())
-    model = content["model"]
-    affixes = ("continuing_subword_prefix", "end_of_word_suffix")
-    if model["type"] != "BPE" or any(map(model.get, affixes)) or content["normalizer"]:
-        raise ValueError("is not a byte-level BPE without normalisation")
-    pattern = _pattern(content["pre_tokenizer"] or {})
+    model, byte_of = content["model"], byte_of_letter()
+    *splits, last = content["pre_tokenizer"].get("pretokenizers", [content["pre_tokenizer"]])
+    pattern = GPT2_PATTERN if last["use_regex"] else ""
+    if splits:
+        pattern = splits[0]["pattern"]["Regex"]
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
     vocab = library.get_vocab(with_added_tokens=True)
     by_id = sorted(vocab, key=vocab.__getitem__)
     merges = [tuple(merge) for merge in model["merges"]]
-    ordinary, special_tokens = by_id[: 256 + len(merges)], by_id[256 + len(merges) :]
+    special_tokens = by_id[256 + len(merges) :]
     added = {token.content for token in library.get_added_tokens_decoder().values()}
-    byte_of = byte_of_letter()
+    affixes = ("continuing_subword_prefix", "end_of_word_suffix")
     if (
-        not {END_OF_TEXT} <= {*special_tokens} <= added
-        or not set("".join(ordinary)) <= byte_of.keys()
+        last["type"] != "ByteLevel"
+        or last["add_prefix_space"]
+        or (splits and (last["use_regex"] or splits != [{**split, "invert": False}]))
+        or content["normalizer"]
+        or any(map(model.get, affixes))
+        or not {*special_tokens} <= added
         or vocab[by_id[-1]] >= len(by_id)
     ):
-        raise ValueError(
-            f"has ids other than those of 256 bytes, {len(merges)} merges and special tokens with "
-            f"{END_OF_TEXT} among them"
-        )
-    tokens = [bytes(byte_of[letter] for letter in token) for token in ordinary]
-    if not pattern and tokens != [*BYTES]:
-        raise ValueError("does not cut texts into words")
+        raise ValueError("it has another normalisation, cut of texts, or special tokens")
+    tokens = [bytes(byte_of[letter] for letter in t) for t in by_id[: 256 + len(merges)]]
     bos_token = _bos_token(content["post_processor"] or {})
-    is_gpt2 = False
-    if bos_token is None and len(tokens) == GPT2_VOCAB_SIZE - 1:  # whatever its special tokens are
-        plain = BytePairTokenizer("gpt2", pattern, tokens, [END_OF_TEXT])
-        is_gpt2 = plain.fingerprint == GPT2_FINGERPRINT
-    kind = "bpe" if pattern else "byte"
-    tokenizer = from_record(
-        {
-            "kind": kind,
-            "name": "gpt2" if is_gpt2 else kind,
-            "pattern": pattern,
-            "tokens": [base64.b64encode(token).decode() for token in tokens],
-            "special_tokens": special_tokens,
-            **({} if bos_token is None else {"bos_token": bos_token}),
-        }
-    )
+    # GPT-2's table has its name, whatever its special tokens are.
+    plain = Tokenizer("gpt2", pattern, tokens, [END_OF_TEXT], bos_token)
+    is_gpt2 = plain.fingerprint == GPT2_FINGERPRINT
+    record = {**plain.record(), "special_tokens": special_tokens}
+    tokenizer = from_record(record if is_gpt2 else {**record, "name": record["kind"]})
     if not is_gpt2 and [(spell(a), spell(b)) for a, b in merges_of(tokenizer)] != merges:
-        raise ValueError("does not merge in the order of its ids")
+        raise ValueError("it does not merge in the order of its ids")
     return tokenizer
-
-
-def _pattern(pre_tokenizer: Mapping[str, Any]) -> str:
-    """Return the pattern that cuts texts, "" for none; raise ValueError for any other way."""
-    *splits, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    if last.get("type") == "ByteLevel" and not last["add_prefix_space"]:
-        if not splits:
-            return GPT2_PATTERN if last["use_regex"] else ""
-        pattern = splits[0].get("pattern", {}).get("Regex")
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-        if splits == [{**split, "invert": False}] and pattern and not last["use_regex"]:
-            return str(pattern)
-    raise ValueError("is not a byte-level BPE")
 
 
 def _bos_token(post_processor: Mapping[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from nanogpt.detokenizer import Detokenizer
-from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.tokenizer import Tokenizer
 from serving.api.settings import ApiSettings
 from serving.engine.client import EngineClient
 from tests.fake_engine import FakeEngine
@@ -136,14 +136,14 @@ def test_what_fails_while_an_answer_grows_is_logged_with_its_request(
 def test_a_text_that_breaks_the_tokenizer_fails_alone(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = ByteTokenizer.encode
+    encode = Tokenizer.encode
 
-    def broken(self: ByteTokenizer, text: str) -> list[int]:
+    def broken(self: Tokenizer, text: str) -> list[int]:
         if "poison" in text:
             raise RuntimeError("broken")
         return encode(self, text)
 
-    monkeypatch.setattr(ByteTokenizer, "encode", broken)
+    monkeypatch.setattr(Tokenizer, "encode", broken)
     poisoned, other = (
         httpx.post(f"{url}/v1/completions", json={"prompt": text}, headers=ORIGIN)
         for text in ("poison", "x")

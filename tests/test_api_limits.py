@@ -12,7 +12,7 @@ import httpx
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.tokenizer import Tokenizer
 from serving.api import call, schemas, stream
 from serving.api.generation import Piece
 from serving.api.settings import ApiSettings
@@ -271,9 +271,9 @@ def test_a_text_that_cannot_fit_the_context_is_not_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
-    encode = ByteTokenizer.encode
+    encode = Tokenizer.encode
     monkeypatch.setattr(
-        ByteTokenizer,
+        Tokenizer,
         "encode",
         lambda self, text: encoded.append(len(text)) or encode(self, text),  # type: ignore[func-returns-value]
     )

@@ -25,7 +25,7 @@ from nanogpt.checkpoint import (
 )
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.runs.directory import RunDirectory, find_checkpoint, step_checkpoints
-from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, BytePairTokenizer, byte_tokenizer
+from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte_tokenizer
 
 CONFIG = GPTConfig(block_size=8, vocab_size=273, n_layer=1, n_head=2, n_embd=8)
 
@@ -248,7 +248,7 @@ def test_without_reserved_ids_a_special_token_gets_a_mean_row(n_tokens: int, pat
     config = replace(CONFIG, vocab_size=n_tokens)
     tokens = [bytes([i]) for i in range(256)]
     tokens += [b"%d" % i for i in range(10, n_tokens - 256 + 9)]
-    tokenizer = BytePairTokenizer("own", GPT2_PATTERN, tokens, [END_OF_TEXT])
+    tokenizer = Tokenizer("own", GPT2_PATTERN, tokens, [END_OF_TEXT])
     start = Checkpoint(GPT(config), tokenizer, None, None, "pretrain", config, 0, path)
     grown = with_special_tokens(start, ["<|user|>", "<|assistant|>"])
     assert grown.config.vocab_size == grown.tokenizer.vocab_size == n_tokens + 2

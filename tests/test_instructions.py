@@ -18,12 +18,12 @@ from nanogpt.data.module import TokenizerChoice
 from nanogpt.data.text import TextFiles
 from nanogpt.data.windows import Rows
 from nanogpt.prompts import Message, find_template
-from nanogpt.tokenizer import ByteTokenizer, byte_tokenizer, gpt2_tokenizer
+from nanogpt.tokenizer import byte_tokenizer, gpt2_tokenizer
 from tests import hub_server
 from tests.hub_server import Hub
 
 CHAT = find_template("chat")
-BYTES = ByteTokenizer().with_special_tokens(CHAT.special_tokens)
+BYTES = byte_tokenizer().with_special_tokens(CHAT.special_tokens)
 SUM = (Message("user", "Add.", "2 and 3"), Message("assistant", "5"))
 
 

@@ -21,13 +21,7 @@ from nanogpt.data.module import TokenizerChoice
 from nanogpt.data.sms_spam import SmsSpam
 from nanogpt.data.splits import Example, Splits, class_weights, split, text_key
 from nanogpt.data.text import TextFiles
-from nanogpt.tokenizer import (
-    BPE_PATTERN,
-    END_OF_TEXT,
-    BytePairTokenizer,
-    bpe_tokenizer,
-    byte_tokenizer,
-)
+from nanogpt.tokenizer import BPE_PATTERN, END_OF_TEXT, Tokenizer, bpe_tokenizer, byte_tokenizer
 
 Batch = dict[str, Any]
 TOKENIZER = byte_tokenizer()
@@ -535,7 +529,7 @@ def test_a_text_too_long_when_split_keeps_its_end() -> None:
 
 def test_tokens_of_a_table_in_any_order_are_split() -> None:
     letters = [bytes([i]) for i in reversed(range(256))]
-    tokenizer = BytePairTokenizer("other", BPE_PATTERN, [*letters, b"ab"], [END_OF_TEXT])
+    tokenizer = Tokenizer("other", BPE_PATTERN, [*letters, b"ab"], [END_OF_TEXT])
     row, both = np.array([257, 256, 257]), np.array([True, True, True])
     assert Speller.from_tokenizer(tokenizer, 9).spell(row, both).tolist() == [
         257,

@@ -18,13 +18,7 @@ from torch import Tensor
 from nanogpt.checkpoint import find_init_from, init_model, with_config
 from nanogpt.model import GPT, PRESETS
 from nanogpt.pretrained import fetch_pretrained, load_pretrained
-from nanogpt.tokenizer import (
-    END_OF_TEXT,
-    GPT2_PATTERN,
-    BytePairTokenizer,
-    bpe_tokenizer,
-    byte_tokenizer,
-)
+from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, bpe_tokenizer, byte_tokenizer
 from nanogpt.tokenizer_files import write_tokenizer
 
 with warnings.catch_warnings():
@@ -250,7 +244,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     pairs = [bytes(pair) for pair in product(range(256), repeat=2)][:50_000]
     tokens = [*(bytes([i]) for i in range(256)), *pairs]
-    tokenizer = BytePairTokenizer("bpe", GPT2_PATTERN, tokens, [END_OF_TEXT])
+    tokenizer = Tokenizer("bpe", GPT2_PATTERN, tokens, [END_OF_TEXT])
     write_tokenizer(tokenizer, directory, block_size=1024)
     return directory
 

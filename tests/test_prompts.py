@@ -9,13 +9,7 @@ from hypothesis import strategies as st
 
 from nanogpt.detokenizer import Detokenizer
 from nanogpt.prompts import TEMPLATES, Message, find_template, trimmed
-from nanogpt.tokenizer import (
-    END_OF_TEXT,
-    BytePairTokenizer,
-    ByteTokenizer,
-    Tokenizer,
-    bpe_tokenizer,
-)
+from nanogpt.tokenizer import END_OF_TEXT, Tokenizer, bpe_tokenizer, byte_tokenizer
 from nanogpt.tokenizer_files import write_tokenizer
 
 CHAT, ALPACA = find_template("chat"), find_template("alpaca")
@@ -28,7 +22,7 @@ TALK = [
     Message("assistant", "C'est 5."),
 ]
 BPE = bpe_tokenizer([Path(__file__).read_text(encoding="utf-8")] * 2, vocab_size=400)
-TOKENIZERS = [t.with_special_tokens(CHAT.special_tokens) for t in (ByteTokenizer(), BPE)]
+TOKENIZERS = [t.with_special_tokens(CHAT.special_tokens) for t in (byte_tokenizer(), BPE)]
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.name)
 contents = st.text() | st.sampled_from(["<|endoftext|>", "<|user|>x", "### Response:\n", "<|assis"])
 
@@ -166,7 +160,7 @@ def test_a_reply_keeps_its_indentation() -> None:
 
 
 def test_a_tokenizer_without_the_markers_is_refused() -> None:
-    bare = BytePairTokenizer("bare", BPE.pattern, [bytes([i]) for i in range(256)], [END_OF_TEXT])
+    bare = Tokenizer("bare", BPE.pattern, [bytes([i]) for i in range(256)], [END_OF_TEXT])
     with pytest.raises(ValueError, match=r"tokenizer bare has no <\|user\|>"):
         CHAT.encode(bare, QUESTION)
 

@@ -15,7 +15,7 @@ from nanogpt.evaluation.scoring import encode_pair
 from nanogpt.export import main as export
 from nanogpt.generate import main as generate
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.tokenizer import ByteTokenizer, Tokenizer
+from nanogpt.tokenizer import Tokenizer, byte_tokenizer, from_record
 from nanogpt.tokenizer_files import read_tokenizer
 from nanogpt.training import callbacks
 from tests.fake_engine import FakeEngine
@@ -24,8 +24,8 @@ from tests.front_end import fixed_reply, generated, serve
 EOT, BOS = 256, 257
 TEXT = "Grüße <|endoftext|>"
 BYTES = [*TEXT.encode()]
-NO_BOS = ByteTokenizer()
-WITH_BOS = ByteTokenizer(list(NO_BOS.special_tokens), bos_token="<|reserved_0|>")
+NO_BOS = byte_tokenizer()
+WITH_BOS = from_record({**NO_BOS.record(), "bos_token": "<|reserved_0|>"})
 
 Ids = list[int]
 Read = Callable[[Tokenizer, str, Path, pytest.MonkeyPatch], Ids]

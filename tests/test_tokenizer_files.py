@@ -16,7 +16,6 @@ from nanogpt.tokenizer import (
     BPE_PATTERN,
     END_OF_TEXT,
     GPT2_PATTERN,
-    BytePairTokenizer,
     Tokenizer,
     bpe_tokenizer,
     byte_tokenizer,
@@ -161,9 +160,9 @@ def test_a_directory_without_files_has_no_tokenizer(tmp_path: Path) -> None:
     assert read_tokenizer(tmp_path) is None
 
 
-def table(*merged: bytes) -> BytePairTokenizer:
+def table(*merged: bytes) -> Tokenizer:
     tokens = [*(bytes([i]) for i in range(256)), *merged]
-    return BytePairTokenizer("bpe", GPT2_PATTERN, tokens, [END_OF_TEXT])
+    return Tokenizer("bpe", GPT2_PATTERN, tokens, [END_OF_TEXT])
 
 
 def test_merges_follow_from_the_table() -> None:
@@ -189,41 +188,32 @@ Change = Callable[[dict[str, Any]], object]
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        (lambda t: t.pop("model"), r"cannot be read \(.*; fetch it again"),
-        (lambda t: t["model"].update(type="Unigram"), r"cannot be read \(.*; fetch it again"),
-        (
-            lambda t: t.update(model={"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}),
-            "is not a byte-level BPE",
-        ),
-        (lambda t: t.update(normalizer={"type": "NFC"}), "without normalisation"),
-        (lambda t: t["pre_tokenizer"].update(type="Whitespace"), "is not a byte-level BPE"),
-        (lambda t: t["pre_tokenizer"].update(use_regex=False), "does not cut texts into words"),
-        (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "is not a byte-level BPE"),
-        (lambda t: t["model"]["merges"].reverse(), "does not merge in the order of its ids"),
-        (lambda t: t["model"]["merges"].pop(), "other than those of 256 bytes, 1 merges"),
-        (
-            lambda t: t["model"]["merges"].append("a b c"),
-            r"cannot be read \(.*MergeType",
-        ),
-        (lambda t: t["model"]["vocab"].update(zzz=999), "has ids other than those of 256 bytes, 2"),
-        (
-            lambda t: (t["model"]["vocab"].pop(END_OF_TEXT), t["added_tokens"].clear()),
-            r"special tokens with <\|endoftext\|> among them",
-        ),
+        lambda t: t.pop("model"),
+        lambda t: t["model"].update(type="Unigram"),
+        lambda t: t.update(model={"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}),
+        lambda t: t.update(normalizer={"type": "NFC"}),
+        lambda t: t["pre_tokenizer"].update(type="Whitespace"),
+        lambda t: t["pre_tokenizer"].update(use_regex=False),
+        lambda t: t["pre_tokenizer"].update(add_prefix_space=True),
+        lambda t: t["model"]["merges"].reverse(),
+        lambda t: t["model"]["merges"].pop(),
+        lambda t: t["model"]["merges"].append("a b c"),
+        lambda t: t["model"]["vocab"].update(zzz=999),
+        lambda t: (t["model"]["vocab"].pop(END_OF_TEXT), t["added_tokens"].clear()),
     ],
 )
-def test_another_kind_of_tokenizer_is_refused_by_name(
-    change: Change, message: str, tmp_path: Path
-) -> None:
+def test_another_kind_of_tokenizer_is_refused_by_name(change: Change, tmp_path: Path) -> None:
     write_tokenizer(table(b"he", b"ll"), tmp_path, block_size=8)
     path = tmp_path / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=rf"tokenizer\.json .*{message}"):
+    message = r"tokenizer\.json cannot be read \(.+\); fetch .* pass a byte-level BPE tokenizer"
+    with pytest.raises(ValueError, match=message) as caught:
         read_tokenizer(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_merges_in_another_order_than_the_table_are_refused(tmp_path: Path) -> None:
