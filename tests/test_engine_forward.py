@@ -100,7 +100,12 @@ def test_rows_are_not_padded_where_they_may_depend_on_their_company(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(native, "load_library", lambda: None)
-    monkeypatch.setattr(forward_module, "row_multiple", lambda compute, like: 4)
+
+    def find(computes: Forward) -> bool:
+        computes.row_multiple = 4
+        return True
+
+    monkeypatch.setattr(Forward, "_find_row_multiple", find)
     rows: list[int] = []
     for invariant in (True, False):
         computes = forward("fp32", invariant)

@@ -2,11 +2,11 @@
 
 A step computes rows: one for each sequence in decode, many for one in prefill. A row's result
 depends on its own sequence only, bit for bit. Matrix products give a row the same bits in any
-company where the number of rows is a multiple of the one that `row_multiple` finds (CPU kernels in
-fp32 compute by fours and divide rows among threads; the remainder takes another path). Where no
-multiple does (a GPU's library may choose another kernel for each), products are always computed for
-the same number of rows. Attention is computed for each sequence apart, over its own context rounded
-up to whole blocks, so that prefill and decode of a token add in the same order.
+company where the number of rows is a multiple of `row_multiple`, which is found by trials (CPU
+kernels in fp32 compute by fours and divide rows among threads; the remainder takes another path).
+Where there is no such number (a GPU's library may choose another kernel for each), products are
+always computed for the same number of rows. Attention is computed for each sequence apart, over its
+own context rounded up to whole blocks, so that prefill and decode of a token add in the same order.
 
 On a GPU this is right by design but was not measured: each sequence's attention is a launch of its
 own in every layer, and CUDA graphs, which would hide that, are not used.
@@ -62,37 +62,42 @@ class Forward:
             self.head = Int8Linear(model.wte.weight[: self.config.vocab_size], None)
         self.rotation = model.rotation(torch.arange(self.config.block_size, device=self.device))
         self.max_attention_rows = self.config.block_size
-        self.row_multiple = self._row_multiple() if invariant else 1
+        self.row_multiple = 1
+        if invariant and not self._find_row_multiple():
+            _replace_linear(self.model, lambda linear: InTiles(linear, TILE_ROWS))
+            self.head = InTiles(self.head, TILE_ROWS)
+            self.row_multiple = self.max_attention_rows = TILE_ROWS
 
-    def _row_multiple(self) -> int:
-        """Return the number of rows of which every product gets a multiple."""
-        multiples = [row_multiple(compute, like) for compute, like in self._products()]
-        found = [multiple for multiple in multiples if multiple is not None]
-        if len(found) == len(multiples):
-            return max(found)
-        _replace_linear(self.model, lambda linear: InTiles(linear, TILE_ROWS))
-        self.head, self.max_attention_rows = InTiles(self.head, TILE_ROWS), TILE_ROWS
-        return TILE_ROWS
+    def _find_row_multiple(self) -> bool:
+        """Set the number of rows of which every product gets a multiple, if there is one.
 
-    def _products(self) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
-        """Return one of each kind of product over rows, and an example of a row."""
-        row = self.model.wte.weight[0].to(self.cache)
-        linears = [m for m in self.model.h[0].modules() if isinstance(m, nn.Linear | Int8Linear)]
-        return [
-            *((linear, linear.weight[0].to(self.cache)) for linear in linears),
-            (self.head, row),
-            *([(self.model.classes, row)] if isinstance(self.model, Classifier) else []),
-            *((self._attention_over(n), row) for n in {CONTEXT_BLOCK, self.config.block_size}),
-        ]
+        In trials of the first block and the head, after random contexts, the last rows of a text
+        must have the same bits alone and after others.
+        """
+        config, blocks, context = self.config, self.model.h, self.cache[0, :, 0]  # (2, H, T, D)
+        n_rows = min(PROBED_ROWS, config.block_size)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(config.vocab_size, (n_rows,), generator=generator).tolist()
+        context.copy_(torch.randn(context.shape, generator=generator))
 
-    def _attention_over(self, n_context: int) -> Callable[[Tensor], Tensor]:
-        """Return attention over a random context as a function of queries (R, C)."""
-        n_head = self.config.n_head
-        shape = (2, n_head, n_context, self.config.n_embd // n_head)
-        random = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        keys, values = random.to(self.cache)  # (H, T, D) each
-        masked = torch.zeros(1, n_context, dtype=torch.bool, device=self.device)
-        return lambda x: attention(x.unflatten(1, (n_head, -1)), keys, values, masked).flatten(1)
+        def outputs(start: int, n: int) -> Tensor:
+            states = self.hidden_states([Span(0, start + n_rows - n, ids[-n:])])
+            if isinstance(self.model, Classifier):
+                return torch.cat([self.logits(states), self.class_probabilities(states)], -1)
+            return self.logits(states)
+
+        def is_invariant(multiple: int, start: int) -> bool:
+            self.row_multiple = multiple
+            whole = outputs(start, n_rows)
+            sizes = [n * multiple for n in PROBES if n * multiple <= n_rows]
+            return all(outputs(start, n).equal(whole[-n:]) for n in sizes)
+
+        self.model.h = blocks[:1]
+        starts = {0, config.block_size - n_rows}
+        is_found = any(all(is_invariant(m, start) for start in starts) for m in MULTIPLES)
+        self.model.h = blocks
+        context.zero_()
+        return is_found
 
     @torch.inference_mode()
     def hidden_states(self, spans: list[Span]) -> Tensor:
@@ -188,23 +193,6 @@ class InTiles(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the results (..., R, N) of rows (..., R, C)."""
         return torch.cat([self.compute(rows) for rows in x.split(self.n_rows, -2)], -2)
-
-
-@torch.inference_mode()
-def row_multiple(compute: Callable[[Tensor], Tensor], like: Tensor) -> int | None:
-    """Return the number of rows whose multiples all get the same bits from a computation.
-
-    Found by trials on random rows of the shape (C,) and type of `like`. None where no such number
-    exists.
-    """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(PROBED_ROWS, len(like), generator=generator).to(like)
-    among_many = compute(x)
-    for multiple in MULTIPLES:
-        sizes = [multiple * n for n in PROBES if multiple * n <= len(x)]
-        if all(compute(x[-size:]).equal(among_many[-size:]) for size in sizes):
-            return multiple
-    return None
 
 
 class Int8Linear(nn.Module):
