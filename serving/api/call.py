@@ -3,8 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -13,11 +12,11 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
 from serving.api.errors import ApiError
-from serving.api.generation import Choice, Generation, Piece, Prompt
+from serving.api.generation import Choice, Generation, Prompt
 from serving.api.models import Catalogue, ServedModel
 from serving.api.schemas import UNSUPPORTED, SamplingRequest
 from serving.api.settings import ApiSettings
-from serving.api.stream import CompletionFormat, EventStream, events, to_json, whole
+from serving.api.stream import CompletionFormat, event_stream, events, to_json, whole
 from serving.engine.client import EngineClient
 from serving.engine.messages import Generate, SamplingParams, Task
 
@@ -147,35 +146,30 @@ class Call:
 
     async def answer(self, form: CompletionFormat, stream: bool | None) -> Response:
         """Generate, and answer with a stream or with one object."""
-        if not stream:
-            answers, usage = await self.whole(form.choices)
-            return Response(await whole(form, answers, usage), media_type="application/json")
-        async with AsyncExitStack() as context:
-            generation = await context.enter_async_context(self._generation(form.choices))
+        generation = self.generation(form.choices)
+        if stream:
             await self.until_disconnect(generation.wait_for_first(FIRST_PIECE_S))
-            return EventStream(events(form, generation), context.pop_all())
+            return event_stream(events(form, generation))
+        answers = await self.until_disconnect(generation.whole())
+        content = await whole(form, answers, generation.usage())
+        return Response(content, media_type="application/json")
 
-    async def whole(self, choices: Sequence[Choice]) -> tuple[list[Piece], dict[str, Any]]:
-        """Return the complete answers and their usage."""
-        async with self._generation(choices) as generation:
-            return await self.until_disconnect(generation.whole()), generation.usage()
-
-    @asynccontextmanager
-    async def _generation(self, choices: Sequence[Choice]) -> AsyncIterator[Generation]:
-        """Generate within the context, and log the usage at its end."""
+    def generation(self, choices: Sequence[Choice]) -> Generation:
+        """Start to generate answers; Admission ends it with the request."""
         generation = Generation(self.client, choices, self.limits())
-        try:
-            yield generation
-        finally:
-            generation.close()
-            usage = generation.usage()
-            self.request.state.log.update(
-                prompt_tokens=usage["prompt_tokens"],
-                cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
-                completion_tokens=usage["completion_tokens"],
-                tokens_per_second=usage["tokens_per_second"],
-                finish_reasons=[choice.finish_reason for choice in choices],
-            )
+        self.request.state.on_end = partial(self._end, generation)
+        return generation
+
+    def _end(self, generation: Generation) -> None:
+        generation.close()
+        usage = generation.usage()
+        self.request.state.log.update(
+            prompt_tokens=usage["prompt_tokens"],
+            cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+            completion_tokens=usage["completion_tokens"],
+            tokens_per_second=usage["tokens_per_second"],
+            finish_reasons=[choice.finish_reason for choice in generation.choices],
+        )
 
     async def until_disconnect(self, work: Awaitable[T]) -> T:
         """Return the result of work; raises ClientDisconnect as soon as the client disconnects."""

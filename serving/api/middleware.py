@@ -186,6 +186,8 @@ class Admission:
             await self.app(scope, replay, send)
         finally:
             self.open[key] -= 1
+            if on_end := scope["state"].get("on_end"):  # of a generation, see Call
+                on_end()
 
     def _check(self, scope: Scope) -> str:
         """Return the name of a request's key; raises ApiError for a request that is refused."""

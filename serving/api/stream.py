@@ -10,12 +10,11 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
 from typing import Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from serving.api.errors import ApiError
 from serving.api.generation import Choice, Generation, Piece, Token
@@ -159,22 +158,15 @@ class ChatFormat(CompletionFormat):
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
 
-class EventStream(EventSourceResponse):
-    """A stream of frames, and the context that ends with it for any reason."""
-
-    def __init__(self, frames: AsyncIterator[bytes], context: AsyncExitStack) -> None:
-        super().__init__(
-            frames,
-            headers={"Cache-Control": "no-cache, no-transform"},
-            ping=PING_S,
-            ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
-            sep="\n",
-        )
-        self._context = context
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._context:
-            await super().__call__(scope, receive, send)
+def event_stream(frames: AsyncIterator[bytes]) -> Response:
+    """Return a stream of frames, with pings."""
+    return EventSourceResponse(
+        frames,
+        headers={"Cache-Control": "no-cache, no-transform"},
+        ping=PING_S,
+        ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
+        sep="\n",
+    )
 
 
 async def events(form: CompletionFormat, generation: Generation) -> AsyncIterator[bytes]:

@@ -234,7 +234,7 @@ async def _answer(call: Call, model: ServedModel, body: PredictRequest) -> str:
     except ApiError as error:
         error.param = "input_data"
         raise
-    ((answer, *_), _) = await call.whole(choices)
+    (answer,) = await call.until_disconnect(call.generation(choices).whole())
     return answer.text
 
 
