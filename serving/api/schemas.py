@@ -10,12 +10,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     StrictBool,
     StrictInt,
     StrictStr,
-    Tag,
 )
 from pydantic_core import PydanticCustomError
 
@@ -64,21 +62,8 @@ Short = Annotated[StrictStr, Field(max_length=256)]
 Ids = Annotated[list[TokenId], Field(max_length=MAX_IDS, fail_fast=True)]
 
 
-def _prompt_kind(value: Any) -> str:
-    first = value[0] if isinstance(value, list) and value else None
-    if isinstance(first, list):
-        return "id_lists"
-    if isinstance(first, str):
-        return "texts"
-    return "ids" if isinstance(value, list) else "text"
-
-
 Prompt = Annotated[
-    Annotated[StrictStr, Tag("text")]
-    | Annotated[Items[StrictStr], Tag("texts")]
-    | Annotated[Ids, Tag("ids")]
-    | Annotated[Items[Ids], Tag("id_lists")],
-    Discriminator(_prompt_kind),
+    StrictStr | Items[StrictStr] | Ids | Items[Ids], Field(union_mode="left_to_right")
 ]
 
 
