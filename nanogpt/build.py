@@ -65,11 +65,9 @@ def build(node: Any, where: str, /, **live: Any) -> Any:
         node = {key: _nested(value, f"{where}.{key}", live) for key, value in node.items()}
     arguments = node.get("_args_", [])
     keys = {key: value for key, value in node.items() if key not in RESERVED}
-    keys, missing = _bind(target, arguments, keys, live, where)
+    keys = _bind(target, len(arguments), keys, live, where)
     if node.get("_partial_", False):
         return partial(target, *arguments, **keys)
-    if missing:
-        raise ConfigurationError(f"{where}.{missing[0]} must be given: {_name(target)} needs it")
     return _call(target, arguments, keys, where)
 
 
@@ -138,13 +136,11 @@ def build_data(config: Mapping[str, Any], **live: Any) -> Any:
     own = {key: value for key, value in node.items() if key in taken or key.startswith("_")}
     rest = {key: value for key, value in node.items() if key not in own}
     _, of_module = parameters(config["datamodule"], "datamodule")
-    unknown = [key for key in rest if key not in of_module]
-    rest = {key: value for key, value in rest.items() if key in of_module}
+    known = {key: value for key, value in rest.items() if key in of_module}
     source = build(own, "data")
-    data = build({**config["datamodule"], **rest}, "data", source=source, **live)
-    if unknown:  # to a data module that takes this source
-        name = node["_target_"].rpartition(".")[2]
-        raise unknown_argument("data", unknown[0], [*taken, *NOT_OF_DATA], name)
+    data = build({**config["datamodule"], **known}, "data", source=source, **live)
+    for key in rest.keys() - known.keys():  # to a data module that takes this source
+        raise unknown_argument("data", key, [*taken, *NOT_OF_DATA], _name(target))
     return data
 
 
@@ -176,22 +172,16 @@ def _with_defaults(data: Any, node: Mapping[str, Any]) -> Any:
     """Return a user's data module with the attributes that it lacks."""
 
     def use_tokenizer(choice: Any) -> Any:
-        tokenizer = choice.make_without_text()
-        if tokenizer is None:
+        if (tokenizer := choice.make_without_text()) is None:
             raise ConfigurationError(
                 f"data: {type(data).__name__} has no use_tokenizer(choice), which a tokenizer that "
                 "is learned from text needs; pass tokenizer=gpt2 or tokenizer=byte"
             )
         return tokenizer
 
-    defaults = {
-        "fingerprint": hashlib.sha256(json.dumps(node).encode()).hexdigest()[:16],
-        "special_tokens": (),
-        "max_steps": None,
-        "use_tokenizer": use_tokenizer,
-        "facts": dict,
-    }
-    for name, default in defaults.items():
+    fingerprint = hashlib.sha256(json.dumps(node).encode()).hexdigest()[:16]
+    defaults = {"special_tokens": (), "max_steps": None, "facts": dict, "fingerprint": fingerprint}
+    for name, default in {**defaults, "use_tokenizer": use_tokenizer}.items():
         if not hasattr(data, name):
             setattr(data, name, default)
     return data
@@ -213,28 +203,21 @@ def locate(path: Any, key: str) -> Callable[..., Any]:
 
     Raises ConfigurationError, one sentence that begins with `key`, where there is none.
     """
-    parts = path.split(".") if isinstance(path, str) else [""]
-    if not all(parts):
-        raise ConfigurationError(f"{key} is not the import path of a class or function")
-    found: Any = None
-    for n, part in enumerate(parts, start=1):
-        name = ".".join(parts[:n])
-        if n > 1 and hasattr(found, part):
-            found = getattr(found, part)
-            continue
+    found, name = None, ""
+    for part in str(path).split("."):
+        name = f"{name}.{part}" if name else part
         try:
-            found = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise _missing_package(error, key) from error
-            parent = ".".join(parts[: n - 1])
-            near = difflib.get_close_matches(part, dir(found) if n > 1 else [], n=1)
-            hint = f"did you mean {near[0]}?" if near else "is it installed, or on PYTHONPATH?"
-            what = f"{parent} has no {part}" if parent else f"there is no module {part}"
-            raise ConfigurationError(f"{key} cannot be imported: {what}; {hint}") from error
+            found = getattr(found, part) if hasattr(found, part) else importlib.import_module(name)
         except Exception as error:
-            what = f"{type(error).__name__}: {first_line(error)}"
-            raise ConfigurationError(f"{key} cannot be imported: {name}: {what}") from error
+            is_absent = isinstance(error, ModuleNotFoundError)
+            if is_absent and not f"{name}.".startswith(f"{error.name}."):
+                raise _missing_package(error, key) from error
+            near = difflib.get_close_matches(part, dir(found), n=1)
+            hint = f"did you mean {near[0]}?" if near else "is it installed, or on PYTHONPATH?"
+            what = f"{name}: {type(error).__name__}: {first_line(error)}"
+            raise ConfigurationError(
+                f"{key} cannot be imported: {what}{f'; {hint}' * is_absent}"
+            ) from error
     if not callable(found):
         raise ConfigurationError(f"{key} is not a class or function, but {type(found).__name__}")
     target: Callable[..., Any] = found
@@ -243,26 +226,24 @@ def locate(path: Any, key: str) -> Callable[..., Any]:
 
 def _bind(
     target: Callable[..., Any],
-    arguments: Sequence[Any],
-    keys: dict[str, Any],
+    n_positional: int,
+    keys: Mapping[str, Any],
     live: Mapping[str, Any],
     where: str,
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the keyword arguments with the live objects, and which required ones are missing."""
+) -> dict[str, Any]:
+    """Return the keyword arguments with the live objects that the callable names."""
     parameters = _parameters(target)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    taken = {p.name for p in positional[: len(arguments)]}
-    by_name = {
-        p.name: p
+    by_name = [
+        p.name
         for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in taken
-    }
-    keys = {name: live[name] for name in by_name if name in live} | keys
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and p not in positional[:n_positional]
+    ]
     unknown = [key for key in keys if key not in by_name]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         raise unknown_argument(where, unknown[0], by_name, _name(target))
-    required = [p.name for p in by_name.values() if p.default is p.empty]
-    return keys, [name for name in required if name not in keys]
+    return {name: live[name] for name in by_name if name in live} | dict(keys)
 
 
 def parameters(node: Mapping[str, Any], where: str) -> tuple[Callable[..., Any], list[str]]:
@@ -287,26 +268,18 @@ def unknown_argument(where: str, key: str, known: Iterable[str], name: str) -> "
 
 
 def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Return the parameters of a callable; **kwargs are those of our class that it extends."""
+    """Return the parameters of a callable; **kwargs are those of the classes that it extends."""
     found: dict[str, inspect.Parameter] = {}
     for one in target.__mro__[:-1] if isinstance(target, type) else [target]:
         try:
-            signature = inspect.signature(one)
+            own = inspect.signature(one).parameters
         except ValueError:  # of some callables written in C
-            return [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
-        is_foreign = one is not target and not one.__module__.startswith("nanogpt.")
-        is_open = is_foreign  # its **kwargs may be for something else
-        for parameter in signature.parameters.values():
-            is_open |= parameter.kind is parameter.VAR_KEYWORD
-            if is_foreign and parameter.kind not in (
-                parameter.VAR_POSITIONAL,
-                parameter.VAR_KEYWORD,
-            ):
-                parameter = parameter.replace(default=None)  # not required either
-            found.setdefault(parameter.name, parameter)
-        if not is_open:
+            own = inspect.signature(lambda **kwargs: None).parameters
+        found = {**found, **{name: p for name, p in own.items() if name not in found}}
+        is_open = any(p.kind is p.VAR_KEYWORD for p in own.values())
+        if not is_open and (one is target or one.__module__.startswith("nanogpt.")):
             return [p for p in found.values() if p.kind is not p.VAR_KEYWORD]
-    return list(found.values())
+    return list(found.values())  # **kwargs of a library may be for anything
 
 
 def _call(

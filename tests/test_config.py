@@ -263,21 +263,22 @@ def test_a_callable_without_a_signature_is_called_as_it_is() -> None:
     [
         ({"patience": 1}, "it has no _target_; give it the class's import path"),
         (None, "it has no _target_"),
-        ({"_target_": None}, "it._target_=None is not the import path of a class or function"),
-        ({"_target_": "a..b"}, "it._target_=a..b is not the import path"),
+        ({"_target_": None}, "it._target_=None cannot be imported: None: ModuleNotFoundError"),
+        ({"_target_": "a..b"}, "it._target_=a..b cannot be imported: a: ModuleNotFoundError"),
         (
             {"_target_": "no_such.Thing"},
-            "it._target_=no_such.Thing cannot be imported: there is no module no_such; is it "
-            "installed, or on PYTHONPATH?",
+            "it._target_=no_such.Thing cannot be imported: no_such: ModuleNotFoundError: No module "
+            "named 'no_such'; is it installed, or on PYTHONPATH?",
         ),
         (
             {"_target_": "nanogpt.modle.GPT"},
-            "it._target_=nanogpt.modle.GPT cannot be imported: nanogpt has no modle; ",
+            "it._target_=nanogpt.modle.GPT cannot be imported: nanogpt.modle: ",
         ),
         (
             {"_target_": "nanogpt.model.GTP"},
-            "it._target_=nanogpt.model.GTP cannot be imported: nanogpt.model has no GTP; did you "
-            "mean GPT?",
+            "it._target_=nanogpt.model.GTP cannot be imported: nanogpt.model.GTP: "
+            "ModuleNotFoundError: No module named 'nanogpt.model.GTP'; 'nanogpt.model' is not a "
+            "package; did you mean GPT?",
         ),
         (here("NOT_CALLABLE"), "NOT_CALLABLE is not a class or function, but int"),
         (
@@ -285,8 +286,15 @@ def test_a_callable_without_a_signature_is_called_as_it_is() -> None:
             "there is no key it.patienc; did you mean it.patience? Record takes model, patience",
         ),
         (here("Checked", zzz=1), "there is no key it.zzz; Checked takes run_dir, patience"),
-        (here("holds"), "it.inner must be given: holds needs it"),
-        (here("holds", inner=here("holds")), "it.inner.inner must be given"),
+        (
+            here("holds"),
+            "it: holds(...) failed: TypeError: holds() missing 1 required positional argument: "
+            "'inner'",
+        ),
+        (
+            here("holds", inner=here("holds")),
+            "it.inner: holds(...) failed: TypeError: holds() missing 1 required",
+        ),
         (here("holds", inner=[here("Record", a=1)]), "there is no key it.inner[0].a"),
         (here("Checked", patience=0), "it.patience=0 should be at least 1"),
         (here("validated", patience="a"), "it.patience='a' should be a whole number"),

@@ -329,7 +329,10 @@ def test_an_optimizer_of_ones_own_takes_the_model_or_its_trainable_parameters(
             {"_target_": "torch.optim.SGD", "lrr": 1},
             "there is no key optim.lrr; did you mean optim.lr",
         ),
-        ({"_target_": f"{__name__}.my_opt"}, "optim.lr must be given: my_opt needs it"),
+        (
+            {"_target_": f"{__name__}.my_opt"},
+            "optim: my_opt(...) failed: TypeError: my_opt() missing 1 required",
+        ),
         ({"_target_": "torch.optim.SGD", "lr": -1.0}, "optim: Invalid learning rate: -1.0"),
         ({"_target_": "nanogpt.optim.adamw", "eps": "x"}, "optim.eps='x' should be a number"),
         (
