@@ -219,10 +219,10 @@ class Runner:
         logits = self.forward.logits(states)[: len(following)]
         n_top = [sequence.request.top] * len(following)
         scored = sequence.scored or Scored(sequence.request.request_id, [None], [[]], [[]])
-        for own, ids, values in sampling.log_probabilities(logits, following, n_top):
-            scored.logprobs.append(own)
-            scored.top_ids.append(ids)
-            scored.top_logprobs.append(values)
+        own, ids, values = sampling.log_probabilities(logits, following, n_top)
+        scored.logprobs += own
+        scored.top_ids += ids
+        scored.top_logprobs += values
         sequence.scored = scored
         if sequence.n_computed == len(sequence.ids):
             self._end(sequence, scored)

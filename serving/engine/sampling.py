@@ -53,7 +53,7 @@ def uniform(seed: int, position: int) -> float:
 
 def log_probabilities(
     logits: Tensor, tokens: list[int], n_top: list[int]
-) -> list[tuple[float, list[int], list[float]]]:
+) -> tuple[list[float], list[list[int]], list[list[float]]]:
     """Return the log-probability of a token after each row of logits (R, V), and others.
 
     Those are the ids of the row's `n_top` likeliest tokens, at most MAX_TOP, and theirs.
@@ -62,8 +62,8 @@ def log_probabilities(
     index = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
     own = logprobs.gather(-1, index[:, None])[:, 0].tolist()
     best = logprobs.topk(min(MAX_TOP, logits.size(-1)))  # always as many: ties keep their order
-    ids, values = best.indices.tolist(), best.values.tolist()
-    return [(own[i], ids[i][:n], values[i][:n]) for i, n in enumerate(n_top)]
+    ids = [row[:n] for row, n in zip(best.indices.tolist(), n_top, strict=True)]
+    return own, ids, [row[:n] for row, n in zip(best.values.tolist(), n_top, strict=True)]
 
 
 def _adjusted(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
@@ -166,7 +166,7 @@ def _with_logprobs(logits: Tensor, tokens: Tensor, sequences: list[SequenceState
     if rows := [i for i, s in enumerate(sequences) if s.params.logprobs is not None]:
         own, n_top = [ids[i] for i in rows], [sequences[i].params.logprobs or 0 for i in rows]
         found = log_probabilities(logits[rows], own, n_top)
-        for i, (value, top_ids, top) in zip(rows, found, strict=True):
+        for i, value, ids_, values in zip(rows, *found, strict=True):
             message = chosen[i]
-            message.logprobs, message.top_ids, message.top_logprobs = [value], [top_ids], [top]
+            message.logprobs, message.top_ids, message.top_logprobs = [value], [ids_], [values]
     return chosen

@@ -12,8 +12,6 @@ from pathlib import Path
 from serving.engine.engine import Engine, Events
 from serving.engine.messages import Settings, read_frame, to_frame
 
-MAX_UNSENT_BYTES = 64 * 2**20  # a front end that does not read is cut off
-
 log = logging.getLogger(__name__)
 
 
@@ -77,9 +75,6 @@ class Server:
             for writer in list(self.front_ends):
                 if client is None or writer is client:
                     writer.write(frame)
-                    if writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
-                        log.error("a front end does not read; it is cut off")
-                        writer.transport.abort()
 
     async def _watch(self) -> None:
         """Look for new checkpoints now and then."""
