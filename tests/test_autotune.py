@@ -352,8 +352,7 @@ def test_the_rate_of_products_is_measured(
     assert 1e9 < tiny_trials.rate("32-true") < 1e14
     clock = iter(range(1000))
     monkeypatch.setattr(autotune.time, "perf_counter", lambda: next(clock) * 0.02)
-    tiny_trials._measured.clear()
-    tiny_trials.remeasure = True
+    tiny_trials.known.clear()
     assert tiny_trials.rate("32-true") == pytest.approx(2 * 1024**3 / 0.02)
 
 

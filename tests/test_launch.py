@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanogpt.ranks import Ranks, launch_ranks, on_rank_zero
-from nanogpt.training.launch import count_devices, launch, resolve_device
+from nanogpt.training.launch import count_devices, resolve_device
 
 
 def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_ranks_of_one_machine_meet_without_its_name(monkeypatch: pytest.MonkeyPa
         return lambda *arguments: None
 
     monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", capture)
-    assert launch({}, 2) == 0
+    assert launch_ranks(2, []) == 0
     assert configs[0].local_addr == "127.0.0.1"
     assert configs[0].rdzv_endpoint == "127.0.0.1:0"
 
@@ -70,7 +70,7 @@ def test_ranks_that_fail_end_the_command_with_their_code(
     tiny_run: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nanogpt.training.launch.launch", lambda config, n: code)
+    monkeypatch.setattr("nanogpt.training.launch.launch_ranks", lambda n, arguments: code)
     assert main(*tiny_run, "trainer.devices=2") == code
 
 

@@ -1,7 +1,6 @@
 """Facts about the machine."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +16,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def eight_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight logical CPUs, two to a core, and no container."""
+def eight_cpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Eight logical CPUs, two to a core, and no container; return the kernel's files."""
+    path = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    files = {path.format(cpu): f"{cpu % 4},{cpu % 4 + 4}" for cpu in range(8)}
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(machine, "_siblings", lambda cpu: f"{cpu % 4},{cpu % 4 + 4}")
-    monkeypatch.setattr(machine, "_cpu_quota", lambda: 64)
+    monkeypatch.setattr(machine, "_text", lambda path: files.get(path, ""))
+    return files
 
 
 @pytest.mark.usefixtures("eight_cpus")
@@ -35,20 +36,27 @@ def test_only_allowed_cpus_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert usable_cores() == 2
 
 
-@pytest.mark.usefixtures("eight_cpus")
-def test_container_quota_limits_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_cpu_quota", lambda: 3)
-    assert usable_cores() == 3
-
-
 @pytest.mark.parametrize(
-    ("text", "quota"), [("200000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", None)]
+    ("text", "cores"),
+    [
+        ("300000 100000\n", 3),
+        ("200000 100000\n", 2),
+        ("50000 100000\n", 1),
+        ("20000 100000\n", 1),
+        ("max 100000\n", 4),
+    ],
 )
-def test_quota_is_read_from_the_control_group(
-    monkeypatch: pytest.MonkeyPatch, text: str, quota: int | None
+def test_container_quota_limits_the_cores(
+    eight_cpus: dict[str, str], text: str, cores: int
 ) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda self: text)
-    assert machine._cpu_quota() == (quota if quota is not None else machine.sys.maxsize)
+    eight_cpus["/sys/fs/cgroup/cpu.max"] = text
+    assert usable_cores() == cores
+
+
+@pytest.mark.parametrize(("text", "limited"), [("12345\n", True), ("max\n", False)])
+def test_container_limits_the_memory(eight_cpus: dict[str, str], text: str, limited: bool) -> None:
+    eight_cpus["/sys/fs/cgroup/memory.max"] = text
+    assert (usable_memory_bytes() == 12345) is limited
 
 
 def test_this_machine_has_cores_memory_and_a_name() -> None:

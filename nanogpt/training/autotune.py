@@ -41,12 +41,10 @@ WORTH_SMALLER = 1.03
 CPU_TOKENS = (512, 2048, 8192)
 GPU_TOKENS = 65_536
 TRIED_S = 3.0  # a forward and backward thought to take longer is not tried on a CPU
-# torch.compile: share of the step it saves and seconds it takes. CPU: 64.7 against 69.1 to 73.1 ms
-# and 28 to 40 s (4 layers of 128, one EPYC thread). CUDA: 250 to 135 ms for GPT-2 small (nanoGPT's
-# README), about 60 s for its 12 layers.
-COMPILE_GAIN = {"cpu": 0.12, "cuda": 0.4}
-COMPILE_S = {"cpu": 40.0, "cuda": 30.0}
-COMPILE_LAYER_S = {"cpu": 0.0, "cuda": 3.0}
+# torch.compile: share of the step it saves, seconds it takes, and those for each layer. CPU: 64.7
+# against 69.1 to 73.1 ms and 28 to 40 s (4 layers of 128, one EPYC thread). CUDA: 250 to 135 ms for
+# GPT-2 small (nanoGPT's README), about 60 s for its 12 layers.
+COMPILE = {"cpu": (0.12, 40.0, 0.0), "cuda": (0.4, 30.0, 3.0)}
 # Sides of the measured product: large enough to reach the device's rate.
 PRODUCT_SIDE = {"cpu": 1024, "mps": 2048, "cuda": 8192}
 PRODUCT_S = 0.3  # of measuring each product
@@ -179,7 +177,7 @@ def _choose_compile(
     trials: "Trials", precision: str, micro_batch: int, max_steps: int, deterministic: bool
 ) -> tuple[bool, str]:
     kind = trials.device.type
-    if kind not in COMPILE_GAIN:
+    if kind not in COMPILE:
         return False, f"its gain on {kind} is not known"
     if kind == "cuda" and deterministic:
         return False, "its kernels are chosen by timing, and trainer.deterministic is set"
@@ -190,8 +188,8 @@ def _choose_compile(
         timings = trials.time([(rows, precision) for rows in timed])
         micro_batch_s = timings.get((micro_batch, precision), micro_batch_s)
     run_s = max_steps * micro_batch_s * trials.rows_per_rank / micro_batch
-    saved_s = COMPILE_GAIN[kind] * run_s
-    cost_s = COMPILE_S[kind] + COMPILE_LAYER_S[kind] * trials.config.n_layer
+    gain, base_s, layer_s = COMPILE[kind]
+    saved_s, cost_s = gain * run_s, base_s + layer_s * trials.config.n_layer
     if saved_s > cost_s:
         try:
             torch.compile(lambda x: x + 1)(torch.ones(8, device=trials.device))
@@ -233,11 +231,11 @@ class Trials:
         self.rows_per_rank = rows_per_rank
         self.local_world_size = local_world_size
         self.path = path
-        self.remeasure = remeasure
         used = f"{torch.get_num_threads()} threads, {local_world_size} ranks"
         self.scope = f"{machine_id(device)}, {used}"
         self.provisional = False  # whether any measurement of this process is
-        self._measured: dict[str, dict[str, float]] = {}  # by this process
+        stored = {} if remeasure else _read(path)
+        self.known = {key: found for key, found in stored.items() if not found.provisional}
 
     def rate(self, precision: str) -> float:
         """Return the FLOP/s of matrix products in a precision."""
@@ -275,7 +273,7 @@ class Trials:
         """Return micro-batches worth trying, ascending: divisors of the rows of a step."""
         T, kind = self.config.block_size, self.device.type
         rows = [n for n in range(1, self.rows_per_rank + 1) if self.rows_per_rank % n == 0]
-        sizes = CPU_TOKENS if kind == "cpu" else CPU_TOKENS[-1:]
+        sizes: tuple[int, ...] = CPU_TOKENS if kind == "cpu" else CPU_TOKENS[-1:]
         if kind == "cuda":
             sizes = tuple(T << i for i in range(max(1, (GPU_TOKENS // T).bit_length())))
         else:
@@ -288,28 +286,19 @@ class Trials:
     def recall(self, what: str, measure: Callable[[], Measured]) -> dict[str, float]:
         """Return the seconds stored for a measurement, which is taken where there are none."""
         key = f"{self.scope}: {what}"
-        if key in self._measured:
-            return self._measured[key]
-        stored = None if self.remeasure else self._read().get(key)
-        if stored and not stored.provisional:
-            return stored.seconds
-        measured = measure()
-        self.provisional |= measured.provisional
-        self._measured[key] = measured.seconds
-        content = self._read() | {key: measured}  # again: another process may have written
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as file:
-                file.write(STORED.dump_json(content, indent=1))
-        except OSError as error:
-            log.warning("measurements are not stored: %s cannot be written (%s)", self.path, error)
-        return measured.seconds
-
-    def _read(self) -> dict[str, Measured]:
-        try:
-            return STORED.validate_json(self.path.read_bytes())
-        except (OSError, ValidationError):
-            return {}
+        if key not in self.known:
+            self.known[key] = measure()
+            self.provisional |= self.known[key].provisional
+            content = _read(self.path) | {key: self.known[key]}  # another process may have written
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(self.path) as file:
+                    file.write(STORED.dump_json(content, indent=1))
+            except OSError as error:
+                log.warning(
+                    "measurements are not stored: %s cannot be written (%s)", self.path, error
+                )
+        return self.known[key].seconds
 
     def _in_turn(self, trials: Mapping[str, Callable[[], object]], budget_s: float) -> Measured:
         """Return the best seconds of trials that take turns, over several rounds."""
@@ -328,29 +317,25 @@ class Trials:
         cpu_s = time.thread_time() - cpu_start
         waited = self.device.type == "cpu" and cpu_s < MIN_CPU_SHARE * elapsed_s
         two_best = [sorted(seconds)[:2] for seconds in times.values()]
-        disagree = any(second > AGREEMENT * best for best, second in two_best)
+        disagree = not times or any(second > AGREEMENT * best for best, second in two_best)
         return Measured({name: min(seconds) for name, seconds in times.items()}, waited or disagree)
 
     def _measure(self, trials: Mapping[Trial, str]) -> Measured:
-        """Time the trials in turn; on a GPU one after another while its memory suffices."""
-        best: dict[str, float] = {}
-        provisional = False
+        """Time the trials in turn, on a GPU those that its memory suffices for."""
+        passes: dict[str, Callable[[], None]] = {}
+        is_gpu = self.device.type == "cuda"
+        with self.device:
+            model = GPT(self.config).train()
         try:
-            with self.device:
-                model = GPT(self.config).train()
-            passes = {name: partial(self._pass, model, *trial) for trial, name in trials.items()}
-            if self.device.type != "cuda":
-                return self._in_turn(passes, MEASURE_S)
-            reserve = self._memory_reserve(model)
-            for name, trial in passes.items():
-                trial()  # kernels are loaded and chosen
-                measured = self._in_turn({name: trial}, 0)
-                best |= measured.seconds
-                provisional |= measured.provisional
+            reserve = self._memory_reserve(model) if is_gpu else None
+            for trial, name in trials.items():
+                passes[name] = partial(self._pass, model, *trial)
+                if is_gpu:
+                    passes[name]()  # which loads and chooses kernels
             del reserve
         except torch.OutOfMemoryError:
-            log.debug("memory is full beyond %s rows", list(best))
-        return Measured(best, provisional or not best)
+            log.debug("memory is full at %s", passes.popitem()[0] if passes else "no rows")
+        return self._in_turn(passes, MEASURE_S)
 
     def _memory_reserve(self, model: GPT) -> torch.Tensor:
         """Return a tensor (N,) of the bytes that training needs and a trial does not."""
@@ -365,6 +350,13 @@ class Trials:
         with torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "32-true"):
             loss = next_token_loss(model, input_ids, input_ids)
         (loss / input_ids.numel()).backward()
+
+
+def _read(path: Path) -> dict[str, Measured]:
+    try:
+        return STORED.validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return {}
 
 
 def _bytes_per_token(config: GPTConfig) -> int:

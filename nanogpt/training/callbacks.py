@@ -123,7 +123,7 @@ class Samples(Periodic):
         self.path = run_dir / "samples.txt"
         self.prompts = prompts
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "seed": seed}
-        self.max_new_tokens = max_new_tokens
+        self.sampling["max_new_tokens"] = max_new_tokens
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -142,19 +142,14 @@ class Samples(Periodic):
         Replaces those that a killed process wrote at this step.
         """
         cut_samples(self.path, step - 1)
-        texts = [self.sample(module, prompt) for prompt in self.prompts]
-        text = "\n---\n".join(texts)
+        text = "\n---\n".join(self.sample(module, prompt) for prompt in self.prompts)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(f"=== step {step} ===\n{text}\n")
 
     def sample(self, module: StageModule, prompt: str) -> str:
         """Return the prompt with its continuation, or with the reply to it on the next line."""
-        reply = Reply(
-            *(module.model, module.tokenizer, prompt, module.template),
-            max_new_tokens=self.max_new_tokens,
-            **self.sampling,
-        )
-        text = reply.read().text
+        model = (module.model, module.tokenizer, prompt, module.template)
+        text = Reply(*model, **self.sampling).read().text
         if module.template is None:
             return prompt + text
         return f"> {prompt}\n{trimmed(text) or '(it ends its reply at once)'}"

@@ -1,7 +1,4 @@
-"""The devices of a run, and the launch of its ranks.
-
-Lightning's own subprocess launcher is never used: it would run a sweep once more in every child.
-"""
+"""The devices of a run, and the launch of its ranks."""
 
 import os
 import sys
@@ -62,7 +59,7 @@ def run_on_ranks(
     """Train on this rank, or on as many ranks as configured; return the run's summary.
 
     Raises ValueError for ranks that cannot be started from here, RanksFailedError after a failure
-    that the ranks have reported, SystemExit after a signal.
+    that the ranks have reported, RuntimeError where one was killed, SystemExit after a signal.
     """
     trainer = config["trainer"]
     if is_rank():
@@ -80,21 +77,14 @@ def run_on_ranks(
     n_processes = count_devices(trainer["devices"], trainer["accelerator"])
     if n_processes == 1:
         return train(config)
-    code = launch(config, n_processes)
+    # Lightning's own launcher would run a sweep once more in every child.
+    with tempfile.TemporaryDirectory() as directory:
+        frozen = Path(directory) / "config.yaml"
+        frozen.write_text(yaml.safe_dump(config), encoding="utf-8")
+        script = str(Path(sys.argv[0]).resolve())
+        code = launch_ranks(n_processes, [script, "--frozen", str(frozen)])
     if code in STOPPED_BY_SIGNAL:
         raise SystemExit(code)
     if code:
         raise RanksFailedError(code)
     return RunDirectory.from_config(config).summary() or {}
-
-
-def launch(config: Mapping[str, Any], n_processes: int) -> int:
-    """Run train.py on the frozen configuration in n processes; return the exit code.
-
-    Raises RuntimeError where a rank was killed.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        frozen = Path(directory) / "config.yaml"
-        frozen.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
-        script = str(Path(sys.argv[0]).resolve())
-        return launch_ranks(n_processes, [script, "--frozen", str(frozen)])

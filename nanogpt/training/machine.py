@@ -3,8 +3,8 @@
 import contextlib
 import os
 import platform
+import re
 import subprocess
-import sys
 from pathlib import Path
 
 import lightning
@@ -14,12 +14,15 @@ from nanogpt import __version__
 
 
 def usable_cores() -> int:
-    """Return the physical cores that this process may use."""
+    """Return the physical cores that this process may use, within a container's quota."""
     cpus: set[int] = set(range(os.cpu_count() or 1))
     if hasattr(os, "sched_getaffinity"):
         cpus = os.sched_getaffinity(0)
-    cores = {_siblings(cpu) for cpu in cpus}
-    return max(1, min(len(cores), _cpu_quota()))
+    quota, _, period = _text("/sys/fs/cgroup/cpu.max").partition(" ")  # cgroup v2; or "max"
+    most = round(int(quota) / int(period)) if quota.isdecimal() else len(cpus)
+    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    cores = {_text(siblings.format(cpu)) or str(cpu) for cpu in cpus}
+    return max(1, min(len(cores), most))
 
 
 def usable_memory_bytes() -> int:
@@ -27,11 +30,9 @@ def usable_memory_bytes() -> int:
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
-        return 8 * 2**30
-    try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):
-        return total
+        total = 8 * 2**30
+    limit = _text("/sys/fs/cgroup/memory.max").strip()  # or "max"
+    return min(total, int(limit)) if limit.isdecimal() else total
 
 
 def machine_id(device: torch.device) -> str:
@@ -73,27 +74,14 @@ def versions() -> dict[str, str]:
     }
 
 
-def _siblings(cpu: int) -> str:
-    """Return the name of a logical CPU's physical core; its own number where that is unknown."""
-    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-    try:
-        return path.read_text()
-    except OSError:
-        return str(cpu)
-
-
-def _cpu_quota() -> int:
-    """Return how many CPUs a container may use (cgroup v2)."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, round(int(quota) / int(period)))
-    except (OSError, ValueError):  # none, or "max"
-        return sys.maxsize
-
-
 def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*: (.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _text(path: str) -> str:
+    """Return a file of the kernel, empty where there is none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

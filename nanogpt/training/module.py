@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -117,8 +116,10 @@ class StageModule(LightningModule):
         factor = factor_at(self.schedule, step, self.max_steps)
         set_learning_rates(optimizer, self.learning_rates, factor)
         losses = []
+        # Ranks reduce gradients at the last micro-batch of a step only.
+        reduce_later = getattr(self.trainer.strategy, "block_backward_sync", contextlib.nullcontext)
         for batch in micro_batches[:-1]:
-            with self._without_reduction():
+            with reduce_later():
                 losses.append(self._backward(batch))
         losses.append(self._backward(micro_batches[-1]))
         grad_norm = self._clip_gradients()
@@ -143,13 +144,6 @@ class StageModule(LightningModule):
                 logger.log_metrics({**metrics, "wall_s": self.wall_s()}, step)
         if step == self.trainer.max_steps:
             self.trainer.should_stop = True  # upon which Lightning validates, at any interval
-
-    def _without_reduction(self) -> contextlib.AbstractContextManager[None]:
-        """Let ranks reduce gradients at the last micro-batch of a step only."""
-        strategy = self.trainer.strategy
-        if isinstance(strategy, ParallelStrategy):
-            return strategy.block_backward_sync()
-        return contextlib.nullcontext()
 
     def _backward(self, batch: Batch) -> Tensor:
         """Add a micro-batch's share of the step's gradient; return its share of the loss."""
