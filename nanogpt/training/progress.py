@@ -33,7 +33,7 @@ class Progress(ProgressBar):
         self.every_s = every_s
         self._due = math.inf  # never, unless training has begun on rank zero
         self._shown = -1
-        self._bar: tqdm | None = None
+        self._bar = tqdm(disable=True)  # which it stays where lines are printed
 
     def disable(self) -> None:
         """Lightning calls it on the other ranks, where `on_train_start` shows nothing anyway."""
@@ -44,13 +44,13 @@ class Progress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             self._due, self._shown = 0.0, -1
-            if _on_terminal():
-                self._bar = tqdm(
-                    total=trainer.max_steps,
-                    initial=trainer.global_step,
-                    bar_format="{percentage:3.0f} %|{bar}| {desc}",
-                    dynamic_ncols=True,
-                )
+            self._bar = tqdm(
+                total=trainer.max_steps,
+                initial=trainer.global_step,
+                bar_format="{percentage:3.0f} %|{bar}| {desc}",
+                dynamic_ncols=True,
+                disable=not _on_terminal(),
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if time.monotonic() >= self._due:
@@ -59,30 +59,24 @@ class Progress(ProgressBar):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and trainer.global_step > self._shown >= 0:
             self._show(trainer, pl_module)
-        self._close()
 
     def on_exception(self, *args: Any) -> None:
-        self._close()
+        self.teardown()
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
-        self._close()
+        self._due = math.inf
+        self._bar.close()
 
     def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._due = time.monotonic() + (self.every_s if self._bar is None else BAR_EVERY_S)
+        self._due = time.monotonic() + (self.every_s if self._bar.disable else BAR_EVERY_S)
         self._shown = trainer.global_step
         metrics = getattr(pl_module, "progress", {})
         line = progress_line(self._shown, trainer.max_steps, metrics)
-        if self._bar is None:
+        if self._bar.disable:
             print_text(line)
         else:
             self._bar.n = self._shown
             self._bar.set_description_str(line)
-
-    def _close(self) -> None:
-        self._due = math.inf
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 def progress_line(step: int, max_steps: int, metrics: Mapping[str, float]) -> str:
