@@ -190,7 +190,7 @@ def test_bad_records_can_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFi
     [
         (None, ValueError, "needs data.path="),
         ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl is no file"),
-        (__file__, ValueError, "does not end in .jsonl or .json"),
+        (__file__, FileNotFoundError, "is no file that ends in .jsonl or .json"),
     ],
 )
 def test_a_path_that_is_no_such_file_is_refused(

@@ -38,7 +38,7 @@ COMPRESSION = 3  # of JSON Lines by gzip or zstd, about
 
 log = logging.getLogger(__name__)
 
-Record = str | ValueError  # a document, or its error
+Record = tuple[str, bytes | BadRecord]  # a document or line after its position, or its error
 Block = tuple[int, Iterable[Record]]  # records that are skipped together, and their number
 
 
@@ -64,14 +64,18 @@ class Reader:
         each. Raises ValueError for a record that cannot be read, unless `skip_bad`.
         """
         for path in paths:
+            is_json = not path.lower().endswith((*TEXTS, ".parquet"))
             for n_records, records in self._blocks(path):
                 if n_records <= skip:
                     skip -= n_records
                     continue
-                for record in islice(records, skip, None):
-                    if isinstance(record, ValueError) and not self.skip_bad:
-                        raise record
-                    yield record if isinstance(record, str) else None
+                for where, data in islice(records, skip, None):
+                    try:
+                        yield self._json_text(data) if is_json else decode(data)
+                    except BadRecord as error:
+                        if not self.skip_bad:
+                            raise error.at(where) from error
+                        yield None
                 skip = 0
 
     def text_bytes(self, paths: Sequence[str]) -> int:
@@ -99,7 +103,8 @@ class Reader:
             elif path.lower().endswith(".parquet"):
                 yield from self._parquet_blocks(file, path)
             else:
-                yield from self._json_blocks(file, path)
+                for number, line in lines(file, path):
+                    yield 1, [(f"{path}, line {number}", line)]
 
     def _text_blocks(self, file: IO[bytes], path: str) -> Iterator[Block]:
         if self.separator is None:
@@ -107,25 +112,18 @@ class Reader:
             return
         documents = filter(bytes.strip, _separated(file, self.separator.encode()))
         for number, data in enumerate(documents, start=1):
-            yield 1, _document(data.strip(b"\r\n"), f"{path}, document {number}")
+            yield 1, [(f"{path}, document {number}", data.strip(b"\r\n"))]
 
-    def _json_blocks(self, file: IO[bytes], path: str) -> Iterator[Block]:
-        for number, line in lines(file, path):
-            yield 1, self._json_text(line, f"{path}, line {number}")
-
-    def _json_text(self, line: bytes | BadRecord, where: str) -> Iterator[Record]:
+    def _json_text(self, line: bytes | BadRecord) -> str:
         shape = f'write records such as {{"{self.text_column}": "..."}}'
-        try:
-            remedy = f"{shape}, or pass data.text_column=NAME"
-            yield text_under(parse_json(line), self.text_column, remedy)
-        except BadRecord as error:
-            yield error.at(where)
+        remedy = f"{shape}, or pass data.text_column=NAME"
+        return text_under(parse_json(line), self.text_column, remedy)
 
     def _parquet_blocks(self, file: IO[bytes], path: str) -> Iterator[Block]:
         try:
             parquet = self._open_parquet(file, path)
         except BadRecord as error:
-            yield 1, [error.at(path)]
+            yield 1, [(path, error)]
             return
         start = 0
         for group in range(parquet.num_row_groups):
@@ -147,11 +145,8 @@ class Reader:
             for batch in batches:
                 for data in _as_bytes(batch.column(0)).to_pylist():
                     row += 1
-                    where = f"{path}, row {row}"
-                    if data is None:
-                        yield BadRecord(f"is null under {self.text_column!r}").at(where)
-                    else:
-                        yield from _document(data, where)
+                    null = BadRecord(f"is null under {self.text_column!r}")
+                    yield f"{path}, row {row}", null if data is None else data
         except (OSError, pyarrow.ArrowException) as error:
             if not is_damage(error):
                 raise
@@ -159,7 +154,7 @@ class Reader:
         if row < stop:
             rows = f"rows {row + 1} to {stop} ({reason})"
             lost = BadRecord(f"is damaged in row group {group}, {rows}", "fetch the file again")
-            yield from repeat(lost.at(path), stop - row)
+            yield from repeat((path, lost), stop - row)
 
     def _open_parquet(self, file: IO[bytes], path: str) -> Any:
         """Open a parquet file to be read in small pieces.
@@ -197,13 +192,6 @@ def file_sizes(paths: Sequence[str]) -> list[int]:
     return [int(filesystem.size(path)) for path in paths]
 
 
-def _document(data: bytes, where: str) -> Iterator[Record]:
-    try:
-        yield decode(data)
-    except BadRecord as error:
-        yield error.at(where)
-
-
 def _whole(file: IO[bytes], path: str) -> Iterator[Record]:
     data = b"".join(iter(partial(file.read, BUFFER_BYTES), b""))  # the hub repeats a failed part
     if END_OF_TEXT.encode() in data:
@@ -211,7 +199,7 @@ def _whole(file: IO[bytes], path: str) -> Iterator[Record]:
             f"text in {os.path.dirname(path)} holds {END_OF_TEXT}, which is read as plain text; "
             "where it separates documents, pass it as separator (data.separator, or --separator)"
         )
-    yield from _document(data, path)
+    yield path, data
 
 
 def _separated(file: IO[bytes], separator: bytes) -> Iterator[bytes]:

@@ -108,22 +108,17 @@ class HubDataset(TextFiles):
         commit = self._commit()
         try:
             return datasets.load_dataset_builder(self.repository, self.subset, revision=commit)
-        except ValueError as error:
-            subsets = datasets.get_dataset_config_names(self.repository, revision=commit)
-            if self.subset in subsets:
-                raise
-            found = "needs a subset" if self.subset is None else f"has no subset {self.subset}"
-            raise ValueError(
-                f"the data set {self.repository} {found}; pass data.subset=NAME, one of "
-                f"{_some(subsets)}"
-            ) from error
-        except RuntimeError as error:
+        except (ValueError, RuntimeError) as error:
+            found = (
+                "is made by a program of its own, which is not run; pass "
+                "data.revision=refs/convert/parquet, the hub's parquet copy of it"
+            )
             if "scripts are no longer supported" not in str(error):
-                raise
-            raise ValueError(
-                f"the data set {self.repository} is made by a program of its own, which is not "
-                "run; pass data.revision=refs/convert/parquet, the hub's parquet copy of it"
-            ) from error
+                subsets = datasets.get_dataset_config_names(self.repository, revision=commit)
+                if self.subset in subsets:
+                    raise
+                found = f"needs data.subset=NAME, one of {_some(subsets)}"
+            raise ValueError(f"the data set {self.repository} {found}") from error
 
     def _files(self, builder: Any) -> list[str]:
         """Return the URLs of the split's files, none where they are not of a kind read in place."""

@@ -79,13 +79,11 @@ class Instructions(Source):
         return parts
 
     def file(self) -> Path:
-        """Return the file; raises FileNotFoundError or ValueError where it is none of JSON."""
+        """Return the file; raises FileNotFoundError where it is none of JSON."""
         endings = " or ".join(SUFFIXES)
         path = local_path(self.path, self.name, f"a file that ends in {endings}")
-        if not path.is_file():
-            raise FileNotFoundError(f"data.path={self.path} is no file; pass one in {endings}")
-        if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"data.path={self.path} does not end in {endings}; pass such a file")
+        if not path.is_file() or path.suffix.lower() not in SUFFIXES:
+            raise FileNotFoundError(f"data.path={self.path} is no file that ends in {endings}")
         return path
 
     def documents(self, skip: int = 0) -> Iterator[str | None]:

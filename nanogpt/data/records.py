@@ -49,8 +49,10 @@ def open_file(path: str) -> IO[bytes]:
     return io.BufferedReader(file)  # whose lines are read faster than fsspec's
 
 
-def decode(data: bytes) -> str:
-    """Return UTF-8 bytes as text; raises BadRecord for others."""
+def decode(data: bytes | BadRecord) -> str:
+    """Return UTF-8 bytes as text; raises BadRecord for others, or the one passed."""
+    if isinstance(data, BadRecord):
+        raise data
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -74,8 +76,6 @@ def lines(raw: IO[bytes], path: str) -> Iterator[tuple[int, bytes | BadRecord]]:
 
 def parse_json(line: bytes | BadRecord) -> Any:
     """Return the value of a line of JSON; raises BadRecord where there is none."""
-    if isinstance(line, BadRecord):
-        raise line
     text = decode(line)
     try:
         return json.loads(text)
