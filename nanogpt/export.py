@@ -7,6 +7,7 @@ CHECKPOINT is a .ckpt, a run directory, or the name of a run under runs/.
 """
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -17,17 +18,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.command import add_shared, guard_output, parse, run_command
-from nanogpt.gguf_file import write_gguf
-from nanogpt.model import NORM_EPSILON, GPTConfig
-from nanogpt.pretrained import CONFIG, SAFETENSORS, published_weights
+from nanogpt.model import NORM_EPSILON
+from nanogpt.pretrained import CONFIG, SAFETENSORS, gpt2_weights, published_weights
 from nanogpt.prompts import find_template
 from nanogpt.support import unsupported
-from nanogpt.tokenizer_files import padding_id, write_tokenizer
+from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN
+from nanogpt.tokenizer_files import merges_of, padding_id, spell, spellings, write_tokenizer
+
+NO_MERGES = [f"{END_OF_TEXT} {END_OF_TEXT}"]  # occurs in no text; the list may not be empty
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +62,8 @@ def check_exportable(checkpoint: Checkpoint, format_: str) -> None:
         raise ValueError(f"{path} is a classifier, which GGUF has no place for; pass --format hf")
     if found := unsupported(config, {}):  # the defaults are GPT-2; missing biases become zero
         values = ", ".join(f"{key}={value}" for key, value in found.items())
-        switches = " ".join(f"model.{key}={_typed(getattr(type(config)(), key))}" for key in found)
+        defaults = {key: json.dumps(getattr(type(config)(), key)).strip('"') for key in found}
+        switches = " ".join(f"model.{key}={value}" for key, value in defaults.items())
         raise ValueError(
             f"{path} has {values}, which the published GPT-2 and so its formats lack; "
             f"export a model trained with {switches}, as model=gpt2_small has them"
@@ -68,35 +73,123 @@ def check_exportable(checkpoint: Checkpoint, format_: str) -> None:
 def write_huggingface(checkpoint: Checkpoint, directory: Path) -> None:
     """Make a directory that AutoTokenizer and a class of transformers load with no code of ours.
 
-    It is AutoModelForCausalLM, or AutoModelForSequenceClassification for a classifier.
+    It is AutoModelForCausalLM, or AutoModelForSequenceClassification for a classifier. Generation
+    ends with `<|endoftext|>`, or with the template's end of a reply.
     """
     directory.mkdir()
-    if checkpoint.labels is None:
-        _write_language_model(checkpoint, directory)
+    config, tokenizer, labels = checkpoint.config, checkpoint.tokenizer, checkpoint.labels
+    template = None if checkpoint.template is None else find_template(checkpoint.template)
+    if labels is None:
+        ids = dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eot_id)
+        ids["bos_token_id"] = tokenizer.encode_prompt("")[0]  # of an empty prompt, there and here
+        about: dict[str, Any] = {"architectures": ["GPT2LMHeadModel"]}
+        ends = tokenizer.eot_id if template is None else template.stop_ids(tokenizer)
+        _write_json(directory / "generation_config.json", {**ids, "eos_token_id": ends})
     else:
-        _write_classifier(checkpoint, checkpoint.labels, directory)
-    weights = published_weights(checkpoint.model)
-    save_file(weights, directory / SAFETENSORS, metadata={"format": "pt"})
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_id)
+        ids["pad_token_id"] = padding_id(tokenizer)
+        about = {
+            "architectures": ["GPT2ForSequenceClassification"],
+            "problem_type": "single_label_classification",
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
+    jinja = None if template is None else template.jinja()
+    write_tokenizer(tokenizer, directory, config.block_size, jinja, framed=labels is not None)
+    published = {
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": NORM_EPSILON,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+    }
+    _write_json(directory / CONFIG, {**published, **about, **ids})
+    save_file(
+        published_weights(checkpoint.model), directory / SAFETENSORS, metadata={"format": "pt"}
+    )
     # safetensors makes its file readable by its owner alone, whatever the umask.
-    (directory / SAFETENSORS).chmod((directory / "config.json").stat().st_mode)
+    (directory / SAFETENSORS).chmod((directory / CONFIG).stat().st_mode)
+
+
+def write_gguf(checkpoint: Checkpoint, path: Path, dtype: str = "f32") -> None:
+    """Write a GPT-2 language model, its tokenizer and its template into a file for llama.cpp.
+
+    Its keys are those of ggml-org/ggml, docs/gguf.md. With f16 the matrices are rounded, but for
+    the position embeddings, which llama.cpp adds as they are. Raises ModuleNotFoundError where the
+    package gguf is missing, and ValueError for a tokenizer with a pattern of its own: the file can
+    only name a pattern that llama.cpp knows.
+    """
+    try:
+        gguf: Any = importlib.import_module("gguf")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "--format gguf needs the package gguf, which is not installed; pip install -e '.[gguf]'"
+        ) from error
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    if tokenizer.pattern not in (GPT2_PATTERN, ""):  # bytes that never merge may be cut by any
+        raise ValueError(
+            f"{checkpoint.path} has the tokenizer {tokenizer.name}, which cuts texts by a pattern "
+            f"that no reader of GGUF knows; pass --format hf, or train with tokenizer=gpt2 or "
+            f"tokenizer=byte"
+        )
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(NORM_EPSILON)
+    half = dtype == "f16"
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
+    n_special = len(tokenizer.special_tokens)
+    types = [gguf.TokenType.NORMAL] * (tokenizer.vocab_size - n_special)
+    merges = [f"{spell(a)} {spell(b)}" for a, b in merges_of(tokenizer)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(spellings(tokenizer))
+    writer.add_token_types(types + [gguf.TokenType.CONTROL] * n_special)
+    writer.add_token_merges(merges or NO_MERGES)
+    writer.add_bos_token_id(tokenizer.encode_prompt("")[0])
+    writer.add_eos_token_id(tokenizer.eot_id)
+    writer.add_add_bos_token(tokenizer.bos_id is not None)
+    writer.add_add_eos_token(False)
+    if checkpoint.template is not None:
+        writer.add_chat_template(find_template(checkpoint.template).jinja())
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    for name, tensor in gpt2_weights(checkpoint.model).items():
+        rounded = half and tensor.dim() == 2 and name != "wpe.weight"
+        array = tensor.numpy().astype(np.float16 if rounded else np.float32, copy=False)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @contextmanager
 def exporting(out: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary path that becomes `out` when the block ends, and goes when it raises.
 
-    Raises FileExistsError where `out` exists, unless it is an export and may be overwritten, and
-    NotADirectoryError where it lies under a file.
+    Raises FileExistsError where `out` exists, unless it is an export and may be overwritten.
     """
     if out.exists():
-        if not _is_export(out):
-            raise FileExistsError(f"{out} exists and is no export; pass another path")
-        if not overwrite:
-            raise FileExistsError(f"{out} exists; pass another path, or --overwrite")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(f"{out} lies under a file; pass another path") from error
+        if out.is_dir():
+            is_export = (out / CONFIG).is_file()
+        else:
+            with out.open("rb") as file:
+                is_export = file.read(4) == b"GGUF"
+        if not (is_export and overwrite):
+            advice = ", or --overwrite" if is_export else ": it is no export"
+            raise FileExistsError(f"{out} exists; pass another path{advice}")
+    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         _remove(temporary)
@@ -124,69 +217,6 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
     return parser
-
-
-def _write_language_model(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write all but the weights of a language model.
-
-    Generation ends with `<|endoftext|>`, or with the template's end of a reply.
-    """
-    config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    jinja: str | None = None
-    ends: int | list[int] = tokenizer.eot_id
-    if checkpoint.template is not None:
-        template = find_template(checkpoint.template)
-        jinja, ends = template.jinja(), template.stop_ids(tokenizer)
-    write_tokenizer(tokenizer, directory, config.block_size, jinja)
-    ids = dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eot_id)
-    ids["bos_token_id"] = tokenizer.encode_prompt("")[0]  # of an empty prompt, there and here
-    about = {"architectures": ["GPT2LMHeadModel"], **ids}
-    _write_json(directory / CONFIG, {**_published_config(config), **about})
-    _write_json(directory / "generation_config.json", {**ids, "eos_token_id": ends})
-
-
-def _write_classifier(checkpoint: Checkpoint, labels: list[str], directory: Path) -> None:
-    """Write all but the weights of a classifier."""
-    config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    write_tokenizer(tokenizer, directory, config.block_size, framed=True)
-    about = {
-        "architectures": ["GPT2ForSequenceClassification"],
-        "problem_type": "single_label_classification",
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: i for i, label in enumerate(labels)},
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_id),
-        "pad_token_id": padding_id(tokenizer),
-    }
-    _write_json(directory / CONFIG, {**_published_config(config), **about})
-
-
-def _typed(value: object) -> str:
-    return json.dumps(value).strip('"')
-
-
-def _is_export(path: Path) -> bool:
-    if path.is_dir():
-        return (path / CONFIG).is_file()
-    with open(path, "rb") as file:
-        return file.read(4) == b"GGUF"
-
-
-def _published_config(config: GPTConfig) -> dict[str, Any]:
-    return {
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": NORM_EPSILON,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
-    }
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
