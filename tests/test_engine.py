@@ -613,7 +613,7 @@ def test_a_file_that_is_no_checkpoint_fails_its_requests(tmp_path: Path) -> None
     end = InlineEngine(tmp_path).one(generate("a", [1])).end
     assert isinstance(end, Failed)
     assert end.kind == "internal"
-    assert "no readable checkpoint" in end.message
+    assert "last.ckpt is truncated, altered, of another kind" in end.message
 
 
 def test_a_model_of_which_no_slot_fits_the_cache_is_refused(tmp_path: Path) -> None:
@@ -637,7 +637,7 @@ def test_a_failed_load_is_logged_once_and_named_without_paths(
     for n in range(3):
         end = inline.one(Generate(str(n), "bad", [1], SamplingParams(1))).end
         assert isinstance(end, Failed)
-        assert end.message.startswith("bad could not be loaded: last.ckpt is no readable")
+        assert end.message.startswith("bad could not be loaded: last.ckpt is truncated, altered")
         assert str(tmp_path) not in end.message
         broken = inline.engine.registry.failures
         broken.update({key: (0.0, why) for key, (_, why) in broken.items()})  # long ago
