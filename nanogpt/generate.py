@@ -17,6 +17,8 @@ from nanogpt.generation import Reply
 from nanogpt.prompts import find_template
 from nanogpt.text import print_line
 
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
@@ -41,12 +43,7 @@ def write(options: argparse.Namespace) -> None:
         checkpoint.tokenizer,
         prompt,
         template,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        seed=options.seed,
+        **{name: getattr(options, name) for name in SAMPLING},
     )
     if template is None:
         _write(prompt)

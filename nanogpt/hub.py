@@ -9,7 +9,6 @@ from nanogpt.text import first_line
 TIMEOUT_S = 5.0
 BAD_GATEWAY = (502, 503, 504)  # a proxy that has no way to the hub
 TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "h11", "aiohttp"}
-TOKEN = "set HF_TOKEN to a token that may read it (huggingface.co/settings/tokens)"
 
 log = logging.getLogger("nanogpt")
 
@@ -20,8 +19,8 @@ def hub_errors(what: str, instead: str) -> Iterator[None]:
 
     `what` is fetched in the block, `instead` is how a user avoids it: both complete the sentence.
     Raises ConnectionError where the hub cannot be reached, within seconds, and where it breaks off,
-    and FileNotFoundError, PermissionError or ValueError where it has no such repository, file or
-    revision, does not let this machine read it, or `datasets` cannot. Other errors pass.
+    PermissionError where it has no such repository for this machine, FileNotFoundError where that
+    has no such file or revision, and ValueError where `datasets` cannot read it. Other errors pass.
 
     >>> with hub_errors("the weights of gpt2", "copy data/weights/gpt2 here"):
     ...     hf_hub_download("openai-community/gpt2", "config.json")
@@ -64,24 +63,20 @@ def _explanation(error: Exception, what: str, instead: str) -> Exception | None:
 
     chain = list(_causes(error))
 
-    def is_a(*kinds: type[Exception]) -> bool:
-        return any(isinstance(e, kinds) for e in chain)
+    def is_a(kind: type[Exception]) -> bool:
+        return any(isinstance(e, kind) for e in chain)
 
     http = [e for e in chain if isinstance(e, errors.HfHubHTTPError)]
     status = next((e.response.status_code for e in http if e.response is not None), None)
     is_lost = is_a(errors.LocalEntryNotFoundError) or any(map(_is_transport, chain))
-    if is_a(errors.GatedRepoError):
-        return PermissionError(f"{what} is gated; accept its terms on its page and {TOKEN}")
-    if is_a(errors.RevisionNotFoundError):
-        return ValueError(f"{what} has no such revision; pass a branch, tag or commit of it")
-    if is_a(errors.EntryNotFoundError) and not is_lost:
-        return FileNotFoundError(f"{what} has no such file ({first_line(error)}); {instead}")
-    if is_a(errors.RepositoryNotFoundError):
-        return FileNotFoundError(
-            f"{what} is not on the hub, or is private; correct its name, or {TOKEN}"
+    if is_a(errors.RevisionNotFoundError) or (is_a(errors.EntryNotFoundError) and not is_lost):
+        return FileNotFoundError(f"{what} has no such file or revision ({brief(error)}); {instead}")
+    if is_a(errors.RepositoryNotFoundError) or status in (401, 403):
+        return PermissionError(
+            f"{what} is not on the hub, or is gated or private: correct its name, accept its terms "
+            f"on its page, and set HF_TOKEN to a token that may read it "
+            f"(huggingface.co/settings/tokens)"
         )
-    if status in (401, 403):
-        return PermissionError(f"the hub does not let this machine read {what}; {TOKEN}")
     if status or is_lost:
         return ConnectionError(
             f"fetching {what} broke off ({type(error).__name__}: {brief(error)}); "

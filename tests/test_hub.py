@@ -92,11 +92,19 @@ def refusal(kind: str, status: int) -> Exception:
 @pytest.mark.parametrize(
     ("error", "type_", "words"),
     [
-        (lambda: refusal("GatedRepoError", 403), PermissionError, "gated; accept its .*HF_TOKEN"),
-        (lambda: refusal("RevisionNotFoundError", 404), ValueError, "has no such revision; pass"),
-        (lambda: refusal("RemoteEntryNotFoundError", 404), FileNotFoundError, "no such file .*; c"),
-        (lambda: refusal("RepositoryNotFoundError", 404), FileNotFoundError, "is not on the hub"),
-        (lambda: refusal("HfHubHTTPError", 401), PermissionError, "not let this machine"),
+        (lambda: refusal("GatedRepoError", 403), PermissionError, "gated or private: .*HF_TOKEN"),
+        (
+            lambda: refusal("RevisionNotFoundError", 404),
+            FileNotFoundError,
+            "no such file or revision",
+        ),
+        (
+            lambda: refusal("RemoteEntryNotFoundError", 404),
+            FileNotFoundError,
+            "no such file or revision .*; c",
+        ),
+        (lambda: refusal("RepositoryNotFoundError", 404), PermissionError, "is not on the hub"),
+        (lambda: refusal("HfHubHTTPError", 401), PermissionError, "set HF_TOKEN"),
         (
             lambda: refusal("HfHubHTTPError", 500),
             ConnectionError,

@@ -342,7 +342,7 @@ def test_dolly_is_fetched_once(tmp_path: Path) -> None:
         (folder / FILE).unlink()
         assert process.submit(hub_server.documents, Dolly()).result(timeout=60) == expected
         other = process.submit(hub_server.documents, Dolly(revision="none"))
-        with pytest.raises(ValueError, match="at none has no such revision"):
+        with pytest.raises(FileNotFoundError, match="at none has no such file or revision"):
             other.result(timeout=60)
 
 

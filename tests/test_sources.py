@@ -656,7 +656,7 @@ def test_a_busy_hub_is_retried(visit: Visit) -> None:
         ),
         (replace(DATA_SET, subset="x"), ValueError, "needs data.subset=NAME, one of pages, others"),
         (replace(DATA_SET, split="val"), ValueError, "no split val; .* one of test, train"),
-        (replace(DATA_SET, revision="v2"), ValueError, "at v2 has no such revision"),
+        (replace(DATA_SET, revision="v2"), FileNotFoundError, "at v2 has no such file or revision"),
         (replace(DATA_SET, text_column="body"), ValueError, "columns of text: text.; pass"),
         (
             HubDataset(repository="someone/table", text_column="b"),
@@ -670,8 +670,8 @@ def test_a_busy_hub_is_retried(visit: Visit) -> None:
         ),
         (
             HubDataset(repository="someone/else"),
-            FileNotFoundError,
-            "is not on the hub, or is private; .*HF_T",
+            PermissionError,
+            "is not on the hub, or is gated or private: .*HF_T",
         ),
     ],
 )
@@ -686,8 +686,8 @@ def test_what_the_hub_lacks_is_an_error_of_one_sentence(
 @pytest.mark.parametrize(
     ("status", "code", "error", "words"),
     [
-        (401, "", PermissionError, "does not let this machine read .* HF_TOKEN"),
-        (403, "GatedRepo", PermissionError, "is gated; accept its terms on .* HF_TOKEN"),
+        (401, "", PermissionError, "is gated or private: .* HF_TOKEN"),
+        (403, "GatedRepo", PermissionError, "accept its terms on .* HF_TOKEN"),
         (410, "", ConnectionError, "broke off .* the same command continues it"),
     ],
 )
