@@ -17,40 +17,28 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and main() prints one sent
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from nanogpt.command import guard_output
-from nanogpt.config import CONF, as_overrides, explain_composition
+from nanogpt.config import CONF, run_hydra
 from nanogpt.runs.directory import find_path
 from serving.api.settings import ApiSettings, read_settings, variable
 
 ROOT = Path(__file__).parent
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 composed: list[dict[str, Any]] = []
 
 
 def main(arguments: Sequence[str]) -> int:
     """Compose the configuration and become the server; return the exit code where that fails."""
-    guard_output()
-    sys.argv[1:] = as_overrides(arguments)
-    try:
+
+    def work() -> None:
         compose()
         for values in composed:  # none for --help and --cfg
             settings = read_settings(**values)
             check_models(settings)
             become_server(settings)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except FileNotFoundError as error:
-        print(f"serve.py: {error}", file=sys.stderr)
-        return FAILED
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        print(f"serve.py: {explain_composition(error, 'serve')}", file=sys.stderr)
-        return WRONG_USAGE
-    return 0
+
+    return run_hydra("serve", arguments, work)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="serve")

@@ -26,7 +26,6 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a missing name service 
 import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -42,19 +41,8 @@ from nanogpt.build import (
     choose_tokenizer,
     source_fingerprint,
 )
-from nanogpt.command import guard_output
-from nanogpt.config import (
-    CONF,
-    as_overrides,
-    expand_environment,
-    explain_composition,
-    explain_failure,
-    freeze,
-    named_as_typed,
-    sweep_name,
-)
-
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+from nanogpt.command import FAILED, WRONG_USAGE
+from nanogpt.config import CONF, expand_environment, explain_failure, freeze, run_hydra, sweep_name
 
 # Plain values that constructors of nodes receive where they name them.
 HANDED_OVER = ("seed", "stage", "data_dir", "tokens_per_step", "grad_clip")
@@ -64,25 +52,18 @@ failures: list[int] = []  # exit codes of this command's jobs
 
 def main(arguments: Sequence[str]) -> int:
     """Run one job, a sweep, or with `--frozen FILE` one rank of a job; return the exit code."""
-    guard_output()
     expand_environment()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for modules that the configuration names
     os.environ["NANOGPT_SWEEP"] = sweep_name(arguments)  # for hydra.sweep.dir
-    sys.argv[1:] = as_overrides(arguments)
-    try:
+
+    def work() -> None:
         if arguments[:1] == ["--frozen"]:
             run_job(yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8")), train)
         else:
             compose()
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if "debug=true" in arguments:
-            raise
-        print(f"train.py: {explain_composition(error)}", file=sys.stderr)
-        return WRONG_USAGE
-    return max(failures, default=0)
+
+    return run_hydra("train", arguments, work) or max(failures, default=0)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
@@ -100,10 +81,7 @@ def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
             raise
         is_usage = isinstance(error, ConfigurationError | OmegaConfBaseException)
         failures.append(getattr(error, "exit_code", WRONG_USAGE if is_usage else FAILED))
-        text = explain_failure(error)
-        if isinstance(error, ConfigurationError):
-            text = named_as_typed(text, config)
-        if text:
+        if text := explain_failure(error):
             print(f"train.py: {text}", file=sys.stderr)
         return math.nan
 

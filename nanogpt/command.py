@@ -8,12 +8,13 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 from nanogpt.text import first_line
 
-INTERRUPTED = 130
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 # Options and configuration keys that name a file or directory, as *path and *dir do.
 PATHS = ("checkpoint", "checkpoints", "dataset", "init_from", "models", "pretokenized")
 
@@ -51,21 +52,15 @@ def is_path(key: str) -> bool:
     return last.endswith(("path", "dir")) or last in PATHS
 
 
-def expand_home(text: str) -> str:
-    """Return a path with `~` or `~user` in front expanded, which shells do not do after `=`."""
-    return os.path.expanduser(text) if text.startswith("~") else text
-
-
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse a command line, with `~` expanded in paths, defaults from the environment included."""
     options = parser.parse_args(arguments)
     for name, value in vars(options).items():
         if isinstance(value, Path):
-            setattr(options, name, Path(expand_home(str(value))))
-        elif isinstance(value, str) and is_path(name):
-            setattr(options, name, expand_home(value))
-        elif isinstance(value, list) and is_path(name):
-            setattr(options, name, [expand_home(item) for item in value])
+            setattr(options, name, Path(expanduser(value)))
+        elif value and is_path(name):
+            many = isinstance(value, list)
+            setattr(options, name, [*map(expanduser, value)] if many else expanduser(value))
     return options
 
 
@@ -109,20 +104,18 @@ def guard_output(*, raises: bool = False) -> None:
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None or stream is getattr(sys, f"__{name}__"):
-            setattr(sys, name, _guarded(stream, descriptor, raises and name == "stdout"))
-
-
-def _guarded(stream: io.TextIOWrapper | None, descriptor: int, raises: bool) -> io.TextIOWrapper:
-    """Return a text stream like `stream`, that cannot fail, on its descriptor."""
-    settings: dict[str, Any] = {"line_buffering": descriptor == 2, "encoding": "utf-8"}
-    if stream is not None:
-        stream.flush()
-        settings = {
-            "line_buffering": stream.line_buffering or stream.write_through,
-            "encoding": stream.encoding,
-            "errors": stream.errors,
-        }
-    return io.TextIOWrapper(io.BufferedWriter(_BestEffortFile(descriptor, raises)), **settings)
+            file = io.BufferedWriter(_BestEffortFile(descriptor, raises and name == "stdout"))
+            line_buffering = descriptor == 2
+            if stream is not None:
+                stream.flush()
+                line_buffering |= stream.line_buffering or stream.write_through
+            guarded = io.TextIOWrapper(
+                file,
+                getattr(stream, "encoding", "utf-8"),
+                getattr(stream, "errors", None),
+                line_buffering=line_buffering,
+            )
+            setattr(sys, name, guarded)
 
 
 class _BestEffortFile(io.FileIO):

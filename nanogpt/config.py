@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from os.path import expanduser
 from pathlib import Path
@@ -24,7 +24,14 @@ from pydantic import Field
 from typing_extensions import NotRequired
 
 from nanogpt.build import OTHER_NAMES, CallbackError, ConfigurationError
-from nanogpt.command import is_path, out_of_memory
+from nanogpt.command import (
+    FAILED,
+    INTERRUPTED,
+    WRONG_USAGE,
+    guard_output,
+    is_path,
+    out_of_memory,
+)
 from nanogpt.runs.identity import flatten, run_name
 from nanogpt.text import first_line
 from nanogpt.values import Amount, Count, Flag, Seed, Size, Text, check
@@ -55,6 +62,25 @@ INSTEAD = {
 OVERRIDE = re.compile(r"(\+{0,2}[\w./@-]*[\w.])=(.*)", re.DOTALL)
 CHOICE = re.compile(r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^,])+""")  # which a comma ends
 FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)")
+
+
+def run_hydra(name: str, arguments: Sequence[str], work: Callable[[], None]) -> int:
+    """Run a command on Hydra's command line; print an error as one sentence; return the exit code.
+
+    `name` is that of the command and of its configuration. Raises the error with `debug=true`.
+    """
+    guard_output()
+    sys.argv[1:] = as_overrides(arguments)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (HydraException, OmegaConfBaseException, ValueError, FileNotFoundError) as error:
+        if "debug=true" in arguments:
+            raise
+        print(f"{name}.py: {explain_composition(error, name)}", file=sys.stderr)
+        return FAILED if isinstance(error, FileNotFoundError) else WRONG_USAGE
+    return 0
 
 
 def as_overrides(arguments: Sequence[str]) -> list[str]:
@@ -277,18 +303,6 @@ def explain_failure(error: Exception) -> str:
     return f"{type(error).__name__}: {text} (debug=true shows where)"
 
 
-def named_as_typed(text: str, config: Mapping[str, Any]) -> str:
-    """Return a sentence about a key of the stage's modules with the key that sets it.
-
-    >>> named_as_typed("module.layers=1 should be text", config)
-    'classify.layers=1 should be text'
-    """
-    stage = config["stage"]
-    keys = "|".join(config.get(stage) or ())
-    pattern = rf"\b(?:data|datamodule|module)\.({keys})\b"
-    return re.sub(pattern, rf"{stage}.\1", text) if keys else text
-
-
 def explain_composition(error: Exception, config_name: str = "train") -> str:
     """Return why a configuration does not compose, with the nearest right name."""
     if isinstance(error, OverrideParseException):
@@ -313,10 +327,7 @@ def unknown_key(key: str, config_name: str = "train") -> str:
     """Return the sentence for a key that the composed configuration does not have."""
     known = _known_keys(config_name)
     if key in known:
-        return (
-            f"the chosen data and stage have no key {key}, which others have; choose one of these "
-            "(conf/data, conf/stage), or leave it out"
-        )
+        return f"the chosen data and stage have no key {key}, which others in conf/ have"
     near = OTHER_NAMES.get(key.rpartition(".")[2], "")
     if near.partition("=")[0].partition(" ")[0] not in known:
         near = "".join(difflib.get_close_matches(key, known, n=1, cutoff=0.5))

@@ -21,7 +21,6 @@ from nanogpt.config import (
     check_values,
     clear_other_budget,
     explain_composition,
-    named_as_typed,
 )
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Constant, Cosine, WarmupStableDecay, check_schedule, learning_rates
@@ -245,12 +244,6 @@ def test_a_value_of_the_wrong_kind_is_refused_by_the_name_of_its_key(
                 refusal = refusal_of(broken, tmp_path)
                 assert last in refusal, f"{key}={value!r}"
                 assert "\n" not in refusal
-
-
-def test_a_key_of_a_stage_is_named_as_it_is_typed() -> None:
-    config = {"stage": "classify", "classify": {"layers": "all"}}
-    assert named_as_typed("module.layers=1 is", config) == "classify.layers=1 is"
-    assert named_as_typed("module.layer=1 is", config) == "module.layer=1 is"
 
 
 def test_a_typed_budget_clears_the_other_one(tmp_path: Path) -> None:

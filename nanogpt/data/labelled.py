@@ -5,12 +5,12 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from nanogpt.command import expand_home
 from nanogpt.data.records import BadRecord, decode, json_records, read_all, text_under
 from nanogpt.data.source import Source, local_path
 from nanogpt.data.splits import Example, Splits, examples_sha256, split
@@ -88,7 +88,7 @@ def read_examples(
     Raises ValueError, naming file and line, for rows without text or label, which are left out
     where `skip_bad`.
     """
-    path = Path(expand_home(str(path)))
+    path = Path(expanduser(path))
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; pass a labelled .tsv, .csv or .jsonl file")
     columns = (text_column, label_column)

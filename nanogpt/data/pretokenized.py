@@ -12,13 +12,13 @@ import logging
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
 from pydantic.dataclasses import dataclass
 
-from nanogpt.command import expand_home
 from nanogpt.data.corpus import MANIFEST, TOKENIZER, Corpus, describe_tokenizer, open_corpus
 from nanogpt.data.shards import MAGIC_NUMBERS, UINT16, Part, TokenStream, naming_damage, shard_part
 from nanogpt.data.source import files_fingerprint, local_path
@@ -153,7 +153,7 @@ def fetch_pretokenized(where: str, data_dir: Path) -> Path:
     download that was interrupted is continued, and a complete one is found without a network.
     Raises FileNotFoundError or ValueError for a name that is neither, and as `hub_errors` does.
     """
-    path = Path(expand_home(str(where)))
+    path = Path(expanduser(where))
     if path.exists():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", where):

@@ -5,10 +5,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from nanogpt.command import expand_home
 from nanogpt.hub import hub_errors
 
 HASHED_WHOLE_BYTES = 2**30  # of files above this size in all, samples are hashed
@@ -60,7 +60,7 @@ def local_path(path: str | Path | None, name: str, what: str) -> Path:
     """Return `data.path`, `~` expanded; raises ValueError where none is given."""
     if path is None:
         raise ValueError(f"data={name} needs data.path=<{what}>")
-    return Path(expand_home(str(path)))
+    return Path(expanduser(path))
 
 
 def files_fingerprint(root: Path, paths: Sequence[Path]) -> str:

@@ -9,12 +9,13 @@
 import difflib
 import os
 import re
+from os.path import expanduser
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from nanogpt.command import expand_home, is_path
+from nanogpt.command import is_path
 from nanogpt.values import explain
 from serving.engine.messages import Count, Heartbeat, Seconds, Settings
 
@@ -71,7 +72,7 @@ class ApiSettings(BaseSettings, Settings):
         name = str(info.field_name)
         if value == "" and cls.model_fields[name].default is None:
             return None
-        return expand_home(value) if isinstance(value, str) and is_path(name) else value
+        return expanduser(value) if isinstance(value, str) and is_path(name) else value
 
     def engine_settings(self) -> Settings:
         """Return the settings of the engine; its models are the checkpoint, or else all runs."""
