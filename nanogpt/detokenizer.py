@@ -73,7 +73,5 @@ class Detokenizer:
 
 def _overlap(text: str, stop: str) -> int:
     """Return how many characters at the end of the text begin the stop string."""
-    for n in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:n]):
-            return n
-    return 0
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((n for n in lengths if text.endswith(stop[:n])), 0)

@@ -13,14 +13,11 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field, TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict
 
 from nanogpt.text import first_line
-from nanogpt.values import explain
 
 if TYPE_CHECKING:
     import tiktoken
@@ -70,22 +67,6 @@ _LONG_SPACE = re.compile(rf"(?<!\s)\s{{{LONGEST_SPACE}}}\s+")
 PIECE_CHARS = 2**20
 _SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[A-Za-z])(?= [A-Za-z])")
 
-Name = Annotated[str, Field(strict=True, max_length=2000)]
-
-
-class Record(TypedDict):
-    """A tokenizer as plain values; `tokens` are the ordinary ones, in base64."""
-
-    kind: Literal["byte", "bpe"]
-    name: Name
-    pattern: Name
-    tokens: Annotated[list[Annotated[str, Field(strict=True)]], Field(strict=True)]
-    special_tokens: Annotated[list[Name], Field(strict=True)]
-    bos_token: NotRequired[Name]
-
-
-_RECORD = TypeAdapter(Record)
-
 
 def byte_tokenizer(documents: Iterable[str] | None = None) -> "Tokenizer":
     """Return the tokenizer whose tokens are the 256 bytes, `<|endoftext|>` and the reserved ids."""
@@ -132,17 +113,18 @@ def bpe_tokenizer(documents: Iterable[str], vocab_size: int) -> "Tokenizer":
 def from_record(record: Any) -> "Tokenizer":
     """Return the tokenizer that a record describes.
 
-    Raises ValueError where it is no `Record`, or its tokens or pattern lose part of a text.
+    Raises ValueError where it lacks a key of `Tokenizer.record`, has another kind of value, or its
+    tokens or pattern lose part of a text.
     """
     try:
-        _RECORD.validate_python(record)
         tokens = [base64.b64decode(token, validate=True) for token in record["tokens"]]
-        pattern, special_tokens = record["pattern"], record["special_tokens"]
+        name, pattern, special_tokens = (record[k] for k in ("name", "pattern", "special_tokens"))
         bos_token = record.get("bos_token")
-        tokenizer = Tokenizer(record["name"], pattern, tokens, special_tokens, bos_token)
+        tokenizer = Tokenizer(name, pattern, tokens, special_tokens, bos_token)
         probe = Tokenizer("probe", pattern, BYTES, [END_OF_TEXT])
         if (
-            len({END_OF_TEXT, *special_tokens}) != len(special_tokens)
+            not all(isinstance(text, str) for text in (name, pattern, *special_tokens))
+            or len({END_OF_TEXT, *special_tokens}) != len(special_tokens)
             or bos_token not in (None, *special_tokens)
             or len({b"", *tokens}) <= len(tokens)
             or not {*BYTES} <= {*tokens}
@@ -151,13 +133,13 @@ def from_record(record: Any) -> "Tokenizer":
             or probe.decode(probe.encode(PATTERN_SAMPLE)) != PATTERN_SAMPLE
         ):
             raise ValueError("a kind, token, special token or pattern that loses part of a text")
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # tiktoken panics where a pattern cuts an empty piece
-        reason = explain(error) if isinstance(error, ValidationError) else first_line(error)
+        reason = f"{type(error).__name__}: {first_line(error)}"[:200]
         raise ValueError(
-            f"the tokenizer's record is malformed ({reason[:200]}); use the checkpoint or "
-            f"tokenizer.json as it was written, or make it again"
+            f"the tokenizer's record is malformed ({reason}); use the checkpoint or tokenizer.json "
+            f"as it was written, or make it again"
         ) from error
     return tokenizer
 
@@ -281,7 +263,7 @@ class Tokenizer:
         return list(self._token_bytes)
 
     def record(self) -> dict[str, Any]:
-        """Return the whole table as plain types; token bytes are in base64."""
+        """Return the whole table as plain types; `tokens` are the ordinary ones, in base64."""
         tokens = self._token_bytes[: len(self._token_bytes) - len(self.special_tokens)]
         return {
             "kind": self.kind,
