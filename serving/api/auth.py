@@ -28,7 +28,6 @@ FORWARDING = {
     *("cf-connecting-ip", "fastly-client-ip", "x-original-host", "x-original-forwarded-for"),
     *("x-envoy-external-address", "x-proxycontextpath"),
 }
-SET_KEYS = "set NANOGPT_API_KEYS and send a key"
 
 
 def key_name(key: bytes, settings: ApiSettings) -> str | None:
@@ -108,8 +107,8 @@ def check_local(scope: Scope, settings: ApiSettings) -> None:
         answered = f"pages of its own origin and of cors_origins; add {origin!r} there"
     else:
         return
-    message = f"Without API keys this server answers {answered}, or {SET_KEYS}."
-    raise ApiError(403, message, code=code)
+    way = f"{answered}, or set NANOGPT_API_KEYS and send a key"
+    raise ApiError(403, f"Without API keys this server answers {way}.", code=code)
 
 
 def allows_origin(origin: str, settings: ApiSettings) -> bool:

@@ -65,13 +65,9 @@ class Call:
                 use = "".join(f", or use {value}" for value in neutral if value or value == 0)
                 message = f"{param} is not supported; leave it out{use}."
                 raise ApiError(400, message, param=param)
-        for param, n, limit, what in (
-            ("n", body.n or 1, min(self.settings.max_n, self.settings.max_queue), "answers"),
-            ("stop", len(body.stops), self.settings.max_stops, "stop strings"),
-        ):
-            if n > limit:
-                message = f"{n} {what} are too many; request at most {limit}."
-                raise ApiError(400, message, param=param)
+        max_n = min(self.settings.max_n, self.settings.max_queue)
+        check_count("n", body.n or 1, max_n, "answers")
+        check_count("stop", len(body.stops) or 1, self.settings.max_stops, "stop strings")
         model = await self.load(body.model, "generate")
         model.check_task("generate")
         return model
@@ -191,6 +187,12 @@ class Call:
 def json_response(content: Any) -> Response:
     """Return an answer of 200."""
     return Response(to_json(content), media_type="application/json")
+
+
+def check_count(param: str, n: int, limit: int, what: str) -> None:
+    """Raise ApiError for a field of no values or of more than allowed."""
+    if not 1 <= n <= limit:
+        raise ApiError(400, f"There are {n} {what}; request 1 to {limit}.", param=param)
 
 
 async def _within(limits: Limits, work: Awaitable[T]) -> T:

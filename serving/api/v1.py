@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from nanogpt.detokenizer import Detokenizer
-from serving.api.call import Call, json_response
+from serving.api.call import Call, check_count, json_response
 from serving.api.errors import ApiError
 from serving.api.generation import Choice, Piece, Prompt, tokens_of
 from serving.api.models import ServedModel
@@ -157,11 +157,8 @@ async def _completion_choices(
     given: Any = "" if body.prompt is None else body.prompt
     several = isinstance(given, list) and not (given and isinstance(given[0], int))
     texts = given if several else [given]
-    limit = call.max_prompts(body.n or 1)
-    if not 1 <= len(texts) <= limit:
-        with_n = f", with n={body.n}" if body.n else ""
-        message = f"There are {len(texts)} prompts{with_n}; give 1 to {limit} of them."
-        raise ApiError(400, message, param="prompt")
+    n = body.n or 1
+    check_count("prompt", len(texts), call.max_prompts(n), f"prompts (of n={n} answers)")
     if body.add_special_tokens is False and not all(texts):
         raise ApiError(400, "A prompt is empty, and add_special_tokens is false.", param="prompt")
     max_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
@@ -200,9 +197,7 @@ async def _classify(
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the label and the probabilities of each text, and the number of tokens."""
     model.check_task("classify")
-    if not 1 <= len(texts) <= call.max_prompts():
-        message = f"There are {len(texts)} texts; give 1 to {call.max_prompts()} of them."
-        raise ApiError(400, message, param="input")
+    check_count("input", len(texts), call.max_prompts(), "texts")
     limit, labels = model.details.block_size, model.details.labels or []
     ids = [(await model.encode(text, add_special_tokens=False))[:limit] for text in texts]
     requests = [Classify(call.new_id(), model.id, text, **call.labels) for text in ids]
