@@ -11,9 +11,9 @@ a corpus elsewhere is `data=shards data.path=DIR`.
 """
 
 import argparse
+import inspect
 import logging
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
         "nanogpt.prepare",
         partial(prepare_dataset, options),
-        explain=lambda error: as_options(first_line(error)),
+        explain=as_options,
         interrupted="stopped; the same command continues",
     )
 
@@ -90,8 +90,9 @@ def prepare_dataset(options: argparse.Namespace) -> None:
     print(f"{corpus.directory}: train on it with data=shards data.path={corpus.directory}")
 
 
-def as_options(sentence: str) -> str:
+def as_options(error: Exception) -> str:
     """Return an error's sentence with this command's options in place of training's keys."""
+    sentence = explain(error) if isinstance(error, ValidationError) else first_line(error)
     sentence = re.sub(r"\bdata=", "", sentence.replace("data.skip_bad=true", "--skip-bad"))
     keys = "|".join((*OF_SOURCES, "tokens", "shard_tokens", "workers"))
     return re.sub(rf"\b(?:data\.)?({keys})=", lambda m: f"--{m[1].replace('_', '-')} ", sentence)
@@ -104,7 +105,7 @@ def choose_source(options: argparse.Namespace) -> Source:
     """
     name = options.dataset if options.dataset is not None else "text"
     given = {key: getattr(options, key) for key in OF_SOURCES if getattr(options, key) is not None}
-    make: Any
+    make: Callable[..., Source]
     if name in SOURCES:
         make = SOURCES[name]
     elif Path(name).exists():
@@ -117,14 +118,10 @@ def choose_source(options: argparse.Namespace) -> Source:
             f"there is no data set {name}; pass one of {known}, a file or folder, or a repository "
             "of the Hugging Face hub as owner/name"
         )
-    fields = make.__dataclass_fields__
+    fields = inspect.signature(make).parameters
     if unknown := [key for key in given if key not in fields]:
         raise ValueError(f"{name} has no option --{unknown[0].replace('_', '-')}; leave it out")
-    try:
-        source: Source = make(**given)
-    except ValidationError as error:
-        raise ValueError(explain(error)) from error
-    return source
+    return make(**given)
 
 
 def choose_tokenizer(name: str, vocab_size: int) -> tuple[str, MakeTokenizer]:
@@ -184,11 +181,5 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _end(number: int, frame: object) -> None:
-    print("nanogpt.prepare: ended by a signal; the same command continues", file=sys.stderr)
-    sys.exit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _end)
     sys.exit(main())

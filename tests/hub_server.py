@@ -73,7 +73,7 @@ def visitor(endpoint: str, cache: Path) -> Iterator[Executor]:
 
 
 def documents(source: Source, skip: int = 0) -> list[str | None]:
-    return list(source.documents(skip))
+    return list(source.pinned().documents(skip))  # as a preparation reads them
 
 
 def text_bytes(source: Source) -> int | None:

@@ -5,7 +5,6 @@ read in place, the text column only; other kinds of files go through that librar
 """
 
 import hashlib
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -76,10 +75,15 @@ class HubDataset(TextFiles):
         """Return this data set at a commit: the one given, or the hub's for its revision now."""
         if self.path is not None:
             return self
-        if revision is not None:
-            return replace(self, revision=revision)
-        with self._hub_errors():
-            return replace(self, revision=self._commit())
+        if revision is None:
+            from huggingface_hub import HfApi
+
+            with self._hub_errors():
+                info = HfApi().dataset_info(
+                    self.repository, revision=self.revision, timeout=TIMEOUT_S
+                )
+            revision = str(info.sha)
+        return replace(self, revision=revision)
 
     def description(self) -> dict[str, Any]:
         """Return the request, or the path."""
@@ -87,15 +91,6 @@ class HubDataset(TextFiles):
             return super().description()
         keys = ("repository", "subset", "split", "revision", "text_column")
         return {key: getattr(self, key) for key in keys}
-
-    def _commit(self) -> str:
-        """Return the commit of the revision; without a request where it is one."""
-        if re.fullmatch("[0-9a-f]{40}", self.revision):
-            return self.revision
-        from huggingface_hub import HfApi
-
-        info = HfApi().dataset_info(self.repository, revision=self.revision, timeout=TIMEOUT_S)
-        return str(info.sha)
 
     def _builder(self) -> Any:
         """Return the `datasets` library's builder of the subset, which has its files by split."""
@@ -105,16 +100,17 @@ class HubDataset(TextFiles):
         datasets.logging.set_verbosity_error()
         datasets.disable_progress_bars()
         disable_progress_bars()
-        commit = self._commit()
         try:
-            return datasets.load_dataset_builder(self.repository, self.subset, revision=commit)
+            return datasets.load_dataset_builder(
+                self.repository, self.subset, revision=self.revision
+            )
         except (ValueError, RuntimeError) as error:
             found = (
                 "is made by a program of its own, which is not run; pass "
                 "data.revision=refs/convert/parquet, the hub's parquet copy of it"
             )
             if "scripts are no longer supported" not in str(error):
-                subsets = datasets.get_dataset_config_names(self.repository, revision=commit)
+                subsets = datasets.get_dataset_config_names(self.repository, revision=self.revision)
                 if self.subset in subsets:
                     raise
                 found = f"needs data.subset=NAME, one of {_some(subsets)}"

@@ -37,10 +37,6 @@ class PythonStdlib(Source):
         """Return a hash over the files' names and contents."""
         return files_fingerprint(_root(), [Path(path) for path in self._paths()])
 
-    def text_bytes(self) -> int:
-        """Return the size of the files."""
-        return Reader().text_bytes(self._paths())
-
     def description(self) -> dict[str, Any]:
         """Return Python's version."""
         return {"python": platform.python_version()}
