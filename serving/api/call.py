@@ -169,8 +169,12 @@ class Call:
 
     async def until_disconnect(self, work: Awaitable[T]) -> T:
         """Return the result of work; raises ClientDisconnect as soon as the client disconnects."""
-        working = asyncio.ensure_future(work)
-        waiting = asyncio.ensure_future(self._wait_for_disconnect())
+
+        async def disconnect() -> None:
+            while (await self.request.receive())["type"] != "http.disconnect":
+                pass
+
+        working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
         try:
             await asyncio.wait([working, waiting], return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
@@ -178,10 +182,6 @@ class Call:
             return working.result()
         finally:
             await _cancel([working, waiting])
-
-    async def _wait_for_disconnect(self) -> None:
-        while (await self.request.receive())["type"] != "http.disconnect":
-            pass
 
 
 def json_response(content: Any) -> Response:

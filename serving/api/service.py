@@ -85,10 +85,8 @@ class Metrics(Collector):
             samples = metric.samples
             metric.samples = [s._replace(labels={**s.labels, **front_end}) for s in samples]
             yield metric
-        stats = self._engine
-        yield GaugeMetricFamily(
-            "nanogpt_engine_up", "whether the engine answers", stats is not None
-        )
+        stats, name, text = self._engine, "nanogpt_engine_up", "whether the engine answers"
+        yield GaugeMetricFamily(name, text, stats is not None)
         if stats is None:
             return
         for family, fields in ((CounterMetricFamily, COUNTERS), (GaugeMetricFamily, GAUGES)):

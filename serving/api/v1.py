@@ -83,7 +83,7 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
     texts = [body.input] if isinstance(body.input, str) else body.input
     call = Call(request)
     model = await call.load(body.model, "classify")
-    data, n_tokens = await _classify(call, model, texts)
+    data, n = await _classify(call, model, texts)
     return json_response(
         {
             "id": f"classify-{secrets.token_hex(12)}",
@@ -91,11 +91,7 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
             "created": int(time.time()),
             "model": model.id,
             "data": data,
-            "usage": {
-                "prompt_tokens": n_tokens,
-                "completion_tokens": 0,
-                "total_tokens": n_tokens,
-            },
+            "usage": {"prompt_tokens": n, "completion_tokens": 0, "total_tokens": n},
         }
     )
 
