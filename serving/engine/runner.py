@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,14 +42,8 @@ MIN_TOKENS = 8  # of a prefill in one step where memory is short
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Computed = tuple[SequenceState, Tensor]  # and its states (R, C) of a step
 Emit = Callable[[object, Message], None]  # to a client, or to all for None
-
-
-class Computed(NamedTuple):
-    """The states (R, C) that a step computed of a sequence."""
-
-    sequence: SequenceState
-    states: Tensor
 
 
 @dataclass(eq=False)
@@ -109,15 +103,14 @@ class Runner:
         self.stats.steps += 1
         self.used = time.monotonic()
         ready: list[Computed] = []
-        for computed in self._isolated(self._forward, plan):
-            sequence = computed.sequence
+        for sequence, states in self._isolated(self._forward, plan):
             is_whole = sequence.n_computed == len(sequence.ids)
             if isinstance(sequence.request, Score):
-                self._isolated(self._score, [computed])
+                self._isolated(self._score, [(sequence, states)])
             elif is_whole and isinstance(sequence.request, Classify):
-                self._isolated(self._classify, [computed])
+                self._isolated(self._classify, [(sequence, states)])
             elif is_whole:
-                ready.append(Computed(sequence, computed.states[-1:]))
+                ready.append((sequence, states[-1:]))
         self._isolated(self._sample, ready)
 
     def _isolated(
@@ -145,7 +138,7 @@ class Runner:
             if not sequence.first_token and sequence.n_computed == len(sequence.ids):
                 assert sequence.slot is not None
                 self.scheduler.slots.hold(sequence.slot, sequence.ids)  # others may use it now
-        return [Computed(sequence, part) for (sequence, _), part in zip(plan, parts, strict=True)]
+        return [(sequence, part) for (sequence, _), part in zip(plan, parts, strict=True)]
 
     def _halve(self, sequence: SequenceState, span: Span) -> bool:
         """Halve a sequence's tokens per step; return whether that could be done.
@@ -162,8 +155,8 @@ class Runner:
         return True
 
     def _sample(self, ready: list[Computed]) -> None:
-        logits = self.forward.logits(torch.cat([computed.states for computed in ready]))
-        sequences = [computed.sequence for computed in ready]
+        logits = self.forward.logits(torch.cat([states for _, states in ready]))
+        sequences = [sequence for sequence, _ in ready]
         for sequence, tokens in zip(sequences, sampling.choose(logits, sequences), strict=True):
             self._append(sequence, tokens)
 
