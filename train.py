@@ -11,6 +11,7 @@ Issuing a command again continues its run. Every key is in conf/, with a comment
 
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -83,6 +84,9 @@ def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
         failures.append(getattr(error, "exit_code", WRONG_USAGE if is_usage else FAILED))
         if text := explain_failure(error):
             print(f"train.py: {text}", file=sys.stderr)
+        sweep = Path(config["runs_dir"], os.environ["NANOGPT_SWEEP"])
+        if sweep.is_dir() and {path.name for path in sweep.iterdir()} <= {"multirun.yaml"}:
+            shutil.rmtree(sweep)  # of Hydra, which holds no run
         return math.nan
 
 
@@ -133,7 +137,8 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         micro_batch = 1 if config["micro_batch"] == "auto" else config["micro_batch"]
         tokens = config["tokens_per_step"]
         rows_per_rank = split_step(tokens, block_size, ranks.world_size, micro_batch)
-        data.block_size, data.prepared = block_size, run.prepared
+        data.block_size = block_size
+        data.prepared = run.recorded.get("corpus") if run.source is None else None
         if start is not None:
             start = with_special_tokens(start, data.special_tokens)
         tokenizer = data.use_tokenizer(choose_tokenizer(config["tokenizer"], start))

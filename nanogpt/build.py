@@ -145,10 +145,15 @@ def build_data(config: Mapping[str, Any], **live: Any) -> Any:
 
 
 def source_fingerprint(data: Any) -> str:
-    """Return the fingerprint of what a data module reads, before it is prepared."""
+    """Return the fingerprint of what a data module reads, before it is prepared.
+
+    Raises ConfigurationError where the source refuses its keys.
+    """
     source: Any = getattr(data, "source", None)  # of a user's module, this may be anything
-    fingerprint: str = source.fingerprint() if hasattr(source, "fingerprint") else data.fingerprint
-    return fingerprint
+    try:
+        return str(source.fingerprint() if hasattr(source, "fingerprint") else data.fingerprint)
+    except ValueError as error:  # such as no data.path
+        raise ConfigurationError(first_line(error)) from error
 
 
 def choose_tokenizer(node: Mapping[str, Any], start: Any) -> Any:

@@ -268,7 +268,7 @@ def check_and_build(config: dict[str, Any]) -> None:
 
 def test_a_key_of_another_data_set_is_not_suggested_for_itself() -> None:
     for key, expected in (
-        ("data.balance", "the chosen data and stage have no key data.balance, which others have"),
+        ("data.balance", "the chosen data and stage have no key data.balance, which others in"),
         ("data.ballance", "did you mean data.balance?"),
     ):
         error = ValueError(f"Could not override '{key}'")

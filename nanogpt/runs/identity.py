@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-# What may change between two starts of one run; every other key is part of its identity.
+# What may change between two starts of one run; every other key, and trainer.precision, is part of
+# its identity.
 OPERATIONAL = (
     "name",
     "runs_dir",
@@ -38,7 +39,6 @@ OPERATIONAL = (
     "typed",
     "resolved",
 )
-IDENTITY_WITHIN_OPERATIONAL = ("trainer.precision",)
 NAMED_BY_CHOICE = ("stage", "model", "data")  # groups that the name begins with
 BUDGET = ("max_steps", "max_tokens")  # identity that may grow, where the schedule permits
 SCHEDULES = {
@@ -78,13 +78,8 @@ def run_name(
 
 def is_identity(key: str) -> bool:
     """Return whether a change of this dotted key makes another run."""
-    if any(_under(key, root) for root in IDENTITY_WITHIN_OPERATIONAL):
-        return True
-    return not any(_under(key, root) for root in OPERATIONAL)
-
-
-def _under(key: str, root: str) -> bool:
-    return key == root or key.startswith(root + ".")
+    nodes = {key[: dot.start()] for dot in re.finditer(r"\.|$", key)}  # and the key itself
+    return "trainer.precision" in nodes or nodes.isdisjoint(OPERATIONAL)
 
 
 def _slug(changed: Mapping[str, Any]) -> str:

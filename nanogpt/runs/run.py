@@ -71,11 +71,6 @@ class Run:
         return Ranks.from_environment()
 
     @property
-    def prepared(self) -> str | None:
-        """Fingerprint of the prepared corpus that replaces a missing source, else None."""
-        return self.recorded.get("corpus") if self.source is None else None
-
-    @property
     def binding(self) -> dict[str, str]:
         """What binds this run's checkpoints to it."""
         return binding(self._as_recorded(self.recorded))
@@ -165,12 +160,11 @@ class Run:
     def log_state(self) -> None:
         """Log the point to continue from, or that the run is finished."""
         if self.finished is not None:
-            what = f"{self.finished['steps']} steps, {reached(self.finished)}"
-            if stopped := self.finished.get("stopped"):
-                what += f"; ended before its budget by {stopped}"
-            log.info(
-                "%s is already finished (%s); name=<new name> starts another run", self.path, what
-            )
+            steps, stopped = self.finished["steps"], self.finished.get("stopped")
+            what = f"{steps} steps, {reached(self.finished)}"
+            what += f"; ended before its budget by {stopped}" if stopped else ""
+            finished = f"is already finished ({what}); name=<new name> starts another run"
+            log.info("%s %s", self.path, finished)
         elif self.checkpoint is not None:
             log.info("%s: continuing at step %s, from %s", self.path, self.step, self.checkpoint)
         elif "corpus" in self.recorded:
