@@ -1,6 +1,7 @@
-"""Numbers, durations and errors as text: formatted and printed in one way."""
+"""Numbers, durations, lists and errors as text: formatted and printed in one way."""
 
 import sys
+from collections.abc import Sequence
 
 
 def format_number(number: float, digits: int = 3) -> str:
@@ -35,6 +36,16 @@ def format_duration(seconds: float) -> str:
     if s < 86400:
         return f"{s // 3600} h {s % 3600 // 60:02} min"
     return f"{s // 86400} d {s % 86400 // 3600} h"
+
+
+def format_list(items: Sequence[str], separator: str = ", ", limit: int = 10) -> str:
+    """Return the first items of a list and the number of the others.
+
+    >>> format_list(["1", "2", "3", "4"], limit=2)
+    '1, 2, and 2 more'
+    """
+    more = [f"and {len(items) - limit:,} more"] if len(items) > limit else []
+    return separator.join([*items[:limit], *more])
 
 
 def first_line(error: BaseException) -> str:

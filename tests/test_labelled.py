@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import ValidationError
 
 from nanogpt.data.augmentation import Augmentation, Speller
-from nanogpt.data.labelled import LabelledTexts, read_examples
+from nanogpt.data.labelled import LabelledTexts
 from nanogpt.data.labelled_module import LabelledDataModule
 from nanogpt.data.module import TokenizerChoice
 from nanogpt.data.sms_spam import SmsSpam
@@ -26,6 +26,10 @@ from nanogpt.tokenizer import BPE_PATTERN, END_OF_TEXT, Tokenizer, bpe_tokenizer
 Batch = dict[str, Any]
 TOKENIZER = byte_tokenizer()
 EXPECTED = [Example('one "hi"', "yes"), Example("go, now", "no")]
+
+
+def read_examples(path: Path, *columns: str, skip_bad: bool = False) -> list[Example]:
+    return LabelledTexts(path, *columns, skip_bad=skip_bad).examples()
 
 
 def written(path: Path, text: str) -> Path:
@@ -345,7 +349,7 @@ def test_weights_make_the_classes_equal_and_the_mean_one() -> None:
         (
             made_up(a=9, **{f"r{i:02}": 1 for i in range(12)}),
             {},
-            r"class 'r09' has.*; and 2 more classes; add",
+            r"class 'r09' has.*; and 2 more; add",
         ),
         (made_up(a=100), {}, "only one class, 'a'"),
         (made_up(a=9, b=9), {"val_fraction": 0.5, "test_fraction": 0.5}, "nothing to train on"),

@@ -16,10 +16,10 @@ from nanogpt.data.files import JSON, RECORDS
 from nanogpt.data.records import BadRecord, open_file, text_under
 from nanogpt.data.text import TextFiles
 from nanogpt.hub import hub_errors
+from nanogpt.text import format_list
 from nanogpt.values import CHECKED, Share, Text
 
 READABLE = (*RECORDS, *JSON, ".txt")
-LISTED_NAMES = 20  # of subsets, in an error
 TIMEOUT_S = 10.0  # for the revision; reading has timeouts and retries of huggingface_hub's own
 
 
@@ -113,7 +113,7 @@ class HubDataset(TextFiles):
                 subsets = datasets.get_dataset_config_names(self.repository, revision=self.revision)
                 if self.subset in subsets:
                     raise
-                found = f"needs data.subset=NAME, one of {_some(subsets)}"
+                found = f"needs data.subset=NAME, one of {format_list(subsets)}"
             raise ValueError(f"the data set {self.repository} {found}") from error
 
     def _files(self, builder: Any) -> list[str]:
@@ -122,7 +122,7 @@ class HubDataset(TextFiles):
         if by_split and self.split not in by_split:
             raise ValueError(
                 f"the data set {self.repository} has no split {self.split}; pass data.split=NAME, "
-                f"one of {_some(sorted(by_split))}"
+                f"one of {format_list(sorted(by_split))}"
             )
         files = [str(url) for url in by_split.get(self.split, [])]
         plain = all(url.lower().endswith(READABLE) for url in files)
@@ -157,8 +157,3 @@ def _is_json_array(url: str) -> bool:
         return False
     with open_file(url) as file:
         return file.read(64).lstrip().startswith(b"[")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
-    return ", ".join(names[:LISTED_NAMES]) + more

@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,11 @@ csv.field_size_limit(2**27)  # characters; the default of 131,072 is less than a
 class LabelledTexts(Source):
     """A labelled file, and its splits for training.
 
+    A .csv file has a header and quotes as in spreadsheets, a .jsonl file an object per line. Any
+    other file is TSV, where a quote is a character like others; without a header that names both
+    columns its rows are label, tab, text (as in the SMS Spam Collection). Labels are texts, whole
+    numbers, or in JSON true and false.
+
     `balance` uses as many examples of each class as the smallest has; the others are a test set of
     their own. `max_examples` bounds the number of used examples, the classes in proportion. With
     `skip_bad`, rows that cannot be read are left out, and their number is logged. To stages that
@@ -43,10 +47,20 @@ class LabelledTexts(Source):
     name: Text = "labelled"
 
     def examples(self) -> list[Example]:
-        """Return the examples in the order of the file."""
+        """Return the examples in the order of the file.
+
+        Raises FileNotFoundError, and ValueError, naming file and line, for rows without text or
+        label, unless `skip_bad`.
+        """
         path = local_path(self.path, self.name, "a .tsv, .csv or .jsonl file")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is no file; pass a labelled .tsv, .csv or .jsonl file")
         columns = (self.text_column, self.label_column)
-        return read_examples(path, *columns, skip_bad=bool(self.skip_bad))
+        read = partial(_example, columns=columns)
+        examples = read_all(path, _rows(path, columns), read, skip_bad=bool(self.skip_bad))
+        if not examples:
+            raise ValueError(f"{path} has no examples; pass a file with a text and a label per row")
+        return examples
 
     def splits(self) -> Splits:
         """Return the examples in splits that depend on them and on `split_seed` alone."""
@@ -69,34 +83,6 @@ class LabelledTexts(Source):
 
     def description(self) -> dict[str, Any]:
         return {"path": str(self.path)}
-
-
-def read_examples(
-    path: str | Path,
-    text_column: str = "text",
-    label_column: str = "label",
-    *,
-    skip_bad: bool = False,
-) -> list[Example]:
-    """Return the examples of a labelled file, in its order.
-
-    A .csv file has a header and quotes as in spreadsheets, a .jsonl file an object per line. Any
-    other file is TSV, where a quote is a character like others; without a header that names both
-    columns its rows are label, tab, text (as in the SMS Spam Collection). Labels are texts, whole
-    numbers, or in JSON true and false.
-
-    Raises ValueError, naming file and line, for rows without text or label, which are left out
-    where `skip_bad`.
-    """
-    path = Path(expanduser(path))
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; pass a labelled .tsv, .csv or .jsonl file")
-    columns = (text_column, label_column)
-    read = partial(_example, text_column=text_column, label_column=label_column)
-    examples = read_all(path, _rows(path, columns), read, skip_bad=skip_bad)
-    if not examples:
-        raise ValueError(f"{path} has no examples; pass a file with a text and a label per row")
-    return examples
 
 
 def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -150,7 +136,8 @@ def _cells(reader: Any, path: Path) -> Iterator[tuple[int, list[str] | BadRecord
             yield line, BadRecord(f"is not CSV ({error})", "correct its quotes")
 
 
-def _example(row: Any, *, text_column: str, label_column: str) -> Example:
+def _example(row: Any, columns: tuple[str, str]) -> Example:
+    text_column, label_column = columns
     text, label = text_under(row, text_column, REMEDY), row.get(label_column)
     if not text.strip():
         raise BadRecord(f"has no text under {text_column!r} (it is empty)")

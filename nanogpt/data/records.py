@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from nanogpt.hub import brief
+from nanogpt.text import format_list
 
-MAX_LISTED = 10  # bad records in one error
 PASS_OVER = "or pass data.skip_bad=true to leave out what cannot be read"
 
 T = TypeVar("T")
@@ -120,11 +120,9 @@ def read_all(
     if bad and skip_bad:
         log_once(f"{path}: {len(bad):,} records that cannot be read were left out")
     elif bad:
-        listed = bad[:MAX_LISTED]
-        found = "; ".join(f"{position} {error}" for position, error in listed)
-        more = f"; and {len(bad) - MAX_LISTED:,} more" if len(bad) > MAX_LISTED else ""
-        remedies = ", ".join(dict.fromkeys(error.remedy for _, error in listed))
-        raise ValueError(f"{path}, {found}{more}; {remedies}, {PASS_OVER}")
+        found = format_list([f"{position} {error}" for position, error in bad], "; ")
+        remedies = ", ".join(dict.fromkeys(error.remedy for _, error in bad))
+        raise ValueError(f"{path}, {found}; {remedies}, {PASS_OVER}")
     return good
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from nanogpt.data.order import permute
+from nanogpt.text import format_list
 
-MAX_LISTED = 10  # of classes in an error
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 
 
@@ -120,11 +120,9 @@ def split(
         for part, more in zip(parts, filled, strict=True):
             part += more
     if rare:
-        found = "; ".join(rare[:MAX_LISTED])
-        others = f"; and {len(rare) - MAX_LISTED} more classes" if len(rare) > MAX_LISTED else ""
         raise ValueError(
-            f"{found}{others}; add examples of them, remove them, or change data.val_fraction, "
-            f"data.test_fraction and data.max_examples"
+            f"{format_list(rare, '; ')}; add examples of them, remove them, or change "
+            "data.val_fraction, data.test_fraction and data.max_examples"
         )
     test, val, train, rest = parts
     return Splits(train, val, test, rest if balance else [])

@@ -11,10 +11,10 @@ from pydantic.dataclasses import dataclass
 from nanogpt.data.files import JSON, RECORDS, TEXTS, Reader
 from nanogpt.data.records import log_once
 from nanogpt.data.source import Source, files_fingerprint, local_path
+from nanogpt.text import format_list
 from nanogpt.values import CHECKED, FilePath, Flag, Share, Text
 
 SUFFIXES = (*TEXTS, *RECORDS)
-MAX_NAMED = 10  # of what is left out
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -80,8 +80,8 @@ class TextFiles(Source):
         files = _each_once(root, (path for path in found if path.is_file()))
         paths = [path for path in files if path.name.lower().endswith(suffixes)]
         others = sorted(p for p in found.difference(paths) if p.is_symlink() or not p.is_dir())
-        named = ", ".join(str(p.relative_to(root)) for p in others[:MAX_NAMED])
-        left_out = f"left out {len(others):,} names ({named}{', ...' * (len(others) > MAX_NAMED)})"
+        named = format_list([str(path.relative_to(root)) for path in others])
+        left_out = f"left out {len(others):,} names ({named})"
         if not paths:
             more = f" ({left_out})" if others else ""
             raise ValueError(f"data.path={self.path} holds no file that ends in {kinds}{more}")

@@ -13,7 +13,7 @@ from typing import Any
 from nanogpt.build import locate
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.classifier import Classifier, class_probabilities
-from nanogpt.data.labelled import read_examples
+from nanogpt.data.labelled import LabelledTexts
 from nanogpt.evaluation.classification import confusion_matrix, majority_class, scores
 from nanogpt.evaluation.results import CONFUSION, Results, align, reduced_confusion
 from nanogpt.text import print_line
@@ -79,7 +79,7 @@ def classify(
             f"{checkpoint.path} is a language model (stage {checkpoint.stage}) and names no "
             "classes; pass a checkpoint of stage=classify"
         )
-    examples = read_examples(data, text_column, label_column)[:limit]
+    examples = LabelledTexts(data, text_column, label_column).examples()[:limit]
     if unknown := sorted({example.label for example in examples} - set(labels)):
         raise ValueError(
             f"{data} has the label {unknown[0]!r} and the checkpoint knows {', '.join(labels)}; "
