@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
@@ -30,12 +30,8 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        return cls(
-            rank=int(os.environ.get("RANK", 0)),
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            world_size=int(os.environ.get("WORLD_SIZE", 1)),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        )
+        names = [field.name for field in fields(cls) if field.name.upper() in os.environ]
+        return cls(**{name: int(os.environ[name.upper()]) for name in names})
 
     @property
     def num_nodes(self) -> int:

@@ -6,7 +6,6 @@ merged in the order of their ids, so that the pairs follow from the table and th
 
 import json
 from collections.abc import Mapping
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 GPT2_FINGERPRINT = "5ef7e0bf39ac26d0"  # of GPT-2's table, as gpt2_tokenizer() returns it
+LETTERS = {byte: letter for letter, byte in byte_of_letter().items()}  # that spell bytes
 
 Merge = tuple[bytes, bytes]
 
@@ -113,8 +113,7 @@ def spellings(tokenizer: Tokenizer) -> list[str]:
 
 def spell(token: bytes) -> str:
     """Return the letters of a token's bytes."""
-    letters = _letters()
-    return "".join([letters[byte] for byte in token])
+    return "".join([LETTERS[byte] for byte in token])
 
 
 def _load(path: Path) -> "Library":
@@ -219,8 +218,3 @@ def _halves(token: bytes, ranks: Mapping[bytes, int]) -> Merge:
         i = pairs.index(lowest)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
-
-
-@cache
-def _letters() -> dict[int, str]:
-    return {byte: letter for letter, byte in byte_of_letter().items()}
