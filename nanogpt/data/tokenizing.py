@@ -48,18 +48,17 @@ def choose_split(source: Source) -> Split:
     Raises ValueError where the source has no text.
     """
     val_below = source.val_fraction
-    lowest: list[float] = []  # the two lowest hashes
-    highest = 0.0
+    hashes: list[float] = []  # the two lowest and the highest
     for document in filter(None, source.documents()):
-        value = _hash(document)
-        lowest, highest = sorted({*lowest, value})[:2], max(highest, value)
-        if lowest[0] < val_below <= highest:
+        hashes = sorted({*hashes, _hash(document)})
+        hashes = hashes[:2] + hashes[2:][-1:]
+        if hashes[0] < val_below <= hashes[-1]:
             return Split(val_below)
-    if not lowest:
+    if not hashes:
         raise ValueError(f"data={source.name} holds no text; pass text to train on")
-    if len(lowest) == 1:
+    if len(hashes) == 1:
         return Split(None)
-    return Split(lowest[1] if lowest[0] >= val_below else highest)
+    return Split(hashes[1] if hashes[0] >= val_below else hashes[-1])
 
 
 @dataclass
