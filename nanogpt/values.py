@@ -52,7 +52,7 @@ def check(
     ValueError: trainer.devices=0 should be at least 1
     """
     config = ConfigDict(extra="forbid" if closed else "ignore")
-    node = with_config(config)(TypedDict("Node", dict(kinds)))  # type: ignore[misc]
+    node = with_config(config)(TypedDict("Node", dict(kinds)))  # type: ignore[operator]
     try:
         TypeAdapter(node).validate_python(values)
     except ValidationError as error:
