@@ -13,37 +13,54 @@ docs/EVALUATION.md describes.
 """
 
 import argparse
+import inspect
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from nanogpt.build import locate
 from nanogpt.checkpoint import find_init_from, init_model, load_checkpoint
 from nanogpt.command import add_shared, guard_output, parse, run_command
 from nanogpt.data.records import PASS_OVER
-from nanogpt.evaluation.results import Row, add_evaluation, lines, run_dir_of, table, write_rows
+from nanogpt.evaluation.results import (
+    Results,
+    Row,
+    add_evaluation,
+    lines,
+    run_dir_of,
+    table,
+    write_rows,
+)
 from nanogpt.evaluation.scoring import BATCH_SIZE
-from nanogpt.evaluation.tasks import OF_LANGUAGE_MODELS, SHARED, TASKS, find_task, task_options
 from nanogpt.ranks import Ranks, launch_ranks, leave_with_launcher
 from nanogpt.report.figures import draw_scores, drawn_metrics, standalone
 from nanogpt.report.report import write_report
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.text import first_line, print_line
 
+Task = Callable[..., Results]
+
+TASKS = {
+    "classify": "nanogpt.evaluation.classification.evaluate",
+    "harness": "nanogpt.evaluation.harness.evaluate",
+    "hellaswag": "nanogpt.evaluation.hellaswag.evaluate",
+    "instructions": "nanogpt.evaluation.instructions.evaluate",
+    "judge": "nanogpt.evaluation.judge.evaluate",
+    "lambada": "nanogpt.evaluation.lambada.evaluate",
+    "perplexity": "nanogpt.evaluation.perplexity.evaluate",
+}
+SHARED = {"hellaswag", "lambada", "perplexity"}  # tasks whose work several processes share
+OF_LANGUAGE_MODELS = {*SHARED, "harness"}
 REPORT_S = 2.0  # in which rank zero reports an error of all
 # options that are recorded in a run's evaluations.json, if they are not the defaults
 RECORDED = {"stride", "text_column", "separator", "label_column", "max_new_tokens"}
 RECORDED |= {"judge_model", "harness_tasks"}
-# keys of training's configuration that errors on data name, by this command's options
-OPTION_OF = {
-    "data.path=": "--data ",
-    "data.text_column=": "--text-column ",
-    f", {PASS_OVER}": "",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,9 +95,9 @@ def explain(error: Exception) -> str:
     if Ranks.from_environment().rank > 0:
         time.sleep(REPORT_S)
     text = first_line(error)
-    for key, option in OPTION_OF.items():
-        text = text.replace(key, option)
-    return text
+    # of training's configuration, which readers of data name
+    text = text.replace("data.path=", "--data ").replace("data.text_column=", "--text-column ")
+    return text.replace(f", {PASS_OVER}", "")
 
 
 def check(options: argparse.Namespace, ranks: Ranks) -> None:
@@ -97,6 +114,39 @@ def check(options: argparse.Namespace, ranks: Ranks) -> None:
     if several and options.task not in SHARED:
         raise ValueError(f"--task {options.task} runs in one process; leave --processes out")
     task_options(find_task(options.task), options)
+
+
+def find_task(name: str) -> Task:
+    """Return the task of a name or of a function's import path; raises ValueError for neither."""
+    if name not in TASKS and "." not in name:
+        raise ValueError(
+            f"there is no task {name}; it is one of {', '.join(TASKS)}, or the import path "
+            "of a function, such as my_package.tasks.my_task"
+        )
+    task: Task = locate(TASKS.get(name, name), name)
+    return task
+
+
+def task_options(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of the command that a task reads, by the names of its parameters.
+
+    Raises ValueError for a missing one that is required, and for a parameter that is no option.
+    """
+    _, *parameters = inspect.signature(task).parameters.values()
+    read: dict[str, Any] = {}
+    for p in parameters:
+        value = getattr(options, p.name, None)
+        if not hasattr(options, p.name):
+            if p is parameters[0]:
+                read[p.name] = options
+            elif p.default is p.empty:
+                raise ValueError(f"--task {options.task}: its parameter {p.name} is no option")
+        elif value is None and "None" not in str(p.annotation):
+            option, (line, *_) = p.name.replace("_", "-"), (task.__doc__ or "").splitlines() or [""]
+            raise ValueError(f"--task {options.task} needs --{option} ({line})")
+        else:
+            read[p.name] = value
+    return read
 
 
 def find_checkpoints(options: argparse.Namespace) -> list[Path]:
@@ -171,8 +221,8 @@ def print_results(rows: Sequence[Row], options: argparse.Namespace) -> None:
         metrics = drawn_metrics(scores)
         if not metrics:
             raise ValueError(
-                "there is nothing to draw, as no metric has a standard error; the table has them "
-                "all: leave --picture out, or score more than one example"
+                "no metric has a standard error to draw; leave --picture out, or score more than "
+                "one example"
             )
         picture = standalone(draw_scores(scores, metrics))
         options.picture.write_text(picture, encoding="utf-8")

@@ -12,9 +12,8 @@ import torch
 
 from nanogpt.checkpoint import Checkpoint, record, write_checkpoint
 from nanogpt.classifier import Classifier
-from nanogpt.evaluate import main
+from nanogpt.evaluate import main, task_options
 from nanogpt.evaluation.results import table
-from nanogpt.evaluation.tasks import task_options
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
 

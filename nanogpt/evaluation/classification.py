@@ -5,15 +5,64 @@ K classes, N texts; a confusion matrix has a row per true class and a column per
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanogpt.checkpoint import Checkpoint
+from nanogpt.classifier import Classifier, class_probabilities
+from nanogpt.data.labelled import LabelledTexts
+from nanogpt.evaluation.results import CONFUSION, Results, align, reduced_confusion
+from nanogpt.text import print_line
+
 WORD = re.compile(r"\w+")
 RIDGE = 1.0  # scikit-learn's C=1: half of it times the squared weights joins the summed loss
 MAX_ITERATIONS = 100
+
+
+def evaluate(
+    checkpoint: Checkpoint, data: Path, limit: int | None, text_column: str, label_column: str
+) -> Results:
+    """Score a classifier on a labelled .tsv, .csv or .jsonl file; print the confusion.
+
+    Raises ValueError for a language model and for unknown labels.
+    """
+    model, labels = checkpoint.model, checkpoint.labels
+    if labels is None or not isinstance(model, Classifier):
+        raise ValueError(
+            f"{checkpoint.path} is a language model (stage {checkpoint.stage}) and names no "
+            "classes; pass a checkpoint of stage=classify"
+        )
+    examples = LabelledTexts(data, text_column, label_column).examples()[:limit]
+    if unknown := sorted({example.label for example in examples} - set(labels)):
+        raise ValueError(
+            f"{data} has the label {unknown[0]!r} and the checkpoint knows {', '.join(labels)}; "
+            "pass a file with these labels"
+        )
+    numbers = [labels.index(example.label) for example in examples]
+    texts = [example.text for example in examples]
+    predicted = class_probabilities(model, checkpoint.tokenizer, texts).argmax(-1).tolist()
+    confusion = confusion_matrix(numbers, predicted, len(labels))
+    majority = confusion_matrix(numbers, [majority_class(numbers)] * len(numbers), len(labels))
+    names, shown = reduced_confusion(labels, confusion)
+    counts = [[name, *map(str, row)] for name, row in zip(names, shown, strict=True)]
+    printed = align([["true \\ predicted", *names], *counts])
+    print_line(f"{checkpoint.path}\n{printed}\n")
+    accuracy = scores(confusion)["accuracy"]
+    return {
+        **scores(confusion),
+        "accuracy_stderr": (accuracy * (1 - accuracy) / max(len(numbers) - 1, 1)) ** 0.5,
+        **{f"baseline_majority_{name}": value for name, value in scores(majority).items()},
+        "examples": float(len(examples)),
+        **{
+            f"{CONFUSION}{label}_as_{other}": float(confusion[i, j])
+            for i, label in enumerate(labels)
+            for j, other in enumerate(labels)
+        },
+    }
 
 
 def confusion_matrix(labels: Sequence[int], predicted: Sequence[int], n_labels: int) -> np.ndarray:

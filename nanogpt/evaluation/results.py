@@ -106,8 +106,9 @@ def lines(rows: Sequence[Row]) -> list[Line]:
 def cells(of: Sequence[Line]) -> list[list[str]]:
     """Return lines as a table: a header, whose first cell is empty, and a row for each line."""
     names = list(dict.fromkeys(name for line in of for name in line.metrics))
-    rows = [[format_metric(*line.metrics.get(n, (None,))) for n in names] for line in of]
-    return [["", *names], *([line.who, *row] for line, row in zip(of, rows, strict=True))]
+    rows = [{n: format_metric(*found) for n, found in line.metrics.items()} for line in of]
+    own = ([row.get(name, "") for name in names] for row in rows)
+    return [["", *names], *([line.who, *row] for line, row in zip(of, own, strict=True))]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -130,10 +131,8 @@ def align(cells: Sequence[Sequence[str]], n_left: int = 0) -> str:
     )
 
 
-def format_metric(value: float | None, error: float | None = None) -> str:
-    """Return a value with its standard error, e.g. `0.2955 ± 0.0046`; "" for None."""
-    if value is None:
-        return ""
+def format_metric(value: float, error: float | None = None) -> str:
+    """Return a value with its standard error, e.g. `0.2955 ± 0.0046`."""
     if value > 1 and float(value).is_integer() and error is None:
         return f"{value:.0f}"
     digits = 4 if abs(value) < 1000 else 0
@@ -155,9 +154,9 @@ def reduced_confusion(
     shown = np.sort(np.argsort(-mistakes, kind="stable")[: max_classes - 1])
     index = np.full(len(labels), len(shown))
     index[shown] = np.arange(len(shown))
-    reduced = np.zeros((len(shown) + 1, len(shown) + 1), dtype=confusion.dtype)
-    np.add.at(reduced, (index[:, None], index[None, :]), confusion)
-    return [*(labels[i] for i in shown), f"{len(labels) - len(shown)} others"], reduced
+    of_class = np.eye(len(shown) + 1, dtype=confusion.dtype)[index]  # (K, shown + 1)
+    others = f"{len(labels) - len(shown)} others"
+    return [*(labels[i] for i in shown), others], of_class.T @ confusion @ of_class
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -83,7 +83,7 @@ def loglikelihoods(
     batches = list(_batches(rows, batch_size if has_trees else 1))
     shown: dict[str, Any] = {"delay": PROGRESS_S, "mininterval": PROGRESS_S, "disable": rank > 0}
     for batch in tqdm(batches, "scoring", **shown):
-        owners = [(results[row.request], index) for row in batch for index in row.indices]
+        owners = [(results[row.request], index) for row in batch for index in row.continuations]
         for (found, index), new in zip(owners, _results(model, batch, multiple), strict=True):
             loglikelihood = found[index].loglikelihood + new.loglikelihood
             found[index] = Result(loglikelihood, found[index].is_greedy and new.is_greedy)
@@ -114,17 +114,16 @@ def encode_pair(
 
 @dataclass(frozen=True)
 class _Row:
-    """Part of a request that fits the model: a context, some continuations and their indices."""
+    """Part of a request that fits the model: a context, and some continuations by their index."""
 
     request: int
     context: Tokens
-    continuations: Sequence[Tokens]
-    indices: Sequence[int]
+    continuations: dict[int, Tokens]
 
     @property
     def n_padded(self) -> int:
         """The largest number of tokens of its tree, as a multiple of ROW_MULTIPLE."""
-        n_tokens = len(self.context) + sum(len(c) - 1 for c in self.continuations)
+        n_tokens = len(self.context) + sum(len(c) - 1 for c in self.continuations.values())
         return -(-n_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
     def tree(self) -> tuple[list[int], list[int], np.ndarray | None]:
@@ -133,16 +132,16 @@ class _Row:
         The mask of bools, in which padding attends to itself, is None for one continuation: such a
         row is causal.
         """
-        n = len(self.context)
+        n, continuations = len(self.context), list(self.continuations.values())
         ids = list(map(int, self.context))
-        if len(self.continuations) == 1:
-            ids += map(int, self.continuations[0][:-1])
+        if len(continuations) == 1:
+            ids += map(int, continuations[0][:-1])
             return ids, list(range(n - 1, len(ids))), None
         before: list[int] = []
         children: dict[tuple[int, int], int] = {}  # the index of a token after an index
         mask = np.eye(self.n_padded, dtype=bool)
         mask[:n, :n] = np.tri(n, dtype=bool)
-        for continuation in self.continuations:
+        for continuation in continuations:
             index = n - 1
             before.append(index)
             for token in map(int, continuation[:-1]):
@@ -160,7 +159,7 @@ def _rows(number: int, request: Request, block_size: int, tree_tokens: int) -> I
     context = request.context
     assert len(context), "the context is empty"
     assert all(map(len, request.continuations)), "a continuation is empty"
-    together: list[int] = []
+    together: dict[int, Tokens] = {}
     n_tokens = len(context)
     for index, continuation in enumerate(request.continuations):
         n_new = len(continuation) - 1  # the last token is a target only
@@ -170,15 +169,15 @@ def _rows(number: int, request: Request, block_size: int, tree_tokens: int) -> I
             for start in range(len(context), len(text), step):
                 scored = text[start : start + step]
                 before = text[max(start + len(scored) - 1 - block_size, 0) : start]
-                yield _Row(number, before, [scored], [index])
+                yield _Row(number, before, {index: scored})
             continue
         if together and n_tokens + n_new > tree_tokens:
-            yield _Row(number, context, [request.continuations[i] for i in together], together)
-            together, n_tokens = [], len(context)
-        together.append(index)
+            yield _Row(number, context, together)
+            together, n_tokens = {}, len(context)
+        together[index] = continuation
         n_tokens += n_new
     if together:
-        yield _Row(number, context, [request.continuations[i] for i in together], together)
+        yield _Row(number, context, together)
 
 
 def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
@@ -238,7 +237,7 @@ def _results(model: GPT, rows: Sequence[_Row], multiple: int) -> Iterator[Result
     attend = _RowsAttend(is_token.to(device), len(ids), mask)
     x = model.embed(ids, positions)[None]  # (1, R, C)
     states = model.run_blocks(x, model.rotation(positions), attend)[0, scored]  # (S, C)
-    continuations = [continuation for row in rows for continuation in row.continuations]
+    continuations = [tokens for row in rows for tokens in row.continuations.values()]
     targets = torch.tensor([int(token) for tokens in continuations for token in tokens])  # (N,)
     loglikelihoods, hits = _score(model, states, of_target, targets)
     sizes = list(map(len, continuations))
