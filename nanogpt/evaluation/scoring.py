@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from nanogpt.model import GPT, Attend
+from nanogpt.model import GPT, Attend, Block
 from nanogpt.support import IN_BLOCKS, check_supported, mixes_by_attend
 from nanogpt.tokenizer import Tokenizer
 
@@ -236,7 +236,15 @@ def _results(model: GPT, rows: Sequence[_Row], multiple: int) -> Iterator[Result
     )
     attend = _RowsAttend(is_token.to(device), len(ids), mask)
     x = model.embed(ids, positions)[None]  # (1, R, C)
-    states = model.run_blocks(x, model.rotation(positions), attend)[0, scored]  # (S, C)
+    rotation, last = model.rotation(positions), model.h[-1]
+    for block in model.h[:-1]:
+        x = block(x, rotation, attend)
+    if type(last) is Block:
+        # beyond attention the last block computes scored tokens alone: 6 % less for GPT-2 small
+        x = (x + last.attn(last.ln_1(x), rotation, attend))[:, scored]
+        states = model.ln_f(x + last.mlp(last.ln_2(x)))[0]  # (S, C)
+    else:
+        states = model.ln_f(last(x, rotation, attend)[:, scored])[0]
     continuations = [tokens for row in rows for tokens in row.continuations.values()]
     targets = torch.tensor([int(token) for tokens in continuations for token in tokens])  # (N,)
     loglikelihoods, hits = _score(model, states, of_target, targets)
