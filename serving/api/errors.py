@@ -114,9 +114,8 @@ def alternative(path: str) -> str:
     return ALTERNATIVES.get(parts[0] if parts else "", "")
 
 
-async def answer_http_error(request: Request, error: Exception) -> Response:
+async def answer_http_error(request: Request, error: HTTPException) -> Response:
     """Answer an unknown route and a wrong method with the right one."""
-    assert isinstance(error, HTTPException)
     status, route = error.status_code, f"{request.method} {request.url.path}"
     code, message = None, str(error.detail or HTTPStatus(status).phrase)
     if status == 404:
@@ -130,9 +129,8 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
     return ApiError(status, message, code=code, headers=error.headers).response()
 
 
-async def answer_invalid(request: Request, error: Exception) -> Response:
+async def answer_invalid(request: Request, error: RequestValidationError) -> Response:
     """Answer a body that is not what the route takes, with the first field at fault."""
-    assert isinstance(error, RequestValidationError)
     problems: Any = error.errors()
     first = problems[0]
     if first["type"] == "json_invalid":
@@ -148,7 +146,4 @@ async def answer_invalid(request: Request, error: Exception) -> Response:
     return ApiError(400, f"Invalid value for {param!r}: {either}.", param=param).response()
 
 
-HANDLERS: dict[Any, Any] = {
-    HTTPException: answer_http_error,
-    RequestValidationError: answer_invalid,
-}
+HANDLERS: Any = {HTTPException: answer_http_error, RequestValidationError: answer_invalid}
