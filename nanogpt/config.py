@@ -63,6 +63,9 @@ OVERRIDE = re.compile(r"(\+{0,2}[\w./@-]*[\w.])=(.*)", re.DOTALL)
 CHOICE = re.compile(r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^,])+""")  # which a comma ends
 FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)")
 
+# ${whole_rows:2048,${model.block_size}}: about so many tokens, as whole rows of any model
+OmegaConf.register_new_resolver("whole_rows", lambda n, row: max(n // row, 1) * row, replace=True)
+
 
 def run_hydra(name: str, arguments: Sequence[str], work: Callable[[], None]) -> int:
     """Run a command on Hydra's command line; print an error as one sentence; return the exit code.

@@ -332,6 +332,19 @@ def test_a_typed_budget_clears_the_passes_over_conversations() -> None:
     assert composed("stage=instruct")["datamodule"]["max_passes"] == 4
 
 
+@pytest.mark.parametrize(
+    ("overrides", "tokens"),
+    [
+        ([], 2048),
+        (["model=pico"], 1920),
+        (["model=gpt2_small"], 2048),
+        (["model.block_size=4096"], 4096),
+    ],
+)
+def test_a_step_of_instruct_is_whole_rows_of_any_model(overrides: list[str], tokens: int) -> None:
+    assert composed("stage=instruct", *overrides)["tokens_per_step"] == tokens
+
+
 def test_loggers_and_callbacks_add_up() -> None:
     early = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss}"
     words = [f"callbacks.early={early}", "~callbacks.samples", "logger=[csv,tensorboard]"]
