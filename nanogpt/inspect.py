@@ -99,7 +99,12 @@ def facts(manifest: Mapping[str, Any]) -> Iterator[str]:
     yield f"source     {', '.join([source['name'], *keys])}"
     yield f"tokenizer  {tokenizer['key']}, {tokenizer['vocab_size']:,} ids"
     for split, counts in manifest["splits"].items():
-        yield f"{split:10} {_counts(counts)}"
+        tokens, n_shards = counts["tokens"], len(counts["shards"])
+        text = f"{split:10} {n_shards} shard{'s' * (n_shards != 1)}, {tokens:,} tokens"
+        if "documents" in counts:
+            text += f", {counts['documents']:,} documents, {counts['bytes']:,} bytes of text"
+            text += f", {counts['bytes'] / max(tokens, 1):.2f} bytes per token"
+        yield text
     if bad := manifest.get("bad_records"):
         yield f"left out   {bad:,} records that could not be read"
 
@@ -146,15 +151,6 @@ def samples(corpus: Corpus, n: int) -> Iterator[str]:
         # control characters and those that turn the direction of writing could garble a terminal
         printable = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in shown)
         yield from ("  | " + line for line in printable.split("\n"))
-
-
-def _counts(counts: Mapping[str, Any]) -> str:
-    tokens, n_shards = counts["tokens"], len(counts["shards"])
-    text = f"{n_shards} shard{'s' * (n_shards != 1)}, {tokens:,} tokens"
-    if "documents" in counts:
-        text += f", {counts['documents']:,} documents, {counts['bytes']:,} bytes of text"
-        text += f", {counts['bytes'] / max(tokens, 1):.2f} bytes per token"
-    return text
 
 
 def parser() -> argparse.ArgumentParser:

@@ -345,28 +345,25 @@ def test_a_repository_is_fetched_once_and_found_again_without_a_network(tmp_path
     assert "HF_HUB_OFFLINE is set" in run(code, HF_HUB_OFFLINE="1").stderr
 
 
-@pytest.mark.parametrize(
-    ("repository", "words"),
-    [
-        ("someone/something", "ValueError: the data set someone/something has no .bin or .npy"),
-        (
-            "someone/else",
-            "FileNotFoundError: someone/else (a data set, as no local folder has that name) is not",
-        ),
-    ],
-)
-def test_a_repository_without_shards_is_refused(
-    repository: str, words: str, tmp_path: Path
-) -> None:
+def test_a_repository_without_shards_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "someone" / "something"
     folder.mkdir(parents=True)
     (folder / "README.md").write_text("text")
+    data = tmp_path / "data"
     with serving(Hub(tmp_path)) as hub:
-        done = run(
-            f"fetch_pretokenized({repository!r}, Path({str(tmp_path / 'data')!r}))",
-            HF_ENDPOINT=hub.url,
-        )
-    assert done.stderr.splitlines()[-1].startswith(words)
+        for repository, words in (
+            (
+                "something",
+                f"FileNotFoundError: {data}/pretokenized/someone--something holds no tok",
+            ),
+            (
+                "else",
+                "PermissionError: someone/else (a data set, as no local folder has that name)",
+            ),
+        ):
+            code = f"TokenShards(fetch_pretokenized('someone/{repository}', Path({str(data)!r})))"
+            done = run(f"{code}.fingerprint()", HF_ENDPOINT=hub.url)
+            assert done.stderr.splitlines()[-1].startswith(words)
 
 
 def test_an_interrupted_fetch_names_how_to_continue_and_leaves_no_shards(

@@ -72,14 +72,6 @@ class InstructionDataModule(RowsDataModule):
             self.max_steps = -(-n_tokens // self.tokens_per_step)
         return tokenizer
 
-    def setup(self, stage: str) -> None:
-        """Log the number of passes over the training rows in the trainer's steps."""
-        if stage == "fit":
-            n_steps = self._attached_trainer().max_steps
-            tokens_per_pass = len(self.train_rows) * self.block_size
-            passes = n_steps * self.tokens_per_step / tokens_per_pass
-            log.info("%s steps are %.1f passes over the training conversations", n_steps, passes)
-
     def facts(self) -> dict[str, Any]:
         return {"template": self.template.name, "loss_on": self.loss_on, "splits": self._facts}
 

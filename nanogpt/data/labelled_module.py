@@ -102,11 +102,9 @@ class LabelledDataModule(RowsDataModule):
         """Split and encode the texts."""
         self.splits = splits = self.source.splits()
         self.labels = splits.labels
-        self.class_weights = (
-            class_weights(splits.train, splits.labels)
-            if self.weighted
-            else [1.0] * len(self.labels)
-        )
+        self.class_weights = [1.0] * len(self.labels)
+        if self.weighted:
+            self.class_weights = class_weights(splits.train, self.labels)
         self.text_sets = splits.text_sets
         texts, labels = splits.numbered(splits.train)
         tokenizer = choice.make(texts)

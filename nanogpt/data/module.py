@@ -160,9 +160,7 @@ class RowsDataModule(LightningDataModule, ABC):
         rows = rows[self.val_rows.arrange(rows, np.arange(len(rows)))]
         return self._loader(_ScoredRows(self.val_rows), in_parts(rows, self.val_batch_rows))
 
-    def test_dataloader(self) -> DataLoader:
-        """Return the validation batches: there is no further split."""
-        return self.val_dataloader()
+    test_dataloader = val_dataloader  # there is no further split
 
     def _loader(self, batches: Dataset, sampler: Iterable[Any], workers: int = 0) -> DataLoader:
         """Return a loader whose items are those of `batches` at the sampler's indices."""

@@ -55,21 +55,15 @@ def permute(positions: np.ndarray, n: int, key: str) -> np.ndarray:
     Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     round_keys = np.frombuffer(hashlib.sha512(key.encode()).digest(), dtype="<u8")  # 8 of them
-    a = math.isqrt(n - 1) + 1
-    b = -(-n // a)
+    a = np.uint64(math.isqrt(n - 1) + 1)
+    b = np.uint64(-(-n // int(a)))
     values = np.asarray(positions).astype(np.uint64)
     outside = np.ones(len(values), dtype=bool)
     while outside.any():
-        values[outside] = _network(values[outside], a, b, round_keys)
+        left, right = np.divmod(values[outside], b)
+        for i in range(0, ROUNDS, 2):  # each shifts one digit by a hash of the other
+            left = (left + splitmix64(right ^ round_keys[i]) % a) % a
+            right = (right + splitmix64(left ^ round_keys[i + 1]) % b) % b
+        values[outside] = left * b + right
         outside = values >= n
     return values.astype(np.int64)
-
-
-def _network(values: np.ndarray, a: int, b: int, round_keys: np.ndarray) -> np.ndarray:
-    """Permute 0 .. a * b - 1: every round shifts one digit by a hash of the other."""
-    a_, b_ = np.uint64(a), np.uint64(b)
-    left, right = np.divmod(values, b_)
-    for i in range(0, ROUNDS, 2):
-        left = (left + splitmix64(right ^ round_keys[i]) % a_) % a_
-        right = (right + splitmix64(left ^ round_keys[i + 1]) % b_) % b_
-    return left * b_ + right

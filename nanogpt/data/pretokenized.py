@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock
 from pydantic.dataclasses import dataclass
 
-from nanogpt.data.corpus import MANIFEST, TOKENIZER, Corpus, describe_tokenizer, open_corpus
+from nanogpt.data.corpus import MANIFEST, TOKENIZER, Corpus, describe_tokenizer, digest, open_corpus
 from nanogpt.data.shards import MAGIC_NUMBERS, UINT16, Part, TokenStream, naming_damage, shard_part
 from nanogpt.data.source import files_fingerprint, local_path
 from nanogpt.data.writer import JOURNAL, write_json
@@ -117,8 +117,7 @@ class TokenShards:
 
     def _paths(self) -> list[Path]:
         """Return the file, or those in the folder by name; of a corpus of ours, the manifest."""
-        what = "a folder or file of token shards, .bin or .npy"
-        root = local_path(self.path, self.name, what)
+        root = local_path(self.path, self.name, "a folder or file of token shards, .bin or .npy")
         if root.is_file():
             return [root]
         if is_prepared(root):
@@ -227,11 +226,6 @@ def _fetch(repository: str, directory: Path) -> None:
             ignore_patterns=["*/*"],
         )
     sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
-    if not any(name.endswith(SUFFIXES) for name in sizes):
-        raise ValueError(
-            f"the data set {repository} has no .bin or .npy among its files; pass one of token "
-            f"shards, such as kjj0/finewebedu10B-gpt2"
-        )
     write_json(directory / FETCHED, {"files": sizes})
 
 
@@ -245,8 +239,7 @@ def _fingerprint(files: list[Part], splits: dict[str, list[Part]], tokenizer: To
         hashes = pool.map(lambda file: _checked_sha256(file, whole, tokenizer), files)
         hash_of = dict(zip((file.path for file in files), hashes, strict=True))
     tokens = [[[hash_of[part.path], part.n_tokens] for part in split] for split in splits.values()]
-    plain = [tokenizer.fingerprint, files[0].dtype.str, tokens]
-    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]
+    return digest([tokenizer.fingerprint, files[0].dtype.str, tokens])[:16]
 
 
 def _checked_sha256(part: Part, whole: bool, tokenizer: Tokenizer) -> str:
@@ -255,7 +248,7 @@ def _checked_sha256(part: Part, whole: bool, tokenizer: Tokenizer) -> str:
     starts: Sequence[int] = range(0, part.n_tokens, size)
     if not whole and len(starts) > BLOCKS:
         starts = [(part.n_tokens - size) * i // (BLOCKS - 1) for i in range(BLOCKS)]
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     with part.path.open("rb") as file:
         for start in starts:
             file.seek(part.offset_bytes + start * part.dtype.itemsize)
@@ -267,5 +260,5 @@ def _checked_sha256(part: Part, whole: bool, tokenizer: Tokenizer) -> str:
                     f"{tokenizer.name} only has 0 to {tokenizer.vocab_size - 1}; pass the "
                     "tokenizer that made it"
                 )
-            digest.update(tokens.tobytes())
-    return digest.hexdigest()
+            content.update(tokens.tobytes())
+    return content.hexdigest()

@@ -70,13 +70,9 @@ def shard_part(path: Path) -> Part:
         header = file.read(HEADER_BYTES)
         n_bytes = os.fstat(file.fileno()).st_size
     magic, version, n_tokens = np.frombuffer(header.ljust(12, b"\0"), "<i4")[:3].tolist()
-    dtypes = {made: dtype for dtype, made in MAGIC_AND_VERSION.items()}
-    dtype = dtypes.get((magic, version))
+    dtype = {made: of for of, made in MAGIC_AND_VERSION.items()}.get((magic, version))
     if dtype is None:
-        known = " or ".join(f"{number} and version {v}" for number, v in dtypes)
-        raise ValueError(
-            f"not a token shard: begins with {magic} and version {version}, not {known}"
-        )
+        raise ValueError(f"not a token shard: begins with {magic} and version {version}")
     if n_bytes != HEADER_BYTES + n_tokens * dtype.itemsize:
         raise ValueError(f"{n_bytes} bytes, which are not the {n_tokens} tokens of its header")
     return Part(path, dtype, HEADER_BYTES, n_tokens)
