@@ -28,8 +28,10 @@ TOKENIZER = byte_tokenizer()
 EXPECTED = [Example('one "hi"', "yes"), Example("go, now", "no")]
 
 
-def read_examples(path: Path, *columns: str, skip_bad: bool = False) -> list[Example]:
-    return LabelledTexts(path, *columns, skip_bad=skip_bad).examples()
+def read_examples(
+    path: Path, text: str = "text", label: str = "label", *, skip_bad: bool = False
+) -> list[Example]:
+    return LabelledTexts(path, text, label, skip_bad=skip_bad).examples()
 
 
 def written(path: Path, text: str) -> Path:
