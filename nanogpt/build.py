@@ -19,27 +19,24 @@ from nanogpt.values import explain
 RESERVED = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # as Hydra names them
 PLAIN_KEYS = ("log_every_n_steps", "progress_every_s", "validation")  # of callbacks: no nodes
 NOT_OF_DATA = {"prompts"}  # keys of data that callbacks.samples reads
-# Keys of other training programs, by which key of ours stands for them.
-OTHER_NAMES = {
-    "batch_size": "tokens_per_step (an optimizer step's, over all devices) or micro_batch",
-    "device": "trainer.accelerator",
-    "dtype": "trainer.precision",
-    "epochs": "max_steps (with stage=instruct, instruct.max_passes)",
-    "eval_interval": "callbacks.validation.every_n_steps",
-    "grad_clip": "grad_clip",
-    "gradient_accumulation_steps": "tokens_per_step (the accumulation follows from it)",
-    "kind": "schedule=wsd (or cosine, constant)",
-    "learning_rate": "optim.learning_rate",
-    "lr": "optim.learning_rate",
-    "max_epochs": "max_steps (with stage=instruct, instruct.max_passes)",
-    "max_iters": "max_steps",
-    "num_epochs": "max_steps (with stage=instruct, instruct.max_passes)",
-    "out_dir": "runs_dir",
-    "output_dir": "runs_dir",
-    "schedule": "schedule=wsd (or cosine, constant) and its keys, such as schedule.warmup_steps",
-    "warmup_iters": "schedule.warmup_steps",
-    "weight_decay": "optim.weight_decay",
+# Keys of other training programs, after the key of ours that stands for them.
+THEIRS = {
+    "tokens_per_step (an optimizer step's, over all devices) or micro_batch": ("batch_size",),
+    "tokens_per_step (the accumulation follows from it)": ("gradient_accumulation_steps",),
+    "max_steps": ("max_iters",),
+    "max_steps (with stage=instruct, instruct.max_passes)": ("epochs", "max_epochs", "num_epochs"),
+    "trainer.accelerator": ("device",),
+    "trainer.precision": ("dtype",),
+    "callbacks.validation.every_n_steps": ("eval_interval",),
+    "grad_clip": ("grad_clip",),
+    "optim.learning_rate": ("learning_rate", "lr"),
+    "optim.weight_decay": ("weight_decay",),
+    "runs_dir": ("out_dir", "output_dir"),
+    "schedule=wsd (or cosine, constant)": ("kind",),
+    "schedule=wsd (or cosine, constant) and its keys, such as schedule.warmup_steps": ("schedule",),
+    "schedule.warmup_steps": ("warmup_iters",),
 }
+OTHER_NAMES = {name: ours for ours, names in THEIRS.items() for name in names}
 
 
 class ConfigurationError(ValueError):
@@ -214,15 +211,14 @@ def locate(path: Any, key: str) -> Callable[..., Any]:
         try:
             found = getattr(found, part) if hasattr(found, part) else importlib.import_module(name)
         except Exception as error:
-            is_absent = isinstance(error, ModuleNotFoundError)
-            if is_absent and not f"{name}.".startswith(f"{error.name}."):
-                raise _missing_package(error, key) from error
-            near = difflib.get_close_matches(part, dir(found), n=1)
-            hint = f"did you mean {near[0]}?" if near else "is it installed, or on PYTHONPATH?"
             what = f"{name}: {type(error).__name__}: {first_line(error)}"
-            raise ConfigurationError(
-                f"{key} cannot be imported: {what}{f'; {hint}' * is_absent}"
-            ) from error
+            if isinstance(error, ModuleNotFoundError):
+                if not f"{name}.".startswith(f"{error.name}."):
+                    raise _missing_package(error, key) from error
+                near = difflib.get_close_matches(part, dir(found), n=1)
+                hint = f"did you mean {near[0]}?" if near else "is it installed, or on PYTHONPATH?"
+                what += f"; {hint}"
+            raise ConfigurationError(f"{key} cannot be imported: {what}") from error
     if not callable(found):
         raise ConfigurationError(f"{key} is not a class or function, but {type(found).__name__}")
     target: Callable[..., Any] = found
