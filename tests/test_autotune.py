@@ -1,6 +1,5 @@
 """What `auto` becomes, from measurements that are given, and how they are taken and stored."""
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -173,7 +172,6 @@ def test_cpu_without_bfloat16_products_is_not_tried() -> None:
 def test_gpu_precision_follows_its_generation(
     monkeypatch: pytest.MonkeyPatch, has_bf16: bool, capability: tuple[int, int], choice: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert autotune._choose_precision(Given(GPU))[0] == choice

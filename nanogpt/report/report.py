@@ -187,9 +187,9 @@ def curves(run: RunFiles) -> list[Chart]:
 
     train = curve("train/loss", "training, smoothed", noisy=True)
     val = curve("val/loss", "validation", colour=1)
-    bits = curve("val/bits_per_byte", "validation", colour=1)
     accuracy = curve("val/accuracy", "validation", colour=1)
     endings = curve("hellaswag/acc", "acc") + curve("hellaswag/acc_norm", "acc_norm", colour=1)
+    bits = curve("val/bits_per_byte", "validation", colour=1)
     rate, norm, speed = map(curve, ("learning_rate", "train/grad_norm", "tokens_per_s"))
     mfu = curve("mfu") if run.value("mfu") else []  # 0 for an unknown device
     losses = [Chart("Loss", "nats per token", train + val)]

@@ -1,5 +1,6 @@
 """What `auto` becomes on this machine, measured for each shape and stored in `probes.json`."""
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -141,11 +142,10 @@ def _choose_threads(local_world_size: int) -> tuple[int, str]:
 
 def _choose_precision(trials: "Trials") -> tuple[str, str]:
     if trials.device.type == "cuda":
-        with torch.cuda.device(trials.device):
-            if torch.cuda.is_bf16_supported(including_emulation=False):
-                return "bf16-mixed", "the GPU has bfloat16"
-            if torch.cuda.get_device_capability() >= (7, 0):
-                return "16-mixed", "the GPU has float16 tensor cores and no bfloat16"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed", "the GPU has bfloat16"
+        if torch.cuda.get_device_capability() >= (7, 0):
+            return "16-mixed", "the GPU has float16 tensor cores and no bfloat16"
         return "32-true", "the GPU has no tensor cores"
     if trials.device.type != "cpu":
         return "32-true", f"the gain of others on {trials.device.type} is not known"
@@ -209,6 +209,7 @@ class Measured:
 STORED = TypeAdapter(dict[str, Measured])  # by machine and what was measured
 
 
+@dataclasses.dataclass
 class Trials:
     """Forward and backward passes of one shape, and matrix products, timed on one device.
 
@@ -217,24 +218,18 @@ class Trials:
     damaged.
     """
 
-    def __init__(
-        self,
-        config: GPTConfig,
-        device: torch.device,
-        rows_per_rank: int,
-        local_world_size: int,
-        path: Path,
-        remeasure: bool = False,
-    ) -> None:
-        self.config = config
-        self.device = device
-        self.rows_per_rank = rows_per_rank
-        self.local_world_size = local_world_size
-        self.path = path
-        used = f"{torch.get_num_threads()} threads, {local_world_size} ranks"
-        self.scope = f"{machine_id(device)}, {used}"
+    config: GPTConfig
+    device: torch.device
+    rows_per_rank: int
+    local_world_size: int
+    path: Path
+    remeasure: bool = False
+
+    def __post_init__(self) -> None:
+        used = f"{torch.get_num_threads()} threads, {self.local_world_size} ranks"
+        self.scope = f"{machine_id(self.device)}, {used}"
         self.provisional = False  # whether any measurement of this process is
-        stored = {} if remeasure else _read(path)
+        stored = {} if self.remeasure else _read(self.path)
         self.known = {key: found for key, found in stored.items() if not found.provisional}
 
     def rate(self, precision: str) -> float:

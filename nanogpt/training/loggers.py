@@ -3,7 +3,7 @@
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,7 @@ class MetricsLogger(Logger):
         self.flush()
 
 
-def wandb_logger(
-    run_dir: Path,
-    name: str,
-    wandb_id: str,
-    *,
-    project: str = "nanogpt",
-    entity: str | None = None,
-    tags: Sequence[str] = (),
-    **options: Any,
-) -> Logger:
+def wandb_logger(run_dir: Path, name: str, wandb_id: str, **options: Any) -> Logger:
     """Return W&B under one id for the whole life of the run; offline without a key or a network.
 
     `options` are those of Lightning's WandbLogger and of `wandb.init`.
@@ -70,8 +61,8 @@ def wandb_logger(
 
     os.environ.setdefault("WANDB_SILENT", "true")
     mode = os.environ.get("WANDB_MODE") or ("online" if _is_wandb_usable(run_dir) else "offline")
-    settings = {"mode": mode, "resume": "allow", "entity": entity, "tags": list(tags), **options}
-    logger = WandbLogger(name=name, id=wandb_id, save_dir=run_dir, project=project, **settings)
+    settings = {"mode": mode, "resume": "allow", "project": "nanogpt", **options}
+    logger = WandbLogger(name=name, id=wandb_id, save_dir=run_dir, **settings)
     logger._wandb_init.pop("anonymous", None)  # W&B warns of this removed argument
     return logger
 

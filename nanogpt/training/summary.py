@@ -26,15 +26,45 @@ log = logging.getLogger("nanogpt")
 def finish(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write summary.json and report.html of a trained run and log what was reached.
 
-    `facts` are added to the metrics. Called on every rank; returns the summary,
-    an empty one after `trainer.fast_dev_run`, which saves nothing.
+    `facts` are added to the last metrics in metrics.csv; tokens_per_s is over the steps that were
+    timed. Called on every rank; returns the summary, an empty one after `trainer.fast_dev_run`,
+    which saves nothing.
     """
     if module.trainer.fast_dev_run:  # type: ignore[attr-defined]
         log.info("fast_dev_run: training and validation work; nothing was saved")
         return {}
 
     def write() -> dict[str, Any]:
-        summary = summarise(run, module, facts)
+        trainer, stopped = module.trainer, stopping_reason(module.trainer)
+        last = {
+            name: points[-1][1] for name, points in read_metrics(run.files.metrics_path).items()
+        }
+        timed_tokens = module.timed_steps * module.tokens_per_step
+        tokens_per_s = timed_tokens / module.train_s if module.train_s else 0.0
+        summary = {
+            "stage": run.config["stage"],
+            "name": run.config["name"],
+            "steps": trainer.global_step,
+            "tokens": trainer.global_step * module.tokens_per_step,
+            "wall_s": module.wall_s(),
+            "train_s": module.train_s,
+            "tokens_per_s": tokens_per_s,
+            "mfu": module.mfu(tokens_per_s),
+            "train_loss": last.get("train/loss"),
+            **{
+                name.replace("/", "_"): v for name, v in last.items() if name.startswith(IN_SUMMARY)
+            },
+            **({"stopped": stopped} if stopped else {}),
+            **facts,
+            **module.measure(),
+            "device": device_name(trainer.strategy.root_device),
+            "n_ranks": trainer.world_size,
+            "precision": run.recorded["precision"],
+            "n_params": module.model.num_parameters(),
+            "weights_sha256": weights_sha256(module.model),
+            "git": git_revision(),
+            "versions": versions(),
+        }
         run.files.write_summary(summary)
         _write_report(run)
         log_summary(summary, run.path, run.config["data"], module.model.config.block)
@@ -57,39 +87,6 @@ def _write_report(run: Run) -> None:
         write_report(run.path)
     except Exception as error:
         log.warning("%s was not written: %s", run.files.report_path, first_line(error))
-
-
-def summarise(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the summary of a run whose last step's metrics are in metrics.csv.
-
-    tokens_per_s is over the steps that were timed.
-    """
-    trainer, stopped = module.trainer, stopping_reason(module.trainer)
-    last = {name: points[-1][1] for name, points in read_metrics(run.files.metrics_path).items()}
-    timed_tokens = module.timed_steps * module.tokens_per_step
-    tokens_per_s = timed_tokens / module.train_s if module.train_s else 0.0
-    return {
-        "stage": run.config["stage"],
-        "name": run.config["name"],
-        "steps": trainer.global_step,
-        "tokens": trainer.global_step * module.tokens_per_step,
-        "wall_s": module.wall_s(),
-        "train_s": module.train_s,
-        "tokens_per_s": tokens_per_s,
-        "mfu": module.mfu(tokens_per_s),
-        "train_loss": last.get("train/loss"),
-        **{name.replace("/", "_"): v for name, v in last.items() if name.startswith(IN_SUMMARY)},
-        **({"stopped": stopped} if stopped else {}),
-        **facts,
-        **module.measure(),
-        "device": device_name(trainer.strategy.root_device),
-        "n_ranks": trainer.world_size,
-        "precision": run.recorded["precision"],
-        "n_params": module.model.num_parameters(),
-        "weights_sha256": weights_sha256(module.model),
-        "git": git_revision(),
-        "versions": versions(),
-    }
 
 
 def log_summary(

@@ -1,5 +1,6 @@
 """FLOPs per token, and a device's FLOP/s."""
 
+import math
 import warnings
 
 import torch
@@ -45,19 +46,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype, measured: float) -> tup
     Tables name some GPUs wrongly or with rates that no dense product can reach, so a table's
     value is taken only where the measured rate agrees with it.
     """
-    listed = _listed_flops(device, dtype)
-    low, high = BELIEVED_SHARE
-    if listed is not None and low * listed <= measured <= high * listed:
-        return listed, f"data sheet of {torch.cuda.get_device_name(device)}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        table = DENSE_HALF_FLOPS if dtype in (torch.bfloat16, torch.float16) else {}
+        with warnings.catch_warnings():  # an unknown GPU is no reason to warn: it is measured
+            warnings.simplefilter("ignore")
+            listed = table.get(name) or get_available_flops(device, dtype) or math.nan
+        low, high = BELIEVED_SHARE
+        if low * listed <= measured <= high * listed:
+            return listed, f"data sheet of {name}"
     return measured, "measured by a matrix product"
-
-
-def _listed_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    if name in DENSE_HALF_FLOPS and dtype in (torch.bfloat16, torch.float16):
-        return DENSE_HALF_FLOPS[name]
-    with warnings.catch_warnings():  # an unknown GPU is no reason to warn: it is measured
-        warnings.simplefilter("ignore")
-        return get_available_flops(device, dtype)

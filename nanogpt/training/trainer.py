@@ -60,8 +60,8 @@ def build_trainer(
     ranks = run.ranks
     several = ranks.world_size > 1
     bars = [callback for callback in callbacks.values() if isinstance(callback, ProgressBar)]
-    gives_way = len(bars) > 1 or not node.get("enable_progress_bar", True)
-    replaced = [bar for bar in bars if isinstance(bar, Progress) and gives_way]
+    if len(bars) > 1 or not node.get("enable_progress_bar", True):
+        callbacks = {n: c for n, c in callbacks.items() if not isinstance(c, Progress)}
     has_metrics = any(isinstance(logger, MetricsLogger) for logger in loggers.values())
     keys = {
         "enable_progress_bar": bool(bars),
@@ -78,7 +78,7 @@ def build_trainer(
         keys,
         "trainer",
         max_steps=run.max_steps,
-        callbacks=[callback for callback in callbacks.values() if callback not in replaced],
+        callbacks=[*callbacks.values()],
         logger=[*([] if has_metrics else [MetricsLogger(run.path)]), *loggers.values()],
         default_root_dir=run.path,
     )
@@ -132,9 +132,10 @@ def fit(
 def _failing_part(error: BaseException, parts: Mapping[str, Any]) -> str | None:
     """Return the name of the part, a class of the user's own, in which an error was raised."""
     own = {n: p for n, p in parts.items() if not type(p).__module__.startswith("nanogpt.")}
-    for frame, _ in [*traceback.walk_tb(error.__traceback__)][::-1]:
-        for key in ("self", "callback"):  # the latter in Lightning's calls of hooks
-            for name, part in own.items():
-                if frame.f_locals.get(key) is part:
-                    return name
+    for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
+        called = [
+            frame.f_locals.get(name) for name in ("self", "callback")
+        ]  # the latter: Lightning
+        if found := [name for name, part in own.items() if any(part is one for one in called)]:
+            return found[0]
     return None
