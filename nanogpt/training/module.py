@@ -198,10 +198,8 @@ class StageModule(LightningModule):
 
     def mfu(self, tokens_per_s: float) -> float:
         """Return the share of the devices' peak that the arithmetic uses, 0 where unknown."""
-        if not self.peak_flops:
-            return 0.0
         peak_flops = self.peak_flops * self.trainer.world_size
-        return tokens_per_s * self.flops_per_token / peak_flops
+        return tokens_per_s * self.flops_per_token / peak_flops if peak_flops else 0.0
 
     def wall_s(self) -> float:
         """Return the seconds since training began, those of earlier processes included."""
