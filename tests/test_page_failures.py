@@ -159,14 +159,17 @@ def test_a_lost_server_is_shown_and_so_is_its_return(browser: Any, tmp_path: Pat
     port = free_port()
     about: dict[str, Any] = {"template": "alpaca", "reply": fixed_reply("Fine.")}
     with browser.new_page(locale="en-US") as page:
+        page.clock.install()
         with serve(FakeEngine(f"unix:{tmp_path}/a", **about), port=port) as url:
             page.goto(url)
             page.wait_for_selector("body[data-model]", state="attached")
         page.fill("#chat-text", "Hello")
         page.press("#chat-text", "Enter")
         page.wait_for_selector(".theirs .failure:has-text('cannot be reached')")
+        page.clock.fast_forward(10_000)
         page.wait_for_selector("#banner:has-text('cannot be reached')")
         with serve(FakeEngine(f"unix:{tmp_path}/b", **about), port=port):
+            page.clock.fast_forward(10_000)
             page.wait_for_selector("#banner", state="hidden")
             page.wait_for_selector("#notice:has-text('Reconnected.')")
             page.click(".failure button")

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.fake_engine import FakeEngine
-from tests.front_end import fixed_reply, generated, serve
+from tests.front_end import eventually, fixed_reply, generated, serve
 from tests.page import answers, opened, send
 
 # A key of an input method as browsers send it; Safari ends its composition before the last one.
@@ -121,10 +121,18 @@ def test_a_newer_default_does_not_replace_the_model_that_is_open(
     browser: Any, engine: FakeEngine, url: str
 ) -> None:
     with opened(browser, url) as page:
+        page.clock.install()
+        page.reload()
+        page.wait_for_selector("body[data-model]", state="attached")
         newer = replace(engine.models[0], id="newer", aliases=[])
         engine.models[:] = [newer, replace(engine.models[0], default=False)]
         engine.hang_up()
-        page.wait_for_selector("#models option >> nth=1", state="attached")
+
+        def both_are_listed() -> bool:
+            page.clock.fast_forward(10_000)
+            return bool(page.locator("#models option").count() == 2)
+
+        assert eventually(both_are_listed)
         assert page.input_value("#models") == "tiny"
 
 
