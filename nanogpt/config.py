@@ -169,6 +169,8 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
         value = override.value() if key in choices else OmegaConf.select(cfg, key)
         is_node = OmegaConf.is_config(value)
         typed[key] = OmegaConf.to_container(value, resolve=True) if is_node else value
+    for key in ("runs_dir", "data_dir", "init_from"):  # of a YAML file of the user
+        config[key] = config[key] and expanduser(config[key])
     clear_other_budget(config, typed)
     make_whole(config)
     check_values({**config, "typed": typed})

@@ -164,7 +164,7 @@ def test_an_optimizer_builds_from_its_yaml(optim: str) -> None:
             "callbacks.validation.every_n_steps' not found (trainer.val_check_interval)",
         ),
         ("tokenizer.foo=1", "there is no key tokenizer.foo; byte_tokenizer takes"),
-        ("model.n_head=5", "n_embd=16 does not divide"),
+        ("model.n_head=5", "n_embd=16 should be a multiple of n_head=5"),
         ("data.path=nowhere.txt", "nowhere.txt"),
         ("trainer.num_nodes=2", "needs torchrun on every node"),
     ],

@@ -205,7 +205,10 @@ def test_a_schedule_that_fails_within_the_run_is_refused_before_it_begins(
     tiny_run: list[str], tmp_path: Path
 ) -> None:
     failing = ["~schedule", f"+schedule={{_target_: {__name__}.unfinished}}"]
-    with pytest.raises(ValueError, match=r"unfinished\(step=5, max_steps=6\) returns None"):
+    with pytest.raises(
+        ValueError,
+        match=r"unfinished\(step=5, max_steps=6\) fails with ValueError: it returns None",
+    ):
         fit(*tiny_run, *failing, "max_steps=6")
     assert not (tmp_path / "runs").exists()
 
@@ -603,6 +606,14 @@ def test_a_run_whose_callback_raises_names_it_and_continues_without_it(
     assert load_checkpoint("tiny", runs_dir=tmp_path / "runs").step == 4
     assert main(*tiny_run) == 0
     assert load_checkpoint("tiny", runs_dir=tmp_path / "runs").step == 12
+
+
+def test_a_step_after_which_a_callback_fails_is_saved(
+    tiny_run: list[str], tmp_path: Path, main: Callable[..., int]
+) -> None:
+    callback = f"callbacks.mine={{_target_: {__name__}.Raises, hook: on_train_batch_end, step: 7}}"
+    assert main(*tiny_run, callback) == 1
+    assert load_checkpoint("tiny", runs_dir=tmp_path / "runs").step == 7
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ Readers raise OSError, or ValueError for damage.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import re
 import shutil
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -286,10 +286,17 @@ def lock_run(run_dir: Path) -> Iterator[None]:
     """
     with (run_dir / ".lock").open("ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.register_at_fork(after_in_child=file.close)
         except (BlockingIOError, PermissionError) as error:
             raise ValueError(
                 f"{run_dir} is in use by another process; wait for it, or pass name=<new name>"
             ) from error
-        os.register_at_fork(after_in_child=file.close)
         yield

@@ -1,8 +1,10 @@
 """When checkpoints are written, which of them stay, and how Lightning writes and reads them."""
 
+import io
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -29,10 +31,13 @@ class AtomicCheckpointIO(CheckpointIO):
             read_record(Path(path))
         except ValueError as error:
             Path(path).unlink()
-            raise ValueError(
-                f"{error}; state_dict() of a callback may return tensors, numbers, text, lists and "
-                "dicts alone"
-            ) from error
+            for name, state in checkpoint.get("callbacks", {}).items():
+                if not _is_plain(state):
+                    raise ValueError(
+                        f"state_dict() of the callback {name} holds Python objects, which can run "
+                        "code when loaded; let it return tensors, numbers, text, lists and dicts"
+                    ) from error
+            raise
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -80,12 +85,21 @@ class Checkpointing(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer, pl_module)
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Save the step after which a callback of the only process failed."""
+        is_between_steps = trainer.fit_loop.total_batch_idx + 1 == trainer.global_step > 0
+        if is_between_steps and trainer.world_size == 1 and not will_validate(trainer):
+            self.save(trainer, pl_module)
+
     def save(self, trainer: Trainer, module: LightningModule, loss: float | None = None) -> None:
         """Write the checkpoint of this step, once, and remove those that need not stay."""
         assert isinstance(module, StageModule)
         step = trainer.global_step
         if step == self.saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        self.saved_step = step  # or tried, so that on_exception does not repeat what failed
         if loss is not None and (self.best is None or loss < self.best[0]):
             self.best = (loss, step)
         if self.best is not None:
@@ -101,7 +115,6 @@ class Checkpointing(ModelCheckpoint):
             if trainer.is_global_zero:
                 link_atomically(path, self.directory / "last.ckpt")
                 self._remove_old(step)
-            self.saved_step = step
 
     def _is_due(self, trainer: Trainer) -> bool:
         now = trainer.should_stop or is_due(trainer.global_step, self.every_n_steps, trainer)
@@ -118,6 +131,16 @@ class Checkpointing(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
+
+
+def _is_plain(state: Any) -> bool:
+    buffer = io.BytesIO()
+    try:
+        torch.save(state, buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception:  # whatever a state's own pickling does
+        return False
+    return True
 
 
 def stopping_reason(trainer: Trainer) -> str:
