@@ -75,6 +75,8 @@ def train_layers(model: Classifier, layers: str) -> None:
     model.requires_grad_(False)
     for module in trained:
         module.requires_grad_(True)
+    if not model.config.tie_embeddings:
+        model.lm_head.requires_grad_(False)  # takes no part in a class
 
 
 def encode_text(tokenizer: Tokenizer, text: str, block_size: int) -> tuple[list[int], bool]:

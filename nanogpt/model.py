@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import field, fields
 from functools import partial
 from os import PathLike
 from typing import Annotated, Any, Literal
@@ -24,9 +24,7 @@ from torch import Tensor, nn
 from nanogpt.dropout import NO_DROPOUT, RowDropout
 from nanogpt.values import CHECKED, Count, Flag, Text
 
-NORM_EPSILON = 1e-5
 INIT_STD = 0.02
-ROTARY_BASE = 10_000.0
 WRITTEN_OUT_TOKENS = 256  # longest context for which the scores (B, H, T, T) are materialised
 PADDED_FROM_TOKENS = 8192  # smallest vocabulary that gains from padding
 DROPOUT_SITES = 3  # of a layer: its attention weights and its two branches
@@ -40,49 +38,100 @@ PRESETS = {  # n_layer, n_head, n_embd
 }
 
 
+DERIVED = ("n_kv_head", "head_size", "n_inner")  # null: n_head, n_embd / n_head, 4 n_embd
+LATER = ("rope_base", "norm_eps", "qk_norm_weight", "tie_embeddings")  # than version 0.1.0
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
+
+
 @dataclass(frozen=True, config=CHECKED)
 class GPTConfig:
     """The shape of a model; the defaults are GPT-2 small.
 
-    `block` is the dotted path of a class that replaces `Block`, whose docstring is the contract.
-    Raises pydantic's ValidationError, a ValueError, for a value that no model can have.
+    With `n_kv_head` below `n_head`, groups of query heads share keys and values (GQA, arXiv
+    2305.13245). `n_inner` is the width of the MLP, which swiglu has twice (arXiv 2002.05202).
+    `rope_scaling` stretches the rotary wavelengths as Llama 3.1 does: its factor, low and high
+    frequency factor, and the context that it was trained with. `logit_softcap` c bounds the logits
+    x to c tanh(x / c). `block` is the dotted path of a class that replaces `Block`, whose docstring
+    is the contract. Raises pydantic's ValidationError, a ValueError, for a value that no model can
+    have.
     """
 
     block_size: Count = 1024
     vocab_size: Count = 50257
     n_layer: Count = 12
     n_head: Count = 12
+    n_kv_head: Count | None = field(default=None, kw_only=True)
+    head_size: Count | None = field(default=None, kw_only=True)
     n_embd: Count = 768
-    dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    n_inner: Count | None = None
+    dropout: BelowOne = 0.0
     bias: Flag = True
     position: Literal["learned", "rotary"] = "learned"
+    rope_base: Positive = 10_000.0
+    rope_scaling: tuple[Positive, Positive, Positive, Count] | None = None
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    activation: Literal["gelu", "relu2"] = "gelu"
+    norm_eps: BelowOne = 1e-5
+    activation: Literal["gelu", "relu2", "swiglu"] = "gelu"
     qk_norm: Flag = False
+    qk_norm_weight: Flag = False
+    tie_embeddings: Flag = True
+    logit_softcap: Positive | None = None
     zero_init: Flag = False
     block: Text | None = None
 
-    @field_validator("n_embd", "position", "block")
+    @field_validator("n_embd", "n_kv_head", "position", "rope_scaling", "qk_norm_weight", "block")
     @classmethod
     def _check(cls, value: Any, info: ValidationInfo) -> Any:
-        n_head, n_embd = info.data.get("n_head", 1), info.data.get("n_embd", 0)
-        if info.field_name == "n_embd" and value % n_head:
+        key, there = info.field_name, info.data
+        n_head, n_embd = there.get("n_head", 1), there.get("n_embd", 0)
+        head_size = there.get("head_size")
+        if key == "n_embd" and head_size is None and value % n_head:
             raise ValueError(f"a multiple of n_head={n_head}")
-        if info.field_name == "block" and not re.fullmatch(r"\w+(\.\w+)+", value or "a.b"):
+        if key == "n_kv_head" and value and n_head % value:
+            raise ValueError(f"a divisor of n_head={n_head}")
+        if key == "rope_scaling" and value and value[1] >= value[2]:
+            raise ValueError("[factor, low factor, larger high factor, original block_size]")
+        if key == "qk_norm_weight" and value and not there.get("qk_norm"):
+            raise ValueError("false without qk_norm")
+        if key == "block" and not re.fullmatch(r"\w+(\.\w+)+", value or "a.b"):
             raise ValueError("the dotted path of a class, my_package.MyBlock")
-        if value == "rotary" and n_embd // n_head % 2:
+        if value == "rotary" and (head_size or n_embd // n_head) % 2:
             raise ValueError(
                 f"learned where n_embd={n_embd} over n_head={n_head} gives an odd head size: it "
                 f"turns pairs of channels"
             )
         return value
 
-    def record(self) -> dict[str, Any]:
-        """Return the plain values for a checkpoint, without those that are null.
+    def __post_init__(self) -> None:
+        defaults = (self.n_head, self.n_embd // self.n_head, 4 * self.n_embd)
+        for key, default in zip(DERIVED, defaults, strict=True):
+            if getattr(self, key) == default:  # so that equal models have equal configurations
+                object.__setattr__(self, key, None)
 
-        Versions of this package that lack the key can then read the checkpoint.
+    @property
+    def kv_heads(self) -> int:
+        """The number of key and value heads."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def head_dim(self) -> int:
+        """The channels of a head."""
+        return self.n_embd // self.n_head if self.head_size is None else self.head_size
+
+    @property
+    def inner_dim(self) -> int:
+        """The channels inside the MLP."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    def record(self) -> dict[str, Any]:
+        """Return the plain values for a checkpoint, later fields only where they differ.
+
+        Versions of this package that lack those fields can then read the checkpoint.
         """
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        defaults = {one.name: one.default if one.name in LATER else None for one in fields(self)}
+        values = {key: value for key, value in vars(self).items() if value != defaults[key]}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
     def preset(cls, name: str) -> "GPTConfig":
@@ -114,7 +163,7 @@ class Attend:
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer whose head shares the token embedding.
+    """A decoder-only transformer, whose head shares the token embedding where `tie_embeddings`.
 
     It holds no state between calls: the tokens before come in as a `cache`. Raises ValueError where
     the class that `config.block` names cannot be a block.
@@ -128,6 +177,8 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(build_blocks(config))
         self.ln_f = make_norm(config)
+        if not config.tie_embeddings:
+            self.lm_head = TokenEmbedding(config.vocab_size, config.n_embd)
         self.init_weights()
 
     @classmethod
@@ -194,7 +245,7 @@ class GPT(nn.Module):
         config = self.config
         if config.position == "learned":
             return None
-        return rotary_angles(positions, config.n_embd // config.n_head)
+        return rotary_angles(positions, rotary_speeds(config, positions.device))
 
     def run_blocks(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
         """Return the final, normalised states (B, T, C) of embeddings x (B, T, C)."""
@@ -202,13 +253,19 @@ class GPT(nn.Module):
             x = block(x, rotation, attend)
         return self.ln_f(x)
 
+    @property
+    def unembedding(self) -> "TokenEmbedding":
+        """The rows that hidden states are multiplied with: of the token embedding, or its own."""
+        return self.wte if self.config.tie_embeddings else self.lm_head
+
     def head(self, hidden_states: Tensor) -> Tensor:
         """Return the logits (..., V) of hidden states (..., C)."""
-        return self.wte.logits(hidden_states)
+        return soft_capped(self.unembedding.logits(hidden_states), self.config.logit_softcap)
 
     def num_parameters(self) -> int:
-        """Count the parameters: the tied head once, padded rows not at all."""
-        padding = self.wte.weight.size(0) - self.config.vocab_size
+        """Count the parameters: a tied head once, padded rows not at all."""
+        tables = (m for m in self.modules() if isinstance(m, TokenEmbedding))
+        padding = sum(table.weight.size(0) - table.vocab_size for table in tables)
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
 
     @torch.no_grad()
@@ -216,12 +273,14 @@ class GPT(nn.Module):
         """Initialise embeddings and linear layers as GPT-2 did.
 
         Normal with deviation 0.02, biases zero; projections onto the residual stream (`c_proj`) are
-        scaled by 1/sqrt(number of them) (GPT-2 paper, section 2.3), or zero with `zero_init`. Other
-        parameters keep the values of their constructors.
+        scaled by 1/sqrt(number of them) (GPT-2 paper, section 2.3). With `zero_init` they are zero,
+        as is an untied head. Other parameters keep the values of their constructors.
         """
         config = self.config
         residual_std = 0.0 if config.zero_init else INIT_STD / math.sqrt(2 * config.n_layer)
         nn.init.normal_(self.wte.weight[: config.vocab_size], std=INIT_STD)
+        if not (config.tie_embeddings or config.zero_init):
+            nn.init.normal_(self.lm_head.weight[: config.vocab_size], std=INIT_STD)
         if config.position == "learned":
             nn.init.normal_(self.wpe.weight, std=INIT_STD)
         for name, module in self.h.named_modules():
@@ -299,42 +358,58 @@ class Block(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention of each token to itself and the tokens before it."""
+    """Multi-head attention of each token to itself and the tokens before it.
+
+    The rows of `c_attn` are those of the query heads, the key heads and the value heads.
+    """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.config = config
         self.layer = layer
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        n_rows = (config.n_head + 2 * config.kv_heads) * config.head_dim
+        self.c_attn = nn.Linear(config.n_embd, n_rows, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        if config.qk_norm_weight:
+            self.q_norm = make_norm(config, config.head_dim)
+            self.k_norm = make_norm(config, config.head_dim)
 
     def forward(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
         """Return the attention output (B, T, C) of normalised states x (B, T, C)."""
         config = self.config
-        q, k, v = self.c_attn(x).unflatten(-1, (3, config.n_head, -1)).unbind(-3)  # (B, T, H, D)
-        if config.qk_norm:
+        heads = self.c_attn(x).unflatten(-1, (-1, config.head_dim))
+        q, k, v = heads.split((config.n_head, config.kv_heads, config.kv_heads), -2)
+        if config.qk_norm_weight:
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif config.qk_norm:
             norm = F.rms_norm if config.norm == "rmsnorm" else F.layer_norm
-            q, k = (norm(part, part.shape[-1:], eps=NORM_EPSILON) for part in (q, k))
+            q, k = (norm(part, part.shape[-1:], eps=config.norm_eps) for part in (q, k))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         return self.c_proj(attend(self.layer, q, k, v).flatten(2))
 
 
 class MLP(nn.Module):
-    """Two linear maps with a nonlinearity between them, four times as wide inside."""
+    """Two linear maps with a nonlinearity between them; swiglu has a third, the gate."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        if config.activation == "swiglu":
+            self.c_gate = nn.Linear(config.n_embd, config.inner_dim, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.inner_dim, bias=config.bias)
+        self.c_proj = nn.Linear(config.inner_dim, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output (..., C) of normalised states x (..., C)."""
-        x = self.c_fc(x)  # (..., 4C)
-        relu2 = self.config.activation == "relu2"
-        x = F.relu(x).square() if relu2 else F.gelu(x, approximate="tanh")
-        return self.c_proj(x)
+        inner = self.c_fc(x)  # (..., n_inner)
+        if self.config.activation == "swiglu":
+            inner = F.silu(self.c_gate(x)) * inner
+        elif self.config.activation == "relu2":
+            inner = F.relu(inner).square()
+        else:
+            inner = F.gelu(inner, approximate="tanh")
+        return self.c_proj(inner)
 
 
 def build_blocks(config: GPTConfig) -> list[nn.Module]:
@@ -359,11 +434,17 @@ def build_blocks(config: GPTConfig) -> list[nn.Module]:
         ) from error
 
 
-def make_norm(config: GPTConfig) -> nn.Module:
-    """Return a new normalisation over channels."""
+def make_norm(config: GPTConfig, n_channels: int | None = None) -> nn.Module:
+    """Return a new normalisation over channels, by default those of the residual stream."""
+    n_channels = config.n_embd if n_channels is None else n_channels
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, eps=NORM_EPSILON)
-    return nn.LayerNorm(config.n_embd, eps=NORM_EPSILON, bias=config.bias)
+        return nn.RMSNorm(n_channels, eps=config.norm_eps)
+    return nn.LayerNorm(n_channels, eps=config.norm_eps, bias=config.bias)
+
+
+def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Return logits (..., V) within the cap on either side (Gemma 2, arXiv 2408.00118)."""
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 @contextmanager
@@ -386,12 +467,15 @@ def causal_attention(
     mask: Tensor | None = None,
     drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Return the attention (B, H, T, D) of queries (B, H, T, D) to k and v (B, H, T', D).
+    """Return the attention (B, H, T, D) of queries (B, H, T, D) to k and v (B, H', T', D).
 
+    Where there are fewer key heads, H / H' consecutive query heads share one.
     The last query attends to all keys, each one before to one key less. A mask (B, 1, T, T) of
     booleans, True to attend, replaces this. `drop` is applied to the attention weights
     (B, H, T, T), which are then stored for the backward: fused kernels draw their own dropout.
     """
+    if k.size(1) < q.size(1):
+        k, v = (part.repeat_interleave(q.size(1) // k.size(1), dim=1) for part in (k, v))
     if drop is not None:
         return written_out_attention(q, k, v, mask, drop)
     n_queries, n_keys = q.size(2), k.size(2)
@@ -448,14 +532,28 @@ def positions_within(documents: Tensor) -> Tensor:
     return indices - indices.where(begins, 0).cummax(dim=1).values
 
 
-def rotary_angles(positions: Tensor, head_size: int) -> Tensor:
-    """Return cosine and sine (2, ..., T, 1, D/2) of positions' angles (RoFormer, section 3.2.2).
+def rotary_speeds(config: GPTConfig, device: torch.device | str = "cpu") -> Tensor:
+    """Return the angle per position of each pair of channels (D/2,) (RoFormer, section 3.2.2).
+
+    With `rope_scaling` a pair that turns fewer than `low` times within the original context turns
+    `factor` times as slowly; one between `low` and `high` times is interpolated.
+    """
+    D = config.head_dim
+    channels = torch.arange(0, D, 2, device=device, dtype=torch.float32)
+    speeds = config.rope_base ** (-channels / D)
+    if config.rope_scaling is None:
+        return speeds
+    factor, low, high, context = config.rope_scaling
+    unscaled = ((context * speeds / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return speeds * (unscaled + (1 - unscaled) / factor)
+
+
+def rotary_angles(positions: Tensor, speeds: Tensor) -> Tensor:
+    """Return cosine and sine (2, ..., T, 1, D/2) of positions' (..., T) angles at speeds (D/2,).
 
     They are computed in each call, in float32: it costs microseconds, and a model has no buffers to
     lose or to round when it moves to another device or precision.
     """
-    channels = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
-    speeds = ROTARY_BASE ** (-channels / head_size)  # (D/2,)
     angles = positions[..., None, None].float() * speeds  # (..., T, 1, D/2)
     return torch.stack((angles.cos(), angles.sin()))
 

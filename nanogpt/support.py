@@ -25,8 +25,14 @@ class _Any:
 ANY = _Any()
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 GENERAL = (*SIZES, "bias", "dropout", "zero_init")  # every consumer supports all their values
-# Of no concern to a consumer that runs the model's own blocks.
-IN_BLOCKS: Supported = dict.fromkeys(("norm", "activation", "qk_norm", "block"), ANY)
+# Of no concern to a consumer that runs the model's own blocks, rotation and head.
+IN_MODEL: Supported = dict.fromkeys(
+    (
+        *("norm", "activation", "qk_norm", "block", "n_inner", "qk_norm_weight", "norm_eps"),
+        *("rope_base", "rope_scaling", "tie_embeddings", "logit_softcap"),
+    ),
+    ANY,
+)
 
 
 def unsupported(config: GPTConfig, supported: Supported) -> dict[str, Any]:
@@ -40,8 +46,7 @@ def unsupported(config: GPTConfig, supported: Supported) -> dict[str, Any]:
         **dict.fromkeys(GENERAL, ANY),
         **supported,
     }
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {name: value for name, value in values.items() if value not in known[name]}
+    return {name: value for name in known if (value := getattr(config, name)) not in known[name]}
 
 
 def check_supported(config: GPTConfig, consumer: str, supported: Supported) -> None:

@@ -113,7 +113,7 @@ def test_a_run_whose_raw_text_is_gone_continues_with_its_shards(
 @pytest.mark.parametrize(
     "option",
     [
-        "model.activation=swiglu",
+        "model.activation=tanh",
         "data.path=nowhere.txt",
         "grad_clip=-1",
         "optim.learning_rate=abc",

@@ -24,6 +24,7 @@ from nanogpt.model import (
     causal_attention,
     document_mask,
     rotary_angles,
+    rotary_speeds,
     rotate,
     written_out_attention,
 )
@@ -69,8 +70,11 @@ def test_published_sizes_are_exact(name: str, expected: int) -> None:
 
 
 def node(file: str) -> tuple[str, dict[str, Any]]:
-    """Return the class that a file of conf/model names, and its other keys."""
-    values = yaml.safe_load((CONF / "model" / f"{file}.yaml").read_text())
+    """Return the class that a file of conf/model names, and its keys, with those it begins from."""
+    values = yaml.safe_load((CONF / "model" / "gpt2_small.yaml").read_text())
+    own = yaml.safe_load((CONF / "model" / f"{file}.yaml").read_text())
+    assert own.pop("defaults", None) == (None if file == "gpt2_small" else ["gpt2_small", "_self_"])
+    values |= own
     return values.pop("_target_"), values
 
 
@@ -85,7 +89,7 @@ def node(file: str) -> tuple[str, dict[str, Any]]:
 )
 def test_presets_equal_their_files(preset: str, file: str) -> None:
     _, values = node(file)
-    assert {**values, "vocab_size": 50257} == asdict(GPTConfig.preset(preset))
+    assert GPTConfig(**values, vocab_size=50257) == GPTConfig.preset(preset)
 
 
 @pytest.mark.parametrize("file", options("model"))
@@ -142,7 +146,7 @@ def test_initialisation_is_gpt2s() -> None:
 def test_zero_initialisation_makes_blocks_pass_their_input_on() -> None:
     model = build(replace(MODERN, zero_init=True))
     x = torch.randn(2, 5, 16)
-    angles = rotary_angles(torch.arange(5), 8)
+    angles = rotary_angles(torch.arange(5), rotary_speeds(GPTConfig(n_head=1, n_embd=8)))
     assert torch.equal(model.h[0](x, angles, Attend()), x)
 
 
@@ -351,7 +355,7 @@ def test_bfloat16_autocast_stays_near_float32(config: GPTConfig) -> None:
 
 def test_rotated_products_depend_on_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 1, 8).double()
-    angles = rotary_angles(torch.arange(40), 8)
+    angles = rotary_angles(torch.arange(40), rotary_speeds(GPTConfig(n_head=1, n_embd=8)))
     turned_q, turned_k = (
         rotate(q.expand(1, 40, 1, 8), angles),
         rotate(k.expand(1, 40, 1, 8), angles),

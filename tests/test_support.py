@@ -15,7 +15,7 @@ from nanogpt.evaluation.scoring import Request, loglikelihoods
 from nanogpt.export import check_exportable
 from nanogpt.generation import KVCache
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.support import ANY, GENERAL, check_supported, unsupported
+from nanogpt.support import ANY, GENERAL, IN_MODEL, check_supported, unsupported
 from nanogpt.tokenizer import byte_tokenizer
 from nanogpt.training import autotune
 from nanogpt.training.throughput import flops_per_token
@@ -29,12 +29,12 @@ class Extended(GPTConfig):
 
     position: Literal["learned", "rotary", "alibi"] = "learned"  # type: ignore[assignment]
     norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"  # type: ignore[assignment]
-    activation: Literal["gelu", "relu2", "swiglu"] = "gelu"  # type: ignore[assignment]
-    n_kv_head: int | None = None
+    activation: Literal["gelu", "relu2", "swiglu", "tanh"] = "gelu"  # type: ignore[assignment]
+    n_expert: int | None = None
 
 
 TINY = Extended(block_size=16, vocab_size=64, n_layer=1, n_head=2, n_embd=64)
-NEW: dict[str, Any] = {"position": "alibi", "norm": "none", "activation": "swiglu", "n_kv_head": 1}
+NEW: dict[str, Any] = {"position": "alibi", "norm": "none", "activation": "tanh", "n_expert": 1}
 
 
 def export(config: GPTConfig) -> None:
@@ -56,14 +56,14 @@ def cache(config: GPTConfig) -> None:
 
 
 CONSUMERS: dict[str, tuple[Callable[[Any], Any], set[str]]] = {  # and what each refuses
-    "export": (export, {"position", "norm", "activation", "n_kv_head"}),
-    "the FLOP count": (flops_per_token, {"activation", "n_kv_head"}),
-    "the memory estimate": (autotune._bytes_per_token, {"activation", "n_kv_head"}),
-    "the KV cache": (cache, {"position", "n_kv_head"}),
-    "the scorer": (score, {"position", "n_kv_head"}),
+    "export": (export, {"position", "norm", "activation", "n_expert"}),
+    "the FLOP count": (flops_per_token, {"activation", "n_expert"}),
+    "the memory estimate": (autotune._bytes_per_token, {"activation", "n_expert"}),
+    "the KV cache": (cache, {"position", "n_expert"}),
+    "the scorer": (score, {"position", "n_expert"}),
     "the server's KV cache": (
         lambda config: slot_bytes(config, torch.float32),
-        {"position", "n_kv_head"},
+        {"position", "n_expert"},
     ),
 }
 
@@ -100,13 +100,13 @@ def test_the_kernels_leave_to_torch_what_they_were_not_written_for(
 
 
 def test_every_field_is_known_to_some_consumer_or_to_all() -> None:
-    listed = {*GENERAL, *native.SUPPORTED, "block"}
+    listed = {*GENERAL, *IN_MODEL, "position", "n_kv_head", "head_size"}
     assert {field.name for field in fields(GPTConfig)} == listed
 
 
 def test_a_field_without_mention_is_supported_at_its_default() -> None:
     assert unsupported(TINY, {}) == {}
-    assert unsupported(replace(TINY, n_kv_head=1), {}) == {"n_kv_head": 1}
-    assert unsupported(replace(TINY, n_kv_head=1), {"n_kv_head": ANY}) == {}
-    with pytest.raises(ValueError, match=r"^the x does not support norm=none, n_kv_head=1; impl"):
-        check_supported(replace(TINY, norm="none", n_kv_head=1), "the x", {})
+    assert unsupported(replace(TINY, n_expert=1), {}) == {"n_expert": 1}
+    assert unsupported(replace(TINY, n_expert=1), {"n_expert": ANY}) == {}
+    with pytest.raises(ValueError, match=r"^the x does not support norm=none, n_expert=1; impl"):
+        check_supported(replace(TINY, norm="none", n_expert=1), "the x", {})

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt.model import GPT, Attend, Block
-from nanogpt.support import IN_BLOCKS, check_supported, mixes_by_attend
+from nanogpt.support import ANY, IN_MODEL, check_supported, mixes_by_attend
 from nanogpt.tokenizer import Tokenizer
 
 BATCH_SIZE = 8  # requests per forward
@@ -33,7 +33,7 @@ TREE_TOKENS = 1024  # largest row: its attention scores grow with their square
 LOGITS_ROWS = 128  # of V logits, computed at a time
 PROGRESS_S = 10.0  # between updates of the bar
 
-SUPPORTED = {**IN_BLOCKS, "position": ("learned", "rotary")}
+SUPPORTED = {**IN_MODEL, "position": ("learned", "rotary"), "n_kv_head": ANY, "head_size": ANY}
 
 Tokens = Sequence[int] | np.ndarray
 

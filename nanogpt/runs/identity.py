@@ -40,6 +40,12 @@ OPERATIONAL = (
     "resolved",
 )
 NAMED_BY_CHOICE = ("stage", "model", "data")  # groups that the name begins with
+NEW_KEYS = {  # that records of earlier versions lack, with the value that these imply
+    "model.norm_eps": 1e-5,
+    "model.rope_base": 10_000.0,
+    "model.qk_norm_weight": False,
+    "model.tie_embeddings": True,
+}
 BUDGET = ("max_steps", "max_tokens")  # identity that may grow, where the schedule permits
 SCHEDULES = {
     "cosine": ("nanogpt.optim.Cosine", ("warmup_steps", "floor")),
@@ -141,7 +147,8 @@ def identity_differences(recorded: Mapping[str, Any], config: Mapping[str, Any])
     `auto` agrees with whatever it became when the run began. A record of an earlier version, which
     lacks a class or node that this version names, agrees with the project's own.
     """
-    old, new = flatten(recorded), flatten(config)
+    new = flatten(config)
+    old = {key: NEW_KEYS[key] for key in NEW_KEYS & new.keys()} | flatten(recorded)
     for key, value in new.items():
         lacks_node = key.partition(".")[0] in {"module", "datamodule"} - recorded.keys()
         if str(value).startswith("nanogpt.") if key.endswith("._target_") else lacks_node:

@@ -5,7 +5,7 @@ import logging
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +318,8 @@ def adapt(start: Checkpoint, model: Mapping[str, Any], typed: Mapping[str, Any])
     for key, value in model.items():
         if key == "dropout" or not {"model", f"model.{key}"} & typed.keys():
             continue
-        if (there := getattr(start.config, key, value)) != value:
+        there = getattr(start.config, key, value)
+        if there != value and replace(start.config, **{key: value}) != start.config:
             raise ValueError(
                 f"{start.path} has {key}={there!r} but the command has model.{key}={value!r}; "
                 "leave the model keys out: the model comes from init_from"

@@ -358,4 +358,7 @@ def _bytes_per_token(config: GPTConfig) -> int:
     """Return about what a token's forward stores for its backward in float32."""
     consumer = "the memory estimate (nanogpt/training/autotune.py)"
     check_supported(config, consumer, SUPPORTED)
-    return 4 * (20 * config.n_layer * config.n_embd + 3 * config.vocab_size)
+    n_attention = 2 * (config.n_head + config.kv_heads) * config.head_dim
+    n_inner = (4 if config.activation == "swiglu" else 2) * config.inner_dim
+    n_layer = 8 * config.n_embd + n_attention + n_inner
+    return 4 * (config.n_layer * n_layer + 3 * config.vocab_size)

@@ -7,10 +7,14 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
 from nanogpt.model import GPTConfig
-from nanogpt.support import ANY, IN_BLOCKS, check_supported
+from nanogpt.support import ANY, IN_MODEL, check_supported
 from nanogpt.weights import model_without_weights
 
-SUPPORTED = {**IN_BLOCKS, "position": ANY, "activation": ("gelu", "relu2")}
+SUPPORTED = {
+    **IN_MODEL,
+    **dict.fromkeys(("position", "n_kv_head", "head_size"), ANY),
+    "activation": ("gelu", "relu2", "swiglu"),
+}
 # Dense bfloat16 and float16 rates that Lightning's table lacks or gives with sparsity, from the
 # data sheets' sparse rates halved: https://www.nvidia.com/en-us/data-center/h200/, .../h100/.
 DENSE_HALF_FLOPS = {
@@ -33,11 +37,13 @@ def flops_per_token(config: GPTConfig) -> int:
     consumer = "the FLOP count (nanogpt/training/throughput.py)"
     check_supported(config, consumer, SUPPORTED)
     L, C, T = config.n_layer, config.n_embd, config.block_size
-    n_block = 12 * L * C**2
+    n_queries, n_keys = config.n_head * config.head_dim, config.kv_heads * config.head_dim
+    n_products = 3 if config.activation == "swiglu" else 2
+    n_block = L * C * (2 * (n_queries + n_keys) + n_products * config.inner_dim)
     if config.block is not None:
         blocks = model_without_weights(config).h
         n_block = sum(parameter.numel() for parameter in blocks.parameters())
-    return 6 * (n_block + config.vocab_size * C) + 12 * L * C * T
+    return 6 * (n_block + config.vocab_size * C) + 12 * L * n_queries * T
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, measured: float) -> tuple[float, str]:
