@@ -22,6 +22,21 @@ MODERN: dict[str, Any] = {
     "qk_norm": True,
     "bias": False,
 }
+GROUPED: dict[str, Any] = {  # Qwen3's switches, and those that it lacks
+    "position": "rotary",
+    "rope_base": 1e6,
+    "norm": "rmsnorm",
+    "norm_eps": 1e-6,
+    "bias": False,
+    "activation": "swiglu",
+    "n_inner": 192,
+    "n_kv_head": 1,
+    "head_size": 32,
+    "qk_norm": True,
+    "qk_norm_weight": True,
+    "tie_embeddings": False,
+    "logit_softcap": 20.0,
+}
 
 
 def write_model(

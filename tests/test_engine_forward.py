@@ -14,7 +14,7 @@ from serving.engine import compiling, native
 from serving.engine import forward as forward_module
 from serving.engine.forward import Forward, Span, round_to_24_bits
 from serving.engine.native import ForwardPass, cache_dtype, make_forward
-from tests.engine_models import MODERN
+from tests.engine_models import GROUPED, MODERN
 
 IDS = torch.randint(97, (150,), generator=torch.Generator().manual_seed(5)).tolist()
 TOLERANCE = {"fp32": 1e-5, "fp24": 1e-4, "bf16": 0.02, "int8": 0.03}  # of the logits' deviation
@@ -44,7 +44,7 @@ def model(**keys: Any) -> GPT:
 def forward(dtype: str, invariant: bool = True, **keys: Any) -> ForwardPass:
     made = model(**keys)
     c = made.config
-    shape = (c.n_layer, 2, 4, c.n_head, c.block_size, c.n_embd // c.n_head)
+    shape = (c.n_layer, 2, 4, c.kv_heads, c.block_size, c.head_dim)
     cache = torch.zeros(shape, dtype=cache_dtype(dtype))
     return make_forward(made, cache, dtype, invariant=invariant)
 
@@ -53,7 +53,9 @@ def logits(computes: ForwardPass, *spans: Span) -> Tensor:
     return computes.logits(computes.hidden_states(list(spans)))
 
 
-@pytest.mark.parametrize("keys", [{}, MODERN, {"bias": False}], ids=["gpt2", "modern", "no bias"])
+@pytest.mark.parametrize(
+    "keys", [{}, MODERN, {"bias": False}, GROUPED], ids=["gpt2", "modern", "no bias", "grouped"]
+)
 @pytest.mark.parametrize("dtype", ["fp32", "fp24", "bf16", "int8"])
 def test_logits_are_the_models(kernels: str, dtype: str, keys: dict[str, Any]) -> None:
     expected = model(**keys)(torch.tensor([IDS]))[0]
@@ -61,7 +63,7 @@ def test_logits_are_the_models(kernels: str, dtype: str, keys: dict[str, Any]) -
     assert difference.std() < TOLERANCE[dtype] * expected.std()
 
 
-@pytest.mark.parametrize("keys", [{}, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("keys", [{}, MODERN, GROUPED], ids=["gpt2", "modern", "grouped"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp24", "bf16", "int8"])
 @pytest.mark.parametrize(
     "cuts",

@@ -11,7 +11,8 @@ own context rounded up to whole blocks, so that prefill and decode of a token ad
 On a GPU this is right by design but was not measured: each sequence's attention is a launch of its
 own in every layer, and CUDA graphs, which would hide that, are not used.
 
-Shapes: R rows, C channels, H heads, D head size, T context, V vocabulary, K classes.
+Shapes: R rows, C channels, H heads, H' heads of keys and values, D head size, T context,
+V vocabulary, K classes.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt.classifier import Classifier
-from nanogpt.model import GPT, Attend
+from nanogpt.model import GPT, Attend, soft_capped
 
 CONTEXT_BLOCK = 64  # tokens; attention reads whole blocks
 MULTIPLES = (1, 2, 4, 8, 16, 32)  # of rows
@@ -46,7 +47,7 @@ Piece = tuple[slice, int, Tensor]
 
 
 class Forward:
-    """Compute states and logits of spans, with keys and values in `cache` (L, 2, S, H, T, D).
+    """Compute states and logits of spans, with keys and values in `cache` (L, 2, S, H', T, D).
 
     Unless `invariant`, rows are not padded: a row's bits may depend on how many there are.
     """
@@ -59,7 +60,8 @@ class Forward:
         self.head: Callable[[Tensor], Tensor] = model.head
         if int8:
             _replace_linear(model, lambda linear: Int8Linear(linear.weight, linear.bias))
-            self.head = Int8Linear(model.wte.weight[: self.config.vocab_size], None)
+            int8_head = Int8Linear(model.unembedding.weight[: self.config.vocab_size], None)
+            self.head = lambda x: soft_capped(int8_head(x), self.config.logit_softcap)
         self.rotation = model.rotation(torch.arange(self.config.block_size, device=self.device))
         self.max_attention_rows = self.config.block_size
         self.row_multiple = 1
@@ -74,7 +76,7 @@ class Forward:
         In trials of the first block and the head, after random contexts, the last rows of a text
         must have the same bits alone and after others.
         """
-        config, blocks, context = self.config, self.model.h, self.cache[0, :, 0]  # (2, H, T, D)
+        config, blocks, context = self.config, self.model.h, self.cache[0, :, 0]  # (2, H', T, D)
         n_rows = min(PROBED_ROWS, config.block_size)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(config.vocab_size, (n_rows,), generator=generator).tolist()
@@ -149,7 +151,7 @@ class Forward:
 
 
 class SlotAttend(Attend):
-    """Attention of rows, each to its own slot of a cache (L, 2, S, H, T, D).
+    """Attention of rows, each to its own slot of a cache (L, 2, S, H', T, D).
 
     `slots` and `positions` (R,) are where keys and values are stored.
     """
@@ -161,23 +163,27 @@ class SlotAttend(Attend):
         self.cache, self.slots, self.positions, self.pieces = cache, slots, positions, pieces
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store a layer's k and v (1, R, H, D); return the attention (1, R, H, D) of q."""
+        """Store a layer's k and v (1, R, H', D); return the attention (1, R, H, D) of q."""
         q, n_rows = q[0], len(self.slots)
         for entries, new in zip(self.cache[layer], (k[0], v[0]), strict=True):
             entries[self.slots, :, self.positions] = new[:n_rows]
         y = torch.zeros_like(q)
         for rows, slot, masked in self.pieces:
-            keys, values = self.cache[layer, :, slot, :, : masked.size(1)]  # (H, T, D) each
+            keys, values = self.cache[layer, :, slot, :, : masked.size(1)]  # (H', T, D) each
             own = F.pad(q[rows], (0, 0, 0, 0, 0, len(masked) - len(q[rows])))
             y[rows] = attention(own, keys, values, masked)[: rows.stop - rows.start]
         return y[None]
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, masked: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v (R, H, D) of queries (R, H, D) over keys (H, T, D).
+    """Return softmax(q k^T / sqrt(D)) v (R, H, D) of queries (R, H, D) over keys (H', T, D).
 
-    `masked` (R, T) bool are the keys that a query does not attend to.
+    H / H' consecutive query heads share one of the keys' heads. `masked` (R, T) bool are the keys
+    that a query does not attend to.
     """
+    if len(keys) < q.size(1):
+        n_sharing = q.size(1) // len(keys)
+        keys, values = (part.repeat_interleave(n_sharing, 0) for part in (keys, values))
     scores = torch.bmm(q.transpose(0, 1), keys.transpose(1, 2)).float()  # (H, R, T)
     scores = (scores * q.size(-1) ** -0.5).masked_fill(masked, -torch.inf)
     return torch.bmm(scores.softmax(-1).to(values.dtype), values).transpose(0, 1)

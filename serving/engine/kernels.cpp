@@ -5,7 +5,8 @@
 // less often. Activations between products are float32, or bfloat16 where the weights are bfloat16
 // or int8 (their products are then exact and added in float32). One parallel region covers a step.
 //
-// Shapes: R rows, C channels, H heads, D head size, T context, N outputs, K inputs of a product.
+// Shapes: R rows, C channels, H heads, H' heads of keys and values, D head size, T context,
+// N outputs, K inputs of a product.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -26,12 +27,12 @@ typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t bf16;
 
 enum Dtype { FP32 = 0, BF16 = 1, INT8 = 2, FP24 = 3 };
+enum Activation { GELU = 0, RELU2 = 1, SWIGLU = 2 };
 constexpr int PANEL = 64;  // outputs
 constexpr int GROUP = 64;  // inputs that share an int8 scale
 constexpr int INPUT_BYTES = 32768;  // of a panel at a time: the size of the L1 cache
 constexpr int WIDENED_ABOVE = 2;  // rows: int8 weights are widened once for all rows
 constexpr int FEW = 8;            // rows that every thread normalises itself, which is faster
-constexpr float EPSILON = 1e-5f;
 
 extern "C" {
 struct Matrix {
@@ -44,17 +45,19 @@ struct Norm {
     const float *weight, *bias;  // bias or null
 };
 struct Layer {
-    Norm ln_1, ln_2;
-    Matrix c_attn, attn_proj, c_fc, mlp_proj;
+    Norm ln_1, ln_2, q_norm, k_norm;  // the last two without weights, unless the model has some
+    Matrix c_attn, attn_proj, mlp_proj;
+    Matrix c_fc;  // with swiglu 16 rows of the gate, 16 of the other map, and so on
 };
 struct Model {
-    int32_t dtype, n_layer, n_head, n_embd, block_size, n_slots;
-    int32_t rms_norm, relu2, qk_norm, n_threads;
+    int32_t dtype, n_layer, n_head, n_kv_head, head_size, n_embd, n_inner, block_size, n_slots;
+    int32_t rms_norm, activation, qk_norm, n_threads;
+    float norm_eps;
     const Layer* layers;
     Norm ln_f;
     Matrix head;
     const float* rotations;  // cosine, then sine (block_size, D / 2), or null
-    void* cache;             // (L, 2, S, H, T, D) of the type of activations
+    void* cache;             // (L, 2, S, H', T, D) of the type of activations
 };
 }
 
@@ -118,7 +121,8 @@ inline v16 gelu(v16 x) {  // the tanh form, as a logistic function
 }
 
 template <class To>
-void normalize(const float* x, int n, Norm norm, bool rms, To* y) {
+void normalize(const float* x, int n, Norm norm, const Model& model, To* y) {
+    const bool rms = model.rms_norm;
     v16 total{}, squares{};
     if (!rms)
         for (int i = 0; i < n; i += 16) total += load(x + i);
@@ -127,7 +131,7 @@ void normalize(const float* x, int n, Norm norm, bool rms, To* y) {
         v16 centred = load(x + i) - mean;
         squares += centred * centred;
     }
-    const float scale = 1.0f / std::sqrt(sum(squares) / n + EPSILON);
+    const float scale = 1.0f / std::sqrt(sum(squares) / n + model.norm_eps);
     for (int i = 0; i < n; i += 16) {
         v16 z = (load(x + i) - mean) * scale;
         if (norm.weight) z *= load(norm.weight + i);
@@ -355,7 +359,7 @@ struct Scratch {
         : sums(int64_t(rows) * 4),
           wide(model.dtype == INT8 && rows > WIDENED_ABOVE ? INPUT_BYTES / sizeof(A) : 0),
           normed(rows <= FEW ? int64_t(rows) * model.n_embd : 0), scores(model.block_size + 16),
-          attended(model.n_embd / model.n_head) {}
+          attended(model.head_size) {}
 };
 
 template <class A>
@@ -442,35 +446,34 @@ void rotate(float* x, int d, const float* cosine, const float* sine) {
     }
 }
 
-// One layer's keys and values, (S, H, T, D) each.
+// One layer's keys and values, (S, H', T, D) each.
 template <class A>
 struct Cache {
     A *keys, *values;
     int64_t lane;  // of a slot's head
     Cache(const Model& model, int layer) {
-        const int64_t d = model.n_embd / model.n_head, slots = int64_t(model.n_slots);
-        lane = model.block_size * d;
-        keys = (A*)model.cache + 2 * layer * slots * model.n_head * lane;
-        values = keys + slots * model.n_head * lane;
+        const int64_t heads = int64_t(model.n_slots) * model.n_kv_head;
+        lane = int64_t(model.block_size) * model.head_size;
+        keys = (A*)model.cache + 2 * layer * heads * lane;
+        values = keys + heads * lane;
     }
 };
 
-// Normalise and rotate a row's query and key of a head, in place, and store key and value.
+// Normalise and rotate a row's key of head g and the queries that share it, in place; store key
+// and value. `qkv` is the row's (H + 2H', D).
 template <class A>
-void store_kv(const Model& model, const Cache<A>& cache, int slot, int position, int h, float* q) {
-    const int c = model.n_embd, d = c / model.n_head;
-    float *k = q + c, *v = q + 2 * c;
-    if (model.qk_norm) {
-        normalize(q, d, Norm{}, model.rms_norm, q);
-        normalize(k, d, Norm{}, model.rms_norm, k);
+void store_kv(const Model& model, int layer, const Cache<A>& cache, int slot, int position, int g,
+              float* qkv) {
+    const int d = model.head_size, sharing = model.n_head / model.n_kv_head;
+    float *k = qkv + (model.n_head + g) * d, *v = k + model.n_kv_head * d;
+    const int64_t angle = int64_t(position) * (d / 2), sines = int64_t(model.block_size) * (d / 2);
+    for (int i = 0; i <= sharing; i++) {
+        float* x = i < sharing ? qkv + (g * sharing + i) * d : k;
+        const Layer& own = model.layers[layer];
+        if (model.qk_norm) normalize(x, d, i < sharing ? own.q_norm : own.k_norm, model, x);
+        if (const float* cosine = model.rotations) rotate(x, d, cosine + angle, cosine + sines + angle);
     }
-    if (model.rotations) {
-        const float* cosine = model.rotations + int64_t(position) * (d / 2);
-        const float* sine = cosine + int64_t(model.block_size) * (d / 2);
-        rotate(q, d, cosine, sine);
-        rotate(k, d, cosine, sine);
-    }
-    const int64_t at = (int64_t(slot) * model.n_head + h) * cache.lane + int64_t(position) * d;
+    const int64_t at = (int64_t(slot) * model.n_kv_head + g) * cache.lane + int64_t(position) * d;
     for (int i = 0; i < d; i += 16) {
         store(cache.keys + at + i, load(k + i));
         store(cache.values + at + i, load(v + i));
@@ -481,25 +484,28 @@ void store_kv(const Model& model, const Cache<A>& cache, int slot, int position,
 template <class A>
 void forward(const Model& model, int rows, const int32_t* slots, const int32_t* positions,
              float* x, float* states) {
-    const int c = model.n_embd, heads = model.n_head, d = c / heads;
+    const int c = model.n_embd, d = model.head_size, inner = model.n_inner;
+    const int groups = model.n_kv_head, sharing = model.n_head / groups, out = model.n_head * d;
+    const int width = out + 2 * groups * d;  // of a row's queries, keys and values
     const Dtype dtype = Dtype(model.dtype);
     const bool few = rows <= FEW;
     std::vector<char> seen(model.n_slots);
     bool apart = true;  // no row attends to another of this step
     for (int r = 0; r < rows; r++) apart = apart && !seen[slots[r]]++;
-    const int64_t n = int64_t(rows) * c;
-    std::unique_ptr<A[]> shared(new A[n]), attended(new A[n]), wide(new A[4 * n]);
-    std::unique_ptr<float[]> qkv(new float[3 * n]);
+    const int64_t R = rows;
+    std::unique_ptr<A[]> shared(new A[R * c]), attended(new A[R * out]), wide(new A[R * inner]);
+    std::unique_ptr<float[]> qkv(new float[R * width]);
     std::vector<Scratch<A>> of_threads = scratch_of_threads<A>(model, rows);
 #pragma omp parallel num_threads(model.n_threads)
     {
         Scratch<A>& scratch = of_threads[omp_get_thread_num()];
         A* normed = few ? scratch.normed.data() : shared.get();
         float* head_output = scratch.attended.data();
-        const Share share(rows), pairs(rows * heads);
+        const Share share(rows), pairs(rows * groups);
+        v16 gate{};
         auto norm = [&](const Norm& norm) {
             for (int r = few ? 0 : share.first; r < (few ? rows : share.last); r++)
-                normalize(x + int64_t(r) * c, c, norm, model.rms_norm, normed + int64_t(r) * c);
+                normalize(x + int64_t(r) * c, c, norm, model, normed + int64_t(r) * c);
             if (!few) {
 #pragma omp barrier
             }
@@ -513,39 +519,45 @@ void forward(const Model& model, int rows, const int32_t* slots, const int32_t* 
             const Cache<A> cache(model, l);
             norm(layer.ln_1);
             product(dtype, layer.c_attn, normed, rows, scratch,
-                    [&](int r, int n, v16 y) { store(&qkv[int64_t(r) * 3 * c + n], y); });
+                    [&](int r, int n, v16 y) { store(&qkv[int64_t(r) * width + n], y); });
 #pragma omp barrier
-            auto query = [&](int p) { return &qkv[int64_t(p / heads) * 3 * c + p % heads * d]; };
+            auto store_pair = [&](int p) {
+                const int r = p / groups;
+                store_kv(model, l, cache, slots[r], positions[r], p % groups, &qkv[int64_t(r) * width]);
+            };
             if (!apart) {
-                for (int p = pairs.first; p < pairs.last; p++) {
-                    const int r = p / heads;
-                    store_kv(model, cache, slots[r], positions[r], p % heads, query(p));
-                }
+                for (int p = pairs.first; p < pairs.last; p++) store_pair(p);
 #pragma omp barrier
             }
 #pragma omp for schedule(dynamic, 1)
-            for (int p = 0; p < rows * heads; p++) {
-                const int r = p / heads, h = p % heads;
-                if (apart) store_kv(model, cache, slots[r], positions[r], h, query(p));
-                const int64_t at = (int64_t(slots[r]) * heads + h) * cache.lane;
-                attend(query(p), cache.keys + at, cache.values + at, positions[r] + 1, d,
-                       scratch.scores.data(), head_output);
-                for (int i = 0; i < d; i += 16)
-                    store(&attended[int64_t(r) * c + h * d + i], load(head_output + i));
+            for (int p = 0; p < rows * groups; p++) {
+                const int r = p / groups, g = p % groups;
+                if (apart) store_pair(p);
+                const int64_t at = (int64_t(slots[r]) * groups + g) * cache.lane;
+                for (int h = g * sharing; h < (g + 1) * sharing; h++) {
+                    attend(&qkv[int64_t(r) * width + h * d], cache.keys + at, cache.values + at,
+                           positions[r] + 1, d, scratch.scores.data(), head_output);
+                    for (int i = 0; i < d; i += 16)
+                        store(&attended[int64_t(r) * out + h * d + i], load(head_output + i));
+                }
             }
             product(dtype, layer.attn_proj, attended.get(), rows, scratch, add);
 #pragma omp barrier
             norm(layer.ln_2);
             product(dtype, layer.c_fc, normed, rows, scratch, [&](int r, int n, v16 y) {
+                A* row = &wide[int64_t(r) * inner];
                 v16 positive = y > 0.0f ? y : v16{};
-                store(&wide[int64_t(r) * 4 * c + n], model.relu2 ? positive * positive : gelu(y));
+                if (model.activation == RELU2) store(row + n, positive * positive);
+                else if (model.activation == GELU) store(row + n, gelu(y));
+                else if (n % 32 == 0) gate = y / (1.0f + exponential(-y));
+                else store(row + n / 32 * 16, gate * y);  // after its gate, of the same panel
             });
 #pragma omp barrier
             product(dtype, layer.mlp_proj, wide.get(), rows, scratch, add);
 #pragma omp barrier
         }
         for (int r = share.first; r < share.last; r++)
-            normalize(x + int64_t(r) * c, c, model.ln_f, model.rms_norm, states + int64_t(r) * c);
+            normalize(x + int64_t(r) * c, c, model.ln_f, model, states + int64_t(r) * c);
     }
 }
 

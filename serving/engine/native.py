@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.classifier import Classifier
-from nanogpt.model import GPT, Block
+from nanogpt.model import GPT, Block, soft_capped
 from nanogpt.support import ANY, Supported, unsupported
 from serving.engine import compiling
 from serving.engine.forward import Forward, Span, round_to_24_bits
@@ -21,9 +21,12 @@ from serving.engine.forward import Forward, Span, round_to_24_bits
 SUPPORTED: Supported = {
     "position": ("learned", "rotary"),
     "norm": ("layernorm", "rmsnorm"),
-    "activation": ("gelu", "relu2"),
-    "qk_norm": ANY,
+    "activation": ("gelu", "relu2", "swiglu"),
+    **dict.fromkeys(("n_kv_head", "head_size", "n_inner", "qk_norm", "qk_norm_weight"), ANY),
+    **dict.fromkeys(("norm_eps", "rope_base", "rope_scaling"), ANY),
+    **dict.fromkeys(("tie_embeddings", "logit_softcap"), ANY),
 }
+ACTIVATIONS = {"gelu": 0, "relu2": 1, "swiglu": 2}
 DTYPES = {"fp32": 0, "bf16": 1, "int8": 2, "fp24": 3}
 WEIGHT_BYTES = (4, 2, 1, 3)  # by the number of the dtype
 PANEL = GROUP = 64
@@ -50,15 +53,17 @@ class _Norm(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *_fields(_Norm, "ln_1", "ln_2"),
-        *_fields(_Matrix, "c_attn", "attn_proj", "c_fc", "mlp_proj"),
+        *_fields(_Norm, "ln_1", "ln_2", "q_norm", "k_norm"),
+        *_fields(_Matrix, "c_attn", "attn_proj", "mlp_proj", "c_fc"),
     )
 
 
 class _Model(ctypes.Structure):
     _fields_ = (
-        *_fields(ctypes.c_int32, "dtype", "n_layer", "n_head", "n_embd", "block_size", "n_slots"),
-        *_fields(ctypes.c_int32, "rms_norm", "relu2", "qk_norm", "n_threads"),
+        *_fields(ctypes.c_int32, "dtype", "n_layer", "n_head", "n_kv_head", "head_size", "n_embd"),
+        *_fields(ctypes.c_int32, "n_inner", "block_size", "n_slots", "rms_norm", "activation"),
+        *_fields(ctypes.c_int32, "qk_norm", "n_threads"),
+        ("norm_eps", ctypes.c_float),
         ("layers", ctypes.POINTER(_Layer)),
         ("ln_f", _Norm),
         ("head", _Matrix),
@@ -67,7 +72,7 @@ class _Model(ctypes.Structure):
 
 
 class NativeForward:
-    """Compute states and logits of spans, with keys and values in `cache` (L, 2, S, H, T, D).
+    """Compute states and logits of spans, with keys and values in `cache` (L, 2, S, H', T, D).
 
     The model's float32 weights are repacked in `dtype`; the model itself is not used afterwards.
     """
@@ -102,7 +107,7 @@ class NativeForward:
         states = hidden_states.contiguous()
         out = torch.empty(len(states), self.config.vocab_size)
         self._compute(self.library.logits, states, out)
-        return out
+        return soft_capped(out, self.config.logit_softcap)
 
     def _compute(self, function: Any, *rows: Tensor) -> None:
         pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in rows)
@@ -122,25 +127,38 @@ class NativeForward:
         for layer, block in zip(layers, model.h, strict=True):
             assert isinstance(block, Block)
             layer.ln_1, layer.ln_2 = self._norm(block.ln_1), self._norm(block.ln_2)
+            if config.qk_norm_weight:
+                layer.q_norm = self._norm(block.attn.q_norm)
+                layer.k_norm = self._norm(block.attn.k_norm)
             for name, linear in (
                 *(("c_attn", block.attn.c_attn), ("attn_proj", block.attn.c_proj)),
                 *(("c_fc", block.mlp.c_fc), ("mlp_proj", block.mlp.c_proj)),
             ):
-                setattr(layer, name, self._packed(linear.weight, linear.bias, dtype))
+                weight: Tensor = linear.weight
+                bias: Tensor | None = linear.bias
+                if name == "c_fc" and config.activation == "swiglu":
+                    gate = block.mlp.c_gate
+                    weight = _interleaved(gate.weight, weight)
+                    bias = None if bias is None else _interleaved(gate.bias, bias)
+                setattr(layer, name, self._packed(weight, bias, dtype))
         return _Model(
             dtype=dtype,
             n_layer=config.n_layer,
             n_head=config.n_head,
+            n_kv_head=config.kv_heads,
+            head_size=config.head_dim,
             n_embd=config.n_embd,
+            n_inner=config.inner_dim,
             block_size=config.block_size,
             n_slots=self.cache.size(2),
             rms_norm=config.norm == "rmsnorm",
-            relu2=config.activation == "relu2",
+            activation=ACTIVATIONS[config.activation],
             qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
             n_threads=torch.get_num_threads(),
             layers=layers,
             ln_f=self._norm(model.ln_f),
-            head=self._packed(model.wte.weight[: config.vocab_size], None, dtype),
+            head=self._packed(model.unembedding.weight[: config.vocab_size], None, dtype),
             rotations=None if rotation is None else self._pointer(rotation),
             cache=self.cache.data_ptr(),
         )
@@ -172,8 +190,13 @@ class NativeForward:
 ForwardPass = Forward | NativeForward
 
 
+def _interleaved(gate: Tensor, other: Tensor) -> Tensor:
+    """Return 16 rows of one and 16 of the other tensor (N, ...) in turns, (2N, ...)."""
+    return torch.stack((gate.unflatten(0, (-1, 16)), other.unflatten(0, (-1, 16))), 1).flatten(0, 2)
+
+
 def make_forward(model: GPT, cache: Tensor, dtype: str, *, invariant: bool = True) -> ForwardPass:
-    """Return the fastest forward pass for a model and its cache (L, 2, S, H, T, D) here.
+    """Return the fastest forward pass for a model and its cache (L, 2, S, H', T, D) here.
 
     The engine's own kernels are `invariant` at no cost; others take longer for it.
     """
@@ -200,7 +223,8 @@ def supported(model: GPT, dtype: str, device: torch.device) -> bool:
         values = ", ".join(f"{name}={value}" for name, value in found.items())
         log.info("the C++ kernels do not support %s; computing with torch", values)
         return False
-    fits = config.n_embd % PANEL == 0 and config.n_embd // config.n_head in HEAD_SIZES
+    sizes = (config.n_embd, config.n_head * config.head_dim, config.inner_dim)
+    fits = config.head_dim in HEAD_SIZES and all(size % PANEL == 0 for size in sizes)
     library = load_library() if fits else None
     return library is not None and bool(library.supports(DTYPES[dtype]))
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from nanogpt.model import GPTConfig
-from nanogpt.support import IN_BLOCKS, check_supported
+from nanogpt.support import ANY, IN_MODEL, check_supported
 
-SUPPORTED = {**IN_BLOCKS, "position": ("learned", "rotary")}
+SUPPORTED = {**IN_MODEL, "position": ("learned", "rotary"), "n_kv_head": ANY, "head_size": ANY}
 
 
 @dataclass
@@ -36,8 +36,7 @@ class Slots:
     def __init__(
         self, config: GPTConfig, n_slots: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, 2, n_slots, config.n_head, config.block_size, head_size)
+        shape = (config.n_layer, 2, n_slots, config.kv_heads, config.block_size, config.head_dim)
         self.cache = _zeros(shape, dtype, device)
         self.slots = [Slot(i) for i in range(n_slots)]
         self._clock = itertools.count(1)
@@ -110,7 +109,8 @@ def slot_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
     Raises ValueError for a configuration whose keys and values have another shape.
     """
     check_supported(config, "the server's KV cache (serving/engine/slots.py)", SUPPORTED)
-    return 2 * config.n_layer * config.block_size * config.n_embd * dtype.itemsize
+    n_values = config.n_layer * config.block_size * config.kv_heads * config.head_dim
+    return 2 * n_values * dtype.itemsize
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
