@@ -49,7 +49,7 @@ class Metadata(TypedDict):
     format: Count
     version: Line
     stage: Literal["pretrain", "instruct", "classify"]
-    model: dict[Line, Flag | Count | Amount | Line | None]
+    model: dict[Line, Flag | Count | Amount | Line | list[Amount] | None]
     tokenizer: dict[str, Any]
     template: Line | None
     labels: Annotated[list[Label], Field(strict=True, min_length=1, max_length=2**16)] | None
@@ -181,15 +181,17 @@ def init_model(init_from: Path, allow_modules: Sequence[str] = ()) -> Checkpoint
     if init_from.is_file():
         start = load_checkpoint(init_from, allow_modules=allow_modules)
     else:
-        tokenizer = read_tokenizer(init_from) or gpt2_tokenizer()
         model = load_pretrained(init_from)
+        tokenizer = read_tokenizer(init_from, model.config.vocab_size) or gpt2_tokenizer()
         if model.config.vocab_size != tokenizer.vocab_size:
             raise ValueError(
                 f"{init_from} has a model with vocab_size={model.config.vocab_size} and the "
                 f"tokenizer {tokenizer.name} with {tokenizer.vocab_size} ids; put the "
                 f"tokenizer.json that the model was trained with there"
             )
-        start = Checkpoint(model, tokenizer, None, None, "pretrain", model.config, 0, init_from)
+        has_template = tokenizer.chat_template is not None
+        template, stage = ("published", "instruct") if has_template else (None, "pretrain")
+        start = Checkpoint(model, tokenizer, template, None, stage, model.config, 0, init_from)
     if isinstance(start.model, Classifier):
         start = replace(start, model=start.model.language_model().eval(), labels=None)
     return start
@@ -219,9 +221,10 @@ def with_special_tokens(start: Checkpoint, names: Sequence[str]) -> Checkpoint:
     Embeddings for Pretrained Language Models", 2021).
     """
     tokenizer = start.tokenizer.with_special_tokens(names)
-    rows = start.model.state_dict()["wte.weight"]
-    new = rows.mean(0, keepdim=True).expand(tokenizer.vocab_size - len(rows), -1)
-    weights = {"wte.weight": torch.cat([rows, new])}
+    n_new, weights = tokenizer.vocab_size - start.config.vocab_size, start.model.state_dict()
+    for name in {"wte.weight", "lm_head.weight"} & weights.keys():
+        new = weights[name].mean(0, keepdim=True).expand(n_new, -1)
+        weights[name] = torch.cat([weights[name], new])
     grown = with_config(start, weights, vocab_size=tokenizer.vocab_size)
     return replace(grown, tokenizer=tokenizer)
 

@@ -10,10 +10,12 @@ import argparse
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,23 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from nanogpt.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    biased_weights,
+    find_architecture,
+)
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.command import add_shared, guard_output, parse, run_command
-from nanogpt.model import NORM_EPSILON
-from nanogpt.pretrained import CONFIG, SAFETENSORS, gpt2_weights, published_weights
+from nanogpt.model import rotary_speeds
+from nanogpt.pretrained import CONFIG, SAFETENSORS
 from nanogpt.prompts import find_template
-from nanogpt.support import unsupported
 from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN
 from nanogpt.tokenizer_files import merges_of, padding_id, spell, spellings, write_tokenizer
 
+# The rotation turns channels (2i, 2i + 1) there, and (i, i + D/2) here and in Qwen3.
+INTERLEAVED = ("llama", "arcee")
+QUERY_KEY = re.compile(r"\.(q|k)_proj\.")
 NO_MERGES = [f"{END_OF_TEXT} {END_OF_TEXT}"]  # occurs in no text; the list may not be empty
 
 
@@ -47,30 +57,34 @@ def write(options: argparse.Namespace) -> None:
     """Write the checkpoint in the format of the options; an export that fails leaves nothing."""
     with exporting(options.out, options.overwrite) as temporary:
         checkpoint = load_checkpoint(options.checkpoint, runs_dir=options.runs_dir)
-        check_exportable(checkpoint, options.format)
+        architecture = check_exportable(checkpoint, options.format, options.architecture)
         if options.format == "hf":
-            write_huggingface(checkpoint, temporary)
+            write_huggingface(checkpoint, architecture, temporary)
         else:
-            write_gguf(checkpoint, temporary, options.dtype)
+            write_gguf(checkpoint, architecture, temporary, options.dtype)
     print(f"{checkpoint.path}: {checkpoint.model.num_parameters():,} parameters to {options.out}")
 
 
-def check_exportable(checkpoint: Checkpoint, format_: str) -> None:
-    """Raise ValueError where the model is no GPT-2, or is a classifier and the format is gguf."""
-    config, path = checkpoint.config, checkpoint.path
+def check_exportable(
+    checkpoint: Checkpoint, format_: str, architecture: str | None = None
+) -> Architecture:
+    """Return the architecture to write a checkpoint as: the named one, or the first that it fits.
+
+    Raises ValueError where none fits, and for a classifier where the format is gguf.
+    """
+    path = checkpoint.path
     if checkpoint.labels is not None and format_ == "gguf":
         raise ValueError(f"{path} is a classifier, which GGUF has no place for; pass --format hf")
-    if found := unsupported(config, {}):  # the defaults are GPT-2; missing biases become zero
-        values = ", ".join(f"{key}={value}" for key, value in found.items())
-        defaults = {key: json.dumps(getattr(type(config)(), key)).strip('"') for key in found}
-        switches = " ".join(f"model.{key}={value}" for key, value in defaults.items())
+    try:
+        return find_architecture(checkpoint.config, architecture)
+    except ValueError as error:
         raise ValueError(
-            f"{path} has {values}, which the published GPT-2 and so its formats lack; "
-            f"export a model trained with {switches}, as model=gpt2_small has them"
-        )
+            f"{path} {error}; export a model with the switches of model=gpt2_small, llama_small or "
+            f"qwen3_small"
+        ) from error
 
 
-def write_huggingface(checkpoint: Checkpoint, directory: Path) -> None:
+def write_huggingface(checkpoint: Checkpoint, architecture: Architecture, directory: Path) -> None:
     """Make a directory that AutoTokenizer and a class of transformers load with no code of ours.
 
     It is AutoModelForCausalLM, or AutoModelForSequenceClassification for a classifier. Generation
@@ -82,45 +96,34 @@ def write_huggingface(checkpoint: Checkpoint, directory: Path) -> None:
     if labels is None:
         ids = dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eot_id)
         ids["bos_token_id"] = tokenizer.encode_prompt("")[0]  # of an empty prompt, there and here
-        about: dict[str, Any] = {"architectures": ["GPT2LMHeadModel"]}
+        about: dict[str, Any] = {}
+        kind = "LMHeadModel" if not architecture.is_llama else "ForCausalLM"
         ends = tokenizer.eot_id if template is None else template.stop_ids(tokenizer)
         _write_json(directory / "generation_config.json", {**ids, "eos_token_id": ends})
     else:
         ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_id)
         ids["pad_token_id"] = padding_id(tokenizer)
+        kind = "ForSequenceClassification"
         about = {
-            "architectures": ["GPT2ForSequenceClassification"],
             "problem_type": "single_label_classification",
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: i for i, label in enumerate(labels)},
         }
-    jinja = None if template is None else template.jinja()
+    jinja = None if template is None else template.jinja(tokenizer)
     write_tokenizer(tokenizer, directory, config.block_size, jinja, framed=labels is not None)
-    published = {
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": NORM_EPSILON,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
-    }
-    _write_json(directory / CONFIG, {**published, **about, **ids})
-    save_file(
-        published_weights(checkpoint.model), directory / SAFETENSORS, metadata={"format": "pt"}
-    )
+    about |= {"architectures": [f"{architecture.prefix}{kind}"], "torch_dtype": "float32"}
+    _write_json(directory / CONFIG, {**architecture.write_config(config), **about, **ids})
+    weights = architecture.write_weights(checkpoint.model)
+    save_file(weights, directory / SAFETENSORS, metadata={"format": "pt"})
     # safetensors makes its file readable by its owner alone, whatever the umask.
     (directory / SAFETENSORS).chmod((directory / CONFIG).stat().st_mode)
 
 
-def write_gguf(checkpoint: Checkpoint, path: Path, dtype: str = "f32") -> None:
-    """Write a GPT-2 language model, its tokenizer and its template into a file for llama.cpp.
+def write_gguf(
+    checkpoint: Checkpoint, architecture: Architecture, path: Path, dtype: str = "f32"
+) -> None:
+    """Write a language model as an architecture that it fits, its tokenizer and its template.
 
     Its keys are those of ggml-org/ggml, docs/gguf.md. With f16 the matrices are rounded, but for
     the position embeddings, which llama.cpp adds as they are. Raises ModuleNotFoundError where the
@@ -134,21 +137,32 @@ def write_gguf(checkpoint: Checkpoint, path: Path, dtype: str = "f32") -> None:
             "--format gguf needs the package gguf, which is not installed; pip install -e '.[gguf]'"
         ) from error
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    if tokenizer.pattern not in (GPT2_PATTERN, ""):  # bytes that never merge may be cut by any
+    patterns = (GPT2_PATTERN, "")  # bytes that never merge may be cut by any
+    if tokenizer.kind == "published" or tokenizer.pattern not in patterns:
         raise ValueError(
             f"{checkpoint.path} has the tokenizer {tokenizer.name}, which cuts texts by a pattern "
             f"that no reader of GGUF knows; pass --format hf, or train with tokenizer=gpt2 or "
             f"tokenizer=byte"
         )
-    writer = gguf.GGUFWriter(path, "gpt2")
+    writer = gguf.GGUFWriter(path, architecture.model_type)
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_feed_forward_length(config.inner_dim)
     writer.add_block_count(config.n_layer)
     writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(NORM_EPSILON)
     half = dtype == "f16"
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
+    if not architecture.is_llama:
+        writer.add_layer_norm_eps(config.norm_eps)
+        weights = biased_weights(checkpoint.model)
+    else:
+        writer.add_head_count_kv(config.kv_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+        writer.add_rope_freq_base(config.rope_base)
+        writer.add_rope_dimension_count(config.head_dim)
+        weights = architecture.write_weights(checkpoint.model)
     n_special = len(tokenizer.special_tokens)
     types = [gguf.TokenType.NORMAL] * (tokenizer.vocab_size - n_special)
     merges = [f"{spell(a)} {spell(b)}" for a, b in merges_of(tokenizer)]
@@ -162,12 +176,19 @@ def write_gguf(checkpoint: Checkpoint, path: Path, dtype: str = "f32") -> None:
     writer.add_add_bos_token(tokenizer.bos_id is not None)
     writer.add_add_eos_token(False)
     if checkpoint.template is not None:
-        writer.add_chat_template(find_template(checkpoint.template).jinja())
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
-    for name, tensor in gpt2_weights(checkpoint.model).items():
+        writer.add_chat_template(find_template(checkpoint.template).jinja(tokenizer))
+    kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == writer.arch)
+    names = gguf.get_tensor_name_map(kind, config.n_layer)
+    for name, tensor in weights.items():
+        if architecture.model_type in INTERLEAVED and QUERY_KEY.search(name):
+            pairs = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)
+            tensor = pairs.reshape(tensor.shape)
         rounded = half and tensor.dim() == 2 and name != "wpe.weight"
         array = tensor.numpy().astype(np.float16 if rounded else np.float32, copy=False)
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), array)
+    if config.rope_scaling is not None:
+        unscaled = rotary_speeds(replace(config, rope_scaling=None))
+        writer.add_tensor("rope_freqs.weight", (unscaled / rotary_speeds(config)).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -214,6 +235,11 @@ def parser() -> argparse.ArgumentParser:
         default="f32",
         choices=("f32", "f16"),
         help="of the matrices in a GGUF file (default f32)",
+    )
+    parser.add_argument(
+        "--architecture",
+        choices=ARCHITECTURES,
+        help="to write (default: the first that the model fits)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
     return parser

@@ -1,7 +1,4 @@
-"""Published GPT-2 weights, fetched by name and read from a local Hugging Face directory.
-
-There, linear maps are stored input by output ("Conv1D"): the transpose of ours.
-"""
+"""Published weights: GPT-2's fetched by name, and those of a local Hugging Face directory."""
 
 import logging
 from collections.abc import Callable
@@ -17,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nanogpt.architectures import ARCHITECTURES, BUFFERS, CLASSES, Architecture
 from nanogpt.disk import wait_for_lock
 from nanogpt.hub import hub_errors
-from nanogpt.model import GPT, NORM_EPSILON, PRESETS, GPTConfig
+from nanogpt.model import GPT, PRESETS, GPTConfig
 from nanogpt.tokenizer_files import MERGES, VOCAB, read_tokenizer
 from nanogpt.values import explain
 from nanogpt.weights import check_weights, model_without_weights
@@ -27,28 +25,8 @@ from nanogpt.weights import check_weights, model_without_weights
 PUBLISHED = tuple(PRESETS)  # the names under which weights are fetched
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
-INSTEAD = "pass a directory in which a Hugging Face GPT-2 was saved"
+INSTEAD = "pass a directory in which a Hugging Face model was saved"
 WEIGHTS = (SAFETENSORS, "pytorch_model.bin")  # each whole, or in shards with an index
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-SCORE, CLASSES = "score.weight", "classes.weight"  # the head of a classifier: there, and here
-WITHOUT_BIAS = ("wte.weight", "wpe.weight", CLASSES)
-CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
-
-FIELDS = {  # of config.json, as those of GPTConfig
-    "n_positions": "block_size",
-    "resid_pdrop": "dropout",
-    **{key: key for key in ("vocab_size", "n_layer", "n_head", "n_embd")},
-}
-# The values of config.json that our model has, its defaults first.
-REQUIRED: dict[str, tuple[Any, ...]] = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (NORM_EPSILON,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
-
 log = logging.getLogger("nanogpt")
 
 
@@ -63,7 +41,7 @@ def fetch_pretrained(name: str, data_dir: str | PathLike[str]) -> Path:
     directory = Path(data_dir) / "weights" / name
     if _unreadable(directory):
         _fetch(name, directory)
-    found = _read_config(directory)
+    _, found = _read_config(directory)
     if replace(found, dropout=0.0) != expected:
         raise ValueError(
             f"{directory} has {found} but {name} is {expected}; remove the directory, or pass "
@@ -73,14 +51,22 @@ def fetch_pretrained(name: str, data_dir: str | PathLike[str]) -> Path:
 
 
 def load_pretrained(path: str | PathLike[str]) -> GPT:
-    """Return the model of a local Hugging Face GPT-2 directory, in float32.
+    """Return the model of a local Hugging Face directory, in float32.
 
-    It is a Classifier where a classifier's head is among the weights. The three dropout rates of
-    config.json become one, that of the residual stream. Raises FileNotFoundError where config.json
-    or the weights are missing, ValueError where they are damaged or describe anything but a GPT-2.
+    It is a Classifier where a classifier's head is among the weights. Raises FileNotFoundError
+    where config.json or the weights are missing, ValueError where they are damaged or describe a
+    model of another architecture than `ARCHITECTURES`.
     """
     directory = Path(path)
-    config, tensors = _read_config(directory), _read_weights(directory)
+    architecture, config = _read_config(directory)
+    tensors = architecture.read_weights(_read_weights(directory))
+    if config.tie_embeddings:
+        head = tensors.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
+            raise ValueError(
+                f"the lm_head.weight in {directory} is not its token embedding, as "
+                f"tie_word_embeddings in its {CONFIG} declares; set it to false"
+            )
     n_labels = max(1, *tensors[CLASSES].shape[:1]) if CLASSES in tensors else None
     try:
         check_weights(tensors, config, n_labels)
@@ -89,27 +75,6 @@ def load_pretrained(path: str | PathLike[str]) -> GPT:
     model = model_without_weights(config, n_labels)
     model.load_state_dict(tensors, assign=True)
     return model
-
-
-def published_weights(model: GPT) -> dict[str, Tensor]:
-    """Return the weights of a GPT-2, (C_in, C_out), under their published names.
-
-    A language model's head is the token embedding and is not among them; a classifier's is.
-    """
-    published = {}
-    for name, tensor in gpt2_weights(model).items():
-        there = SCORE if name == CLASSES else f"transformer.{name}"
-        published[there] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-    return published
-
-
-def gpt2_weights(model: GPT) -> dict[str, Tensor]:
-    """Return the weights of a GPT-2, (C_out, C_in), on the CPU; a missing bias is zero."""
-    weights = {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}
-    for name, tensor in list(weights.items()):
-        if name.endswith(".weight") and name not in WITHOUT_BIAS:
-            weights.setdefault(f"{name.removesuffix('weight')}bias", torch.zeros(tensor.size(0)))
-    return weights
 
 
 def _unreadable(directory: Path) -> list[str]:
@@ -148,22 +113,20 @@ def _fetch(name: str, directory: Path) -> None:
                 hf_hub_download(repository, file, local_dir=directory)
 
 
-def _read_config(directory: Path) -> GPTConfig:
+def _read_config(directory: Path) -> tuple[Architecture, GPTConfig]:
     path = directory / CONFIG
     found = _read_json(path)
-    if found.get("model_type") != "gpt2":
+    architecture = ARCHITECTURES.get(str(found.get("model_type")))
+    if architecture is None:
         raise ValueError(
-            f"{path} has model_type={found.get('model_type')!r}; only 'gpt2' can be read"
+            f"{path} has model_type={found.get('model_type')!r}; only {', '.join(ARCHITECTURES)} "
+            f"can be read"
         )
-    names = {ours: found[theirs] for theirs, ours in FIELDS.items() if theirs in found}
     try:
-        config = GPTConfig(**{"dropout": 0.1, **names})
-    except ValidationError as error:
-        raise ValueError(f"{path} cannot be read: {explain(error)}") from error
-    for key, allowed in {**REQUIRED, "n_inner": (4 * config.n_embd, None)}.items():
-        if found.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{path} has {key}={found[key]!r}; only {allowed[0]!r} can be read")
-    return config
+        return architecture, architecture.read_config(found)
+    except ValueError as error:
+        reason = explain(error) if isinstance(error, ValidationError) else error
+        raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -178,21 +141,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:
-    """Return the tensors under our names and in our orientation, in memory of their own."""
+    """Return the tensors under the names in the files, buffers of old files left out."""
     tensors: dict[str, Tensor] = {}
     for path in _weight_paths(directory):
         for name, tensor in _read_tensors(path).items():
-            name = CLASSES if name == SCORE else name.removeprefix("transformer.")
-            if not name.endswith(CAUSAL_MASKS):
+            if not name.endswith(BUFFERS):
                 if not tensor.is_floating_point():
                     raise ValueError(f"{path} has {tensor.dtype} for {name}, not real numbers")
-                tensor = tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
-                tensors[name] = torch.empty(tensor.shape).copy_(tensor)
-    head = tensors.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
-        raise ValueError(
-            f"the lm_head.weight in {directory} is not its wte.weight; only a tied head can be read"
-        )
+                tensors[name] = tensor
     return tensors
 
 

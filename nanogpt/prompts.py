@@ -153,7 +153,7 @@ class Template:
             yield Segment(context, False, is_response)
             yield from _scaffold(self.context[1], is_response)
 
-    def jinja(self) -> str:
+    def jinja(self, tokenizer: Tokenizer) -> str:
         """Return this template for Hugging Face's `apply_chat_template`, to the same ids.
 
         There a conversation is one text before it is encoded, so that, other than here, a content
@@ -220,9 +220,17 @@ TEMPLATES = {
 
 
 def find_template(name: str) -> Template:
-    """Return the template of this name; raises ValueError for an unknown one."""
+    """Return the template of this name; raises ValueError for an unknown one.
+
+    `published` is the one that a published model's tokenizer carries.
+    """
+    if name == "published":
+        from nanogpt.published_template import PUBLISHED
+
+        return PUBLISHED
     if name not in TEMPLATES:
-        raise ValueError(f"template={name!r} is unknown; choose one of {', '.join(TEMPLATES)}")
+        known = ", ".join([*TEMPLATES, "published"])
+        raise ValueError(f"template={name!r} is unknown; choose one of {known}")
     return TEMPLATES[name]
 
 
@@ -240,6 +248,8 @@ def _scaffold(text: str, is_response: bool = False) -> Iterator[Segment]:
 
 
 def _special_id(tokenizer: Tokenizer, name: str) -> int:
+    if name == END_OF_TEXT:
+        return tokenizer.eot_id
     if name not in tokenizer.special_tokens:
         raise ValueError(
             f"the tokenizer {tokenizer.name} has no {name}, which the template needs; use the "

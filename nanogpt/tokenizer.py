@@ -117,6 +117,10 @@ def from_record(record: Any) -> "Tokenizer":
     tokens or pattern lose part of a text.
     """
     try:
+        if record["kind"] == "published":
+            from nanogpt.published_tokenizer import PublishedTokenizer
+
+            return PublishedTokenizer(**record)
         tokens = [base64.b64decode(token, validate=True) for token in record["tokens"]]
         name, pattern, special_tokens = (record[k] for k in ("name", "pattern", "special_tokens"))
         bos_token = record.get("bos_token")
@@ -151,6 +155,9 @@ class Tokenizer:
     pattern the ids are the bytes of the text.
     """
 
+    eot_token = END_OF_TEXT
+    chat_template: str | None = None
+
     def __init__(
         self,
         name: str,
@@ -173,8 +180,8 @@ class Tokenizer:
 
     @property
     def eot_id(self) -> int:
-        """The id of `<|endoftext|>`, which precedes each document."""
-        return self.special_tokens[END_OF_TEXT]
+        """The id of `eot_token`, which precedes each document."""
+        return self.special_tokens[self.eot_token]
 
     @property
     def bos_id(self) -> int | None:
@@ -186,7 +193,7 @@ class Tokenizer:
 
         The GIL is released, so threads scale.
         """
-        text = _well_formed(text)
+        text = well_formed(text)
         if not self.pattern:
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
         encode = partial(self._encoding.encode_to_numpy, disallowed_special=())
@@ -300,7 +307,7 @@ class Tokenizer:
 BytePairTokenizer = Tokenizer  # its earlier name
 
 
-def _well_formed(text: str) -> str:
+def well_formed(text: str) -> str:
     """Return the text, surrogates joined where they pair and else replaced, as tiktoken does."""
     try:
         text.encode()
@@ -327,7 +334,7 @@ def _sample(documents: Iterable[str]) -> Iterator[str]:
     """Yield documents, cut as for tiktoken, until there is enough to learn from."""
     n_bytes = 0
     for document in documents:
-        for piece in _within_longest_space(_well_formed(document)):
+        for piece in _within_longest_space(well_formed(document)):
             yield piece
             n_bytes += len(piece.encode())
         if n_bytes >= TRAINING_SAMPLE_BYTES:

@@ -6,10 +6,12 @@ merged in the order of their ids, so that the pairs follow from the table and th
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from nanogpt.published_tokenizer import PublishedTokenizer, bos_token_of, read_published
 from nanogpt.text import first_line
 from nanogpt.tokenizer import (
     END_OF_TEXT,
@@ -30,21 +32,25 @@ LETTERS = {byte: letter for letter, byte in byte_of_letter().items()}  # that sp
 Merge = tuple[bytes, bytes]
 
 
-def read_tokenizer(directory: Path) -> Tokenizer | None:
+def read_tokenizer(directory: Path, n_ids: int | None = None) -> Tokenizer | None:
     """Return the tokenizer whose files lie in a directory, None where there are none.
 
     tokenizer.json comes first, since it alone has the pattern; that of vocab.json and merges.txt is
-    GPT-2's. Raises ValueError where the files are damaged, or describe anything but byte pairs
-    that are merged in the order of their ids.
+    GPT-2's. One that no tokenizer of ours equals is a `PublishedTokenizer` with `n_ids` ids, those
+    of its model. Raises ValueError where the files are damaged, or describe anything but a
+    byte-level BPE.
     """
     for path in (directory / TOKENIZER, directory / VOCAB):
         if path.is_file() and (path.name == TOKENIZER or (directory / MERGES).is_file()):
             try:
-                return _from_library(_load(path))
+                library = _load(path)
+                with suppress(ValueError, KeyError, TypeError, AttributeError):
+                    return _from_library(library)
+                return read_published(directory, library.to_str(), n_ids)
             except Exception as error:  # the library raises no other class
                 raise ValueError(
                     f"{path} cannot be read ({first_line(error)[:200]}); fetch it again, or pass a "
-                    f"byte-level BPE tokenizer like GPT-2's, merged in the order of its ids"
+                    f"byte-level BPE tokenizer"
                 ) from error
     return None
 
@@ -73,14 +79,13 @@ def write_tokenizer(
         "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 would embed token_type_ids
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": chat_template is None,
-        **dict.fromkeys(("eos_token", "unk_token"), END_OF_TEXT),
-        "bos_token": tokenizer.bos_token or END_OF_TEXT,
+        **dict.fromkeys(("eos_token", "unk_token"), tokenizer.eot_token),
+        "bos_token": tokenizer.bos_token or tokenizer.eot_token,
     }
     if chat_template is not None:
         config["chat_template"] = chat_template
     if framed:
-        pad_token = spellings(tokenizer)[padding_id(tokenizer)]
-        config |= {"pad_token": pad_token, "padding_side": "right"}
+        config |= {"pad_token": library.id_to_token(padding_id(tokenizer)), "padding_side": "right"}
     text = json.dumps(config, ensure_ascii=False, indent=1) + "\n"
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
@@ -118,12 +123,13 @@ def spell(token: bytes) -> str:
 
 def _load(path: Path) -> "Library":
     from tokenizers import Tokenizer as Library
-    from tokenizers import models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
 
     if path.name == TOKENIZER:
         return Library.from_file(str(path))
     library = Library(models.BPE.from_file(str(path), str(path.with_name(MERGES))))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
     names = [END_OF_TEXT, *RESERVED]
     library.add_special_tokens([name for name in names if library.token_to_id(name) is not None])
     return library
@@ -155,7 +161,7 @@ def _from_library(library: "Library") -> Tokenizer:
     ):
         raise ValueError("it has another normalisation, cut of texts, or special tokens")
     tokens = [bytes(byte_of[letter] for letter in t) for t in by_id[: 256 + len(merges)]]
-    bos_token = _bos_token(content["post_processor"] or {})
+    bos_token = bos_token_of(content)
     # GPT-2's table has its name, whatever its special tokens are.
     plain = Tokenizer("gpt2", pattern, tokens, [END_OF_TEXT], bos_token)
     is_gpt2 = plain.fingerprint == GPT2_FINGERPRINT
@@ -166,21 +172,22 @@ def _from_library(library: "Library") -> Tokenizer:
     return tokenizer
 
 
-def _bos_token(post_processor: Mapping[str, Any]) -> str | None:
-    """Return the special token that is put before a text and not after it, None for none."""
-    for processor in [post_processor, *post_processor.get("processors", ())]:
-        if processor.get("type") == "TemplateProcessing":
-            first, *_, last = processor["single"]
-            if "SpecialToken" in first and "SpecialToken" not in last:
-                return str(first["SpecialToken"]["id"])
-    return None
-
-
 def _to_library(tokenizer: Tokenizer, framed: bool) -> "Library":
     """Return the library's tokenizer that encodes as ours, with special tokens around a text."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as Library
 
+    token = tokenizer.eot_token if framed else tokenizer.bos_token
+    end = [token] if framed else []
+    around = token and processors.TemplateProcessing(
+        [token, "$A", *end],
+        [token, "$A", *end, "$B:0", *end],
+        [(token, tokenizer.special_tokens[token])],
+    )
+    if isinstance(tokenizer, PublishedTokenizer):
+        library = Library.from_str(tokenizer.content)
+        library.post_processor = around or library.post_processor
+        return library
     vocab = {token: i for i, token in enumerate(spellings(tokenizer))}
     library = Library(models.BPE(vocab, [(spell(a), spell(b)) for a, b in merges_of(tokenizer)]))
     byte_level = pre_tokenizers.ByteLevel(
@@ -191,15 +198,9 @@ def _to_library(tokenizer: Tokenizer, framed: bool) -> "Library":
         split = pre_tokenizers.Split(Regex(tokenizer.pattern), "isolated")
         library.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     library.decoder = decoders.ByteLevel()
-    library.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
-    token = END_OF_TEXT if framed else tokenizer.bos_token
-    if token is not None:
-        end = [token] if framed else []
-        library.post_processor = processors.TemplateProcessing(
-            [token, "$A", *end],
-            [token, "$A", *end, "$B:0", *end],
-            [(token, tokenizer.special_tokens[token])],
-        )
+    library.post_processor = around or processors.ByteLevel(
+        add_prefix_space=False, trim_offsets=False
+    )
     names = tokenizer.special_tokens
     library.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
     return library

@@ -37,6 +37,18 @@ with warnings.catch_warnings():
     )
 
 SMALL: dict[str, Any] = {"block_size": 64, "n_layer": 3, "n_head": 4, "n_embd": 48}
+MODERN: dict[str, Any] = {"position": "rotary", "norm": "rmsnorm", "bias": False}
+LLAMA = {**MODERN, "activation": "swiglu"}
+QWEN3 = {**LLAMA, "qk_norm": True, "qk_norm_weight": True}
+ARCEE = {**MODERN, "activation": "relu2"}
+SCALED: dict[str, Any] = {"rope_base": 5e5, "rope_scaling": (8.0, 1.0, 4.0, 32)}
+SHAPES = {  # the class in transformers, and a shape
+    "GPT2": {"tie_embeddings": False, "n_inner": 100, "norm_eps": 1e-6},
+    "Llama": {**LLAMA, **SCALED, "n_kv_head": 2, "n_inner": 100, "tie_embeddings": False},
+    "Llama with biases": {**LLAMA, "bias": True},
+    "Qwen3": {**QWEN3, "n_kv_head": 1, "head_size": 32, "norm_eps": 1e-6},
+    "Arcee": {**ARCEE, "n_kv_head": 2, "tie_embeddings": False},
+}
 LABELS = ["ham", "spam", "né <b>"]
 PROMPT = "def main(argv):\r\n    return 'é😀' <|endoftext|>"
 
@@ -110,6 +122,50 @@ def test_transformers_reads_the_directory_with_no_code_of_ours(
     assert continued[0, len(ids) :].tolist() == greedy(ours, ids, 20)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_each_architecture_computes_there_what_it_does_here(
+    name: str, write: Write, tmp_path: Path
+) -> None:
+    checkpoint, out = write(**SHAPES[name]), tmp_path / "out"
+    assert export(checkpoint, out) == 0
+    ours = init_model(checkpoint).model
+    theirs: Any = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(theirs).__name__.startswith(name.partition(" ")[0])
+    ids = byte_tokenizer().encode(PROMPT)[:40]
+    with torch.inference_mode():
+        difference = ours(torch.tensor([ids])) - theirs(torch.tensor([ids])).logits
+    assert difference.abs().max() <= 1e-4
+    theirs.generation_config.eos_token_id = None
+    continued = theirs.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)
+    assert continued[0, len(ids) :].tolist() == greedy(ours, ids, 20)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("by_transformers", [False, True])
+def test_each_architecture_reads_back_bit_for_bit(
+    name: str, by_transformers: bool, write: Write, tmp_path: Path
+) -> None:
+    checkpoint, out = write(**SHAPES[name]), tmp_path / "out"
+    export(checkpoint, out)
+    if by_transformers:
+        AutoModelForCausalLM.from_pretrained(out).save_pretrained(
+            tmp_path / "saved", max_shard_size="100KB"
+        )
+        out = tmp_path / "saved"
+    ours, back = init_model(checkpoint).model, load_pretrained(out)
+    assert weights_sha256(back) == weights_sha256(ours)
+    assert back.config == ours.config
+
+
+def test_queries_and_keys_without_weights_are_normalised_alike_by_qwen3(
+    write: Write, tmp_path: Path
+) -> None:
+    export(write(**LLAMA, qk_norm=True), tmp_path / "out")
+    ours, back = init_model(tmp_path / "last.ckpt").model, load_pretrained(tmp_path / "out").eval()
+    ids = torch.tensor([byte_tokenizer().encode(PROMPT)[:40]])
+    assert torch.equal(ours(ids), back(ids))
+
+
 def test_an_export_reads_back_bit_for_bit(write: Write, tmp_path: Path) -> None:
     tokenizer = small_bpe()
     checkpoint, out = write(tokenizer), tmp_path / "out"
@@ -168,10 +224,12 @@ def test_a_template_travels_as_a_chat_template(name: str, write: Write, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"position": "rotary"}, "has position=rotary, which the published GPT-2"),
-        ({"qk_norm": True}, "export a model trained with model.qk_norm=false, as model=gpt2_small"),
+        ({"position": "rotary"}, "has position=rotary, which gpt2, the nearest of gpt2, llama"),
+        ({"qk_norm": True}, "export a model with the switches of model=gpt2_small, llama_small"),
         ({"norm": "rmsnorm", "bias": False}, "has norm=rmsnorm, which"),
-        ({"activation": "relu2", "qk_norm": True}, "has activation=relu2, qk_norm=True, which"),
+        ({**ARCEE, "qk_norm": True}, "which qwen3, the nearest of"),
+        ({**LLAMA, "logit_softcap": 15.0}, "has logit_softcap=15.0, which llama"),
+        ({**QWEN3, "bias": True}, "has qk_norm=True, which llama"),
     ],
 )
 @pytest.mark.parametrize("format_", ["hf", "gguf"])
@@ -338,7 +396,7 @@ def test_a_classifier_reads_back_bit_for_bit(
     ("format_", "changes", "message"),
     [
         ("gguf", {}, "is a classifier, which GGUF has no place for; pass --format hf"),
-        ("hf", {"norm": "rmsnorm", "bias": False}, "has norm=rmsnorm, which the published GPT-2"),
+        ("hf", {"norm": "rmsnorm", "bias": False}, "has norm=rmsnorm, which gpt2"),
     ],
 )
 def test_a_classifier_that_the_format_lacks_is_refused(
@@ -413,7 +471,9 @@ def test_a_gguf_file_carries_the_template(write: Write, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     export(write(template="alpaca"), tmp_path / "out.gguf", "--format", "gguf")
     reader = read_gguf(tmp_path / "out.gguf")
-    assert field(reader, "tokenizer.chat_template") == find_template("alpaca").jinja()
+    assert field(reader, "tokenizer.chat_template") == find_template("alpaca").jinja(
+        byte_tokenizer()
+    )
 
 
 def test_a_pattern_that_llama_cpp_lacks_is_refused(

@@ -125,7 +125,7 @@ def test_hugging_face_renders_the_same_ids(
     from transformers import PreTrainedTokenizerFast
 
     template = TEMPLATES[name]
-    write_tokenizer(tokenizer, tmp_path, 64, template.jinja())
+    write_tokenizer(tokenizer, tmp_path, 64, template.jinja(tokenizer))
     theirs: Any = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     ids, _ = template.encode(tokenizer, messages, add_generation_prompt=add_generation_prompt)
     rendered = theirs.apply_chat_template(
@@ -145,7 +145,7 @@ def test_hugging_face_keeps_the_indentation_of_a_response(name: str) -> None:
     reply = "    return x" if template.trims else "\n    return x\n"
     messages = [Message("user", "Return."), Message("assistant", reply)]
     ours = "".join(segment.text for segment in template.render(messages))
-    theirs = ImmutableSandboxedEnvironment().from_string(template.jinja())
+    theirs = ImmutableSandboxedEnvironment().from_string(template.jinja(byte_tokenizer()))
     assert theirs.render(messages=[vars(message) for message in messages]) == ours
     assert reply in ours
     surrounded = [messages[0], Message("assistant", f"\r\n{reply} \n")]

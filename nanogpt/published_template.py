@@ -1,0 +1,166 @@
+"""Chat templates of published models: Jinja, rendered in a sandbox.
+
+A content never gives a special token, as with our templates: the template is rendered a second time
+with a mark in place of each content, which shows where contents lie in the text.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from nanogpt.prompts import Encoded, Message, Template
+from nanogpt.published_tokenizer import PublishedTokenizer
+from nanogpt.text import first_line
+from nanogpt.tokenizer import Tokenizer
+
+MARK = re.compile("\ue000(\\d+)\ue001")
+# What templates do to contents: nothing, strip them, or leave earlier reasoning out.
+CHANGES: tuple[Callable[[str], str], ...] = (
+    str,
+    str.strip,
+    lambda text: text.strip("\n"),
+    lambda text: text.rpartition("</think>")[2].lstrip("\n"),
+)
+
+
+class PublishedTemplate(Template):
+    """The chat template that the tokenizer of a published model carries."""
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """None: the tokenizer has those of its template."""
+        return []
+
+    @property
+    def teaches_end(self) -> bool:
+        """Whether a response ends with a token that ends a reply: those of chat models do."""
+        return True
+
+    def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """Return the ids that end a reply."""
+        published = _with_template(tokenizer)
+        return [published.eot_id, *(published.added[name] for name in published.end_tokens)]
+
+    def jinja(self, tokenizer: Tokenizer) -> str:
+        """Return the template as it was published."""
+        return str(_with_template(tokenizer).chat_template)
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+    ) -> Encoded:
+        """Return the ids of a conversation, and which of them are responses'.
+
+        They are those of transformers, but where a content spells an added token. The token that
+        ends a response belongs to it. Raises ValueError where the template fails, refuses the
+        conversation or changes contents in another way than `CHANGES`, and for a tokenizer without
+        a template.
+        """
+        published = _with_template(tokenizer)
+        if not messages:
+            raise ValueError("the conversation is empty; give at least one message")
+        contents = ["\n\n".join(filter(None, (m.content, m.context))) for m in messages]
+        marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
+        roles = [message.role for message in messages]
+        text = _render(published, roles, contents, add_generation_prompt)
+        pieces = MARK.split(_render(published, roles, marks, add_generation_prompt))
+        scaffolds, order = pieces[::2], [int(i) for i in pieces[1::2]]
+        if order != list(range(len(messages))):
+            raise ValueError("the chat template omits, repeats or reorders messages; pass others")
+        contents = _as_rendered(text, scaffolds, contents)
+        if continue_final_message:
+            scaffolds[-1] = ""
+        ids: list[int] = []
+        is_response: list[bool] = []
+        run: list[tuple[str, bool]] = []  # texts up to the next added token
+
+        def encode_run() -> None:
+            new, ends = published.encode_with_ends("".join(part for part, _ in run))
+            own = [response for part, response in run for _ in part]
+            ids.extend(new)
+            is_response.extend(own[end - 1] for end in ends)
+            run.clear()
+
+        for i, scaffold in enumerate(scaffolds):
+            follows = i > 0 and roles[i - 1] == "assistant"
+            for piece in filter(None, published.added_pattern.split(scaffold)):
+                if piece not in published.added:
+                    run.append((piece, False))
+                    continue
+                encode_run()
+                ids.append(published.added[piece])
+                is_response.append(follows and piece in published.end_tokens)
+                follows = False
+            if i < len(contents):
+                run.append((contents[i], roles[i] == "assistant"))
+        encode_run()
+        return Encoded(ids, is_response)
+
+
+EMPTY = ("", "")
+PUBLISHED = PublishedTemplate("published", EMPTY, EMPTY, EMPTY, EMPTY)
+
+
+def _with_template(tokenizer: Tokenizer) -> PublishedTokenizer:
+    if not isinstance(tokenizer, PublishedTokenizer) or tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} has no chat template of its own; pass template=chat"
+        )
+    return tokenizer
+
+
+def _render(
+    tokenizer: PublishedTokenizer,
+    roles: Sequence[str],
+    contents: Sequence[str],
+    add_generation_prompt: bool,
+) -> str:
+    """Return the template's text, in the environment that transformers renders it in."""
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def to_json(value: Any, indent: int | None = None, **_: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    try:
+        return environment.from_string(str(tokenizer.chat_template)).render(
+            messages=messages,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=tokenizer.bos_token or "",
+            eos_token=tokenizer.end_tokens[0] if tokenizer.end_tokens else tokenizer.eot_token,
+            tools=None,
+            documents=None,
+        )
+    except Exception as error:  # whatever a template does
+        raise ValueError(
+            f"the chat template of {tokenizer.name} fails: {first_line(error)}"
+        ) from error
+
+
+def _as_rendered(text: str, scaffolds: list[str], contents: list[str]) -> list[str]:
+    """Return the contents as they stand in a text between scaffolds."""
+    found: list[str] = []
+    at = len(scaffolds[0]) if text.startswith(scaffolds[0]) else len(text)
+    for content, scaffold in zip(contents, scaffolds[1:], strict=True):
+        changed = [change(content) for change in CHANGES]
+        found += [new for new in changed if text.startswith(new + scaffold, at)][:1]
+        at += len(found[-1]) + len(scaffold) if found else 0
+    if len(found) < len(contents) or at != len(text):
+        raise ValueError("the chat template changes the messages' texts; pass template=chat")
+    return found

@@ -1,0 +1,184 @@
+"""Byte-level BPE tokenizers of published models, as their tokenizer.json describes them.
+
+The whole file travels with checkpoints and prepared data. Its special and other added tokens are
+ids that no text gives: they are removed from the library's tokenizer, which encodes texts only.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nanogpt.tokenizer import END_OF_TEXT, PATTERN_SAMPLE, Tokenizer, byte_of_letter, well_formed
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Library
+
+
+class PublishedTokenizer(Tokenizer):
+    """A tokenizer.json with `n_ids` ids, of which some may be unused.
+
+    `eot_token` separates documents, `end_tokens` end a reply in `chat_template`. Raises ValueError
+    where the file lacks one of them or has more ids than `n_ids`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        content: str,
+        n_ids: int,
+        eot_token: str,
+        bos_token: str | None = None,
+        chat_template: str | None = None,
+        end_tokens: Sequence[str] = (),
+        kind: str = "published",
+    ) -> None:
+        self.kind = kind
+        self.name, self.content, self.pattern = name, content, ""
+        self.bos_token, self.eot_token = bos_token, eot_token
+        self.chat_template, self.end_tokens = chat_template, list(end_tokens)
+        described = json.loads(content)
+        self.added: dict[str, int] = {t["content"]: t["id"] for t in described["added_tokens"]}
+        special = {t["content"] for t in described["added_tokens"] if t["special"]}
+        special |= {eot_token, *end_tokens, *([] if bos_token is None else [bos_token])}
+        self.special_tokens = {text: i for text, i in self.added.items() if text in special}
+        vocab = described["model"]["vocab"]
+        ids = [*vocab.values(), *self.added.values()]
+        if max(ids) >= n_ids or min(ids) < 0:
+            raise ValueError(f"has ids up to {max(ids)}; the model has {n_ids}")
+        for token in special - self.added.keys():
+            raise ValueError(f"has no token {token}, which ends documents or replies")
+        byte_of = byte_of_letter()
+        self._token_bytes = [b""] * n_ids
+        for text, i in vocab.items():
+            if text not in self.added:
+                self._token_bytes[i] = bytes([byte_of[letter] for letter in text])
+        for text, i in self.added.items():
+            if text not in self.special_tokens:
+                self._token_bytes[i] = text.encode()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Return the ids of the text, (N,) uint32."""
+        encoded = self._library.encode(well_formed(text), add_special_tokens=False)
+        return np.array(encoded.ids, dtype=np.uint32)
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids of the text, and the offset in characters of the end of each."""
+        encoded = self._library.encode(text, add_special_tokens=False)
+        return encoded.ids, [end for _, end in encoded.offsets]
+
+    @cached_property
+    def added_pattern(self) -> re.Pattern[str]:
+        """The pattern of an added token in a text of the template's own."""
+        names = sorted(self.added, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names))})")
+
+    def record(self) -> dict[str, Any]:
+        """Return the file and what is read with it, as plain types."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "content": self.content,
+            "n_ids": self.vocab_size,
+            "eot_token": self.eot_token,
+            "bos_token": self.bos_token,
+            "chat_template": self.chat_template,
+            "end_tokens": self.end_tokens,
+        }
+
+    def with_special_tokens(self, names: Sequence[str]) -> "PublishedTokenizer":
+        """Return this tokenizer with the names among its special tokens.
+
+        A new one gets an unused id, or where there is none, another one at the end.
+        """
+        new = [name for name in names if name not in self.special_tokens]
+        if not new:
+            return self
+        described = json.loads(self.content)
+        used = {*described["model"]["vocab"].values()}
+        used |= {token["id"] for token in described["added_tokens"]}
+        unused = [i for i in range(max(used) + 1, self.vocab_size + len(new)) if i not in used]
+        for name, i in zip(new, unused, strict=False):
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            token = {"id": i, "content": name, **flags, "special": True}
+            described["added_tokens"].append(token)
+        n_ids = max(self.vocab_size, unused[len(new) - 1] + 1)
+        changes = {"content": json.dumps(described, ensure_ascii=False), "n_ids": n_ids}
+        return PublishedTokenizer(**{**self.record(), **changes})
+
+    @cached_property
+    def _library(self) -> "Library":
+        from tokenizers import Tokenizer as Library
+
+        described = json.loads(self.content)
+        for token in described["added_tokens"]:
+            described["model"]["vocab"].pop(token["content"], None)
+        described |= {"added_tokens": [], "post_processor": None, "truncation": None}
+        return Library.from_str(json.dumps({**described, "padding": None}))
+
+
+def read_published(directory: Path, content: str, n_ids: int | None) -> PublishedTokenizer:
+    """Return the tokenizer of a directory, of which `content` is the tokenizer.json.
+
+    `<|endoftext|>` separates documents where the file has it, else the eos_token that
+    tokenizer_config.json names, which with generation_config.json says what ends a reply. Raises
+    ValueError for anything but a byte-level BPE, one that loses text, and where no token separates
+    documents.
+    """
+    described = json.loads(content)
+    model = described["model"]
+    last = described.get("decoder") or {}
+    decoders = last.get("decoders", [last])
+    is_byte_level = model["type"] == "BPE" and not model.get("byte_fallback")
+    if not is_byte_level or "ByteLevel" not in [decoder.get("type") for decoder in decoders]:
+        raise ValueError("is not a byte-level BPE")
+    added = {token["id"]: token["content"] for token in described["added_tokens"]}
+    config = _read_object(directory / "tokenizer_config.json")
+    eos = config.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    ends = _read_object(directory / "generation_config.json").get("eos_token_id") or []
+    names = [added.get(i) for i in (ends if isinstance(ends, list) else [ends])]
+    eot_token = END_OF_TEXT if END_OF_TEXT in added.values() else eos
+    if eot_token is None:
+        raise ValueError(f"has no {END_OF_TEXT}, and its tokenizer_config.json no eos_token")
+    tokenizer = PublishedTokenizer(
+        name=directory.name,
+        content=content,
+        n_ids=n_ids or max([*model["vocab"].values(), *added]) + 1,
+        eot_token=eot_token,
+        bos_token=bos_token_of(described),
+        chat_template=_chat_template(directory, config),
+        end_tokens=list(dict.fromkeys(filter(None, [eos, *names]))),
+    )
+    if tokenizer.decode(tokenizer.encode(PATTERN_SAMPLE)) != PATTERN_SAMPLE:
+        raise ValueError("loses part of a text")
+    return tokenizer
+
+
+def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """Return the template of chat_template.jinja or tokenizer_config.json, None for none."""
+    path = directory / "chat_template.jinja"
+    found = path.read_text("utf-8") if path.is_file() else config.get("chat_template")
+    if isinstance(found, list):
+        found = {one["name"]: one["template"] for one in found}.get("default")
+    return found
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_bytes()) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def bos_token_of(described: Mapping[str, Any]) -> str | None:
+    """Return the special token that the file puts before a text and not after it."""
+    post_processor = described["post_processor"] or {}
+    for processor in [post_processor, *post_processor.get("processors", ())]:
+        if processor.get("type") == "TemplateProcessing":
+            first, *_, last = processor["single"]
+            if "SpecialToken" in first and "SpecialToken" not in last:
+                return str(first["SpecialToken"]["id"])
+    return None
