@@ -8,6 +8,7 @@ in the file's `state_dict` under `model.`. Everything is of plain types, so that
 import contextlib
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing_extensions import NotRequired, TypedDict
 from nanogpt.classifier import Classifier
 from nanogpt.disk import replacing
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.pretrained import PUBLISHED, fetch_pretrained, load_pretrained
+from nanogpt.pretrained import PUBLISHED, fetch_model, fetch_pretrained, load_pretrained
 from nanogpt.prompts import find_template
 from nanogpt.runs.directory import find_checkpoint, step_checkpoints
 from nanogpt.tokenizer import Tokenizer, from_record, gpt2_tokenizer
@@ -29,6 +30,7 @@ from nanogpt.tokenizer_files import read_tokenizer
 from nanogpt.values import Amount, Flag, Text, explain
 from nanogpt.weights import check_weights, load_archive, model_without_weights, printable
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 KEY = "nanogpt"
 FORMAT = 1
 WEIGHTS_PREFIX = "model."
@@ -233,8 +235,8 @@ def find_init_from(init_from: str, runs_dir: str | Path, data_dir: str | Path) -
     """Return the file, or the directory of a Hugging Face GPT-2, that `init_from` stands for.
 
     gpt2, gpt2-medium, gpt2-large and gpt2-xl are always the published weights, under data_dir or
-    else fetched; a run or a directory of that name is typed as a path (./gpt2). Raises
-    FileNotFoundError where there is none.
+    else fetched; a run or a directory of that name is typed as a path (./gpt2). OWNER/NAME is a
+    model of the hub where nothing here has that name. Raises FileNotFoundError where there is none.
     """
     if init_from in PUBLISHED:
         return fetch_pretrained(init_from, data_dir)
@@ -245,7 +247,14 @@ def find_init_from(init_from: str, runs_dir: str | Path, data_dir: str | Path) -
     except FileNotFoundError as error:
         if init_from == "latest" or Path(init_from).exists():
             raise
-        raise FileNotFoundError(f"{error}, or one of {', '.join(PUBLISHED)}") from error
+        owner = Path(init_from).parent
+        if HUB_NAME.fullmatch(init_from) and not (
+            owner.exists() or (Path(runs_dir) / owner).exists()
+        ):
+            return fetch_model(init_from, data_dir)
+        raise FileNotFoundError(
+            f"{error}, one of {', '.join(PUBLISHED)}, or OWNER/NAME of the Hugging Face hub"
+        ) from error
 
 
 def model_weights(raw: dict[str, Any]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from nanogpt.architectures import ARCHITECTURES, BUFFERS, CLASSES, Architecture
 from nanogpt.disk import wait_for_lock
 from nanogpt.hub import hub_errors
 from nanogpt.model import GPT, PRESETS, GPTConfig
-from nanogpt.tokenizer_files import MERGES, VOCAB, read_tokenizer
+from nanogpt.tokenizer_files import MERGES, TOKENIZER, VOCAB, read_tokenizer
 from nanogpt.values import explain
 from nanogpt.weights import check_weights, model_without_weights
 
@@ -26,6 +26,10 @@ PUBLISHED = tuple(PRESETS)  # the names under which weights are fetched
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 INSTEAD = "pass a directory in which a Hugging Face model was saved"
+FILES = (  # of a model on the hub
+    *(CONFIG, TOKENIZER, "tokenizer_config.json", "generation_config.json", "chat_template.jinja"),
+    *("model*.safetensors", f"{SAFETENSORS}.index.json"),
+)
 WEIGHTS = (SAFETENSORS, "pytorch_model.bin")  # each whole, or in shards with an index
 log = logging.getLogger("nanogpt")
 
@@ -47,6 +51,27 @@ def fetch_pretrained(name: str, data_dir: str | PathLike[str]) -> Path:
             f"{directory} has {found} but {name} is {expected}; remove the directory, or pass "
             f"another data_dir"
         )
+    return directory
+
+
+def fetch_model(name: str, data_dir: str | PathLike[str]) -> Path:
+    """Return the directory data_dir/weights/OWNER--NAME of a model of the hub, fetched if missing.
+
+    Raises ConnectionError within seconds where the hub cannot be reached, FileNotFoundError or
+    PermissionError where it has no such model.
+    """
+    directory = Path(data_dir) / "weights" / name.replace("/", "--")
+    instead = f"copy {directory} here from a connected machine, or pass a local directory"
+    try:
+        needed = [directory / CONFIG, directory / TOKENIZER, *_weight_paths(directory)]
+    except FileNotFoundError:
+        needed = [directory / SAFETENSORS]
+    if not all(path.is_file() for path in needed):
+        with hub_errors(f"the model {name}", instead):
+            from huggingface_hub import snapshot_download
+
+            log.info("fetching %s into %s", name, directory)
+            snapshot_download(name, local_dir=directory, allow_patterns=FILES)
     return directory
 
 

@@ -1,6 +1,7 @@
 """The model equals transformers' GPT-2 on the same weights; what is not a GPT-2 is refused."""
 
 import json
+import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -312,6 +313,30 @@ def test_published_weights_are_fetched_once(
     n_requests = len(hub.requests)
     assert find_init_from("gpt2", tmp_path / "runs", tmp_path) == directory
     assert len(hub.requests) == n_requests
+
+
+def test_a_model_of_the_hub_is_fetched_by_its_name(
+    hub: Hub, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[tuple[str, Path]] = []
+
+    def snapshot_download(name: str, local_dir: Path, allow_patterns: Any) -> None:
+        fetched.append((name, local_dir))
+        shutil.copytree(published, local_dir)
+        (local_dir / "tokenizer.json").touch()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    where = (tmp_path / "runs", tmp_path)
+    directory = find_init_from("owner/model-1", *where)
+    assert fetched == [("owner/model-1", directory)]
+    assert directory == tmp_path / "weights" / "owner--model-1"
+    offline(monkeypatch)
+    assert find_init_from("owner/model-1", *where) == directory
+    with pytest.raises(ConnectionError, match=r"the model owner/other cannot be fetched: .*; copy"):
+        find_init_from("owner/other", *where)
+    (tmp_path / "runs" / "sweep").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint 'sweep/lr=1'"):
+        find_init_from("sweep/lr=1", *where)
 
 
 def test_a_directory_that_was_copied_here_needs_no_network(
