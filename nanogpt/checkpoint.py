@@ -126,6 +126,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint: a `.ckpt` file, a run directory, or the name of a run under `runs_dir`.
 
+    A Hugging Face directory loads as the model that a run would start from (`init_model`).
+
     A model with a block of another package (`model.block`) loads where that package, a module of it
     or the class is among `allow_modules`: it is imported, and its code runs.
 
@@ -133,6 +135,9 @@ def load_checkpoint(
     altered, of another project, holds anything but plain values and tensors, or names a class that
     is not allowed.
     """
+    if (Path(reference) / "config.json").is_file():
+        start = init_model(Path(reference))
+        return replace(start, model=start.model.to(device).eval())
     path = find_checkpoint(reference, runs_dir)
     raw, config, tokenizer = _read(path, advise=True)
     _check_allowed(path, config.block, allow_modules)
@@ -248,9 +253,8 @@ def find_init_from(init_from: str, runs_dir: str | Path, data_dir: str | Path) -
         if init_from == "latest" or Path(init_from).exists():
             raise
         owner = Path(init_from).parent
-        if HUB_NAME.fullmatch(init_from) and not (
-            owner.exists() or (Path(runs_dir) / owner).exists()
-        ):
+        is_local = owner.exists() or (Path(runs_dir) / owner).exists()
+        if HUB_NAME.fullmatch(init_from) and not is_local:
             return fetch_model(init_from, data_dir)
         raise FileNotFoundError(
             f"{error}, one of {', '.join(PUBLISHED)}, or OWNER/NAME of the Hugging Face hub"

@@ -395,7 +395,9 @@ def test_other_weights_under_the_name_are_refused(
 
 
 def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="or one of gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
+    with pytest.raises(
+        FileNotFoundError, match="one of gpt2, gpt2-medium, gpt2-large, gpt2-xl, or OWNER/NAME of"
+    ):
         find_init_from("gpt3", tmp_path, tmp_path)
 
 
