@@ -129,13 +129,14 @@ def test_answers_without_a_last_newline_are_all_reused(
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("n_bytes", [4, 100])
 def test_a_torn_first_answer_is_requested_again(
-    judge: FakeJudge, arguments: list[str], tmp_path: Path
+    judge: FakeJudge, arguments: list[str], tmp_path: Path, n_bytes: int
 ) -> None:
     assert main(arguments) == 0
     path = tmp_path / "judge.jsonl"
     whole = path.read_bytes()
-    torn = whole.partition(b"\n")[0][:-5]
+    torn = whole[:n_bytes]
     path.write_bytes(torn)
     assert main(arguments) == main(arguments) == 0
     assert path.read_bytes() == torn + b"\n" + whole

@@ -8,5 +8,6 @@
     examples.py        benchmark files, here or on the Hugging Face hub
     results.py         the table, and the record of a run's evaluations
 
-A task is a function from a checkpoint to metrics by name: `tasks.py`.
+A task is a function `evaluate` from a checkpoint to metrics by name; `nanogpt/evaluate.py` has the
+table of tasks.
 """

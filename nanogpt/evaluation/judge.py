@@ -38,6 +38,7 @@ _SCORE = re.compile(
     r"(?<![\w.,/–-])(?!1[.)]\s+\w)(\d{1,3})(?:\s*%|\s+points?\b)?(?=[^\w\s/–-]*(?:\s*$|[.,;]\s))",
     re.MULTILINE,
 )
+_BEGINNING = b'{"key": "'  # of a stored answer
 PROMPT = """You are grading a reply to an instruction.
 
 Instruction:
@@ -189,7 +190,7 @@ def read_answers(path: Path) -> dict[str, int]:
             answer = _Answer.model_validate_json(line)
         except ValidationError as error:
             is_json = error.errors()[0]["type"] != "json_invalid"
-            if is_json or not line.startswith(b'{"key": "'):
+            if is_json or not _BEGINNING.startswith(line[: len(_BEGINNING)]):
                 raise ValueError(
                     f"{path}, line {number} is no answer of a judge; pass --answers FILE, a new "
                     "file or one of answers"
