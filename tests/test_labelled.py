@@ -137,9 +137,9 @@ def test_a_file_in_latin_1_is_named_with_line_byte_and_remedy(name: str, tmp_pat
         (
             "a.csv",
             gzip.compress(b"text,label\n", mtime=0),
-            r"line 1 is not UTF-8 at byte 1 \(0x8b\); unpack the file",
+            r"line 1 is not UTF-8 at byte 1 \(0x8b\); unpack it",
         ),
-        ("a.csv.gz", gzip.compress(b"text,label\n", mtime=0), "unpack the file"),
+        ("a.csv.gz", gzip.compress(b"text,label\n", mtime=0), "unpack it"),
         ("a.tsv", "ham\tok".encode("utf-16"), r"is not UTF-8 at byte 0 .*iconv -f ENCODING"),
         ("a.csv", b"PK\x03\x04\n", "no column 'text'"),
     ],

@@ -167,7 +167,7 @@ def test_a_corpus_that_is_not_finished_is_not_taken_for_foreign_shards(tmp_path:
     write_prepared(tmp_path)
     (tmp_path / "manifest.json").rename(tmp_path / JOURNAL)
     for path in (tmp_path, tmp_path / "train_000000.bin"):
-        with pytest.raises(ValueError, match="a corpus that is not finished"):
+        with pytest.raises(ValueError, match="where it is not finished, issue"):
             open_shards(path)
 
 
@@ -268,6 +268,10 @@ def _begin_differently(path: Path) -> None:
             "a_1.bin cannot be read .not a token",
         ),
         (
+            lambda d: [write_bin(d / "a.bin", TOKENS), write_bin(d / "b.bin", TOKENS, "<u4")],
+            r"holds .bin of uint16 \(a.bin\) and .bin of uint32 \(b.bin\); keep one",
+        ),
+        (
             lambda d: [write_bare(d / "train.bin", TOKENS), (d / "meta.pkl").write_bytes(b"x")],
             "characters in its meta.pkl",
         ),
@@ -288,6 +292,18 @@ def test_paths_that_are_no_data_set_are_refused(tmp_path: Path) -> None:
         TokenShards().open(BYTES, "byte")
     with pytest.raises(FileNotFoundError, match="nowhere holds no token shards"):
         open_shards(tmp_path / "nowhere")
+    prepared = write_prepared(tmp_path)
+    with pytest.raises(ValueError, match=r"is a corpus of nanogpt\.prepare; pass"):
+        open_shards(prepared / "train_000000.bin")
+    (prepared / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        open_shards(prepared)
+
+
+def test_validation_shards_alone_are_not_trained_on(tmp_path: Path) -> None:
+    write_bin(tmp_path / "val_1.bin", TOKENS)
+    assert len(open_shards(tmp_path).train) == 0
+    assert len(open_shards(tmp_path / "val_1.bin").train) == 1975
 
 
 def test_tokens_alone_teach_no_tokenizer(tmp_path: Path) -> None:

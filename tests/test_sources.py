@@ -409,11 +409,11 @@ def test_the_amount_of_text_is_estimated(name: str, tmp_path: Path) -> None:
         ("number.jsonl", b'{"text": 1}', r"line 1 has no text under 'text' \(1 is there"),
         ("null.jsonl", b'{"text": null}', r"under 'text' \(null is there\); write records such as"),
         ("array.json", b'[\n{"text": "a"}]', "line 1 is not JSON .*write one record per line"),
-        ("zip.txt", b"PK\x03\x04\xff", "is not UTF-8 at byte 4 .*; unpack the file"),
+        ("zip.txt", b"PK\x03\x04\xff", "is not UTF-8 at byte 4 .*; unpack it"),
         (
             "gzip.jsonl",
             gzip.compress(b"{}", mtime=0),
-            "line 1 is not UTF-8 at byte 1 .0x8b.; unpack the file",
+            "line 1 is not UTF-8 at byte 1 .0x8b.; unpack it",
         ),
         ("utf16.txt", "ä".encode("utf-16"), "is not UTF-8 at byte 0 .*convert it with iconv"),
         ("deep.jsonl", b"[" * 100_000, "line 1 is not JSON"),

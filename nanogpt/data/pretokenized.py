@@ -74,9 +74,10 @@ class TokenShards:
                     f"pass tokenizer={key.replace('-', ' tokenizer.vocab_size=')}"
                 )
             return corpus
-        if (folder / JOURNAL).exists():
+        if is_prepared(folder) or (folder / JOURNAL).exists():
             raise ValueError(
-                f"{folder} is a corpus that is not finished; issue the command that began it again"
+                f"{folder} is a corpus of nanogpt.prepare; pass the folder, and where it is not "
+                "finished, issue the command that began it again"
             )
         if (folder / "meta.pkl").exists():
             raise ValueError(
@@ -90,6 +91,10 @@ class TokenShards:
                 f"the tokenizer that made them, such as tokenizer=gpt2"
             )
         files = [token_part(path) for path in paths]
+        kinds = {f"{file.path.suffix} of {file.dtype}": file.path.name for file in files}
+        if len(kinds) > 1:
+            found = " and ".join(f"{kind} ({name})" for kind, name in kinds.items())
+            raise ValueError(f"{folder} holds {found}; keep one kind of shards in the folder")
         splits = self._split(files)
         return Corpus(
             directory=folder,
@@ -132,11 +137,9 @@ class TokenShards:
     def _split(self, files: list[Part]) -> dict[str, list[Part]]:
         """Return the files of each split: by their names, or by position where none names one."""
         val = [
-            part
-            for part in files
-            if len(files) > 1 and VAL_WORDS & set(re.split(r"[^a-z]+", part.path.stem.lower()))
+            part for part in files if VAL_WORDS & set(re.split(r"[^a-z]+", part.path.stem.lower()))
         ]
-        if val:
+        if val and Path(expanduser(str(self.path))).is_dir():
             return {"train": [part for part in files if part not in val], "val": val}
         stream = TokenStream(files)
         n_tokens = len(stream)
@@ -171,8 +174,11 @@ def fetch_pretokenized(where: str, data_dir: Path) -> Path:
 
 
 def is_prepared(path: Path) -> bool:
-    """Return whether a folder is a finished corpus of ours."""
-    return (path / MANIFEST).exists() and (path / TOKENIZER).exists()
+    """Return whether a folder has a manifest of ours; another project's may have that name too."""
+    manifest = path / MANIFEST
+    return manifest.is_file() and (
+        (path / TOKENIZER).exists() or b'"splits"' in manifest.read_bytes()
+    )
 
 
 def token_part(path: Path) -> Part:

@@ -54,7 +54,8 @@ def decode(data: bytes | BadRecord) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         found = f"is not UTF-8 at byte {error.start} (0x{data[error.start]:02x})"
-        remedy = "unpack the file, or convert it with iconv -f ENCODING -t UTF-8 (often latin1)"
+        encoding = "UTF-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
+        remedy = f"unpack it, or convert it with iconv -f ENCODING -t UTF-8 (often {encoding})"
         raise BadRecord(found, remedy) from error
 
 
