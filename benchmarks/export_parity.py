@@ -1,16 +1,18 @@
 """Whether exported models compute elsewhere what they compute here.
 
-    python benchmarks/export_parity.py [--size gpt2|gpt2-medium|gpt2-large|gpt2-xl] [--tokens 64]
+    python benchmarks/export_parity.py [--size gpt2|gpt2-xl|qwen3_small|...] [--tokens 64]
 
-Random weights of a published size are written as a checkpoint and exported by the command. Then,
-one after the other, this project, transformers and (where the packages gguf and llama_cpp are
-installed) llama.cpp read 64 tokens, continue them greedily by 64, and encode awkward texts. Prints
-the largest difference between logits, how many tokens are continued equally (and, where they part,
-how far below our best logit theirs is: random weights leave near ties), and whether texts get the
-same ids. Works in a temporary directory (TMPDIR): three times the weights in float32.
+Random weights of a published size, or of a file of conf/model, are written as a checkpoint and
+exported by the command. Then, one after the other, this project, transformers and (where the
+packages gguf and llama_cpp are installed) llama.cpp read 64 tokens, continue them greedily by 64,
+and encode awkward texts. Prints the largest difference between logits, how many tokens are
+continued equally (and, where they part, how far below our best logit theirs is: random weights
+leave near ties), and whether texts get the same ids. Works in a temporary directory (TMPDIR): three
+times the weights in float32.
 """
 
 import argparse
+import dataclasses
 import gc
 import importlib.util
 import itertools
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from nanogpt.checkpoint import load_checkpoint, record, write_checkpoint
@@ -30,6 +33,7 @@ from nanogpt.generation import generate
 from nanogpt.model import GPT, PRESETS, GPTConfig
 from nanogpt.tokenizer import gpt2_tokenizer
 
+CONF = Path(__file__).parent.parent / "conf" / "model"
 TEXTS = (
     "Hello world\r\n\r\n  'tis 12345 don't",
     "naïve 😀👩‍👩‍👧 \u3000\t x\u0085y",
@@ -54,7 +58,7 @@ def main() -> int:
     prompt = torch.randint(50257, (64,), generator=torch.Generator().manual_seed(1)).tolist()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        write_random(GPTConfig.preset(options.size), directory / "model.ckpt")
+        write_random(shape(options.size), directory / "model.ckpt")
         ours = ask_us(directory / "model.ckpt", prompt, options.tokens)
         for title, arguments, run in rivals():
             out = directory / "out"
@@ -63,6 +67,17 @@ def main() -> int:
             report(f"{options.size}, {title}", ours, run(out, prompt, options.tokens))
             gc.collect()
     return 0
+
+
+def shape(name: str) -> GPTConfig:
+    """Return a published size, or the shape of a file of conf/model, with GPT-2's vocabulary."""
+    if name in PRESETS:
+        return GPTConfig.preset(name)
+    values: dict[str, Any] = {}
+    for file in ("gpt2_small", name):  # from whose values the others begin
+        values |= yaml.safe_load((CONF / f"{file}.yaml").read_text())
+    fields = {field.name for field in dataclasses.fields(GPTConfig)}
+    return GPTConfig(**{key: value for key, value in values.items() if key in fields})
 
 
 def rivals() -> list[tuple[str, list[str], Run]]:
@@ -158,7 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Compare exported models with transformers and llama.cpp."
     )
-    parser.add_argument("--size", default="gpt2", choices=PRESETS)
+    sizes = [*PRESETS, *sorted(path.stem for path in CONF.glob("*.yaml"))]
+    parser.add_argument("--size", default="gpt2", choices=sizes)
     parser.add_argument("--tokens", type=int, default=64, help="to continue greedily (default 64)")
     return parser
 
