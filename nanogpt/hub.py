@@ -71,7 +71,8 @@ def _explanation(error: Exception, what: str, instead: str) -> Exception | None:
     is_lost = is_a(errors.LocalEntryNotFoundError) or any(map(_is_transport, chain))
     if is_a(errors.RevisionNotFoundError) or (is_a(errors.EntryNotFoundError) and not is_lost):
         return FileNotFoundError(f"{what} has no such file or revision ({brief(error)}); {instead}")
-    if is_a(errors.RepositoryNotFoundError) or status in (401, 403):
+    hidden = type(error).__name__ == "DatasetNotFoundError"  # datasets drops its cause
+    if hidden or is_a(errors.RepositoryNotFoundError) or status in (401, 403):
         return PermissionError(
             f"{what} is not on the hub, or is gated or private: correct its name, accept its terms "
             f"on its page, and set HF_TOKEN to a token that may read it "
