@@ -77,7 +77,7 @@ class TextFiles(Source):
                 f"data.path={self.path} does not exist or is no file; pass a file or folder"
             )
         found = {Path(name) for name in names}
-        files = _each_once(root, (path for path in found if path.is_file()))
+        files = _each_once(path for path in found if path.is_file())
         paths = [path for path in files if path.name.lower().endswith(suffixes)]
         others = sorted(p for p in found.difference(paths) if p.is_symlink() or not p.is_dir())
         named = format_list([str(path.relative_to(root)) for path in others])
@@ -121,17 +121,10 @@ def _folders(top: str, follow_links: bool) -> Iterator[str]:
             yield folder
 
 
-def _each_once(root: Path, paths: Iterable[Path]) -> list[Path]:
-    """Return the files by name, each once: under a name without links where it has one."""
-    names: dict[tuple[int, int], list[Path]] = {}
-    for path in paths:
+def _each_once(paths: Iterable[Path]) -> list[Path]:
+    """Return the files in the order of their names, each under the first of its names."""
+    files: dict[tuple[int, int], Path] = {}
+    for path in sorted(paths):
         status = path.stat()
-        names.setdefault((status.st_dev, status.st_ino), []).append(path)
-
-    def is_linked(path: Path) -> bool:
-        return path.resolve() != root.resolve() / path.relative_to(root)
-
-    return sorted(
-        min(same, key=lambda path: (is_linked(path), path)) if len(same) > 1 else same[0]
-        for same in names.values()
-    )
+        files.setdefault((status.st_dev, status.st_ino), path)
+    return list(files.values())
