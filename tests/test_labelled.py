@@ -19,7 +19,7 @@ from nanogpt.data.labelled import LabelledTexts
 from nanogpt.data.labelled_module import LabelledDataModule
 from nanogpt.data.module import TokenizerChoice
 from nanogpt.data.sms_spam import SmsSpam
-from nanogpt.data.splits import Example, Splits, class_weights, split, text_key
+from nanogpt.data.splits import Example, Splits, class_weights, text_key
 from nanogpt.data.text import TextFiles
 from nanogpt.tokenizer import BPE_PATTERN, END_OF_TEXT, Tokenizer, bpe_tokenizer, byte_tokenizer
 
@@ -243,7 +243,11 @@ def by_label(examples: list[Example]) -> dict[str, int]:
 
 
 def splits_of(examples: list[Example], **options: Any) -> Any:
-    return split(examples, **{"val_fraction": 0.1, "test_fraction": 0.2, **options})
+    class Given(LabelledTexts):
+        def examples(self) -> list[Example]:
+            return examples
+
+    return Given(**options).splits()
 
 
 def test_every_class_is_split_in_proportion() -> None:
@@ -319,7 +323,7 @@ def test_copies_of_a_text_stay_together() -> None:
 
 def test_the_seed_makes_the_splits() -> None:
     examples = made_up(a=40, b=40)
-    one, again, other = (splits_of(examples, seed=seed) for seed in (0, 0, 1))
+    one, again, other = (splits_of(examples, split_seed=seed) for seed in (0, 0, 1))
     assert one == again
     assert one.fingerprint != other.fingerprint
     assert one.hashes().keys() == {"train", "val", "test"}

@@ -12,7 +12,8 @@ from pydantic.dataclasses import dataclass
 
 from nanogpt.data.records import BadRecord, decode, json_records, read_all, text_under
 from nanogpt.data.source import Source, local_path
-from nanogpt.data.splits import Example, Splits, examples_sha256, split
+from nanogpt.data.splits import Example, Splits, examples_sha256, fill, shuffled_texts
+from nanogpt.text import format_list
 from nanogpt.tokenizer import SURROGATE
 from nanogpt.values import CHECKED, Count, FilePath, Flag, Seed, Share, Text
 
@@ -63,15 +64,49 @@ class LabelledTexts(Source):
         return examples
 
     def splits(self) -> Splits:
-        """Return the examples in splits that depend on them and on `split_seed` alone."""
-        return split(
-            self.examples(),
-            val_fraction=self.val_fraction,
-            test_fraction=self.test_fraction,
-            balance=self.balance,
-            max_examples=self.max_examples,
-            seed=self.split_seed,
-        )
+        """Return the examples in splits that depend on them and on the fields alone.
+
+        Texts that differ in case and white space only are one text, of the class of the first, and
+        stay together. Of every class the test split gets `test_fraction`, validation `val_fraction`
+        and training the others, as nearly as the copies allow.
+
+        Raises ValueError where there are no two classes, or one is too small to be in all three.
+        """
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"data.val_fraction={self.val_fraction} and data.test_fraction="
+                f"{self.test_fraction} leave nothing to train on; pass smaller ones"
+            )
+        by_label = shuffled_texts(self.examples(), self.split_seed)
+        if len(by_label) < 2:
+            raise ValueError(
+                f"all texts are of only one class, {min(by_label)!r}; pass two or more"
+            )
+        counts = {label: sum(map(len, texts)) for label, texts in by_label.items()}
+        used = dict.fromkeys(counts, min(counts.values())) if self.balance else counts
+        if self.max_examples is not None and self.max_examples < (total := sum(used.values())):
+            used = {label: n * self.max_examples // total for label, n in used.items()}
+        parts: list[list[Example]] = [[], [], [], []]
+        rare: list[str] = []
+        for label in sorted(by_label):
+            n = used[label]
+            n_test, n_val = round(self.test_fraction * n), round(self.val_fraction * n)
+            filled = fill(by_label[label], [n_test, n_val, n - n_test - n_val, counts[label]])
+            if not all(filled[:3]):
+                n_test, n_val, n_train, _ = map(len, filled)
+                rare.append(
+                    f"class {label!r} has {counts[label]} examples, which gives {n_test} to test, "
+                    f"{n_val} to validation, {n_train} to training"
+                )
+            for part, more in zip(parts, filled, strict=True):
+                part += more
+        if rare:
+            raise ValueError(
+                f"{format_list(rare, '; ')}; add examples of them, remove them, or change "
+                "data.val_fraction, data.test_fraction and data.max_examples"
+            )
+        test, val, train, rest = parts
+        return Splits(train, val, test, rest if self.balance else [])
 
     def documents(self, skip: int = 0) -> Iterator[str | None]:
         """Yield the texts after the first `skip`, those of all splits."""

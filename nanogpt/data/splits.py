@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from nanogpt.data.order import permute
-from nanogpt.text import format_list
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 
@@ -76,58 +75,6 @@ class Splits:
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
-def split(
-    examples: Sequence[Example],
-    *,
-    val_fraction: float,
-    test_fraction: float,
-    balance: bool = False,
-    max_examples: int | None = None,
-    seed: int = 0,
-) -> Splits:
-    """Return the examples in splits, a pure function of its arguments.
-
-    Texts that differ in case and white space only are one text, of the class of the first, and
-    stay together. Of every class the test split gets `test_fraction`, validation `val_fraction`
-    and training the others, as nearly as the copies allow.
-
-    Raises ValueError where there are no two classes, or one is too small to be in all three.
-    """
-    if val_fraction + test_fraction >= 1:
-        raise ValueError(
-            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave "
-            f"nothing to train on; pass smaller ones"
-        )
-    by_label = _shuffled_texts(examples, seed)
-    if len(by_label) < 2:
-        raise ValueError(f"all texts are of only one class, {min(by_label)!r}; pass two or more")
-    counts = {label: sum(map(len, texts)) for label, texts in by_label.items()}
-    used = dict.fromkeys(counts, min(counts.values())) if balance else counts
-    if max_examples is not None and max_examples < (total := sum(used.values())):
-        used = {label: n * max_examples // total for label, n in used.items()}
-    parts: list[list[Example]] = [[], [], [], []]
-    rare: list[str] = []
-    for label in sorted(by_label):
-        n_test, n_val = round(test_fraction * used[label]), round(val_fraction * used[label])
-        quotas = [n_test, n_val, used[label] - n_test - n_val, counts[label]]
-        filled = _fill(by_label[label], quotas)
-        if not all(filled[:3]):
-            n_test, n_val, n_train, _ = map(len, filled)
-            rare.append(
-                f"class {label!r} has {counts[label]} examples, which gives {n_test} to test, "
-                f"{n_val} to validation, {n_train} to training"
-            )
-        for part, more in zip(parts, filled, strict=True):
-            part += more
-    if rare:
-        raise ValueError(
-            f"{format_list(rare, '; ')}; add examples of them, remove them, or change "
-            "data.val_fraction, data.test_fraction and data.max_examples"
-        )
-    test, val, train, rest = parts
-    return Splits(train, val, test, rest if balance else [])
-
-
 def class_weights(examples: Iterable[Example], labels: Sequence[str]) -> list[float]:
     """Return weights that are equal in sum for all classes, and 1 on average over the examples."""
     counts = Counter(example.label for example in examples)
@@ -157,7 +104,7 @@ def text_key(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _shuffled_texts(examples: Sequence[Example], seed: int) -> dict[str, list[list[Example]]]:
+def shuffled_texts(examples: Sequence[Example], seed: int) -> dict[str, list[list[Example]]]:
     """Return the texts of each class, shuffled by the seed, each as the list of its examples."""
     copies: dict[str, list[Example]] = {}
     for example in examples:
@@ -169,7 +116,7 @@ def _shuffled_texts(examples: Sequence[Example], seed: int) -> dict[str, list[li
     return by_label
 
 
-def _fill(texts: list[list[Example]], quotas: list[int]) -> list[list[Example]]:
+def fill(texts: list[list[Example]], quotas: list[int]) -> list[list[Example]]:
     """Return the examples in parts of at most these sizes: each text goes to the first with room.
 
     Texts for which no part has room go to the last.
