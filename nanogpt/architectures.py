@@ -147,8 +147,7 @@ class Architecture:
                 name = CLASSES if name == SCORE else name.removeprefix("transformer.")
                 is_transposed = name.endswith(TRANSPOSED) and tensor.dim() == 2
                 parts[name][0] = tensor.t() if is_transposed else tensor
-        joined = {name: torch.cat([own[i] for i in sorted(own)]) for name, own in parts.items()}
-        return {name: torch.empty(t.shape).copy_(t) for name, t in joined.items()}
+        return {n: torch.cat([own[i] for i in sorted(own)]).float() for n, own in parts.items()}
 
     def write_weights(self, model: GPT) -> dict[str, Tensor]:
         """Return a model's weights under their names there; a missing bias of GPT-2's is zero."""
@@ -185,7 +184,7 @@ def _llama(
         "num_key_value_heads": None,
         "head_dim": 128 if qk_norm else None,
         "attention_bias": False,
-        "rms_norm_eps": 1e-6,
+        "rms_norm_eps": 1e-6 if act == "silu" else 1e-5,
         "rope_theta": 10_000.0,
         "tie_word_embeddings": False,
     }

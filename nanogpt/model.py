@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from torch import Tensor, nn
 
 from nanogpt.dropout import NO_DROPOUT, RowDropout
@@ -80,31 +81,33 @@ class GPTConfig:
     zero_init: Flag = False
     block: Text | None = None
 
-    @field_validator("n_embd", "n_kv_head", "position", "rope_scaling", "qk_norm_weight", "block")
-    @classmethod
-    def _check(cls, value: Any, info: ValidationInfo) -> Any:
-        key, there = info.field_name, info.data
-        n_head, n_embd = there.get("n_head", 1), there.get("n_embd", 0)
-        head_size = there.get("head_size")
-        if key == "n_embd" and head_size is None and value % n_head:
-            raise ValueError(f"a multiple of n_head={n_head}")
-        if key == "n_kv_head" and value and n_head % value:
-            raise ValueError(f"a divisor of n_head={n_head}")
-        if key == "rope_scaling" and value and value[1] >= value[2]:
-            raise ValueError("[factor, low factor, larger high factor, original block_size]")
-        if key == "qk_norm_weight" and value and not there.get("qk_norm"):
-            raise ValueError("false without qk_norm")
-        if key == "block" and not re.fullmatch(r"\w+(\.\w+)+", value or "a.b"):
-            raise ValueError("the dotted path of a class, my_package.MyBlock")
-        if value == "rotary" and (head_size or n_embd // n_head) % 2:
-            raise ValueError(
-                f"learned where n_embd={n_embd} over n_head={n_head} gives an odd head size: it "
-                f"turns pairs of channels"
-            )
-        return value
-
     def __post_init__(self) -> None:
-        defaults = (self.n_head, self.n_embd // self.n_head, 4 * self.n_embd)
+        n_head, n_embd, scaling = self.n_head, self.n_embd, self.rope_scaling
+        for key, is_valid, expected in (
+            ("n_embd", self.head_size or n_embd % n_head == 0, f"a multiple of n_head={n_head}"),
+            ("n_kv_head", n_head % self.kv_heads == 0, f"a divisor of n_head={n_head}"),
+            (
+                "rope_scaling",
+                scaling is None or scaling[1] < scaling[2],
+                "[factor, low factor, larger high factor, original block_size]",
+            ),
+            ("qk_norm_weight", self.qk_norm >= self.qk_norm_weight, "false without qk_norm"),
+            (
+                "block",
+                re.fullmatch(r"\w+(\.\w+)+", self.block or "a.b"),
+                "the dotted path of a class, my_package.MyBlock",
+            ),
+            (
+                "position",
+                self.position == "learned" or self.head_dim % 2 == 0,
+                f"learned with an odd head size, here {self.head_dim}: it turns pairs of channels",
+            ),
+        ):
+            if not is_valid:
+                kind, found = PydanticCustomError("value", expected), getattr(self, key)
+                details = InitErrorDetails(type=kind, loc=(key,), input=found)
+                raise ValidationError.from_exception_data("GPTConfig", [details])
+        defaults = (n_head, n_embd // n_head, 4 * n_embd)
         for key, default in zip(DERIVED, defaults, strict=True):
             if getattr(self, key) == default:  # so that equal models have equal configurations
                 object.__setattr__(self, key, None)

@@ -74,8 +74,12 @@ def muon(
 
     `learning_rate` is on AdamW's scale (arXiv:2502.16982, section 2.2: updates of RMS 0.2).
     `split_qkv` orthogonalises the query, key and value thirds of `c_attn` apart, as Muon's author
-    does; without it the updates are those of `torch.optim.Muon`.
+    does; without it the updates are those of `torch.optim.Muon`. Raises ValueError for `split_qkv`
+    where there are fewer key heads than query heads.
     """
+    config: Any = getattr(model, "config", None)
+    if split_qkv and getattr(config, "n_kv_head", None) is not None:
+        raise ValueError(f"split_qkv is true with n_kv_head={config.n_kv_head}; set it to false")
     matrices: dict[int, list[nn.Parameter]] = defaultdict(list)  # by number of row blocks
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

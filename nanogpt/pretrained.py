@@ -18,6 +18,7 @@ from nanogpt.architectures import ARCHITECTURES, BUFFERS, CLASSES, Architecture
 from nanogpt.disk import wait_for_lock
 from nanogpt.hub import hub_errors
 from nanogpt.model import GPT, PRESETS, GPTConfig
+from nanogpt.text import first_line
 from nanogpt.tokenizer_files import MERGES, TOKENIZER, VOCAB, read_tokenizer
 from nanogpt.values import explain
 from nanogpt.weights import check_weights, model_without_weights
@@ -84,7 +85,11 @@ def load_pretrained(path: str | PathLike[str]) -> GPT:
     """
     directory = Path(path)
     architecture, config = _read_config(directory)
-    tensors = architecture.read_weights(_read_weights(directory))
+    found = _read_weights(directory)
+    try:
+        tensors = architecture.read_weights(found)
+    except RuntimeError as error:  # of rows that cannot be joined
+        raise ValueError(f"{directory} has weights of wrong shapes: {first_line(error)}") from error
     if config.tie_embeddings:
         head = tensors.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
@@ -149,7 +154,7 @@ def _read_config(directory: Path) -> tuple[Architecture, GPTConfig]:
         )
     try:
         return architecture, architecture.read_config(found)
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:  # that of a value where an object should be
         reason = explain(error) if isinstance(error, ValidationError) else error
         raise ValueError(f"{path} cannot be read: {reason}") from error
 

@@ -8,12 +8,13 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any, NoReturn
 
 from nanogpt.prompts import Encoded, Message, Template
 from nanogpt.published_tokenizer import PublishedTokenizer
 from nanogpt.text import first_line
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer import Tokenizer, well_formed
 
 MARK = re.compile("\ue000(\\d+)\ue001")
 # What templates do to contents: nothing, strip them, or leave earlier reasoning out.
@@ -65,7 +66,8 @@ class PublishedTemplate(Template):
         published = _with_template(tokenizer)
         if not messages:
             raise ValueError("the conversation is empty; give at least one message")
-        contents = ["\n\n".join(filter(None, (m.content, m.context))) for m in messages]
+        texts = ["\n\n".join(filter(None, (m.content, m.context))) for m in messages]
+        contents = [*map(well_formed, texts)]
         marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
         roles = [message.role for message in messages]
         text = _render(published, roles, contents, add_generation_prompt)
@@ -115,13 +117,9 @@ def _with_template(tokenizer: Tokenizer) -> PublishedTokenizer:
     return tokenizer
 
 
-def _render(
-    tokenizer: PublishedTokenizer,
-    roles: Sequence[str],
-    contents: Sequence[str],
-    add_generation_prompt: bool,
-) -> str:
-    """Return the template's text, in the environment that transformers renders it in."""
+@cache
+def _compiled(template: str) -> Any:
+    """Return a Jinja template: to compile one takes longer than to render a conversation."""
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -137,9 +135,19 @@ def _render(
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def _render(
+    tokenizer: PublishedTokenizer,
+    roles: Sequence[str],
+    contents: Sequence[str],
+    add_generation_prompt: bool,
+) -> str:
+    """Return the template's text, in the environment that transformers renders it in."""
     messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
     try:
-        return environment.from_string(str(tokenizer.chat_template)).render(
+        text: str = _compiled(str(tokenizer.chat_template)).render(
             messages=messages,
             add_generation_prompt=add_generation_prompt,
             bos_token=tokenizer.bos_token or "",
@@ -147,6 +155,7 @@ def _render(
             tools=None,
             documents=None,
         )
+        return text
     except Exception as error:  # whatever a template does
         raise ValueError(
             f"the chat template of {tokenizer.name} fails: {first_line(error)}"

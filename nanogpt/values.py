@@ -74,7 +74,7 @@ def explain(error: ValidationError, where: str = "") -> str:
     if errors[0]["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"there is no key {key}"
     if errors[0]["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"{key} must be given"
+        return f"{'.'.join(filter(None, (where, *map(str, errors[0]['loc']))))} must be given"
     reasons = " or ".join(dict.fromkeys(e["msg"] for e in errors if e["loc"][:1] == first))
     for theirs, ours in WORDS.items():
         reasons = reasons.replace(theirs, ours)

@@ -118,12 +118,23 @@ def test_every_file_names_every_key_and_builds(file: str) -> None:
         ({"norm": None}, "norm=None should be 'layernorm'"),
         ({"activation": ["gelu"]}, r"activation=\['gelu'\] should be 'gelu'"),
         ({"position": "rotary", "n_embd": 12, "n_head": 4}, "odd head size"),
+        ({"position": "rotary", "head_size": 15}, "odd head size, here 15"),
+        ({"n_head": 7}, "n_embd=768 should be a multiple of n_head=7"),
+        ({"n_kv_head": 5}, "n_kv_head=5 should be a divisor of n_head=12"),
+        ({"rope_scaling": [8.0, 1.0, 4.0]}, "rope_scaling.3 must be given"),
+        ({"rope_scaling": [8.0, 4.0, 1.0, 8192]}, "larger high factor"),
+        ({"qk_norm_weight": True}, "qk_norm_weight=True should be false without qk_norm"),
     ],
 )
 def test_a_value_no_model_can_have_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError) as caught:
         GPTConfig(**values)
     assert re.search(message, explain(caught.value))
+
+
+def test_heads_of_a_given_size_need_not_divide_the_channels() -> None:
+    config = replace(TINY, n_embd=30, n_head=4, head_size=8, position="rotary")
+    assert GPT(config)(torch.zeros(1, 2, dtype=torch.long)).shape == (1, 2, TINY.vocab_size)
 
 
 def test_unknown_preset_names_the_known() -> None:

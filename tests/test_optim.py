@@ -186,6 +186,13 @@ def test_split_qkv_orthogonalises_each_third_alone(model: Parameters) -> None:
         torch.testing.assert_close(new, expected, rtol=0, atol=2e-4, msg=f"third {third}")
 
 
+def test_split_qkv_is_refused_where_the_parts_of_c_attn_are_no_thirds() -> None:
+    config = GPTConfig(block_size=8, vocab_size=61, n_layer=1, n_head=4, n_kv_head=2, n_embd=16)
+    with pytest.raises(ValueError, match="split_qkv is true with n_kv_head=2; set it to false"):
+        muon(GPT(config), split_qkv=True)
+    muon(GPT(config))
+
+
 @pytest.mark.parametrize("build", [adamw, muon])
 def test_state_through_a_file_continues_bit_for_bit(
     model: Parameters, build: Callable[..., torch.optim.Optimizer]

@@ -164,6 +164,7 @@ def test_every_layout_of_the_files_is_read(
     [
         ({"model_type": "bloom"}, "model_type='bloom'; only gpt2, llama, qwen3, arcee can be read"),
         ({"model_type": "llama"}, r"config\.json cannot be read: lacks .*max_position_embeddings"),
+        ({"rope_scaling": "x"}, r"config\.json cannot be read: "),
         ({"activation_function": "relu"}, "activation_function='relu'; only 'gelu_new'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "only False can be read"),
         ({"tie_word_embeddings": False}, r"Missing key.*lm_head\.weight"),
@@ -189,6 +190,15 @@ def test_an_untied_head_is_refused(directory: Path) -> None:
     tensors["lm_head.weight"] = torch.zeros(97, 48)
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(ValueError, match=r"lm_head\.weight in .* set it to false"):
+        load_pretrained(directory)
+
+
+def test_rows_that_cannot_be_joined_are_refused(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    save_file(
+        {**tensors, "transformer.ln_f.bias": torch.tensor(1.0)}, directory / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match="has weights of wrong shapes: zero-dimensional"):
         load_pretrained(directory)
 
 

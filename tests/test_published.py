@@ -139,6 +139,12 @@ def test_a_content_cannot_end_its_turn(tmp_path: Path) -> None:
     assert ids.count(starts) == 2  # of the default system message and of the user
 
 
+def test_surrogates_of_a_content_are_replaced(tmp_path: Path) -> None:
+    tokenizer = published("words", tmp_path)
+    ids, _ = find_template("published").encode(tokenizer, [Message("user", "a\ud800b")])
+    assert "a\ufffdb" in tokenizer.decode(ids)
+
+
 def test_a_reply_ends_at_the_published_tokens(tmp_path: Path) -> None:
     tokenizer = published("words", tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 1500]}')
