@@ -304,9 +304,6 @@ class Tokenizer:
         return hash(self.fingerprint)
 
 
-BytePairTokenizer = Tokenizer  # its earlier name
-
-
 def well_formed(text: str) -> str:
     """Return the text, surrogates joined where they pair and else replaced, as tiktoken does."""
     try:
