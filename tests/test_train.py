@@ -338,12 +338,14 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     assert fit(*tiny_run)["steps"] == 12
 
 
+@pytest.mark.parametrize("log_every", [1, 10])
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
-    tiny_run: list[str], tmp_path: Path
+    tiny_run: list[str], tmp_path: Path, log_every: int
 ) -> None:
     hot = ["optim=adamw", "optim.learning_rate=1e30", "grad_clip=null"]
+    often = ["callbacks.checkpoint.every_n_steps=1", f"callbacks.log_every_n_steps={log_every}"]
     with pytest.raises(FloatingPointError, match=r"at step \d+ \(batch \d+"):
-        fit(*tiny_run, *hot, "callbacks.checkpoint.every_n_steps=1")
+        fit(*tiny_run, *hot, *often)
     checkpoint = load_checkpoint("tiny", runs_dir=tmp_path / "runs")
     assert all(p.isfinite().all() for p in checkpoint.model.parameters())
 

@@ -88,9 +88,10 @@ class Checkpointing(ModelCheckpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save the step after which a callback of the only process failed."""
+        """Save the step after which a callback of the only process failed, but no diverged one."""
         is_between_steps = trainer.fit_loop.total_batch_idx + 1 == trainer.global_step > 0
-        if is_between_steps and trainer.world_size == 1 and not will_validate(trainer):
+        is_sound = is_between_steps and not isinstance(exception, FloatingPointError)
+        if is_sound and trainer.world_size == 1 and not will_validate(trainer):
             self.save(trainer, pl_module)
 
     def save(self, trainer: Trainer, module: LightningModule, loss: float | None = None) -> None:
