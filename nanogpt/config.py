@@ -78,11 +78,11 @@ def run_hydra(name: str, arguments: Sequence[str], work: Callable[[], None]) -> 
         work()
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (HydraException, OmegaConfBaseException, ValueError, FileNotFoundError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         if "debug=true" in arguments:
             raise
         print(f"{name}.py: {explain_composition(error, name)}", file=sys.stderr)
-        return FAILED if isinstance(error, FileNotFoundError) else WRONG_USAGE
+        return FAILED if isinstance(error, OSError) else WRONG_USAGE
     return 0
 
 

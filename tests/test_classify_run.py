@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,11 @@ def test_a_mistake_is_one_sentence(options: list[str], expected: str, tiny: list
     with pytest.raises(ValueError, match=expected) as error:
         fit(*tiny, *options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mistake", ["classify.lm_weight=-1", "classify.recase=7"])
+def test_a_mistake_has_the_key_that_was_typed(
+    mistake: str, tiny: list[str], main: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(*tiny, mistake) == 2
+    assert f"train.py: {mistake} should be" in capfd.readouterr().err
