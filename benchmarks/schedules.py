@@ -39,7 +39,6 @@ from serving.engine.messages import (
     Message,
     SamplingParams,
     Score,
-    Scored,
     Settings,
     Tokens,
 )
@@ -67,14 +66,10 @@ class Answer:
         """Add one message of the engine."""
         if isinstance(message, Tokens):
             self.ids += message.ids
-            self.logprobs += message.logprobs or []
+            self.logprobs += [value or 0.0 for value in message.logprobs or []]
             self.top += zip(message.top_ids or [], message.top_logprobs or [], strict=True)
             self.cached_tokens = message.cached_tokens
             self.end = message.finish_reason or ""
-        elif isinstance(message, Scored):
-            self.logprobs = [value or 0.0 for value in message.logprobs]
-            self.top = list(zip(message.top_ids, message.top_logprobs, strict=True))
-            self.end = "scored"
         elif isinstance(message, Failed):
             self.end = f"failed: {message.message}"
 
@@ -235,7 +230,7 @@ class Schedule:
     async def _score(self, prompt: list[int], rng: random.Random) -> None:
         request = Score(self.client.new_id(), self.model, prompt, rng.randint(0, 5))
         async with self._place():
-            scored = await self.client.answer(request, Scored)
+            scored = await self.client.answer(request, Tokens)
         self.exchanges.append((request, Answer()))
         self.exchanges[-1][1].add(scored)
 

@@ -19,7 +19,6 @@ from serving.engine.messages import (
     ModelInfo,
     Models,
     Score,
-    Scored,
     Stats,
     Tokens,
     read_frame,
@@ -151,7 +150,8 @@ class FakeEngine:
             n = len(message.prompt_ids)
             tops = [list(range(message.top))] * (n - 1)
             values = [[-1.0] * message.top] * (n - 1)
-            return Scored(message.request_id, [None, *[-1.0] * (n - 1)], [[], *tops], [[], *values])
+            scored = ([None, *[-1.0] * (n - 1)], [[], *tops], [[], *values])
+            return Tokens(message.request_id, [], *scored, finish_reason="length")
         if isinstance(message, Classify):
             labels = self.about["labels"] or []
             even = [1 / len(labels)] * len(labels)

@@ -27,7 +27,6 @@ from serving.engine.messages import (
     Models,
     SamplingParams,
     Score,
-    Scored,
     Tokens,
 )
 from serving.engine.registry import Entry
@@ -116,8 +115,10 @@ def test_logprobs_are_those_of_the_model(tmp_path: Path, keys: dict[str, Any]) -
     scored = InlineEngine(path).one(Score("s", "run", prompt, top=2)).end
     with torch.no_grad():
         expected = model(torch.tensor([prompt]))[0].log_softmax(-1)
-    assert isinstance(scored, Scored)
+    assert isinstance(scored, Tokens)
+    assert scored.logprobs
     assert scored.logprobs[0] is None
+    assert scored.top_ids
     own = expected[range(len(prompt) - 1), prompt[1:]]
     torch.testing.assert_close(torch.tensor(scored.logprobs[1:]), own, atol=1e-4, rtol=1e-4)
     assert scored.top_ids[1:] == expected[:-1].topk(2).indices.tolist()

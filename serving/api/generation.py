@@ -15,7 +15,7 @@ from nanogpt.detokenizer import Detokenizer
 from serving.api import errors
 from serving.api.errors import ApiError
 from serving.engine.client import EngineClient
-from serving.engine.messages import EngineError, Failed, Generate, Message, Scored, Tokens
+from serving.engine.messages import EngineError, Failed, Generate, Message, Tokens
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class Generation:
         self._changed.set()
 
 
-def tokens_of(ids: Sequence[int], offsets: Sequence[int], scores: Tokens | Scored) -> list[Token]:
+def tokens_of(ids: Sequence[int], offsets: Sequence[int], scores: Tokens) -> list[Token]:
     """Return tokens with their log-probabilities, as many as there are offsets."""
     logprobs = (scores.logprobs or (), scores.top_ids or (), scores.top_logprobs or ())
     rows = zip(ids, offsets, *logprobs, strict=False)

@@ -23,7 +23,7 @@ from serving.api.schemas import (
     TokenizeRequest,
 )
 from serving.api.stream import STREAMS, ChatFormat, CompletionFormat
-from serving.engine.messages import Classified, Classify, ModelInfo, Score, Scored
+from serving.engine.messages import Classified, Classify, ModelInfo, Score, Tokens
 
 DEFAULT_TOKENS = 16  # of a completion, as the OpenAI API's
 PREDICTED_TOKENS = 100
@@ -179,7 +179,7 @@ async def _completion_choices(
 async def _score(call: Call, model: ServedModel, prompts: Sequence[Prompt], top: int) -> None:
     """Add log-probabilities to the echoes of prompts."""
     scores = [Score(call.new_id(), model.id, p.ids, top, **call.labels) for p in prompts]
-    answers = await call.gather([call.client.answer(score, Scored) for score in scores])
+    answers = await call.gather([call.client.answer(score, Tokens) for score in scores])
     for prompt, scored in zip(prompts, answers, strict=True):
         assert prompt.echo is not None
         detokenizer = Detokenizer(model.token_bytes)

@@ -157,7 +157,10 @@ class Generate(Computation):
 
 
 class Score(Computation):
-    """Return the log-probabilities of a prompt's own tokens (echo); answered by Scored."""
+    """Return the log-probabilities of a prompt's own tokens (echo).
+
+    Answered by Tokens without ids; the first log-probability is None.
+    """
 
     top: int = 0  # the number of likeliest tokens at each position
 
@@ -194,7 +197,7 @@ class Tokens(Message):
 
     request_id: str
     ids: list[int]
-    logprobs: list[float] | None = None
+    logprobs: list[float | None] | None = None
     top_ids: list[list[int]] | None = None
     top_logprobs: list[list[float]] | None = None
     finish_reason: Literal["stop", "length"] | None = None
@@ -208,15 +211,6 @@ class Failed(Message):
     request_id: str
     kind: FailureKind
     message: str
-
-
-class Scored(Message):
-    """The log-probability of each prompt token after those before it; the first has none."""
-
-    request_id: str
-    logprobs: list[float | None]
-    top_ids: list[list[int]]
-    top_logprobs: list[list[float]]
 
 
 class Classified(Message):
@@ -279,7 +273,7 @@ class Stats(Message, kw_only=True):
 
 
 Request = Generate | Score | Classify | Describe
-Answer = Tokens | Failed | Scored | Classified | ModelDetails
+Answer = Tokens | Failed | Classified | ModelDetails
 _decoder = msgspec.msgpack.Decoder(list[Request | Cancel | Answer | Models | Stats])
 
 

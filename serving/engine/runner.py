@@ -27,7 +27,6 @@ from serving.engine.messages import (
     Message,
     ModelDetails,
     Score,
-    Scored,
     Settings,
     Stats,
     Tokens,
@@ -211,14 +210,13 @@ class Runner:
         following = sequence.ids[start + 1 : sequence.n_computed + 1]
         logits = self.forward.logits(states)[: len(following)]
         n_top = [sequence.request.top] * len(following)
-        scored = sequence.scored or Scored(sequence.request.request_id, [None], [[]], [[]])
-        own, ids, values = sampling.log_probabilities(logits, following, n_top)
-        scored.logprobs += own
-        scored.top_ids += ids
-        scored.top_logprobs += values
-        sequence.scored = scored
+        found = sampling.log_probabilities(logits, following, n_top)
+        before = sequence.scored or [[None], [[]], [[]]]  # the first token has none
+        sequence.scored = [[*old, *new] for old, new in zip(before, found, strict=True)]
         if sequence.n_computed == len(sequence.ids):
-            self._end(sequence, scored)
+            answer = Tokens(sequence.request.request_id, [], *sequence.scored)
+            answer.finish_reason = "length"
+            self._end(sequence, answer)
 
     def _classify(self, computed: list[Computed]) -> None:
         ((sequence, states),) = computed
