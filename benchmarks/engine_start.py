@@ -72,7 +72,7 @@ async def _first_token(process: EngineProcess) -> tuple[float, float]:
     await client.connect()
     ready = time.perf_counter()
     params = SamplingParams(1, temperature=0)
-    request = Generate(client.new_id(), client.find(None).id, [1, 2, 3], params)
+    request = Generate(client.new_id(), client.models()[0].id, [1, 2, 3], params)
     answers: asyncio.Queue[Message] = asyncio.Queue()
     client.submit(request, answers.put_nowait)
     await answers.get()

@@ -138,7 +138,7 @@ async def _straight_rate(engine: EngineProcess, options: argparse.Namespace) -> 
     """Send the requests of load.py without HTTP."""
     client = EngineClient(engine.address)
     await client.connect()
-    model = client.find(None)
+    model = client.models()[0]
     tokenizer = from_record((await client.details(model)).tokenizer)
     prompts = [
         tokenizer.encode_prompt(load.content_of(request)["prompt"])

@@ -164,7 +164,7 @@ async def run_schedules(
     client = EngineClient(process.address)
     try:
         await client.connect()
-        await client.details(client.find(None))  # loads the model
+        await client.details(client.models()[0])  # loads the model
         return [(n, *await Schedule(n, client, about).run()) for n in numbers]
     finally:
         await client.close()
@@ -177,7 +177,7 @@ class Schedule:
     def __init__(self, number: int, client: EngineClient, about: Checkpoint) -> None:
         self.rng = random.Random(number)
         self.client, self.block_size = client, about.config.block_size
-        self.model = client.find(None).id
+        self.model = client.models()[0].id
         self.text = about.tokenizer.encode(inspect.getsource(argparse))
         self.openings = [self._cut(self.rng.randint(1, self.block_size - 20)) for _ in range(4)]
         self.exchanges: list[Exchange] = []

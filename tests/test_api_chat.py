@@ -180,6 +180,7 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         complete(client, model="../../etc/passwd")
     assert refused.value.code == "model_not_found"
+    assert "passwd' does not exist; there are tiny" in refused.value.message
 
 
 def test_a_chat_model_stops_at_its_turn_markers(tmp_path: Path) -> None:

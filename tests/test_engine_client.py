@@ -93,7 +93,7 @@ def test_an_answer_that_is_complete_is_not_left(tmp_path: Path) -> None:
             ended = [a async for a in generate(client, request(client, [7]))][-1]
             assert ended.finish_reason
             client.cancel(ended.request_id, "stop")
-            await client.details(client.find(None))  # all that was sent before has come
+            await client.details(client.models()[0])  # all that was sent before has come
             cancels = [message for message in engine.requests if isinstance(message, Cancel)]
             assert cancels == [Cancel(generation.request_id, "stop")]
             await client.close()
@@ -129,31 +129,17 @@ def test_a_lost_engine_fails_open_requests_and_is_found_again(tmp_path: Path) ->
             assert raised.value.kind == "unavailable"
         async with FakeEngine(address):
             await client.connect(5)
-            assert (await client.details(client.find("tiny.ckpt"))).block_size == 1024
+            assert (await client.details(client.models()[0])).block_size == 1024
         await client.close()
-
-    asyncio.run(run())
-
-
-def test_an_unknown_model_is_named(tmp_path: Path) -> None:
-    async def run() -> None:
-        address = f"unix:{tmp_path}/e"
-        async with FakeEngine(address):
-            client = EngineClient(address)
-            await client.connect(5)
-            with pytest.raises(EngineError, match="'gpt-9' does not exist"):
-                client.find("gpt-9")
-            await client.close()
 
     asyncio.run(run())
 
 
 def test_without_a_list_of_models_the_engine_is_unavailable() -> None:
     client = EngineClient("unix:/nowhere")
-    for lookup in (client.models, lambda: client.find("tiny"), lambda: client.find(None)):
-        with pytest.raises(EngineError) as raised:
-            lookup()
-        assert raised.value.kind == "unavailable"
+    with pytest.raises(EngineError) as raised:
+        client.models()
+    assert raised.value.kind == "unavailable"
 
 
 def test_a_front_end_that_was_suspended_does_not_take_the_engine_for_stalled() -> None:

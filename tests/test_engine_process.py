@@ -56,7 +56,7 @@ async def ids(client: EngineClient, max_tokens: int) -> list[int]:
 def test_a_process_serves_front_ends_survives_a_kill_and_drains(process: EngineProcess) -> None:
     async def run() -> None:
         client, other = await connected(process), await connected(process)
-        details = await client.details(client.find(None))
+        details = await client.details(client.models()[0])
         assert (details.block_size, details.dtype) == (256, "fp32")
         expected = await asyncio.gather(ids(client, 20), ids(other, 20))
         assert len(expected[0]) == 20
@@ -109,7 +109,7 @@ def test_a_stopped_process_is_replaced(
         await asyncio.wait_for(until(lambda: client.stalled), 20)
         assert client.stats is None
         with pytest.raises(EngineError, match="does not respond"):
-            await client.details(client.find(None))
+            await client.details(client.models()[0])
         with pytest.raises(EngineError) as raised:
             [a async for a in stopped]
         assert raised.value.kind == "unavailable"

@@ -12,7 +12,7 @@ from nanogpt.tokenizer import Tokenizer, from_record
 from serving.api.errors import ApiError
 from serving.api.schemas import ChatMessage, ChatRequest, TokenizeRequest
 from serving.engine.client import EngineClient
-from serving.engine.messages import ModelDetails, ModelInfo, Task
+from serving.engine.messages import EngineError, ModelDetails, ModelInfo, Task
 
 LONG_CHARS = 10_000  # of a text that takes milliseconds to encode
 MESSAGE_CHARS = 50  # of a text that takes as long as the scaffold of a message
@@ -124,10 +124,21 @@ class Catalogue:
         self._built: dict[tuple[str, str], asyncio.Task[ServedModel]] = {}  # by id and revision
 
     def find(self, name: str | None, task: Task | None = None) -> ModelInfo:
-        """Return the engine's entry of a model, of the default one without a name."""
+        """Return the model of an id or alias, or the default one for a task for None and "".
+
+        Raises EngineError: "not_found" for others, "unavailable" as `EngineClient.models` does.
+        """
+        models = self.client.models()
         name = name and unicodedata.normalize("NFC", name)  # as the registry's names are
-        known = {n for model in self.client.models() for n in (model.id, *model.aliases)}
-        return self.client.find(None if self.lenient and name not in known else name, task)
+        found = [model for model in models if name and name in (model.id, *model.aliases)]
+        if not found and (self.lenient or not name):
+            found = [m for m in models if task and getattr(m, f"default_to_{task}")]
+            found = found or [model for model in models if model.default]
+        if found:
+            return found[0]
+        known = ", ".join(model.id for model in models)
+        there = f"there are {known}" if known else "there are none yet"
+        raise EngineError("not_found", f"The model {name!r} does not exist; {there}.")
 
     async def load(self, name: str | None, task: Task | None = None) -> ServedModel:
         """Return the model of a name, ready for use."""

@@ -27,7 +27,6 @@ from serving.engine.messages import (
     Request,
     Settings,
     Stats,
-    Task,
     Tokens,
     read_frame,
     to_frame,
@@ -91,23 +90,6 @@ class EngineClient:
         if self._models is None:
             raise EngineError("unavailable", STARTING)
         return self._models
-
-    def find(self, name: str | None, task: Task | None = None) -> ModelInfo:
-        """Return the model of an id or alias, or the default one for a task for None and "".
-
-        Raises EngineError: "not_found" for others, "unavailable" as `models` does.
-        """
-        models = self.models()
-        if name:
-            found = [model for model in models if name in (model.id, *model.aliases)]
-        else:
-            found = [m for m in models if task and getattr(m, f"default_to_{task}")]
-            found = found or [model for model in models if model.default]
-        if found:
-            return found[0]
-        known = ", ".join(model.id for model in models)
-        there = f"there are {known}" if known else "there are none yet"
-        raise EngineError("not_found", f"The model {name!r} does not exist; {there}.")
 
     def new_id(self, cause: str = "client") -> str:
         """Return a unique request id; it begins with the id of its cause."""
