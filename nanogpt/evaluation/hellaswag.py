@@ -73,10 +73,11 @@ def evaluate(
     """Score HellaSwag in both forms, with chance and the published scores as baselines."""
     items = read_items(Item, data or find_benchmark(BENCHMARK, data_dir), limit)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    results = completion_scores(model, tokenizer, items, batch_size)
+    requests = [completion_request(tokenizer, item) for item in items]
+    results = scores(model, items, requests, batch_size=batch_size)
     harness = [harness_request(tokenizer, item) for item in items]
     characters = [[max(1, len(_plain(ending))) for ending in item.endings] for item in items]
-    found = _scores(model, items, harness, characters, batch_size)
+    found = scores(model, items, harness, characters, batch_size)
     results |= {f"harness_{name}": value for name, value in found.items()}
     chance = {f"baseline_chance_{name}": 1 / N_ENDINGS for name in results if "stderr" not in name}
     published = {
@@ -85,15 +86,6 @@ def evaluate(
         for name, value in metrics.items()
     }
     return {**results, **chance, "examples": len(items), **published}
-
-
-def completion_scores(
-    model: GPT, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int = BATCH_SIZE
-) -> Results:
-    """Return `acc` and `acc_norm` as build-nanogpt scores them, with standard errors."""
-    requests = [completion_request(tokenizer, item) for item in items]
-    tokens = [[len(ending) for ending in request.continuations] for request in requests]
-    return _scores(model, items, requests, tokens, batch_size)
 
 
 def completion_request(tokenizer: Tokenizer, item: Item) -> Request:
@@ -122,14 +114,18 @@ def _plain(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def _scores(
+def scores(
     model: GPT,
     items: Sequence[Item],
     requests: Sequence[Request],
-    sizes: Sequence[Sequence[int]],
-    batch_size: int,
+    sizes: Sequence[Sequence[int]] | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> Results:
-    """Return how often the right ending has the largest sum, and the largest mean over its size."""
+    """Return how often the right ending has the largest sum, and the largest mean over its size.
+
+    Sizes are tokens by default.
+    """
+    sizes = sizes or [[len(tokens) for tokens in request.continuations] for request in requests]
     results = loglikelihoods(model, requests, batch_size)
     sums = np.array([[a.loglikelihood for a in endings] for endings in results])  # (N, 4)
     labels = np.array([item.label for item in items])

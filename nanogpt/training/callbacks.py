@@ -94,7 +94,8 @@ class HellaSwag(Periodic):
 
     def act(self, trainer: Trainer, module: StageModule) -> None:
         module.model.eval()
-        scores = hellaswag.completion_scores(module.model, module.tokenizer, self.items)
+        requests = [hellaswag.completion_request(module.tokenizer, item) for item in self.items]
+        scores = hellaswag.scores(module.model, self.items, requests)
         module.model.train()
         metrics = {f"hellaswag/{name}": value for name, value in scores.items()}
         for logger in trainer.loggers:
