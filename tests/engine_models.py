@@ -67,7 +67,7 @@ class Answer:
     """The messages of an engine for one request."""
 
     ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
     top: list[tuple[list[int], list[float]]] = field(default_factory=list)
     end: Message | None = None
 

@@ -7,7 +7,7 @@ step to a front end are one frame.
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -197,7 +197,7 @@ class Tokens(Message):
 
     request_id: str
     ids: list[int]
-    logprobs: list[float | None] | None = None
+    logprobs: Sequence[float | None] | None = None
     top_ids: list[list[int]] | None = None
     top_logprobs: list[list[float]] | None = None
     finish_reason: Literal["stop", "length"] | None = None
