@@ -289,7 +289,7 @@ def test_balancing_leaves_over_what_the_larger_classes_have_more() -> None:
     splits = splits_of(examples, balance=True)
     assert by_label(splits.train + splits.val + splits.test) == {"a": 30, "b": 30}
     assert by_label(splits.rest) == {"a": 70}
-    assert by_label(splits.imbalanced) == {"a": 76, "b": 6}
+    assert by_label(splits.test + splits.rest) == {"a": 76, "b": 6}
     assert sorted(e.text for part in vars(splits).values() for e in part) == sorted(
         e.text for e in examples
     )

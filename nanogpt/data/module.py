@@ -39,7 +39,7 @@ from nanogpt.data.order import RowOrder, row_seeds
 from nanogpt.data.preparing import Preparation, prepare
 from nanogpt.data.pretokenized import TokenShards, fetch_pretokenized
 from nanogpt.data.shards import SHARD_TOKENS
-from nanogpt.data.source import Source, name_of
+from nanogpt.data.source import Source
 from nanogpt.data.windows import NOT_SCORED, Rows, Windows
 from nanogpt.ranks import Ranks
 from nanogpt.tokenizer import Tokenizer
@@ -106,7 +106,8 @@ class RowsDataModule(LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         if not isinstance(source, self.source_kind):
-            raise ValueError(f"data={name_of(source)} {self.source_error}")
+            name = getattr(source, "name", type(source).__name__)
+            raise ValueError(f"data={name} {self.source_error}")
         self.source = source
         self.block_size = block_size
         self.tokens_per_step = tokens_per_step

@@ -51,11 +51,6 @@ class Source(ABC):
         return {}
 
 
-def name_of(source: object) -> str:
-    """Return the name of a source, or of the class of another object."""
-    return str(getattr(source, "name", type(source).__name__))
-
-
 def local_path(path: str | Path | None, name: str, what: str) -> Path:
     """Return `data.path`, `~` expanded; raises ValueError where none is given."""
     if path is None:

@@ -37,11 +37,6 @@ class Splits:
         """The names of the classes, sorted: as numbers where all of them are."""
         return sorted_labels({example.label for example in self.train})
 
-    @property
-    def imbalanced(self) -> list[Example]:
-        """The test examples and the rest: all held-out examples but the validation set."""
-        return self.test + self.rest
-
     def numbered(self, examples: Sequence[Example]) -> tuple[list[str], list[int]]:
         """Return texts, and the numbers of their classes."""
         number = {label: i for i, label in enumerate(self.labels)}
@@ -50,11 +45,11 @@ class Splits:
     def text_sets(self) -> dict[str, tuple[list[str], list[int]]]:
         """Return the numbered texts to train on and to test on, by name.
 
-        "imbalanced" is one of them where balancing left examples over.
+        "imbalanced" is the test set and what balancing left over, where it left any.
         """
         sets = {"train": self.train, "test": self.test}
         if self.rest:
-            sets["imbalanced"] = self.imbalanced
+            sets["imbalanced"] = self.test + self.rest
         return {name: self.numbered(examples) for name, examples in sets.items()}
 
     def hashes(self) -> dict[str, str]:
