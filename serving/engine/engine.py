@@ -42,7 +42,6 @@ LOAD_BYTES_PER_S = 20e6  # a slow disk on a busy machine
 
 log = logging.getLogger(__name__)
 
-
 Events = dict[object, list[Message]]  # to a client, or to all for None
 
 
@@ -318,8 +317,7 @@ class Engine:
                 why = f"The request could not be taken ({type(error).__name__}: {error})."
                 error = EngineError("internal", why)
             self.stats.failed += 1
-            failed = Failed(request.request_id, error.kind, str(error))
-            self._emit(client, failed)
+            self._emit(client, Failed(request.request_id, error.kind, str(error)))
 
     def _drop(self, client: object, request_id: str | None = None) -> int:
         """Drop a client's request, or all of them; return the number of those in the queue."""

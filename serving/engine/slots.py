@@ -65,12 +65,8 @@ class Slots:
             if n_cached and source is not slot:
                 prefix = self.cache[:, :, source.index, :, :n_cached]
                 self.cache[:, :, slot.index, :, :n_cached] = prefix
-        slot.busy, slot.scope, slot.ids, slot.used = (
-            True,
-            scope,
-            prompt[:n_cached],
-            next(self._clock),
-        )
+        slot.busy, slot.used = True, next(self._clock)
+        slot.scope, slot.ids = scope, prompt[:n_cached]
         return slot, n_cached
 
     def hold(self, slot: Slot, ids: list[int]) -> None:
