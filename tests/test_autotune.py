@@ -318,12 +318,19 @@ def without_a_gpu(tiny_trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_rows_grow_until_memory_is_full(
-    tiny_trials: Trials, monkeypatch: pytest.MonkeyPatch
+    error: RuntimeError, tiny_trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forward_backward(model: object, rows: int, precision: str) -> None:
         if rows > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise error
 
     without_a_gpu(tiny_trials, monkeypatch)
     monkeypatch.setattr(tiny_trials, "_pass", forward_backward)

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from nanogpt.command import out_of_memory
 from nanogpt.disk import replacing
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.runs.run import Run
@@ -115,6 +116,7 @@ def autotune(run: Run, model: GPTConfig, device: torch.device, rows_per_rank: in
         lambda: _choose_compile(trials, precision, rows, run.max_steps, deterministic),
     )
     peak, source = peak_flops(device, DTYPES[precision], trials.rate(precision))
+    torch.cuda.empty_cache()  # NCCL and compiled kernels allocate outside of it
     log.info("peak %.4g TFLOP/s: %s", peak / 1e12, source)
     if trials.provisional:
         log.info(
@@ -328,7 +330,9 @@ class Trials:
                 if is_gpu:
                     passes[name]()  # which loads and chooses kernels
             del reserve
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # cuBLAS has no class of its own for it
+            if not is_gpu or not out_of_memory(error):
+                raise
             log.debug("memory is full at %s", passes.popitem()[0] if passes else "no rows")
         return self._in_turn(passes, MEASURE_S)
 
