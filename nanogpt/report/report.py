@@ -21,15 +21,8 @@ from nanogpt.runs.metrics import read_metrics
 from nanogpt.text import format_duration, format_number, format_percent
 
 MAX_SAMPLES = 24
-MAX_TABLE_ROWS = 40
 MAX_LOG_LINES = 200
 
-VALIDATION_COLUMNS = {
-    "tokens": "{:,.0f}",
-    "val/loss": "{:.4f}",
-    "val/bits_per_byte": "{:.4f}",
-    "val/accuracy": "{:.4f}",
-}
 METHODS = {
     "": "this model",
     "baseline_bag_of_words_": "bag of words",
@@ -125,7 +118,6 @@ def render(run: RunFiles) -> str:
         tiles=tiles(run),
         classes=classes(summary),
         charts=[(chart, figures.draw_curves(chart, run.last_step)) for chart in curves(run)],
-        validation=validation(run),
         tasks=tasks(run.evaluations),
         ends=[run.samples[i] for i in ends if run.samples],
         between=spread(run.samples[1:-1], MAX_SAMPLES),
@@ -216,16 +208,6 @@ def curves(run: RunFiles) -> list[Chart]:
         Chart("MFU", "of the device's peak", mfu, format_percent, from_zero=True, percent=True),
     ]
     return [chart for chart in charts if chart.series]
-
-
-def validation(run: RunFiles) -> list[list[str]]:
-    """Return the validation metrics by step as a table, its header first."""
-    columns = {name: dict(run.metrics[name]) for name in VALIDATION_COLUMNS if name in run.metrics}
-    table = [["step", *(name.replace("/", " ").replace("_", " ") for name in columns)]]
-    for step, _ in spread(run.metrics.get("val/loss", []), MAX_TABLE_ROWS):
-        values = [(VALIDATION_COLUMNS[name], points.get(step)) for name, points in columns.items()]
-        table.append([f"{step:,}", *("" if v is None else form.format(v) for form, v in values)])
-    return table
 
 
 def classes(summary: Mapping[str, Any]) -> dict[str, Any] | None:
