@@ -72,7 +72,7 @@ def fetch_model(name: str, data_dir: str | PathLike[str]) -> Path:
             from huggingface_hub import snapshot_download
 
             log.info("fetching %s into %s", name, directory)
-            snapshot_download(name, local_dir=directory, allow_patterns=FILES)
+            snapshot_download(name, local_dir=directory, allow_patterns=[*FILES])
     return directory
 
 
