@@ -250,6 +250,14 @@ def test_merge_keys_do_not_make_a_configuration_grow(tmp_path: Path) -> None:
     assert (run["stage"], run["error"]) == ("pretrain", None)
 
 
+@pytest.mark.parametrize("key", ["stage", "max_steps"])
+def test_anchors_do_not_make_a_configuration_grow(tmp_path: Path, key: str) -> None:
+    run_dir = write_run(tmp_path / "anchors", "1,8,2.5,,")
+    (run_dir / "config.yaml").write_text(f"{MERGES.replace('<<', 'all')}{key}: *a29\n")
+    (run,) = find_runs(tmp_path)
+    assert (run["stage"], run["max_steps"], run["error"]) == (None, None, None)
+
+
 @pytest.mark.parametrize("file", ["metrics.csv", "summary.json", "config.yaml", "report.html"])
 def test_what_is_no_file_spoils_its_own_run_only(tmp_path: Path, file: str) -> None:
     for name in ("fifo", "loop", "dangling", "device", "whole"):

@@ -260,14 +260,14 @@ def _read_values(path: Path) -> dict[str, Any]:
 def _read_budget(path: Path) -> dict[str, Any]:
     """Return the stage and the budget of a configuration.
 
-    Merge keys (`<<`), which can make a small file of YAML exponentially large, stay as they are.
+    Merge keys (`<<`) and anchors can make a small file of YAML exponentially large: the former stay
+    as they are, and lists and mappings, which hold the latter, are not shown.
     """
     with open_regular(path, MAX_CONFIG_BYTES) as file:
         config = yaml.load(file, yaml.BaseLoader)  # all scalars are text
     if not isinstance(config, dict):
         raise ValueError("not a mapping")
-    max_steps = str(config.get("max_steps"))
-    return {
-        "stage": config.get("stage"),
-        "max_steps": int(max_steps) if max_steps.isdecimal() else None,
-    }
+    stage, max_steps = (
+        value if isinstance(value := config.get(key), str) else "" for key in ("stage", "max_steps")
+    )
+    return {"stage": stage or None, "max_steps": int(max_steps) if max_steps.isdecimal() else None}
