@@ -146,6 +146,18 @@ def test_a_value_out_of_range_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
+    ("prompt", "why"),
+    [
+        ([-1], "Input should be greater than or equal to 0"),
+        ([[1], [-1]], "Input should be greater than or equal to 0"),
+        (["a"] * 2049, "List should have at most 2048 items after validation, not 2049"),
+    ],
+)
+def test_the_reason_is_of_the_prompts_own_type(url: str, prompt: object, why: str) -> None:
+    assert complete(url, prompt=prompt)["error"]["message"] == f"Invalid value for 'prompt': {why}."
+
+
+@pytest.mark.parametrize(
     "body",
     [{"top_p": 0}, {"temperature": 1e-46}, {"repetition_penalty": 0.01}, {"top_k": 10**400}],
     ids=lambda body: next(iter(body)),

@@ -139,10 +139,10 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> Res
     if len(first["loc"]) < 2:
         return ApiError(400, "The body must be a JSON object.").response()
     param = str(first["loc"][1])
-    reasons = [
-        p["msg"].removeprefix("Value error, ") for p in problems if p["loc"][1:2] == (param,)
-    ]
-    either = "; or ".join(dict.fromkeys(reasons))
+    found = [p for p in problems if p["loc"][1:2] == (param,)]
+    # Of a union, the alternatives of the value's own type have the reason.
+    found = [p for p in found if not p["type"].endswith("_type")] or found
+    either = "; or ".join(dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in found))
     return ApiError(400, f"Invalid value for {param!r}: {either}.", param=param).response()
 
 
