@@ -348,12 +348,3 @@ def test_the_event_loop_runs_between_the_choices_of_an_answer() -> None:
     assert len(set(form.rendered_at)) == 8
     choices = [{"index": i, "text": "é"} for i in range(8)]
     assert json.loads(content) == {**form.head, "choices": choices, "usage": {"n": 8}}
-
-
-def test_a_body_of_too_many_lists_is_not_parsed(tmp_path: Path) -> None:
-    headers = {"Content-Type": "application/json"}
-    body = b'{"x": [' + b",".join([b"[[]]"] * 180_000) + b"]}"
-    with serve(FakeEngine(f"unix:{tmp_path}/e")) as url:
-        answer = httpx.post(f"{url}/v1/completions", content=body, headers=headers)
-    assert answer.status_code == 400
-    assert "350,000 lists" in answer.json()["error"]["message"]

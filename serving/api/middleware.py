@@ -26,7 +26,6 @@ from serving.api.pages import key_page
 from serving.api.service import Metrics
 from serving.api.settings import ApiSettings
 
-MAX_CONTAINERS = 350_000  # of a body's lists and objects; nested ones take longest to parse
 MAX_REFUSALS = 1000  # requests that are read although they are refused; more are cut off
 PATIENCE_S = 0.3  # that requests wait for others to arrive: 1,000 refusals take about as long
 OVERLOAD_LOG_S = 1.0  # requests refused within it are one line of the log
@@ -232,9 +231,6 @@ class Admission:
                     body += part
                     if len(body) > self.settings.max_body_bytes:
                         refusal = self._too_large()
-            if refusal is None and body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
-                message = f"The body has more than {MAX_CONTAINERS:,} lists and objects."
-                refusal = ApiError(400, message)
             if refusal is None:
                 return bytes(body)
             raise refusal
