@@ -83,30 +83,22 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         n_head, n_embd, scaling = self.n_head, self.n_embd, self.rope_scaling
-        for key, is_valid, expected in (
-            ("n_embd", self.head_size or n_embd % n_head == 0, f"a multiple of n_head={n_head}"),
-            ("n_kv_head", n_head % self.kv_heads == 0, f"a divisor of n_head={n_head}"),
-            (
-                "rope_scaling",
-                scaling is None or scaling[1] < scaling[2],
-                "[factor, low factor, larger high factor, original block_size]",
-            ),
-            ("qk_norm_weight", self.qk_norm >= self.qk_norm_weight, "false without qk_norm"),
-            (
-                "block",
-                re.fullmatch(r"\w+(\.\w+)+", self.block or "a.b"),
-                "the dotted path of a class, my_package.MyBlock",
-            ),
-            (
-                "position",
-                self.position == "learned" or self.head_dim % 2 == 0,
-                f"learned with an odd head size, here {self.head_dim}: it turns pairs of channels",
-            ),
-        ):
-            if not is_valid:
-                kind, found = PydanticCustomError("value", expected), getattr(self, key)
-                details = InitErrorDetails(type=kind, loc=(key,), input=found)
-                raise ValidationError.from_exception_data("GPTConfig", [details])
+        is_path = re.fullmatch(r"\w+(\.\w+)+", self.block or "a.b")
+        D, turns = self.head_dim, self.position == "rotary"
+        unmet: dict[str, Any] = {
+            "n_embd": not self.head_size and n_embd % n_head and f"a multiple of n_head={n_head}",
+            "n_kv_head": n_head % self.kv_heads and f"a divisor of n_head={n_head}",
+            "rope_scaling": scaling
+            and scaling[1] >= scaling[2]
+            and "[factor, low, high above low, context]",
+            "qk_norm_weight": self.qk_norm_weight > self.qk_norm and "false without qk_norm",
+            "block": not is_path and "the dotted path of a class, my_package.MyBlock",
+            "position": turns and D % 2 and f"learned with an odd head size, {D}",
+        }
+        for key in filter(unmet.get, unmet):
+            kind, found = PydanticCustomError("value", unmet[key]), getattr(self, key)
+            details = InitErrorDetails(type=kind, loc=(key,), input=found)
+            raise ValidationError.from_exception_data("GPTConfig", [details])
         defaults = (n_head, n_embd // n_head, 4 * n_embd)
         for key, default in zip(DERIVED, defaults, strict=True):
             if getattr(self, key) == default:  # so that equal models have equal configurations

@@ -27,10 +27,10 @@ PUBLISHED = tuple(PRESETS)  # the names under which weights are fetched
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 INSTEAD = "pass a directory in which a Hugging Face model was saved"
-FILES = (  # of a model on the hub
+FILES = [  # of a model on the hub
     *(CONFIG, TOKENIZER, "tokenizer_config.json", "generation_config.json", "chat_template.jinja"),
     *("model*.safetensors", f"{SAFETENSORS}.index.json"),
-)
+]
 WEIGHTS = (SAFETENSORS, "pytorch_model.bin")  # each whole, or in shards with an index
 log = logging.getLogger("nanogpt")
 

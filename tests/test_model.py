@@ -118,11 +118,11 @@ def test_every_file_names_every_key_and_builds(file: str) -> None:
         ({"norm": None}, "norm=None should be 'layernorm'"),
         ({"activation": ["gelu"]}, r"activation=\['gelu'\] should be 'gelu'"),
         ({"position": "rotary", "n_embd": 12, "n_head": 4}, "odd head size"),
-        ({"position": "rotary", "head_size": 15}, "odd head size, here 15"),
+        ({"position": "rotary", "head_size": 15}, "odd head size, 15"),
         ({"n_head": 7}, "n_embd=768 should be a multiple of n_head=7"),
         ({"n_kv_head": 5}, "n_kv_head=5 should be a divisor of n_head=12"),
         ({"rope_scaling": [8.0, 1.0, 4.0]}, "rope_scaling.3 must be given"),
-        ({"rope_scaling": [8.0, 4.0, 1.0, 8192]}, "larger high factor"),
+        ({"rope_scaling": [8.0, 4.0, 1.0, 8192]}, "high above low"),
         ({"qk_norm_weight": True}, "qk_norm_weight=True should be false without qk_norm"),
     ],
 )
