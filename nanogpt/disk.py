@@ -13,9 +13,6 @@ from typing import IO, Any, BinaryIO
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 PATIENCE_S = 1.0  # a longer wait is logged
-MAX_DEPTH = 32  # levels of directories below a directory of runs
-
-
 log = logging.getLogger("nanogpt")
 
 
@@ -89,17 +86,10 @@ def link_atomically(source: Path, target: Path) -> None:
 
 
 def find_files(root: Path, name: str) -> Iterator[Path]:
-    """Yield every file called `name` under a directory.
-
-    Links to directories are not followed; directories that cannot be read, or that lie more than
-    MAX_DEPTH levels down, are skipped.
-    """
-    for directory, subdirectories, files in os.walk(root):
-        path = Path(directory)
+    """Yield every file called `name` under a directory, but for links to other directories."""
+    for directory, _, files in os.walk(root):
         if name in files:
-            yield path / name
-        if len(path.parts) - len(root.parts) >= MAX_DEPTH:
-            subdirectories.clear()
+            yield Path(directory) / name
 
 
 def open_regular(path: Path, max_bytes: int) -> BinaryIO:

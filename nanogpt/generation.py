@@ -13,10 +13,8 @@ from torch import Tensor
 from nanogpt.detokenizer import Detokenizer
 from nanogpt.model import GPT, Attend, causal_attention, evaluating
 from nanogpt.prompts import Message, Template, trimmed
-from nanogpt.support import ANY, IN_MODEL, check_supported, mixes_by_attend
+from nanogpt.support import IN_MODEL, check_supported, mixes_by_attend
 from nanogpt.tokenizer import Tokenizer
-
-SUPPORTED = {**IN_MODEL, "position": ("learned", "rotary"), "n_kv_head": ANY, "head_size": ANY}
 
 
 class Reply:
@@ -164,7 +162,7 @@ class KVCache(Attend):
     def __init__(self, model: GPT, batch_size: int = 1, n_tokens: int | None = None) -> None:
         super().__init__()
         config, weight = model.config, model.wte.weight
-        check_supported(config, "the KV cache (nanogpt/generation.py)", SUPPORTED)
+        check_supported(config, "the KV cache (nanogpt/generation.py)", IN_MODEL)
         n_tokens = config.block_size if n_tokens is None else n_tokens
         shape = (config.n_layer, 2, batch_size, config.kv_heads, n_tokens, config.head_dim)
         self.entries = torch.zeros(shape, dtype=weight.dtype, device=weight.device)

@@ -78,11 +78,6 @@ class Template:
         found = _SPECIAL.findall("".join(text for role in ROLES for text in getattr(self, role)))
         return [name for name in dict.fromkeys(found) if name != END_OF_TEXT]
 
-    @property
-    def teaches_end(self) -> bool:
-        """Whether a response ends with the end of text, so that a model learns to stop."""
-        return self.assistant[1] == END_OF_TEXT
-
     def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
         """Return the ids that end a reply: end of text, and the markers of another turn."""
         return [_special_id(tokenizer, name) for name in (END_OF_TEXT, *self.special_tokens)]

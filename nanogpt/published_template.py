@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from nanogpt.prompts import Encoded, Message, Template
 from nanogpt.published_tokenizer import PublishedTokenizer
 from nanogpt.text import first_line
-from nanogpt.tokenizer import Tokenizer, well_formed
+from nanogpt.tokenizer import END_OF_TEXT, Tokenizer, well_formed
 
 MARK = re.compile("\ue000(\\d+)\ue001")
 # What templates do to contents: nothing, strip them, or leave earlier reasoning out.
@@ -28,16 +28,6 @@ CHANGES: tuple[Callable[[str], str], ...] = (
 
 class PublishedTemplate(Template):
     """The chat template that the tokenizer of a published model carries."""
-
-    @property
-    def special_tokens(self) -> list[str]:
-        """None: the tokenizer has those of its template."""
-        return []
-
-    @property
-    def teaches_end(self) -> bool:
-        """Whether a response ends with a token that ends a reply: those of chat models do."""
-        return True
 
     def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
         """Return the ids that end a reply."""
@@ -106,7 +96,7 @@ class PublishedTemplate(Template):
 
 
 EMPTY = ("", "")
-PUBLISHED = PublishedTemplate("published", EMPTY, EMPTY, EMPTY, EMPTY)
+PUBLISHED = PublishedTemplate("published", EMPTY, EMPTY, EMPTY, assistant=("", END_OF_TEXT))
 
 
 def _with_template(tokenizer: Tokenizer) -> PublishedTokenizer:

@@ -25,14 +25,13 @@ class _Any:
 ANY = _Any()
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 GENERAL = (*SIZES, "bias", "dropout", "zero_init")  # every consumer supports all their values
-# Of no concern to a consumer that runs the model's own blocks, rotation and head.
-IN_MODEL: Supported = dict.fromkeys(
-    (
-        *("norm", "activation", "qk_norm", "block", "n_inner", "qk_norm_weight", "norm_eps"),
-        *("rope_base", "rope_scaling", "tie_embeddings", "logit_softcap"),
-    ),
-    ANY,
-)
+# Supported by a consumer that runs the model's own blocks, rotation and head.
+IN_MODEL: Supported = {
+    **dict.fromkeys(("norm", "activation", "qk_norm", "block", "n_inner", "qk_norm_weight"), ANY),
+    **dict.fromkeys(("norm_eps", "rope_base", "rope_scaling", "tie_embeddings"), ANY),
+    **dict.fromkeys(("logit_softcap", "n_kv_head", "head_size"), ANY),
+    "position": ("learned", "rotary"),
+}
 
 
 def unsupported(config: GPTConfig, supported: Supported) -> dict[str, Any]:

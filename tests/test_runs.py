@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import pytest
 
-from nanogpt.disk import MAX_DEPTH
 from serving.api import auth
 from serving.api.pages import MAX_POINTS, find_runs, thin
 from serving.api.settings import ApiSettings
@@ -302,13 +301,6 @@ def test_a_name_that_is_not_utf8_is_listed_and_its_report_opens(url: str, runs_d
     assert set(runs) == {"tiny", "caf\\xe9"}
     assert httpx.get(url + runs["caf\\xe9"]["report"]).status_code == 200
     assert httpx.get(f"{url}/runs").status_code == 200
-
-
-def test_directories_are_searched_to_a_limit(tmp_path: Path) -> None:
-    found, too_deep = "/".join("d" * MAX_DEPTH), "/".join("d" * (MAX_DEPTH + 1))
-    write_run(tmp_path / found, "1,8,3,,")
-    write_run(tmp_path / too_deep, "1,8,3,,")
-    assert [run["id"] for run in find_runs(tmp_path)] == [found]
 
 
 @pytest.mark.parametrize("seconds", [-1e9, 4e11])

@@ -11,7 +11,7 @@ from nanogpt.data.module import CHECK_ARGUMENTS, RowsDataModule, TokenizerChoice
 from nanogpt.data.packing import PackedRows
 from nanogpt.prompts import Template, find_template
 from nanogpt.text import format_percent
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer import END_OF_TEXT, Tokenizer
 from nanogpt.values import Count, Text
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class InstructionDataModule(RowsDataModule):
     ) -> None:
         super().__init__(**shared)
         self.template = find_template(template)
-        if not self.template.teaches_end:
+        if self.template.assistant[1] != END_OF_TEXT:
             raise ValueError(
                 f"template={template} ends no response, so a model would not learn to stop; "
                 "choose chat or alpaca"

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt.model import GPT, Attend, Block
-from nanogpt.support import ANY, IN_MODEL, check_supported, mixes_by_attend
+from nanogpt.support import IN_MODEL, check_supported, mixes_by_attend
 from nanogpt.tokenizer import Tokenizer
 
 BATCH_SIZE = 8  # requests per forward
@@ -33,7 +33,6 @@ TREE_TOKENS = 1024  # largest row: its attention scores grow with their square
 LOGITS_ROWS = 128  # of V logits, computed at a time
 PROGRESS_S = 10.0  # between updates of the bar
 
-SUPPORTED = {**IN_MODEL, "position": ("learned", "rotary"), "n_kv_head": ANY, "head_size": ANY}
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -68,7 +67,7 @@ def loglikelihoods(
     Raises ValueError where the model gives no finite likelihoods, or is not supported.
     """
     assert not model.training, "dropout would change the results"
-    check_supported(model.config, "the scorer (nanogpt/evaluation/scoring.py)", SUPPORTED)
+    check_supported(model.config, "the scorer (nanogpt/evaluation/scoring.py)", IN_MODEL)
     is_shared = dist.is_available() and dist.is_initialized()
     rank, n_ranks = (dist.get_rank(), dist.get_world_size()) if is_shared else (0, 1)
     has_trees = mixes_by_attend(model)

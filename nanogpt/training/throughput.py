@@ -10,11 +10,7 @@ from nanogpt.model import GPTConfig
 from nanogpt.support import ANY, IN_MODEL, check_supported
 from nanogpt.weights import model_without_weights
 
-SUPPORTED = {
-    **IN_MODEL,
-    **dict.fromkeys(("position", "n_kv_head", "head_size"), ANY),
-    "activation": ("gelu", "relu2", "swiglu"),
-}
+SUPPORTED = {**IN_MODEL, "position": ANY, "activation": ("gelu", "relu2", "swiglu")}
 # Dense bfloat16 and float16 rates that Lightning's table lacks or gives with sparsity, from the
 # data sheets' sparse rates halved: https://www.nvidia.com/en-us/data-center/h200/, .../h100/.
 DENSE_HALF_FLOPS = {

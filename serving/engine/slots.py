@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.model import GPTConfig
-from nanogpt.support import ANY, IN_MODEL, check_supported
-
-SUPPORTED = {**IN_MODEL, "position": ("learned", "rotary"), "n_kv_head": ANY, "head_size": ANY}
+from nanogpt.support import IN_MODEL, check_supported
 
 
 @dataclass
@@ -104,7 +102,7 @@ def slot_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
 
     Raises ValueError for a configuration whose keys and values have another shape.
     """
-    check_supported(config, "the server's KV cache (serving/engine/slots.py)", SUPPORTED)
+    check_supported(config, "the server's KV cache (serving/engine/slots.py)", IN_MODEL)
     n_values = config.n_layer * config.block_size * config.kv_heads * config.head_dim
     return 2 * n_values * dtype.itemsize
 
