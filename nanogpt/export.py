@@ -40,6 +40,7 @@ from nanogpt.tokenizer_files import merges_of, padding_id, spell, spellings, wri
 
 # The rotation turns channels (2i, 2i + 1) there, and (i, i + D/2) here and in Qwen3.
 INTERLEAVED = ("llama", "arcee")
+LLAMA_CPP_LACKS = {"arcee": "bias", "qwen3": "rope_scaling"}  # tensors that its loader refuses
 QUERY_KEY = re.compile(r"\.(q|k)_proj\.")
 NO_MERGES = [f"{END_OF_TEXT} {END_OF_TEXT}"]  # occurs in no text; the list may not be empty
 
@@ -70,18 +71,25 @@ def check_exportable(
 ) -> Architecture:
     """Return the architecture to write a checkpoint as: the named one, or the first that it fits.
 
-    Raises ValueError where none fits, and for a classifier where the format is gguf.
+    Raises ValueError where none fits, and for what llama.cpp cannot load where the format is gguf.
     """
-    path = checkpoint.path
+    path, config = checkpoint.path, checkpoint.config
     if checkpoint.labels is not None and format_ == "gguf":
         raise ValueError(f"{path} is a classifier, which GGUF has no place for; pass --format hf")
     try:
-        return find_architecture(checkpoint.config, architecture)
+        found = find_architecture(config, architecture)
     except ValueError as error:
         raise ValueError(
             f"{path} {error}; export a model with the switches of model=gpt2_small, llama_small or "
             f"qwen3_small"
         ) from error
+    key = LLAMA_CPP_LACKS.get(found.model_type)
+    if format_ == "gguf" and key and getattr(config, key):
+        raise ValueError(
+            f"{path} has {key}={getattr(config, key)}, which llama.cpp lacks for "
+            f"{found.model_type}; pass --format hf"
+        )
+    return found
 
 
 def write_huggingface(checkpoint: Checkpoint, architecture: Architecture, directory: Path) -> None:

@@ -415,6 +415,24 @@ def test_a_classifier_that_the_format_lacks_is_refused(
 # GGUF
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({**ARCEE, "bias": True}, "bias=True, which llama.cpp lacks for arcee"),
+        ({**QWEN3, **SCALED}, "which llama.cpp lacks for qwen3; pass --format hf"),
+    ],
+)
+def test_tensors_that_llama_cpp_refuses_are_not_written(
+    changes: dict[str, Any],
+    message: str,
+    write: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert export(write(**changes), tmp_path / "out", "--format", "gguf") == 1
+    assert message in capsys.readouterr().err
+
+
 def read_gguf(path: Path) -> Any:
     return pytest.importorskip("gguf").GGUFReader(path)
 
