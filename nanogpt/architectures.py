@@ -88,10 +88,10 @@ class Architecture:
 
         Weights of `qk_norm` that a model lacks are ones.
         """
-        free = {*self.keys.values(), "qk_norm_weight", *(["rope_scaling"] if self.is_llama else [])}
-        fixed = {key: (value,) for key, value in self.fixed.items() if key not in free}
-        own = {"bias": (self.fixed["bias"],)} if "bias" in self.fixed else {}
-        return unsupported(config, {**dict.fromkeys(free, ANY), **fixed, **own})
+        free = dict.fromkeys([*self.keys.values(), "qk_norm_weight"], ANY)
+        free |= {"rope_scaling": ANY} if self.is_llama else {}
+        fixed = {k: (value,) for k, value in self.fixed.items() if k != "qk_norm_weight"}
+        return unsupported(config, {**free, **fixed})
 
     def read_config(self, found: Mapping[str, Any]) -> GPTConfig:
         """Return the configuration that config.json describes.

@@ -13,17 +13,17 @@ from contextlib import contextmanager
 from dataclasses import field, fields
 from functools import partial
 from os import PathLike
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from torch import Tensor, nn
 
 from nanogpt.dropout import NO_DROPOUT, RowDropout
-from nanogpt.values import CHECKED, Count, Flag, Text
+from nanogpt.values import CHECKED, BelowOne, Count, Flag, Positive, Text
 
 INIT_STD = 0.02
 WRITTEN_OUT_TOKENS = 256  # longest context for which the scores (B, H, T, T) are materialised
@@ -41,8 +41,6 @@ PRESETS = {  # n_layer, n_head, n_embd
 
 DERIVED = ("n_kv_head", "head_size", "n_inner")  # null: n_head, n_embd / n_head, 4 n_embd
 LATER = ("rope_base", "norm_eps", "qk_norm_weight", "tie_embeddings")  # than version 0.1.0
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-BelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -431,7 +429,7 @@ def build_blocks(config: GPTConfig) -> list[nn.Module]:
 
 def make_norm(config: GPTConfig, n_channels: int | None = None) -> nn.Module:
     """Return a new normalisation over channels, by default those of the residual stream."""
-    n_channels = config.n_embd if n_channels is None else n_channels
+    n_channels = n_channels or config.n_embd
     if config.norm == "rmsnorm":
         return nn.RMSNorm(n_channels, eps=config.norm_eps)
     return nn.LayerNorm(n_channels, eps=config.norm_eps, bias=config.bias)

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from nanogpt.muon import MuonAdamW
-from nanogpt.values import CHECKED, Amount, Count, Flag, Fraction, Size
+from nanogpt.values import CHECKED, Amount, BelowOne, Count, Flag, Fraction, Size
 
 Group = dict[str, Any]  # a parameter group as torch.optim takes it: "params" and their settings
 # (step, max_steps) -> factor of the learning rate: step is an optimizer step counted from 0.
@@ -22,10 +22,7 @@ Schedule = Callable[[int, int], float]
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # that have the kernel in every release we take
 HIDDEN_WEIGHT = re.compile(r"(^|\.)h\.\d+\.")
 QKV_WEIGHT = re.compile(r"(^|\.)attn\.c_attn\.weight$")
-
-
-Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
-Betas = Annotated[tuple[Decay, ...], Field(min_length=2, max_length=2)]
+Betas = Annotated[tuple[BelowOne, ...], Field(min_length=2, max_length=2)]
 checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True))
 
 

@@ -13,6 +13,8 @@ Size = Annotated[int, Field(strict=True, ge=0)]  # a whole number of at least 0
 Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
 Amount = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]  # finite
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]  # from 0 to 1
+BelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]  # from 0, and below 1
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(strict=True, gt=0, lt=1)]  # between 0 and 1
 Flag = StrictBool
 Text = Annotated[str, Field(strict=True, min_length=1)]
