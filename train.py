@@ -11,7 +11,6 @@ Issuing a command again continues its run. Every key is in conf/, with a comment
 
 import math
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -83,10 +82,7 @@ def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
             raise
         is_usage = isinstance(error, ConfigurationError | OmegaConfBaseException)
         failures.append(getattr(error, "exit_code", WRONG_USAGE if is_usage else FAILED))
-        if text := explain_failure(error):
-            stage = config["stage"]  # whose keys its modules receive
-            if keys := "|".join(config.get(str(stage)) or ()):
-                text = re.sub(rf"\b(data|datamodule|module)\.(?=({keys})\b)", f"{stage}.", text)
+        if text := explain_failure(error, config):
             print(f"train.py: {text}", file=sys.stderr)
         sweep = Path(config["runs_dir"], os.environ["NANOGPT_SWEEP"])
         if sweep.is_dir() and {path.name for path in sweep.iterdir()} <= {"multirun.yaml"}:

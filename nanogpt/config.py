@@ -285,8 +285,8 @@ INTERVALS = {"log_every_n_steps": Count, "progress_every_s": Amount, "validation
 VALIDATION = {"every_n_steps": Count, "tokens": Count | None, "final_tokens": Count | None}
 
 
-def explain_failure(error: Exception) -> str:
-    """Return why a job failed; nothing for a rank whose rank zero has reported it."""
+def explain_failure(error: Exception, config: Mapping[str, Any]) -> str:
+    """Return why a job of a configuration failed; nothing where its rank zero has reported it."""
     from nanogpt.ranks import Ranks, RankZeroFailedError
 
     text = first_line(error)
@@ -304,7 +304,9 @@ def explain_failure(error: Exception) -> str:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain_composition(error)
     if reported_by_rank_zero or isinstance(error, CallbackError):
-        return text
+        stage = str(config.get("stage"))  # whose keys its modules receive
+        keys = "|".join(config.get(stage) or ["-"])
+        return re.sub(rf"\b(data|datamodule|module)\.(?=({keys})\b)", f"{stage}.", text)
     return f"{type(error).__name__}: {text} (debug=true shows where)"
 
 
