@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from serving.api.auth import is_loopback, is_public, key_name
+from serving.api.auth import is_loopback, key_name
 from serving.api.settings import ApiSettings
 from tests.fake_engine import FakeEngine
 from tests.front_end import generated, serve
@@ -119,6 +119,7 @@ def test_loopback_is_this_machine(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
 
 
-def test_the_page_s_files_are_public() -> None:
-    assert is_public("/static/page.js")
-    assert not is_public("/staticfiles")
+def test_the_page_s_files_are_public(url: str) -> None:
+    assert httpx.get(f"{url}/static/page.js").status_code != 401
+    assert httpx.head(f"{url}/static/page.js").status_code != 401
+    assert httpx.get(f"{url}/staticfiles").status_code == 401

@@ -20,8 +20,7 @@ from starlette.types import Scope
 from serving.api.errors import ApiError
 from serving.api.settings import ApiSettings
 
-PUBLIC = {"/", "/health", "/ready"}
-PUBLIC_PREFIX = "/static/"  # the page's files
+PUBLIC = {"/", "/health", "/ready"}  # and the page's files
 TICKET_S = 3600
 FORWARDING = {
     *("forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "true-client-ip"),
@@ -67,10 +66,10 @@ def authenticate(scope: Scope, settings: ApiSettings) -> str:
             check_local(scope, settings)
         return ""
     path = scope["path"]
-    if is_public(path) or scope["method"] == "OPTIONS":
+    if path in PUBLIC or path.startswith("/static/") or scope["method"] == "OPTIONS":
         return ""
     query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
-    if scope["method"] in ("GET", "HEAD") and admits(path, query.get("ticket", [""])[0], settings):
+    if scope["method"] == "GET" and admits(path, query.get("ticket", [""])[0], settings):
         return "ticket"
     given = _given_key(Headers(scope=scope))
     name = key_name(given, settings) if given else None
@@ -80,11 +79,6 @@ def authenticate(scope: Scope, settings: ApiSettings) -> str:
         headers = {"WWW-Authenticate": "Bearer"}
         raise ApiError(401, message, code="invalid_api_key", headers=headers)
     return name
-
-
-def is_public(path: str) -> bool:
-    """Return whether a path is answered without a key."""
-    return path in PUBLIC or path.startswith(PUBLIC_PREFIX)
 
 
 def check_local(scope: Scope, settings: ApiSettings) -> None:
@@ -155,7 +149,7 @@ def _is_same_site(headers: Headers, method: str, settings: ApiSettings) -> bool:
         return True
     if origin is not None:
         return origin.partition("://")[2] == headers["host"] or allows_origin(origin, settings)
-    followed_a_link = headers.get("sec-fetch-dest") == "document" and method in ("GET", "HEAD")
+    followed_a_link = headers.get("sec-fetch-dest") == "document" and method == "GET"
     return site != "cross-site" or followed_a_link
 
 
