@@ -132,7 +132,7 @@ class Architecture:
         return {"model_type": self.model_type, **written, **required}
 
     def read_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors under our names and in our orientation, in memory of their own."""
+        """Return tensors, of any shape, under our names and in our orientation, as copies."""
         indices = {
             theirs: (ours, i) for ours, n in LLAMA_NAMES.items() for i, theirs in enumerate(n)
         }
@@ -150,7 +150,7 @@ class Architecture:
         return {n: torch.cat([own[i] for i in sorted(own)]).float() for n, own in parts.items()}
 
     def write_weights(self, model: GPT) -> dict[str, Tensor]:
-        """Return a model's weights under their names there; a missing bias of GPT-2's is zero."""
+        """Return the weights, of any shape, under their names there; GPT-2 has zeros for biases."""
         config, theirs = model.config, {}
         if not self.is_llama:
             for name, tensor in biased_weights(model).items():

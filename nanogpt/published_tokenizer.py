@@ -125,7 +125,7 @@ def read_published(directory: Path, content: str, n_ids: int | None) -> Publishe
     """Return the tokenizer of a directory, of which `content` is the tokenizer.json.
 
     `<|endoftext|>` separates documents where the file has it, else the eos_token that
-    tokenizer_config.json names, which with generation_config.json says what ends a reply. Raises
+    tokenizer_config.json names, which with generation_config.json names what ends a reply. Raises
     ValueError for anything but a byte-level BPE, one that loses text, and where no token separates
     documents.
     """
