@@ -24,7 +24,7 @@ def test_a_benchmark_is_fetched_once(tmp_path: Path) -> None:
     ):
         path = process.submit(find_benchmark, BENCHMARK, tmp_path / "data").result()
         wrong = Benchmark("other", "someone/nothing", "validation")
-        with pytest.raises(ValueError, match="the data set someone/nothing cannot be read"):
+        with pytest.raises(PermissionError, match="someone/nothing is not on the hub"):
             process.submit(find_benchmark, wrong, tmp_path / "data").result()
     assert path == tmp_path / "data" / "benchmarks" / "mine.jsonl"
     assert [row for _, row in read_rows(path)] == ROWS
