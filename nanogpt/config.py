@@ -82,7 +82,8 @@ def run_hydra(name: str, arguments: Sequence[str], work: Callable[[], None]) -> 
         if "debug=true" in arguments:
             raise
         print(f"{name}.py: {explain_composition(error, name)}", file=sys.stderr)
-        return FAILED if isinstance(error, OSError) else WRONG_USAGE
+        is_usage = isinstance(error, HydraException) or not isinstance(error, OSError)
+        return WRONG_USAGE if is_usage else FAILED
     return 0
 
 

@@ -183,6 +183,14 @@ def test_a_mistake_in_the_command_is_one_sentence(
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.ckpt"))
 
 
+@pytest.mark.parametrize("word", ["data=txt", "model.n_heads=2", "optim=sgd", "stage=tune"])
+def test_a_wrong_name_is_wrong_usage(
+    word: str, main: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(word) == 2
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
 NONSENSE = ([1], {"a": 1}, "some text", -1, None)
 TEXTS = {"name", "init_from", "runs_dir", "data_dir", "path", "text_column", "label_column"}
 TEXTS |= {"separator", "revision", "subset", "pretokenized"}
