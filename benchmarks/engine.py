@@ -34,12 +34,15 @@ from torch import Tensor
 from nanogpt.checkpoint import KEY, record, write_checkpoint
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import gpt2_tokenizer
+from nanogpt.training.machine import device_name
+from serving.engine.compiling import processor_flags
 
 STREAMS = (1, 8, 32)
 PROMPT_TOKENS = 32
 KL_TOKENS = 256
 SAME_KL = 1e-12  # below it, two orders of the same float32 sums
 TURN = (850, 50, 20)  # tokens of a chat's first prompt, its answer and the next message
+CPU_FLAGS = {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
 
 
 @dataclass
@@ -94,6 +97,9 @@ def _answer(connection: Connection, name: str, files: Path, threads: int) -> Non
 def main() -> None:
     options = _parser().parse_args()
     torch.set_num_threads(options.threads)
+    flags = [flag for flag in processor_flags().split() if flag in CPU_FLAGS]
+    processor = f"{device_name(torch.device('cpu'))}: {' '.join(flags)}"
+    print(processor)
     names = [n for n in engine_programs.PROGRAMS if n in (options.programs or [n])]
     for name in [n for n in names if engine_programs.missing(n)]:
         print(f"without {name}: {', '.join(engine_programs.missing(name))} is not installed")
@@ -111,7 +117,8 @@ def main() -> None:
     show(results, turns)
     if options.json:
         rows = [asdict(result) for result in results]
-        options.json.write_text(json.dumps({"results": rows, "second_turns": turns}, indent=1))
+        found = {"processor": processor, "results": rows, "second_turns": turns}
+        options.json.write_text(json.dumps(found, indent=1))
 
 
 def write_random(path: Path) -> GPT:
