@@ -169,7 +169,7 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(build_blocks(config))
-        self.ln_f = make_norm(config)
+        self.ln_f = make_norm(config, config.n_embd)
         if not config.tie_embeddings:
             self.lm_head = TokenEmbedding(config.vocab_size, config.n_embd)
         self.init_weights()
@@ -338,9 +338,9 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.ln_1 = make_norm(config)
+        self.ln_1 = make_norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = make_norm(config)
+        self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
@@ -363,20 +363,17 @@ class CausalSelfAttention(nn.Module):
         n_rows = (config.n_head + 2 * config.kv_heads) * config.head_dim
         self.c_attn = nn.Linear(config.n_embd, n_rows, bias=config.bias)
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
-        if config.qk_norm_weight:
-            self.q_norm = make_norm(config, config.head_dim)
-            self.k_norm = make_norm(config, config.head_dim)
+        if config.qk_norm:
+            self.q_norm = make_norm(config, config.head_dim, config.qk_norm_weight)
+            self.k_norm = make_norm(config, config.head_dim, config.qk_norm_weight)
 
     def forward(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
         """Return the attention output (B, T, C) of normalised states x (B, T, C)."""
         config = self.config
         heads = self.c_attn(x).unflatten(-1, (-1, config.head_dim))
         q, k, v = heads.split((config.n_head, config.kv_heads, config.kv_heads), -2)
-        if config.qk_norm_weight:
+        if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        elif config.qk_norm:
-            norm = F.rms_norm if config.norm == "rmsnorm" else F.layer_norm
-            q, k = (norm(part, part.shape[-1:], eps=config.norm_eps) for part in (q, k))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         return self.c_proj(attend(self.layer, q, k, v).flatten(2))
@@ -427,12 +424,11 @@ def build_blocks(config: GPTConfig) -> list[nn.Module]:
         ) from error
 
 
-def make_norm(config: GPTConfig, n_channels: int | None = None) -> nn.Module:
-    """Return a new normalisation over channels, by default those of the residual stream."""
-    n_channels = n_channels or config.n_embd
+def make_norm(config: GPTConfig, n_channels: int, has_weight: bool = True) -> nn.Module:
+    """Return a new normalisation over channels, with or without weights (and biases)."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(n_channels, eps=config.norm_eps)
-    return nn.LayerNorm(n_channels, eps=config.norm_eps, bias=config.bias)
+        return nn.RMSNorm(n_channels, config.norm_eps, has_weight)
+    return nn.LayerNorm(n_channels, config.norm_eps, has_weight, config.bias)
 
 
 def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
