@@ -38,9 +38,9 @@ PRESETS = {  # n_layer, n_head, n_embd
     "gpt2-xl": (48, 25, 1600),
 }
 
-
 DERIVED = ("n_kv_head", "head_size", "n_inner")  # null: n_head, n_embd / n_head, 4 n_embd
-LATER = ("rope_base", "norm_eps", "qk_norm_weight", "tie_embeddings")  # than version 0.1.0
+# Fields that version 0.1.0 lacks, of which it computes the defaults.
+LATER = ("rope_base", "norm_eps", "norm_weight", "embd_norm", "qk_norm_weight", "tie_embeddings")
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -71,6 +71,8 @@ class GPTConfig:
     rope_scaling: tuple[Positive, Positive, Positive, Count] | None = None
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: BelowOne = 1e-5
+    norm_weight: Flag = True
+    embd_norm: Flag = False
     activation: Literal["gelu", "relu2", "swiglu"] = "gelu"
     qk_norm: Flag = False
     qk_norm_weight: Flag = False
@@ -168,8 +170,9 @@ class GPT(nn.Module):
         self.wte = TokenEmbedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.ln_e = make_norm(config, config.n_embd, False) if config.embd_norm else nn.Identity()
         self.h = nn.ModuleList(build_blocks(config))
-        self.ln_f = make_norm(config, config.n_embd)
+        self.ln_f = make_norm(config, config.n_embd, config.norm_weight)
         if not config.tie_embeddings:
             self.lm_head = TokenEmbedding(config.vocab_size, config.n_embd)
         self.init_weights()
@@ -231,7 +234,7 @@ class GPT(nn.Module):
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Return the embeddings (..., T, C) of input_ids (..., T) at positions (T,) or (..., T)."""
         x = self.wte(input_ids)
-        return x + self.wpe(positions) if self.config.position == "learned" else x
+        return self.ln_e(x + self.wpe(positions) if self.config.position == "learned" else x)
 
     def rotation(self, positions: Tensor) -> Tensor | None:
         """Return the rotary angles (2, ..., T, 1, D/2) of positions (..., T), None if learned."""
@@ -338,9 +341,9 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.ln_1 = make_norm(config, config.n_embd)
+        self.ln_1 = make_norm(config, config.n_embd, config.norm_weight)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = make_norm(config, config.n_embd)
+        self.ln_2 = make_norm(config, config.n_embd, config.norm_weight)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
@@ -424,7 +427,7 @@ def build_blocks(config: GPTConfig) -> list[nn.Module]:
         ) from error
 
 
-def make_norm(config: GPTConfig, n_channels: int, has_weight: bool = True) -> nn.Module:
+def make_norm(config: GPTConfig, n_channels: int, has_weight: bool) -> nn.Module:
     """Return a new normalisation over channels, with or without weights (and biases)."""
     if config.norm == "rmsnorm":
         return nn.RMSNorm(n_channels, config.norm_eps, has_weight)

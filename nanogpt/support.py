@@ -28,8 +28,8 @@ GENERAL = (*SIZES, "bias", "dropout", "zero_init")  # every consumer supports al
 # Supported by a consumer that runs the model's own blocks, rotation and head.
 IN_MODEL: Supported = {
     **dict.fromkeys(("norm", "activation", "qk_norm", "block", "n_inner", "qk_norm_weight"), ANY),
-    **dict.fromkeys(("norm_eps", "rope_base", "rope_scaling", "tie_embeddings"), ANY),
-    **dict.fromkeys(("logit_softcap", "n_kv_head", "head_size"), ANY),
+    **dict.fromkeys(("norm_eps", "norm_weight", "rope_base", "rope_scaling", "embd_norm"), ANY),
+    **dict.fromkeys(("logit_softcap", "n_kv_head", "head_size", "tie_embeddings"), ANY),
     "position": ("learned", "rotary"),
 }
 

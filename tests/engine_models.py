@@ -27,6 +27,8 @@ GROUPED: dict[str, Any] = {  # Qwen3's switches, and those that it lacks
     "rope_base": 1e6,
     "norm": "rmsnorm",
     "norm_eps": 1e-6,
+    "norm_weight": False,
+    "embd_norm": True,
     "bias": False,
     "activation": "swiglu",
     "n_inner": 192,

@@ -132,6 +132,25 @@ def test_a_value_no_model_can_have_is_refused(values: dict[str, Any], message: s
     assert re.search(message, explain(caught.value))
 
 
+@BOTH
+def test_norms_without_weights_compute_as_with_ones(config: GPTConfig) -> None:
+    learned, plain = build(config), build(replace(config, norm_weight=False))
+    ids = some_ids(config, 2, 16)
+    assert torch.equal(plain(ids), learned(ids))
+    assert not [name for name, _ in plain.named_parameters() if "ln_" in name]
+
+
+@BOTH
+def test_embeddings_are_normalised_before_the_first_block(config: GPTConfig) -> None:
+    plain, normed = build(config), build(replace(config, embd_norm=True))
+    assert normed.state_dict().keys() == plain.state_dict().keys()
+    ids, positions = some_ids(config, 2, 16), torch.arange(16)
+    x = plain.embed(ids, positions)
+    x = x if config.norm == "rmsnorm" else x - x.mean(-1, keepdim=True)
+    expected = x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+    torch.testing.assert_close(normed.embed(ids, positions), expected)
+
+
 def test_heads_of_a_given_size_need_not_divide_the_channels() -> None:
     config = replace(TINY, n_embd=30, n_head=4, head_size=8, position="rotary")
     assert GPT(config)(torch.zeros(1, 2, dtype=torch.long)).shape == (1, 2, TINY.vocab_size)

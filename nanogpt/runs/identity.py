@@ -42,6 +42,8 @@ OPERATIONAL = (
 NAMED_BY_CHOICE = ("stage", "model", "data")  # groups that the name begins with
 NEW_KEYS = {  # that records of earlier versions lack, with the value that these imply
     "model.norm_eps": 1e-5,
+    "model.norm_weight": True,
+    "model.embd_norm": False,
     "model.rope_base": 10_000.0,
     "model.qk_norm_weight": False,
     "model.tie_embeddings": True,

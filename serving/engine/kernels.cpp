@@ -42,7 +42,7 @@ struct Matrix {
     int32_t n, k;
 };
 struct Norm {
-    const float *weight, *bias;  // bias or null
+    const float *weight, *bias;  // each may be null
 };
 struct Layer {
     Norm ln_1, ln_2, q_norm, k_norm;  // the last two without weights, unless the model has some

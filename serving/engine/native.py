@@ -23,8 +23,8 @@ SUPPORTED: Supported = {
     "norm": ("layernorm", "rmsnorm"),
     "activation": ("gelu", "relu2", "swiglu"),
     **dict.fromkeys(("n_kv_head", "head_size", "n_inner", "qk_norm", "qk_norm_weight"), ANY),
-    **dict.fromkeys(("norm_eps", "rope_base", "rope_scaling"), ANY),
-    **dict.fromkeys(("tie_embeddings", "logit_softcap"), ANY),
+    **dict.fromkeys(("norm_eps", "norm_weight", "rope_base", "rope_scaling"), ANY),
+    **dict.fromkeys(("embd_norm", "tie_embeddings", "logit_softcap"), ANY),
 }
 ACTIVATIONS = {"gelu": 0, "relu2": 1, "swiglu": 2}
 DTYPES = {"fp32": 0, "bf16": 1, "int8": 2, "fp24": 3}
@@ -85,6 +85,7 @@ class NativeForward:
         self._referenced: list[Tensor] = []  # by pointers of the kernels
         self.wte = model.wte.weight[: model.config.vocab_size].detach().to(cache.dtype)
         self.wpe = model.wpe.weight.detach() if model.config.position == "learned" else None
+        self.ln_e = model.ln_e  # without weights
         self.classes = deepcopy(model.classes) if isinstance(model, Classifier) else None
         self._native = self._describe(model, DTYPES[dtype])
 
@@ -97,6 +98,7 @@ class NativeForward:
         x = self.wte[ids].float()  # (R, C)
         if self.wpe is not None:
             x += self.wpe[positions.long()]
+        x = self.ln_e(x)
         states = torch.empty_like(x)
         self._compute(self.library.hidden_states, slots, positions, x, states)
         return states
@@ -164,9 +166,8 @@ class NativeForward:
         )
 
     def _norm(self, norm: nn.Module) -> _Norm:
-        bias = getattr(norm, "bias", None)
-        assert isinstance(norm.weight, Tensor)
-        return _Norm(self._pointer(norm.weight), None if bias is None else self._pointer(bias))
+        tensors = (getattr(norm, name, None) for name in ("weight", "bias"))
+        return _Norm(*(None if tensor is None else self._pointer(tensor) for tensor in tensors))
 
     def _packed(self, weight: Tensor, bias: Tensor | None, dtype: int) -> _Matrix:
         n, k = weight.shape
