@@ -7,24 +7,23 @@ and back. Query, key and value maps are apart there and rows of one matrix, `c_a
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.model import DERIVED, GPT, GPTConfig
 from nanogpt.support import ANY, unsupported
 
-CLASSES, SCORE = "classes.weight", "score.weight"  # the head of a classifier: here, and there
+CLASSES = "classes.weight"  # the head of a classifier
 # Linear maps of GPT-2 are stored input by output ("Conv1D"): the transpose of ours.
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-WITHOUT_BIAS = ("wte.weight", "wpe.weight", "lm_head.weight", CLASSES)
+TRANSPOSED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # of old files
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LLAMA_NAMES = {  # of modules; several hold the rows of one of ours, in order
-    "wte": ("model.embed_tokens",),
-    "ln_f": ("model.norm",),
+    "wte": ("embed_tokens",),
+    "ln_f": ("norm",),
     "lm_head": ("lm_head",),
     "classes": ("score",),
     "ln_1": ("input_layernorm",),
@@ -37,7 +36,8 @@ LLAMA_NAMES = {  # of modules; several hold the rows of one of ours, in order
     "mlp.c_fc": ("mlp.up_proj",),
     "mlp.c_proj": ("mlp.down_proj",),
 }
-NAME = re.compile(r"((?:h|model\.layers)\.\d+\.)?(.+)\.(weight|bias)")
+GPT2_NAMES = {name: (name,) for name in [*LLAMA_NAMES, "wpe"]} | {"classes": ("score",)}
+NAME = re.compile(r"((?:h|layers)\.\d+\.)?(.+)\.(weight|bias)")
 GPT2_KEYS = {
     "n_positions": "block_size",
     **{key: key for key in ("vocab_size", "n_layer", "n_head", "n_embd", "n_inner")},
@@ -54,7 +54,6 @@ LLAMA_KEYS = {
     "hidden_size": "n_embd",
     "intermediate_size": "n_inner",
     "head_dim": "head_size",
-    "attention_bias": "bias",
     "rms_norm_eps": "norm_eps",
     "rope_theta": "rope_base",
     "tie_word_embeddings": "tie_embeddings",
@@ -67,8 +66,9 @@ class Architecture:
     """A model type of transformers; `prefix` begins the names of its classes.
 
     `keys` of config.json stand for fields of `GPTConfig`, `defaults` for those that are absent.
-    `fixed` fields have one value. Other keys that change what a model computes have a `required`
-    value, of several the first by default.
+    `fixed` fields have one value; a model that is written may have any of a `free` one. Other keys
+    that change what a model computes have a `required` value, of several the first by default.
+    `names` are those of modules, which follow `base` except for the heads.
     """
 
     model_type: str
@@ -77,124 +77,83 @@ class Architecture:
     defaults: Mapping[str, Any]
     fixed: Mapping[str, Any]
     required: Mapping[str, tuple[Any, ...]]
-
-    @property
-    def is_llama(self) -> bool:
-        """Whether the tensors have the names of Llama's, else those of GPT-2's."""
-        return self.keys is LLAMA_KEYS
+    names: Mapping[str, tuple[str, ...]]
+    base: str
+    free: tuple[str, ...] = ()
 
     def unsupported(self, config: GPTConfig) -> dict[str, Any]:
-        """Return the fields of a configuration, with their values, that it does not have.
-
-        Weights of `qk_norm` that a model lacks are ones.
-        """
-        free = dict.fromkeys([*self.keys.values(), "qk_norm_weight"], ANY)
-        free |= {"rope_scaling": ANY} if self.is_llama else {}
-        fixed = {k: (value,) for k, value in self.fixed.items() if k != "qk_norm_weight"}
-        return unsupported(config, {**free, **fixed})
+        """Return the fields of a configuration, with their values, that it does not have."""
+        fixed = {key: (value,) for key, value in self.fixed.items()}
+        return unsupported(config, fixed | dict.fromkeys([*self.keys.values(), *self.free], ANY))
 
     def read_config(self, found: Mapping[str, Any]) -> GPTConfig:
         """Return the configuration that config.json describes.
 
         Raises ValueError for values that no model here has, and where a size is missing.
         """
-        required = {**self.required}
-        if "mlp_bias" in required:
-            required["mlp_bias"] = (found.get("attention_bias", False),)
-        for key, allowed in required.items():
-            if found.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"has {key}={found[key]!r}; only {allowed[0]!r} can be read")
         rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
         found = {**self.defaults, **{k: rope[k] for k in {"rope_theta"} & rope.keys()}, **found}
         if missing := self.keys.keys() - found.keys():
             raise ValueError(f"lacks {', '.join(sorted(missing))}")
         values = {ours: found[theirs] for theirs, ours in self.keys.items()}
-        scaling = _read_scaling(rope) if self.is_llama else None
-        return GPTConfig(**{**values, **self.fixed, "rope_scaling": scaling})
+        alike = {theirs: (values[ours],) for theirs, ours in self.keys.items()}  # keys of one field
+        for key, allowed in {**self.required, **alike}.items():
+            if found.get(key, allowed[0]) not in allowed:
+                raise ValueError(f"has {key}={found[key]!r}; only {allowed[0]!r} can be read")
+        return GPTConfig(**values, **self.fixed, rope_scaling=_read_scaling(rope))
 
     def write_config(self, config: GPTConfig) -> dict[str, Any]:
         """Return the keys of config.json for a configuration that it supports."""
-        derived = {
-            "n_kv_head": config.kv_heads,
-            "head_size": config.head_dim,
-            "n_inner": config.inner_dim,
-        }
-        values = {**vars(config), **derived}
+        derived = (config.kv_heads, config.head_dim, config.inner_dim)
+        values = {**vars(config), **dict(zip(DERIVED, derived, strict=True))}
         written = {theirs: values[ours] for theirs, ours in self.keys.items()}
-        required = {key: allowed[0] for key, allowed in self.required.items()}
-        if "mlp_bias" in required:
-            required["mlp_bias"] = config.bias
         if config.rope_scaling is not None:
             scaling = dict(zip(SCALING, config.rope_scaling, strict=True))
             written["rope_scaling"] = {"rope_type": "llama3", **scaling}
-        if not self.is_llama:
+        if self is GPT2:
             written |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), config.dropout)
-        return {"model_type": self.model_type, **written, **required}
+        written |= {key: allowed[0] for key, allowed in self.required.items()}
+        return {"model_type": self.model_type, **written}
 
-    def read_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def read_weights(self, tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
         """Return tensors, of any shape, under our names and in our orientation, as copies."""
-        indices = {
-            theirs: (ours, i) for ours, n in LLAMA_NAMES.items() for i, theirs in enumerate(n)
-        }
+        indices = {there: (ours, i) for ours, n in self.names.items() for i, there in enumerate(n)}
         parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
         for name, tensor in tensors.items():
-            match = NAME.fullmatch(name)
-            if self.is_llama and match and match[2] in indices:
+            match, i = NAME.fullmatch(name.removeprefix(self.base)), 0
+            if match and match[2] in indices:
                 ours, i = indices[match[2]]
-                layer = (match[1] or "").replace("model.layers.", "h.")
-                parts[f"{layer}{ours}.{match[3]}"][i] = tensor
-            else:
-                name = CLASSES if name == SCORE else name.removeprefix("transformer.")
-                is_transposed = name.endswith(TRANSPOSED) and tensor.dim() == 2
-                parts[name][0] = tensor.t() if is_transposed else tensor
+                name = f"{(match[1] or '').replace('layers.', 'h.')}{ours}.{match[3]}"
+                tensor = self._oriented(match[2], tensor, config)
+            parts[name][i] = tensor
         return {n: torch.cat([own[i] for i in sorted(own)]).float() for n, own in parts.items()}
 
     def write_weights(self, model: GPT) -> dict[str, Tensor]:
-        """Return the weights, of any shape, under their names there; GPT-2 has zeros for biases."""
+        """Return the weights, of any shape, under their names there; GPT-2 has zeros for biases.
+
+        Weights of `qk_norm` that a model lacks are ones.
+        """
         config, theirs = model.config, {}
-        if not self.is_llama:
-            for name, tensor in biased_weights(model).items():
-                there = SCORE if name == CLASSES else f"transformer.{name}"
-                there = there.replace("transformer.lm_head", "lm_head")
-                theirs[there] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-            return theirs
-        sizes = [n * config.head_dim for n in (config.n_head, config.kv_heads, config.kv_heads)]
-        for name, tensor in _weights(model).items():
-            match = NAME.fullmatch(name)
-            assert match is not None
-            names, layer = LLAMA_NAMES[match[2]], (match[1] or "").replace("h.", "model.layers.")
-            rows = tensor.split(sizes) if names is QKV else (tensor,)
-            for there, own in zip(names, rows, strict=True):
-                theirs[f"{layer}{there}.{match[3]}"] = own.contiguous()
-        if config.qk_norm and not config.qk_norm_weight:
-            for layer in range(config.n_layer):
-                for there in ("q_norm", "k_norm"):
-                    ones = torch.ones(config.head_dim)
-                    theirs[f"model.layers.{layer}.self_attn.{there}.weight"] = ones
+        weights = biased_weights(model) if self is GPT2 else _weights(model)
+        L, D = config.n_layer, config.head_dim
+        if "qk_norm_weight" in self.free:
+            ones = {f"h.{i}.attn.{n}_norm.weight": torch.ones(D) for i in range(L) for n in "qk"}
+            weights = ones | weights
+        sizes = [n * D for n in (config.n_head, config.kv_heads, config.kv_heads)]
+        for name, tensor in weights.items():
+            [(layer, ours, kind)] = NAME.findall(name)
+            layer = layer if self is GPT2 else layer.replace("h.", "layers.")
+            base = "" if ours in ("lm_head", "classes") else self.base
+            rows = tensor.split(sizes) if self.names[ours] is QKV else (tensor,)
+            for there, own in zip(self.names[ours], rows, strict=True):
+                oriented = self._oriented(there, own, config).contiguous()
+                theirs[f"{base}{layer}{there}.{kind}"] = oriented
         return theirs
 
-
-def _llama(
-    model_type: str, prefix: str, *, act: str = "silu", qk_norm: bool = False
-) -> Architecture:
-    """Return Llama's architecture, or a relative's."""
-    activation = {"silu": "swiglu", "relu2": "relu2"}[act]
-    fixed = {"position": "rotary", "norm": "rmsnorm", "activation": activation, "qk_norm": qk_norm}
-    defaults = {
-        "num_key_value_heads": None,
-        "head_dim": 128 if qk_norm else None,
-        "attention_bias": False,
-        "rms_norm_eps": 1e-6 if act == "silu" else 1e-5,
-        "rope_theta": 10_000.0,
-        "tie_word_embeddings": False,
-    }
-    required: dict[str, tuple[Any, ...]] = {"hidden_act": (act,)}
-    if qk_norm:  # only the attention may have biases there
-        fixed |= {"qk_norm_weight": True, "bias": False}
-        required |= {"use_sliding_window": (False,), "attention_bias": (False,)}
-    else:
-        required["mlp_bias"] = (False,)
-    return Architecture(model_type, prefix, LLAMA_KEYS, defaults, fixed, required)
+    def _oriented(self, there: str, tensor: Tensor, config: GPTConfig) -> Tensor:
+        if there in TRANSPOSED and tensor.dim() == 2:
+            return tensor.t()
+        return tensor
 
 
 GPT2 = Architecture(
@@ -209,16 +168,44 @@ GPT2 = Architecture(
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
     },
+    names=GPT2_NAMES,
+    base="transformer.",
 )
-ARCHITECTURES = {
-    architecture.model_type: architecture
-    for architecture in (
-        GPT2,
-        _llama("llama", "Llama"),
-        _llama("qwen3", "Qwen3", qk_norm=True),
-        _llama("arcee", "Arcee", act="relu2"),
-    )
-}
+LLAMA = Architecture(
+    model_type="llama",
+    prefix="Llama",
+    keys=LLAMA_KEYS | {"attention_bias": "bias", "mlp_bias": "bias"},
+    defaults={
+        **dict.fromkeys(("num_key_value_heads", "head_dim")),
+        **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), False),
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+    },
+    fixed={"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "qk_norm": False},
+    required={"hidden_act": ("silu",)},
+    names=LLAMA_NAMES,
+    base="model.",
+    free=("rope_scaling",),
+)
+QWEN3 = replace(
+    LLAMA,
+    model_type="qwen3",
+    prefix="Qwen3",
+    keys=LLAMA_KEYS,
+    defaults=LLAMA.defaults | {"head_dim": 128},
+    fixed=LLAMA.fixed | {"qk_norm": True, "qk_norm_weight": True, "bias": False},
+    required=LLAMA.required | {"use_sliding_window": (False,), "attention_bias": (False,)},
+    free=("rope_scaling", "qk_norm_weight"),
+)
+ARCEE = replace(
+    LLAMA,
+    model_type="arcee",
+    prefix="Arcee",
+    defaults=LLAMA.defaults | {"rms_norm_eps": 1e-5},
+    fixed=LLAMA.fixed | {"activation": "relu2"},
+    required={"hidden_act": ("relu2",)},
+)
+ARCHITECTURES = {one.model_type: one for one in (GPT2, LLAMA, QWEN3, ARCEE)}
 
 
 def find_architecture(config: GPTConfig, name: str | None = None) -> Architecture:
@@ -239,7 +226,7 @@ def biased_weights(model: GPT) -> dict[str, Tensor]:
     """Return the weights, (C_out, C_in), on the CPU in float32; a missing bias is zero."""
     weights = _weights(model)
     for name, tensor in list(weights.items()):
-        if name.endswith(".weight") and name not in WITHOUT_BIAS:
+        if name.endswith(".weight") and name.startswith(("h.", "ln_f.")):
             weights.setdefault(f"{name.removesuffix('weight')}bias", torch.zeros(tensor.size(0)))
     return weights
 

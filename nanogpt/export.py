@@ -24,12 +24,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from nanogpt.architectures import (
-    ARCHITECTURES,
-    Architecture,
-    biased_weights,
-    find_architecture,
-)
+from nanogpt.architectures import ARCHITECTURES, Architecture, biased_weights, find_architecture
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.command import add_shared, guard_output, parse, run_command
 from nanogpt.model import rotary_speeds
@@ -105,7 +100,7 @@ def write_huggingface(checkpoint: Checkpoint, architecture: Architecture, direct
         ids = dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eot_id)
         ids["bos_token_id"] = tokenizer.encode_prompt("")[0]  # of an empty prompt, there and here
         about: dict[str, Any] = {}
-        kind = "LMHeadModel" if not architecture.is_llama else "ForCausalLM"
+        kind = "LMHeadModel" if architecture.model_type == "gpt2" else "ForCausalLM"
         ends = tokenizer.eot_id if template is None else template.stop_ids(tokenizer)
         _write_json(directory / "generation_config.json", {**ids, "eos_token_id": ends})
     else:
@@ -160,7 +155,7 @@ def write_gguf(
     writer.add_head_count(config.n_head)
     half = dtype == "f16"
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
-    if not architecture.is_llama:
+    if architecture.model_type == "gpt2":
         writer.add_layer_norm_eps(config.norm_eps)
         weights = biased_weights(checkpoint.model)
     else:

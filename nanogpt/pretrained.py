@@ -87,7 +87,7 @@ def load_pretrained(path: str | PathLike[str]) -> GPT:
     architecture, config = _read_config(directory)
     found = _read_weights(directory)
     try:
-        tensors = architecture.read_weights(found)
+        tensors = architecture.read_weights(found, config)
     except RuntimeError as error:  # of rows that cannot be joined
         raise ValueError(f"{directory} has weights of wrong shapes: {first_line(error)}") from error
     if config.tie_embeddings:

@@ -229,7 +229,7 @@ def test_a_template_travels_as_a_chat_template(name: str, write: Write, tmp_path
         ({"norm": "rmsnorm", "bias": False}, "has norm=rmsnorm, which"),
         ({**ARCEE, "qk_norm": True}, "which qwen3, the nearest of"),
         ({**LLAMA, "logit_softcap": 15.0}, "has logit_softcap=15.0, which llama"),
-        ({**QWEN3, "bias": True}, "has qk_norm=True, which llama"),
+        ({**QWEN3, "bias": True}, "has bias=True, which qwen3"),
     ],
 )
 @pytest.mark.parametrize("format_", ["hf", "gguf"])
