@@ -153,6 +153,9 @@ class Architecture:
     def _oriented(self, there: str, tensor: Tensor, config: GPTConfig) -> Tensor:
         if there in TRANSPOSED and tensor.dim() == 2:
             return tensor.t()
+        if self.model_type == "nanochat" and there in QKV[:2]:  # which are turned backwards there
+            halves = tensor.reshape(-1, 2, config.head_dim // 2, *tensor.shape[1:])
+            return halves.flip(1).reshape(tensor.shape)
         return tensor
 
 
@@ -205,7 +208,17 @@ ARCEE = replace(
     fixed=LLAMA.fixed | {"activation": "relu2"},
     required={"hidden_act": ("relu2",)},
 )
-ARCHITECTURES = {one.model_type: one for one in (GPT2, LLAMA, QWEN3, ARCEE)}
+NANOCHAT = replace(
+    ARCEE,
+    model_type="nanochat",
+    prefix="NanoChat",
+    keys=LLAMA_KEYS | {"final_logit_softcapping": "logit_softcap"},
+    defaults=LLAMA.defaults | {"final_logit_softcapping": 15.0},
+    fixed=ARCEE.fixed | {"qk_norm": True, "norm_weight": False, "embd_norm": True, "bias": False},
+    required=ARCEE.required | {"attention_bias": (False,)},
+    names=LLAMA_NAMES | {"mlp.c_fc": ("mlp.fc1",), "mlp.c_proj": ("mlp.fc2",)},
+)
+ARCHITECTURES = {one.model_type: one for one in (GPT2, LLAMA, QWEN3, ARCEE, NANOCHAT)}
 
 
 def find_architecture(config: GPTConfig, name: str | None = None) -> Architecture:

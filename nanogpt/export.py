@@ -35,7 +35,8 @@ from nanogpt.tokenizer_files import merges_of, padding_id, spell, spellings, wri
 
 # The rotation turns channels (2i, 2i + 1) there, and (i, i + D/2) here and in Qwen3.
 INTERLEAVED = ("llama", "arcee")
-LLAMA_CPP_LACKS = {"arcee": "bias", "qwen3": "rope_scaling"}  # tensors that its loader refuses
+# Fields that its loader refuses, or ignores.
+LLAMA_CPP_LACKS = {"arcee": "bias", "qwen3": "rope_scaling", "nanochat": "embd_norm"}
 QUERY_KEY = re.compile(r"\.(q|k)_proj\.")
 NO_MERGES = [f"{END_OF_TEXT} {END_OF_TEXT}"]  # occurs in no text; the list may not be empty
 
@@ -75,9 +76,14 @@ def check_exportable(
         found = find_architecture(config, architecture)
     except ValueError as error:
         raise ValueError(
-            f"{path} {error}; export a model with the switches of model=gpt2_small, llama_small or "
-            f"qwen3_small"
+            f"{path} {error}; export a model with the switches of model=gpt2_small, llama_small, "
+            f"qwen3_small or nanochat_small"
         ) from error
+    if checkpoint.labels is not None and found.model_type == "nanochat":
+        raise ValueError(
+            f"{path} is a classifier, which nanochat lacks in transformers; train a model with the "
+            f"switches of model=llama_small"
+        )
     key = LLAMA_CPP_LACKS.get(found.model_type)
     if format_ == "gguf" and key and getattr(config, key):
         raise ValueError(

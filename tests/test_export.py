@@ -41,6 +41,14 @@ MODERN: dict[str, Any] = {"position": "rotary", "norm": "rmsnorm", "bias": False
 LLAMA = {**MODERN, "activation": "swiglu"}
 QWEN3 = {**LLAMA, "qk_norm": True, "qk_norm_weight": True}
 ARCEE = {**MODERN, "activation": "relu2"}
+NANOCHAT = {
+    **ARCEE,
+    "qk_norm": True,
+    "norm_weight": False,
+    "embd_norm": True,
+    "tie_embeddings": False,
+    "logit_softcap": 15.0,
+}
 SCALED: dict[str, Any] = {"rope_base": 5e5, "rope_scaling": (8.0, 1.0, 4.0, 32)}
 SHAPES = {  # the class in transformers, and a shape
     "GPT2": {"tie_embeddings": False, "n_inner": 100, "norm_eps": 1e-6},
@@ -48,6 +56,8 @@ SHAPES = {  # the class in transformers, and a shape
     "Llama with biases": {**LLAMA, "bias": True},
     "Qwen3": {**QWEN3, "n_kv_head": 1, "head_size": 32, "norm_eps": 1e-6},
     "Arcee": {**ARCEE, "n_kv_head": 2, "tie_embeddings": False},
+    "NanoChat": {**NANOCHAT, **SCALED, "n_kv_head": 2, "n_inner": 100, "head_size": 32},
+    "NanoChat without a cap": {**NANOCHAT, "logit_softcap": None, "tie_embeddings": True},
 }
 LABELS = ["ham", "spam", "né <b>"]
 PROMPT = "def main(argv):\r\n    return 'é😀' <|endoftext|>"
@@ -230,6 +240,7 @@ def test_a_template_travels_as_a_chat_template(name: str, write: Write, tmp_path
         ({**ARCEE, "qk_norm": True}, "which qwen3, the nearest of"),
         ({**LLAMA, "logit_softcap": 15.0}, "has logit_softcap=15.0, which llama"),
         ({**QWEN3, "bias": True}, "has bias=True, which qwen3"),
+        ({**NANOCHAT, "norm_weight": True}, "has norm_weight=True, which nanochat"),
     ],
 )
 @pytest.mark.parametrize("format_", ["hf", "gguf"])
@@ -397,6 +408,7 @@ def test_a_classifier_reads_back_bit_for_bit(
     [
         ("gguf", {}, "is a classifier, which GGUF has no place for; pass --format hf"),
         ("hf", {"norm": "rmsnorm", "bias": False}, "has norm=rmsnorm, which gpt2"),
+        ("hf", NANOCHAT, "is a classifier, which nanochat lacks in transformers"),
     ],
 )
 def test_a_classifier_that_the_format_lacks_is_refused(
@@ -420,6 +432,7 @@ def test_a_classifier_that_the_format_lacks_is_refused(
     [
         ({**ARCEE, "bias": True}, "bias=True, which llama.cpp lacks for arcee"),
         ({**QWEN3, **SCALED}, "which llama.cpp lacks for qwen3; pass --format hf"),
+        (NANOCHAT, "embd_norm=True, which llama.cpp lacks for nanochat; pass --format hf"),
     ],
 )
 def test_tensors_that_llama_cpp_refuses_are_not_written(
