@@ -272,8 +272,9 @@ def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter]:
     """Return the parameters of a callable; **kwargs are those of the classes that it extends."""
     found: dict[str, inspect.Parameter] = {}
     for one in target.__mro__[:-1] if isinstance(target, type) else [target]:
-        try:
-            own = inspect.signature(one).parameters
+        makes = vars(one).get("__init__") if "__signature__" not in vars(one) else None
+        try:  # pydantic's signature of a class would be inherited by one with another __init__
+            own = inspect.signature(partial(makes, one) if makes else one).parameters
         except ValueError:  # of some callables written in C
             own = inspect.signature(lambda **kwargs: None).parameters
         found = {**found, **{name: p for name, p in own.items() if name not in found}}

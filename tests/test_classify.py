@@ -18,7 +18,7 @@ from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Constant, adamw
 from nanogpt.report.report import write_report
 from nanogpt.tokenizer import byte_tokenizer
-from nanogpt.training.classify import ClassifyModule, Loss, measure, mistakes
+from nanogpt.training.classify import ClassifyModule, Loss, make_loss, measure, mistakes
 from nanogpt.training.module import Batch
 
 pytestmark = [
@@ -54,7 +54,7 @@ def batch(rows: list[list[int]], labels: list[int], **step: float) -> Batch:
 def module(model: Classifier) -> ClassifyModule:
     built = ClassifyModule(
         GPT(CONFIG),
-        data=SimpleNamespace(labels=["a", "b"], class_weights=[9.0, 9.0]),
+        data=SimpleNamespace(labels=["a", "b"], weights=[9.0, 9.0]),
         label_smoothing=0.5,
         lm_weight=3.0,
         tokenizer=TOKENIZER,
@@ -90,12 +90,12 @@ def biased(*logits: float) -> Classifier:
 
 
 def test_the_loss_is_summed_over_the_examples() -> None:
-    loss = Loss([1.0, 1.0])(biased(0.0, math.log(3)), batch([[1, 2], [3]], [0, 1]))
+    loss = make_loss([1.0, 1.0])(biased(0.0, math.log(3)), batch([[1, 2], [3]], [0, 1]))
     assert loss.item() == pytest.approx(math.log(4) + math.log(4 / 3), abs=1e-6)
 
 
 def test_class_weights_weigh_the_examples() -> None:
-    loss = Loss([2.0, 0.5])(biased(0.0, math.log(3)), batch([[1, 2], [3]], [0, 1]))
+    loss = make_loss([2.0, 0.5])(biased(0.0, math.log(3)), batch([[1, 2], [3]], [0, 1]))
     assert loss.item() == pytest.approx(2 * math.log(4) + 0.5 * math.log(4 / 3), abs=1e-6)
 
 
@@ -105,12 +105,12 @@ def test_the_next_token_is_a_second_lesson_per_token() -> None:
     model = biased(0.0, 0.0)
     torch.nn.init.zeros_(model.wte.weight)
     rows = batch([[1, 2, 3], [4, 5]], [0, 1])
-    loss = Loss([1.0, 1.0], lm_weight=0.5)(model, rows)
+    loss = make_loss([1.0, 1.0], lm_weight=0.5)(model, rows)
     expected = 2 * math.log(2) + 0.5 * (2 / 3) * 3 * math.log(CONFIG.vocab_size)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", [Loss([2.0, 0.5], 0.1, 0.7), Loss([1.0, 1.0])])
+@pytest.mark.parametrize("loss", [make_loss([2.0, 0.5], 0.1, 0.7), make_loss([1.0, 1.0])])
 def test_the_padding_of_a_micro_batch_changes_no_gradient(loss: Loss) -> None:
     rows, labels = [[1, 2, 3, 4, 5, 6], [7], [8, 9], [10, 11, 12]], [0, 1, 1, 0]
     gradients = []
@@ -149,7 +149,7 @@ def test_validation_leaves_the_model_in_training_mode() -> None:
 @pytest.mark.parametrize("values", [{"label_smoothing": 1.0}, {"lm_weight": -0.1}])
 def test_a_loss_that_cannot_be_is_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
-        Loss([1.0, 1.0], **values)
+        make_loss([1.0, 1.0], **values)
 
 
 def test_the_summary_has_both_test_sets_and_the_baselines() -> None:

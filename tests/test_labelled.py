@@ -581,7 +581,7 @@ def test_class_weights_balance_the_classes() -> None:
         built = LabelledDataModule(source=InMemory(splits), class_weights=weighted, **options)
         built.use_tokenizer(TokenizerChoice.from_tokenizer(TOKENIZER))
         assert built.labels == ["a", "b"]
-        assert built.class_weights == (
+        assert built.weights == (
             class_weights(splits.train, built.labels) if weighted else [1.0, 1.0]
         )
         assert built.fingerprint == splits.fingerprint

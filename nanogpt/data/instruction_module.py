@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+from pydantic import validate_call
+
 from nanogpt.data.instructions import Conversation, Instructions, conversations_sha256, text_of
-from nanogpt.data.module import CHECK_ARGUMENTS, RowsDataModule, TokenizerChoice
+from nanogpt.data.module import RowsDataModule, TokenizerChoice
 from nanogpt.data.packing import PackedRows
 from nanogpt.prompts import Template, find_template
 from nanogpt.text import format_percent
@@ -30,7 +32,7 @@ class InstructionDataModule(RowsDataModule):
         "data.path=<a .jsonl of instructions and responses>"
     )
 
-    @CHECK_ARGUMENTS
+    @validate_call
     def __init__(
         self,
         *,

@@ -4,20 +4,19 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from nanogpt.classifier import encode_text, pad
 from nanogpt.data.augmentation import Augmentation, Speller
 from nanogpt.data.labelled import LabelledTexts
-from nanogpt.data.module import CHECK_ARGUMENTS, RowsDataModule, TokenizerChoice
+from nanogpt.data.module import DATA_MODULE, RowsDataModule, TokenizerChoice
 from nanogpt.data.splits import class_weights
 from nanogpt.data.windows import Rows
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.values import Flag, Fraction
+from nanogpt.values import BelowOne, Flag, Fraction
 
 log = logging.getLogger("nanogpt")
 
@@ -67,6 +66,7 @@ class EncodedTexts(Rows):
         return texts, np.arange(len(rows))
 
 
+@DATA_MODULE
 class LabelledDataModule(RowsDataModule):
     """Batches of labelled texts for one rank of a trainer.
 
@@ -84,27 +84,22 @@ class LabelledDataModule(RowsDataModule):
         "data.path=<a .tsv, .csv or .jsonl file>"
     )
 
-    @CHECK_ARGUMENTS
-    def __init__(
-        self,
-        *,
-        recase: Fraction = 0.0,
-        token_split: Fraction = 0.0,
-        token_dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0,
-        class_weights: Flag = False,
-        **shared: Any,
-    ) -> None:
-        super().__init__(**shared)
-        self.augmentation = Augmentation(recase, token_split, token_dropout)
-        self.weighted = class_weights
+    recase: Fraction = 0.0
+    token_split: Fraction = 0.0
+    token_dropout: BelowOne = 0.0
+    class_weights: Flag = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.augmentation = Augmentation(self.recase, self.token_split, self.token_dropout)
 
     def use_tokenizer(self, choice: TokenizerChoice) -> Tokenizer:
         """Split and encode the texts."""
         self.splits = splits = self.source.splits()
         self.labels = splits.labels
-        self.class_weights = [1.0] * len(self.labels)
-        if self.weighted:
-            self.class_weights = class_weights(splits.train, self.labels)
+        self.weights = [1.0] * len(self.labels)  # of the classes
+        if self.class_weights:
+            self.weights = class_weights(splits.train, self.labels)
         self.text_sets = splits.text_sets
         texts, labels = splits.numbered(splits.train)
         tokenizer = choice.make(texts)
@@ -113,7 +108,7 @@ class LabelledDataModule(RowsDataModule):
         self.train_texts = EncodedTexts(
             rows,
             np.array(labels),
-            np.array(self.class_weights)[labels],
+            np.array(self.weights)[labels],
             [rows for rows, _ in recased],
             partial(
                 self.augmentation.apply, speller=Speller.from_tokenizer(tokenizer, self.block_size)

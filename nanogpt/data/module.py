@@ -24,13 +24,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import pydantic.dataclasses
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from pydantic import ConfigDict, validate_call
+from pydantic import ConfigDict
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -46,7 +47,9 @@ from nanogpt.tokenizer import Tokenizer
 from nanogpt.values import Count, Seed, Size, Text
 
 HEAD_START_S = 2.0  # of rank zero, which logs its progress, where a corpus is to be prepared
-CHECK_ARGUMENTS = validate_call(config=ConfigDict(arbitrary_types_allowed=True))
+DATA_MODULE = pydantic.dataclasses.dataclass(
+    config=ConfigDict(arbitrary_types_allowed=True, extra="forbid"), kw_only=True, eq=False
+)
 VAL_BATCH_TOKENS = 8192
 
 log = logging.getLogger(__name__)
@@ -75,46 +78,36 @@ class TokenizerChoice:
         return None if was_read else tokenizer
 
 
+@DATA_MODULE
 class RowsDataModule(LightningDataModule, ABC):
     """Batches of rows for one rank of a trainer; a kind of data subclasses it.
 
     An item of `train_dataloader` is one optimizer step: the list of its micro-batches. The rows of
     a step depend on the seed, the data and the step alone. Validation scores about `val_tokens`
     tokens while fitting, and `final_val_tokens` in `trainer.validate` and `trainer.test`; None
-    scores all. The arguments here are `**shared` in subclasses.
+    scores all. The fields are keyword arguments of every subclass.
     """
 
-    fingerprint: str  # of all that decides the rows; known after use_tokenizer
     source: Any
-    source_kind: type = object  # of the sources that fit
-    source_error = ""  # of others
-    micro_batch: int = 1  # rows of one forward; to be set before fitting
-    special_tokens: tuple[str, ...] = ()  # that the tokenizer must have
-    max_steps: int | None = None  # after which the data ends, None for an endless supply
+    block_size: Count
+    tokens_per_step: Count
+    seed: Seed
+    workers: Size = 0
+    val_tokens: Count | None = None
+    final_val_tokens: Count | None = None
 
-    @CHECK_ARGUMENTS
-    def __init__(
-        self,
-        *,
-        source: Any,
-        block_size: Count,
-        tokens_per_step: Count,
-        seed: Seed,
-        workers: Size = 0,
-        val_tokens: Count | None = None,
-        final_val_tokens: Count | None = None,
-    ) -> None:
+    source_kind: ClassVar[type] = object  # of the sources that fit
+    source_error: ClassVar[str] = ""  # of others
+
+    def __post_init__(self) -> None:
         super().__init__()
-        if not isinstance(source, self.source_kind):
-            name = getattr(source, "name", type(source).__name__)
+        if not isinstance(self.source, self.source_kind):
+            name = getattr(self.source, "name", type(self.source).__name__)
             raise ValueError(f"data={name} {self.source_error}")
-        self.source = source
-        self.block_size = block_size
-        self.tokens_per_step = tokens_per_step
-        self.seed = seed
-        self.workers = workers
-        self.val_tokens = val_tokens
-        self.final_val_tokens = final_val_tokens
+        self.fingerprint = ""  # of all that decides the rows; known after use_tokenizer
+        self.micro_batch = 1  # rows of one forward; to be set before fitting
+        self.special_tokens: tuple[str, ...] = ()  # that the tokenizer must have
+        self.max_steps: int | None = None  # after which the data ends, None for an endless supply
 
     @abstractmethod
     def use_tokenizer(self, choice: TokenizerChoice) -> Tokenizer:
@@ -181,6 +174,7 @@ class RowsDataModule(LightningDataModule, ABC):
         return self.trainer
 
 
+@DATA_MODULE
 class CorpusDataModule(RowsDataModule):
     """A corpus of documents or token shards, cut into windows that do not overlap.
 
@@ -190,24 +184,12 @@ class CorpusDataModule(RowsDataModule):
     all.
     """
 
-    @CHECK_ARGUMENTS
-    def __init__(
-        self,
-        *,
-        source: Source | TokenShards,
-        data_dir: str | Path,
-        tokens: Count | None = None,
-        shard_tokens: Count = SHARD_TOKENS,
-        pretokenized: Text | None = None,
-        prepared: str | None = None,
-        **shared: Any,
-    ) -> None:
-        super().__init__(source=source, **shared)
-        self.data_dir = Path(data_dir)
-        self.tokens = tokens
-        self.shard_tokens = shard_tokens
-        self.pretokenized = pretokenized
-        self.prepared = prepared
+    source: Source | TokenShards
+    data_dir: Path
+    tokens: Count | None = None
+    shard_tokens: Count = SHARD_TOKENS
+    pretokenized: Text | None = None
+    prepared: str | None = None
 
     def use_tokenizer(self, choice: TokenizerChoice) -> Tokenizer:
         """Prepare the corpus unless it is, and return its tokenizer.

@@ -1,13 +1,12 @@
 """Classification: a head on each text's last token, with the next token as an auxiliary loss."""
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
-from pydantic.dataclasses import dataclass
+from pydantic import validate_call
 from torch import Tensor
 
 from nanogpt.classifier import Classifier, class_probabilities, train_layers
@@ -15,43 +14,43 @@ from nanogpt.evaluation.classification import baselines, confusion_matrix, score
 from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.training.module import Batch, StageModule
-from nanogpt.values import CHECKED, Amount
+from nanogpt.values import Amount, BelowOne
 
 MAX_MISTAKES = 12  # shown in the report
 MISTAKE_CHARS = 300
 
+Loss = Callable[[Classifier, Batch], Tensor]
 TextSet = tuple[Sequence[str], Sequence[int]]  # texts and the numbers of their classes
 
 
-@dataclass(frozen=True, config=CHECKED)
-class Loss:
-    """What a classifier is trained on.
+@validate_call
+def make_loss(
+    class_weights: list[float], label_smoothing: BelowOne = 0.0, lm_weight: Amount = 0.0
+) -> Loss:
+    """Return the loss of a micro-batch, to be divided by the step's `step_targets`.
 
     `class_weights` (K,) weigh the examples of each class. `label_smoothing` is the share of
     certainty spread over all classes. `lm_weight` weighs the loss of the next token, averaged over
     the step's tokens, against that of the class, averaged over its examples.
     """
 
-    class_weights: list[float]
-    label_smoothing: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
-    lm_weight: Amount = 0.0
-
-    def __call__(self, model: Classifier, batch: Batch) -> Tensor:
-        """Return the loss of a micro-batch, to be divided by the step's `step_targets`."""
+    def loss_of(model: Classifier, batch: Batch) -> Tensor:
         input_ids, lengths, labels = batch["input_ids"], batch["lengths"], batch["labels"]
         hidden_states = model.hidden_states(input_ids, row_seeds=batch.get("row_seeds"))
         loss = F.cross_entropy(
             model.classify(hidden_states, lengths),
             labels,
-            weight=torch.tensor(self.class_weights, device=labels.device),
-            label_smoothing=self.label_smoothing,
+            weight=torch.tensor(class_weights, device=labels.device),
+            label_smoothing=label_smoothing,
             reduction="sum",
         )
-        if not self.lm_weight:
+        if not lm_weight:
             return loss
         nats = next_token_nats(model, hidden_states, input_ids, lengths)
         share = batch["step_targets"] / batch["step_tokens"]
-        return loss + self.lm_weight * share * nats
+        return loss + lm_weight * share * nats
+
+    return loss_of
 
 
 def next_token_nats(
@@ -89,11 +88,7 @@ class ClassifyModule(StageModule):
         train_layers(classifier, layers)
         super().__init__(classifier, **kwargs)
         self.data = data
-        loss = Loss(
-            class_weights=list(data.class_weights),
-            label_smoothing=label_smoothing,
-            lm_weight=lm_weight,
-        )
+        loss = make_loss(data.weights, label_smoothing, lm_weight)
         self.loss = torch.compile(loss, dynamic=True) if self.compiled else loss
 
     def measure(self) -> dict[str, Any]:
