@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
 
 from nanogpt.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -20,6 +19,8 @@ ROLES = ("system", "user", "assistant")
 _SPECIAL = re.compile(r"(<\|[a-z]+\|>)")  # searched for in scaffolds only
 
 Around = tuple[str, str]  # the scaffold before and after a content
+Segment = tuple[str, bool, bool]  # text, whether it is a special token, whether of a response
+Encoded = tuple[list[int], list[bool]]  # ids, and for each whether it is of a response
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,6 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"a message has role {self.role!r}; it is one of {', '.join(ROLES)}")
-
-
-class Segment(NamedTuple):
-    """A piece of a conversation: a special token or text, of a response or not."""
-
-    text: str
-    is_special: bool
-    is_response: bool
-
-
-class Encoded(NamedTuple):
-    """The ids of a conversation, and for each whether it belongs to a response."""
-
-    ids: list[int]
-    is_response: list[bool]
 
 
 @dataclass(frozen=True)
@@ -102,14 +88,14 @@ class Template:
         is_response: list[bool] = []
         segments = self.render(messages, add_generation_prompt, continue_final_message)
         for (special, response), group in groupby(segments, key=lambda segment: segment[1:]):
-            texts = [segment.text for segment in group]
+            texts = [text for text, *_ in group]
             if special:
                 new = [_special_id(tokenizer, name) for name in texts]
             else:
                 new = tokenizer.encode("".join(texts))
             ids += new
             is_response += [response] * len(new)
-        return Encoded(ids, is_response)
+        return ids, is_response
 
     def render(
         self,
@@ -140,12 +126,12 @@ class Template:
             trim = str.lstrip if is_open else trimmed if is_response else str.strip
             content, context = trim(content), context.strip()
         yield from _scaffold(before)
-        yield Segment(content, False, is_response)
+        yield content, False, is_response
         if not is_open:
             yield from _scaffold(after, is_response)
         if context:
             yield from _scaffold(self.context[0])
-            yield Segment(context, False, is_response)
+            yield context, False, is_response
             yield from _scaffold(self.context[1], is_response)
 
     def jinja(self, tokenizer: Tokenizer) -> str:
@@ -239,7 +225,7 @@ def trimmed(text: str) -> str:
 
 def _scaffold(text: str, is_response: bool = False) -> Iterator[Segment]:
     for piece in filter(None, _SPECIAL.split(text)):
-        yield Segment(piece, bool(_SPECIAL.fullmatch(piece)), is_response)
+        yield piece, bool(_SPECIAL.fullmatch(piece)), is_response
 
 
 def _special_id(tokenizer: Tokenizer, name: str) -> int:

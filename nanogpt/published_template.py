@@ -92,7 +92,7 @@ class PublishedTemplate(Template):
             if i < len(contents):
                 run.append((contents[i], roles[i] == "assistant"))
         encode_run()
-        return Encoded(ids, is_response)
+        return ids, is_response
 
 
 EMPTY = ("", "")

@@ -54,8 +54,8 @@ def test_an_answer_has_text_reason_and_usage(client: openai.OpenAI) -> None:
 def test_the_prompt_is_the_template_s_own_ids(client: openai.OpenAI, engine: FakeEngine) -> None:
     complete(client, messages=[{"role": "system", "content": "Be brief."}, *HELLO])
     messages = [prompts.Message("system", "Be brief."), prompts.Message("user", "Hello")]
-    plain = find_template("plain").encode(byte_tokenizer(), messages, add_generation_prompt=True)
-    assert generated(engine)[-1].prompt_ids == plain.ids
+    plain, _ = find_template("plain").encode(byte_tokenizer(), messages, add_generation_prompt=True)
+    assert generated(engine)[-1].prompt_ids == plain
 
 
 def test_a_content_that_spells_a_special_token_stays_text(
@@ -209,12 +209,14 @@ def test_the_served_prompt_is_what_was_trained_on_up_to_the_reply(
     template = find_template(name)
     tokenizer = byte_tokenizer().with_special_tokens(template.special_tokens)
     question, reply = ("user", " What is <|user|>?\n"), ("assistant", "A word.")
-    trained = template.encode(tokenizer, [prompts.Message(*question), prompts.Message(*reply)])
-    n = trained.is_response.index(True)
+    ids, is_response = template.encode(
+        tokenizer, [prompts.Message(*question), prompts.Message(*reply)]
+    )
+    n = is_response.index(True)
     with serve(FakeEngine(f"unix:{tmp_path}/e", tokenizer=tokenizer, template=name)) as url:
         body = {"messages": [{"role": question[0], "content": question[1]}]}
         served = httpx.post(f"{url}/tokenize", json=body).json()["tokens"]
-    assert served == trained.ids[:n]
+    assert served == ids[:n]
 
 
 @pytest.mark.anyio

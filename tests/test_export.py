@@ -226,7 +226,7 @@ def test_a_template_travels_as_a_chat_template(name: str, write: Write, tmp_path
     there: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = there.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
     messages = [Message(**message) for message in TALK]
-    assert list(ids) == template.encode(tokenizer, messages, add_generation_prompt=True).ids
+    assert list(ids) == template.encode(tokenizer, messages, add_generation_prompt=True)[0]
     config = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert config["eos_token_id"] == template.stop_ids(tokenizer)
 

@@ -115,11 +115,12 @@ def test_new_special_tokens_take_unused_ids(tmp_path: Path) -> None:
 def test_conversations_have_the_ids_of_transformers(kind: str, opens: bool, tmp_path: Path) -> None:
     tokenizer = published(kind, tmp_path)
     theirs: Any = AutoTokenizer.from_pretrained(tmp_path)
-    found = find_template("published").encode(tokenizer, TALK, add_generation_prompt=opens)
+    template = find_template("published")
+    ids, is_response = template.encode(tokenizer, TALK, add_generation_prompt=opens)
     messages = [{"role": message.role, "content": message.content} for message in TALK]
     expected = theirs.apply_chat_template(messages, add_generation_prompt=opens)["input_ids"]
-    assert found.ids == list(expected)
-    response = [i for i, own in zip(found.ids, found.is_response, strict=True) if own]
+    assert ids == list(expected)
+    response = [i for i, own in zip(ids, is_response, strict=True) if own]
     assert response == [*tokenizer.encode("42"), tokenizer.special_tokens["<|im_end|>"]]
 
 

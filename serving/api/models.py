@@ -68,7 +68,8 @@ class ServedModel:
             continue_final_message=continues,
         )
         try:
-            return (await _encoded(n_chars + MESSAGE_CHARS * len(conversation), encode)).ids
+            ids, _ = await _encoded(n_chars + MESSAGE_CHARS * len(conversation), encode)
+            return ids
         except ValueError as error:
             raise ApiError(400, f"The messages cannot be written: {error}.") from error
 
