@@ -7,6 +7,7 @@ ids that no text gives: they are removed from the library's tokenizer, which enc
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
 
+@dataclass(eq=False)
 class PublishedTokenizer(Tokenizer):
     """A tokenizer.json with `n_ids` ids, of which some may be unused.
 
@@ -26,40 +28,35 @@ class PublishedTokenizer(Tokenizer):
     where the file lacks one of them or has more ids than `n_ids`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        content: str,
-        n_ids: int,
-        eot_token: str,
-        bos_token: str | None = None,
-        chat_template: str | None = None,
-        end_tokens: Sequence[str] = (),
-        kind: str = "published",
-    ) -> None:
-        self.kind = kind
-        self.name, self.content, self.pattern = name, content, ""
-        self.bos_token, self.eot_token = bos_token, eot_token
-        self.chat_template, self.end_tokens = chat_template, list(end_tokens)
-        described = json.loads(content)
+    name: str
+    content: str
+    n_ids: int
+    eot_token: str
+    bos_token: str | None = None
+    chat_template: str | None = None
+    end_tokens: Sequence[str] = ()
+    kind: str = "published"
+    pattern = ""
+
+    def __post_init__(self) -> None:
+        described = json.loads(self.content)
         self.added: dict[str, int] = {t["content"]: t["id"] for t in described["added_tokens"]}
         special = {t["content"] for t in described["added_tokens"] if t["special"]}
-        special |= {eot_token, *end_tokens, *([] if bos_token is None else [bos_token])}
+        special |= {*self.end_tokens, *filter(None, [self.eot_token, self.bos_token])}
         self.special_tokens = {text: i for text, i in self.added.items() if text in special}
         vocab = described["model"]["vocab"]
         ids = [*vocab.values(), *self.added.values()]
-        if max(ids) >= n_ids or min(ids) < 0:
-            raise ValueError(f"has ids up to {max(ids)}; the model has {n_ids}")
+        if max(ids) >= self.n_ids or min(ids) < 0:
+            raise ValueError(f"has ids up to {max(ids)}; the model has {self.n_ids}")
         for token in special - self.added.keys():
             raise ValueError(f"has no token {token}, which ends documents or replies")
         byte_of = byte_of_letter()
-        self._token_bytes = [b""] * n_ids
-        for text, i in vocab.items():
-            if text not in self.added:
-                self._token_bytes[i] = bytes([byte_of[letter] for letter in text])
-        for text, i in self.added.items():
-            if text not in self.special_tokens:
-                self._token_bytes[i] = text.encode()
+        self._token_bytes = [b""] * self.n_ids
+        for text, i in {**vocab, **self.added}.items():
+            if text not in special:
+                is_text = text in self.added  # and not the letters of bytes
+                own = text.encode() if is_text else bytes([byte_of[letter] for letter in text])
+                self._token_bytes[i] = own
 
     def encode_array(self, text: str) -> np.ndarray:
         """Return the ids of the text, (N,) uint32."""
@@ -79,16 +76,7 @@ class PublishedTokenizer(Tokenizer):
 
     def record(self) -> dict[str, Any]:
         """Return the file and what is read with it, as plain types."""
-        return {
-            "kind": self.kind,
-            "name": self.name,
-            "content": self.content,
-            "n_ids": self.vocab_size,
-            "eot_token": self.eot_token,
-            "bos_token": self.bos_token,
-            "chat_template": self.chat_template,
-            "end_tokens": self.end_tokens,
-        }
+        return {key.name: getattr(self, key.name) for key in fields(self)}
 
     def with_special_tokens(self, names: Sequence[str]) -> "PublishedTokenizer":
         """Return this tokenizer with the names among its special tokens.
@@ -107,8 +95,7 @@ class PublishedTokenizer(Tokenizer):
             token = {"id": i, "content": name, **flags, "special": True}
             described["added_tokens"].append(token)
         n_ids = max(self.vocab_size, unused[len(new) - 1] + 1)
-        changes = {"content": json.dumps(described, ensure_ascii=False), "n_ids": n_ids}
-        return PublishedTokenizer(**{**self.record(), **changes})
+        return replace(self, content=json.dumps(described, ensure_ascii=False), n_ids=n_ids)
 
     @cached_property
     def _library(self) -> "Library":
