@@ -81,29 +81,25 @@ class PublishedTokenizer(Tokenizer):
     def with_special_tokens(self, names: Sequence[str]) -> "PublishedTokenizer":
         """Return this tokenizer with the names among its special tokens.
 
-        A new one gets an unused id, or where there is none, another one at the end.
+        As in transformers, an added or an ordinary token of that name keeps its id, a new name gets
+        the one after all others.
         """
-        new = [name for name in names if name not in self.special_tokens]
-        if not new:
-            return self
-        described = json.loads(self.content)
-        used = {*described["model"]["vocab"].values()}
-        used |= {token["id"] for token in described["added_tokens"]}
-        unused = [i for i in range(max(used) + 1, self.vocab_size + len(new)) if i not in used]
-        for name, i in zip(new, unused, strict=False):
-            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            token = {"id": i, "content": name, **flags, "special": True}
-            described["added_tokens"].append(token)
-        n_ids = max(self.vocab_size, unused[len(new) - 1] + 1)
-        return replace(self, content=json.dumps(described, ensure_ascii=False), n_ids=n_ids)
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Library
+
+        library = Library.from_str(self.content)
+        library.add_special_tokens([AddedToken(n, normalized=False, special=True) for n in names])
+        n_ids = max(self.n_ids - 1, *library.get_added_tokens_decoder()) + 1
+        return replace(self, content=library.to_str(), n_ids=n_ids)
 
     @cached_property
     def _library(self) -> "Library":
         from tokenizers import Tokenizer as Library
 
         described = json.loads(self.content)
-        for token in described["added_tokens"]:
-            described["model"]["vocab"].pop(token["content"], None)
+        model, added = described["model"], self.added.keys()
+        model["vocab"] = {token: i for token, i in model["vocab"].items() if token not in added}
+        model["merges"] = [m for m in model["merges"] if added.isdisjoint([*m, "".join(m)])]
         described |= {"added_tokens": [], "post_processor": None, "truncation": None}
         return Library.from_str(json.dumps({**described, "padding": None}))
 

@@ -110,6 +110,30 @@ def test_new_special_tokens_take_unused_ids(tmp_path: Path) -> None:
     assert more.special_tokens["<|im_end|>"] == tokenizer.special_tokens["<|im_end|>"]
 
 
+def test_special_tokens_that_are_in_the_file_keep_their_ids(tmp_path: Path) -> None:
+    tokenizer = published("words", tmp_path)
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path)
+    names = ["<think>", "def", "<|user|>"]  # added, ordinary and new
+    theirs.add_special_tokens({"additional_special_tokens": names})
+    more = tokenizer.with_special_tokens(names)
+    assert [more.special_tokens[name] for name in names] == theirs.convert_tokens_to_ids(names)
+    assert not {*more.encode("def <think>")} & {*more.special_tokens.values()}
+
+
+@pytest.mark.parametrize("name", ["def", "\u0120import", "    "])
+def test_a_text_spells_an_added_token_with_other_tokens(name: str, tmp_path: Path) -> None:
+    published("words", tmp_path)
+    made = Library.from_str(library("words"))
+    made.add_tokens([AddedToken(name, normalized=False)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = read_tokenizer(tmp_path, n_ids=1600)
+    assert isinstance(tokenizer, PublishedTokenizer)
+    text = "import def\n    default()"
+    ids = tokenizer.encode(text)
+    assert tokenizer.added[name] not in ids
+    assert tokenizer.decode(ids) == text
+
+
 @pytest.mark.parametrize("kind", ["digits", "words"])
 @pytest.mark.parametrize("opens", [False, True])
 def test_conversations_have_the_ids_of_transformers(kind: str, opens: bool, tmp_path: Path) -> None:
