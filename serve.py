@@ -1,7 +1,7 @@
 """Serve trained checkpoints: the OpenAI API and a web page.
 
     python serve.py                             every run under runs/, on port 5001
-    python serve.py checkpoint=RUN dtype=int8   one checkpoint, run or directory of runs
+    python serve.py checkpoint=RUN dtype=int8   one checkpoint, run, Hugging Face directory, ...
     python serve.py host=0.0.0.0 workers=2      with NANOGPT_API_KEYS set
 
 Every key is in conf/serve.yaml, with a comment.
@@ -58,9 +58,16 @@ def chosen(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def check_models(settings: ApiSettings) -> None:
-    """Raise FileNotFoundError where there is no checkpoint of the name, or no directory of runs."""
+    """Raise FileNotFoundError where there is no checkpoint of the name, or no directory of runs.
+
+    Raises ValueError for a file, or a Hugging Face model, that cannot be loaded.
+    """
     if settings.checkpoint is not None:
-        find_path(settings.checkpoint, settings.runs_dir)
+        path = find_path(settings.checkpoint, settings.runs_dir)
+        if path.is_file() or (path / "config.json").is_file():
+            from nanogpt.checkpoint import load_checkpoint
+
+            load_checkpoint(path, device="meta")
     elif not Path(settings.runs_dir).is_dir():
         raise FileNotFoundError(
             f"there are no runs at {settings.runs_dir}; "

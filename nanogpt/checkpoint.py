@@ -19,14 +19,20 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from nanogpt.classifier import Classifier
+from nanogpt.classifier import Around, Classifier
 from nanogpt.disk import replacing
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.pretrained import PUBLISHED, fetch_model, fetch_pretrained, load_pretrained
+from nanogpt.pretrained import (
+    PUBLISHED,
+    fetch_model,
+    fetch_pretrained,
+    load_pretrained,
+    read_config,
+)
 from nanogpt.prompts import find_template
 from nanogpt.runs.directory import find_checkpoint, step_checkpoints
 from nanogpt.tokenizer import Tokenizer, from_record, gpt2_tokenizer
-from nanogpt.tokenizer_files import read_tokenizer
+from nanogpt.tokenizer_files import frame_of, read_tokenizer
 from nanogpt.values import Amount, Flag, Text, explain
 from nanogpt.weights import check_weights, load_archive, model_without_weights, printable
 
@@ -80,7 +86,8 @@ _METADATA, _CONTENT = TypeAdapter(Metadata), TypeAdapter(Content)
 class Checkpoint:
     """A loaded checkpoint: the model in eval mode, its tokenizer, what it was trained for.
 
-    With `labels` the model is a `Classifier` of these classes.
+    With `labels` the model is a `Classifier` of these classes. `around` are the ids before and
+    after a text that one of transformers classifies; others have `<|endoftext|>` on both sides.
     """
 
     model: GPT
@@ -91,6 +98,7 @@ class Checkpoint:
     config: GPTConfig
     step: int
     path: Path
+    around: Around | None = None
 
 
 def record(
@@ -126,19 +134,18 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint: a `.ckpt` file, a run directory, or the name of a run under `runs_dir`.
 
-    A Hugging Face directory loads as the model that a run would start from (`init_model`).
+    The directory of a Hugging Face model loads as well, with GPT-2's tokenizer where it has none.
 
     A model with a block of another package (`model.block`) loads where that package, a module of it
     or the class is among `allow_modules`: it is imported, and its code runs.
 
     Raises FileNotFoundError where there is none and ValueError where the file is truncated,
-    altered, of another project, holds anything but plain values and tensors, or names a class that
-    is not allowed.
+    altered, of another project, holds anything but plain values and tensors, names a class that is
+    not allowed, or has a tokenizer with more or fewer ids than the model.
     """
-    if (Path(reference) / "config.json").is_file():
-        start = init_model(Path(reference))
-        return replace(start, model=start.model.to(device).eval())
     path = find_checkpoint(reference, runs_dir)
+    if path.is_dir():
+        return _load_published(path, device)
     raw, config, tokenizer = _read(path, advise=True)
     _check_allowed(path, config.block, allow_modules)
     about = raw[KEY]
@@ -179,29 +186,36 @@ def _check_allowed(path: Path, block: str | None, allow_modules: Sequence[str]) 
 def init_model(init_from: Path, allow_modules: Sequence[str] = ()) -> Checkpoint:
     """Return the model and tokenizer that a new run starts from.
 
-    `init_from` is what `find_init_from` returned: a `.ckpt`, or a Hugging Face GPT-2, whose
-    tokenizer is GPT-2's where it has none. A classifier starts a run without its classes.
-    `allow_modules` as of `load_checkpoint`.
-
-    Raises ValueError where the tokenizer has more or fewer ids than the model.
+    `init_from` is what `find_init_from` returned. A classifier starts a run without its classes.
+    Raises as `load_checkpoint`.
     """
-    if init_from.is_file():
-        start = load_checkpoint(init_from, allow_modules=allow_modules)
-    else:
-        model = load_pretrained(init_from)
-        tokenizer = read_tokenizer(init_from, model.config.vocab_size) or gpt2_tokenizer()
-        if model.config.vocab_size != tokenizer.vocab_size:
-            raise ValueError(
-                f"{init_from} has a model with vocab_size={model.config.vocab_size} and the "
-                f"tokenizer {tokenizer.name} with {tokenizer.vocab_size} ids; put the "
-                f"tokenizer.json that the model was trained with there"
-            )
-        has_template = tokenizer.chat_template is not None
-        template, stage = ("published", "instruct") if has_template else (None, "pretrain")
-        start = Checkpoint(model, tokenizer, template, None, stage, model.config, 0, init_from)
+    start = load_checkpoint(init_from, allow_modules=allow_modules)
     if isinstance(start.model, Classifier):
         start = replace(start, model=start.model.language_model().eval(), labels=None)
     return start
+
+
+def _load_published(path: Path, device: str | torch.device) -> Checkpoint:
+    model, (_, _, labels) = load_pretrained(path), read_config(path)
+    tokenizer = read_tokenizer(path, model.config.vocab_size) or gpt2_tokenizer()
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"{path} has a model with vocab_size={model.config.vocab_size} and the tokenizer "
+            f"{tokenizer.name} with {tokenizer.vocab_size} ids; put the tokenizer.json that the "
+            f"model was trained with there"
+        )
+    template = None if labels or tokenizer.chat_template is None else "published"
+    return Checkpoint(
+        model=model.to(device).eval(),
+        tokenizer=tokenizer,
+        template=template,
+        labels=labels,
+        stage="classify" if labels else "instruct" if template else "pretrain",
+        config=model.config,
+        step=0,
+        path=path,
+        around=frame_of(path) if labels else None,
+    )
 
 
 def with_config(
@@ -237,7 +251,7 @@ def with_special_tokens(start: Checkpoint, names: Sequence[str]) -> Checkpoint:
 
 
 def find_init_from(init_from: str, runs_dir: str | Path, data_dir: str | Path) -> Path:
-    """Return the file, or the directory of a Hugging Face GPT-2, that `init_from` stands for.
+    """Return the file, or the directory of a Hugging Face model, that `init_from` stands for.
 
     gpt2, gpt2-medium, gpt2-large and gpt2-xl are always the published weights, under data_dir or
     else fetched; a run or a directory of that name is typed as a path (./gpt2). OWNER/NAME is a
@@ -245,8 +259,6 @@ def find_init_from(init_from: str, runs_dir: str | Path, data_dir: str | Path) -
     """
     if init_from in PUBLISHED:
         return fetch_pretrained(init_from, data_dir)
-    if (Path(init_from) / "config.json").is_file():
-        return Path(init_from)
     try:
         return find_checkpoint(init_from, runs_dir)
     except FileNotFoundError as error:
@@ -283,8 +295,11 @@ def read_checkpoint(path: Path, *, advise: bool = True) -> dict[str, Any]:
 def read_record(path: Path) -> dict[str, Any]:
     """Return the metadata of a checkpoint file; the bytes of its weights are not read.
 
-    Raises ValueError as `read_checkpoint`.
+    Of a Hugging Face directory it has `labels` and `model`. Raises ValueError as `read_checkpoint`.
     """
+    if path.is_dir():
+        _, config, labels = read_config(path)
+        return {"labels": labels, "model": config.record()}
     metadata: dict[str, Any] = _read(path, verify=False)[0][KEY]
     return metadata
 

@@ -15,6 +15,7 @@ from nanogpt.tokenizer import Tokenizer
 
 TEXTS_PER_BATCH = 32
 ALL, HEAD = "all", "head"
+Around = tuple[list[int], list[int]]  # the ids before and after a text
 LAST_BLOCKS = re.compile(r"last_([1-9]\d*)")
 
 
@@ -89,9 +90,12 @@ def encode_text(tokenizer: Tokenizer, text: str, block_size: int) -> tuple[list[
     return enclose(ids, tokenizer.eot_id, block_size), len(ids) > block_size - 2
 
 
-def enclose(ids: Sequence[int], eot_id: int, block_size: int) -> list[int]:
-    """Return a text's ids between two `<|endoftext|>`, cut to block_size."""
-    return [eot_id, *ids[: block_size - 2], eot_id]
+def enclose(
+    ids: Sequence[int], eot_id: int, block_size: int, around: Around | None = None
+) -> list[int]:
+    """Return a text's ids between two `<|endoftext|>`, or `around` it others, cut to block_size."""
+    begin, end = around or ([eot_id], [eot_id])
+    return [*begin, *ids[: block_size - len(begin) - len(end)], *end]
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -101,10 +105,13 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def class_probabilities(model: Classifier, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+def class_probabilities(
+    model: Classifier, tokenizer: Tokenizer, texts: Sequence[str], around: Around | None = None
+) -> Tensor:
     """Return the probability of each class for each text (N, K) float32, on the CPU."""
     block_size, device = model.config.block_size, model.classes.weight.device
-    rows = [encode_text(tokenizer, text, block_size)[0] for text in texts]
+    ids = [tokenizer.encode(text) for text in texts]
+    rows = [enclose(row, tokenizer.eot_id, block_size, around) for row in ids]
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     probabilities = torch.empty(len(rows), model.classes.out_features)
     with evaluating(model):

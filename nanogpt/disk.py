@@ -85,11 +85,10 @@ def link_atomically(source: Path, target: Path) -> None:
         sync_directory(target.parent)
 
 
-def find_files(root: Path, name: str) -> Iterator[Path]:
-    """Yield every file called `name` under a directory, but for links to other directories."""
+def find_files(root: Path, *names: str) -> Iterator[Path]:
+    """Yield every file of these names under a directory, but for links to other directories."""
     for directory, _, files in os.walk(root):
-        if name in files:
-            yield Path(directory) / name
+        yield from (Path(directory) / name for name in names if name in files)
 
 
 def open_regular(path: Path, max_bytes: int) -> BinaryIO:

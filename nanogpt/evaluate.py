@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from nanogpt.build import locate
-from nanogpt.checkpoint import find_init_from, init_model, load_checkpoint
+from nanogpt.checkpoint import find_init_from, load_checkpoint
 from nanogpt.command import add_shared, guard_output, parse, run_command
 from nanogpt.data.records import PASS_OVER
 from nanogpt.evaluation.results import (
@@ -179,18 +179,13 @@ def score(reference: str, path: Path, options: argparse.Namespace, ranks: Ranks)
     """
     is_cuda = options.device == "cuda"
     device = torch.device(f"cuda:{ranks.local_rank}" if is_cuda else options.device)
-    checkpoint = (
-        load_checkpoint(path, device=device, allow_modules=options.allow_module)
-        if path.is_file()
-        else init_model(path)
-    )
+    checkpoint = load_checkpoint(path, device=device, allow_modules=options.allow_module)
     if checkpoint.labels is not None and options.task in OF_LANGUAGE_MODELS:
         raise ValueError(
             f"{checkpoint.path} is a classifier of {', '.join(checkpoint.labels)} and this task "
             "scores language models; pass a checkpoint of stage=pretrain or instruct, or "
             "--task classify"
         )
-    checkpoint.model.to(device).eval()
     task = find_task(options.task)
     read = task_options(task, options)
     row = {"checkpoint": reference, "task": options.task, "results": task(checkpoint, **read)}

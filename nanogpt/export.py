@@ -72,6 +72,8 @@ def check_exportable(
     path, config = checkpoint.path, checkpoint.config
     if checkpoint.labels is not None and format_ == "gguf":
         raise ValueError(f"{path} is a classifier, which GGUF has no place for; pass --format hf")
+    if checkpoint.around is not None:
+        raise ValueError(f"{path} is a classifier of transformers; copy the directory")
     try:
         found = find_architecture(config, architecture)
     except ValueError as error:

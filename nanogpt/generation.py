@@ -45,7 +45,7 @@ class Reply:
     ) -> None:
         if template is None:
             assert isinstance(prompt, str)
-            prompt_ids, stop_ids = tokenizer.encode_prompt(prompt), [tokenizer.eot_id]
+            prompt_ids, stop_ids = tokenizer.encode_prompt(prompt), tokenizer.end_ids
         else:
             messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
             prompt_ids, _ = template.encode(tokenizer, messages, add_generation_prompt=True)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanogpt.architectures import ARCHITECTURES, BUFFERS, CLASSES, Architecture
+from nanogpt.architectures import ARCHITECTURES, BUFFERS, Architecture
 from nanogpt.disk import wait_for_lock
 from nanogpt.hub import hub_errors
 from nanogpt.model import GPT, PRESETS, GPTConfig
@@ -46,7 +46,7 @@ def fetch_pretrained(name: str, data_dir: str | PathLike[str]) -> Path:
     directory = Path(data_dir) / "weights" / name
     if _unreadable(directory):
         _fetch(name, directory)
-    _, found = _read_config(directory)
+    _, found, _ = read_config(directory)
     if replace(found, dropout=0.0) != expected:
         raise ValueError(
             f"{directory} has {found} but {name} is {expected}; remove the directory, or pass "
@@ -79,17 +79,19 @@ def fetch_model(name: str, data_dir: str | PathLike[str]) -> Path:
 def load_pretrained(path: str | PathLike[str]) -> GPT:
     """Return the model of a local Hugging Face directory, in float32.
 
-    It is a Classifier where a classifier's head is among the weights. Raises FileNotFoundError
-    where config.json or the weights are missing, ValueError where they are damaged or describe a
-    model of another architecture than `ARCHITECTURES`.
+    It is a Classifier where config.json describes one. Raises FileNotFoundError where config.json
+    or the weights are missing, ValueError where they are damaged or describe a model of another
+    architecture than `ARCHITECTURES`.
     """
     directory = Path(path)
-    architecture, config = _read_config(directory)
+    architecture, config, labels = read_config(directory)
     found = _read_weights(directory)
     try:
         tensors = architecture.read_weights(found, config)
     except RuntimeError as error:  # of rows that cannot be joined
         raise ValueError(f"{directory} has weights of wrong shapes: {first_line(error)}") from error
+    if labels and "lm_head.weight" not in tensors:  # as transformers saves a classifier
+        config = replace(config, tie_embeddings=True)
     if config.tie_embeddings:
         head = tensors.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
@@ -97,7 +99,7 @@ def load_pretrained(path: str | PathLike[str]) -> GPT:
                 f"the lm_head.weight in {directory} is not its token embedding, as "
                 f"tie_word_embeddings in its {CONFIG} declares; set it to false"
             )
-    n_labels = max(1, *tensors[CLASSES].shape[:1]) if CLASSES in tensors else None
+    n_labels = labels and len(labels)
     try:
         check_weights(tensors, config, n_labels)
     except ValueError as error:
@@ -105,6 +107,32 @@ def load_pretrained(path: str | PathLike[str]) -> GPT:
     model = model_without_weights(config, n_labels)
     model.load_state_dict(tensors, assign=True)
     return model
+
+
+def read_config(directory: Path) -> tuple[Architecture, GPTConfig, list[str] | None]:
+    """Return what config.json describes: with names of classes a classifier, else a language model.
+
+    Raises ValueError for a model of another architecture than `ARCHITECTURES`.
+    """
+    path = directory / CONFIG
+    found = _read_json(path)
+    architecture = ARCHITECTURES.get(str(found.get("model_type")))
+    if architecture is None:
+        raise ValueError(
+            f"{path} has model_type={found.get('model_type')!r}; only {', '.join(ARCHITECTURES)} "
+            f"can be read"
+        )
+    try:
+        labels = None
+        if "ForSequenceClassification" in str(found.get("architectures")):
+            names = found.get("id2label") or dict.fromkeys("01")  # as transformers abbreviates
+            labels = [names.get(str(i)) or f"LABEL_{i}" for i in range(len(names))]
+            if (problem := found.get("problem_type")) not in (None, "single_label_classification"):
+                raise ValueError(f"has problem_type={problem!r}; only one class per text is known")
+        return architecture, architecture.read_config(found), labels
+    except (ValueError, AttributeError) as error:  # that of a value where an object should be
+        reason = explain(error) if isinstance(error, ValidationError) else error
+        raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
 def _unreadable(directory: Path) -> list[str]:
@@ -141,22 +169,6 @@ def _fetch(name: str, directory: Path) -> None:
                 (directory / file).unlink(missing_ok=True)
                 log.info("fetching %s of %s into %s", file, repository, directory)
                 hf_hub_download(repository, file, local_dir=directory)
-
-
-def _read_config(directory: Path) -> tuple[Architecture, GPTConfig]:
-    path = directory / CONFIG
-    found = _read_json(path)
-    architecture = ARCHITECTURES.get(str(found.get("model_type")))
-    if architecture is None:
-        raise ValueError(
-            f"{path} has model_type={found.get('model_type')!r}; only {', '.join(ARCHITECTURES)} "
-            f"can be read"
-        )
-    try:
-        return architecture, architecture.read_config(found)
-    except (ValueError, AttributeError) as error:  # that of a value where an object should be
-        reason = explain(error) if isinstance(error, ValidationError) else error
-        raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -31,8 +31,7 @@ class PublishedTemplate(Template):
 
     def stop_ids(self, tokenizer: Tokenizer) -> list[int]:
         """Return the ids that end a reply."""
-        published = _with_template(tokenizer)
-        return [published.eot_id, *(published.added[name] for name in published.end_tokens)]
+        return _with_template(tokenizer).end_ids
 
     def jinja(self, tokenizer: Tokenizer) -> str:
         """Return the template as it was published."""

@@ -58,6 +58,11 @@ class PublishedTokenizer(Tokenizer):
                 own = text.encode() if is_text else bytes([byte_of[letter] for letter in text])
                 self._token_bytes[i] = own
 
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids that end an answer, as published."""
+        return [self.eot_id, *(self.added[name] for name in self.end_tokens)]
+
     def encode_array(self, text: str) -> np.ndarray:
         """Return the ids of the text, (N,) uint32."""
         encoded = self._library.encode(well_formed(text), add_special_tokens=False)

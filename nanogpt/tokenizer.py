@@ -184,6 +184,11 @@ class Tokenizer:
         return self.special_tokens[self.eot_token]
 
     @property
+    def end_ids(self) -> list[int]:
+        """The ids that end an answer."""
+        return [self.eot_id]
+
+    @property
     def bos_id(self) -> int | None:
         """The id that begins every text, None where the tokenizer declares none, as ours."""
         return None if self.bos_token is None else self.special_tokens[self.bos_token]

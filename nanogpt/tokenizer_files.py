@@ -55,6 +55,16 @@ def read_tokenizer(directory: Path, n_ids: int | None = None) -> Tokenizer | Non
     return None
 
 
+def frame_of(directory: Path) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer.json of a directory puts before and after a text."""
+    path = directory / TOKENIZER
+    if not path.is_file():
+        return [], []
+    found = _load(path).encode("a")
+    first, n_end = found.special_tokens_mask.index(0), found.special_tokens_mask[::-1].index(0)
+    return found.ids[:first], found.ids[len(found.ids) - n_end :]
+
+
 def write_tokenizer(
     tokenizer: Tokenizer,
     directory: Path,

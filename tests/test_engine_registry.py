@@ -117,6 +117,22 @@ def test_a_run_and_its_file_have_the_run_s_name(tmp_path: Path) -> None:
         assert {"my run", "my run.ckpt", "my run.pt", "my-run.pt"} <= set(entry.aliases)
 
 
+@pytest.mark.parametrize("models", ["", "sweep/hf"])
+def test_the_directory_of_a_hugging_face_model_is_a_model(tmp_path: Path, models: str) -> None:
+    config = {"model_type": "llama", **dict.fromkeys(("vocab_size", "num_hidden_layers"), 1)}
+    config |= {"num_attention_heads": 1, "hidden_size": 8, "intermediate_size": 8}
+    config |= {"max_position_embeddings": 32, "architectures": ["LlamaForCausalLM"]}
+    for name in ("sweep/hf", "other"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    weights = touch(tmp_path / "sweep" / "hf" / "model.safetensors")
+    (entry,) = find_entries(tmp_path / models)
+    assert entry.name == ("hf" if models else "sweep/hf")
+    assert (entry.path, entry.task, entry.max_model_len) == (weights.parent, "generate", 32)
+    os.utime(weights, (5e9, 5e9))
+    assert find_entries(tmp_path / models)[0].revision != entry.revision
+
+
 def test_a_run_is_found_by_its_name_under_runs_dir(tmp_path: Path) -> None:
     touch(tmp_path / "a" / "checkpoints" / "last.ckpt")
     assert [entry.id for entry in Registry("a", str(tmp_path)).entries] == ["a"]

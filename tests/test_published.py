@@ -7,19 +7,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+import torch
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers import Tokenizer as Library
 
+from nanogpt.checkpoint import load_checkpoint
+from nanogpt.classifier import class_probabilities
 from nanogpt.generation import Reply
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.prompts import Message, find_template
 from nanogpt.published_tokenizer import PublishedTokenizer
 from nanogpt.tokenizer import byte_tokenizer, from_record
 from nanogpt.tokenizer_files import read_tokenizer, write_tokenizer
+from serving.engine.messages import Classified, Classify
+from tests.engine_models import InlineEngine, generate
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from transformers import AutoTokenizer
+    from transformers import (
+        AutoTokenizer,
+        LlamaConfig,
+        LlamaForCausalLM,
+        LlamaForSequenceClassification,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3ForSequenceClassification,
+    )
 
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHATML = (
@@ -34,6 +56,31 @@ TALK = [
     Message("user", "Thanks"),
 ]
 NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 1600,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 1502,
+    "pad_token_id": 1500,
+}
+
+
+def saved(model: Any, directory: Path, template: str | None = CHATML) -> Any:
+    """Save a model of transformers with random weights, and its tokenizer."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    directory.mkdir()
+    model.eval().save_pretrained(directory)
+    published("words", directory, template)
+    return model
 
 
 @cache
@@ -217,3 +264,49 @@ def test_what_is_read_is_written_back(tmp_path: Path) -> None:
         "name": "",
         "end_tokens": [],
     }
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_served_model_replies_as_in_transformers(kind: str, tmp_path: Path) -> None:
+    llama = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    qwen = Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32))
+    theirs = saved(llama if kind == "llama" else qwen, tmp_path / "run")
+    chat = [{"role": message.role, "content": message.content} for message in TALK]
+    reader = AutoTokenizer.from_pretrained(tmp_path / "run")
+    prompt = reader.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
+    tokenizer = load_checkpoint(tmp_path / "run").tokenizer
+    template = find_template("published")
+    ids = template.encode(tokenizer, TALK, add_generation_prompt=True).ids
+    stops = tuple(template.stop_ids(tokenizer))
+    request = generate("a", ids, max_tokens=24, stop_ids=stops)
+    answer = InlineEngine(tmp_path).one(request)
+    found = expected[0, len(prompt) :].tolist()
+    assert answer.ids == [i for i in found if i not in stops]
+
+
+@pytest.mark.parametrize("frames", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_classifier_of_transformers_gives_its_probabilities(
+    kind: str, frames: bool, tmp_path: Path
+) -> None:
+    names = {"id2label": dict(enumerate("abc"))} if kind == "llama" else {}
+    llama = LlamaForSequenceClassification(LlamaConfig(**SHAPE, **names))
+    qwen = Qwen3ForSequenceClassification(Qwen3Config(**SHAPE, head_dim=32))
+    theirs = saved(llama if kind == "llama" else qwen, tmp_path / "run", None)
+    if frames:
+        made = Library.from_str(library("words"))
+        token = ("<|endoftext|>", 1500)
+        made.post_processor = processors.TemplateProcessing(f"{token[0]} $A", None, [token])
+        made.save(str(tmp_path / "run" / "tokenizer.json"))
+    text = "def test_a() -> None:"
+    ids = AutoTokenizer.from_pretrained(tmp_path / "run")(text)["input_ids"]
+    expected = theirs(torch.tensor([ids])).logits.softmax(-1)
+    ours: Any = load_checkpoint(tmp_path / "run")
+    assert ours.labels == (["a", "b", "c"] if kind == "llama" else ["LABEL_0", "LABEL_1"])
+    found = class_probabilities(ours.model, ours.tokenizer, [text], ours.around)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    engine = InlineEngine(tmp_path)
+    served = engine.one(Classify("a", "run", ours.tokenizer.encode(text))).end
+    assert isinstance(served, Classified)
+    assert served.probabilities == pytest.approx(found[0].tolist(), abs=1e-5)

@@ -44,7 +44,8 @@ def evaluate(
         )
     numbers = [labels.index(example.label) for example in examples]
     texts = [example.text for example in examples]
-    predicted = class_probabilities(model, checkpoint.tokenizer, texts).argmax(-1).tolist()
+    read = (checkpoint.tokenizer, texts, checkpoint.around)
+    predicted = class_probabilities(model, *read).argmax(-1).tolist()
     confusion = confusion_matrix(numbers, predicted, len(labels))
     majority = confusion_matrix(numbers, [majority_class(numbers)] * len(numbers), len(labels))
     names, shown = reduced_confusion(labels, confusion)

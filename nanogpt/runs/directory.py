@@ -205,12 +205,14 @@ def step_checkpoints(directory: Path) -> dict[int, Path]:
 def find_checkpoint(reference: str | Path, runs_dir: str | Path = "runs") -> Path:
     """Return the file of a `.ckpt` path, a run directory, a run's name, or `latest`.
 
-    `latest` is the last checkpoint of the newest finished pretraining run. Raises
-    FileNotFoundError.
+    `latest` is the last checkpoint of the newest finished pretraining run. The directory of a
+    Hugging Face model is itself one. Raises FileNotFoundError.
     """
     if str(reference) == "latest":
         return _latest_pretraining(Path(runs_dir))
     path = find_path(reference, runs_dir)
+    if (path / "config.json").is_file():
+        return path
     for file in (path, RunDirectory(path).last_checkpoint, path / "last.ckpt"):
         if file.is_file():
             return file

@@ -173,7 +173,7 @@ async def _completion_choices(
         prompts.append(prompt)
     if body.echo and body.logprobs is not None:
         await _score(call, model, prompts, body.logprobs)
-    return call.choices(body, model, prompts, [model.tokenizer.eot_id], (), body.logprobs)
+    return call.choices(body, model, prompts, model.tokenizer.end_ids, (), body.logprobs)
 
 
 async def _score(call: Call, model: ServedModel, prompts: Sequence[Prompt], top: int) -> None:

@@ -36,7 +36,7 @@ SecondsOrZero = Annotated[float, Field(ge=0, le=86_400 * 366, allow_inf_nan=Fals
 
 
 class Settings(BaseModel):
-    """What an engine process is started with; `models` is a `.ckpt`, a run, or a directory of runs.
+    """What an engine process is started with; `models` is a checkpoint, or a directory of them.
 
     A model computes `max_slots` sequences at a time, fewer where its share of `cache_gb` does not
     hold their keys and values; at most `max_queue` more may wait. `max_models` stay in memory, with

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nanogpt.checkpoint import read_record
 from nanogpt.disk import display_name, find_files
+from nanogpt.pretrained import CONFIG
 from nanogpt.runs.directory import find_path, read_summary
 from serving.engine.messages import Task
 
@@ -56,7 +57,7 @@ class Entry:
 
 
 class Registry:
-    """The entries found under a `.ckpt`, a run, or a directory of runs.
+    """The entries found under a `.ckpt`, a run, a Hugging Face model, or a directory of these.
 
     Names are keys of this table and never paths. `failures` has the time and the reason of each
     load that failed, by the entry's key.
@@ -165,12 +166,15 @@ def _checkpoints(models: Path) -> Iterator[tuple[Path, str]]:
         name = models.stem if models.stem != "last" else _run_dir(models.resolve()).name
         yield models, display_name(Path(name))
         return
-    for path in find_files(models, "last.ckpt"):
+    is_published = (models / CONFIG).is_file()
+    for path in [models / CONFIG] if is_published else find_files(models, "last.ckpt", CONFIG):
         run = _run_dir(path)
-        yield (
-            path,
-            display_name(Path(run.resolve().name) if run == models else run.relative_to(models)),
-        )
+        if path.name == CONFIG:
+            path = run = path.parent
+            if not (is_published or any(run.glob("*.safetensors"))):
+                continue
+        name = Path(run.resolve().name) if run == models else run.relative_to(models)
+        yield path, display_name(name)
 
 
 def _run_dir(path: Path) -> Path:
@@ -180,13 +184,15 @@ def _run_dir(path: Path) -> Path:
 def _entry(path: Path, name: str) -> Entry:
     """Return an entry whose aliases are all of its names, the best claims first.
 
-    Raises OSError for anything but a file: reading a FIFO would block.
+    Raises OSError for anything but files: reading a FIFO would block.
     """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
+    states = [file.stat() for file in (path.iterdir() if path.is_dir() else [path])]
+    states = [state for state in states if stat.S_ISREG(state.st_mode)]
+    if not states:
         raise OSError(f"{path} is not a regular file")
+    size, changed = sum(state.st_size for state in states), max(s.st_mtime_ns for s in states)
     id_ = model_id(name)
-    revision = f"{status.st_mtime_ns:x}-{status.st_size:x}"
+    revision = f"{changed:x}-{size:x}"
     names = ((id_, name), (name.rpartition("/")[2],), (_slug(name).lower(),))
     task, max_model_len = _read_record(path, revision)
     return Entry(
@@ -194,12 +200,12 @@ def _entry(path: Path, name: str) -> Entry:
         name=name,
         path=path,
         aliases=tuple(f"{n}{ending}" for ns in names for ending in ENDINGS for n in ns),
-        created=int(status.st_mtime),
+        created=changed // 10**9,
         revision=revision,
-        rank=_rank(_run_dir(path) / "summary.json"),
+        rank=0 if path.is_dir() else _rank(_run_dir(path) / "summary.json"),
         task=task,
         max_model_len=max_model_len,
-        size=status.st_size,
+        size=size,
     )
 
 

@@ -66,7 +66,7 @@ class Runner:
             if about.labels is None:
                 what = f"The model {self.entry.id} was not trained to classify."
                 raise EngineError("invalid", what)
-            ids = enclose(ids, about.tokenizer.eot_id, block_size)
+            ids = enclose(ids, about.tokenizer.eot_id, block_size, about.around)
         if len(ids) + isinstance(request, Generate) > block_size:
             what = f"The model's context is {block_size} tokens and the prompt has {len(ids)}"
             raise EngineError("context_length", f"{what}; shorten it.")
