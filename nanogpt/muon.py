@@ -20,7 +20,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """Update each group by its "algorithm": "muon" or "adamw".
 
     Muon is `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but matrices of one shape are
-    orthogonalised together.
+    orthogonalised together, and blocks of their rows apart: as many as `row_blocks`, or of these
+    relative sizes.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -52,16 +53,16 @@ class MuonAdamW(torch.optim.Optimizer):
             torch._foreach_lerp_(directions, grads, 1 - group["momentum"])
             if group["nesterov"]:
                 directions = list(torch._foreach_lerp(grads, directions, group["momentum"]))
-            blocks = torch.stack(directions).unflatten(1, (group["row_blocks"], -1))
-            updates = orthogonalise(blocks.flatten(0, 1), group["ns_steps"])
-            # RMS 0.2 whatever the shape: arXiv:2502.16982, equation 4.
-            scale = 0.2 * math.sqrt(max(updates.shape[-2:]))
+            n = group["row_blocks"]
+            sizes = n if isinstance(n, list) else [1] * n
+            rows = [len(stack[0]) // sum(sizes) * size for size in sizes]
             torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(
-                stack,
-                updates.unflatten(0, (len(stack), -1)).flatten(1, 2).unbind(),
-                alpha=-group["lr"] * scale,
-            )
+            weights = zip(*(parameter.split(rows) for parameter in stack), strict=True)
+            for own, block in zip(weights, torch.stack(directions).split(rows, 1), strict=True):
+                update = orthogonalise(block, group["ns_steps"])
+                # RMS 0.2 whatever the shape: arXiv:2502.16982, equation 4.
+                scale = 0.2 * math.sqrt(max(update.shape[-2:]))
+                torch._foreach_add_(own, update.unbind(), alpha=-group["lr"] * scale)
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:

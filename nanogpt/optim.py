@@ -70,13 +70,13 @@ def muon(
     """Build Muon for the blocks' matrices and AdamW for all other parameters, as one optimizer.
 
     `learning_rate` is on AdamW's scale (arXiv:2502.16982, section 2.2: updates of RMS 0.2).
-    `split_qkv` orthogonalises the query, key and value thirds of `c_attn` apart, as Muon's author
-    does; without it the updates are those of `torch.optim.Muon`. Raises ValueError for `split_qkv`
-    where there are fewer key heads than query heads.
+    `split_qkv` orthogonalises the query, key and value rows of `c_attn` apart, as Muon's author
+    does; without it the updates are those of `torch.optim.Muon`.
     """
     config: Any = getattr(model, "config", None)
-    if split_qkv and getattr(config, "n_kv_head", None) is not None:
-        raise ValueError(f"split_qkv is true with n_kv_head={config.n_kv_head}; set it to false")
+    blocks: dict[int, Any] = {1: 1, 3: 3}
+    if getattr(config, "n_kv_head", None) is not None:
+        blocks[3] = [config.n_head, config.kv_heads, config.kv_heads]
     matrices: dict[int, list[nn.Parameter]] = defaultdict(list)  # by number of row blocks
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -100,7 +100,10 @@ def muon(
         "fused": _all_fused(rest),
     }
     return MuonAdamW(
-        [{"params": matrices[n], "row_blocks": n, **muon_settings} for n in sorted(matrices)]
+        [
+            {"params": matrices[n], "row_blocks": blocks[n], **muon_settings}
+            for n in sorted(matrices)
+        ]
         + [{**group, **adamw_settings} for group in parameter_groups(rest, weight_decay)]
     )
 
