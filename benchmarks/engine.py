@@ -1,8 +1,9 @@
 """How fast the engine continues 1, 8 and 32 texts at once, against other programs and the machine.
 
-    python benchmarks/engine.py [--new 64] [--rounds 3] [--threads 2] [--json FILE]
+    python benchmarks/engine.py [--model smollm2_135m] [--new 64] [--rounds 3] [--json FILE]
 
-All compute the same random GPT-2 of 124M parameters: greedily, after prompts of 32 random tokens.
+All compute the same random model, by default GPT-2 of 124M parameters: greedily, after prompts of
+32 random tokens.
 Ours are timed with its scheduler and sampler, in the mode where no answer depends on its company.
 Each program has a process of its own and they take turns. Shown are the fastest round, the time to
 the first token, the share of the limit (bytes of weights and of keys and values that a step must
@@ -28,12 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import engine_programs
+import random_models
 import torch
 from torch import Tensor
 
-from nanogpt.checkpoint import KEY, record, write_checkpoint
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.tokenizer import gpt2_tokenizer
 from nanogpt.training.machine import device_name
 from serving.engine.compiling import processor_flags
 
@@ -43,6 +43,7 @@ KL_TOKENS = 256
 SAME_KL = 1e-12  # below it, two orders of the same float32 sums
 TURN = (850, 50, 20)  # tokens of a chat's first prompt, its answer and the next message
 CPU_FLAGS = {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
+TURN_TOKENS = sum(TURN) + engine_programs.N_COMPARED
 
 
 @dataclass
@@ -95,7 +96,11 @@ def _answer(connection: Connection, name: str, files: Path, threads: int) -> Non
 
 
 def main() -> None:
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    config = random_models.shape(parser, options)
+    if config.block_size < TURN_TOKENS:
+        parser.error(f"the context of {options.model} has less than {TURN_TOKENS} tokens")
     torch.set_num_threads(options.threads)
     flags = [flag for flag in processor_flags().split() if flag in CPU_FLAGS]
     processor = f"{device_name(torch.device('cpu'))}: {' '.join(flags)}"
@@ -106,13 +111,14 @@ def main() -> None:
         names.remove(name)
     with tempfile.TemporaryDirectory() as directory:
         files = Path(directory)
-        reference = write_random(files / "model.ckpt")
-        engine_programs.write_files(names, files)
+        ids, right = reference(random_models.write_random(files / "model.ckpt", config))
+        names = engine_programs.write_files(names, files)
         programs = [Remote(name, files, options.threads) for name in names]
         bandwidth = read_bandwidth()
-        results = measure(programs, options.new, options.rounds, options.streams)
-        describe(results, programs, divergences(programs, reference), options.new, bandwidth)
-        turns = second_turns(programs, options.rounds)
+        results = measure(programs, config, options.new, options.rounds, options.streams)
+        kl = {p.name: _divergence(right, p("log_probabilities", ids)) for p in programs}
+        describe(results, programs, config, kl, options.new, bandwidth)
+        turns = second_turns(programs, config, options.rounds)
     print(f"{options.threads} threads read {bandwidth / 1e9:.1f} GB/s\n")
     show(results, turns)
     if options.json:
@@ -121,22 +127,23 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1))
 
 
-def write_random(path: Path) -> GPT:
-    """Write a checkpoint of random weights; return the model."""
-    torch.manual_seed(0)
-    model, tokenizer = GPT(GPTConfig()), gpt2_tokenizer()
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    about = record("pretrain", model.config, tokenizer)
-    write_checkpoint({"state_dict": weights, "global_step": 0, KEY: about}, path)
-    return model.eval()
+@torch.no_grad()
+def reference(model: GPT) -> tuple[list[int], Tensor]:
+    """Return random tokens, and the fp32 model's log-probabilities (T, V) after each of them."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(model.config.vocab_size, (KL_TOKENS,), generator=generator)
+    return ids.tolist(), model(ids[None])[0].double().log_softmax(-1)
 
 
-def measure(programs: list[Remote], n_new: int, rounds: int, streams: list[int]) -> list[Result]:
+def measure(
+    programs: list[Remote], config: GPTConfig, n_new: int, rounds: int, streams: list[int]
+) -> list[Result]:
     """Let the programs take turns, in the other order every second round."""
     generator = torch.Generator().manual_seed(1)
     results: list[Result] = []
     for n in streams:
-        prompts = torch.randint(50257, (n, PROMPT_TOKENS), generator=generator).tolist()
+        shape = (n, PROMPT_TOKENS)
+        prompts = torch.randint(config.vocab_size, shape, generator=generator).tolist()
         of_program = {program.name: Result(program.name, n) for program in programs}
         for program in programs:
             program("run", prompts, 2)  # not counted
@@ -153,6 +160,7 @@ def measure(programs: list[Remote], n_new: int, rounds: int, streams: list[int])
 def describe(
     results: list[Result],
     programs: list[Remote],
+    config: GPTConfig,
     kl: dict[str, float],
     n_new: int,
     bandwidth: float,
@@ -160,24 +168,20 @@ def describe(
     """Add to results their divergence and their share of what reading alone would allow."""
     of_name = {program.name: program for program in programs}
     for result in results:
-        limit = limit_tokens_per_s(of_name[result.program], result.streams, n_new, bandwidth)
+        program = of_name[result.program]
+        limit = limit_tokens_per_s(program, config, result.streams, n_new, bandwidth)
         result.share_of_limit = result.tokens_per_s / limit
         result.mean_kl = kl[result.program]
 
 
-def divergences(programs: list[Remote], reference: GPT) -> dict[str, float]:
-    """Return each program's mean KL divergence from the fp32 model's distributions."""
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(50257, (KL_TOKENS,), generator=generator)
-    with torch.no_grad():
-        right = reference(ids[None])[0].double().log_softmax(-1)
-    return {p.name: _divergence(right, p("log_probabilities", ids.tolist())) for p in programs}
-
-
-def second_turns(programs: list[Remote], rounds: int) -> dict[str, list[tuple[float, float]]]:
+def second_turns(
+    programs: list[Remote], config: GPTConfig, rounds: int
+) -> dict[str, list[tuple[float, float]]]:
     """Return our seconds to the first token of a second turn, read anew and continued."""
     generator = torch.Generator().manual_seed(3)
-    prompt, new = (torch.randint(50257, (n,), generator=generator).tolist() for n in TURN[::2])
+    prompt, new = (
+        torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in TURN[::2]
+    )
     ours = [p for p in programs if p.name.startswith("nanogpt") and "T=" not in p.name]
     turns: dict[str, list[tuple[float, float]]] = {p.name: [] for p in ours}
     for _ in range(rounds):
@@ -186,12 +190,18 @@ def second_turns(programs: list[Remote], rounds: int) -> dict[str, list[tuple[fl
     return turns
 
 
-def limit_tokens_per_s(program: Remote, n: int, n_new: int, bandwidth: float) -> float:
+def limit_tokens_per_s(
+    program: Remote, config: GPTConfig, n: int, n_new: int, bandwidth: float
+) -> float:
     """Return the tokens per second of n streams if reading were all there is to do."""
-    config = GPTConfig()
-    n_weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    heads = config.n_head + config.kv_heads  # queries and outputs, keys and values
+    matrices = 3 if config.activation == "swiglu" else 2
+    n_weights = config.n_embd * (
+        config.n_layer * (2 * heads * config.head_dim + matrices * config.inner_dim)
+        + config.vocab_size
+    )
     context = PROMPT_TOKENS + n_new / 2
-    per_token = 2 * config.n_layer * config.n_embd * program.kv_bytes
+    per_token = 2 * config.n_layer * config.kv_heads * config.head_dim * program.kv_bytes
     return n * bandwidth / (n_weights * program.weight_bytes + n * context * per_token)
 
 
@@ -252,6 +262,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    random_models.add_options(parser)
     parser.add_argument("--new", type=int, default=64, help="tokens to write in each stream")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.export import main as export
 from serving.engine.forward import Span
 from serving.engine.messages import Generate, Message, SamplingParams, Settings, Stats, Tokens
@@ -25,6 +24,7 @@ from serving.engine.runner import load_runner
 
 MAX_STREAMS = 32
 CHUNK_TOKENS = 64
+N_COMPARED = 8  # tokens of a second turn
 TOKENS_PER_STREAM, BATCH_TOKENS = 256, 1024  # of llama.cpp's contexts
 Q8_0 = 7  # llama.cpp's LLAMA_FTYPE_MOSTLY_Q8_0
 
@@ -68,10 +68,10 @@ class Ours(Program):
         """Return seconds to the first token of a chat's second turn: anew, and after its first."""
         (answer,), _ = self._write([prompt], reply, scope=f"chat {time.perf_counter()}")
         turn = [*prompt, *answer, *new]
-        cold, cold_s = self._write([turn], 8, scope=f"new {time.perf_counter()}")
+        cold, cold_s = self._write([turn], N_COMPARED, scope=f"new {time.perf_counter()}")
         scope = f"chat {time.perf_counter()}"
         self._write([prompt], reply, scope=scope)
-        warm, warm_s = self._write([turn], 8, scope=scope)
+        warm, warm_s = self._write([turn], N_COMPARED, scope=scope)
         assert warm == cold, "a second turn has another answer than the same prompt anew"
         return cold_s, warm_s
 
@@ -106,11 +106,12 @@ class Transformers(Program):
     needs = ("transformers",)
 
     def __init__(self, files: Path, dtype: str) -> None:
-        from transformers import GPT2LMHeadModel
+        from transformers import AutoModelForCausalLM
 
         self.weight_bytes = self.kv_bytes = 4 if dtype == "fp32" else 2
         precision = torch.float32 if dtype == "fp32" else torch.bfloat16
-        self.model: Any = GPT2LMHeadModel.from_pretrained(files / "hf", dtype=precision).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(files / "hf", dtype=precision)
+        self.model = model.eval()
         self.model.generation_config.eos_token_id = None  # all texts reach their full length
 
     def run(self, prompts: list[list[int]], n_new: int) -> tuple[float, float]:
@@ -260,27 +261,38 @@ def missing(name: str) -> list[str]:
     return [n for n in PROGRAMS[name][0].needs if importlib.util.find_spec(n) is None]
 
 
-def write_files(names: list[str], files: Path) -> Checkpoint:
-    """Write the checkpoint in the formats that the programs read; return it."""
-    about = load_checkpoint(files / "model.ckpt")
+def write_files(names: list[str], files: Path) -> list[str]:
+    """Write the checkpoint in the formats that the programs read; return the names of those.
+
+    A program whose converter refuses the model is left out, and named.
+    """
+    readers = {"hf": (Transformers, CTranslate2), "gguf": (LlamaCpp,), "ct2": (CTranslate2,)}
     for kind, write in (("hf", _write_hf), ("gguf", _write_gguf), ("ct2", _write_ct2)):
-        readers = {"hf": (Transformers, CTranslate2), "gguf": (LlamaCpp,), "ct2": (CTranslate2,)}
-        if any(PROGRAMS[name][0] in readers[kind] for name in names):
-            write(files)
-    return about
+        if own := [name for name in names if PROGRAMS[name][0] in readers[kind]]:
+            try:
+                write(files)
+            except Exception as error:  # of another library's converter
+                print(f"without {', '.join(own)}: {type(error).__name__}: {error}")
+                names = [name for name in names if name not in own]
+    return names
 
 
 def _write_hf(files: Path) -> None:
-    assert export([str(files / "model.ckpt"), str(files / "hf"), "--format", "hf"]) == 0
+    _export(files, "hf", "hf")
 
 
 def _write_gguf(files: Path) -> None:
     llama_cpp = _quiet_llama_cpp()
     whole, small = files / "model.gguf", files / "model-q8_0.gguf"
-    assert export([str(files / "model.ckpt"), str(whole), "--format", "gguf"]) == 0
+    _export(files, whole.name, "gguf")
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = Q8_0
     assert llama_cpp.llama_model_quantize(str(whole).encode(), str(small).encode(), params) == 0
+
+
+def _export(files: Path, name: str, form: str) -> None:
+    if export([str(files / "model.ckpt"), str(files / name), "--format", form]):
+        raise ValueError("it is not exported")
 
 
 @lru_cache

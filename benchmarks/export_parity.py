@@ -1,6 +1,6 @@
 """Whether exported models compute elsewhere what they compute here.
 
-    python benchmarks/export_parity.py [--size gpt2|gpt2-xl|qwen3_small|...] [--tokens 64]
+    python benchmarks/export_parity.py [--size gpt2|gpt2-xl|qwen3_small|...] [--set KEY=VALUE ...]
 
 Random weights of a published size, or of a file of conf/model, are written as a checkpoint and
 exported by the command. Then, one after the other, this project, transformers and (where the
@@ -12,7 +12,6 @@ times the weights in float32.
 """
 
 import argparse
-import dataclasses
 import gc
 import importlib.util
 import itertools
@@ -23,17 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import random_models
 import torch
-import yaml
 from torch import Tensor
 
-from nanogpt.checkpoint import load_checkpoint, record, write_checkpoint
+from nanogpt.checkpoint import load_checkpoint
 from nanogpt.export import main as export
 from nanogpt.generation import generate
-from nanogpt.model import GPT, PRESETS, GPTConfig
-from nanogpt.tokenizer import gpt2_tokenizer
 
-CONF = Path(__file__).parent.parent / "conf" / "model"
+NOISE = 0.02  # added to every tensor, biases and norms too
 TEXTS = (
     "Hello world\r\n\r\n  'tis 12345 don't",
     "naïve 😀👩‍👩‍👧 \u3000\t x\u0085y",
@@ -54,30 +51,21 @@ Run = Callable[[Path, list[int], int], Answer]
 
 
 def main() -> int:
-    options = _parser().parse_args()
-    prompt = torch.randint(50257, (64,), generator=torch.Generator().manual_seed(1)).tolist()
+    parser = _parser()
+    options = parser.parse_args()
+    config, generator = random_models.shape(parser, options), torch.Generator().manual_seed(1)
+    prompt = torch.randint(config.vocab_size, (64,), generator=generator).tolist()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        write_random(shape(options.size), directory / "model.ckpt")
+        random_models.write_random(directory / "model.ckpt", config, NOISE)
         ours = ask_us(directory / "model.ckpt", prompt, options.tokens)
         for title, arguments, run in rivals():
             out = directory / "out"
             if export([str(directory / "model.ckpt"), str(out), "--overwrite", *arguments]):
                 return 1
-            report(f"{options.size}, {title}", ours, run(out, prompt, options.tokens))
+            report(f"{options.model}, {title}", ours, run(out, prompt, options.tokens))
             gc.collect()
     return 0
-
-
-def shape(name: str) -> GPTConfig:
-    """Return a published size, or the shape of a file of conf/model, with GPT-2's vocabulary."""
-    if name in PRESETS:
-        return GPTConfig.preset(name)
-    values: dict[str, Any] = {}
-    for file in ("gpt2_small", name):  # from whose values the others begin
-        values |= yaml.safe_load((CONF / f"{file}.yaml").read_text())
-    fields = {field.name for field in dataclasses.fields(GPTConfig)}
-    return GPTConfig(**{key: value for key, value in values.items() if key in fields})
 
 
 def rivals() -> list[tuple[str, list[str], Run]]:
@@ -103,23 +91,9 @@ def report(title: str, ours: Answer, theirs: Answer) -> None:
     encoding = "equal" if ours.encoded == theirs.encoded else "DIFFERENT"
     print(
         f"{title}: max |difference of logits| {difference:.1e} of deviation "
-        f"{ours.logits.std():.2f}, {n_equal} of {n_tokens} greedy tokens equal{parting}, "
-        f"encoding {encoding}"
+        f"{ours.logits.std():.2f}, {n_equal} of {n_tokens} greedy tokens ({len({*ours.continued})} "
+        f"different ones) equal{parting}, encoding {encoding}"
     )
-
-
-def write_random(config: GPTConfig, path: Path) -> None:
-    """Write a checkpoint whose every tensor, biases and norms too, is random."""
-    torch.manual_seed(0)
-    model = GPT(config)
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
-    content = {
-        "global_step": 0,
-        "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
-        "nanogpt": record("pretrain", config, gpt2_tokenizer()),
-    }
-    write_checkpoint(content, path)
 
 
 @torch.inference_mode()
@@ -173,8 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Compare exported models with transformers and llama.cpp."
     )
-    sizes = [*PRESETS, *sorted(path.stem for path in CONF.glob("*.yaml"))]
-    parser.add_argument("--size", default="gpt2", choices=sizes)
+    random_models.add_options(parser, "--size")
     parser.add_argument("--tokens", type=int, default=64, help="to continue greedily (default 64)")
     return parser
 
