@@ -64,10 +64,11 @@ def fetch_model(name: str, data_dir: str | PathLike[str]) -> Path:
     directory = Path(data_dir) / "weights" / name.replace("/", "--")
     instead = f"copy {directory} here from a connected machine, or pass a local directory"
     try:
-        needed = [directory / CONFIG, directory / TOKENIZER, *_weight_paths(directory)]
+        is_whole = (directory / CONFIG).is_file() and (directory / TOKENIZER).is_file()
+        is_whole = is_whole and bool(_weight_paths(directory))
     except FileNotFoundError:
-        needed = [directory / SAFETENSORS]
-    if not all(path.is_file() for path in needed):
+        is_whole = False
+    if not is_whole:
         with hub_errors(f"the model {name}", instead):
             from huggingface_hub import snapshot_download
 
@@ -204,7 +205,10 @@ def _weight_paths(directory: Path) -> list[Path]:
             shards = _read_json(index).get("weight_map")
             if not isinstance(shards, dict):
                 raise ValueError(f"{index} lists no files; fetch it again")
-            return sorted({directory / Path(str(shard)).name for shard in shards.values()})
+            paths = sorted({directory / Path(str(shard)).name for shard in shards.values()})
+            if missing := [path.name for path in paths if not path.is_file()]:
+                raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}; fetch it again")
+            return paths
     raise FileNotFoundError(f"{directory} holds neither {' nor '.join(WEIGHTS)}; {INSTEAD}")
 
 

@@ -157,7 +157,10 @@ def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_bytes()) if path.is_file() else {}
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path.name} beside it is no JSON: {error}") from error
     return found if isinstance(found, dict) else {}
 
 

@@ -1,13 +1,16 @@
 """Tokenizers and chat templates of published models give the ids that transformers gives."""
 
 import json
+import shutil
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import (
     AddedToken,
     Regex,
@@ -22,12 +25,15 @@ from tokenizers import Tokenizer as Library
 
 from nanogpt.checkpoint import load_checkpoint
 from nanogpt.classifier import class_probabilities
+from nanogpt.generate import main
 from nanogpt.generation import Reply
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.prompts import Message, find_template
 from nanogpt.published_tokenizer import PublishedTokenizer
 from nanogpt.tokenizer import byte_tokenizer, from_record
 from nanogpt.tokenizer_files import read_tokenizer, write_tokenizer
+from serve import check_models
+from serving.api.settings import ApiSettings
 from serving.engine.messages import Classified, Classify
 from tests.engine_models import InlineEngine, generate
 
@@ -233,6 +239,7 @@ def test_a_reply_ends_at_the_published_tokens(tmp_path: Path) -> None:
     [
         ("{{ raise_exception('roles must alternate') }}", "fails: roles must alternate"),
         ("{{ messages[0].content.__class__.__mro__ }}", "fails: access to attribute '__class__'"),
+        ("{% for i in range(10**9) %}{% endfor %}", "fails: Range too big"),
         ("{% for", "fails: "),
         ("{{ messages[-1].content }}", "omits, repeats or reorders messages"),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "changes the messages"),
@@ -277,7 +284,7 @@ def test_a_served_model_replies_as_in_transformers(kind: str, tmp_path: Path) ->
     expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
     tokenizer = load_checkpoint(tmp_path / "run").tokenizer
     template = find_template("published")
-    ids = template.encode(tokenizer, TALK, add_generation_prompt=True).ids
+    ids, _ = template.encode(tokenizer, TALK, add_generation_prompt=True)
     stops = tuple(template.stop_ids(tokenizer))
     request = generate("a", ids, max_tokens=24, stop_ids=stops)
     answer = InlineEngine(tmp_path).one(request)
@@ -310,3 +317,98 @@ def test_a_classifier_of_transformers_gives_its_probabilities(
     served = engine.one(Classify("a", "run", ours.tokenizer.encode(text))).end
     assert isinstance(served, Classified)
     assert served.probabilities == pytest.approx(found[0].tolist(), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a model in shards."""
+    directory: Path = tmp_path_factory.mktemp("published") / "qwen"
+    saved(Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32)), directory)
+    shards = [f"model-{i}-of-2.safetensors" for i in (1, 2)]
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    for i, name in enumerate(shards):
+        save_file({key: tensors[key] for key in [*tensors][i::2]}, directory / name)
+    weight_map = {key: shards[i % 2] for i, key in enumerate(tensors)}
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def replacing(name: str, **keys: Any) -> Callable[[Path], None]:
+    """Return what changes keys of a JSON file in a directory."""
+
+    def change(directory: Path) -> None:
+        content = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps({**content, **keys}))
+
+    return change
+
+
+def truncating(name: str) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        (directory / name).write_bytes((directory / name).read_bytes()[:-9])
+
+    return change
+
+
+def with_unigrams(directory: Path) -> None:
+    Library(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0)).save(
+        str(directory / "tokenizer.json")
+    )
+
+
+def with_word_pieces(directory: Path) -> None:
+    Library(models.WordPiece({"[UNK]": 0})).save(str(directory / "tokenizer.json"))
+
+
+def leaving_an_adapter(directory: Path) -> None:
+    shutil.rmtree(directory)
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"a": torch.zeros(1)}, directory / "adapter_model.safetensors")
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "model-2-of-2.safetensors").unlink(), "lacks model-2-of-2.safet"),
+        (truncating("model-1-of-2.safetensors"), "model-1-of-2.safetensors is truncated"),
+        (replacing("config.json", model_type="mistral"), "model_type='mistral'; only gpt2, llama"),
+        (replacing("config.json", rope_parameters=YARN), "has RoPE scaling 'yarn'; only"),
+        (replacing("config.json", vocab_size=1500), "size mismatch for wte.weight"),
+        (truncating("config.json"), "config.json is no JSON object; fetch it again"),
+        (truncating("generation_config.json"), "generation_config.json beside it is no JSON"),
+        (truncating("tokenizer_config.json"), "tokenizer_config.json beside it is no JSON"),
+        (truncating("tokenizer.json"), "tokenizer.json cannot be read"),
+        (with_unigrams, "tokenizer.json cannot be read (is not a byte-level BPE)"),
+        (with_word_pieces, "tokenizer.json cannot be read (is not a byte-level BPE)"),
+        (lambda path: (path / "tokenizer.json").unlink(), "put the tokenizer.json"),
+        (leaving_an_adapter, "holds no checkpoint"),
+    ],
+)
+def test_a_directory_that_cannot_be_read_is_one_sentence(
+    damage: Callable[[Path], None],
+    message: str,
+    qwen: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nanogpt.checkpoint.gpt2_tokenizer", byte_tokenizer)  # without a network
+    directory = tmp_path / "run"
+    shutil.copytree(qwen, directory)
+    assert main([str(directory), "--max-new-tokens", "1"]) == 0
+    capsys.readouterr()
+    damage(directory)
+    assert main([str(directory)]) == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    if damage is not leaving_an_adapter:
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            check_models(ApiSettings(checkpoint=str(directory)))
+        assert message in str(caught.value)

@@ -217,8 +217,8 @@ def find_checkpoint(reference: str | Path, runs_dir: str | Path = "runs") -> Pat
         if file.is_file():
             return file
     raise FileNotFoundError(
-        f"{path} holds no checkpoint (no checkpoints/last.ckpt); "
-        "pass a .ckpt file or the directory of a run that has written one"
+        f"{path} holds no checkpoint (no checkpoints/last.ckpt, no config.json); pass a .ckpt "
+        "file, or the directory of a run that has written one or of a Hugging Face model"
     )
 
 
