@@ -195,17 +195,17 @@ QWEN3 = replace(
     model_type="qwen3",
     prefix="Qwen3",
     keys=LLAMA_KEYS,
-    defaults=LLAMA.defaults | {"head_dim": 128},
-    fixed=LLAMA.fixed | {"qk_norm": True, "qk_norm_weight": True, "bias": False},
-    required=LLAMA.required | {"use_sliding_window": (False,), "attention_bias": (False,)},
+    defaults={**LLAMA.defaults, "head_dim": 128},
+    fixed={**LLAMA.fixed, "qk_norm": True, "qk_norm_weight": True, "bias": False},
+    required={**LLAMA.required, "use_sliding_window": (False,), "attention_bias": (False,)},
     free=("rope_scaling", "qk_norm_weight"),
 )
 ARCEE = replace(
     LLAMA,
     model_type="arcee",
     prefix="Arcee",
-    defaults=LLAMA.defaults | {"rms_norm_eps": 1e-5},
-    fixed=LLAMA.fixed | {"activation": "relu2"},
+    defaults={**LLAMA.defaults, "rms_norm_eps": 1e-5},
+    fixed={**LLAMA.fixed, "activation": "relu2"},
     required={"hidden_act": ("relu2",)},
 )
 NANOCHAT = replace(
@@ -213,9 +213,9 @@ NANOCHAT = replace(
     model_type="nanochat",
     prefix="NanoChat",
     keys=LLAMA_KEYS | {"final_logit_softcapping": "logit_softcap"},
-    defaults=LLAMA.defaults | {"final_logit_softcapping": 15.0},
-    fixed=ARCEE.fixed | {"qk_norm": True, "norm_weight": False, "embd_norm": True, "bias": False},
-    required=ARCEE.required | {"attention_bias": (False,)},
+    defaults={**LLAMA.defaults, "final_logit_softcapping": 15.0},
+    fixed={**ARCEE.fixed, "qk_norm": True, "norm_weight": False, "embd_norm": True, "bias": False},
+    required={**ARCEE.required, "attention_bias": (False,)},
     names=LLAMA_NAMES | {"mlp.c_fc": ("mlp.fc1",), "mlp.c_proj": ("mlp.fc2",)},
 )
 ARCHITECTURES = {one.model_type: one for one in (GPT2, LLAMA, QWEN3, ARCEE, NANOCHAT)}

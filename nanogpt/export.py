@@ -82,10 +82,7 @@ def check_exportable(
             f"qwen3_small or nanochat_small"
         ) from error
     if checkpoint.labels is not None and found.model_type == "nanochat":
-        raise ValueError(
-            f"{path} is a classifier, which nanochat lacks in transformers; train a model with the "
-            f"switches of model=llama_small"
-        )
+        raise ValueError(f"{path} is a classifier, which nanochat lacks; use model=llama_small")
     key = LLAMA_CPP_LACKS.get(found.model_type)
     if format_ == "gguf" and key and getattr(config, key):
         raise ValueError(

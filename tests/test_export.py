@@ -408,7 +408,7 @@ def test_a_classifier_reads_back_bit_for_bit(
     [
         ("gguf", {}, "is a classifier, which GGUF has no place for; pass --format hf"),
         ("hf", {"norm": "rmsnorm", "bias": False}, "has norm=rmsnorm, which gpt2"),
-        ("hf", NANOCHAT, "is a classifier, which nanochat lacks in transformers"),
+        ("hf", NANOCHAT, "is a classifier, which nanochat lacks; use"),
     ],
 )
 def test_a_classifier_that_the_format_lacks_is_refused(
