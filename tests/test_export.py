@@ -167,6 +167,25 @@ def test_each_architecture_reads_back_bit_for_bit(
     assert back.config == ours.config
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("Llama with biases", {"mlp_bias": False}, "has attention_bias=True; only False can be"),
+        ("NanoChat", {"attention_bias": True}, "has attention_bias=True; only False can be"),
+        ("NanoChat", {"hidden_act": "silu"}, "has hidden_act='silu'; only 'relu2' can be read"),
+        ("NanoChat", {"head_dim": 8}, "has weights of wrong shapes|size mismatch"),
+    ],
+)
+def test_what_no_model_here_computes_is_not_read(
+    name: str, values: dict[str, Any], message: str, write: Write, tmp_path: Path
+) -> None:
+    export(write(**SHAPES[name]), tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(tmp_path / "out")
+
+
 def test_queries_and_keys_without_weights_are_normalised_alike_by_qwen3(
     write: Write, tmp_path: Path
 ) -> None:

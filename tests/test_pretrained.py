@@ -162,10 +162,7 @@ def test_every_layout_of_the_files_is_read(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (
-            {"model_type": "bloom"},
-            "model_type='bloom'; only gpt2, llama, qwen3, arcee, nanochat can",
-        ),
+        ({"model_type": "bloom"}, "model_type='bloom'; only gpt2, .*, nanochat can be read"),
         ({"model_type": "llama"}, r"config\.json cannot be read: lacks .*max_position_embeddings"),
         ({"rope_scaling": "x"}, r"config\.json cannot be read: "),
         ({"activation_function": "relu"}, "activation_function='relu'; only 'gelu_new'"),
