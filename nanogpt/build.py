@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from pydantic import ValidationError
@@ -116,7 +117,10 @@ def check_nodes(config: Mapping[str, Any], max_steps: int) -> None:
     for where in ("module", "trainer", "tokenizer"):
         build({**config[where], "_partial_": True}, where)
     for name, node in named_nodes(config["logger"]).items():
-        build({**node, "_partial_": True}, f"logger.{name}")
+        made = build({**node, "_partial_": True}, f"logger.{name}").func
+        if _name(made) == "MLFlowLogger" and find_spec("mlflow") is None:  # it checks when built
+            what = "a package that is not installed (mlflow); pip install mlflow"
+            raise ConfigurationError(f"logger.{name} needs {what}")
 
 
 def build_data(config: Mapping[str, Any], **live: Any) -> Any:

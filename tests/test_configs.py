@@ -353,6 +353,14 @@ def test_a_step_of_instruct_is_whole_rows_of_any_model(overrides: list[str], tok
     assert composed("stage=instruct", *overrides)["tokens_per_step"] == tokens
 
 
+def test_a_logger_without_its_package_is_refused_before_the_data_is_prepared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nanogpt.build.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=r"logger\.mlflow needs .* pip install mlflow$"):
+        check_nodes(composed("logger=mlflow"), 5)
+
+
 def test_loggers_and_callbacks_add_up() -> None:
     early = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss}"
     words = [f"callbacks.early={early}", "~callbacks.samples", "logger=[csv,tensorboard]"]
