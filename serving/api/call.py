@@ -74,7 +74,7 @@ class Call:
 
     async def load(self, name: str | None, task: Task | None = None) -> ServedModel:
         """Return the model of a name, ready for use; raises ApiError after a timeout."""
-        model = await _within(self.limits(), self.catalogue.load(name, task))
+        model = await self.within(self.limits(), self.catalogue.load(name, task))
         self.request.state.log["model"] = model.id
         return model
 
@@ -95,8 +95,8 @@ class Call:
         tasks = [asyncio.ensure_future(request) for request in requests]
         try:
             first = asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            await self.until_disconnect(_within(self.limits(), first))
-            return await self.until_disconnect(_within(self.limits()[1:], asyncio.gather(*tasks)))
+            await self.within(self.limits(), first)
+            return await self.within(self.limits()[1:], asyncio.gather(*tasks))
         finally:
             await _cancel(tasks)
             self._queue_start = time.monotonic()
@@ -144,9 +144,9 @@ class Call:
         """Generate, and answer with a stream or with one object."""
         generation = self.generation(form.choices)
         if stream:
-            await self.until_disconnect(generation.wait_for_first(FIRST_PIECE_S))
+            await self.within((), generation.wait_for_first(FIRST_PIECE_S))
             return event_stream(events(form, generation))
-        answers = await self.until_disconnect(generation.whole())
+        answers = await self.within((), generation.whole())
         content = await whole(form, answers, generation.usage())
         return Response(content, media_type="application/json")
 
@@ -167,18 +167,23 @@ class Call:
             finish_reasons=[choice.finish_reason for choice in generation.choices],
         )
 
-    async def until_disconnect(self, work: Awaitable[T]) -> T:
-        """Return the result of work; raises ClientDisconnect as soon as the client disconnects."""
+    async def within(self, limits: Limits, work: Awaitable[T]) -> T:
+        """Return the result of work.
+
+        Raises the error of the first limit that passes, and ClientDisconnect as soon as the client
+        disconnects.
+        """
 
         async def disconnect() -> None:
             while (await self.request.receive())["type"] != "http.disconnect":
                 pass
 
         working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
+        seconds, late = min(limits, key=itemgetter(0), default=(None, None))
         try:
-            await asyncio.wait([working, waiting], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([working, waiting], timeout=seconds, return_when="FIRST_COMPLETED")
             if not working.done():
-                raise ClientDisconnect
+                raise ClientDisconnect if waiting.done() or late is None else late
             return working.result()
         finally:
             await _cancel([working, waiting])
@@ -193,15 +198,6 @@ def check_count(param: str, n: int, limit: int, what: str) -> None:
     """Raise ApiError for a field of no values or of more than allowed."""
     if not 1 <= n <= limit:
         raise ApiError(400, f"There are {n} {what}; request 1 to {limit}.", param=param)
-
-
-async def _within(limits: Limits, work: Awaitable[T]) -> T:
-    """Return the result of work, or raise the error of the first limit that passes."""
-    seconds, error = min(limits, key=itemgetter(0))
-    try:
-        return await asyncio.wait_for(work, seconds)
-    except asyncio.TimeoutError as timeout:
-        raise error from timeout
 
 
 async def _cancel(tasks: Collection[asyncio.Future[Any]]) -> None:

@@ -225,7 +225,7 @@ async def _answer(call: Call, model: ServedModel, body: PredictRequest) -> str:
     except ApiError as error:
         error.param = "input_data"
         raise
-    (answer,) = await call.until_disconnect(call.generation(choices).whole())
+    (answer,) = await call.within((), call.generation(choices).whole())
     return answer.text
 
 
