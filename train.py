@@ -175,7 +175,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         module = build(config["module"], "module", **live)
         loggers = build_each(config["logger"], "logger", **live, name=config["name"])
         trainer = build_trainer(config["trainer"], run, device, callbacks, loggers)
-        run.rewind()
+        on_rank_zero(run.rewind)
         named = {"callbacks": callbacks, "logger": loggers}
         fit(trainer, module, data, named, run.checkpoint)
         return summary.finish(run, module, data.facts())

@@ -107,7 +107,8 @@ def _as_override(word: str, sweep: bool) -> str:
     if match is None or match[1].startswith(("-", "hydra.")):
         return word
     key, value = match[1], match[2]
-    if is_text(key) and not (sweep and FUNCTION.fullmatch(value)):
+    is_text = is_path(key) or NAMES.fullmatch(key.rpartition(".")[2])  # of characters of any kind
+    if is_text and not (sweep and FUNCTION.fullmatch(value)):
         choices = CHOICE.findall(value) if sweep else [value]
         value = ",".join(_quote(key, choice) for choice in choices)
     elif (CONF / key).is_dir() and re.fullmatch(r"null|[-+.\d]+", value):
@@ -125,11 +126,6 @@ def _quote(key: str, text: str) -> str:
         if value in (text, None) or (text[:1] in "'\"" and isinstance(value, str)):
             return text
     return QuotedString(text, Quote.single).with_quotes()
-
-
-def is_text(key: str) -> bool:
-    """Return whether the value of a key is a path or a name, of characters of any kind."""
-    return is_path(key) or NAMES.fullmatch(key.rpartition(".")[2]) is not None
 
 
 def expand_environment() -> None:

@@ -1,5 +1,6 @@
 """Files and directories: locks, durable renames, bounded reads, the names of runs."""
 
+import json
 import logging
 import os
 import shutil
@@ -48,6 +49,13 @@ def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def write_json(path: Path, value: object, indent: int | None = 2) -> None:
+    """Write plain values as JSON; the file is replaced as a whole."""
+    with replacing(path, "w") as file:
+        json.dump(value, file, indent=indent)
+        file.write("\n")
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from nanogpt.build import locate
 from nanogpt.checkpoint import find_init_from, load_checkpoint
 from nanogpt.command import add_shared, guard_output, parse, run_command
 from nanogpt.data.records import PASS_OVER
+from nanogpt.disk import write_json
 from nanogpt.evaluation.results import (
     Results,
     Row,
@@ -35,7 +36,6 @@ from nanogpt.evaluation.results import (
     lines,
     run_dir_of,
     table,
-    write_rows,
 )
 from nanogpt.evaluation.scoring import BATCH_SIZE
 from nanogpt.ranks import Ranks, launch_ranks, leave_with_launcher
@@ -46,15 +46,7 @@ from nanogpt.text import first_line, print_line
 
 Task = Callable[..., Results]
 
-TASKS = {
-    "classify": "nanogpt.evaluation.classification.evaluate",
-    "harness": "nanogpt.evaluation.harness.evaluate",
-    "hellaswag": "nanogpt.evaluation.hellaswag.evaluate",
-    "instructions": "nanogpt.evaluation.instructions.evaluate",
-    "judge": "nanogpt.evaluation.judge.evaluate",
-    "lambada": "nanogpt.evaluation.lambada.evaluate",
-    "perplexity": "nanogpt.evaluation.perplexity.evaluate",
-}
+TASKS = ("classify", "harness", "hellaswag", "instructions", "judge", "lambada", "perplexity")
 SHARED = {"hellaswag", "lambada", "perplexity"}  # tasks whose work several processes share
 OF_LANGUAGE_MODELS = {*SHARED, "harness"}
 REPORT_S = 2.0  # in which rank zero reports an error of all
@@ -123,7 +115,8 @@ def find_task(name: str) -> Task:
             f"there is no task {name}; it is one of {', '.join(TASKS)}, or the import path "
             "of a function, such as my_package.tasks.my_task"
         )
-    task: Task = locate(TASKS.get(name, name), name)
+    module = "classification" if name == "classify" else name
+    task: Task = locate(f"nanogpt.evaluation.{module}.evaluate" if name in TASKS else name, name)
     return task
 
 
@@ -209,7 +202,7 @@ def score(reference: str, path: Path, options: argparse.Namespace, ranks: Ranks)
 def print_results(rows: Sequence[Row], options: argparse.Namespace) -> None:
     """Write `--json`, print the table, draw `--picture`; raises ValueError for an empty picture."""
     if options.json is not None:
-        write_rows(options.json, rows)
+        write_json(options.json, rows)
     print_line(table(rows))
     if options.picture is not None:
         scores = lines(rows)
@@ -238,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--task",
         required=True,
-        help=f"{', '.join(sorted(TASKS))}, or the import path of a function",
+        help=f"{', '.join(TASKS)}, or the import path of a function",
     )
     add("--data", type=Path, help="what to score (default of benchmarks: the hub's file)")
     add(

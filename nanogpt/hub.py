@@ -61,7 +61,9 @@ def _explanation(error: Exception, what: str, instead: str) -> Exception | None:
     """Return an error of huggingface_hub, or of a library below it, as one sentence, else None."""
     from huggingface_hub import errors
 
-    chain = list(_causes(error))
+    chain: list[BaseException] = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
 
     def is_a(kind: type[Exception]) -> bool:
         return any(isinstance(e, kind) for e in chain)
@@ -91,12 +93,6 @@ def _explanation(error: Exception, what: str, instead: str) -> Exception | None:
 def brief(error: Exception) -> str:
     """Return the first line of an error's message within 200 characters."""
     return first_line(error).rstrip(".")[:200]
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _is_transport(error: BaseException) -> bool:

@@ -207,7 +207,7 @@ def test_large_shards_are_checked_in_blocks_with_the_first_and_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretokenized, "READ_WHOLE_BYTES", 1000)
-    monkeypatch.setattr(pretokenized, "BLOCK_BYTES", 8)  # 4 tokens; 64 blocks are 256 of 600
+    monkeypatch.setattr(pretokenized, "SAMPLE_BYTES", 8)  # 4 tokens; 64 blocks are 256 of 600
     write_bin(tmp_path / "val.bin", TOKENS[:10])
     seen = []
     for at in range(600):

@@ -120,11 +120,24 @@ class Reader:
         return text_under(parse_json(line), self.text_column, remedy)
 
     def _parquet_blocks(self, file: IO[bytes], path: str) -> Iterator[Block]:
+        """Yield the row groups; raises ValueError where there is no such column of text."""
+        import pyarrow
+        import pyarrow.parquet
+
         try:
-            parquet = self._open_parquet(file, path)
-        except BadRecord as error:
-            yield 1, [(path, error)]
+            parquet = pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+        except (OSError, pyarrow.ArrowException) as error:
+            if not is_damage(error):
+                raise
+            found = f"is not a whole parquet file ({brief(error)})"
+            yield 1, [(path, BadRecord(found, "fetch it again"))]
             return
+        schema = parquet.schema_arrow
+        if self.text_column not in (texts := [f.name for f in schema if _is_string(f.type)]):
+            raise ValueError(
+                f"{path} has no column {self.text_column!r} of text (columns of text: "
+                f"{', '.join(texts) or 'none'}); pass data.text_column=NAME"
+            )
         start = 0
         for group in range(parquet.num_row_groups):
             n_rows = parquet.metadata.row_group(group).num_rows
@@ -155,29 +168,6 @@ class Reader:
             rows = f"rows {row + 1} to {stop} ({reason})"
             lost = BadRecord(f"is damaged in row group {group}, {rows}", "fetch the file again")
             yield from repeat((path, lost), stop - row)
-
-    def _open_parquet(self, file: IO[bytes], path: str) -> Any:
-        """Open a parquet file to be read in small pieces.
-
-        Raises BadRecord where it is none, and ValueError where it has no such column of text.
-        """
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            parquet = pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
-        except (OSError, pyarrow.ArrowException) as error:
-            if not is_damage(error):
-                raise
-            found = f"is not a whole parquet file ({brief(error)})"
-            raise BadRecord(found, "fetch it again") from error
-        schema = parquet.schema_arrow
-        if self.text_column not in (texts := [f.name for f in schema if _is_string(f.type)]):
-            raise ValueError(
-                f"{path} has no column {self.text_column!r} of text (columns of text: "
-                f"{', '.join(texts) or 'none'}); pass data.text_column=NAME"
-            )
-        return parquet
 
 
 def file_sizes(paths: Sequence[str]) -> list[int]:

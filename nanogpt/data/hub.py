@@ -126,8 +126,11 @@ class HubDataset(TextFiles):
             )
         files = [str(url) for url in by_split.get(self.split, [])]
         plain = all(url.lower().endswith(READABLE) for url in files)
+        if files and files[0].lower().endswith(".json"):
+            with open_file(files[0]) as file:  # of one record per line, or one array of records
+                plain &= not file.read(64).lstrip().startswith(b"[")
         nested = getattr(builder.config, "field", None) is not None
-        return files if plain and not nested and not (files and _is_json_array(files[0])) else []
+        return files if plain and not nested else []
 
     def _streamed(self, builder: Any, skip: int) -> Iterator[str | None]:
         """Yield the documents of any data set by the streaming of the `datasets` library."""
@@ -149,11 +152,3 @@ class HubDataset(TextFiles):
             f"`python -m nanogpt.prepare {prepared}` on a connected machine and copy the folder it "
             "names",
         )
-
-
-def _is_json_array(url: str) -> bool:
-    """Whether a .json file is one array of records instead of one record per line."""
-    if not url.lower().endswith(".json"):
-        return False
-    with open_file(url) as file:
-        return file.read(64).lstrip().startswith(b"[")

@@ -1,6 +1,7 @@
 """Conversations as packed rows of tokens, and their batches."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import validate_call
 
-from nanogpt.data.instructions import Conversation, Instructions, conversations_sha256, text_of
+from nanogpt.data.instructions import Conversation, Instructions, text_of
 from nanogpt.data.module import RowsDataModule, TokenizerChoice
 from nanogpt.data.packing import PackedRows
 from nanogpt.prompts import Template, find_template
@@ -107,6 +108,7 @@ def pack_conversations(
             f"block_size={block_size} tokens; use shorter ones or a model with a longer context"
         )
     rows = PackedRows.from_texts(texts, block_size)
+    lines = (f"{json.dumps([vars(message) for message in one])}\n" for one in conversations)
     facts = {
         "examples": len(texts),
         "cut": n_cut,
@@ -114,7 +116,7 @@ def pack_conversations(
         "tokens": sum(len(ids) for ids, _ in texts),
         "rows": len(rows),
         "padding": rows.padding,
-        "sha256": conversations_sha256(conversations),
+        "sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
     }
     log.info(
         f"{split}: {len(texts):,} conversations, {n_cut:,} of them cut, in {len(rows):,} rows of "

@@ -6,9 +6,8 @@ A record has `instruction` (or `prompt`, `question`), `response` (or `output`, `
 of `{"from": "system" | "human" | "gpt", "value": "..."}`.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -138,14 +137,6 @@ def text_of(one: Conversation) -> str:
     """Return the text of a conversation's messages."""
     texts = (text for message in one for text in (message.content, message.context))
     return "\n\n".join(filter(None, texts))
-
-
-def conversations_sha256(conversations: Iterable[Conversation]) -> str:
-    """Return a hash over conversations in their order."""
-    digest = hashlib.sha256()
-    for one in conversations:
-        digest.update(f"{json.dumps([vars(message) for message in one])}\n".encode())
-    return digest.hexdigest()
 
 
 def _talk(messages: object, key: str) -> Conversation:

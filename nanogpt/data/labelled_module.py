@@ -1,4 +1,4 @@
-"""The Lightning data module of classification: every rank's batches of labelled texts."""
+"""The Lightning data module of classification: every rank's batches, and augmentation."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from nanogpt.classifier import encode_text, pad
-from nanogpt.data.augmentation import Augmentation, Speller
 from nanogpt.data.labelled import LabelledTexts
 from nanogpt.data.module import DATA_MODULE, RowsDataModule, TokenizerChoice
 from nanogpt.data.splits import class_weights
@@ -19,6 +18,57 @@ from nanogpt.tokenizer import Tokenizer
 from nanogpt.values import BelowOne, Flag, Fraction
 
 log = logging.getLogger("nanogpt")
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of training texts, other ones at every step.
+
+    `recase` is the share of texts in all small or all capital letters, `token_split` the share of
+    tokens spelled in bytes, and `token_dropout` the share of the resulting tokens that is left out.
+    """
+
+    recase: float = 0.0
+    token_split: float = 0.0
+    token_dropout: float = 0.0
+
+    def variants(self, texts: Sequence[str]) -> list[list[str]]:
+        """Return the texts as they are and, with `recase`, in small and in capital letters."""
+        changes = (str, str.lower, str.upper) if self.recase else (str,)
+        return [[change(text) for text in texts] for change in changes]
+
+    def apply(
+        self,
+        variants: Sequence[np.ndarray],
+        key: tuple[int, ...],
+        spellings: Sequence[np.ndarray],
+        block_size: int,
+    ) -> np.ndarray:
+        """Return the ids (M,) of one of a text's variants, (N,) each, spelled and dropped in part.
+
+        It is a pure function of the key. `spellings` are those of `spell`; M is at most block_size,
+        and the last id is never cut.
+        """
+        if not (self.recase or self.token_split or self.token_dropout):
+            return variants[0]
+        random = np.random.default_rng(key)
+        draw = random.random()
+        ids = variants[0 if draw >= self.recase else 1 + int(draw < self.recase / 2)]
+        if self.token_split:
+            chosen = random.random(len(ids)) < self.token_split
+            parts = [spellings[i] if c else [i] for i, c in zip(ids, chosen, strict=True)]
+            ids = np.append(np.concatenate(parts[:-1])[: block_size - 1], ids[-1])
+        survives = random.random(len(ids)) >= self.token_dropout
+        survives[0] = survives[-1] = True
+        return ids[survives]
+
+
+def spell(tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Return each token's bytes as ids (N,); a special token's own id."""
+    tokens = tokenizer.token_bytes()
+    id_of_byte = {token[0]: i for i, token in enumerate(tokens) if len(token) == 1}
+    spelled = ([id_of_byte[byte] for byte in token] for token in tokens)
+    return [np.array(ids or [i]) for i, ids in enumerate(spelled)]
 
 
 @dataclass(frozen=True)
@@ -111,7 +161,7 @@ class LabelledDataModule(RowsDataModule):
             np.array(self.weights)[labels],
             [rows for rows, _ in recased],
             partial(
-                self.augmentation.apply, speller=Speller.from_tokenizer(tokenizer, self.block_size)
+                self.augmentation.apply, spellings=spell(tokenizer), block_size=self.block_size
             ),
         )
         texts, labels = splits.numbered(splits.val)

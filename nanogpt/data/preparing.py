@@ -42,9 +42,8 @@ from nanogpt.data.writer import (
     Progress,
     read_journal,
     write_journal,
-    write_json,
 )
-from nanogpt.disk import wait_for_lock
+from nanogpt.disk import wait_for_lock, write_json
 from nanogpt.text import format_number
 from nanogpt.tokenizer import Tokenizer
 

@@ -21,9 +21,9 @@ from pydantic.dataclasses import dataclass
 
 from nanogpt.data.corpus import MANIFEST, TOKENIZER, Corpus, describe_tokenizer, digest, open_corpus
 from nanogpt.data.shards import MAGIC_NUMBERS, UINT16, Part, TokenStream, naming_damage, shard_part
-from nanogpt.data.source import files_fingerprint, local_path
-from nanogpt.data.writer import JOURNAL, write_json
-from nanogpt.disk import wait_for_lock
+from nanogpt.data.source import SAMPLE_BYTES, SAMPLES, files_fingerprint, local_path
+from nanogpt.data.writer import JOURNAL
+from nanogpt.disk import wait_for_lock, write_json
 from nanogpt.hub import hub_errors
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.values import CHECKED, FilePath, Share, Text
@@ -32,8 +32,6 @@ SUFFIXES = (".bin", ".npy")
 VAL_WORDS = {"val", "valid", "validation", "test"}
 MIN_VAL_TOKENS = 1025  # a row of GPT-2, where the last part of the tokens is held out
 READ_WHOLE_BYTES = 100 * 2**20  # of larger shards, blocks are checked and hashed
-BLOCKS = 64
-BLOCK_BYTES = 64 * 2**10
 PATTERNS = ["*.bin", "*.npy", MANIFEST, TOKENIZER]  # of files to fetch
 FETCHED = "fetched.json"  # the sizes of all, written last
 REMEDY = "fetch the file again, or take it out of data.path"
@@ -250,10 +248,10 @@ def _fingerprint(files: list[Part], splits: dict[str, list[Part]], tokenizer: To
 
 def _checked_sha256(part: Part, whole: bool, tokenizer: Tokenizer) -> str:
     """Return a hash of all tokens, or of blocks of them, the first and the last included."""
-    size = BLOCK_BYTES // part.dtype.itemsize
+    size = SAMPLE_BYTES // part.dtype.itemsize
     starts: Sequence[int] = range(0, part.n_tokens, size)
-    if not whole and len(starts) > BLOCKS:
-        starts = [(part.n_tokens - size) * i // (BLOCKS - 1) for i in range(BLOCKS)]
+    if not whole and len(starts) > SAMPLES:
+        starts = [(part.n_tokens - size) * i // (SAMPLES - 1) for i in range(SAMPLES)]
     content = hashlib.sha256()
     with part.path.open("rb") as file:
         for start in starts:

@@ -34,8 +34,10 @@ class Splits:
 
     @property
     def labels(self) -> list[str]:
-        """The names of the classes, sorted: as numbers where all of them are."""
-        return sorted_labels({example.label for example in self.train})
+        """The names of the classes in their order: by value where all are numbers, else by text."""
+        found = sorted({example.label for example in self.train})
+        is_numeric = all(NUMBER.fullmatch(label) for label in found)
+        return sorted(found, key=Decimal) if is_numeric else found
 
     def numbered(self, examples: Sequence[Example]) -> tuple[list[str], list[int]]:
         """Return texts, and the numbers of their classes."""
@@ -76,34 +78,17 @@ def class_weights(examples: Iterable[Example], labels: Sequence[str]) -> list[fl
     return [counts.total() / (len(labels) * counts[label]) for label in labels]
 
 
-def sorted_labels(labels: Iterable[str]) -> list[str]:
-    """Return names of classes in their order: by value where all are numbers, else by text.
-
-    >>> sorted_labels(["10", "2", "-1.5"])
-    ['-1.5', '2', '10']
-    """
-    found = sorted(labels)
-    if all(NUMBER.fullmatch(label) for label in found):
-        found.sort(key=Decimal)
-    return found
-
-
 def examples_sha256(examples: Iterable[Example]) -> str:
     """Return a hash over the examples, whatever their order."""
     lines = sorted(repr((example.label, example.text)) for example in examples)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def text_key(text: str) -> str:
-    """Return the key of a text, the same for all its copies."""
-    return " ".join(text.casefold().split())
-
-
 def shuffled_texts(examples: Sequence[Example], seed: int) -> dict[str, list[list[Example]]]:
     """Return the texts of each class, shuffled by the seed, each as the list of its examples."""
     copies: dict[str, list[Example]] = {}
     for example in examples:
-        copies.setdefault(text_key(example.text), []).append(example)
+        copies.setdefault(" ".join(example.text.casefold().split()), []).append(example)
     texts = list(copies.values())
     by_label: dict[str, list[list[Example]]] = {}
     for i in permute(np.arange(len(texts)), len(texts), f"split/{seed}"):

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from nanogpt.data.shards import HEADER_BYTES, HEADER_INTS, MAGIC_AND_VERSION, REMEDY, Shard
 from nanogpt.data.source import file_sha256
-from nanogpt.disk import replacing
+from nanogpt.disk import write_json
 
 JOURNAL = "journal.json"
 SPLITS = ("train", "val")
@@ -79,6 +79,7 @@ def write_journal(directory: Path, settled: Mapping[str, Any], progress: Progres
     write_json(directory / JOURNAL, {**settled, "progress": asdict(progress)})
 
 
+@dataclass
 class CorpusWriter:
     """Writes both splits as `train_000000.bin`, `val_000000.bin` and so on.
 
@@ -87,19 +88,13 @@ class CorpusWriter:
     whole; until then it ends in `.partial`. As a context it closes unfinished shards.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        dtype: np.dtype,
-        shard_tokens: int,
-        settled: Mapping[str, Any],
-        progress: Progress | None = None,
-    ) -> None:
-        self.progress = progress if progress is not None else Progress()
-        self._directory = directory
-        self._dtype = dtype
-        self._shard_tokens = shard_tokens
-        self._settled = settled
+    directory: Path
+    dtype: np.dtype
+    shard_tokens: int
+    settled: Mapping[str, Any]
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
         self._files: dict[str, IO[bytes]] = {}  # the unfinished shards by split
         for split, written in self.progress.splits.items():
             if written.open_tokens:
@@ -119,10 +114,10 @@ class CorpusWriter:
         tokens, rolled = parts["train"], False
         train = self.progress.splits["train"]
         while len(tokens):
-            taken = tokens[: self._shard_tokens - train.open_tokens]
+            taken = tokens[: self.shard_tokens - train.open_tokens]
             self._write("train", taken)
             tokens = tokens[len(taken) :]
-            if train.open_tokens == self._shard_tokens:
+            if train.open_tokens == self.shard_tokens:
                 for split in SPLITS:
                     self._finish(split)
                 rolled = True
@@ -132,7 +127,7 @@ class CorpusWriter:
         """Synchronise everything written so far to the disk, then record it in the journal."""
         for file in self._files.values():
             _synchronise(file)
-        write_journal(self._directory, self._settled, self.progress)
+        write_journal(self.directory, self.settled, self.progress)
 
     def finish(self) -> None:
         """Finish the last shards; a split without tokens is one empty shard."""
@@ -142,7 +137,7 @@ class CorpusWriter:
 
     def _write(self, split: str, tokens: np.ndarray) -> None:
         if len(tokens):
-            self._open(split).write(tokens.astype(self._dtype, copy=False).tobytes())
+            self._open(split).write(tokens.astype(self.dtype, copy=False).tobytes())
             self.progress.splits[split].tokens += len(tokens)
 
     def _open(self, split: str) -> IO[bytes]:
@@ -153,7 +148,7 @@ class CorpusWriter:
                 os.replace(path, partial)
             partial.touch()
             n_tokens = self.progress.splits[split].open_tokens
-            n_bytes = HEADER_BYTES + n_tokens * self._dtype.itemsize
+            n_bytes = HEADER_BYTES + n_tokens * self.dtype.itemsize
             if n_tokens and partial.stat().st_size < n_bytes:
                 raise ValueError(
                     f"{partial} is missing or shorter than {JOURNAL} in its folder records; "
@@ -168,7 +163,7 @@ class CorpusWriter:
         """Write the header of a shard and give it its name."""
         progress = self.progress.splits[split]
         header = np.zeros(HEADER_INTS, dtype="<i4")
-        header[:3] = (*MAGIC_AND_VERSION[self._dtype], progress.open_tokens)
+        header[:3] = (*MAGIC_AND_VERSION[self.dtype], progress.open_tokens)
         with self._open(split) as file:
             file.seek(0)
             file.write(header.tobytes())
@@ -181,14 +176,7 @@ class CorpusWriter:
     def _paths(self, split: str) -> tuple[Path, Path]:
         """Return the paths of a shard when it is finished, and until then."""
         name = f"{split}_{len(self.progress.splits[split].shards):06d}.bin"
-        return self._directory / name, self._directory / f"{name}.partial"
-
-
-def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> None:
-    """Write a JSON file that is whole at every moment."""
-    with replacing(path, "w") as file:
-        json.dump(value, file, indent=indent)
-        file.write("\n")
+        return self.directory / name, self.directory / f"{name}.partial"
 
 
 def _synchronise(file: IO[bytes]) -> None:

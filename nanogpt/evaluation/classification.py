@@ -15,7 +15,7 @@ from torch import Tensor
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.classifier import Classifier, class_probabilities
 from nanogpt.data.labelled import LabelledTexts
-from nanogpt.evaluation.results import CONFUSION, Results, align, reduced_confusion
+from nanogpt.evaluation.results import CONFUSION, Results, align, mean_and_error, reduced_confusion
 from nanogpt.text import print_line
 
 WORD = re.compile(r"\w+")
@@ -52,10 +52,9 @@ def evaluate(
     counts = [[name, *map(str, row)] for name, row in zip(names, shown, strict=True)]
     printed = align([["true \\ predicted", *names], *counts])
     print_line(f"{checkpoint.path}\n{printed}\n")
-    accuracy = scores(confusion)["accuracy"]
     return {
         **scores(confusion),
-        "accuracy_stderr": (accuracy * (1 - accuracy) / max(len(numbers) - 1, 1)) ** 0.5,
+        **mean_and_error("accuracy", np.equal(predicted, numbers)),
         **{f"baseline_majority_{name}": value for name, value in scores(majority).items()},
         "examples": float(len(examples)),
         **{

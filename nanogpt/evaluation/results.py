@@ -6,7 +6,6 @@ something else, whose `<who>` begins with `published_` where it was not measured
 with `confusion_`, counts of a class predicted as another, stays out of the table.
 """
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from filelock import FileLock
 from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
-from nanogpt.disk import replacing, wait_for_lock
+from nanogpt.disk import wait_for_lock, write_json
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.text import first_line
 
@@ -159,12 +158,6 @@ def reduced_confusion(
     return [*(labels[i] for i in shown), others], of_class.T @ confusion @ of_class
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as JSON, the file as a whole."""
-    with replacing(path, "w") as file:
-        file.write(json.dumps(rows, indent=2) + "\n")
-
-
 def run_dir_of(checkpoint_path: Path) -> Path | None:
     """Return the run directory that a checkpoint file lies in, None where it lies elsewhere."""
     run_dir = checkpoint_path.resolve().parent.parent
@@ -185,7 +178,7 @@ def add_evaluation(run_dir: Path, row: Row, about: Mapping[str, Any]) -> None:
         if not rows and path.exists():
             path.replace(path.with_name(f"{path.name}.damaged"))
         others = (old for old in rows if (old["task"], old.get("about")) != subject)
-        write_rows(path, [*others, new])
+        write_json(path, [*others, new])
 
 
 def read_evaluations(run_dir: Path) -> list[Row]:

@@ -127,10 +127,6 @@ class RunDirectory:
             log.warning("%s; it is written again", error)
             return None
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        with replacing(self.summary_path, "w") as file:
-            file.write(json.dumps(summary, indent=2) + "\n")
-
     def log_error(self, error: BaseException) -> None:
         """Append an error's traceback to train.log alone."""
         with contextlib.suppress(OSError), open(self.log_path, "a", encoding="utf-8") as file:

@@ -149,10 +149,7 @@ class Run:
         return {**self.config, "trainer": trainer, "resolved": dict(resolved)}
 
     def rewind(self) -> None:
-        """Cut what was written after the checkpoint to resume from. Called on every rank."""
-        on_rank_zero(self._rewind)
-
-    def _rewind(self) -> None:
+        """Cut what was written after the checkpoint to resume from; called on rank zero."""
         self.files.summary_path.unlink(missing_ok=True)  # of an older end
         MetricsFile(self.files.metrics_path).cut_after(self.step)
         cut_samples(self.files.samples_path, self.step)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.checkpoint import weights_sha256
+from nanogpt.disk import write_json
 from nanogpt.ranks import on_rank_zero
 from nanogpt.report.report import is_whole, write_report
 from nanogpt.runs.directory import reached
@@ -65,7 +66,7 @@ def finish(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[str,
             "git": git_revision(),
             "versions": versions(),
         }
-        run.files.write_summary(summary)
+        write_json(run.files.summary_path, summary)
         _write_report(run)
         log_summary(summary, run.path, run.config["data"], module.model.config.block)
         return summary
