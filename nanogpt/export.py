@@ -35,7 +35,6 @@ from nanogpt.tokenizer_files import merges_of, padding_id, spell, spellings, wri
 
 # The rotation turns channels (2i, 2i + 1) there, and (i, i + D/2) here and in Qwen3.
 INTERLEAVED = ("llama", "arcee")
-# Fields that its loader refuses, or ignores.
 LLAMA_CPP_LACKS = {"arcee": "bias", "qwen3": "rope_scaling", "nanochat": "embd_norm"}
 QUERY_KEY = re.compile(r"\.(q|k)_proj\.")
 NO_MERGES = [f"{END_OF_TEXT} {END_OF_TEXT}"]  # occurs in no text; the list may not be empty
