@@ -45,6 +45,8 @@ def test_tokens_are_seen_as_they_arrive(page: Any, engine: FakeEngine) -> None:
     assert len(grown) > 5
     assert answers(page) == ["abcdefghij" * 3]
     assert "30 tokens" in page.inner_text(".theirs .facts")
+    page.fill("#chat-text", "Hello")
+    page.wait_for_selector("#chat-meter:has-text('of 1,024 tokens')")
 
 
 def test_stopping_keeps_what_is_there_and_frees_the_slot(page: Any, engine: FakeEngine) -> None:
@@ -56,11 +58,8 @@ def test_stopping_keeps_what_is_there_and_frees_the_slot(page: Any, engine: Fake
     page.wait_for_selector(".theirs .facts:has-text('stopped')")
     assert eventually(lambda: engine.cancelled)
     assert 3 <= len(answers(page)[0]) < 900
-
-
-def test_after_an_answer_in_another_conversation_one_can_send(
-    page: Any, engine: FakeEngine
-) -> None:
+    # after an answer in another conversation one can send
+    page.click("#new-chat")
     engine.reply, engine.delay_s = fixed_reply("x" * 40), 0.02
     page.fill("#chat-text", "Hello")
     page.click("#send")
@@ -86,7 +85,7 @@ def test_the_whole_conversation_is_sent_with_its_system_prompt(
     assert places == sorted(places)
 
 
-def test_an_answer_again_is_another_version_of_it(page: Any, engine: FakeEngine) -> None:
+def test_an_answer_is_generated_again_and_copied(page: Any, engine: FakeEngine) -> None:
     send(page, "Hello")
     engine.reply = fixed_reply("Another")
     page.click("[aria-label='Regenerate']")
@@ -94,6 +93,12 @@ def test_an_answer_again_is_another_version_of_it(page: Any, engine: FakeEngine)
     assert answers(page) == ["Another"]
     page.click("[aria-label='Previous answer']")
     assert answers(page) == ["Answer 1"]
+    page.click("#new-chat")
+    engine.reply = fixed_reply("**bold** text")
+    send(page, "Hello")
+    page.click(".theirs [aria-label='Copy']")
+    page.wait_for_selector("#notice:has-text('Copied')")
+    assert page.evaluate("navigator.clipboard.readText()") == "**bold** text"  # as it was written
 
 
 def test_a_message_is_edited_and_what_followed_it_is_replaced(page: Any) -> None:
@@ -109,23 +114,11 @@ def test_a_message_is_edited_and_what_followed_it_is_replaced(page: Any) -> None
     page.wait_for_selector(".theirs .icon-button")
     assert page.locator(".mine .bubble").all_inner_texts() == ["Changed"]
     assert answers(page) == ["Answer 1"]
-
-
-def test_leaving_the_editing_changes_nothing(page: Any) -> None:
-    send(page, "First")
-    page.locator(".mine").hover()
+    page.locator(".mine").hover()  # leaving the editing changes nothing
     page.click("[aria-label='Edit and send again']")
     page.keyboard.press("Escape")
     assert page.input_value("#chat-text") == ""
-    assert page.locator(".mine .bubble").all_inner_texts() == ["First"]
-
-
-def test_an_answer_is_copied_as_it_was_written(page: Any, engine: FakeEngine) -> None:
-    engine.reply = fixed_reply("**bold** text")
-    send(page, "Hello")
-    page.click(".theirs [aria-label='Copy']")
-    page.wait_for_selector("#notice:has-text('Copied')")
-    assert page.evaluate("navigator.clipboard.readText()") == "**bold** text"
+    assert page.locator(".mine .bubble").all_inner_texts() == ["Changed"]
 
 
 def test_conversations_are_stored_opened_renamed_and_deleted(page: Any) -> None:
@@ -209,19 +202,11 @@ def test_sampling_controls_are_sent_within_their_limits_and_reset(
     params = generated(engine)[-1].params
     assert (params.temperature, params.top_p, params.max_tokens) == (0.8, 0.95, 256)
     assert (params.top_k, params.frequency_penalty) == (None, 0.0)
-
-
-def test_a_stop_string_ends_an_answer(page: Any, engine: FakeEngine) -> None:
+    page.click("#new-chat")
     engine.reply = fixed_reply("one STOP two")
-    page.click("#settings-button")
     page.fill("#sampling-stop", "STOP")
     send(page, "Hello")
     assert answers(page) == ["one"]
-
-
-def test_the_tokens_of_the_conversation_are_counted(page: Any) -> None:
-    page.fill("#chat-text", "Hello")
-    page.wait_for_selector("#chat-meter:has-text('of 1,024 tokens')")
 
 
 def test_long_words_and_other_directions_stay_within_the_page(

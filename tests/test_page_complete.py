@@ -41,31 +41,25 @@ def go_on(page: Any) -> str:
     return str(page.input_value("#complete-text"))
 
 
-def test_tokens_are_coloured_by_how_likely_they_were(page: Any) -> None:
+def test_tokens_show_how_likely_they_were_up_to_a_change(page: Any) -> None:
     page.fill("#complete-text", "Once ")
     assert go_on(page) == "Once slou"
     classes = page.locator(".token").evaluate_all("found => found.map((e) => e.className)")
     assert classes == ["token sure", "token likely", "token open", "token unlikely"]
-
-
-def test_the_likeliest_tokens_are_shown_under_the_pointer(page: Any) -> None:
-    page.fill("#complete-text", "Once ")
-    go_on(page)
+    # the likeliest tokens, under the pointer
     page.locator(".token").nth(2).hover(force=True)
     rows = page.locator(".candidate").all_inner_texts()
     assert [row.split() for row in rows] == [["X", "13.5%"], ["o", "2%"]]
     page.keyboard.press("Escape")
     assert not page.is_visible("#candidates")
-
-
-def test_the_likeliest_tokens_are_shown_at_the_caret(page: Any) -> None:
-    page.fill("#complete-text", "Once ")
-    go_on(page)
+    # and at the caret
     page.focus("#complete-text")
     page.keyboard.press("End")
     for _ in range(4):
         page.keyboard.press("ArrowLeft")
     assert page.locator(".candidate code").all_inner_texts() == ["s", "X"]
+    page.fill("#complete-text", "Once slAu")
+    assert page.locator(".token").all_inner_texts() == ["s", "l"]
 
 
 def test_another_token_is_taken_and_the_text_goes_on_from_there(
@@ -80,24 +74,12 @@ def test_another_token_is_taken_and_the_text_goes_on_from_there(
     assert bytes(generated(engine)[-1].prompt_ids) == b"Once sX"
 
 
-def test_what_is_known_of_tokens_lasts_up_to_a_change(page: Any) -> None:
-    page.fill("#complete-text", "Once ")
-    go_on(page)
-    page.fill("#complete-text", "Once slAu")
-    assert page.locator(".token").all_inner_texts() == ["s", "l"]
-
-
-def test_characters_beyond_two_bytes_keep_tokens_in_their_places(
+def test_again_continues_the_same_text_and_undo_gives_it_back(
     page: Any, engine: FakeEngine
 ) -> None:
     engine.reply = fixed_reply("a😀b")
     assert go_on(page) == "a😀b"
-    assert page.locator(".token").all_inner_texts() == ["a", "😀", "b"]
-
-
-def test_again_continues_the_same_text_and_undo_gives_it_back(
-    page: Any, engine: FakeEngine
-) -> None:
+    assert page.locator(".token").all_inner_texts() == ["a", "😀", "b"]  # in their places
     page.fill("#complete-text", "Once ")
     go_on(page)
     engine.reply = fixed_reply("more")
@@ -127,7 +109,7 @@ def test_the_probabilities_of_a_text_of_one_s_own_are_shown(page: Any) -> None:
     assert "4 tokens · 1 nats" in page.inner_text("#complete-meter")
 
 
-def test_the_mirror_lies_under_the_text_to_the_pixel(page: Any) -> None:
+def test_the_mirror_lies_under_the_text_to_the_pixel_and_a_reload_keeps_it(page: Any) -> None:
     page.fill("#complete-text", "A longer text of several words, " * 12 + "\n\tindented\n\n")
     sizes = page.evaluate("""() => ["mirror", "complete-text"].map((id) => {
         const { width, height } = document.getElementById(id).getBoundingClientRect();
@@ -135,9 +117,6 @@ def test_the_mirror_lies_under_the_text_to_the_pixel(page: Any) -> None:
         return [width, height, scrollHeight];
     })""")
     assert sizes[0] == sizes[1]
-
-
-def test_the_text_outlives_a_reload(page: Any) -> None:
     page.fill("#complete-text", "A draft")
     page.wait_for_timeout(700)
     page.reload()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from serving.api.settings import ApiSettings
+from serving.engine.messages import FailureKind
 from tests.fake_engine import FakeEngine
 from tests.front_end import fixed_reply, generated, hang_up, serve
 from tests.page import answers, free_port, opened, send, watched
@@ -30,6 +31,9 @@ def test_a_key_is_requested_checked_and_stored_in_the_tab_only(
         wrong = watched(page, url)
         page.goto(url)
         page.wait_for_selector("#key-dialog[open]")
+        page.keyboard.press("Escape")
+        page.click("#banner button")  # which opens it again
+        page.wait_for_selector("#key-dialog[open]")
         assert not page.is_visible("#key-wrong")
         page.fill("#key", "guess")
         page.keyboard.press("Enter")
@@ -48,46 +52,26 @@ def test_a_key_is_requested_checked_and_stored_in_the_tab_only(
         assert wrong == []
 
 
-def test_a_dismissed_key_dialog_opens_again_from_the_banner(
-    browser: Any, engine: FakeEngine
-) -> None:
-    with (
-        serve(engine, ApiSettings(api_keys=(KEY,))) as url,
-        browser.new_page(locale="en-US") as page,
-    ):
-        page.goto(url)
-        page.wait_for_selector("#key-dialog[open]")
-        page.keyboard.press("Escape")
-        page.click("#banner button")
-        page.wait_for_selector("#key-dialog[open]")
+REFUSALS: dict[FailureKind, str] = {
+    "overloaded": "The server is busy; try again in a moment.",
+    "unavailable": "The engine is unavailable; try again in a moment.",
+    "internal": "The server failed.",
+    "invalid": "The request is invalid.",
+}
 
 
-def test_a_server_without_keys_shows_no_key_dialog(browser: Any, url: str) -> None:
+def test_a_refusal_is_shown_and_can_be_retried(browser: Any, engine: FakeEngine, url: str) -> None:
     with opened(browser, url) as page:
-        send(page, "Hello")
-        assert not page.is_visible("#key-dialog")
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("overloaded", "The server is busy; try again in a moment."),
-        ("unavailable", "The engine is unavailable; try again in a moment."),
-        ("internal", "The server failed."),
-        ("invalid", "The request is invalid."),
-    ],
-)
-def test_a_refusal_is_shown_and_can_be_retried(
-    browser: Any, engine: FakeEngine, url: str, kind: str, message: str
-) -> None:
-    engine.failure = (kind, "Some reason.")
-    with opened(browser, url) as page:
-        send(page, "Hello")
-        assert message in page.inner_text(".theirs .failure")
-        engine.failure = None
-        page.click(".failure button")
-        page.wait_for_selector(".theirs :text('Fine.')")
-        assert page.locator(".failure:visible").count() == 0
+        for kind, message in REFUSALS.items():
+            page.click("#new-chat")
+            engine.failure = (kind, "Some reason.")
+            send(page, "Hello")
+            assert message in page.inner_text(".theirs .failure")
+            engine.failure = None
+            page.click(".failure button")
+            page.wait_for_selector(".theirs :text('Fine.')")
+            assert page.locator(".failure:visible").count() == 0
+        assert not page.is_visible("#key-dialog")  # without keys
 
 
 def test_too_many_requests_of_a_key_are_shown_as_a_failure(
@@ -132,10 +116,7 @@ def test_a_full_context_is_shown_and_the_oldest_messages_can_be_dropped(
             page.wait_for_selector("#send:visible")
         page.wait_for_selector("article.theirs:last-child .icon-button")
         assert page.locator(".theirs .failure").count() == 0
-
-
-def test_a_message_over_the_context_is_a_failure_without_a_button(browser: Any, url: str) -> None:
-    with opened(browser, url) as page:
+        page.click("#new-chat")  # a message alone over the context has no such way
         send(page, "long " * 100)
         assert "256 tokens" in page.inner_text(".theirs .failure")
         assert page.locator(".theirs .failure button").count() == 0

@@ -53,7 +53,7 @@ def converse(page: Any, text: str) -> None:
     page.wait_for_selector(".theirs .icon-button, .theirs .failure")
 
 
-def test_attacks_in_prompts_and_in_answers_do_nothing(page: Any, engine: FakeEngine) -> None:
+def test_attacks_do_nothing(page: Any, engine: FakeEngine) -> None:
     text = "\n\n".join(ATTACKS)
     engine.reply = fixed_reply(text)
     converse(page, text)
@@ -63,13 +63,11 @@ def test_attacks_in_prompts_and_in_answers_do_nothing(page: Any, engine: FakeEng
     assert found["handlers"] == []
     assert set(found["links"]) <= {"https:"}
     assert page.inner_text(".mine .bubble").split() == text.split()
-
-
-def test_attacks_in_names_and_errors_do_nothing(page: Any, engine: FakeEngine) -> None:
+    # in names and errors
     engine.failure = ("invalid", "<img src=x onerror=alert(1)>")
     converse(page, "<img src=x onerror=alert(1)>")
     assert "<img" in page.inner_text(".failure")
-    assert page.inner_text("#conversation-list .name").startswith("<img")
+    assert page.inner_text("#conversation-list .name >> nth=0").startswith("<img")
     assert page.evaluate("document.querySelectorAll('img').length") == 0
 
 
