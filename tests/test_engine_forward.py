@@ -84,6 +84,18 @@ def test_states_do_not_depend_on_how_a_text_is_cut(
     assert torch.cat(parts).equal(whole)
 
 
+@pytest.mark.parametrize("n_rows", [1, 4, 150])
+def test_bfloat16_has_the_same_bits_in_both_ways_to_compute_it(n_rows: int) -> None:
+    computes = [forward("bf16"), forward("bf16")]
+    if isinstance(computes[0], Forward) or "avx512_bf16" not in compiling.processor_flags().split():
+        pytest.skip("there is one way here")
+    for computed, way in zip(computes, ("bf16", "widened"), strict=True):
+        assert isinstance(computed, native.NativeForward)
+        computed._native.dtype = native.DTYPES[way]
+    paired, widened = (logits(computed, Span(0, 0, IDS[:n_rows])) for computed in computes)
+    assert paired.equal(widened)
+
+
 def test_weights_of_24_bits_are_the_nearest_ones() -> None:
     rounded = model(n_layer=1)
     rows = rounded.wte.weight[:2]

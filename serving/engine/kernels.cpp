@@ -2,8 +2,9 @@
 //
 // Weights are stored in panels of 64 outputs. An output is summed over all inputs in one register
 // lane, first to last, so its bits depend on its own row alone; rows are tiled only to load weights
-// less often. Activations between products are float32, or bfloat16 where the weights are bfloat16
-// or int8 (their products are then exact and added in float32). One parallel region covers a step.
+// less often. Activations between products are float32, or bfloat16 where the weights are, whose
+// products are exact and added in float32. Those for int8 weights are rounded to 16 bits with a
+// scale for each 64, whose sums of products are exact. One parallel region covers a step.
 //
 // Shapes: R rows, C channels, H heads, H' heads of keys and values, D head size, T context,
 // N outputs, K inputs of a product.
@@ -26,13 +27,13 @@ typedef float v16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t bf16;
 
-enum Dtype { FP32 = 0, BF16 = 1, INT8 = 2, FP24 = 3 };
+enum Dtype { FP32 = 0, BF16 = 1, INT8 = 2, FP24 = 3, WIDENED = 4 };  // the last: of bfloat16
 enum Activation { GELU = 0, RELU2 = 1, SWIGLU = 2 };
 constexpr int PANEL = 64;  // outputs
 constexpr int GROUP = 64;  // inputs that share an int8 scale
-constexpr int INPUT_BYTES = 32768;  // of a panel at a time: the size of the L1 cache
-constexpr int WIDENED_ABOVE = 2;  // rows: int8 weights are widened once for all rows
-constexpr int FEW = 8;            // rows that every thread normalises itself, which is faster
+constexpr int BLOCK_BYTES = 32768;  // of a panel at a time: the size of the L1 cache
+constexpr int TILE = 6, TILE8 = 2;  // rows at most, of int8 weights: what the registers hold
+constexpr int FEW = 8;  // rows that every thread normalises and rounds itself, which is faster
 
 extern "C" {
 struct Matrix {
@@ -57,7 +58,7 @@ struct Model {
     Norm ln_f;
     Matrix head;
     const float* rotations;  // cosine, then sine (block_size, D / 2), or null
-    void* cache;             // (L, 2, S, H', T, D) of the type of activations
+    void* cache;             // (L, 2, S, H', T, D): float32 with weights of 24 or 32 bits, or bfloat16
 };
 }
 
@@ -86,6 +87,15 @@ inline void store(bf16* p, v16 x) {
 #else
     for (int i = 0; i < 16; i++) p[i] = rounded(x[i]);
 #endif
+}
+
+struct Wide {  // a bfloat16 in 32 bits
+    float value;
+};
+inline void store(Wide* p, v16 x) {
+    bf16 narrow[16];
+    store(narrow, x);
+    store(&p->value, load(narrow));
 }
 
 inline float sum(v16 x) {
@@ -142,17 +152,20 @@ void normalize(const float* x, int n, Norm norm, const Model& model, To* y) {
 
 // Products. A tile is M rows by 64 outputs: sums[M][4], each of 16 lanes.
 
-// A panel's weights of one input. Of 24 bits, three of four are stored in words of 32, whose last 8
-// bits hold the bytes of the fourth.
+// A panel's weights of one input, or of two, whose second is added first, as vdpbf16ps does. Of 24
+// bits, three of four are stored in words of 32, whose last 8 bits hold the bytes of the fourth.
+template <int N>
 struct Whole {
-    float weights[PANEL];
-    inline void read(v16 (&w)[4]) const {
-        for (int j = 0; j < 4; j++) w[j] = load(weights + 16 * j);
+    enum { INPUTS = N };
+    float weights[N][PANEL];
+    inline void read(int i, v16 (&w)[4]) const {
+        for (int j = 0; j < 4; j++) w[j] = load(weights[i] + 16 * j);
     }
 };
 struct Cut {
+    enum { INPUTS = 1 };
     uint32_t words[PANEL / 4 * 3];
-    inline void read(v16 (&w)[4]) const {
+    inline void read(int, v16 (&w)[4]) const {
         const i16 a = *(const i16*)words, b = *(const i16*)(words + 16), c = *(const i16*)(words + 32);
         w[0] = (v16)(a & ~255), w[1] = (v16)(b & ~255), w[2] = (v16)(c & ~255);
         w[3] = (v16)(a << 24 | (b << 16 & 255 << 16) | (c << 8 & 255 << 8));
@@ -162,127 +175,123 @@ struct Cut {
         else for (int j = 0; j < 3; j++) words[n - 48 + 16 * j] |= bits >> (24 - 8 * j) & 255;
     }
 };
-
-template <int M, class Weights>
-inline void tile(const float* x, int64_t stride, const Weights* weights, int k, v16 (&sums)[M][4]) {
-    for (int i = 0; i < k; i++) {
-        v16 w[4];
-        weights[i].read(w);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-            v16 xi = all(x[m * stride + i]);
-            for (int j = 0; j < 4; j++) sums[m][j] += xi * w[j];
+struct Pair {
+    enum { INPUTS = 2 };
+    uint32_t words[PANEL];  // the second input's in the upper half
+    inline void read(int i, v16 (&w)[4]) const {
+        for (int j = 0; j < 4; j++) {
+            const i16 both = *(const i16*)(words + 16 * j);
+            w[j] = (v16)(i ? both & ~65535 : both << 16);
         }
-    }
-}
-
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-#define NARROW 1
-
-inline __m512bh pair(const bf16* x) {
-    int32_t both;
-    memcpy(&both, x, 4);
-    return (__m512bh)_mm512_set1_epi32(both);
-}
-
-inline v16 dot(v16 sums, __m512bh x, __m512i w) {
-    return (v16)_mm512_dpbf16_ps((__m512)sums, x, (__m512bh)w);
-}
-
-template <int M>
-inline void tile(const bf16* x, int64_t stride, const bf16* w, int k, v16 (&sums)[M][4]) {
-    for (int i = 0; i < k; i += 2, w += 2 * PANEL) {
-        __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 32);
-        __m512i w2 = _mm512_loadu_si512(w + 64), w3 = _mm512_loadu_si512(w + 96);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-            __m512bh xi = pair(x + m * stride + i);
-            sums[m][0] = dot(sums[m][0], xi, w0);
-            sums[m][1] = dot(sums[m][1], xi, w1);
-            sums[m][2] = dot(sums[m][2], xi, w2);
-            sums[m][3] = dot(sums[m][3], xi, w3);
-        }
-    }
-}
-
-// Integers up to 127 are exact in bfloat16: their two bytes are looked up by the magnitude.
-struct Widener {
-    __m512i high[2], low[2];
-    Widener() {
-        uint8_t h[128], l[128];
-        for (int i = 0; i < 128; i++) {
-            bf16 bits = rounded(float(i));
-            h[i] = bits >> 8, l[i] = bits & 255;
-        }
-        for (int i = 0; i < 2; i++)
-            high[i] = _mm512_loadu_si512(h + 64 * i), low[i] = _mm512_loadu_si512(l + 64 * i);
-    }
-    inline void operator()(const uint8_t* w, __m512i& first, __m512i& second) const {
-        __m512i q = _mm512_loadu_si512(w);  // sign and magnitude
-        __m512i h = _mm512_permutex2var_epi8(high[0], q, high[1]);
-        __m512i l = _mm512_permutex2var_epi8(low[0], q, low[1]);
-        h = _mm512_ternarylogic_epi32(h, q, _mm512_set1_epi8(-128), 0xf8);  // h | (q & sign)
-        first = _mm512_unpacklo_epi8(l, h);
-        second = _mm512_unpackhi_epi8(l, h);
     }
 };
 
-template <int M>
-inline void add_scaled(v16 (&sums)[M][4], const v16 (&part)[M][4], const bf16* scales) {
-    for (int j = 0; j < 4; j++) {
-        v16 scale = load(scales + 16 * j);
-        for (int m = 0; m < M; m++) sums[m][j] += part[m][j] * scale;
-    }
-}
-
-template <int M>
-inline void tile8(const bf16* x, int64_t stride, const bf16* w, const bf16* scales, int k,
-                  v16 (&sums)[M][4]) {
-    for (int i = 0; i < k; i += GROUP, scales += PANEL) {
-        v16 part[M][4] = {};
-        tile<M>(x + i, stride, w + int64_t(i) * PANEL, GROUP, part);
-        add_scaled<M>(sums, part, scales);
-    }
-}
-
-template <int M>
-inline void tile8(const bf16* x, int64_t stride, const uint8_t* w, const bf16* scales, int k,
-                  v16 (&sums)[M][4]) {
-    const Widener widen;
-    for (int i = 0; i < k; i += GROUP, scales += PANEL) {
-        v16 part[M][4] = {};
-        for (int g = 0; g < GROUP; g += 2, w += 2 * PANEL) {
-            __m512i w0, w1, w2, w3;
-            widen(w, w0, w1);
-            widen(w + 64, w2, w3);
+template <int M, class Weights>
+inline void tile(const float* x, int64_t stride, const Weights* weights, int k, v16 (&sums)[M][4]) {
+    for (int i = 0; i < k; i += Weights::INPUTS, weights++)
+#pragma GCC unroll 2
+        for (int second = Weights::INPUTS - 1; second >= 0; second--) {
+            v16 w[4];
+            weights->read(second, w);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
-                __m512bh xi = pair(x + m * stride + i + g);
-                part[m][0] = dot(part[m][0], xi, w0);
-                part[m][1] = dot(part[m][1], xi, w1);
-                part[m][2] = dot(part[m][2], xi, w2);
-                part[m][3] = dot(part[m][3], xi, w3);
+                v16 xi = all(x[m * stride + i + second]);
+                for (int j = 0; j < 4; j++) sums[m][j] += xi * w[j];
             }
         }
-        add_scaled<M>(sums, part, scales);
+}
+
+#ifdef __AVX512F__
+inline __m512i repeated(const void* x) {
+    int32_t bytes;
+    memcpy(&bytes, x, 4);
+    return _mm512_set1_epi32(bytes);
+}
+#endif
+
+#ifdef __AVX512BF16__
+template <int M>
+inline void tile(const bf16* x, int64_t stride, const Pair* weights, int k, v16 (&sums)[M][4]) {
+    for (int i = 0; i < k; i += 2, weights++) {
+        __m512i w[4];
+        for (int j = 0; j < 4; j++) w[j] = _mm512_loadu_si512(weights->words + 16 * j);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            const __m512bh xi = (__m512bh)repeated(x + m * stride + i);
+            for (int j = 0; j < 4; j++)
+                sums[m][j] = (v16)_mm512_dpbf16_ps((__m512)sums[m][j], xi, (__m512bh)w[j]);
+        }
     }
 }
 #endif
 
-// Call f with rows in tiles of at most 6, of nearly equal sizes: in small tiles latency dominates.
-template <class F>
+// Inputs that share a scale, as 256 * high + low. The sums of their products with unsigned weights,
+// which are larger by 128, begin at `start`.
+struct Group {
+    int8_t bytes[2][GROUP];  // high, low
+    int32_t start;
+    float scale;
+};
+
+#ifdef __AVX512VNNI__
+void quantize(const float* x, Group& group) {
+    v16 largest = all(1e-30f);
+    for (int i = 0; i < GROUP; i += 16) {
+        const v16 size = (v16)((i16)load(x + i) & 0x7fffffff);
+        largest = size > largest ? size : largest;
+    }
+    group.scale = _mm512_reduce_max_ps((__m512)largest) / 32512;  // 127 * 256
+    const float inverse = 1 / group.scale;
+    i16 total{};
+    for (int i = 0; i < GROUP; i += 16) {
+        const i16 q = (i16)_mm512_cvtps_epi32((__m512)(load(x + i) * inverse));
+        total += q;
+        _mm_storeu_si128((__m128i*)(group.bytes[0] + i), _mm512_cvtepi32_epi8((__m512i)(q + 128 >> 8)));
+        _mm_storeu_si128((__m128i*)(group.bytes[1] + i), _mm512_cvtepi32_epi8((__m512i)q));
+    }
+    group.start = -128 * _mm512_reduce_add_epi32((__m512i)total);
+}
+
+template <int M>
+inline void tile(const Group* x, int64_t stride, const uint8_t* w, const bf16* scales, int k,
+                 v16 (*sums)[4]) {
+    for (int g = 0; g < k; g += GROUP, x++, scales += PANEL) {
+        __m512i part[2 * M][4];
+        for (int m = 0; m < 2 * M; m++)
+            for (int j = 0; j < 4; j++) part[m][j] = _mm512_set1_epi32(m % 2 ? x[m / 2 * stride].start : 0);
+        for (int i = 0; i < GROUP; i += 4, w += 4 * PANEL) {
+            __m512i wi[4];
+            for (int j = 0; j < 4; j++) wi[j] = _mm512_loadu_si512(w + 64 * j);
+#pragma GCC unroll 8
+            for (int m = 0; m < 2 * M; m++) {
+                const __m512i xi = repeated(x[m / 2 * stride].bytes[m % 2] + i);
+                for (int j = 0; j < 4; j++) part[m][j] = _mm512_dpbusd_epi32(part[m][j], wi[j], xi);
+            }
+        }
+        for (int j = 0; j < 4; j++) {
+            const v16 scale = load(scales + 16 * j);
+            for (int m = 0; m < M; m++) {
+                const i16 both = ((i16)part[2 * m][j] << 8) + (i16)part[2 * m + 1][j];
+                sums[m][j] += __builtin_convertvector(both, v16) * (scale * x[m * stride].scale);
+            }
+        }
+    }
+}
+#endif
+
+template <int M, class F>
+inline void for_size(int size, int row, const F& f) {
+    if (size == M) f(std::integral_constant<int, M>(), row);
+    else if constexpr (M > 1) for_size<M - 1>(size, row, f);
+}
+
+// Call f with rows in tiles of at most M, of nearly equal sizes: in small tiles latency dominates.
+template <int M, class F>
 inline void for_tiles(int rows, const F& f) {
-    const int tiles = (rows + 5) / 6;
+    const int tiles = (rows + M - 1) / M;
     for (int t = 0, row = 0; t < tiles; t++) {
         const int size = (rows - row) / (tiles - t);
-        switch (size) {
-            case 6: f(std::integral_constant<int, 6>(), row); break;
-            case 5: f(std::integral_constant<int, 5>(), row); break;
-            case 4: f(std::integral_constant<int, 4>(), row); break;
-            case 3: f(std::integral_constant<int, 3>(), row); break;
-            case 2: f(std::integral_constant<int, 2>(), row); break;
-            case 1: f(std::integral_constant<int, 1>(), row); break;
-        }
+        for_size<M>(size, row, f);
         row += size;
     }
 }
@@ -295,10 +304,42 @@ struct Share {  // a thread's part of n things
     }
 };
 
+// Buffers of a thread, allocated before the parallel region: no thread runs out of memory.
+template <class A>
+struct Scratch {
+    std::vector<v16> sums;  // (R, 4)
+    std::vector<Whole<2>> widened;
+    std::vector<float> scores, attended;
+    std::vector<A> own_normed;
+    std::vector<Group> own_groups;
+    A* normed;      // (R, C), and
+    Group* groups;  // (R, K / 64): of all threads, unless rows are few
+    Scratch(const Model& model, int rows, const Scratch* first)
+        : sums(int64_t(rows) * 4),
+          widened(model.dtype == WIDENED ? BLOCK_BYTES / sizeof(Whole<2>) : 0),
+          scores(model.block_size + 16), attended(model.head_size) {
+        const bool own = rows <= FEW || !first;
+        const int widest = std::max({model.n_embd, model.n_inner, model.n_head * model.head_size});
+        if (own) own_normed.resize(int64_t(rows) * model.n_embd);
+        if (own && model.dtype == INT8) own_groups.resize(int64_t(rows) * (widest / GROUP));
+        normed = own ? own_normed.data() : first->normed;
+        groups = own ? own_groups.data() : first->groups;
+    }
+};
+
+template <class A>
+std::vector<Scratch<A>> scratch_of_threads(const Model& model, int rows) {
+    std::vector<Scratch<A>> of_threads;
+    of_threads.reserve(model.n_threads);
+    for (int t = 0; t < model.n_threads; t++)
+        of_threads.emplace_back(model, rows, t ? of_threads.data() : nullptr);
+    return of_threads;
+}
+
 // Add n inputs, of K in a row, to the sums (R, 4) of all rows.
 template <class A, class Weights>
 inline void add_tiles(const A* x, int k, const Weights* w, int rows, int n, v16* sums) {
-    for_tiles(rows, [&](auto m, int row) {
+    for_tiles<TILE>(rows, [&](auto m, int row) {
         auto& own = *(v16(*)[m()][4])(sums + row * 4);
         v16 local[m()][4];
         memcpy(local, own, sizeof local);
@@ -310,63 +351,43 @@ inline void add_tiles(const A* x, int k, const Weights* w, int rows, int n, v16*
 // Add inputs [from, to) of a panel to the sums (R, 4) of all rows.
 
 void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const float* x, int rows, int from,
-                int to, v16* sums, float*) {
-    const int k = matrix.k;
+                int to, Scratch<float>& scratch) {
+    const int k = matrix.k, n = to - from;
     const int64_t at = int64_t(panel) * k + from;
     if (dtype == FP32)
-        add_tiles(x + from, k, (const Whole*)matrix.weights + at, rows, to - from, sums);
-    else
-        add_tiles(x + from, k, (const Cut*)matrix.weights + at, rows, to - from, sums);
-}
-
-void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const bf16* x, int rows, int from,
-                int to, v16* sums, bf16* wide) {
-#ifdef NARROW
-    const int k = matrix.k;
-    const int64_t at = (int64_t(panel) * k + from) * PANEL;
-    if (dtype == BF16)
-        return add_tiles(x + from, k, (const bf16*)matrix.weights + at, rows, to - from, sums);
-    const uint8_t* w = (const uint8_t*)matrix.weights + at;
-    const bf16* scales = matrix.scales + (int64_t(panel) * k + from) / GROUP * PANEL;
-    const bool widened = rows > WIDENED_ABOVE;
-    if (widened) {
-        const Widener widen;
-        for (int64_t i = 0; i < int64_t(to - from) * PANEL; i += 64) {
-            __m512i first, second;
-            widen(w + i, first, second);
-            _mm512_storeu_si512(wide + i, first);
-            _mm512_storeu_si512(wide + i + 32, second);
-        }
-    }
-    for_tiles(rows, [&](auto m, int row) {
-        auto& own = *(v16(*)[m()][4])(sums + row * 4);
-        const bf16* inputs = x + int64_t(row) * k + from;
-        if (widened)
-            tile8<m()>(inputs, k, wide, scales, to - from, own);
-        else if constexpr (m() <= WIDENED_ABOVE)
-            tile8<m()>(inputs, k, w, scales, to - from, own);
+        add_tiles(x + from, k, (const Whole<1>*)matrix.weights + at, rows, n, scratch.sums.data());
+    if (dtype == FP24)
+        add_tiles(x + from, k, (const Cut*)matrix.weights + at, rows, n, scratch.sums.data());
+#ifdef __AVX512VNNI__
+    if (dtype != INT8) return;
+    for_tiles<TILE8>(rows, [&](auto m, int row) {
+        const Group* inputs = scratch.groups + (int64_t(row) * k + from) / GROUP;
+        tile<m()>(inputs, k / GROUP, (const uint8_t*)matrix.weights + at * PANEL,
+                  matrix.scales + at, n, (v16(*)[4])&scratch.sums[row * 4]);
     });
 #endif
 }
 
-// Buffers of a thread, allocated before the parallel region: no thread runs out of memory.
-template <class A>
-struct Scratch {
-    std::vector<v16> sums;  // (R, 4)
-    std::vector<A> wide, normed;
-    std::vector<float> scores, attended;
-    Scratch(const Model& model, int rows)
-        : sums(int64_t(rows) * 4),
-          wide(model.dtype == INT8 && rows > WIDENED_ABOVE ? INPUT_BYTES / sizeof(A) : 0),
-          normed(rows <= FEW ? int64_t(rows) * model.n_embd : 0), scores(model.block_size + 16),
-          attended(model.head_size) {}
-};
+void add_inputs(Dtype, const Matrix& matrix, int panel, const Wide* x, int rows, int from, int to,
+                Scratch<Wide>& scratch) {
+    const int k = matrix.k, n = to - from;
+    const Pair* pairs = (const Pair*)matrix.weights + (int64_t(panel) * k + from) / 2;
+    if (rows <= TILE) return add_tiles(&x[from].value, k, pairs, rows, n, scratch.sums.data());
+    for (int i = 0; i < n / 2; i++)
+        for (int second = 0; second < 2; second++) {
+            v16 w[4];
+            pairs[i].read(second, w);
+            for (int j = 0; j < 4; j++) store(scratch.widened[i].weights[second] + 16 * j, w[j]);
+        }
+    add_tiles(&x[from].value, k, scratch.widened.data(), rows, n, scratch.sums.data());
+}
 
-template <class A>
-std::vector<Scratch<A>> scratch_of_threads(const Model& model, int rows) {
-    std::vector<Scratch<A>> of_threads;
-    for (int t = 0; t < model.n_threads; t++) of_threads.emplace_back(model, rows);
-    return of_threads;
+void add_inputs(Dtype, const Matrix& matrix, int panel, const bf16* x, int rows, int from, int to,
+                Scratch<bf16>& scratch) {
+#ifdef __AVX512BF16__
+    const Pair* pairs = (const Pair*)matrix.weights + (int64_t(panel) * matrix.k + from) / 2;
+    add_tiles(x + from, matrix.k, pairs, rows, to - from, scratch.sums.data());
+#endif
 }
 
 // Pass the outputs of all rows to `finish`, 16 at a time. Panels are scheduled dynamically, so that
@@ -374,16 +395,27 @@ std::vector<Scratch<A>> scratch_of_threads(const Model& model, int rows) {
 template <class A, class Finish>
 void product(Dtype dtype, const Matrix& matrix, const A* x, int rows, Scratch<A>& scratch,
              const Finish& finish) {
-    const bool whole = rows <= (dtype == INT8 ? WIDENED_ABOVE : 6);  // a panel is read once
-    const int block = whole ? matrix.k : INPUT_BYTES / int(sizeof(A)) / PANEL;
+    const int tile = dtype == INT8 ? TILE8 : TILE, bytes = dtype == INT8 ? 1 : sizeof(A);
+    const int block = rows <= tile ? matrix.k : BLOCK_BYTES / bytes / PANEL;  // a panel is read once
     const int panels = (matrix.n + PANEL - 1) / PANEL;
     std::vector<v16>& sums = scratch.sums;
+#ifdef __AVX512VNNI__
+    if constexpr (std::is_same<A, float>::value)
+        if (dtype == INT8) {
+            const int n = rows * (matrix.k / GROUP);
+            const Share share(n);
+            for (int g = rows <= FEW ? 0 : share.first; g < (rows <= FEW ? n : share.last); g++)
+                quantize(x + int64_t(g) * GROUP, scratch.groups[g]);
+            if (rows > FEW) {
+#pragma omp barrier
+            }
+        }
+#endif
 #pragma omp for schedule(dynamic, 1) nowait
     for (int panel = 0; panel < panels; panel++) {
         std::fill(sums.begin(), sums.end(), v16{});
         for (int from = 0; from < matrix.k; from += block)
-            add_inputs(dtype, matrix, panel, x, rows, from, std::min(from + block, matrix.k),
-                       sums.data(), scratch.wide.data());
+            add_inputs(dtype, matrix, panel, x, rows, from, std::min(from + block, matrix.k), scratch);
         for (int r = 0; r < rows; r++)
             for (int n = panel * PANEL, j = 0; j < 4 && n < matrix.n; j++, n += 16) {
                 v16 bias = matrix.bias ? load(matrix.bias + n) : v16{};
@@ -480,8 +512,8 @@ void store_kv(const Model& model, int layer, const Cache<A>& cache, int slot, in
     }
 }
 
-// A is the type of activations, keys and values: float or bf16.
-template <class A>
+// A is the type of activations, KV that of keys and values.
+template <class A, class KV>
 void forward(const Model& model, int rows, const int32_t* slots, const int32_t* positions,
              float* x, float* states) {
     const int c = model.n_embd, d = model.head_size, inner = model.n_inner;
@@ -493,13 +525,13 @@ void forward(const Model& model, int rows, const int32_t* slots, const int32_t* 
     bool apart = true;  // no row attends to another of this step
     for (int r = 0; r < rows; r++) apart = apart && !seen[slots[r]]++;
     const int64_t R = rows;
-    std::unique_ptr<A[]> shared(new A[R * c]), attended(new A[R * out]), wide(new A[R * inner]);
+    std::unique_ptr<A[]> attended(new A[R * out]), wide(new A[R * inner]);
     std::unique_ptr<float[]> qkv(new float[R * width]);
     std::vector<Scratch<A>> of_threads = scratch_of_threads<A>(model, rows);
 #pragma omp parallel num_threads(model.n_threads)
     {
         Scratch<A>& scratch = of_threads[omp_get_thread_num()];
-        A* normed = few ? scratch.normed.data() : shared.get();
+        A* normed = scratch.normed;
         float* head_output = scratch.attended.data();
         const Share share(rows), pairs(rows * groups);
         v16 gate{};
@@ -516,7 +548,7 @@ void forward(const Model& model, int rows, const int32_t* slots, const int32_t* 
         };
         for (int l = 0; l < model.n_layer; l++) {
             const Layer& layer = model.layers[l];
-            const Cache<A> cache(model, l);
+            const Cache<KV> cache(model, l);
             norm(layer.ln_1);
             product(dtype, layer.c_attn, normed, rows, scratch,
                     [&](int r, int n, v16 y) { store(&qkv[int64_t(r) * width + n], y); });
@@ -578,6 +610,25 @@ void head(const Model& model, int rows, const float* states, float* logits) {
     product(Dtype(model.dtype), model.head, x.get(), rows, of_threads[omp_get_thread_num()], finish);
 }
 
+// Return the cycles of a product of many rows, the least of several.
+template <class A>
+uint64_t cycles(Dtype dtype) {
+    const int rows = 4 * TILE, k = 4 * PANEL;
+    std::vector<A> x(rows * k);
+    const std::vector<bf16> weights(PANEL * k);
+    const Matrix matrix{weights.data(), nullptr, nullptr, PANEL, k};
+    Model model{};
+    model.dtype = dtype;
+    Scratch<A> scratch(model, rows, nullptr);
+    uint64_t least = ~uint64_t(0);
+    for (int i = 0; i < 50; i++) {
+        const uint64_t start = __rdtsc();
+        product(dtype, matrix, x.data(), rows, scratch, [](int, int, v16) {});
+        least = std::min(least, uint64_t(__rdtsc()) - start);
+    }
+    return least;
+}
+
 // Request large pages for memory before its first write: reads of weights miss the TLB less often.
 void request_large_pages(void* memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
@@ -587,11 +638,17 @@ void request_large_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-// Return 1, or 0 where `compute` ran out of memory, which happens before it changes anything.
+// Call f with the types of activations and of keys and values; return 1, or 0 where it ran out of
+// memory, which happens before it changes anything.
 template <class F>
-int32_t had_memory(const F& compute) {
+int32_t with_types(const Model& model, const F& f) {
     try {
-        compute();
+        switch (model.dtype) {
+            case BF16: f(bf16(), bf16()); break;
+            case WIDENED: f(Wide(), bf16()); break;
+            case INT8: f(float(), bf16()); break;
+            default: f(float(), float());
+        }
         return 1;
     } catch (const std::bad_alloc&) {
         return 0;
@@ -603,11 +660,21 @@ int32_t had_memory(const F& compute) {
 extern "C" {
 
 int32_t supports(int32_t dtype) {
-#ifdef NARROW
+#ifdef __AVX512VNNI__
     return 1;
 #else
-    return dtype == FP32 || dtype == FP24;
+    return dtype != INT8;
 #endif
+}
+
+// Return the faster way to compute in a precision: the bits of bfloat16 are the same in both.
+int32_t fastest(int32_t dtype) {
+    if (dtype != BF16) return dtype;
+#ifdef __AVX512BF16__
+    static const bool paired = cycles<bf16>(BF16) < cycles<Wide>(WIDENED);
+    if (paired) return BF16;
+#endif
+    return WIDENED;
 }
 
 // Round and reorder weights (N, K) float32 into panels, the last one padded, in `packed` and
@@ -631,10 +698,8 @@ void pack(int32_t dtype, int32_t n, int32_t k, const float* weights, void* packe
                     if (w) memcpy(&bits, w + i, 4);
                     ((Cut*)packed)[base / PANEL + i].write(j, bits);
                 }
-                if (dtype == BF16)
-                    for (int i = g; i < g + GROUP; i++)
-                        ((bf16*)packed)[base + i / 2 * 2 * PANEL + 2 * j + i % 2] =
-                            w ? rounded(w[i]) : 0;
+                for (int i = g; dtype == BF16 && i < g + GROUP; i++)
+                    ((bf16*)packed)[base + i / 2 * 2 * PANEL + 2 * j + i % 2] = w ? rounded(w[i]) : 0;
                 if (dtype != INT8) continue;
                 float largest = 1e-12f;
                 for (int i = g; w && i < g + GROUP; i++) largest = std::max(largest, std::fabs(w[i]));
@@ -645,11 +710,8 @@ void pack(int32_t dtype, int32_t n, int32_t k, const float* weights, void* packe
                 memcpy(&scale, &wide, 4);
                 for (int i = g; i < g + GROUP; i++) {
                     const int q = w ? int(std::nearbyint(w[i] / scale)) : 0;
-                    const uint8_t byte = std::min(std::abs(q), 127) | (q < 0 ? 128 : 0);
-                    // unpacking takes 8 bytes of each 16: outputs 0-15 of 32, then 16-31
-                    const int half = j / 32, group = j % 32 / 16, quad = j % 16 / 4;
-                    const int at = half * 64 + quad * 16 + group * 8 + j % 4 * 2 + i % 2;
-                    ((uint8_t*)packed)[base + i / 2 * 2 * PANEL + at] = byte;
+                    const uint8_t byte = 128 + std::max(-127, std::min(q, 127));
+                    ((uint8_t*)packed)[base + i / 4 * 4 * PANEL + 4 * j + i % 4] = byte;
                 }
             }
     }
@@ -658,21 +720,13 @@ void pack(int32_t dtype, int32_t n, int32_t k, const float* weights, void* packe
 // Append rows of embedded tokens `x` (R, C), which is overwritten, to the cache; compute `states`.
 int32_t hidden_states(const Model* model, int32_t rows, const int32_t* slots,
                       const int32_t* positions, float* x, float* states) {
-    return had_memory([&] {
-        if (model->dtype == FP32 || model->dtype == FP24)
-            forward<float>(*model, rows, slots, positions, x, states);
-        else
-            forward<bf16>(*model, rows, slots, positions, x, states);
+    return with_types(*model, [&](auto a, auto kv) {
+        forward<decltype(a), decltype(kv)>(*model, rows, slots, positions, x, states);
     });
 }
 
 // Compute the logits (R, V) of states (R, C).
 int32_t logits(const Model* model, int32_t rows, const float* states, float* out) {
-    return had_memory([&] {
-        if (model->dtype == FP32 || model->dtype == FP24)
-            head<float>(*model, rows, states, out);
-        else
-            head<bf16>(*model, rows, states, out);
-    });
+    return with_types(*model, [&](auto a, auto) { head<decltype(a)>(*model, rows, states, out); });
 }
 }

@@ -27,7 +27,7 @@ SUPPORTED: Supported = {
     **dict.fromkeys(("embd_norm", "tie_embeddings", "logit_softcap"), ANY),
 }
 ACTIVATIONS = {"gelu": 0, "relu2": 1, "swiglu": 2}
-DTYPES = {"fp32": 0, "bf16": 1, "int8": 2, "fp24": 3}
+DTYPES = {"fp32": 0, "bf16": 1, "int8": 2, "fp24": 3, "widened": 4}  # the last: bf16 by fp32's FMAs
 WEIGHT_BYTES = (4, 2, 1, 3)  # by the number of the dtype
 PANEL = GROUP = 64
 HEAD_SIZES = range(16, 129, 16)
@@ -144,7 +144,7 @@ class NativeForward:
                     bias = None if bias is None else _interleaved(gate.bias, bias)
                 setattr(layer, name, self._packed(weight, bias, dtype))
         return _Model(
-            dtype=dtype,
+            dtype=self.library.fastest(dtype),
             n_layer=config.n_layer,
             n_head=config.n_head,
             n_kv_head=config.kv_heads,
