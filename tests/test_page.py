@@ -12,7 +12,7 @@ from serving.api.pages import STATIC
 from serving.api.settings import ApiSettings
 from tests.engine_models import write_model
 from tests.front_end import eventually
-from tests.page import opened, real_server, send
+from tests.page import opened, real_server
 
 FIELD = {"base": "#complete-text", "chat": "#chat-text", "spam": "#classify-text"}
 MAX_BYTES = 100_000
@@ -50,16 +50,6 @@ def test_each_model_brings_its_mode_the_default_one_first(browser: Any, url: str
             page.reload()  # the address opens it, in its mode
             page.wait_for_selector(FIELD[name])
             assert page.evaluate(FIRST_TEXTAREA) == FIELD[name].removeprefix("#")
-
-
-def test_a_chat_is_answered_and_leaves_no_slot_in_use(browser: Any, url: str) -> None:
-    with opened(browser, url) as page:
-        page.fill("#chat-text", "Hello")
-        page.press("#chat-text", "Enter")
-        page.keyboard.press("Escape")  # it may have ended by then
-        page.wait_for_selector(".theirs .icon-button")
-        assert page.locator(".theirs .failure").count() == 0
-    assert eventually(lambda: slots_used(url) == 0)
 
 
 def test_a_text_is_continued_in_place(browser: Any, url: str) -> None:
@@ -131,7 +121,9 @@ def test_everything_that_can_be_used_has_a_name(browser: Any, url: str) -> None:
         assert page.evaluate(NAMELESS) == []
 
 
-def test_a_chat_needs_no_mouse(browser: Any, url: str) -> None:
+def test_a_chat_needs_no_mouse_stays_in_the_browser_and_leaves_no_slot_in_use(
+    browser: Any, url: str
+) -> None:
     with opened(browser, url) as page:
         page.keyboard.type("Hello")
         page.keyboard.press("Control+Enter")
@@ -142,6 +134,19 @@ def test_a_chat_needs_no_mouse(browser: Any, url: str) -> None:
         assert page.evaluate(focused) == "Regenerate"
         page.keyboard.press("Enter")
         page.wait_for_selector("text=2/2")
+        page.reload()
+        page.wait_for_selector(".theirs .icon-button")
+        assert page.inner_text(".mine .bubble") == "Hello"
+        names = page.evaluate("Object.keys(localStorage)")
+        assert {name.partition(".chat.")[0] for name in names} <= {"nanogpt", "nanogpt.last"}
+        assert page.context.cookies() == []
+        page.click("#new-chat")
+        page.fill("#chat-text", "Hello")
+        page.press("#chat-text", "Enter")
+        page.keyboard.press("Escape")  # it may have ended by then
+        page.wait_for_selector(".theirs .icon-button")
+        assert page.locator(".theirs .failure").count() == 0
+    assert eventually(lambda: slots_used(url) == 0)
 
 
 def test_it_is_small_and_nothing_in_it_is_inline(browser: Any, url: str) -> None:
@@ -166,17 +171,6 @@ def test_its_policy_allows_its_own_files_only(url: str) -> None:
         assert "default-src 'none'" in policy
         assert "script-src 'self'" in policy
         assert "unsafe" not in policy
-
-
-def test_conversations_stay_in_the_browser_and_nothing_else_does(browser: Any, url: str) -> None:
-    with opened(browser, url) as page:
-        send(page, "Hello")
-        page.reload()
-        page.wait_for_selector(".theirs .icon-button")
-        assert page.inner_text(".mine .bubble") == "Hello"
-        names = page.evaluate("Object.keys(localStorage)")
-        assert {name.partition(".chat.")[0] for name in names} <= {"nanogpt", "nanogpt.last"}
-        assert page.context.cookies() == []
 
 
 def test_the_files_are_packed_for_the_way(url: str) -> None:

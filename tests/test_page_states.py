@@ -73,7 +73,9 @@ def test_keys_of_an_input_method_send_and_close_nothing(page: Any, engine: FakeE
     page.wait_for_selector(".token")
 
 
-def test_keys_of_an_input_method_leave_renaming_and_editing_open(page: Any) -> None:
+def test_keys_of_an_input_method_leave_renaming_and_editing_open_and_stop_no_answer(
+    page: Any, engine: FakeEngine
+) -> None:
     send(page, "Hello")
     page.click("[aria-label='Edit and send again']")
     for init in INPUT_METHODS:
@@ -90,9 +92,7 @@ def test_keys_of_an_input_method_leave_renaming_and_editing_open(page: Any) -> N
     assert page.is_visible("#conversation-list input")
     press(page, "#conversation-list input", "Enter", {})
     assert page.inner_text("#conversation-list .name") == "新"
-
-
-def test_escape_of_an_input_method_stops_no_answer(page: Any, engine: FakeEngine) -> None:
+    page.click("#new-chat")
     engine.reply, engine.delay_s = fixed_reply("x" * 60), 0.02
     page.click("#settings-button")
     page.fill("#chat-text", "Hello")

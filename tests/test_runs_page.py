@@ -23,7 +23,9 @@ def runs_dir(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def test_each_run_has_a_card_with_its_curves(browser: Any, url: str) -> None:
+def test_each_run_has_a_card_with_its_curves_report_and_model(
+    browser: Any, url: str, runs_dir: Path
+) -> None:
     with opened(browser, url, path="/runs") as page:
         card = page.locator(".run", has_text="tiny")
         card.wait_for()
@@ -33,24 +35,20 @@ def test_each_run_has_a_card_with_its_curves(browser: Any, url: str) -> None:
         growing = page.locator(".run", has_text="growing")
         assert "training" in growing.inner_text()
         assert "step 2 of 20" in growing.inner_text()
-
-
-def test_a_run_that_trains_is_drawn_anew(browser: Any, url: str, runs_dir: Path) -> None:
-    with opened(browser, url, path="/runs") as page:
-        page.wait_for_selector("text=step 2 of 20")
         text = "\n".join([HEADER, "1,8,4.5,,9", "3,24,3.5,,9", ""])
         (runs_dir / "growing" / "metrics.csv").write_text(text)
-        page.wait_for_selector("text=step 3 of 20")
-
-
-def test_a_report_opens_in_a_frame_without_rights(browser: Any, url: str) -> None:
-    with opened(browser, url, path="/runs") as page:
+        page.wait_for_selector("text=step 3 of 20")  # drawn anew
         page.click("[aria-label='Report: tiny']")
         frame = page.frame_locator("#report iframe")
         assert frame.locator("h1").inner_text() == "tiny"
         assert page.get_attribute("#report iframe", "sandbox") == ""
         page.keyboard.press("Escape")
         page.wait_for_selector("#report", state="hidden")
+        page.set_viewport_size({"width": 360, "height": 640})  # of a phone
+        wide = "document.querySelector('.scroller').scrollWidth - innerWidth"
+        assert page.evaluate(wide) <= 0
+        page.click("text=Try it")
+        page.wait_for_selector("body[data-model='tiny']", state="attached")
 
 
 def test_a_report_s_scripts_do_not_run(browser: Any, url: str, runs_dir: Path) -> None:
@@ -60,12 +58,6 @@ def test_a_report_s_scripts_do_not_run(browser: Any, url: str, runs_dir: Path) -
         page.goto(f"{url}/runs/tiny/report.html")
         page.wait_for_timeout(200)
         assert page.title() == "still"
-
-
-def test_from_a_run_one_talks_to_its_model(browser: Any, url: str) -> None:
-    with opened(browser, url, path="/runs") as page:
-        page.click("text=Try it")
-        page.wait_for_selector("body[data-model='tiny']", state="attached")
 
 
 def test_with_a_key_the_runs_and_their_reports_are_shown(
@@ -124,13 +116,6 @@ def test_before_the_runs_are_known_their_place_is_marked(browser: Any, url: str)
         height = "parseFloat(getComputedStyle(document.querySelector('#runs'), '::before').height)"
         assert page.evaluate(height) > 100
         page.unroute("**/v1/runs")
-
-
-def test_a_phone_shows_the_runs(browser: Any, url: str) -> None:
-    with opened(browser, url, path="/runs", viewport={"width": 360, "height": 640}) as page:
-        page.wait_for_selector(".run")
-        wide = "document.querySelector('.scroller').scrollWidth - innerWidth"
-        assert page.evaluate(wide) <= 0
 
 
 def test_without_runs_it_shows_how_to_train_one(
