@@ -138,10 +138,12 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         tokens = config["tokens_per_step"]
         rows_per_rank = split_step(tokens, block_size, ranks.world_size, micro_batch)
         data.block_size = block_size
-        data.prepared = run.recorded.get("corpus") if run.source is None else None
+        unchanged = run.source in (None, run.recorded.get("source", run.source))
+        data.prepared = run.recorded.get("corpus") if unchanged else None
         if start is not None:
             start = with_special_tokens(start, data.special_tokens)
-        tokenizer = data.use_tokenizer(choose_tokenizer(config["tokenizer"], start))
+        chosen = choose_tokenizer(config["tokenizer"], start, run.checkpoint)
+        tokenizer = data.use_tokenizer(chosen)
         if data.max_steps is not None:
             run.max_steps = min(run.max_steps, data.max_steps)
         if start is None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -157,12 +158,17 @@ def source_fingerprint(data: Any) -> str:
         raise ConfigurationError(first_line(error)) from error
 
 
-def choose_tokenizer(node: Mapping[str, Any], start: Any) -> Any:
-    """Return the tokenizer of the checkpoint to start from as a choice, else the configured one."""
+def choose_tokenizer(node: Mapping[str, Any], start: Any, checkpoint: Path | None) -> Any:
+    """Return a choice: the tokenizer of the start or the checkpoint, else the configured one.
+
+    A run continues with the tokenizer that it began with, which this version may train differently.
+    """
+    from nanogpt.checkpoint import load_tokenizer
     from nanogpt.data.module import TokenizerChoice
 
-    if start is not None:
-        return TokenizerChoice.from_tokenizer(start.tokenizer)
+    if start is not None or checkpoint is not None:
+        tokenizer = load_tokenizer(checkpoint) if start is None else start.tokenizer
+        return TokenizerChoice.from_tokenizer(tokenizer)
     return TokenizerChoice(
         lambda documents: build(node, "tokenizer", documents=documents), tokenizer_key(node)
     )

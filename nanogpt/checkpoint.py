@@ -171,6 +171,11 @@ def load_checkpoint(
     )
 
 
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Return the tokenizer of a checkpoint file; raises as `load_checkpoint` does."""
+    return _read(path, verify=False)[2]
+
+
 def _check_allowed(path: Path, block: str | None, allow_modules: Sequence[str]) -> None:
     if block is None or any(f"{block}.".startswith(f"{name}.") for name in allow_modules):
         return

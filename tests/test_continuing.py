@@ -63,6 +63,23 @@ def test_a_checkpoint_without_its_run_is_continued(tiny_run: list[str], tmp_path
     assert fit(*tiny_run, *SHORT)["steps"] == 4
 
 
+@pytest.mark.parametrize("data_is_lost", [False, True])
+def test_a_run_continues_with_the_pattern_that_it_began_with(
+    data_is_lost: bool, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bpe = ("tokenizer=bpe", "tokenizer.vocab_size=280")
+    with monkeypatch.context() as patch:
+        for module in ("tokenizer", "data.preparing"):
+            patch.setattr(f"nanogpt.{module}.BPE_PATTERN", r" ?\w+|\s+|.")
+        whole = fit(*tiny_run, *SHORT, *bpe)
+    lose_the_end(tmp_path / "runs" / "tiny")
+    if data_is_lost:
+        shutil.rmtree(tmp_path / "data")
+    assert fit(*tiny_run, *SHORT, *bpe)["weights_sha256"] == whole["weights_sha256"]
+    record = read_checkpoint(tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt")
+    assert record["nanogpt"]["tokenizer"]["pattern"] == r" ?\w+|\s+|."
+
+
 def test_a_dangling_link_is_no_checkpoint(
     tiny_run: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

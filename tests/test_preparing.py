@@ -174,6 +174,16 @@ def test_manifest_has_gzips_bits_per_byte(tmp_path: Path) -> None:
     assert corpus.manifest["gzip_bits_per_byte"] == expected
 
 
+def test_a_pattern_of_bpe_is_another_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preparation = partial(Preparation, MANY, partial(bpe_tokenizer, vocab_size=300))
+    bpe, byte = (preparation(key, tmp_path).directory for key in ("bpe-300", "byte"))
+    monkeypatch.setattr("nanogpt.data.preparing.BPE_PATTERN", "other")
+    assert preparation("bpe-300", tmp_path).directory != bpe
+    assert preparation("byte", tmp_path).directory == byte
+
+
 def test_directory_names_source_and_tokenizer(tmp_path: Path) -> None:
     name = prepare(Preparation(MANY, byte_tokenizer, "bpe 2,048", tmp_path)).directory.name
     assert name.startswith("documents-bpe-2-048-")

@@ -183,9 +183,10 @@ def test_bpe_encodes_as_the_trainer_library(n: int) -> None:
     assert [ours[i] for i in BPE.encode(SAMPLE[n])] == expected
 
 
-def test_a_line_break_with_its_indentation_is_one_token() -> None:
-    tokenizer = bpe_tokenizer(["if x:\n        y()\n" * 10], vocab_size=400)
-    assert b":\n        " in tokenizer.token_bytes()
+def test_punctuation_takes_the_line_break_and_digits_stand_alone() -> None:
+    tokenizer = bpe_tokenizer(["if x:\n        y(12)\n" * 10], vocab_size=400)
+    tokens = [tokenizer.decode([i]) for i in tokenizer.encode("if x:\n        y(12)\n")]
+    assert tokens == ["if", " x", ":\n", "       ", " y", "(", "1", "2", ")\n"]
 
 
 def test_bpe_training_cuts_longer_words_alone() -> None:

@@ -45,7 +45,7 @@ from nanogpt.data.writer import (
 )
 from nanogpt.disk import wait_for_lock, write_json
 from nanogpt.text import format_number
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer import BPE_PATTERN, Tokenizer
 
 COMMIT_EVERY_S = 5.0  # at most this much work is repeated after a kill
 LOG_EVERY_S = 30.0  # where no terminal shows the bar
@@ -90,6 +90,7 @@ class Preparation:
             "tokenizer": self.tokenizer_key,
             "tokens": self.tokens,
             "shard_tokens": self.shard_tokens,
+            **({"pattern": BPE_PATTERN} if self.tokenizer_key.startswith("bpe-") else {}),
         }
 
     @property
