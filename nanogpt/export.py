@@ -3,7 +3,8 @@
     python -m nanogpt.export CHECKPOINT OUT --format hf
     python -m nanogpt.export CHECKPOINT OUT.gguf --format gguf --dtype f16
 
-CHECKPOINT is a .ckpt, a run directory, or the name of a run under runs/.
+CHECKPOINT is a .ckpt, a run directory, or the name of a run under runs/. OUT.Modelfile, next to the
+GGUF file, is for Ollama.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from nanogpt.command import add_shared, guard_output, parse, run_command
 from nanogpt.model import rotary_speeds
 from nanogpt.pretrained import CONFIG, SAFETENSORS
 from nanogpt.prompts import find_template
-from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN
-from nanogpt.tokenizer_files import merges_of, padding_id, spell, spellings, write_tokenizer
+from nanogpt.tokenizer import END_OF_TEXT
+from nanogpt.tokenizer_files import described, llama_cpp_name, padding_id, write_tokenizer
 
 # The rotation turns channels (2i, 2i + 1) there, and (i, i + D/2) here and in Qwen3.
 INTERLEAVED = ("llama", "arcee")
@@ -57,7 +58,10 @@ def write(options: argparse.Namespace) -> None:
         if options.format == "hf":
             write_huggingface(checkpoint, architecture, temporary)
         else:
-            write_gguf(checkpoint, architecture, temporary, options.dtype)
+            out = options.out.with_name(options.out.name.removesuffix(".gguf") + ".Modelfile")
+            with exporting(out, options.overwrite) as modelfile:
+                modelfile.write_text(ollama_modelfile(checkpoint, options.out.name), "utf-8")
+                write_gguf(checkpoint, architecture, temporary, options.dtype)
     print(f"{checkpoint.path}: {checkpoint.model.num_parameters():,} parameters to {options.out}")
 
 
@@ -134,8 +138,7 @@ def write_gguf(
 
     Its keys are those of ggml-org/ggml, docs/gguf.md. With f16 the matrices are rounded, but for
     the position embeddings, which llama.cpp adds as they are. Raises ModuleNotFoundError where the
-    package gguf is missing, and ValueError for a tokenizer with a pattern of its own: the file can
-    only name a pattern that llama.cpp knows.
+    package gguf is missing, and ValueError for a tokenizer that llama.cpp lacks, naming the part.
     """
     try:
         gguf: Any = importlib.import_module("gguf")
@@ -144,13 +147,15 @@ def write_gguf(
             "--format gguf needs the package gguf, which is not installed; pip install -e '.[gguf]'"
         ) from error
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    patterns = (GPT2_PATTERN, "")  # bytes that never merge may be cut by any
-    if tokenizer.kind == "published" or tokenizer.pattern not in patterns:
+    chat = None if checkpoint.template is None else find_template(checkpoint.template)
+    content = described(tokenizer)
+    try:
+        pre = llama_cpp_name(content)
+    except ValueError as error:
         raise ValueError(
-            f"{checkpoint.path} has the tokenizer {tokenizer.name}, which cuts texts by a pattern "
-            f"that no reader of GGUF knows; pass --format hf, or train with tokenizer=gpt2 or "
-            f"tokenizer=byte"
-        )
+            f"{checkpoint.path} has the tokenizer {tokenizer.name} with {str(error)[:300]}, which "
+            f"llama.cpp lacks; pass --format hf, or train with tokenizer=bpe, gpt2 or byte"
+        ) from error
     writer = gguf.GGUFWriter(path, architecture.model_type)
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
@@ -170,20 +175,23 @@ def write_gguf(
         writer.add_rope_freq_base(config.rope_base)
         writer.add_rope_dimension_count(config.head_dim)
         weights = architecture.write_weights(checkpoint.model)
-    n_special = len(tokenizer.special_tokens)
-    types = [gguf.TokenType.NORMAL] * (tokenizer.vocab_size - n_special)
-    merges = [f"{spell(a)} {spell(b)}" for a, b in merges_of(tokenizer)]
+    tokens = {i: (f"[PAD{i}]", "UNUSED") for i in range(tokenizer.vocab_size)}
+    tokens |= {i: (token, "NORMAL") for token, i in content["model"]["vocab"].items()}
+    for token, i in ((added["content"], added["id"]) for added in content["added_tokens"]):
+        tokens[i] = token, "CONTROL" if token in tokenizer.special_tokens else "USER_DEFINED"
+    merges = [" ".join(pair) for pair in content["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(spellings(tokenizer))
-    writer.add_token_types(types + [gguf.TokenType.CONTROL] * n_special)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([token for token, _ in tokens.values()])
+    writer.add_token_types([gguf.TokenType[name] for _, name in tokens.values()])
     writer.add_token_merges(merges or NO_MERGES)
     writer.add_bos_token_id(tokenizer.encode_prompt("")[0])
-    writer.add_eos_token_id(tokenizer.eot_id)
-    writer.add_add_bos_token(tokenizer.bos_id is not None)
+    writer.add_eos_token_id((chat.stop_ids(tokenizer) if chat else tokenizer.end_ids)[0])
+    has_bos = tokenizer.bos_id is not None and checkpoint.template in (None, "published")
+    writer.add_add_bos_token(has_bos)  # our templates begin with their own token
     writer.add_add_eos_token(False)
-    if checkpoint.template is not None:
-        writer.add_chat_template(find_template(checkpoint.template).jinja(tokenizer))
+    if chat:
+        writer.add_chat_template(chat.jinja(tokenizer))
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == writer.arch)
     names = gguf.get_tensor_name_map(kind, config.n_layer)
     for name, tensor in weights.items():
@@ -202,6 +210,24 @@ def write_gguf(
     writer.close()
 
 
+def ollama_modelfile(checkpoint: Checkpoint, name: str) -> str:
+    """Return the Modelfile with which `ollama create` takes the GGUF file `name` next to it.
+
+    A base model continues its prompt. A published chat template is left to Ollama, which knows the
+    common ones.
+    """
+    tokenizer, lines = checkpoint.tokenizer, [f"FROM ./{name}"]
+    chat = None if checkpoint.template is None else find_template(checkpoint.template)
+    if checkpoint.template == "published":
+        lines.append("# TEMPLATE: where Ollama does not know the model's chat template, write it")
+    else:
+        lines.append(f'TEMPLATE """{chat.go(tokenizer) if chat else "{{ .Prompt }}"}"""')
+    names = {i: token for token, i in tokenizer.special_tokens.items()}
+    stops = [*map(names.get, chat.stop_ids(tokenizer)), *chat.stop_texts] if chat else []
+    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops)]
+    return "\n".join([*lines, f"PARAMETER num_ctx {checkpoint.config.block_size}", ""])
+
+
 @contextmanager
 def exporting(out: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary path that becomes `out` when the block ends, and goes when it raises.
@@ -213,7 +239,7 @@ def exporting(out: Path, overwrite: bool) -> Iterator[Path]:
             is_export = (out / CONFIG).is_file()
         else:
             with out.open("rb") as file:
-                is_export = file.read(4) == b"GGUF"
+                is_export = file.read(4) in (b"GGUF", b"FROM")
         if not (is_export and overwrite):
             advice = ", or --overwrite" if is_export else ": it is no export"
             raise FileExistsError(f"{out} exists; pass another path{advice}")

@@ -155,10 +155,23 @@ class Template:
             turns += f"{{% if message.role == '{role}' %}}"
             turns += surrounded(getattr(self, role), "content", trim) + "{% if message.context %}"
             turns += surrounded(self.context, "context", trim) + "{% endif %}{% endif %}"
-        return (
+        text = (
             f"{_literal(self.opening)}{default}{{% for message in messages %}}{turns}{{% endfor %}}"
             f"{{% if add_generation_prompt %}}{_literal(self.assistant[0])}{{% endif %}}"
         )
+        return text.replace(END_OF_TEXT, tokenizer.eot_token)
+
+    def go(self, tokenizer: Tokenizer) -> str:
+        """Return this template for Ollama, where contents are not trimmed and have no context."""
+        default = self.default_system and self.default_system.join(self.system)
+        text = (
+            f"{self.opening}{{{{ if not .System }}}}{default}{{{{ end }}}}{{{{ range .Messages }}}}"
+        )
+        for role in ROLES:
+            before, after = getattr(self, role)
+            text += f'{{{{ if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}{{{{ end }}}}'
+        text += f"{{{{ end }}}}{self.assistant[0]}"
+        return text.replace(END_OF_TEXT, tokenizer.eot_token)
 
 
 TEMPLATES = {

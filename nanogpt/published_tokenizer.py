@@ -60,8 +60,8 @@ class PublishedTokenizer(Tokenizer):
 
     @property
     def end_ids(self) -> list[int]:
-        """The ids that end an answer, as published."""
-        return [self.eot_id, *(self.added[name] for name in self.end_tokens)]
+        """The ids that end an answer, as published, the eos_token first."""
+        return [*(self.added[name] for name in self.end_tokens), self.eot_id]
 
     def encode_array(self, text: str) -> np.ndarray:
         """Return the ids of the text, (N,) uint32."""

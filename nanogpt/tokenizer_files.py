@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanogpt.published_tokenizer import PublishedTokenizer, bos_token_of, read_published
 from nanogpt.text import first_line
 from nanogpt.tokenizer import (
+    BPE_PATTERN,
     END_OF_TEXT,
     GPT2_PATTERN,
+    QWEN2_CUTS,
     RESERVED,
     Tokenizer,
     byte_of_letter,
@@ -27,6 +29,22 @@ if TYPE_CHECKING:
 
 TOKENIZER, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 GPT2_FINGERPRINT = "5ef7e0bf39ac26d0"  # of GPT-2's table, as gpt2_tokenizer() returns it
+QWEN2_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)" + QWEN2_CUTS
+LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+# llama.cpp's name (tokenizer.ggml.pre) for the patterns that cut a text, one after another, and for
+# whether a cut that is a token is taken as it is, without merges.
+PRE_TOKENIZERS = {
+    ((GPT2_PATTERN,), False): "gpt-2",
+    ((BPE_PATTERN,), False): "qwen2",
+    ((QWEN2_PATTERN,), False): "qwen2",
+    ((LLAMA3_PATTERN,), True): "llama-bpe",
+    ((LLAMA3_PATTERN,), False): "smaug-bpe",
+    ((r"\p{N}", GPT2_PATTERN), False): "smollm",
+}
+EACH_DIGIT = {"type": "Digits", "individual_digits": True}
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 LETTERS = {byte: letter for letter, byte in byte_of_letter().items()}  # that spell bytes
 
 Merge = tuple[bytes, bytes]
@@ -100,6 +118,29 @@ def write_tokenizer(
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
+def described(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the tokenizer.json of a tokenizer."""
+    content: dict[str, Any] = json.loads(_to_library(tokenizer, framed=False).to_str())
+    return content
+
+
+def llama_cpp_name(content: Mapping[str, Any]) -> str:
+    """Return the name under which llama.cpp encodes as a tokenizer.json describes.
+
+    Except text that NFC changes, where the file applies it: llama.cpp never does. Raises
+    ValueError, naming the part of the file, for what llama.cpp lacks.
+    """
+    model, patterns = content["model"], _patterns(content["pre_tokenizer"] or {})
+    if not model["merges"]:  # bytes that never merge may be cut by any
+        patterns = (GPT2_PATTERN,)
+    name = PRE_TOKENIZERS.get((patterns, bool(model["ignore_merges"])))
+    parts = {"normalizer": content["normalizer"], **{key: model[key] for key in AFFIXES}}
+    unknown = {key: part for key, part in parts.items() if part and part != {"type": "NFC"}}
+    if name is None or unknown:
+        raise ValueError(json.dumps(unknown or {"pre_tokenizer": patterns}))
+    return name
+
+
 def padding_id(tokenizer: Tokenizer) -> int:
     """Return an id that no text gives, other than `<|endoftext|>`.
 
@@ -149,27 +190,19 @@ def _from_library(library: "Library") -> Tokenizer:
     """Return our tokenizer for the library's; raise ValueError or KeyError where there is none."""
     content = json.loads(library.to_str())
     model, byte_of = content["model"], byte_of_letter()
-    *splits, last = content["pre_tokenizer"].get("pretokenizers", [content["pre_tokenizer"]])
-    pattern = GPT2_PATTERN if last["use_regex"] else ""
-    if splits:
-        pattern = splits[0]["pattern"]["Regex"]
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    (pattern,) = _patterns(content["pre_tokenizer"]) or ("",)
     vocab = library.get_vocab(with_added_tokens=True)
     by_id = sorted(vocab, key=vocab.__getitem__)
     merges = [tuple(merge) for merge in model["merges"]]
     special_tokens = by_id[256 + len(merges) :]
     added = {token.content for token in library.get_added_tokens_decoder().values()}
-    affixes = ("continuing_subword_prefix", "end_of_word_suffix")
     if (
-        last["type"] != "ByteLevel"
-        or last["add_prefix_space"]
-        or (splits and (last["use_regex"] or splits != [{**split, "invert": False}]))
-        or content["normalizer"]
-        or any(map(model.get, affixes))
+        content["normalizer"]
+        or any(map(model.get, AFFIXES))
         or not {*special_tokens} <= added
         or vocab[by_id[-1]] >= len(by_id)
     ):
-        raise ValueError("it has another normalisation, cut of texts, or special tokens")
+        raise ValueError("it has another normalisation or special tokens")
     tokens = [bytes(byte_of[letter] for letter in t) for t in by_id[: 256 + len(merges)]]
     bos_token = bos_token_of(content)
     # GPT-2's table has its name, whatever its special tokens are.
@@ -180,6 +213,19 @@ def _from_library(library: "Library") -> Tokenizer:
     if not is_gpt2 and [(spell(a), spell(b)) for a, b in merges_of(tokenizer)] != merges:
         raise ValueError("it does not merge in the order of its ids")
     return tokenizer
+
+
+def _patterns(pre_tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the patterns by which a byte-level pre_tokenizer cuts a text, one after another.
+
+    Raises ValueError where it cuts in another way.
+    """
+    *steps, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    known = [step if step == EACH_DIGIT else step | SPLIT for step in steps]
+    if [*steps, last] != [*known, last | BYTE_LEVEL]:
+        raise ValueError(json.dumps({"pre_tokenizer": pre_tokenizer}))
+    patterns = [r"\p{N}" if s == EACH_DIGIT else s["pattern"].get("Regex") for s in steps]
+    return tuple(patterns + [GPT2_PATTERN] * last["use_regex"])
 
 
 def _to_library(tokenizer: Tokenizer, framed: bool) -> "Library":

@@ -25,7 +25,16 @@ from nanogpt.generation import generate
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.pretrained import load_pretrained
 from nanogpt.prompts import Message, find_template
-from nanogpt.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer, gpt2_tokenizer
+from nanogpt.published_tokenizer import PublishedTokenizer
+from nanogpt.tokenizer import (
+    BYTES,
+    END_OF_TEXT,
+    Tokenizer,
+    bpe_tokenizer,
+    byte_tokenizer,
+    gpt2_tokenizer,
+)
+from nanogpt.tokenizer_files import LETTERS, QWEN2_PATTERN, read_tokenizer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -60,6 +69,9 @@ SHAPES = {  # the class in transformers, and a shape
     "NanoChat without a cap": {**NANOCHAT, "logit_softcap": None, "tie_embeddings": True},
 }
 LABELS = ["ham", "spam", "né <b>"]
+TWICE = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFC"}]}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+BYTES_ALONE = {**BYTE_LEVEL, "use_regex": False}
 PROMPT = "def main(argv):\r\n    return 'é😀' <|endoftext|>"
 
 Write = Callable[..., Path]
@@ -526,12 +538,142 @@ def test_a_gguf_file_carries_the_template(write: Write, tmp_path: Path) -> None:
     )
 
 
+def test_a_gguf_file_names_the_pattern_of_bpe_and_lists_its_merges(
+    write: Write, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    tokenizer = bpe_tokenizer(["low lower lowest"], 1000)
+    assert export(write(tokenizer), tmp_path / "out.gguf", "--format", "gguf") == 0
+    reader = read_gguf(tmp_path / "out.gguf")
+    assert field(reader, "tokenizer.ggml.pre") == "qwen2"
+    assert field(reader, "tokenizer.ggml.merges")[:2] == ["l o", "lo w"]
+    assert field(reader, "tokenizer.ggml.tokens")[256:258] == ["lo", "low"]
+
+
+def published(directory: Path, **changes: Any) -> Tokenizer:
+    """Return a published tokenizer: `he` alone is merged, three ids are added and two unused."""
+    vocab = {token: i for i, token in enumerate([*LETTERS.values(), "he"])}
+    split = {"type": "Split", "pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated"}
+    steps = [{**split, "invert": False}, {**BYTE_LEVEL, "use_regex": False}]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [("<|endoftext|>", True), ("<|im_end|>", True), ("<think>", False)]
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": 257 + i, "content": token, "special": special, **flags}
+            for i, (token, special) in enumerate(added)
+        ],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": None,
+        "decoder": {**BYTE_LEVEL, "use_regex": True},
+        "model": {"type": "BPE", "vocab": vocab, "merges": [["h", "e"]]},
+    }
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text(json.dumps({**content, **changes}))
+    config = {"eos_token": "<|im_end|>", "chat_template": "{{ messages }}"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = read_tokenizer(directory, 262)
+    assert isinstance(tokenizer, PublishedTokenizer)
+    return tokenizer
+
+
+def test_a_gguf_file_has_the_tokens_of_a_published_model(write: Write, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    checkpoint = write(published(tmp_path / "there"), template="published")
+    assert export(checkpoint, tmp_path / "out.gguf", "--format", "gguf") == 0
+    reader = read_gguf(tmp_path / "out.gguf")
+    tokens, types = (field(reader, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+    assert (field(reader, "tokenizer.ggml.pre"), tokens[256]) == ("qwen2", "he")
+    names = ["<|endoftext|>", "<|im_end|>", "<think>", "[PAD260]", "[PAD261]"]
+    assert (tokens[257:], types[256:]) == (names, [1, 3, 3, 4, 5, 5])  # control, user's, unused
+    assert field(reader, "tokenizer.ggml.eos_token_id") == 258
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalizer": TWICE}, 'with {"normalizer": {"type": "Sequence", "normalizers": ['),
+        ({"pre_tokenizer": BYTES_ALONE}, 'with {"pre_tokenizer": []}, which llama.cpp lacks; pass'),
+    ],
+)
+def test_a_part_of_a_tokenizer_that_llama_cpp_lacks_is_named(
+    changes: dict[str, Any],
+    message: str,
+    write: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("gguf")
+    checkpoint = write(published(tmp_path / "there", **changes))
+    assert export(checkpoint, tmp_path / "out.gguf", "--format", "gguf") == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_a_pattern_that_llama_cpp_lacks_is_refused(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gguf")
-    assert export(write(small_bpe()), tmp_path / "out.gguf", "--format", "gguf") == 1
-    assert "a pattern that no reader of GGUF knows" in capsys.readouterr().err
+    tokenizer = Tokenizer("bpe", r"\w+|\W", [*BYTES, b"he"], [END_OF_TEXT])
+    assert export(write(tokenizer), tmp_path / "out.gguf", "--format", "gguf") == 1
+    message = r'the tokenizer bpe with {"pre_tokenizer": ["\\w+|\\W"]}, which llama.cpp lacks; pass'
+    assert message in capsys.readouterr().err
+
+
+def test_a_base_model_continues_its_prompt_in_ollama(write: Write, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    export(write(), tmp_path / "out.gguf", "--format", "gguf")
+    assert (tmp_path / "out.Modelfile").read_text("utf-8").splitlines() == [
+        "FROM ./out.gguf",
+        'TEMPLATE """{{ .Prompt }}"""',
+        "PARAMETER num_ctx 64",
+    ]
+
+
+def test_ollama_is_given_the_chat_template_and_what_ends_a_reply(
+    write: Write, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    export(write(template="alpaca"), tmp_path / "out.f16", "--format", "gguf")
+    assert (tmp_path / "out.f16.Modelfile").read_text("utf-8") == (
+        "FROM ./out.f16\n"
+        'TEMPLATE """<|endoftext|>{{ if not .System }}Below is an instruction that describes a '
+        "task. Write a response that appropriately completes the request.\n\n{{ end }}"
+        '{{ range .Messages }}{{ if eq .Role "system" }}{{ .Content }}\n\n{{ end }}'
+        '{{ if eq .Role "user" }}### Instruction:\n{{ .Content }}\n\n{{ end }}'
+        '{{ if eq .Role "assistant" }}### Response:\n{{ .Content }}<|endoftext|>{{ end }}'
+        '{{ end }}### Response:\n"""\n'
+        'PARAMETER stop "<|endoftext|>"\n'
+        'PARAMETER stop "\n### Instruction:"\n'
+        "PARAMETER num_ctx 64\n"
+    )
+
+
+def test_the_template_of_a_published_model_is_left_to_ollama(write: Write, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    checkpoint = write(published(tmp_path / "there"), template="published")
+    export(checkpoint, tmp_path / "out.gguf", "--format", "gguf")
+    lines = (tmp_path / "out.Modelfile").read_text("utf-8").splitlines()
+    assert lines[1].startswith("# TEMPLATE: ")
+    assert lines[2:4] == ['PARAMETER stop "<|im_end|>"', 'PARAMETER stop "<|endoftext|>"']
+
+
+def test_a_modelfile_needs_overwrite_and_another_file_is_kept(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf")
+    checkpoint, modelfile = write(), tmp_path / "out.Modelfile"
+    modelfile.write_text("FROM ./old.gguf\n")
+    assert export(checkpoint, tmp_path / "out.gguf", "--format", "gguf") == 1
+    assert "out.Modelfile exists; pass another path, or --overwrite" in capsys.readouterr().err
+    assert not (tmp_path / "out.gguf").exists()
+    assert export(checkpoint, tmp_path / "out.gguf", "--format", "gguf", "--overwrite") == 0
+    assert "FROM ./out.gguf" in modelfile.read_text()
 
 
 def test_a_missing_package_is_named(

@@ -1,6 +1,7 @@
 """Tokenizers survive Hugging Face's files, and encode there as here."""
 
 import json
+import random
 import unicodedata
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
 from nanogpt.published_tokenizer import PublishedTokenizer
@@ -24,7 +26,14 @@ from nanogpt.tokenizer import (
     from_record,
     gpt2_tokenizer,
 )
-from nanogpt.tokenizer_files import GPT2_FINGERPRINT, merges_of, read_tokenizer, write_tokenizer
+from nanogpt.tokenizer_files import (
+    GPT2_FINGERPRINT,
+    LLAMA3_PATTERN,
+    QWEN2_PATTERN,
+    merges_of,
+    read_tokenizer,
+    write_tokenizer,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -105,6 +114,120 @@ def test_transformers_encodes_any_text_as_we_do(name: str, directory: Path) -> N
         assert encoded(there, text) == tokenizer.encode(text)
 
     check()
+
+
+MIXED = [
+    *(
+        "😀",
+        "👩‍👩‍👧",
+        "🏳️‍🌈",
+        "中文",
+        "你好，世界。",
+        "日本語",
+        "العربية ١٢٣",
+        "हिन्दी",
+        "e\u0301",
+        "\u0301",
+        "\u200d",
+    ),
+    *(
+        "def f(self):",
+        "\treturn x",
+        "    if (x != 0) {",
+        ":\n        ",
+        "\r\n",
+        "\n\n",
+        "\n",
+        "\t\t",
+    ),
+    *(
+        " ",
+        "  ",
+        "\u00a0",
+        "\u3000",
+        "\u2028",
+        "\x85",
+        "\x1c",
+        "\x00",
+        "\x07",
+        "123",
+        "4567.89",
+        "½",
+        "Ⅷ",
+    ),
+    *(
+        "don't",
+        "DON'T",
+        "we'll",
+        "THEY'RE",
+        "'s",
+        "''",
+        "naïve",
+        "Grüße",
+        "İ",
+        "word",
+        "Hello",
+        "foo_bar",
+    ),
+    *(
+        "<|endoftext|>",
+        "...",
+        "——",
+        "“quoted”",
+        "$100",
+        "a+b=c",
+        "//",
+        "{}",
+        "();",
+        "\\n",
+        "🙂\n",
+        "。\n",
+        "`",
+    ),
+]
+
+
+def mixed_lines(n_lines: int = 10_000) -> list[str]:
+    choose = random.Random(0)
+    return [
+        "".join(choose.choices(MIXED, k=choose.randint(1, 6)))
+        + chr(choose.randrange(0x300, 0xD800))
+        for _ in range(n_lines)
+    ]
+
+
+def published_bpe(name: str, directory: Path) -> Tokenizer:
+    """Return a tokenizer that the library trains with a published pattern and normalisation."""
+    pattern = LLAMA3_PATTERN if name == "llama" else QWEN2_PATTERN
+    library = Library(models.BPE(ignore_merges=name == "llama"))
+    library.normalizer = None if name == "llama" else normalizers.NFC()
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    library.add_special_tokens([END_OF_TEXT])
+    directory.mkdir()
+    library.save(str(directory / "tokenizer.json"))
+    tokenizer = read_tokenizer(directory)
+    assert tokenizer is not None
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["bpe", "llama", "qwen"])
+def test_transformers_gives_our_ids_of_ten_thousand_lines(name: str, tmp_path: Path) -> None:
+    tokenizer = small_bpe() if name == "bpe" else published_bpe(name, tmp_path / "there")
+    write_tokenizer(tokenizer, tmp_path, block_size=64)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    there = AutoTokenizer.from_pretrained(tmp_path)
+    lines = mixed_lines()
+    for line, ids in zip(lines, there(lines)["input_ids"], strict=True):
+        assert tokenizer.encode(line) == ids, line
 
 
 @each_tokenizer
