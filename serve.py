@@ -67,7 +67,7 @@ def check_models(settings: ApiSettings) -> None:
         if path.is_file() or (path / "config.json").is_file():
             from nanogpt.checkpoint import load_checkpoint
 
-            load_checkpoint(path, device="meta")
+            load_checkpoint(path, device="meta", allow_modules=settings.allow_modules)
     elif not Path(settings.runs_dir).is_dir():
         raise FileNotFoundError(
             f"there are no runs at {settings.runs_dir}; "

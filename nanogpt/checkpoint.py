@@ -182,9 +182,8 @@ def _check_allowed(path: Path, block: str | None, allow_modules: Sequence[str]) 
     package = block.partition(".")[0]
     raise ValueError(
         f"{path} has model.block={block}, a class that is not part of nanogpt: allow its package "
-        f"with --allow-module {package} (nanogpt.generate and evaluate), "
-        f"allow_modules=[{package!r}] (load_checkpoint) or model.block={block} (train.py); "
-        f"export and the server cannot run it"
+        f"with --allow-module {package} (nanogpt.generate and evaluate), allow_modules=[{package}] "
+        f"(serve.py, load_checkpoint) or model.block={block} (train.py); it cannot be exported"
     )
 
 

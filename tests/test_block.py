@@ -41,6 +41,8 @@ from serving.engine.messages import Settings, Stats
 from serving.engine.native import make_forward
 from serving.engine.registry import Registry
 from serving.engine.runner import load_runner
+from tests.engine_models import InlineEngine
+from tests.engine_models import generate as to_generate
 
 SOURCE = """
 from pathlib import Path
@@ -479,6 +481,26 @@ def test_the_server_refuses_it_without_an_import(package: Path, tmp_path: Path) 
     path = save(build("SwiGLUBlock"), tmp_path / "a.ckpt")
     forget(package)
     entry = Registry(str(path)).entries[0]
-    with pytest.raises(ValueError, match="export and the server cannot run it"):
+    with pytest.raises(ValueError, match=r"allow_modules=\[other\] \(serve.py"):
         load_runner(entry, Settings(device="cpu"), Stats(), lambda client, message: None, 1e9)
     assert not (package / "other" / "blocks.imported").exists()
+
+
+@pytest.mark.parametrize("name", ["SwiGLUBlock", "OwnAttention"])
+def test_the_server_runs_what_it_is_allowed_to(name: str, package: Path, tmp_path: Path) -> None:
+    model = build(name, n_kv_head=1) if name == "SwiGLUBlock" else build(name)
+    (tmp_path / "run").mkdir()
+    save(model, tmp_path / "run" / "last.ckpt")
+    engine = InlineEngine(tmp_path, allow_modules=("other",))
+    prompt = list(b"def ")
+    expected = list(generate(model, prompt, max_new_tokens=8, temperature=0))
+    assert engine.one(to_generate("a", prompt)).ids == expected
+
+
+def test_the_server_refuses_a_block_that_mixes_in_another_way(
+    package: Path, tmp_path: Path
+) -> None:
+    entry = Registry(str(save(build("Plain"), tmp_path / "a.ckpt"))).entries[0]
+    settings = Settings(device="cpu", allow_modules=("other",))
+    with pytest.raises(ValueError, match="mixes tokens in another way than `attend`"):
+        load_runner(entry, settings, Stats(), lambda client, message: None, 1e9)

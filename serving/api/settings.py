@@ -43,6 +43,7 @@ class ApiSettings(BaseSettings, Settings):
     model_config = SettingsConfigDict(env_prefix=PREFIX)
 
     checkpoint: str | None = None
+    allow_modules: Words = ()
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 5001
     workers: Count = 1

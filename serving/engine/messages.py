@@ -47,6 +47,7 @@ class Settings(BaseModel):
 
     models: str = "runs"
     runs_dir: str = "runs"  # where a run's name is looked up
+    allow_modules: tuple[str, ...] = ()  # packages of blocks, which are imported
     default_model: str | None = None  # null: the newest finished run for the task
     device: str = "auto"
     dtype: Literal["auto", "fp32", "fp24", "bf16", "int8"] = "auto"

@@ -13,6 +13,7 @@ from torch import Tensor
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.classifier import enclose
 from nanogpt.command import out_of_memory
+from nanogpt.support import mixes_by_attend
 from serving.engine import sampling
 from serving.engine.compiling import processor_flags
 from serving.engine.forward import Span
@@ -238,12 +239,14 @@ def load_runner(
     It has as many slots, of `max_slots`, as a model's share of `cache_bytes` holds: at least one.
 
     Raises ValueError or FileNotFoundError for a file that is none of ours, ValueError for a model
-    of which not one slot fits `cache_bytes`.
+    of which not one slot fits `cache_bytes`, or with a block that breaks `Block`'s contract.
     """
     started = time.monotonic()
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    checkpoint = load_checkpoint(entry.path, device=device)
+    checkpoint = load_checkpoint(entry.path, device=device, allow_modules=settings.allow_modules)
+    if not mixes_by_attend(checkpoint.model):
+        raise ValueError(f"{entry.path} has a block that mixes tokens in another way than `attend`")
     config, precision = checkpoint.config, cache_dtype(dtype)
     n_bytes = slot_bytes(config, precision)
     if n_bytes > cache_bytes:
