@@ -23,13 +23,14 @@ from tokenizers import (
 )
 from tokenizers import Tokenizer as Library
 
-from nanogpt.checkpoint import load_checkpoint
+from nanogpt.checkpoint import init_model, load_checkpoint
 from nanogpt.classifier import class_probabilities
 from nanogpt.generate import main
 from nanogpt.generation import Reply
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.prompts import Message, find_template
 from nanogpt.published_tokenizer import PublishedTokenizer
+from nanogpt.runs.run import adapt
 from nanogpt.tokenizer import byte_tokenizer, from_record
 from nanogpt.tokenizer_files import read_tokenizer, write_tokenizer
 from serve import check_models
@@ -317,6 +318,18 @@ def test_a_classifier_of_transformers_gives_its_probabilities(
     served = engine.one(Classify("a", "run", ours.tokenizer.encode(text))).end
     assert isinstance(served, Classified)
     assert served.probabilities == pytest.approx(found[0].tolist(), abs=1e-5)
+
+
+def test_the_context_of_rotary_positions_is_raised_with_their_scaling_alone(tmp_path: Path) -> None:
+    saved(LlamaForCausalLM(LlamaConfig(**SHAPE)), tmp_path / "run")
+    start = init_model(tmp_path / "run")
+    longer = {"block_size": 512, "rope_scaling": [4.0, 1.0, 4.0, 128]}
+    with pytest.raises(ValueError, match="has block_size=128 but the command has"):
+        adapt(start, {"block_size": 512}, {"model.block_size": 512})
+    typed = {f"model.{key}": value for key, value in longer.items()}
+    assert adapt(start, longer, typed).config.rope_scaling == (4.0, 1.0, 4.0, 128)
+    assert adapt(start, longer, typed).config.block_size == 512
+    assert adapt(start, {"block_size": 64}, {"model.block_size": 64}).config.block_size == 64
 
 
 @pytest.fixture(scope="module")

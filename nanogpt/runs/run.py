@@ -305,13 +305,18 @@ def _remove_unbegun(
 def adapt(start: Checkpoint, model: Mapping[str, Any], typed: Mapping[str, Any]) -> Checkpoint:
     """Return the model to start from with the typed dropout and shorter block_size.
 
+    A typed `rope_scaling` of rotary positions is taken as well, and with it a longer block_size.
     Raises ValueError for any other typed model key that differs.
     """
-    length = start.config.block_size
-    if "model.block_size" in typed and (shorter := model["block_size"]) < length:
-        what = "with the position embeddings beyond it"
-        log.info("%s: block_size cut from %s to %s, %s", start.path, length, shorter, what)
-        start = with_config(start, block_size=shorter)
+    length, is_rotary = start.config.block_size, start.config.position == "rotary"
+    if scales := is_rotary and "model.rope_scaling" in typed:
+        start = with_config(start, rope_scaling=model["rope_scaling"])
+    if "model.block_size" in typed and (scales or model["block_size"] < length):
+        verb = "cut" if model["block_size"] < length else "raised"
+        also = "" if is_rotary else ", with the position embeddings beyond it"
+        change = (verb, length, model["block_size"], also)
+        log.info("%s: block_size %s from %s to %s%s", start.path, *change)
+        start = with_config(start, block_size=model["block_size"])
     for key, value in model.items():
         if key == "dropout" or not {"model", f"model.{key}"} & typed.keys():
             continue
