@@ -31,7 +31,6 @@ FILES = [  # of a model on the hub
     *(CONFIG, TOKENIZER, "tokenizer_config.json", "generation_config.json", "chat_template.jinja"),
     *("model*.safetensors", f"{SAFETENSORS}.index.json"),
 ]
-WEIGHTS = (SAFETENSORS, "pytorch_model.bin")  # each whole, or in shards with an index
 log = logging.getLogger("nanogpt")
 
 
@@ -187,7 +186,13 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     """Return the tensors under the names in the files, buffers of old files left out."""
     tensors: dict[str, Tensor] = {}
     for path in _weight_paths(directory):
-        for name, tensor in _read_tensors(path).items():
+        try:
+            found = load_file(path)
+        except OSError:
+            raise
+        except Exception as error:  # whatever a file can do to its reader
+            raise ValueError(f"{path} is truncated or damaged; fetch it again") from error
+        for name, tensor in found.items():
             if not name.endswith(BUFFERS):
                 if not tensor.is_floating_point():
                     raise ValueError(f"{path} has {tensor.dtype} for {name}, not real numbers")
@@ -197,30 +202,18 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
 
 def _weight_paths(directory: Path) -> list[Path]:
     """Return the file of the weights, or the shards that an index lists."""
-    for name in WEIGHTS:
-        path, index = directory / name, directory / f"{name}.index.json"
-        if path.is_file():
-            return [path]
-        if index.is_file():
-            shards = _read_json(index).get("weight_map")
-            if not isinstance(shards, dict):
-                raise ValueError(f"{index} lists no files; fetch it again")
-            paths = sorted({directory / Path(str(shard)).name for shard in shards.values()})
-            if missing := [path.name for path in paths if not path.is_file()]:
-                raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}; fetch it again")
-            return paths
-    raise FileNotFoundError(f"{directory} holds neither {' nor '.join(WEIGHTS)}; {INSTEAD}")
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.detach() for name, tensor in content.items()}
-    except OSError:
-        raise
-    except Exception as error:  # whatever a file can do to its reader
-        raise ValueError(
-            f"{path} is truncated, damaged, or holds more than tensors; fetch it again"
-        ) from error
+    path, index = directory / SAFETENSORS, directory / f"{SAFETENSORS}.index.json"
+    if path.is_file():
+        return [path]
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{directory} holds no {SAFETENSORS}; {INSTEAD} (a pickle, such as pytorch_model.bin, "
+            f"is not read)"
+        )
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"{index} lists no files; fetch it again")
+    paths = sorted({directory / Path(str(shard)).name for shard in shards.values()})
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}; fetch it again")
+    return paths
