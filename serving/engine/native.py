@@ -5,6 +5,8 @@ Without a compiler, and for configurations that the kernels do not support, `For
 
 import ctypes
 import logging
+import math
+import time
 from copy import deepcopy
 from functools import lru_cache
 from typing import Any
@@ -170,16 +172,9 @@ class NativeForward:
         return _Norm(*(None if tensor is None else self._pointer(tensor) for tensor in tensors))
 
     def _packed(self, weight: Tensor, bias: Tensor | None, dtype: int) -> _Matrix:
-        n, k = weight.shape
-        n_whole = -(-n // PANEL) * PANEL
-        packed = torch.empty(n_whole * k * WEIGHT_BYTES[dtype], dtype=torch.uint8)
-        n_scales = n_whole * (k // GROUP) if dtype == DTYPES["int8"] else 0
-        scales = torch.empty(n_scales, dtype=torch.bfloat16)
-        weight = weight.detach().float().contiguous()
-        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, packed, scales))
-        self.library.pack(dtype, n, k, *pointers)
+        packed, scales = (self._pointer(t) for t in _pack(self.library, weight, dtype))
         at = None if bias is None else self._pointer(bias)
-        return _Matrix(self._pointer(packed), self._pointer(scales), at, n, k)
+        return _Matrix(packed, scales, at, *weight.shape)
 
     def _pointer(self, tensor: Tensor) -> int:
         if tensor.is_floating_point() and tensor.dtype != torch.bfloat16:
@@ -189,6 +184,18 @@ class NativeForward:
 
 
 ForwardPass = Forward | NativeForward
+
+
+def _pack(library: ctypes.CDLL, weight: Tensor, dtype: int) -> tuple[Tensor, Tensor]:
+    """Return weights (N, K) as the kernels read them, and their scales."""
+    n, k = weight.shape
+    n_whole = -(-n // PANEL) * PANEL
+    packed = torch.empty(n_whole * k * WEIGHT_BYTES[dtype], dtype=torch.uint8)
+    n_scales = n_whole * (k // GROUP) if dtype == DTYPES["int8"] else 0
+    scales = torch.empty(n_scales, dtype=torch.bfloat16)
+    weight = weight.detach().float().contiguous()
+    library.pack(dtype, n, k, *(ctypes.c_void_p(t.data_ptr()) for t in (weight, packed, scales)))
+    return packed, scales
 
 
 def _interleaved(gate: Tensor, other: Tensor) -> Tensor:
@@ -228,6 +235,32 @@ def supported(model: GPT, dtype: str, device: torch.device) -> bool:
     fits = config.head_dim in HEAD_SIZES and all(size % PANEL == 0 for size in sizes)
     library = load_library() if fits else None
     return library is not None and bool(library.supports(DTYPES[dtype]))
+
+
+@lru_cache
+def bf16_gain() -> float | None:
+    """Return how many times as fast the kernels compute in bf16 as in fp32; None without them.
+
+    It is the geometric mean over products of 1 and 32 rows, on one thread: a wait for other
+    processes' threads would be measured otherwise.
+    """
+    if (library := load_library()) is None:
+        return None
+    n, k, many = 2048, 512, 32
+    weight, states, out = torch.ones(n, k), torch.ones(many, k), torch.empty(many, n)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (states, out)]
+    packed = {dtype: _pack(library, weight, DTYPES[dtype])[0] for dtype in ("fp32", "bf16")}
+    seconds = dict.fromkeys(((rows, dtype) for rows in (1, many) for dtype in packed), math.inf)
+    for _ in range(8):
+        for rows, dtype in seconds:
+            head = _Matrix(packed[dtype].data_ptr(), n=n, k=k)
+            code = library.fastest(DTYPES[dtype])
+            model = _Model(dtype=code, n_embd=k, n_threads=1, head=head)
+            start = time.perf_counter()
+            library.logits(ctypes.byref(model), rows, *pointers)
+            seconds[rows, dtype] = min(seconds[rows, dtype], time.perf_counter() - start)
+    gains = (seconds[rows, "fp32"] / seconds[rows, "bf16"] for rows in (1, many))
+    return math.prod(gains) ** 0.5
 
 
 @lru_cache
