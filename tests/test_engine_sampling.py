@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.generation import probabilities
+from serving.engine import sampling
 from serving.engine.messages import Generate, SamplingParams, Tokens
 from serving.engine.sampling import choose, uniform
 from serving.engine.scheduler import SequenceState
@@ -61,6 +62,23 @@ def test_top_p_of_one_is_no_narrowing() -> None:
     logits = torch.randn(300, generator=torch.Generator().manual_seed(0))
     some = [token(logits, seed=seed, top_p=1.0, min_p=0.0) for seed in range(20)]
     assert some == [token(logits, seed=seed) for seed in range(20)]
+
+
+@pytest.mark.parametrize("deviation", [0.7, 4.0])
+def test_a_large_vocabulary_gives_the_tokens_of_a_full_sort(
+    deviation: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filters: list[dict[str, Any]] = [
+        *({}, {"temperature": 0.0}, {"top_k": 50}, {"top_k": 10**6}, {"top_p": 0.9}),
+        *({"min_p": 0.02}, {"top_k": 300, "top_p": 0.95, "logprobs": 5}),
+    ]
+    sequences = [sequence(seed=i, **params) for i, params in enumerate(filters)]
+    generator = torch.Generator().manual_seed(0)
+    logits = deviation * torch.randn(len(filters), 151936, generator=generator)
+    chosen = choose(logits, sequences)
+    monkeypatch.setattr(sampling, "MAX_LOGITS", logits.numel())
+    monkeypatch.setattr(sampling, "CANDIDATES", ())
+    assert choose(logits, sequences) == chosen
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:

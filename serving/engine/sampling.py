@@ -17,6 +17,7 @@ from serving.engine.messages import MIN_LOGPROB, SamplingParams, Tokens
 from serving.engine.scheduler import SequenceState
 
 CANDIDATES = (256, 4096)  # likeliest tokens that are sorted; all only where they do not suffice
+MAX_LOGITS = 2**19  # at a time on a CPU; of more, every sum has new pages from the system
 MAX_TOP = 20  # likeliest tokens of a request
 MIN_TEMPERATURE = 1e-5  # below it the rounding of float32 logits decides: the likeliest is taken
 
@@ -30,6 +31,12 @@ def choose(logits: Tensor, sequences: list[SequenceState]) -> list[Tokens]:
     """
     if logits.device.type == "mps":  # it has no float64
         logits = logits.cpu()
+    n = len(logits) if logits.is_cuda else max(1, MAX_LOGITS // logits.size(-1))
+    groups = [slice(i, i + n) for i in range(0, len(logits), n)]
+    return [tokens for rows in groups for tokens in _choose(logits[rows], sequences[rows])]
+
+
+def _choose(logits: Tensor, sequences: list[SequenceState]) -> list[Tokens]:
     adjusted = _adjusted(logits, sequences)
     if not adjusted.amax(-1).isfinite().all():  # false for any that is not a number, too
         raise ValueError("the model's logits are not finite numbers")
@@ -113,7 +120,7 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
 def _weights(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
     """Return probabilities (R, V), the likeliest token's taken as 1."""
     temperatures = _column([s.params.temperature for s in sequences], logits)
-    return ((logits - logits.amax(-1, keepdim=True)) / temperatures).exp()
+    return (logits - logits.amax(-1, keepdim=True)).div_(temperatures).exp_()
 
 
 def _sample(weights: Tensor, sequences: list[SequenceState]) -> Tensor:
@@ -150,12 +157,12 @@ def _sample_among(weights: Tensor, n: int, sequences: list[SequenceState]) -> tu
     top_k = _column([min(p.top_k or n_vocab, n_vocab) for p in params], sums)
     top_p = _column([1.0 if p.top_p is None else p.top_p for p in params], sums)
     min_p = _column([p.min_p or 0.0 for p in params], sums)
-    all_sums = weights.cumsum(-1, dtype=torch.float64)  # a plain sum adds in another order alone
-    within = sums.gather(-1, top_k.long().clamp_max(n) - 1)
-    total = torch.where(top_k == n_vocab, all_sums[:, -1:], within)
+    total = sums.gather(-1, top_k.long().clamp_max(n) - 1)
+    if (is_all := top_k == n_vocab).any():  # a plain sum adds in another order alone
+        total = torch.where(is_all, weights.cumsum(-1, dtype=torch.float64)[:, -1:], total)
     allowed = allowed_tokens(w, sums, top_k, top_p * total, min_p)
     tail = (sums[:, -1:] >= top_p * total) & (top_p < 1) | (w[:, -1:] < min_p)
-    enough = (top_k <= n) | (top_k == n_vocab) & tail  # at n = n_vocab always
+    enough = (top_k <= n) | is_all & tail  # at n = n_vocab always
     index = _sample(torch.where(allowed, w, 0), sequences)
     return best.indices.gather(-1, index[:, None])[:, 0], enough[:, 0]
 
