@@ -118,7 +118,7 @@ def main() -> None:
         results = measure(programs, config, options.new, options.rounds, options.streams)
         kl = {p.name: _divergence(right, p("log_probabilities", ids)) for p in programs}
         describe(results, programs, config, kl, options.new, bandwidth)
-        turns = second_turns(programs, config, options.rounds)
+        turns = second_turns(programs, config, options.turns)
     print(f"{options.threads} threads read {bandwidth / 1e9:.1f} GB/s\n")
     show(results, turns)
     if options.json:
@@ -178,6 +178,8 @@ def second_turns(
     programs: list[Remote], config: GPTConfig, rounds: int
 ) -> dict[str, list[tuple[float, float]]]:
     """Return our seconds to the first token of a second turn, read anew and continued."""
+    if not rounds:
+        return {}
     generator = torch.Generator().manual_seed(3)
     prompt, new = (
         torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in TURN[::2]
@@ -265,6 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     random_models.add_options(parser)
     parser.add_argument("--new", type=int, default=64, help="tokens to write in each stream")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=3, help="rounds of second turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--streams", type=int, nargs="*", default=list(STREAMS))
     parser.add_argument("--programs", nargs="*", choices=engine_programs.PROGRAMS, help="some only")
