@@ -209,17 +209,9 @@ def _load_published(path: Path, device: str | torch.device) -> Checkpoint:
             f"model was trained with there"
         )
     template = None if labels or tokenizer.chat_template is None else "published"
-    return Checkpoint(
-        model=model.to(device).eval(),
-        tokenizer=tokenizer,
-        template=template,
-        labels=labels,
-        stage="classify" if labels else "instruct" if template else "pretrain",
-        config=model.config,
-        step=0,
-        path=path,
-        around=frame_of(path) if labels else None,
-    )
+    stage = "classify" if labels else "instruct" if template else "pretrain"
+    model, around = model.to(device).eval(), frame_of(path) if labels else None
+    return Checkpoint(model, tokenizer, template, labels, stage, model.config, 0, path, around)
 
 
 def with_config(

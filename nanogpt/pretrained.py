@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -62,17 +63,15 @@ def fetch_model(name: str, data_dir: str | PathLike[str]) -> Path:
     """
     directory = Path(data_dir) / "weights" / name.replace("/", "--")
     instead = f"copy {directory} here from a connected machine, or pass a local directory"
-    try:
-        is_whole = (directory / CONFIG).is_file() and (directory / TOKENIZER).is_file()
-        is_whole = is_whole and bool(_weight_paths(directory))
-    except FileNotFoundError:
-        is_whole = False
-    if not is_whole:
-        with hub_errors(f"the model {name}", instead):
-            from huggingface_hub import snapshot_download
+    files = (directory / CONFIG, directory / TOKENIZER)
+    with suppress(FileNotFoundError):
+        if all(path.is_file() for path in files) and _weight_paths(directory):
+            return directory
+    with hub_errors(f"the model {name}", instead):
+        from huggingface_hub import snapshot_download
 
-            log.info("fetching %s into %s", name, directory)
-            snapshot_download(name, local_dir=directory, allow_patterns=[*FILES])
+        log.info("fetching %s into %s", name, directory)
+        snapshot_download(name, local_dir=directory, allow_patterns=[*FILES])
     return directory
 
 
