@@ -110,6 +110,8 @@ class Architecture:
         if config.rope_scaling is not None:
             scaling = dict(zip(SCALING, config.rope_scaling, strict=True))
             written["rope_scaling"] = {"rope_type": "llama3", **scaling}
+        elif self is APERTUS:  # which is scaled by default
+            written["rope_scaling"] = {"rope_type": "default"}
         if self is GPT2:
             written |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), config.dropout)
         written |= {key: allowed[0] for key, allowed in self.required.items()}
@@ -208,6 +210,15 @@ ARCEE = replace(
     fixed={**LLAMA.fixed, "activation": "relu2"},
     required={"hidden_act": ("relu2",)},
 )
+APERTUS = replace(  # as published it has xIELU in place of the squared ReLU
+    QWEN3,
+    model_type="apertus",
+    prefix="Apertus",
+    defaults={**QWEN3.defaults, "rms_norm_eps": 1e-5},
+    fixed={**QWEN3.fixed, "activation": "relu2"},
+    required={"hidden_act": ("relu2",), "attention_bias": (False,)},
+    names=LLAMA_NAMES | {"ln_1": ("attention_layernorm",), "ln_2": ("feedforward_layernorm",)},
+)
 NANOCHAT = replace(
     ARCEE,
     model_type="nanochat",
@@ -218,7 +229,7 @@ NANOCHAT = replace(
     required={**ARCEE.required, "attention_bias": (False,)},
     names=LLAMA_NAMES | {"mlp.c_fc": ("mlp.fc1",), "mlp.c_proj": ("mlp.fc2",)},
 )
-ARCHITECTURES = {one.model_type: one for one in (GPT2, LLAMA, QWEN3, ARCEE, NANOCHAT)}
+ARCHITECTURES = {one.model_type: one for one in (GPT2, LLAMA, QWEN3, ARCEE, APERTUS, NANOCHAT)}
 
 
 def find_architecture(config: GPTConfig, name: str | None = None) -> Architecture:

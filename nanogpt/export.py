@@ -10,6 +10,7 @@ GGUF file, is for Ollama.
 import argparse
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -34,9 +35,12 @@ from nanogpt.prompts import find_template
 from nanogpt.tokenizer import END_OF_TEXT
 from nanogpt.tokenizer_files import described, llama_cpp_name, padding_id, write_tokenizer
 
+WITHOUT_CLASSIFIERS = ("apertus", "nanochat")
 # The rotation turns channels (2i, 2i + 1) there, and (i, i + D/2) here and in Qwen3.
 INTERLEAVED = ("llama", "arcee")
 LLAMA_CPP_LACKS = {"arcee": "bias", "qwen3": "rope_scaling", "nanochat": "embd_norm"}
+# The squared ReLU as an xIELU (arXiv 2411.13010), of whose alphas llama.cpp takes the softplus.
+SQUARED_RELU = {"alpha_p": math.log(math.expm1(1)), "alpha_n": -1e3, "beta": 0.0, "eps": -1e-6}
 QUERY_KEY = re.compile(r"\.(q|k)_proj\.")
 NO_MERGES = [f"{END_OF_TEXT} {END_OF_TEXT}"]  # occurs in no text; the list may not be empty
 
@@ -81,11 +85,14 @@ def check_exportable(
         found = find_architecture(config, architecture)
     except ValueError as error:
         raise ValueError(
-            f"{path} {error}; export a model with the switches of model=gpt2_small, llama_small, "
-            f"qwen3_small or nanochat_small"
+            f"{path} {error}; export a model with the switches of model=gpt2_small, modern_small, "
+            f"llama_small, qwen3_small or nanochat_small"
         ) from error
-    if checkpoint.labels is not None and found.model_type == "nanochat":
-        raise ValueError(f"{path} is a classifier, which nanochat lacks; use model=llama_small")
+    if checkpoint.labels is not None and found.model_type in WITHOUT_CLASSIFIERS:
+        raise ValueError(
+            f"{path} is a classifier, which {found.model_type} lacks in transformers; train it "
+            f"with model.activation=swiglu"
+        )
     key = LLAMA_CPP_LACKS.get(found.model_type)
     if format_ == "gguf" and key and getattr(config, key):
         raise ValueError(
@@ -175,6 +182,10 @@ def write_gguf(
         writer.add_rope_freq_base(config.rope_base)
         writer.add_rope_dimension_count(config.head_dim)
         weights = architecture.write_weights(checkpoint.model)
+    if architecture.model_type == "apertus":
+        for name, value in SQUARED_RELU.items():
+            writer.add_array(f"xielu.{name}", [value] * config.n_layer)
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])  # required there
     tokens = {i: (f"[PAD{i}]", "UNUSED") for i in range(tokenizer.vocab_size)}
     tokens |= {i: (token, "NORMAL") for token, i in content["model"]["vocab"].items()}
     for token, i in ((added["content"], added["id"]) for added in content["added_tokens"]):

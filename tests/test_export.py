@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
 from nanogpt.checkpoint import (
@@ -50,6 +51,7 @@ MODERN: dict[str, Any] = {"position": "rotary", "norm": "rmsnorm", "bias": False
 LLAMA = {**MODERN, "activation": "swiglu"}
 QWEN3 = {**LLAMA, "qk_norm": True, "qk_norm_weight": True}
 ARCEE = {**MODERN, "activation": "relu2"}
+APERTUS = {**QWEN3, "activation": "relu2"}
 NANOCHAT = {
     **ARCEE,
     "qk_norm": True,
@@ -65,6 +67,8 @@ SHAPES = {  # the class in transformers, and a shape
     "Llama with biases": {**LLAMA, "bias": True},
     "Qwen3": {**QWEN3, "n_kv_head": 1, "head_size": 32, "norm_eps": 1e-6},
     "Arcee": {**ARCEE, "n_kv_head": 2, "tie_embeddings": False},
+    "Apertus": {**APERTUS, "n_kv_head": 2, "head_size": 32},
+    "Apertus with scaling": {**APERTUS, **SCALED, "tie_embeddings": False},
     "NanoChat": {**NANOCHAT, **SCALED, "n_kv_head": 2, "n_inner": 100, "head_size": 32},
     "NanoChat without a cap": {**NANOCHAT, "logit_softcap": None, "tie_embeddings": True},
 }
@@ -266,9 +270,9 @@ def test_a_template_travels_as_a_chat_template(name: str, write: Write, tmp_path
     ("changes", "message"),
     [
         ({"position": "rotary"}, "has position=rotary, which gpt2, the nearest of gpt2, llama"),
-        ({"qk_norm": True}, "export a model with the switches of model=gpt2_small, llama_small"),
+        ({"qk_norm": True}, "export a model with the switches of model=gpt2_small, modern_small"),
         ({"norm": "rmsnorm", "bias": False}, "has norm=rmsnorm, which"),
-        ({**ARCEE, "qk_norm": True}, "which qwen3, the nearest of"),
+        ({**ARCEE, "qk_norm": True, "bias": True}, "has qk_norm=True, which arcee, the nearest of"),
         ({**LLAMA, "logit_softcap": 15.0}, "has logit_softcap=15.0, which llama"),
         ({**QWEN3, "bias": True}, "has bias=True, which qwen3"),
         ({**NANOCHAT, "norm_weight": True}, "has norm_weight=True, which nanochat"),
@@ -439,7 +443,8 @@ def test_a_classifier_reads_back_bit_for_bit(
     [
         ("gguf", {}, "is a classifier, which GGUF has no place for; pass --format hf"),
         ("hf", {"norm": "rmsnorm", "bias": False}, "has norm=rmsnorm, which gpt2"),
-        ("hf", NANOCHAT, "is a classifier, which nanochat lacks; use"),
+        ("hf", NANOCHAT, "is a classifier, which nanochat lacks in transformers; train it with"),
+        ("hf", APERTUS, "is a classifier, which apertus lacks in transformers; train it with"),
     ],
 )
 def test_a_classifier_that_the_format_lacks_is_refused(
@@ -503,6 +508,21 @@ def test_a_gguf_file_holds_the_weights_bit_for_bit(write: Write, tmp_path: Path)
         ("output_norm.weight", "ln_f.weight"),
     ]:
         assert np.array_equal(found[there], weights[ours].numpy()), there
+
+
+def test_llama_cpp_computes_the_squared_relu_as_an_xielu(write: Write, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    export(write(**APERTUS), tmp_path / "out.gguf", "--format", "gguf")
+    reader, x = read_gguf(tmp_path / "out.gguf"), torch.linspace(-3, 3, 101)
+    alphas = [field(reader, f"xielu.alpha_{sign}") for sign in "pn"]
+    assert [len(alpha) for alpha in alphas] == [3, 3]
+    positive, negative = (F.softplus(torch.tensor(alpha[0])) for alpha in alphas)
+    beta, eps = field(reader, "xielu.beta")[0], torch.tensor(field(reader, "xielu.eps")[0])
+    below = (torch.expm1(torch.minimum(x, eps)) - x) * (beta + negative)
+    xielu = torch.where(x > 0, positive * x * x, below) + beta * x
+    assert torch.allclose(xielu, F.relu(x).square(), rtol=1e-6, atol=0)
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    assert np.array_equal(tensors["output.weight"], tensors["token_embd.weight"])
 
 
 def test_half_precision_rounds_the_matrices_only(write: Write, tmp_path: Path) -> None:
