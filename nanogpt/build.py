@@ -166,9 +166,10 @@ def choose_tokenizer(node: Mapping[str, Any], start: Any, checkpoint: Path | Non
     from nanogpt.checkpoint import load_tokenizer
     from nanogpt.data.module import TokenizerChoice
 
-    if start is not None or checkpoint is not None:
-        tokenizer = load_tokenizer(checkpoint) if start is None else start.tokenizer
-        return TokenizerChoice.from_tokenizer(tokenizer)
+    if start is not None:
+        return TokenizerChoice.from_tokenizer(start.tokenizer)
+    if checkpoint is not None:
+        return TokenizerChoice.from_tokenizer(load_tokenizer(checkpoint))
     return TokenizerChoice(
         lambda documents: build(node, "tokenizer", documents=documents), tokenizer_key(node)
     )
