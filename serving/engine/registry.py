@@ -173,8 +173,8 @@ def _checkpoints(models: Path) -> Iterator[tuple[Path, str]]:
             path = run = path.parent
             if not (is_published or any(run.glob("*.safetensors"))):
                 continue
-        name = Path(run.resolve().name) if run == models else run.relative_to(models)
-        yield path, display_name(name)
+        relative = Path(run.resolve().name) if run == models else run.relative_to(models)
+        yield path, display_name(relative)
 
 
 def _run_dir(path: Path) -> Path:
