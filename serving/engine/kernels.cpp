@@ -70,6 +70,9 @@ inline v16 all(float x) { return x - v16{}; }
 
 inline v16 load(const bf16* p) {
     typedef uint16_t u16 __attribute__((vector_size(32), aligned(2)));
+#ifdef __AVX512F__
+    return (v16)((i16)_mm512_cvtepu16_epi32((__m256i)*(const u16*)p) << 16);
+#endif
     return (v16)(__builtin_convertvector(*(const u16*)p, i16) << 16);
 }
 
