@@ -280,7 +280,7 @@ def test_a_served_model_replies_as_in_transformers(kind: str, tmp_path: Path) ->
     qwen = Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32))
     theirs = saved(llama if kind == "llama" else qwen, tmp_path / "run")
     chat = [{"role": message.role, "content": message.content} for message in TALK]
-    reader = AutoTokenizer.from_pretrained(tmp_path / "run")
+    reader: Any = AutoTokenizer.from_pretrained(tmp_path / "run")
     prompt = reader.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
     tokenizer = load_checkpoint(tmp_path / "run").tokenizer
@@ -298,7 +298,7 @@ def test_a_served_model_replies_as_in_transformers(kind: str, tmp_path: Path) ->
 def test_a_classifier_of_transformers_gives_its_probabilities(
     kind: str, frames: bool, tmp_path: Path
 ) -> None:
-    names = {"id2label": dict(enumerate("abc"))} if kind == "llama" else {}
+    names: dict[str, Any] = {"id2label": dict(enumerate("abc"))} if kind == "llama" else {}
     llama = LlamaForSequenceClassification(LlamaConfig(**SHAPE, **names))
     qwen = Qwen3ForSequenceClassification(Qwen3Config(**SHAPE, head_dim=32))
     theirs = saved(llama if kind == "llama" else qwen, tmp_path / "run", None)
@@ -308,7 +308,8 @@ def test_a_classifier_of_transformers_gives_its_probabilities(
         made.post_processor = processors.TemplateProcessing(f"{token[0]} $A", None, [token])
         made.save(str(tmp_path / "run" / "tokenizer.json"))
     text = "def test_a() -> None:"
-    ids = AutoTokenizer.from_pretrained(tmp_path / "run")(text)["input_ids"]
+    reader: Any = AutoTokenizer.from_pretrained(tmp_path / "run")
+    ids = reader(text)["input_ids"]
     expected = theirs(torch.tensor([ids])).logits.softmax(-1)
     ours: Any = load_checkpoint(tmp_path / "run")
     assert ours.labels == (["a", "b", "c"] if kind == "llama" else ["LABEL_0", "LABEL_1"])
