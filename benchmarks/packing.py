@@ -12,12 +12,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
+import random_models
 import torch
-import yaml
 from torch import Tensor
 
 from nanogpt.data.instructions import Instructions, text_of
@@ -29,7 +28,6 @@ from nanogpt.tokenizer import bpe_tokenizer
 from nanogpt.training.language_model import next_token_loss
 from nanogpt.training.machine import machine_id
 
-MODELS = Path(__file__).parent.parent / "conf" / "model"
 VOCAB_SIZE = 2048
 PACKED = "packed"
 
@@ -106,12 +104,11 @@ def conversations(options: argparse.Namespace) -> tuple[GPTConfig, PackedRows, P
     template = find_template("chat")
     learnt = bpe_tokenizer(map(text_of, read), VOCAB_SIZE)
     tokenizer = learnt.with_special_tokens(template.special_tokens)
-    shape = yaml.safe_load((MODELS / f"{options.model}.yaml").read_text(encoding="utf-8"))
-    shape["block_size"] = options.block_size or shape["block_size"]
-    config = GPTConfig(**shape, vocab_size=tokenizer.vocab_size)
-    encoded = [template.encode(tokenizer, one) for one in read]
-    fitting = [one for one in encoded if len(one.ids) <= config.block_size + 1]
-    texts = [(one.ids, one.is_response) for one in fitting]
+    shape = random_models.shape(parser(), options)
+    block_size = options.block_size or shape.block_size
+    config = replace(shape, vocab_size=tokenizer.vocab_size, block_size=block_size)
+    encoded = (template.encode(tokenizer, one) for one in read)
+    texts = [(ids, responses) for ids, responses in encoded if len(ids) <= block_size + 1]
     alone = [PackedRows.from_texts([text], config.block_size) for text in texts]
     single = PackedRows(
         *(np.concatenate([getattr(rows, f.name) for rows in alone]) for f in fields(PackedRows))
@@ -150,7 +147,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     command = argparse.ArgumentParser(description="Time packed against padded conversations.")
     command.add_argument("--data", required=True, help="instructions, .jsonl or .json")
-    command.add_argument("--model", default="nano", help="a file of conf/model")
+    random_models.add_options(command)
+    command.set_defaults(model="nano")
     command.add_argument("--block-size", type=int, help="its context, tokens; default: the file's")
     command.add_argument("--rows", type=int, default=16, help="packed rows per step")
     command.add_argument("--rounds", type=int, default=5)

@@ -9,7 +9,6 @@ GGUF file, is for Ollama.
 
 import argparse
 import importlib
-import json
 import math
 import os
 import re
@@ -29,6 +28,7 @@ from safetensors.torch import save_file
 from nanogpt.architectures import ARCHITECTURES, Architecture, biased_weights, find_architecture
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.command import add_shared, guard_output, parse, run_command
+from nanogpt.disk import write_json
 from nanogpt.model import rotary_speeds
 from nanogpt.pretrained import CONFIG, SAFETENSORS
 from nanogpt.prompts import find_template
@@ -117,7 +117,7 @@ def write_huggingface(checkpoint: Checkpoint, architecture: Architecture, direct
         about: dict[str, Any] = {}
         kind = "LMHeadModel" if architecture.model_type == "gpt2" else "ForCausalLM"
         ends = tokenizer.eot_id if template is None else template.stop_ids(tokenizer)
-        _write_json(directory / "generation_config.json", {**ids, "eos_token_id": ends})
+        write_json(directory / "generation_config.json", {**ids, "eos_token_id": ends})
     else:
         ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_id)
         ids["pad_token_id"] = padding_id(tokenizer)
@@ -131,7 +131,7 @@ def write_huggingface(checkpoint: Checkpoint, architecture: Architecture, direct
     jinja = None if template is None else template.jinja(tokenizer)
     write_tokenizer(tokenizer, directory, config.block_size, jinja, framed=labels is not None)
     about |= {"architectures": [f"{architecture.prefix}{kind}"], "torch_dtype": "float32"}
-    _write_json(directory / CONFIG, {**architecture.write_config(config), **about, **ids})
+    write_json(directory / CONFIG, {**architecture.write_config(config), **about, **ids})
     weights = architecture.write_weights(checkpoint.model)
     save_file(weights, directory / SAFETENSORS, metadata={"format": "pt"})
     # safetensors makes its file readable by its owner alone, whatever the umask.
@@ -287,10 +287,6 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
     return parser
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _remove(path: Path) -> None:

@@ -98,7 +98,7 @@ def load_pretrained(path: str | PathLike[str]) -> GPT:
                 f"the lm_head.weight in {directory} is not its token embedding, as "
                 f"tie_word_embeddings in its {CONFIG} declares; set it to false"
             )
-    n_labels = labels and len(labels)
+    n_labels = len(labels) if labels else None
     try:
         check_weights(tensors, config, n_labels)
     except ValueError as error:

@@ -203,7 +203,7 @@ def test_split_qkv_of_grouped_heads_updates_as_separate_matrices(nesterov: bool)
         optimizer.step()
         reference.step()
     # One bfloat16 rounding (2^-8) of an update of RMS 0.2 x learning rate, per step.
-    torch.testing.assert_close(weight, torch.cat(apart), rtol=0, atol=2e-2 * 1e-2 * 3)
+    torch.testing.assert_close(weight, torch.cat([*apart]), rtol=0, atol=2e-2 * 1e-2 * 3)
 
 
 @pytest.mark.parametrize("build", [adamw, muon])
