@@ -246,6 +246,20 @@ def find_architecture(config: GPTConfig, name: str | None = None) -> Architectur
     return nearest
 
 
+def without_embedding_norm(model: GPT) -> GPT:
+    """Return a model that computes the same from embeddings that are normalised already.
+
+    Its head is its own; weights of its norms are ones where the model has none.
+    """
+    config, weights = model.config, _weights(model)
+    folded = GPT(replace(config, norm_weight=True, embd_norm=False, tie_embeddings=False))
+    head = weights.get("lm_head.weight", weights["wte.weight"])
+    embedding = model.ln_e(weights["wte.weight"])
+    weights |= {"wte.weight": embedding, "lm_head.weight": head}
+    folded.load_state_dict(weights, strict=False)
+    return folded
+
+
 def biased_weights(model: GPT) -> dict[str, Tensor]:
     """Return the weights, (C_out, C_in), on the CPU in float32; a missing bias is zero."""
     weights = _weights(model)

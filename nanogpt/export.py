@@ -25,7 +25,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from nanogpt.architectures import ARCHITECTURES, Architecture, biased_weights, find_architecture
+from nanogpt.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    biased_weights,
+    find_architecture,
+    without_embedding_norm,
+)
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.command import add_shared, guard_output, parse, run_command
 from nanogpt.disk import write_json
@@ -58,6 +64,10 @@ def write(options: argparse.Namespace) -> None:
     """Write the checkpoint in the format of the options; an export that fails leaves nothing."""
     with exporting(options.out, options.overwrite) as temporary:
         checkpoint = load_checkpoint(options.checkpoint, runs_dir=options.runs_dir)
+        is_free = options.format == "gguf" and options.architecture != "nanochat"
+        if is_free and checkpoint.config.embd_norm and checkpoint.config.position == "rotary":
+            model = without_embedding_norm(checkpoint.model)  # which llama.cpp lacks
+            checkpoint = replace(checkpoint, model=model, config=model.config)
         architecture = check_exportable(checkpoint, options.format, options.architecture)
         if options.format == "hf":
             write_huggingface(checkpoint, architecture, temporary)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from nanogpt.architectures import without_embedding_norm
 from nanogpt.checkpoint import (
     init_model,
     load_checkpoint,
@@ -468,7 +469,7 @@ def test_a_classifier_that_the_format_lacks_is_refused(
     [
         ({**ARCEE, "bias": True}, "bias=True, which llama.cpp lacks for arcee"),
         ({**QWEN3, **SCALED}, "which llama.cpp lacks for qwen3; pass --format hf"),
-        (NANOCHAT, "embd_norm=True, which llama.cpp lacks for nanochat; pass --format hf"),
+        (NANOCHAT, "has logit_softcap=15.0, which apertus, the nearest"),
     ],
 )
 def test_tensors_that_llama_cpp_refuses_are_not_written(
@@ -508,6 +509,26 @@ def test_a_gguf_file_holds_the_weights_bit_for_bit(write: Write, tmp_path: Path)
         ("output_norm.weight", "ln_f.weight"),
     ]:
         assert np.array_equal(found[there], weights[ours].numpy()), there
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_embeddings_are_normalised_in_the_file_for_llama_cpp(
+    is_tied: bool, write: Write, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    shape = {**NANOCHAT, "logit_softcap": None, "tie_embeddings": is_tied}
+    model = load_checkpoint(write(**shape)).model
+    assert export(tmp_path / "last.ckpt", tmp_path / "out.gguf", "--format", "gguf") == 0
+    reader = read_gguf(tmp_path / "out.gguf")
+    assert field(reader, "general.architecture") == "apertus"
+    found = {tensor.name: torch.tensor(np.array(tensor.data)) for tensor in reader.tensors}
+    table, norm = model.wte.weight, F.rms_norm(model.wte.weight, (48,), eps=1e-5)
+    assert torch.equal(found["token_embd.weight"], norm)
+    assert torch.equal(found["output.weight"], table if is_tied else model.lm_head.weight)
+    for name in ("output_norm", "blk.2.attn_norm", "blk.0.ffn_norm", "blk.1.attn_q_norm"):
+        assert torch.equal(found[f"{name}.weight"], torch.ones(48 if "attn_q" not in name else 12))
+    ids = torch.tensor([byte_tokenizer().encode(PROMPT)[:40]])
+    torch.testing.assert_close(without_embedding_norm(model)(ids), model(ids))
 
 
 def test_llama_cpp_computes_the_squared_relu_as_an_xielu(write: Write, tmp_path: Path) -> None:
