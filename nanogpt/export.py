@@ -101,7 +101,7 @@ def check_exportable(
     if checkpoint.labels is not None and found.model_type in WITHOUT_CLASSIFIERS:
         raise ValueError(
             f"{path} is a classifier, which {found.model_type} lacks in transformers; train it "
-            f"with model.activation=swiglu"
+            f"from random weights with model=pico model.norm=rmsnorm model.activation=swiglu"
         )
     key = LLAMA_CPP_LACKS.get(found.model_type)
     if format_ == "gguf" and key and getattr(config, key):

@@ -90,6 +90,7 @@ def test_a_group_typed_over_a_stage_leaves_nothing_of_its_preset(stage: str, gro
 def test_an_experiment_overrides_the_stage_and_the_command_line_both() -> None:
     config = composed("experiment=shakespeare_char", "optim.learning_rate=0.5")
     assert config["model"]["n_embd"] == 128
+    assert (config["model"]["norm_weight"], config["model"]["embd_norm"]) == (True, False)
     assert config["data"]["_target_"].endswith("TextFiles")
     assert config["optim"]["learning_rate"] == 0.5
 

@@ -276,7 +276,6 @@ def test_a_template_travels_as_a_chat_template(name: str, write: Write, tmp_path
         ({**ARCEE, "qk_norm": True, "bias": True}, "has qk_norm=True, which arcee, the nearest of"),
         ({**LLAMA, "logit_softcap": 15.0}, "has logit_softcap=15.0, which llama"),
         ({**QWEN3, "bias": True}, "has bias=True, which qwen3"),
-        ({**NANOCHAT, "norm_weight": True}, "has norm_weight=True, which nanochat"),
     ],
 )
 @pytest.mark.parametrize("format_", ["hf", "gguf"])
@@ -293,6 +292,13 @@ def test_what_the_format_lacks_is_refused_in_one_sentence(
     assert message in error
     assert error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt"]
+
+
+def test_nanochat_has_norms_without_weights_alone(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(write(**NANOCHAT | {"norm_weight": True}), tmp_path / "out") == 1
+    assert "has norm_weight=True, which nanochat" in capsys.readouterr().err
 
 
 def test_half_precision_is_for_gguf_only(write: Write, tmp_path: Path) -> None:
@@ -444,8 +450,8 @@ def test_a_classifier_reads_back_bit_for_bit(
     [
         ("gguf", {}, "is a classifier, which GGUF has no place for; pass --format hf"),
         ("hf", {"norm": "rmsnorm", "bias": False}, "has norm=rmsnorm, which gpt2"),
-        ("hf", NANOCHAT, "is a classifier, which nanochat lacks in transformers; train it with"),
-        ("hf", APERTUS, "is a classifier, which apertus lacks in transformers; train it with"),
+        ("hf", NANOCHAT, "is a classifier, which nanochat lacks in transformers; train it from"),
+        ("hf", APERTUS, "is a classifier, which apertus lacks in transformers; train it from"),
     ],
 )
 def test_a_classifier_that_the_format_lacks_is_refused(

@@ -88,7 +88,9 @@ class ClassifyModule(StageModule):
         train_layers(classifier, layers)
         super().__init__(classifier, **kwargs)
         self.data = data
-        loss = make_loss(data.weights, label_smoothing, lm_weight)
+        loss = make_loss(
+            class_weights=data.weights, label_smoothing=label_smoothing, lm_weight=lm_weight
+        )
         self.loss = torch.compile(loss, dynamic=True) if self.compiled else loss
 
     def measure(self) -> dict[str, Any]:
