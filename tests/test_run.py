@@ -108,6 +108,14 @@ def test_auto_agrees_with_what_it_became() -> None:
     assert identity_differences(recorded, {"trainer": {"precision": "32-true"}}) != []
 
 
+def test_untyped_keys_of_the_model_mean_nothing_beside_init_from() -> None:
+    recorded = {"init_from": "a.ckpt", "model": {"norm": "layernorm"}}
+    config = {"init_from": "a.ckpt", "model": {"norm": "rmsnorm"}, "typed": {}}
+    assert identity_differences(recorded, config) == []
+    assert identity_differences(recorded, {**config, "typed": {"model.norm": "rmsnorm"}}) != []
+    assert identity_differences({**recorded, "init_from": None}, config) != []
+
+
 def test_a_run_that_shuffled_a_growing_corpus_is_another_run() -> None:
     """`data.wait`, a key of earlier versions, made the order of the rows another one."""
     assert identity_differences({"data": {"wait": 10, "n": 1}}, {"data": {"n": 1}}) != []

@@ -146,8 +146,9 @@ def binding(recorded: Mapping[str, Any]) -> dict[str, str]:
 def identity_differences(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Return one line per identity key in which two configurations differ.
 
-    `auto` agrees with whatever it became when the run began. A record of an earlier version, which
-    lacks a class or node that this version names, agrees with the project's own.
+    `auto` agrees with whatever it became when the run began. Keys of the model that are not typed
+    mean nothing to a run that takes its model from `init_from`. A record of an earlier version,
+    which lacks a class or node that this version names, agrees with the project's own.
     """
     new = flatten(config)
     old = {key: NEW_KEYS[key] for key in NEW_KEYS & new.keys()} | flatten(recorded)
@@ -155,10 +156,13 @@ def identity_differences(recorded: Mapping[str, Any], config: Mapping[str, Any])
         lacks_node = key.partition(".")[0] in {"module", "datamodule"} - recorded.keys()
         if str(value).startswith("nanogpt.") if key.endswith("._target_") else lacks_node:
             old.setdefault(key, value)
+    typed = {*recorded.get("typed", ()), *config.get("typed", ())}
+    inherits = new.get("init_from") is not None and "model" not in typed
     return [
         f"{key}: {old.get(key)!r} is recorded, {new.get(key)!r} is configured"
         for key in sorted(old.keys() | new.keys())
         if is_identity(key) and old.get(key) != new.get(key) and new.get(key) != "auto"
+        if not (inherits and key.startswith("model.") and key not in typed)
     ]
 
 
