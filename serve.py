@@ -67,6 +67,7 @@ def check_models(settings: ApiSettings) -> None:
         if path.is_file() or (path / "config.json").is_file():
             from nanogpt.checkpoint import load_checkpoint
 
+            sys.path.append(os.getcwd())  # for allowed modules, as in the engine
             load_checkpoint(path, device="meta", allow_modules=settings.allow_modules)
     elif not Path(settings.runs_dir).is_dir():
         raise FileNotFoundError(

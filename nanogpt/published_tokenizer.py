@@ -89,6 +89,9 @@ class PublishedTokenizer(Tokenizer):
         As in transformers, an added or an ordinary token of that name keeps its id, a new name gets
         the one after all others.
         """
+        if {*names} <= self.special_tokens.keys():
+            return self  # whose content, and thus fingerprint, stays
+
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as Library
 

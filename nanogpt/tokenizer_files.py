@@ -78,7 +78,10 @@ def frame_of(directory: Path) -> tuple[list[int], list[int]]:
     path = directory / TOKENIZER
     if not path.is_file():
         return [], []
-    found = _load(path).encode("a")
+    library = _load(path)
+    library.no_padding()
+    library.no_truncation()
+    found = library.encode("a")
     first, n_end = found.special_tokens_mask.index(0), found.special_tokens_mask[::-1].index(0)
     return found.ids[:first], found.ids[len(found.ids) - n_end :]
 

@@ -17,6 +17,14 @@ def test_bf16_is_chosen_where_its_kernels_are_faster(
     assert runner.choose_dtype("int8", CPU) == "int8"
 
 
+def test_a_model_that_torch_computes_does_not_follow_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner, "bf16_gain", lambda: 3.0)
+    monkeypatch.setattr(runner, "processor_flags", lambda: "avx2")
+    assert runner.choose_dtype("auto", CPU, is_native=False) == "fp32"
+
+
 @pytest.mark.parametrize(("flags", "dtype"), [("avx512f", "fp32"), ("avx512_bf16", "bf16")])
 def test_without_kernels_the_processor_decides(
     flags: str, dtype: str, monkeypatch: pytest.MonkeyPatch

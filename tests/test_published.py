@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from nanogpt.prompts import Message, find_template
 from nanogpt.published_tokenizer import PublishedTokenizer
 from nanogpt.runs.run import adapt
 from nanogpt.tokenizer import byte_tokenizer, from_record
-from nanogpt.tokenizer_files import read_tokenizer, write_tokenizer
+from nanogpt.tokenizer_files import frame_of, read_tokenizer, write_tokenizer
 from serve import check_models
 from serving.api.settings import ApiSettings
 from serving.engine.messages import Classified, Classify
@@ -162,6 +163,21 @@ def test_new_special_tokens_take_unused_ids(tmp_path: Path) -> None:
     assert more.special_tokens["<|user|>"] == first_unused
     assert more.special_tokens["<|system|>"] == first_unused + 1
     assert more.special_tokens["<|im_end|>"] == tokenizer.special_tokens["<|im_end|>"]
+
+
+def test_without_new_special_tokens_the_record_stays(tmp_path: Path) -> None:
+    tokenizer = published("words", tmp_path)
+    written = replace(tokenizer, content=json.dumps(json.loads(tokenizer.content)))
+    assert written.with_special_tokens(["<|im_end|>"]).record() == written.record()
+
+
+def test_padding_is_not_taken_for_the_frame_of_a_text(tmp_path: Path) -> None:
+    published("words", tmp_path)
+    made = Library.from_str(library("words"))
+    made.enable_padding(length=8)
+    made.enable_truncation(4)
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert frame_of(tmp_path) == ([], [])
 
 
 def test_special_tokens_that_are_in_the_file_keep_their_ids(tmp_path: Path) -> None:

@@ -238,13 +238,15 @@ struct Group {
 
 #ifdef __AVX512VNNI__
 void quantize(const float* x, Group& group) {
-    v16 largest = all(1e-30f);
+    v16 largest = all(1e-30f), invalid{};  // the latter: not a number where an input is not finite
     for (int i = 0; i < GROUP; i += 16) {
         const v16 size = (v16)((i16)load(x + i) & 0x7fffffff);
         largest = size > largest ? size : largest;
+        invalid += load(x + i) * 0.0f;
     }
-    group.scale = _mm512_reduce_max_ps((__m512)largest) / 32512;  // 127 * 256
-    const float inverse = 1 / group.scale;
+    const float step = _mm512_reduce_max_ps((__m512)largest) / 32512;  // 127 * 256
+    const float inverse = 1 / step;
+    group.scale = step + sum(invalid);
     i16 total{};
     for (int i = 0; i < GROUP; i += 16) {
         const i16 q = (i16)_mm512_cvtps_epi32((__m512)(load(x + i) * inverse));

@@ -171,7 +171,8 @@ def _checkpoints(models: Path) -> Iterator[tuple[Path, str]]:
         run = _run_dir(path)
         if path.name == CONFIG:
             path = run = path.parent
-            if not (is_published or any(run.glob("*.safetensors"))):
+            is_whole = not run.name.startswith(".") and any(run.glob("*.safetensors"))
+            if not (is_published or is_whole):
                 continue
         relative = Path(run.resolve().name) if run == models else run.relative_to(models)
         yield path, display_name(relative)

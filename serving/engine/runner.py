@@ -32,7 +32,7 @@ from serving.engine.messages import (
     Stats,
     Tokens,
 )
-from serving.engine.native import ForwardPass, bf16_gain, cache_dtype, make_forward
+from serving.engine.native import ForwardPass, bf16_gain, cache_dtype, make_forward, supported
 from serving.engine.registry import Entry
 from serving.engine.scheduler import Scheduler, SequenceState
 from serving.engine.slots import Slots, slot_bytes
@@ -244,8 +244,9 @@ def load_runner(
     """
     started = time.monotonic()
     device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
     checkpoint = load_checkpoint(entry.path, device=device, allow_modules=settings.allow_modules)
+    is_native = settings.dtype == "auto" and supported(checkpoint.model, "bf16", device)
+    dtype = choose_dtype(settings.dtype, device, is_native=is_native)
     if not mixes_by_attend(checkpoint.model):
         raise ValueError(f"{entry.path} has a block that mixes tokens in another way than `attend`")
     config, precision = checkpoint.config, cache_dtype(dtype)
@@ -281,11 +282,14 @@ def check_device(device: str) -> None:
         raise ValueError(f"device={device} is not on this machine; choose from {known}")
 
 
-def choose_dtype(dtype: str, device: torch.device) -> str:
-    """Return the weights' precision; `auto` is bf16 where that is faster here, else fp32."""
+def choose_dtype(dtype: str, device: torch.device, *, is_native: bool = True) -> str:
+    """Return the weights' precision; `auto` is bf16 where that is faster here, else fp32.
+
+    A model that is not native runs in torch, not in the C++ kernels.
+    """
     if dtype != "auto":
         return dtype
-    if device.type == "cpu" and (gain := bf16_gain()) is not None:
+    if is_native and device.type == "cpu" and (gain := bf16_gain()) is not None:
         is_fast = gain >= WORTH_BF16
         log.info("dtype=auto: products in bf16 run %.2f times as fast as in fp32", gain)
     elif device.type == "cpu":
