@@ -120,6 +120,15 @@ def join(device: torch.device) -> None:
         dist.init_process_group("gloo")
 
 
+def gathered(value: T) -> list[T]:
+    """Return the values of all ranks, in their order."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def on_rank_zero(decide: Callable[[], T]) -> T:
     """Return on every rank what `decide` returns on rank zero.
 

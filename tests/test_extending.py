@@ -118,7 +118,7 @@ def test_a_data_module_continues_to_the_same_bits(folder: Path) -> None:
 def test_a_data_module_gives_the_same_steps_in_any_micro_batch(folder: Path) -> None:
     (words,) = commands("A data module")
     losses = [column(run(words, f"name=mb{n}", f"micro_batch={n}"), "val/loss")[12] for n in (2, 8)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
 
 
 def test_a_callback(folder: Path) -> None:

@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nanogpt.data.corpus import Corpus, find_corpus
 from nanogpt.data.order import RowOrder, row_seeds
+from nanogpt.data.parts import Parts, TextParts, row_parts
 from nanogpt.data.preparing import Preparation, prepare
 from nanogpt.data.pretokenized import TokenShards, fetch_pretokenized
 from nanogpt.data.shards import SHARD_TOKENS
@@ -126,6 +127,7 @@ class RowsDataModule(LightningDataModule, ABC):
         """Train on `train`, in an order of the seed and the fingerprint, and validate on `val`."""
         self.train_rows = train
         self.val_rows = val
+        self.val_parts = row_parts(len(val))
         self.fingerprint = fingerprint
         self.order = RowOrder(len(train), self.seed, fingerprint)
 
@@ -152,7 +154,9 @@ class RowsDataModule(LightningDataModule, ABC):
         n_scored = n_rows if tokens is None else min(max(tokens // self.block_size, 1), n_rows)
         rows = (np.arange(n_scored) * n_rows // n_scored)[trainer.global_rank :: trainer.world_size]
         rows = rows[self.val_rows.arrange(rows, np.arange(len(rows)))]
-        return self._loader(_ScoredRows(self.val_rows), in_parts(rows, self.val_batch_rows))
+        return self._loader(
+            _ScoredRows(self.val_rows, self.val_parts), in_parts(rows, self.val_batch_rows)
+        )
 
     test_dataloader = val_dataloader  # there is no further split
 
@@ -208,6 +212,7 @@ class CorpusDataModule(RowsDataModule):
                 )
         train_rows, val_rows = (Windows(s, self.block_size) for s in (corpus.train, corpus.val))
         self.use_rows(train_rows, val_rows, corpus.fingerprint)
+        self.val_parts = TextParts(corpus.val, self.block_size, corpus.tokenizer.token_bytes())
         return corpus.tokenizer
 
     def facts(self) -> dict[str, Any]:
@@ -287,12 +292,15 @@ class _ScoredRows(Dataset[dict[str, Any]]):
     """Item `rows`: their batch, which counts as a step of its own."""
 
     source: Rows
+    parts: Parts
 
     def __getitem__(self, rows: np.ndarray) -> dict[str, Any]:
-        batch = self.source.batch(rows if len(rows) else np.array([0]))
+        shown = rows if len(rows) else np.array([0])
+        batch = self.source.batch(shown)
         if not len(rows):
             batch[self.source.scored_key].fill_(NOT_SCORED)
-        return batch | self.source.totals(rows)
+        parts = torch.from_numpy(self.parts(shown, batch))
+        return batch | self.source.totals(rows) | {"parts": parts}
 
 
 class _RemainingSteps(Sampler[int]):

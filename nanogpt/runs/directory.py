@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,6 +67,7 @@ class RunDirectory:
         self.metrics_path = path / "metrics.csv"
         self.log_path = path / "train.log"
         self.samples_path = path / "samples.txt"
+        self.validation_path = path / "validation.csv"
         self.summary_path = path / "summary.json"
         self.report_path = path / "report.html"
         self.evaluations_path = path / "evaluations.json"
@@ -261,6 +262,14 @@ def reached(summary: Mapping[str, Any]) -> str:
     if (loss := summary.get("val_loss")) is None:
         return "no validation loss is in metrics.csv"
     return f"validation loss {loss:.4f}{per_byte}{baseline}"
+
+
+def write_validation(path: Path, sums: Mapping[int, Sequence[float]]) -> None:
+    """Write a validation.csv: nats, tokens and bytes by the start of their part."""
+    with replacing(path, "w") as file:
+        file.write("start,nats,tokens,bytes\n")
+        for start, (nats, n_tokens, n_bytes) in sums.items():
+            file.write(f"{start},{nats!r},{n_tokens:.0f},{n_bytes:.0f}\n")
 
 
 def cut_samples(path: Path, step: int) -> None:

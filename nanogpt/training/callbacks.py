@@ -1,4 +1,4 @@
-"""Callbacks between optimizer steps: HellaSwag, samples, and stopping on a signal.
+"""Callbacks: HellaSwag, samples, validation by parts, and stopping on a signal.
 
 All intervals are optimizer steps; these are Lightning callbacks like a user's own.
 """
@@ -6,7 +6,7 @@ All intervals are optimizer steps; these are Lightning callbacks like a user's o
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,8 +21,8 @@ from nanogpt.evaluation import hellaswag
 from nanogpt.evaluation.examples import find_benchmark, read_items
 from nanogpt.generation import Reply
 from nanogpt.prompts import trimmed
-from nanogpt.ranks import on_rank_zero
-from nanogpt.runs.directory import cut_samples
+from nanogpt.ranks import gathered, on_rank_zero
+from nanogpt.runs.directory import RunDirectory, cut_samples, write_validation
 from nanogpt.training.checkpointing import will_validate
 from nanogpt.training.module import StageModule, is_due
 from nanogpt.values import Amount, Count, Text
@@ -154,6 +154,45 @@ class Samples(Periodic):
         if module.template is None:
             return prompt + text
         return f"> {prompt}\n{trimmed(text) or '(it ends its reply at once)'}"
+
+
+class ValidationParts(Callback):
+    """Write `validation.csv`: the nats, tokens and bytes of each part of the last validation.
+
+    The sums are of float64, over all ranks. Classifiers have no file, nor has data of a user's own
+    whose batches lack `parts`.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = RunDirectory(run_dir).validation_path
+        self.sums: dict[int, torch.Tensor] = {}  # (3,) float64, by the start of the part
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.sums = {}
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        if not outputs or "bits_per_byte" not in outputs or "parts" not in batch:
+            return
+        nats, scored = outputs["loss"]  # (B, T) each
+        columns = torch.stack([nats, scored, outputs["bits_per_byte"][1]], -1)[scored]  # (N, 3)
+        starts, parts = batch["parts"].cpu().expand_as(scored)[scored].unique(return_inverse=True)
+        sums = torch.zeros(len(starts), 3, dtype=torch.float64).index_add(0, parts, columns)
+        self._add(starts.tolist(), sums)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        of_ranks, self.sums = gathered(self.sums), {}
+        for sums in of_ranks:
+            self._add(sums, sums.values())
+        if trainer.is_global_zero and self.sums:
+            write_validation(self.path, {n: self.sums[n].tolist() for n in sorted(self.sums)})
+
+    def _add(self, starts: Iterable[int], sums: Iterable[torch.Tensor]) -> None:
+        for start, row in zip(starts, sums, strict=True):
+            self.sums[start] = self.sums.get(start, 0) + row
 
 
 class StopSignals(Callback):

@@ -102,15 +102,13 @@ class ClassifyModule(StageModule):
         """Return the loss of texts `input_ids` (B, T) as a scalar."""
         return self.loss(self.model, batch)
 
-    def scores(self, batch: Batch) -> dict[str, tuple[Tensor, int]]:
-        """Return the cross-entropy in nats and the accuracy per example of texts (B, T)."""
+    def scores(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the cross-entropy in nats, and whether the class is right, of texts (B, T)."""
         labels = batch["labels"]  # (B,), -100 = not scored
         logits = self.model.class_logits(batch["input_ids"], batch["lengths"])
-        nats = F.cross_entropy(logits.float(), labels, reduction="sum")
-        hits = (logits.argmax(-1) == labels).sum()
-        nats, hits, n = torch.stack([nats, hits, (labels != -100).sum()]).cpu().double()
-        n_examples = n.clamp(min=1)
-        return {"loss": (nats / n_examples, int(n)), "accuracy": (hits / n_examples, int(n))}
+        nats = F.cross_entropy(logits.float(), labels, reduction="none")
+        scored = labels != -100
+        return {"loss": (nats, scored), "accuracy": (logits.argmax(-1) == labels, scored)}
 
 
 def measure(

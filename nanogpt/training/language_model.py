@@ -46,18 +46,17 @@ class LanguageModel(StageModule):
             batch.get("row_seeds"),
         )
 
-    def scores(self, batch: Batch) -> dict[str, tuple[Tensor, int]]:
-        """Return the loss in nats per token and the bits per byte of the scored tokens (B, T).
+    def scores(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the nats and scored tokens, the bits and bytes, of each target (B, T).
 
         Special tokens have a loss and no bytes.
         """
         targets = batch["targets"]  # (B, T)
-        nats = next_token_loss(self.model, batch["input_ids"], targets, batch.get("documents"))
+        logits = self.model(batch["input_ids"], documents=batch.get("documents"))
+        nats = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
+        )
+        nats = nats.view_as(targets).cpu().double()
         scored = targets != -100
-        n_bytes = self.token_bytes[targets.clamp(min=0)].where(scored, 0).sum()
-        sums = torch.stack([nats.float(), scored.sum(), n_bytes]).cpu().double()
-        nats, n_tokens, n_bytes = sums
-        return {
-            "loss": (nats / n_tokens.clamp(min=1), int(n_tokens)),
-            "bits_per_byte": (nats / math.log(2) / n_bytes.clamp(min=1), int(n_bytes)),
-        }
+        n_bytes = self.token_bytes[targets.clamp(min=0)].where(scored, 0)
+        return {"loss": (nats, scored), "bits_per_byte": (nats / math.log(2), n_bytes)}

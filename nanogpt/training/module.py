@@ -89,8 +89,10 @@ class StageModule(LightningModule):
         """
         raise NotImplementedError
 
-    def scores(self, batch: Batch) -> Mapping[str, tuple[Tensor, int]]:
-        """Return each validation metric of rows (B, T) as a float64 mean and its integer weight.
+    def scores(self, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Return the amounts and integer weights, of one shape, of each validation metric.
+
+        A metric of rows (B, T) is the sum of its amounts over that of its weights.
 
         Raises NotImplementedError; stages override it.
         """
@@ -229,8 +231,8 @@ class StageModule(LightningModule):
     def on_validation_start(self) -> None:
         self.read_metrics()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._log_scores("val", batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Mapping[str, Any]:
+        return self._log_scores("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._log_scores("test", batch)
@@ -238,17 +240,20 @@ class StageModule(LightningModule):
     def on_validation_end(self) -> None:
         self._window_began = time.monotonic()
 
-    def _log_scores(self, split: str, batch: Batch) -> None:
-        """Log the weighted means over all batches of all ranks, in float64.
+    def _log_scores(self, split: str, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Log the weighted means over all batches of all ranks, in float64; return the scores.
 
         Lightning labels metrics with the metric `step` where there is one. It divides the sum of
         the weights by the number of ranks and drops the remainder, hence multiples of that number.
         """
         world_size = self.trainer.world_size
-        for name, (mean, weight) in self.scores(batch).items():
+        scores = {name: (a.cpu().double(), w.cpu()) for name, (a, w) in self.scores(batch).items()}
+        for name, (amounts, weights) in scores.items():
+            mean, weight = amounts.sum() / weights.sum().clamp(min=1), int(weights.sum())
             self.log(f"{split}/{name}", mean, batch_size=weight * world_size, sync_dist=True)
         step = torch.tensor(self.trainer.global_step, dtype=torch.float64)
         self.log("step", step, batch_size=1, reduce_fx="max", sync_dist=True)
+        return scores
 
     # Checkpoint
 
