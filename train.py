@@ -69,14 +69,18 @@ def main(arguments: Sequence[str]) -> int:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def compose(cfg: DictConfig) -> float:
-    """Run one composed job; return its validation loss, which a sweeper may minimise."""
+    """Run one composed job; return what a sweeper may minimise."""
     return run_job(cfg, lambda _: start(freeze(cfg)))
 
 
 def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
-    """Run a job and return its validation loss; print why it failed, and let a sweep go on."""
+    """Run a job and return its validation bits per byte, a classifier's loss, NaN if it failed.
+
+    Why it failed is printed, and a sweep goes on.
+    """
     try:
-        return float(job(config).get("val_loss", math.nan))
+        summary = job(config)
+        return float(summary.get("val_bits_per_byte", summary.get("val_loss", math.nan)))
     except Exception as error:
         if config["debug"] is True:
             raise

@@ -136,8 +136,11 @@ def expand_environment() -> None:
 
 
 def sweep_name(arguments: Sequence[str]) -> str:
-    """Return the directory of a sweep's jobs: the same for the same command."""
-    words = sorted(word for word in arguments if word not in SWEEP)
+    """Return the directory of a sweep's jobs: the same for the same command.
+
+    A search with more trials is the same one.
+    """
+    words = sorted(w for w in arguments if not w.startswith((*SWEEP, "hydra.sweeper.n_trials=")))
     by_hand = [word.partition("=")[2] for word in words if word.startswith("name=")]
     digest = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
     return by_hand[0] if by_hand else f"sweep-{digest}"

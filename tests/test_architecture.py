@@ -22,7 +22,7 @@ def test_the_spine_is_short() -> None:
 
 def test_the_product_is_small() -> None:
     files = [ROOT / "train.py", ROOT / "serve.py"]
-    for package in ("nanogpt", "serving"):
+    for package in ("nanogpt", "serving", "hydra_plugins"):
         files += (ROOT / package).rglob("*.py")
     assert limit(r"under ([\d,]+) lines of Python") > sum(map(n_lines, files))
 

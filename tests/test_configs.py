@@ -57,6 +57,7 @@ CHOICES = [
         "logger",
         "stage",
         "experiment",
+        "hparams_search",
     )
     for option in options(group)
 ]

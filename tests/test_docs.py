@@ -72,7 +72,8 @@ def test_commands_parse(page: str) -> None:
         if "train.py" in words:  # also behind torchrun
             overrides = without_flags(words[words.index("train.py") + 1 :])
             if overrides[:1] == ["-m"]:  # of a sweep, its first job
-                overrides = [re.sub(r"=([^,]+),.*", r"=\1", word) for word in overrides[1:]]
+                first = re.compile(r"=(?:interval\(|range\()?([^,]+),.*")
+                overrides = [first.sub(r"=\1", word) for word in overrides[1:]]
             compose_command("train", overrides)
         elif words[1] == "serve.py":
             compose_command("serve", without_flags(words[2:]))

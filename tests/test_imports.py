@@ -22,7 +22,7 @@ DATA, TRAINING = ("nanogpt.data",), ("nanogpt.training",)
 
 # Modules by prefix, what none of their statements imports, and the modules excepted.
 NEVER = (
-    (("",), HYDRA, ("train", "serve", "nanogpt.config")),
+    (("",), HYDRA, ("train", "serve", "nanogpt.config", "hydra_plugins")),
     (("",), LIGHTNING, ("train", *DATA, *TRAINING)),
     (DATA, TRAINING, ()),
     (TRAINING, DATA, ()),
@@ -50,7 +50,7 @@ def is_under(module: str, prefixes: tuple[str, ...]) -> bool:
 def sources() -> dict[str, Path]:
     """Return the product's files by module."""
     files = [ROOT / "train.py", ROOT / "serve.py"]
-    for package in ("nanogpt", "serving"):
+    for package in ("nanogpt", "serving", "hydra_plugins"):
         files += (ROOT / package).rglob("*.py")
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
