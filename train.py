@@ -29,10 +29,8 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.build import (
-    ConfigurationError,
     build,
     build_data,
     build_each,
@@ -42,8 +40,7 @@ from nanogpt.build import (
     choose_tokenizer,
     source_fingerprint,
 )
-from nanogpt.command import FAILED, WRONG_USAGE
-from nanogpt.config import CONF, expand_environment, explain_failure, freeze, run_hydra, sweep_name
+from nanogpt.config import CONF, expand_environment, freeze, report_failure, run_hydra, sweep_name
 
 # Plain values that constructors of nodes receive where they name them.
 HANDED_OVER = ("seed", "stage", "data_dir", "tokens_per_step", "grad_clip")
@@ -82,12 +79,7 @@ def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
         summary = job(config)
         return float(summary.get("val_bits_per_byte", summary.get("val_loss", math.nan)))
     except Exception as error:
-        if config["debug"] is True:
-            raise
-        is_usage = isinstance(error, ConfigurationError | OmegaConfBaseException)
-        failures.append(getattr(error, "exit_code", WRONG_USAGE if is_usage else FAILED))
-        if text := explain_failure(error, config):
-            print(f"train.py: {text}", file=sys.stderr)
+        failures.append(report_failure(error, config))
         sweep = Path(config["runs_dir"], os.environ["NANOGPT_SWEEP"])
         if sweep.is_dir() and {path.name for path in sweep.iterdir()} <= {"multirun.yaml"}:
             shutil.rmtree(sweep)  # of Hydra, which holds no run

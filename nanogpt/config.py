@@ -12,6 +12,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -67,10 +68,13 @@ FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)")
 OmegaConf.register_new_resolver("whole_rows", lambda n, row: max(n // row, 1) * row, replace=True)
 
 
-def run_hydra(name: str, arguments: Sequence[str], work: Callable[[], None]) -> int:
+def run_hydra(
+    name: str, arguments: Sequence[str], work: Callable[[], None], program: str | None = None
+) -> int:
     """Run a command on Hydra's command line; print an error as one sentence; return the exit code.
 
-    `name` is that of the command and of its configuration. Raises the error with `debug=true`.
+    `name` is that of the configuration and, unless `program` is given, of the command. Raises the
+    error with `debug=true`.
     """
     guard_output()
     sys.argv[1:] = as_overrides(arguments)
@@ -81,10 +85,28 @@ def run_hydra(name: str, arguments: Sequence[str], work: Callable[[], None]) -> 
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         if "debug=true" in arguments:
             raise
-        print(f"{name}.py: {explain_composition(error, name)}", file=sys.stderr)
+        print(f"{program or f'{name}.py'}: {explain_composition(error, name)}", file=sys.stderr)
         is_usage = isinstance(error, HydraException) or not isinstance(error, OSError)
         return WRONG_USAGE if is_usage else FAILED
     return 0
+
+
+def with_job(arguments: Sequence[str], job: Callable[[dict[str, Any]], Any], program: str) -> int:
+    """Call `job` with the configuration that train.py would freeze; return the exit code.
+
+    Errors are reported as train.py reports them.
+    """
+    codes: list[int] = []
+
+    def composed(cfg: DictConfig) -> None:
+        try:
+            job(freeze(cfg))
+        except Exception as error:
+            codes.append(report_failure(error, cfg, program))
+
+    expand_environment()
+    work = hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(composed)
+    return run_hydra("train", arguments, work, program) or max(codes, default=0)
 
 
 def as_overrides(arguments: Sequence[str]) -> list[str]:
@@ -283,6 +305,16 @@ TRAINER = {  # arguments of the Trainer that are read before it is built
 }
 INTERVALS = {"log_every_n_steps": Count, "progress_every_s": Amount, "validation": dict}
 VALIDATION = {"every_n_steps": Count, "tokens": Count | None, "final_tokens": Count | None}
+
+
+def report_failure(error: Exception, config: Mapping[str, Any], program: str = "train.py") -> int:
+    """Print why a job of a configuration failed; return the exit code. Raises it with `debug`."""
+    if config["debug"] is True:
+        raise error
+    if text := explain_failure(error, config):
+        print(f"{program}: {text}", file=sys.stderr)
+    is_usage = isinstance(error, ConfigurationError | OmegaConfBaseException)
+    return int(getattr(error, "exit_code", WRONG_USAGE if is_usage else FAILED))
 
 
 def explain_failure(error: Exception, config: Mapping[str, Any]) -> str:

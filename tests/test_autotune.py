@@ -17,6 +17,7 @@ from nanogpt import GPTConfig
 from nanogpt.ranks import Ranks
 from nanogpt.training import autotune
 from nanogpt.training.autotune import Measured, Settings, Trial, Trials
+from nanogpt.training.memory import step_memory
 
 CPU, GPU, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
@@ -211,7 +212,8 @@ def test_micro_batches_of_a_cpu_fit_its_memory(monkeypatch: pytest.MonkeyPatch) 
     config = dataclasses.replace(TINY, block_size=128)
     monkeypatch.setattr(autotune, "usable_memory_bytes", lambda: 2**60)
     assert Given(config=config, rows_per_rank=64).candidates() == [4, 16, 64]
-    row_bytes = 128 * autotune._bytes_per_token(config)
+    row = step_memory(config, 1)
+    row_bytes = row.activations + row.logits
     monkeypatch.setattr(autotune, "usable_memory_bytes", lambda: 4 * 16 * row_bytes)
     assert Given(config=config, rows_per_rank=64).candidates() == [4, 16]
     monkeypatch.setattr(autotune, "usable_memory_bytes", lambda: 1)

@@ -17,7 +17,6 @@ from nanogpt.generation import KVCache
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.support import ANY, GENERAL, IN_MODEL, check_supported, unsupported
 from nanogpt.tokenizer import byte_tokenizer
-from nanogpt.training import autotune
 from nanogpt.training.throughput import flops_per_token
 from serving.engine import native
 from serving.engine.slots import slot_bytes
@@ -58,7 +57,6 @@ def cache(config: GPTConfig) -> None:
 CONSUMERS: dict[str, tuple[Callable[[Any], Any], set[str]]] = {  # and what each refuses
     "export": (export, {"position", "norm", "activation", "n_expert"}),
     "the FLOP count": (flops_per_token, {"activation", "n_expert"}),
-    "the memory estimate": (autotune._bytes_per_token, {"activation", "n_expert"}),
     "the KV cache": (cache, {"position", "n_expert"}),
     "the scorer": (score, {"position", "n_expert"}),
     "the server's KV cache": (

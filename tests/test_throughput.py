@@ -49,7 +49,8 @@ def test_cpu_peak_is_measured() -> None:
         ("NVIDIA H200", 700e12, 989.4e12),
         ("NVIDIA H100 NVL", 600e12, 835.5e12),
         ("NVIDIA L40S", 280e12, 280e12),  # taken for an L4 (121) by the table
-        ("NVIDIA GeForce RTX 4090", 160e12, 160e12),  # listed without its tensor cores (82.6)
+        ("NVIDIA GeForce RTX 4090", 160e12, 165.2e12),
+        ("NVIDIA GeForce RTX 4080", 95e12, 95e12),  # listed without its tensor cores (48.7)
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", 35e12, 35e12),  # a seventh of the GPU
         ("NVIDIA of the future", 5e15, 5e15),
     ],

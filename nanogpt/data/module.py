@@ -218,6 +218,15 @@ class CorpusDataModule(RowsDataModule):
     def facts(self) -> dict[str, Any]:
         return {"gzip_bits_per_byte": self.corpus.manifest.get("gzip_bits_per_byte")}
 
+    def preparation(self, choice: TokenizerChoice) -> Preparation:
+        """Return how the documents become a corpus, and its directory."""
+        return Preparation(
+            self.source,
+            *(choice.make, choice.key, self.data_dir),
+            tokens=self.tokens,
+            shard_tokens=self.shard_tokens,
+        )
+
     def _prepare(self, choice: TokenizerChoice) -> Corpus:
         source = self.source
         if self.pretokenized is not None:
@@ -225,12 +234,7 @@ class CorpusDataModule(RowsDataModule):
             source = TokenShards(folder, source.val_fraction)
         if isinstance(source, TokenShards):
             return source.open(choice.make_without_text(), choice.key)
-        preparation = Preparation(
-            source,
-            *(choice.make, choice.key, self.data_dir),
-            tokens=self.tokens,
-            shard_tokens=self.shard_tokens,
-        )
+        preparation = self.preparation(choice)
         if Ranks.from_environment().rank > 0 and not preparation.directory.exists():
             time.sleep(HEAD_START_S)
         return prepare(preparation)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -14,26 +15,22 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from nanogpt.build import build_optimizer
 from nanogpt.command import out_of_memory
 from nanogpt.disk import replacing
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.runs.run import Run
-from nanogpt.support import check_supported
 from nanogpt.text import first_line
 from nanogpt.training.language_model import next_token_loss
 from nanogpt.training.machine import machine_id, usable_cores, usable_memory_bytes
-from nanogpt.training.throughput import SUPPORTED, flops_per_token, peak_flops
+from nanogpt.training.memory import DTYPES, step_memory
+from nanogpt.training.throughput import flops_per_token, peak_flops
 from nanogpt.values import CHECKED, Flag
 
 log = logging.getLogger("nanogpt")
 
 Trial = tuple[int, str]  # rows and precision of a forward and backward
 
-DTYPES = {
-    "32-true": torch.float32,
-    "bf16-mixed": torch.bfloat16,
-    "16-mixed": torch.float16,
-}
 CPU_PRECISIONS = ("32-true", "bf16-mixed")  # among which a CPU has the choice
 # bfloat16 must be this many times as fast as float32 on a CPU to be worth its rounding.
 WORTH_BF16 = 1.15
@@ -51,6 +48,7 @@ COMPILE = {"cpu": (0.12, 40.0, 0.0), "cuda": (0.4, 30.0, 3.0)}
 PRODUCT_SIDE = {"cpu": 1024, "mps": 2048, "cuda": 8192}
 PRODUCT_S = 0.3  # of measuring each product
 MEASURE_S = 1.0  # of measuring passes, but at least MIN_ROUNDS
+STEPS_S = 3.0  # of measuring optimizer steps
 MIN_ROUNDS = 3
 # Rounds agree where each best time was reached twice, within this factor, while this thread had a
 # processor for this share of the time.
@@ -102,8 +100,7 @@ def autotune(run: Run, model: GPTConfig, device: torch.device, rows_per_rank: in
 
     threads = choose("threads", config["threads"], lambda: _choose_threads(n_local))
     torch.set_num_threads(threads)
-    path = Path(config["data_dir"]) / "probes.json"
-    trials = Trials(model, device, rows_per_rank, n_local, path, remeasure)
+    trials = trials_of(run, model, device, rows_per_rank)
     precision = choose(
         "precision", config["trainer"]["precision"], lambda: _choose_precision(trials)
     )
@@ -132,6 +129,13 @@ def autotune(run: Run, model: GPTConfig, device: torch.device, rows_per_rank: in
         model.block_size,
     )
     return Settings(precision, compiled, rows, threads, peak)
+
+
+def trials_of(run: Run, model: GPTConfig, device: torch.device, rows_per_rank: int) -> "Trials":
+    """Return the trials of a run's model, stored under its `data_dir`."""
+    path, remeasure = Path(run.config["data_dir"]) / "probes.json", run.config["remeasure"]
+    n_local = run.ranks.local_world_size
+    return Trials(model, device, rows_per_rank, n_local, path, remeasure)
 
 
 def _choose_threads(local_world_size: int) -> tuple[int, str]:
@@ -257,9 +261,24 @@ class Trials:
         The rows ascend.
         """
         names = {trial: "{} rows {}".format(*trial) for trial in trials}
-        shape = " ".join(f"{key}={value}" for key, value in self.config.record().items())
-        seconds = self.recall(f"{'; '.join(names.values())}, {shape}", lambda: self._measure(names))
+        what = f"{'; '.join(names.values())}, {self._shape()}"
+        seconds = self.recall(what, lambda: self._measure(names))
         return {trial: seconds[name] for trial, name in names.items() if name in seconds}
+
+    def step_s(self, rows: int, precision: str, optim: Mapping[str, Any]) -> tuple[float, str]:
+        """Return the seconds of an optimizer step in micro-batches, and how they were found.
+
+        They are the median of steps with the optimizer that the node `optim` names, which updates
+        nothing. On a CPU, slow steps are those of `guess_s`.
+        """
+        n_before = self.rows_per_rank // rows - 1
+        if self.device.type == "cpu" and self.guess_s(rows, precision) > TRIED_S:
+            seconds = (n_before + 1) * self.guess_s(rows, precision)
+            return seconds, "from matrix products"
+        how = ", ".join(f"{key}={value}" for key, value in optim.items())
+        what = f"steps of {rows} rows {precision}, {how}, {self._shape()}"
+        found = self.recall(what, lambda: self._measure_step(rows, precision, optim))
+        return n_before * found.get("pass", 0.0) + found["update"], "measured"
 
     def guess_s(self, rows: int, precision: str) -> float:
         """Return the seconds of a forward and backward at half the rate of matrix products."""
@@ -275,7 +294,9 @@ class Trials:
             sizes = tuple(T << i for i in range(max(1, (GPU_TOKENS // T).bit_length())))
         else:
             memory = usable_memory_bytes() / 4 / self.local_world_size
-            rows = [n for n in rows if n * T * _bytes_per_token(self.config) <= memory] or [1]
+            row = step_memory(self.config, 1)
+            row_bytes = row.activations + row.logits
+            rows = [n for n in rows if n * row_bytes <= memory] or [1]
         largest = sorted({max(n for n in rows if n == 1 or n * T <= size) for size in sizes})
         quick = [n for n in largest if kind != "cpu" or self.guess_s(n, "32-true") <= TRIED_S]
         return quick or largest[:1]
@@ -297,8 +318,13 @@ class Trials:
                 )
         return self.known[key].seconds
 
-    def _in_turn(self, trials: Mapping[str, Callable[[], object]], budget_s: float) -> Measured:
-        """Return the best seconds of trials that take turns, over several rounds."""
+    def _in_turn(
+        self,
+        trials: Mapping[str, Callable[[], object]],
+        budget_s: float,
+        choose: Callable[[list[float]], float] = min,
+    ) -> Measured:
+        """Return the best (or other) seconds of trials that take turns, over several rounds."""
         times: dict[str, list[float]] = {name: [] for name in trials}
         start, cpu_start = time.perf_counter(), time.thread_time()
         for n_rounds in itertools.count():
@@ -315,7 +341,8 @@ class Trials:
         waited = self.device.type == "cpu" and cpu_s < MIN_CPU_SHARE * elapsed_s
         two_best = [sorted(seconds)[:2] for seconds in times.values()]
         disagree = not times or any(second > AGREEMENT * best for best, second in two_best)
-        return Measured({name: min(seconds) for name, seconds in times.items()}, waited or disagree)
+        chosen = {name: choose(seconds) for name, seconds in times.items()}
+        return Measured(chosen, waited or disagree)
 
     def _measure(self, trials: Mapping[Trial, str]) -> Measured:
         """Time the trials in turn, on a GPU those that its memory suffices for."""
@@ -335,6 +362,28 @@ class Trials:
                 raise
             log.debug("memory is full at %s", passes.popitem()[0] if passes else "no rows")
         return self._in_turn(passes, MEASURE_S)
+
+    def _measure_step(self, rows: int, precision: str, optim: Mapping[str, Any]) -> Measured:
+        """Time steps, and where a step has several micro-batches one of those before its last."""
+        with self.device:
+            model = GPT(self.config).train()
+        optimizer = build_optimizer(optim, model)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+
+        def update() -> None:
+            self._pass(model, rows, precision)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        passes: dict[str, Callable[[], None]] = {"update": update}
+        if rows < self.rows_per_rank:
+            passes["pass"] = partial(self._pass, model, rows, precision)
+        return self._in_turn(passes, STEPS_S, statistics.median)
+
+    def _shape(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.config.record().items())
 
     def _memory_reserve(self, model: GPT) -> torch.Tensor:
         """Return a tensor (N,) of the bytes that training needs and a trial does not."""
@@ -356,13 +405,3 @@ def _read(path: Path) -> dict[str, Measured]:
         return STORED.validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return {}
-
-
-def _bytes_per_token(config: GPTConfig) -> int:
-    """Return about what a token's forward stores for its backward in float32."""
-    consumer = "the memory estimate (nanogpt/training/autotune.py)"
-    check_supported(config, consumer, SUPPORTED)
-    n_attention = 2 * (config.n_head + config.kv_heads) * config.head_dim
-    n_inner = (4 if config.activation == "swiglu" else 2) * config.inner_dim
-    n_layer = 8 * config.n_embd + n_attention + n_inner
-    return 4 * (config.n_layer * n_layer + 3 * config.vocab_size)

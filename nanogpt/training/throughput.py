@@ -11,12 +11,18 @@ from nanogpt.support import ANY, IN_MODEL, check_supported
 from nanogpt.weights import model_without_weights
 
 SUPPORTED = {**IN_MODEL, "position": ANY, "activation": ("gelu", "relu2", "swiglu")}
-# Dense bfloat16 and float16 rates that Lightning's table lacks or gives with sparsity, from the
-# data sheets' sparse rates halved: https://www.nvidia.com/en-us/data-center/h200/, .../h100/.
+# Dense bfloat16 rates (of a T4 float16) that Lightning's table lacks or gives otherwise, from data
+# sheets, that of the RTX 4090 from the Ada whitepaper's appendix A; sparse rates are halved.
+# https://www.nvidia.com/en-us/data-center/h200/, .../h100/, .../a100/, .../l4/, .../tesla-t4/
 DENSE_HALF_FLOPS = {
     "NVIDIA H200": 989.4e12,
     "NVIDIA H200 NVL": 835.5e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
     "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA L4": 121e12,
+    "Tesla T4": 65e12,
 }
 # A table's value is believed where a matrix product reaches this share of it, and not more.
 BELIEVED_SHARE = (0.5, 1.05)

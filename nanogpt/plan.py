@@ -1,0 +1,202 @@
+"""Show what a training run would take: parameters, arithmetic, memory, time and disk.
+
+    python -m nanogpt.plan
+    python -m nanogpt.plan stage=pretrain model=gpt2_small micro_batch=8 --json
+
+The arguments are those of train.py. Nothing is trained, downloaded or prepared. What is `auto` is
+chosen as training would, by short measurements, which are stored for it.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py, before torch is loaded
+
+from nanogpt.config import SWEEP, with_job
+from nanogpt.text import format_duration, format_number, format_percent, print_line
+
+PROGRAM = "nanogpt.plan"
+MFU = 0.4  # of GPUs: assumed, and reached by large models only
+PARTS = {"wte": "embeddings", "wpe": "embeddings", "lm_head": "head", "attn": "attention"}
+
+Row = tuple[str, Any, str]  # key, value (a pair: with its text), note
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser().parse_known_args(words)[0]
+    if refused := [word for word in words if word in SWEEP]:
+        print(f"{PROGRAM}: {refused[0]} is not taken; a plan is that of one run", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # the choices, to stderr
+
+    def show(config: dict[str, Any]) -> None:
+        tree: dict[str, dict[str, Any]] = {}
+        for key, value, note in plan(config):
+            group, _, name = key.partition(".")
+            value, text = value if isinstance(value, tuple) else (value, f"{value:,}")
+            tree.setdefault(group, {})[name or "total"] = value
+            if not options.json:
+                label, text = f"  {name}" if name else group, "unknown" if value is None else text
+                print_line(f"{label.replace('_', ' '):26}{text:>18}  {note}".rstrip())
+        if options.json:
+            print_line(json.dumps(tree, indent=1))
+
+    return with_job([word for word in words if word != "--json"], show, PROGRAM)
+
+
+def plan(config: dict[str, Any]) -> Iterator[Row]:
+    """Yield the rows of the plan of a frozen configuration, in bytes and seconds.
+
+    A key is a group's, or a group's and a name with a dot between. Values that only prepared data
+    would show are None. Raises as `train.train` does for bad input.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
+    from nanogpt import build
+    from nanogpt.data.module import split_step
+    from nanogpt.model import PRESETS, GPTConfig
+    from nanogpt.optim import factor_at
+    from nanogpt.ranks import Ranks
+    from nanogpt.runs.directory import RunDirectory
+    from nanogpt.runs.identity import budget_steps
+    from nanogpt.runs.run import Run
+    from nanogpt.training.autotune import autotune, trials_of
+    from nanogpt.training.launch import count_devices, resolve_device
+    from nanogpt.training.memory import step_memory
+    from nanogpt.training.throughput import DENSE_HALF_FLOPS, flops_per_token
+
+    trainer, optim, per_step = config["trainer"], config["optim"], config["tokens_per_step"]
+    build.check_nodes(config, budget_steps(config))
+    device = resolve_device(trainer["accelerator"])
+    keys = ("seed", "stage", "data_dir", "tokens_per_step", "grad_clip")
+    live = {key: config[key] for key in keys} | {"block_size": config["model"]["block_size"]}
+    data, schedule = build.build_data(config, **live), build.build_schedule(config["schedule"])
+    build.source_fingerprint(data)
+    n_local = count_devices(trainer["devices"], trainer["accelerator"])
+    world_size = n_local * trainer["num_nodes"]
+
+    class Planned(Run):
+        ranks = Ranks(0, 0, world_size, n_local)
+
+    run = Planned(config, RunDirectory.from_config(config))
+    manifest = prepared(data, choice := build.choose_tokenizer(config["tokenizer"], None, None))
+    if config["init_from"] in PRESETS:
+        model = GPTConfig.preset(config["init_from"])
+    elif start := run.initial_checkpoint():
+        model = start.config
+    else:
+        vocab_size = count_ids(config["tokenizer"], choice, manifest)
+        model = build.build(config["model"], "model", vocab_size=vocab_size)
+    given = 1 if config["micro_batch"] == "auto" else config["micro_batch"]
+    n_rows = split_step(per_step, model.block_size, world_size, given)
+    settings = autotune(run, model, device, n_rows)
+    rows, precision = settings.micro_batch, settings.precision
+    step_s, how = trials_of(run, model, device, n_rows).step_s(rows, precision, optim)
+    make_optimizer = partial(build.build_optimizer, optim)
+    memory = step_memory(model, rows, precision, make_optimizer, accumulates=rows < n_rows)
+
+    counts, steps = count_parameters(model), run.max_steps
+    n_params, tokens = sum(counts.values()), steps * per_step
+    splits = {name: split["tokens"] for name, split in manifest["splits"].items()}
+    corpus = splits.get("train", config["data"].get("tokens"))
+    passes = corpus and tokens / corpus
+    yield "run", (path := str(run.path), ""), path
+    yield "parameters", n_params, ""
+    for part, n in counts.items():
+        if n or part == "head":
+            yield f"parameters.{part}", n, format_percent(n / n_params)
+    yield "tokens", tokens, f"{tokens / n_params:.3g} per parameter"
+    yield "tokens.corpus", (corpus, f"{corpus or 0:,}"), "for training"
+    yield "tokens.passes", (passes, f"{passes or 0:.3g}"), "over the corpus"
+    yield "steps", steps, f"of {per_step:,} tokens"
+    name = config["schedule"]["_target_"].rpartition(".")[2]
+    factors = {step: factor_at(schedule, step, steps) for step in (0, steps // 2, steps - 1)}
+    yield "steps.schedule", (name, name), ", ".join(f"{f:.3g} at {s}" for s, f in factors.items())
+    for key, rate in optim.items():
+        if key.endswith(("learning_rate", "lr")):
+            yield f"steps.{key}", rate, "at the top of the schedule"
+    flops = flops_per_token(model)
+    yield "FLOPs", (flops * tokens, f"{flops * tokens:.3g}"), f"{flops:.3g} per token"
+    yield "memory", as_size(memory.peak), "of each rank, at the peak of a step"
+    for part, n in memory._asdict().items():
+        if part != "peak":
+            yield f"memory.{part}", as_size(n), f"of {rows} rows" if part == "activations" else ""
+    yield "settings", (device.type, device.type), "why: above, on standard error"
+    for key, value in settings._asdict().items():
+        text = f"{value:.3g}" if isinstance(value, float) else str(value).lower()
+        yield f"settings.{key}", (value, text), ""
+    how += ", not compiled" if settings.compile else ""
+    yield "time", as_time(steps * step_s), f"of training here, {step_s:.3g} s per step ({how})"
+    for name, peak in DENSE_HALF_FLOPS.items():
+        what = f"at {format_percent(MFU)} of the {peak / 1e12:.4g} TFLOP/s of its data sheet"
+        yield f"time.{name}", as_time(flops * tokens / peak / MFU), what
+    checkpoint = memory.weights + memory.optimizer
+    n_files = min(config["callbacks"]["checkpoint"].get("keep", 2) + 1, steps)
+    yield "disk", as_size(n_files * checkpoint), f"of {n_files} checkpoints"
+    id_bytes = 2 if model.vocab_size <= 2**16 else 4
+    yield "disk.corpus", as_size(sum(splits.values()) * id_bytes or None), ""
+
+
+def as_size(n_bytes: int | None) -> tuple[int | None, str]:
+    """Return bytes and their text."""
+    return n_bytes, f"{format_number(n_bytes or 0)}B"
+
+
+def as_time(seconds: float) -> tuple[float, str]:
+    """Return seconds and their text."""
+    return seconds, format_duration(seconds)
+
+
+def count_parameters(config: Any) -> dict[str, int]:
+    """Return the number of a model's parameters by part; a tied head has none."""
+    from nanogpt.weights import model_without_weights
+
+    counts = dict.fromkeys(("embeddings", "attention", "mlp", "norms", "head", "other"), 0)
+    for name, tensor in model_without_weights(config).state_dict().items():
+        parts = [PARTS.get(word, word) for word in name.split(".")]
+        is_norm = any(part.startswith("ln_") or part.endswith("norm") for part in parts)
+        part = next((part for part in parts if part in counts), "other")
+        counts["norms" if is_norm else part] += tensor.numel()
+    return counts
+
+
+def prepared(data: Any, choice: Any) -> Mapping[str, Any]:
+    """Return the manifest of a corpus of documents, without splits where it is not prepared."""
+    from nanogpt.data.corpus import MANIFEST, read_manifest
+    from nanogpt.data.source import Source
+
+    if isinstance(getattr(data, "source", None), Source) and hasattr(data, "preparation"):
+        directory = data.preparation(choice).directory
+        if data.pretokenized is None and (directory / MANIFEST).exists():
+            return read_manifest(directory)
+    return {"splits": {}}
+
+
+def count_ids(node: Mapping[str, Any], choice: Any, manifest: Mapping[str, Any]) -> int:
+    """Return the ids of a tokenizer, as many as are configured where it is not trained yet."""
+    from nanogpt.tokenizer import GPT2_VOCAB_SIZE
+
+    known = {**node, **manifest.get("tokenizer", {})}
+    if "vocab_size" in known:
+        return int(known["vocab_size"])
+    is_gpt2 = choice.key == "gpt2"  # whose table may have to be downloaded
+    return GPT2_VOCAB_SIZE if is_gpt2 else int(choice.make_without_text().vocab_size)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*", help="arguments of train.py, such as model=nano")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
