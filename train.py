@@ -107,11 +107,14 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     from nanogpt.training import summary
     from nanogpt.training.autotune import autotune
     from nanogpt.training.launch import resolve_device
+    from nanogpt.training.machine import keep_freed_memory
     from nanogpt.training.trainer import build_trainer, fit, quieten_lightning
 
     quieten_lightning()
     check_nodes(config, budget_steps(config))
     device, ranks = resolve_device(config["trainer"]["accelerator"]), Ranks.from_environment()
+    if device.type == "cpu":
+        keep_freed_memory()
     plain = {key: config[key] for key in HANDED_OVER}
     data = build_data(config, **plain, block_size=config["model"]["block_size"])
     schedule = build_schedule(config["schedule"])

@@ -1,6 +1,9 @@
 """Facts about the machine."""
 
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -63,3 +66,20 @@ def test_this_machine_has_cores_memory_and_a_name() -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
     assert usable_memory_bytes() > 2**28
     assert f"torch {torch.__version__}" in machine_id(CPU)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it sets glibc's malloc")
+def test_kept_memory_is_not_mapped_again() -> None:
+    program = """
+import resource, torch
+from nanogpt.training.machine import keep_freed_memory
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**22)  # 4096 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+keep_freed_memory()
+print(page_faults(), page_faults())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    first, second = map(int, done.stdout.split())
+    assert second < 100 < first

@@ -1,6 +1,7 @@
 """This machine: cores, memory, names, versions."""
 
 import contextlib
+import ctypes
 import os
 import platform
 import re
@@ -11,6 +12,10 @@ import lightning
 import torch
 
 from nanogpt import __version__
+
+# Parameters of glibc's mallopt (malloc.h).
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+MAX_INT = 2**31 - 1
 
 
 def usable_cores() -> int:
@@ -33,6 +38,19 @@ def usable_memory_bytes() -> int:
         total = 8 * 2**30
     limit = _text("/sys/fs/cgroup/memory.max").strip()  # or "max"
     return min(total, int(limit)) if limit.isdecimal() else total
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc reuse freed memory rather than return it to the kernel; else do nothing.
+
+    Every step on a CPU allocates the same large tensors. By default each is mapped, cleared page by
+    page at its first use and unmapped: a fifth of a step (docs/PERFORMANCE.md).
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, MAX_INT)
+        # Before version 2.35 the threshold is limited.
+        mallopt(M_MMAP_THRESHOLD, MAX_INT) or mallopt(M_MMAP_MAX, 0)
 
 
 def machine_id(device: torch.device) -> str:
