@@ -64,6 +64,7 @@ OVERRIDE = re.compile(r"(\+{0,2}[\w./@-]*[\w.])=(.*)", re.DOTALL)
 CHOICE = re.compile(r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^,])+""")  # which a comma ends
 FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)")
 
+OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)
 # ${whole_rows:2048,${model.block_size}}: about so many tokens, as whole rows of any model
 OmegaConf.register_new_resolver("whole_rows", lambda n, row: max(n // row, 1) * row, replace=True)
 

@@ -134,6 +134,32 @@ def draw_scores(lines: Sequence[Line], metrics: Sequence[str]) -> str:
     return _draw(height, alt, partial(_paint_scores, panels))
 
 
+def draw_frontier(x: Any, y: Any, spans: Any, curves: Sequence[Any], end: Sequence[float]) -> str:
+    """Return the losses (R,) of runs over FLOPs as an `<svg>`, with curves (P,), the lowest last.
+
+    The prediction `end` is a loss and its interval, at the last of the FLOPs of the curves.
+    """
+    value, low, high = end
+    alt = f"Losses of {len(x)} runs over FLOPs, and {value:.4f} predicted at {spans[-1]:.3g} FLOPs."
+
+    def paint(figure: "Figure") -> None:
+        frame = (46 / WIDTH, 34 / CURVE_HEIGHT, 1 - 58 / WIDTH, 1 - 44 / CURVE_HEIGHT)
+        axes = figure.add_axes(
+            frame, xscale="log", xlabel="FLOPs", ylim=(low * 0.95, max(y) * 1.05)
+        )
+        for curve in curves:
+            is_last = curve is curves[-1]
+            colour = _COLOURS["series-0" if is_last else "reference"]
+            axes.plot(spans, curve, color=colour, linewidth=1.7 if is_last else 0.8)
+        axes.plot(x, y, "o", color=_COLOURS["series-0"], markersize=4)
+        interval = [[value - low], [high - value]]
+        axes.errorbar(spans[-1], value, interval, fmt="o", color=_COLOURS["series-1"])
+        axes.xaxis.set_major_formatter(lambda flops, _: f"{flops:.0e}")
+        axes.grid(axis="y")
+
+    return _draw(CURVE_HEIGHT, alt, paint)
+
+
 def drawn_metrics(lines: Sequence[Line]) -> list[str]:
     """Return the metrics that are drawn: the known ones, then others with a standard error."""
     found = [(name, error) for line in lines for name, (_, error) in line.metrics.items()]
