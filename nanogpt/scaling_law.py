@@ -16,6 +16,7 @@ from nanogpt.text import format_number
 
 HUBER = 1e-3  # residuals of log L beyond it count linearly (arXiv:2203.15556, section D.3)
 N_SAMPLES = 500
+BOUNDS = np.log([(1e-5, 1e-5, 1e-5, 0.05, 0.05), (99, 99, 99, 2, 2)])[..., None]  # while fitting
 Array = np.ndarray
 
 
@@ -86,7 +87,7 @@ def _minimise(logs: Array, x: Array, target: Array) -> tuple[Array, Array]:
     for _ in range(300):
         hessian = state[2] + damping * (eye * state[2] + 1e-9 * eye)
         step = np.clip(np.linalg.solve(hessian, state[3]), -1, 1)
-        trial = evaluate(np.clip(state[0] - step, -25, 25))
+        trial = evaluate(np.clip(state[0] - step, *BOUNDS))
         better = trial[1] < state[1]
         state = [np.where(better, new, old) for new, old in zip(trial, state, strict=True)]
         damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-9, 1e9)

@@ -69,6 +69,13 @@ def test_a_prediction_is_for_a_multiple_of_the_largest_run_or_for_a_size() -> No
     assert "parameters 10M, tokens 20M" in as_text(given)
 
 
+def test_losses_that_follow_no_law_have_finite_intervals() -> None:
+    report, _ = analyse(N, D, np.random.default_rng(0).uniform(1, 3, len(N)))
+    assert np.isfinite([values for name, values in report.items() if name != "about"]).all()
+    _, low, high = report["predicted_loss"]
+    assert high / low > 1.5
+
+
 @pytest.mark.parametrize("rows", [[0, 1, 2, 4, 5], [0, 1, 3, 4, 6, 7], [0, 1, 2, 3, 4, 5]])
 def test_too_few_runs_are_refused(rows: list[int]) -> None:
     with pytest.raises(ValueError, match=r"do not determine a scaling law; pass 6 or more"):
