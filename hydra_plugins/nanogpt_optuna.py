@@ -5,7 +5,6 @@ same, which continues its run. A sampler is seeded by the number of trials befor
 killed and repeated has the trials of one that was not.
 """
 
-import hashlib
 import math
 import warnings
 from collections.abc import Mapping
@@ -64,13 +63,10 @@ class OptunaSweeper(Sweeper):
         import optuna
         from optuna.trial import TrialState
 
-        lines = sorted(str(o.input_line) for key, o in overrides.items() if is_identity(key))
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            study_name=hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8],
-            storage=f"sqlite:///{self.directory / 'optuna.db'}",
-            load_if_exists=True,
-        )
+        name = " ".join(sorted(str(o.input_line) for k, o in overrides.items() if is_identity(k)))
+        storage = f"sqlite:///{self.directory / 'optuna.db'}"
+        study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
         n_failed = 0
         while (n_done := len(study.get_trials(states=[TrialState.COMPLETE]))) < self.n_trials:
             begun = [trial for trial in study.get_trials() if trial.params.keys() == space.keys()]
@@ -101,13 +97,12 @@ def distribution(override: Override) -> Any:
         return CategoricalDistribution([*override.sweep_string_iterator()])
     value: Any = override.value()
     options = {"log": "log" in value.tags}
-    if override.is_interval_sweep():
-        ends = [value.start, value.end]
-    else:
+    ends = [value.start, getattr(value, "end", None)]
+    if override.is_range_sweep():
         ends = sorted(round(v, 12) for v in value.range()) or [value.start, value.stop]
         options["step"] = abs(value.step)
+    kind: Any = IntDistribution if isinstance(ends[0], int) else FloatDistribution
     try:
-        kind: Any = IntDistribution if isinstance(ends[0], int) else FloatDistribution
         return kind(ends[0], ends[-1], **options)
     except ValueError as error:
         raise ValueError(f"{override.input_line}: {error}") from error
