@@ -19,6 +19,7 @@ import numpy as np
 from nanogpt.command import add_shared, guard_output, parse, run_command
 from nanogpt.disk import write_json
 from nanogpt.evaluation.results import Row, align, format_metric, run_dir_of
+from nanogpt.report.figures import standalone
 from nanogpt.runs.comparison import (
     Group,
     MeasuredRun,
@@ -29,6 +30,7 @@ from nanogpt.runs.comparison import (
     shown,
 )
 from nanogpt.runs.directory import find_runs
+from nanogpt.scaling_law import analyse, as_text
 from nanogpt.text import first_line, format_duration, format_list, format_number, print_line
 
 PATTERN = set("*?[")
@@ -39,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     guard_output()
     options = parse(parser(), arguments)
+    if options.fit_scaling_law:
+        return run_command("nanogpt.compare", lambda: print_scaling_law(options))
 
     def work() -> None:
         groups = group_runs(find_measured(options.runs, options.runs_dir))
@@ -191,7 +195,25 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--json", type=Path, help="a file to write the results to")
     add_shared(parser, "--runs-dir")
+    fit = "fit L(N, D) = E + A / N^alpha + B / D^beta to the runs, instead of comparing them"
+    add("--fit-scaling-law", action="store_true", help=fit)
+    new = "predict the loss of N parameters after D tokens"
+    add("--predict", nargs=2, type=float, metavar=("N", "D"), help=new)
+    times = "predict the lowest loss at so many times the FLOPs of the largest run (default 8)"
+    add("--times", type=float, default=8.0, help=times)
     return parser
+
+
+def print_scaling_law(options: argparse.Namespace) -> None:
+    """Print the scaling law of the runs, and write its report and picture."""
+    groups = group_runs(find_measured(options.runs, options.runs_dir))
+    summaries = [run.summary for group in groups for run in group.runs.values()]
+    report, picture = analyse(summaries, options.predict, options.times)
+    print_line(as_text(report))
+    if options.json is not None:
+        write_json(options.json, report)
+    if getattr(options, "picture", None) is not None:
+        options.picture.write_text(standalone(picture), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -147,10 +147,8 @@ def draw_frontier(x: Any, y: Any, spans: Any, curves: Sequence[Any], end: Sequen
         axes = figure.add_axes(
             frame, xscale="log", xlabel="FLOPs", ylim=(low * 0.95, max(y) * 1.05)
         )
-        for curve in curves:
-            is_last = curve is curves[-1]
-            colour = _COLOURS["series-0" if is_last else "reference"]
-            axes.plot(spans, curve, color=colour, linewidth=1.7 if is_last else 0.8)
+        axes.plot(spans, np.transpose(curves[:-1]), color=_COLOURS["reference"], linewidth=0.8)
+        axes.plot(spans, curves[-1], color=_COLOURS["series-0"], linewidth=1.7)
         axes.plot(x, y, "o", color=_COLOURS["series-0"], markersize=4)
         interval = [[value - low], [high - value]]
         axes.errorbar(spans[-1], value, interval, fmt="o", color=_COLOURS["series-1"])
