@@ -13,6 +13,7 @@ from nanogpt.classifier import Classifier, class_probabilities, train_layers
 from nanogpt.evaluation.classification import baselines, confusion_matrix, scores
 from nanogpt.model import GPT
 from nanogpt.tokenizer import Tokenizer
+from nanogpt.training.cross_entropy import summed_cross_entropy
 from nanogpt.training.module import Batch, StageModule
 from nanogpt.values import Amount, BelowOne
 
@@ -59,10 +60,7 @@ def next_token_nats(
     """Return the summed cross-entropy of every token of texts (B, T) but their first."""
     positions = torch.arange(1, input_ids.size(1), device=lengths.device)
     targets = input_ids[:, 1:].masked_fill(positions >= lengths[:, None], -100)
-    logits = model.head(hidden_states[:, :-1])  # (B, T - 1, V)
-    return F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
-    )
+    return summed_cross_entropy(model, hidden_states[:, :-1], targets)
 
 
 class ClassifyModule(StageModule):

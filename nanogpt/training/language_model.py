@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt.model import GPT
+from nanogpt.training.cross_entropy import summed_cross_entropy
 from nanogpt.training.module import Batch, StageModule
 from nanogpt.training.throughput import flops_per_token
 
@@ -20,10 +21,8 @@ def next_token_loss(
     row_seeds: Tensor | None = None,
 ) -> Tensor:
     """Return the summed cross-entropy in nats of targets (B, T), those of -100 left out."""
-    logits = model(input_ids, documents=documents, row_seeds=row_seeds)  # (B, T, V)
-    return F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
-    )
+    hidden_states = model.hidden_states(input_ids, documents=documents, row_seeds=row_seeds)
+    return summed_cross_entropy(model, hidden_states, targets)
 
 
 class LanguageModel(StageModule):
