@@ -15,7 +15,7 @@ from nanogpt.report.figures import draw_frontier
 from nanogpt.text import format_number
 
 CONSTANTS = ("E", "A", "B", "alpha", "beta")
-BOUNDS = np.log([(1e-5, 1e-5, 1e-5, 0.05, 0.05), (99, 99, 99, 2, 2)])[..., None]  # while fitting
+BOUNDS = np.log([(1e-5, 1e-5, 1e-5, 0.05, 0.05), (99, 99, 99, 2, 2)])  # while fitting
 HUBER = 1e-3  # residuals of log L beyond it count linearly (arXiv:2203.15556, section D.3)
 N_SAMPLES = 500
 Array = np.ndarray
@@ -49,8 +49,7 @@ def fit(n: Array, d: Array, loss: Array) -> tuple[Array, Array]:
     grid = product(loss.min() * np.array([0.3, 0.6, 0.9]), *2 * [(0.1, 0.3, 0.6, 1.0)])
     starts = [[E, *2 * [(loss.mean() - E) / 2], *exponents] for E, *exponents in grid]
     found, costs, values = _minimise(np.log(starts), logs - means, target)
-    best = found[[costs.argmin()]]
-    fitted = values[costs.argmin()]
+    best, fitted = found[[costs.argmin()]], values[costs.argmin()]
     residuals = (target - fitted) * np.sqrt(len(loss) / (len(loss) - 5))
     drawn = fitted + np.random.default_rng(0).choice(residuals, (N_SAMPLES, len(loss)))
     samples, *_ = _minimise(best.repeat(N_SAMPLES, 0), logs - means, drawn)
@@ -59,33 +58,23 @@ def fit(n: Array, d: Array, loss: Array) -> tuple[Array, Array]:
     return law, residuals
 
 
-def _minimise(logs: Array, x: Array, target: Array) -> list[Array]:
-    """Minimise the Huber loss by Levenberg-Marquardt, from logarithms of constants (S, 5).
+def _minimise(logs: Array, x: Array, target: Array) -> tuple[Array, Array, Array]:
+    """Minimise the Huber loss by damped Gauss-Newton steps, from logarithms of constants (S, 5).
 
     Returns the minima, their costs (S,) and log L (S, R).
     """
-
-    def evaluate(logs: Array) -> list[Array]:
-        E, a, b, alpha, beta = np.exp(logs).swapaxes(0, 1)  # (S, 1) each
+    for _ in range(300):
+        E, a, b, alpha, beta = np.exp(logs).T[..., None]  # (S, 1) each
         of_n, of_d = a * np.exp(-alpha * x[0]), b * np.exp(-beta * x[1])  # (S, R)
         total = E + of_n + of_d
         terms = [E + 0 * of_n, of_n, of_d, -alpha * x[0] * of_n, -beta * x[1] * of_d]
-        slope, value = np.stack(terms, 1) / total[:, None], np.log(total)[:, None]  # (S, 5 or 1, R)
-        residual = value - target[..., None, :]
-        weighted = residual * (weight := HUBER / np.maximum(np.abs(residual), HUBER))
-        cost = (weighted * residual - weighted**2 / 2).sum(2, keepdims=True)
-        transposed = slope.swapaxes(1, 2)
-        return [logs, cost, value, slope * weight @ transposed, weighted @ transposed]
-
-    state, damping, eye = evaluate(logs[..., None]), np.full((len(logs), 1, 1), 0.01), np.eye(5)
-    for _ in range(300):
-        hessian = state[3] + damping * (eye * state[3] + 1e-9 * eye)
-        step = np.clip(np.linalg.solve(hessian, state[4].swapaxes(1, 2)), -1, 1)
-        trial = evaluate(np.clip(state[0] - step, *BOUNDS))
-        better = trial[1] < state[1]
-        state = [np.where(better, new, old) for new, old in zip(trial, state, strict=True)]
-        damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-9, 1e9)
-    return [state[0][..., 0], state[1].ravel(), state[2][:, 0]]
+        slope, residual = np.stack(terms, 1) / total[:, None], np.log(total) - target
+        weight = HUBER / np.maximum(np.abs(residual), HUBER)
+        weighted = slope * weight[:, None]  # (S, 5, R)
+        hessian = weighted @ slope.swapaxes(1, 2) * (1 + 1e-4 * np.eye(5)) + 1e-10 * np.eye(5)
+        step = np.linalg.solve(hessian, weighted @ residual[..., None])[..., 0]
+        logs = np.clip(logs - np.clip(step, -0.5, 0.5), *BOUNDS)
+    return logs, (weight * (1 - weight / 2) * residual**2).sum(1), np.log(total)
 
 
 def analyse(
