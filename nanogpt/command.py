@@ -86,6 +86,14 @@ def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
         parser.add_argument(name, **shared[name])
 
 
+def check_files(options: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError for an option whose file cannot be written, before any work."""
+    for name in names:
+        path = getattr(options, name)
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"--{name} {path} is no file of an existing folder; name one")
+
+
 class OutputClosedError(BrokenPipeError):
     """The reader of a command's product has left."""
 

@@ -1,25 +1,24 @@
-"""Compare runs: bits per byte in pairs by seed and by text, curves, and a leaderboard of a sweep.
+"""Compare runs in bits per byte, in pairs by seed and by text.
 
-    python -m nanogpt.compare RUN OTHER_RUN [...]                the first is the baseline
-    python -m nanogpt.compare runs/sweep-1a2b3c4d                a leaderboard
+    python -m nanogpt.compare RUN OTHER_RUN [...]              the first is the baseline
+    python -m nanogpt.compare runs/sweep-1a2b3c4d              a leaderboard
     python -m nanogpt.compare 'base-*' 'wide-*' --json FILE --picture FILE.svg
 
 RUN is a run directory, the name of a run under runs/, a checkpoint of a run, a directory of runs or
-a pattern. Runs that differ in nothing but the seed are a group. The statistics are described in
-docs/EVALUATION.md.
+a pattern. Runs that differ in nothing but the seed are a group. docs/EVALUATION.md describes the
+statistics.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-
-from nanogpt.command import add_shared, guard_output, parse, run_command
+from nanogpt.command import add_shared, check_files, guard_output, parse, run_command
 from nanogpt.disk import write_json
 from nanogpt.evaluation.results import Row, align, format_metric, run_dir_of
-from nanogpt.report.figures import standalone
+from nanogpt.report.figures import draw_comparison, standalone
 from nanogpt.runs.comparison import (
     Group,
     MeasuredRun,
@@ -27,41 +26,58 @@ from nanogpt.runs.comparison import (
     differing,
     group_runs,
     read_run,
-    shown,
+    yaml_of,
 )
 from nanogpt.runs.directory import find_runs
 from nanogpt.scaling_law import analyse, as_text
 from nanogpt.text import first_line, format_duration, format_list, format_number, print_line
 
-PATTERN = set("*?[")
-CURVE_PLACES = 5
+HEADER = ["run", "seeds", "bits per byte", "difference", "percent", "95 % interval", "p"]
+HEADER += ["fewer tokens", "less time", "tokens/s", "wall time"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     guard_output()
     options = parse(parser(), arguments)
-    if options.fit_scaling_law:
-        return run_command("nanogpt.compare", lambda: print_scaling_law(options))
 
     def work() -> None:
-        groups = group_runs(find_measured(options.runs, options.runs_dir))
-        ranked = len(options.runs) == 1 < len(groups)
-        if ranked:
-            groups.sort(key=lambda group: group.losses.mean())
-        rows = compare(groups)
+        check_files(options, "json", "picture")
+        runs = find_measured(options.runs, options.runs_dir)
+        groups = group_runs(runs, ranked=len(options.runs) == 1)
+        content: object
+        if options.fit_scaling_law:
+            summaries = [run.summary for run in runs]
+            content, picture = analyse(summaries, options.predict, options.times)
+            text = as_text(content)
+        else:
+            content = rows = compare(groups)
+            text = describe(groups, rows)
+            curves = {group.label: group.curve for group in groups}
+            picture = draw_comparison(curves, rows) if options.picture else ""
         if options.json is not None:
-            write_json(options.json, rows)
-        print_line(describe(groups, rows, ranked=ranked))
+            write_json(options.json, content)
+        print_line(text)
+        if options.picture is not None:
+            options.picture.write_text(standalone(picture), encoding="utf-8")
 
     return run_command("nanogpt.compare", work)
 
 
-def find_measured(references: Sequence[str], runs_dir: Path) -> list[MeasuredRun]:
-    """Return the runs that references name, each once.
+def leaderboard(sweep: Path) -> None:
+    """Print the comparison of a sweep's language models, the best first; write leaderboard.json."""
+    with suppress(ValueError, FileNotFoundError):  # of classifiers, or where every job failed
+        groups = group_runs(find_measured([str(sweep)], sweep), ranked=True)
+        rows = compare(groups)
+        write_json(sweep / "leaderboard.json", rows)
+        print_line(f"\n{describe(groups, rows)}")
 
-    Of directories of runs and patterns, runs that cannot be compared are left out, with a line on
-    standard error. Raises ValueError for others, and FileNotFoundError where there is no run.
+
+def find_measured(references: Sequence[str], runs_dir: Path) -> list[MeasuredRun]:
+    """Return the finished runs that references name, each once.
+
+    Of a directory of runs or a pattern, runs that cannot be compared are left out, with a line on
+    standard error. Raises ValueError and FileNotFoundError for others.
     """
     found: dict[Path, MeasuredRun] = {}
     for reference in references:
@@ -69,7 +85,7 @@ def find_measured(references: Sequence[str], runs_dir: Path) -> list[MeasuredRun
         for path in paths:
             try:
                 found.setdefault(path.resolve(), read_run(path))
-            except (ValueError, KeyError, OSError) as error:
+            except (ValueError, LookupError, OSError) as error:
                 if len(paths) == 1:
                     raise
                 print(f"nanogpt.compare: left out: {first_line(error)}", file=sys.stderr)
@@ -79,12 +95,12 @@ def find_measured(references: Sequence[str], runs_dir: Path) -> list[MeasuredRun
 
 
 def find_paths(reference: str, runs_dir: Path) -> list[Path]:
-    """Return the directories of runs that a reference names; raises FileNotFoundError."""
+    """Return the directories of the runs that a reference names; raises FileNotFoundError."""
     for folder in (Path(), runs_dir):
-        is_pattern = not PATTERN.isdisjoint(reference) and not Path(reference).is_absolute()
-        matches = sorted(folder.glob(reference)) if is_pattern else [folder / reference]
-        paths = [run_dir_of(path) or path for path in matches]
-        runs = [run.path for path in paths for run in find_runs(path)]
+        path = folder / reference
+        anchor = Path(path.anchor)
+        matches = [path] if path.exists() else anchor.glob(str(path.relative_to(anchor)))
+        runs = {run.path for match in matches for run in find_runs(run_dir_of(match) or match)}
         if runs:
             return sorted(runs)
     raise FileNotFoundError(
@@ -93,107 +109,75 @@ def find_paths(reference: str, runs_dir: Path) -> list[Path]:
     )
 
 
-def describe(groups: Sequence[Group], rows: Sequence[Row], *, ranked: bool) -> str:
-    """Return a comparison as text: its table, curves, differing keys and what intervals cover."""
-    keys = differing([group.first.identity for group in groups])
-    operational = differing([run.execution for group in groups for run in group.runs.values()])
-    tables = [cells(rows, ranked=ranked)]
-    if len(groups) > 1:
-        tables += [curve_cells(groups, "tokens", 0), curve_cells(groups, "seconds", 1)]
-    if any("=" not in row["checkpoint"] for row in rows) and keys:
-        header = ["key", *(group.label for group in groups)]
-        tables.append([header, *([key, *map(shown, values)] for key, values in keys.items())])
-    found = [align(table, n_left=1 + ranked) for table in tables]
-    lines = notes(groups, rows)
-    for key, values in operational.items():
-        lines.append(f"operational: {key} {' | '.join(dict.fromkeys(map(shown, values)))}")
-    return "\n\n".join([*found, "\n".join(lines)]).rstrip()
+def describe(groups: Sequence[Group], rows: Sequence[Row]) -> str:
+    """Return the table of a comparison as text, differing keys, and what intervals cover."""
+    tables = [[HEADER, *map(cells, rows)]]
+    firsts = [next(iter(group.runs.values())) for group in groups]
+    if firsts[0].path.name == groups[0].label:  # the labels are not the keys
+        keys = differing([run.keys(identity=True) for run in firsts])
+        table = [[key, *map(yaml_of, values)] for key, values in keys.items()]
+        tables += [[["key", *(group.label for group in groups)], *table]] if keys else []
+    runs = [run.keys(identity=False) for group in groups for run in group.runs.values()]
+    lines = [*dict.fromkeys(note for row in rows[1:] for note in notes(row))]
+    if len(groups) == 1:
+        lines = ["one group: these runs differ in nothing but the seed"]
+        if len(losses := groups[0].losses) > 1:
+            lines[0] += f"; the standard deviation over seeds is {losses.std(ddof=1):.4f}"
+    for key, values in differing(runs).items():
+        lines.append(f"operational: {key} {' | '.join(dict.fromkeys(map(yaml_of, values)))}")
+    return "\n\n".join([*(align(table, n_left=1) for table in tables), "\n".join(lines)]).rstrip()
 
 
-def cells(rows: Sequence[Row], *, ranked: bool) -> list[list[str]]:
-    """Return the table of a comparison, its header first."""
-    header = ["run", "seeds", "bits per byte", "difference", "percent", "95 % interval", "p"]
-    table = [[*header, "fewer tokens", "less time", "tokens/s", "wall time"]]
-    for row in rows:
-        results = row["results"]
-        low, high = (results.get(f"difference_{end}") for end in ("low", "high"))
-        p = results.get("p_value")
-        ratios = [results.get(f"{name}_ratio") for name in ("tokens", "seconds")]
-        is_base = "difference" not in results
-        table.append(
-            [
-                row["checkpoint"],
-                str(len(row["about"]["seeds"])),
-                format_metric(results["bits_per_byte"], results.get("bits_per_byte_stderr")),
-                "" if is_base else f"{results['difference']:+.4f}",
-                "" if is_base else f"{results['difference_percent']:+.2f} %",
-                "" if low is None else f"{low:+.4f} to {high:+.4f}",
-                "" if p is None else "<0.0001" if p < 1e-4 else f"{p:.4f}",
-                *("" if is_base else f"{r:.2f} x" if r else "not reached" for r in ratios),
-                f"{results['tokens_per_s']:,.0f}",
-                format_duration(results["wall_s"]),
-            ]
-        )
-    numbers = ["rank", *map(str, range(1, len(table)))]
-    return [[n, *line] for n, line in zip(numbers, table, strict=True)] if ranked else table
-
-
-def curve_cells(groups: Sequence[Group], name: str, column: int) -> list[list[str]]:
-    """Return the mean curves at common tokens (column 0) or seconds (column 1)."""
-    curves = [group.curve[:, [column, 2]] for group in groups]
-    first, last = max(c[0, 0] for c in curves), min(c[-1, 0] for c in curves)
-    places = np.linspace(first, last, CURVE_PLACES) if first < last else np.array([last])
-    header = [f"bits per byte at {name}", *(format_number(place) for place in places)]
+def cells(row: Row) -> list[str]:
+    """Return a row of the table."""
+    results = row["results"]
+    forms = {
+        "difference": "{difference:+.4f}",
+        "difference_percent": "{difference_percent:+.2f} %",
+        "difference_low": "{difference_low:+.4f} to {difference_high:+.4f}",
+        "p_value": "{p_value:.4f}",
+        "tokens_ratio": "{tokens_ratio:.2f} x",
+        "seconds_ratio": "{seconds_ratio:.2f} x",
+    }
+    missing = {"tokens_ratio", "seconds_ratio"} if "difference" in results else set()
     return [
-        header,
+        row["checkpoint"],
+        str(len(row["about"]["seeds"])),
+        format_metric(results["bits_per_byte"], results.get("bits_per_byte_stderr")),
         *(
-            [g.label, *(f"{v:.4f}" for v in np.interp(places, *c.T))]
-            for g, c in zip(groups, curves, strict=True)
+            form.format(**results) if key in results else "not reached" if key in missing else ""
+            for key, form in forms.items()
         ),
+        f"{results['tokens_per_s']:,.0f}",
+        format_duration(results["wall_s"]),
     ]
 
 
-def notes(groups: Sequence[Group], rows: Sequence[Row]) -> list[str]:
-    """Return what the intervals cover, and what is missing for more."""
-    if len(groups) == 1:
-        losses = groups[0].losses
-        spread = f"standard deviation {losses.std(ddof=1):.4f}" if len(losses) > 1 else "one seed"
-        return [f"one group: these runs differ in nothing but the seed ({spread})"]
-    found = []
-    for row in rows:
-        covers, results = row["about"].get("covers"), row["results"]
-        if covers is None:
-            continue
-        if "seeds" not in covers:
-            found.append(
-                "one seed: intervals are over the text alone; training noise needs more seeds"
-            )
-        elif not row["about"]["n_pairs"]:
-            found.append("without two seeds in common the variance is Welch's, of unpaired seeds")
-        else:
-            both = [results[f"seeds_variance{kind}"] for kind in ("", "_unpaired")]
-            paired, unpaired = map(format_number, both)
-            label = row["checkpoint"]
-            found.append(f"{label}: variance over seeds {paired} in pairs, {unpaired} without")
-        if "text" not in covers:
-            found.append("runs without validation.csv have no interval over the text")
-    return [*dict.fromkeys(found)]
+def notes(row: Row) -> list[str]:
+    """Return what the interval of a difference covers, and what pairs of seeds gain."""
+    about, results = row["about"], row["results"]
+    text = [] if "text" in about["covers"] else ["no interval over the text: no validation.csv"]
+    if "seeds" not in about["covers"]:
+        return [*text, "one seed: no interval over training noise, which takes more seeds"]
+    if not about["paired_seeds"]:
+        return [*text, "no two seeds in common: the variance is Welch's, without pairs"]
+    paired, unpaired = (
+        format_number(results[f"seeds_variance{kind}"]) for kind in ("", "_unpaired")
+    )
+    label = row["checkpoint"]
+    return [*text, f"{label}: variance over seeds {paired} in pairs, {unpaired} without"]
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(
-        prog="python -m nanogpt.compare",
-        description="Compare runs in bits per byte, in pairs by seed and by text.",
+        prog="python -m nanogpt.compare", description="Compare runs in pairs by seed and by text."
     )
+    help = "a run, its name or checkpoint, a directory of runs, or a pattern; first the baseline"
     add = parser.add_argument
-    add(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="a run, its name or checkpoint, a directory of runs or a pattern; first the baseline",
-    )
+    add("runs", nargs="+", metavar="RUN", help=help)
     add("--json", type=Path, help="a file to write the results to")
+    add("--picture", type=Path, metavar="FILE.svg", help="a file to draw them in")
     add_shared(parser, "--runs-dir")
     fit = "fit L(N, D) = E + A / N^alpha + B / D^beta to the runs, instead of comparing them"
     add("--fit-scaling-law", action="store_true", help=fit)
@@ -202,18 +186,6 @@ def parser() -> argparse.ArgumentParser:
     times = "predict the lowest loss at so many times the FLOPs of the largest run (default 8)"
     add("--times", type=float, default=8.0, help=times)
     return parser
-
-
-def print_scaling_law(options: argparse.Namespace) -> None:
-    """Print the scaling law of the runs, and write its report and picture."""
-    groups = group_runs(find_measured(options.runs, options.runs_dir))
-    summaries = [run.summary for group in groups for run in group.runs.values()]
-    report, picture = analyse(summaries, options.predict, options.times)
-    print_line(as_text(report))
-    if options.json is not None:
-        write_json(options.json, report)
-    if getattr(options, "picture", None) is not None:
-        options.picture.write_text(standalone(picture), encoding="utf-8")
 
 
 if __name__ == "__main__":

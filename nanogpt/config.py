@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,6 +34,7 @@ from nanogpt.command import (
     is_path,
     out_of_memory,
 )
+from nanogpt.compare import leaderboard
 from nanogpt.runs.identity import flatten, run_name
 from nanogpt.text import first_line
 from nanogpt.values import Amount, Count, Flag, Seed, Size, Text, check
@@ -167,6 +169,13 @@ def sweep_name(arguments: Sequence[str]) -> str:
     by_hand = [word.partition("=")[2] for word in words if word.startswith("name=")]
     digest = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
     return by_hand[0] if by_hand else f"sweep-{digest}"
+
+
+class Leaderboard(Callback):
+    """Print the comparison of a sweep's runs after its last job."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        leaderboard(Path(config.hydra.sweep.dir))
 
 
 def freeze(cfg: DictConfig) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from nanogpt.build import locate
 from nanogpt.checkpoint import find_init_from, load_checkpoint
-from nanogpt.command import add_shared, guard_output, parse, run_command
+from nanogpt.command import add_shared, check_files, guard_output, parse, run_command
 from nanogpt.data.records import PASS_OVER
 from nanogpt.disk import write_json
 from nanogpt.evaluation.results import (
@@ -94,10 +94,7 @@ def explain(error: Exception) -> str:
 
 def check(options: argparse.Namespace, ranks: Ranks) -> None:
     """Raise ValueError for options that cannot work, before anything is loaded."""
-    for option in ("json", "picture"):
-        path = getattr(options, option)
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise ValueError(f"--{option} {path} is no file of an existing folder; name one")
+    check_files(options, "json", "picture")
     for option in ("limit", "batch_size", "max_new_tokens", "processes"):
         value = getattr(options, option)
         if value is not None and value < 1:

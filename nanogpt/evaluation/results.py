@@ -37,7 +37,7 @@ class _StoredRow(TypedDict):
     about: NotRequired[dict[str, Any]]
 
 
-_STORED_ROWS = TypeAdapter(list[_StoredRow])
+STORED_ROWS = TypeAdapter(list[_StoredRow])
 
 
 def mean_and_error(name: str, values: np.ndarray) -> Results:
@@ -185,7 +185,7 @@ def read_evaluations(run_dir: Path) -> list[Row]:
     """Return the rows of a run's evaluations.json, none where it is missing or damaged."""
     path = RunDirectory(run_dir).evaluations_path
     try:
-        return [dict(row) for row in _STORED_ROWS.validate_json(path.read_bytes())]
+        return [dict(row) for row in STORED_ROWS.validate_json(path.read_bytes())]
     except FileNotFoundError:
         return []
     except ValueError as error:

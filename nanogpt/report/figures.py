@@ -5,7 +5,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanogpt.evaluation.results import Line, format_metric
+from nanogpt.evaluation.results import Line, Row, format_metric
 from nanogpt.runs.log import visible
 from nanogpt.text import format_number
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 Points = list[tuple[int, float]]  # (step, value)
 
@@ -27,10 +27,12 @@ STYLESHEET = Path(__file__).parent / "style.css"
 WIDTH = 400  # of the view box: text stays legible in a phone's narrow column
 CURVE_HEIGHT = 208
 MANY_POINTS = 600  # of a curve, whose line is then thin
+N_SERIES = 6  # colours
 MAX_NAME_CHARS = 44  # of a checkpoint
 
 # colours that matplotlib draws with, for CSS variables of the page, which replace them
-VARIABLES = ("ink", "muted", "grid", "reference", "accent", "card", "series-0", "series-1")
+VARIABLES = ["ink", "muted", "grid", "reference", "accent", "card"]
+VARIABLES += [f"series-{i}" for i in range(N_SERIES)]
 _COLOURS = {name: f"#0000{i:02x}" for i, name in enumerate(VARIABLES, start=1)}
 _STYLE = {
     "svg.fonttype": "none",
@@ -134,6 +136,36 @@ def draw_scores(lines: Sequence[Line], metrics: Sequence[str]) -> str:
     return _draw(height, alt, partial(_paint_scores, panels))
 
 
+def draw_comparison(curves: Mapping[str, np.ndarray], rows: Sequence[Row]) -> str:
+    """Return curves (N, 3) of tokens, seconds and bits per byte, and differences, as an `<svg>`.
+
+    The curves are by label, at most as many as there are colours; `rows` are those of a comparison.
+    """
+    title = "difference in bits per byte, interval of 95 %"
+    lines = [Line(rows[0]["checkpoint"], "", {title: (0.0, None)}, is_baseline=True)]
+    for row in rows[1:]:
+        value = row["results"]["difference"]
+        half = value - row["results"].get("difference_low", value)
+        lines.append(Line(row["checkpoint"], "", {title: (value, half)}))
+
+    def paint(figure: "Figure") -> None:
+        ratios = [CURVE_HEIGHT, CURVE_HEIGHT, height - 2 * CURVE_HEIGHT]
+        frames: Any = figure.subfigures(3, 1, height_ratios=ratios)
+        for i, name in enumerate(("tokens", "seconds")):
+            drawn = enumerate(list(curves.items())[:N_SERIES])
+            series = [Series(k, c[:, [i, 2]].tolist(), n) for n, (k, c) in drawn]
+            last = max(float(curve[-1, i]) for curve in curves.values())
+            _paint_curves(Chart(f"bits per byte over {name}", "", series), last, frames[i])
+            frames[i].text(0, 0.99, f"bits per byte over {name}", va="top", weight="semibold")
+            frames[i].axes[0].legend(frameon=False, fontsize=9)
+        _paint_scores({title: lines}, frames[2])
+
+    height = 2 * CURVE_HEIGHT + 34 + 34 * len(lines)
+    alt = f"Bits per byte over tokens and seconds of {', '.join(curves)}; {title}: "
+    alt += ", ".join(f"{line.who} {format_metric(*line.metrics[title])}" for line in lines)
+    return _draw(height, alt, paint)
+
+
 def draw_frontier(x: Any, y: Any, spans: Any, curves: Sequence[Any], end: Sequence[float]) -> str:
     """Return the losses (R,) of runs over FLOPs as an `<svg>`, with curves (P,), the lowest last.
 
@@ -189,7 +221,7 @@ def smooth(points: Points) -> Points:
     return [(step, float(value)) for (step, _), value in zip(points, values, strict=True)]
 
 
-def _paint_curves(chart: Chart, last_step: int, figure: "Figure") -> None:
+def _paint_curves(chart: Chart, last_step: float, figure: "Figure | SubFigure") -> None:
     axes = figure.add_axes(
         (46 / WIDTH, 24 / CURVE_HEIGHT, 1 - 58 / WIDTH, 1 - 34 / CURVE_HEIGHT),
         xlim=(0, max(last_step, 1) * 1.01),
@@ -206,6 +238,7 @@ def _paint_curves(chart: Chart, last_step: int, figure: "Figure") -> None:
         axes.plot(
             *zip(*series.curve, strict=True),
             color=colour,
+            label=series.label,
             linewidth=1.0 if is_long and not series.noisy else 1.7,
             marker="o" if len(series.points) <= 40 and not series.noisy else "",
             markersize=3.4,
@@ -225,7 +258,7 @@ def _paint_curves(chart: Chart, last_step: int, figure: "Figure") -> None:
     )
 
 
-def _paint_scores(panels: dict[str, list[Line]], figure: "Figure") -> None:
+def _paint_scores(panels: dict[str, list[Line]], figure: "Figure | SubFigure") -> None:
     top = height = sum(1 + len(panel) for panel in panels.values())
     for name, panel in panels.items():
         top -= 1 + len(panel)

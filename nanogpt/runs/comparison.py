@@ -1,7 +1,7 @@
 """The comparison of runs: groups of seeds, and their differences in pairs by seed and by text.
 
     groups = group_runs([read_run(path) for path in paths])  # by their identity but for the seed
-    difference(groups[0], groups[1])                         # {"difference": ..., "p_value": ...}
+    rows = compare(groups)                                   # each group against the first
 
 The difference of seed s in part b of the validation set is delta + u_s + v_b + e_sb: seeds and the
 parts of `validation.csv` are crossed random effects.
@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,62 +23,63 @@ from nanogpt.runs.identity import NEW_KEYS, flatten, is_identity
 from nanogpt.runs.metrics import read_metrics
 
 CONFIDENCE = 0.95
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)
 MAX_LABEL_CHARS = 60
-# Operational keys without effect on how a run was executed, and those recorded in its place.
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)
+# Operational keys that say nothing of how a run was executed; those of `resolved` do.
 UNSHOWN = {"name", "runs_dir", "data_dir", "resume", "overwrite", "debug", "remeasure"}
-UNSHOWN |= {"command", "typed", "resolved", "_target_"}
+UNSHOWN |= {"command", "typed", "resolved"}
 EXECUTED = ("micro_batch", "compile", "threads", "local_world_size")
+
+Effect = tuple[float, float]  # a variance and its degrees of freedom
 
 
 @dataclass(frozen=True, eq=False)
 class MeasuredRun:
-    """A finished run of a language model: its configuration by dotted key, and its metrics.
+    """A finished run of a language model: its configuration by dotted key, and what it measured.
 
-    `parts` are the bits and bytes of the validation set by the start of their part; None for runs
-    without validation.csv. `curve` (N, 3) are the tokens, seconds and bits per byte of validations.
+    `parts` are bits and bytes by the start of their part, None without validation.csv; `curve`
+    (N, 3) the tokens, seconds and bits per byte of its validations.
     """
 
     path: Path
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
-    parts: Mapping[float, tuple[float, float]] | None
+    parts: Mapping[str, tuple[float, float]] | None
     curve: np.ndarray
 
-    @property
-    def seed(self) -> Any:
-        return self.config["seed"]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The keys that determine the result, but for the seed, and the corpus."""
-        own = {k: v for k, v in self.config.items() if is_identity(k) and k != "seed"}
-        start = self.config.get("resolved.init_from.sha256")
-        return {**own, "corpus": self.config["resolved.corpus"], "init_from.sha256": start}
-
-    @property
-    def execution(self) -> dict[str, Any]:
-        """The operational keys, `auto` as what it became, and the device."""
-        own = {k: v for k, v in self.config.items() if not is_identity(k)}
-        shown = {k: v for k, v in own.items() if k.partition(".")[0] not in UNSHOWN}
-        became = {k: own.get(f"resolved.{k}") for k in EXECUTED}
+    def keys(self, *, identity: bool) -> dict[str, Any]:
+        """Return the keys that determine the result, but for the seed, or the operational ones."""
+        keys = {k: v for k, v in self.config.items() if is_identity(k) == identity and k != "seed"}
+        if identity:
+            keys["init_from.sha256"] = self.config.get("resolved.init_from.sha256")
+            return {**keys, "corpus": self.corpus}
+        became = {k: keys.get(f"resolved.{k}") for k in EXECUTED}
+        shown = {k: v for k, v in keys.items() if k.partition(".")[0] not in UNSHOWN}
         return {**shown, **became, "device": self.summary.get("device")}
+
+    @property
+    def corpus(self) -> str:
+        return str(self.config["resolved.corpus"])
+
+    @property
+    def text(self) -> tuple[Any, ...]:
+        """What stands for the validation text, of which tokenizers make different corpora."""
+        stage, source = self.summary["stage"], self.config.get("resolved.source")
+        split = [self.config.get(f"data.{key}") for key in ("val_fraction", "tokens")]
+        last_start = [*(self.parts or "0")][-1]
+        return stage, (stage == "pretrain" and source) or self.corpus, *split, last_start
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs of one identity by their seed; `label` distinguishes it from the other groups."""
+    """Runs that differ in nothing but their seed; `label` distinguishes it from other groups."""
 
-    runs: Mapping[Any, MeasuredRun]
+    runs: Mapping[Any, MeasuredRun]  # by seed
     label: str
 
     @property
-    def first(self) -> MeasuredRun:
-        return next(iter(self.runs.values()))
-
-    @property
     def losses(self) -> np.ndarray:
-        """The bits per byte of each run, (S,)."""
+        """The bits per byte of the runs, (S,)."""
         return np.array([run.summary["val_bits_per_byte"] for run in self.runs.values()])
 
     @property
@@ -88,10 +90,7 @@ class Group:
 
 
 def read_run(path: Path) -> MeasuredRun:
-    """Return what a finished run measured.
-
-    Raises ValueError, with the way on, for an unfinished run and for one that is no language model.
-    """
+    """Return what a run measured; raises ValueError unless it is a finished language model."""
     files = RunDirectory(path)
     config = read_config(files.config_path)
     if not files.summary_path.is_file():
@@ -108,196 +107,53 @@ def read_run(path: Path) -> MeasuredRun:
     curve = np.stack([steps * config["tokens_per_step"], seconds, losses], 1)
     parts = None
     if files.validation_path.is_file():
-        with open(files.validation_path, newline="", encoding="utf-8") as file:
-            parts = {
-                float(row["start"]): (float(row["nats"]) / math.log(2), float(row["bytes"]))
-                for row in csv.DictReader(file)
-            }
+        rows = csv.DictReader(files.validation_path.read_text(encoding="utf-8").splitlines())
+        parts = {r["start"]: (float(r["nats"]) / math.log(2), float(r["bytes"])) for r in rows}
     return MeasuredRun(path, {**NEW_KEYS, **flatten(config)}, summary, parts, curve)
 
 
-def group_runs(runs: Iterable[MeasuredRun]) -> list[Group]:
-    """Return the groups of one identity each, in the order of their first runs.
+def group_runs(runs: Iterable[MeasuredRun], *, ranked: bool = False) -> list[Group]:
+    """Return the groups of one identity each, in the order of their first runs or, ranked, losses.
 
-    A run that repeats a seed begins another group. Raises ValueError for runs whose bits per byte
-    are of different texts.
+    A run that repeats a seed begins another group. Raises ValueError for runs of other stages or
+    validation sets than the first, whose bits per byte are not comparable.
     """
     found: dict[tuple[str, int], dict[Any, MeasuredRun]] = {}
     for run in runs:
-        identity, n = repr(sorted(run.identity.items())), 0
-        while run.seed in found.get((identity, n), {}):
+        identity, n = repr(sorted(run.keys(identity=True).items())), 0
+        while run.config["seed"] in found.get((identity, n), {}):
             n += 1
-        found.setdefault((identity, n), {})[run.seed] = run
+        found.setdefault((identity, n), {})[run.config["seed"]] = run
     firsts = [next(iter(seeds.values())) for seeds in found.values()]
-    for other in firsts[1:]:
-        _check_same_text(firsts[0], other)
-    keys = differing([run.identity for run in firsts])
+    for one, run in product(firsts[:1], firsts[1:]):
+        if one.text != run.text and one.corpus != run.corpus:
+            what = " and ".join(f"{r.path} ({r.summary['stage']}, {r.corpus})" for r in (one, run))
+            raise ValueError(
+                f"{what} have different stages or validation sets, so that their bits per byte are "
+                "not comparable; pass runs of one stage on the same data"
+            )
+    keys = differing([run.keys(identity=True) for run in firsts])
     labels = [
-        " ".join(f"{key.rpartition('.')[2]}={shown(values[i])}" for key, values in keys.items())
+        " ".join(f"{key.rpartition('.')[2]}={yaml_of(of[i])}" for key, of in keys.items())
         for i in range(len(firsts))
     ]
-    is_short = len({*labels}) == len(labels) > 1 and max(map(len, labels)) <= MAX_LABEL_CHARS
-    names = labels if is_short else [run.path.name for run in firsts]
-    return [Group(seeds, name) for seeds, name in zip(found.values(), names, strict=True)]
-
-
-def _check_same_text(one: MeasuredRun, other: MeasuredRun) -> None:
-    """Raise ValueError where the runs are of different stages or validation sets.
-
-    Another tokenizer makes another corpus of the same text, which its source stands for.
-    """
-    stages = [run.summary.get("stage") for run in (one, other)]
-    corpora = [run.config["resolved.corpus"] for run in (one, other)]
-    texts = [
-        {k: v for k, v in run.identity.items() if k.startswith("data.")}
-        | {"source": run.config.get("resolved.source", run.config["resolved.corpus"])}
-        for run in (one, other)
-    ]
-    starts = [set(run.parts or ()) for run in (one, other)]
-    is_cut_alike = not all(starts) or len(starts[0] ^ starts[1]) < len(starts[0]) / 10
-    is_same = texts[0] == texts[1] and {*stages} == {"pretrain"} and is_cut_alike
-    if stages[0] != stages[1] or (corpora[0] != corpora[1] and not is_same):
-        what = "stages" if stages[0] != stages[1] else "validation sets"
-        values = " and ".join(map(str, stages if stages[0] != stages[1] else corpora))
-        raise ValueError(
-            f"{one.path} and {other.path} have different {what} ({values}), so that their bits per "
-            "byte are not comparable; pass runs of one stage on the same data"
-        )
+    if len({*labels}) < len(labels) or not 0 < max(map(len, labels)) <= MAX_LABEL_CHARS:
+        labels = [run.path.name for run in firsts]
+    groups = [Group(*group) for group in zip(found.values(), labels, strict=True)]
+    return sorted(groups, key=lambda group: group.losses.mean()) if ranked else groups
 
 
 def differing(of: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return the keys in which mappings differ, with the value of each, None where it has none."""
-    keys = dict.fromkeys(key for one in of for key in one)
-    columns = {key: [one.get(key) for one in of] for key in keys}
-    return {k: values for k, values in columns.items() if any(v != values[0] for v in values)}
+    columns = {key: [one.get(key) for one in of] for one in of for key in one}
+    found = {k: values for k, values in columns.items() if any(v != values[0] for v in values)}
+    implies_corpus = any(k.startswith("tokenizer") for k in found)
+    return {k: values for k, values in found.items() if k != "corpus" or not implies_corpus}
 
 
-def shown(value: Any) -> str:
+def yaml_of(value: Any) -> str:
     """Return a value of the configuration as YAML writes it."""
-    return str(value) if isinstance(value, str | list) else json.dumps(value)
-
-
-def difference(base: Group, other: Group) -> dict[str, Any]:
-    """Return how many more bits per byte `other` needs than `base`, with an interval.
-
-    Seeds that both have are pairs, unless only one is; then all are compared by Welch's variance.
-    A single seed has an interval over the text alone and no p-value: "covers" names what it is
-    over. Degrees of freedom are Satterthwaite's.
-    """
-    seeds = base.runs.keys() & other.runs.keys()
-    is_paired = len(seeds) > 1 or (len(seeds) == 1 in (len(base.runs), len(other.runs)))
-    groups = [[g.runs[s] for s in (sorted(seeds) if is_paired else g.runs)] for g in (base, other)]
-    one, two = by_part(groups)
-    value, effects = crossed_effects([two - one] if is_paired else [-one, two])
-    variance = sum(part for part, _ in effects.values())
-    results = {"difference": value, "difference_percent": 100 * value / float(one.mean())}
-    about = {"covers": " and ".join(effects), "n_pairs": len(seeds) if is_paired else 0}
-    if effects:
-        stderr = math.sqrt(variance)
-        half = stderr * critical_value([*effects.values()])
-        results |= {"difference_stderr": stderr}
-        results |= {"difference_low": value - half, "difference_high": value + half}
-    if "seeds" in effects:
-        t = value / stderr if stderr else math.inf * abs(value) if value else 0.0
-        results["p_value"] = tail(t, [*effects.values()])
-    if is_paired and len(seeds) > 1:  # the variance over seeds alone, and as if they were not pairs
-        results["seeds_variance"] = (two - one).mean(1).var(ddof=1) / len(seeds)
-        unpaired = sum(table.mean(1).var(ddof=1) for table in (one, two)) / len(seeds)
-        results["seeds_variance_unpaired"] = unpaired
-    return {**{k: float(v) for k, v in results.items()}, **about}
-
-
-def by_part(groups: Sequence[Sequence[MeasuredRun]]) -> list[np.ndarray]:
-    """Return the bits per byte of the runs of each group by part, (S, P), to first order.
-
-    The mean over parts is the run's bits per byte: a part adds its deviation from those, times its
-    size over the mean size. Where a run has no parts, the total is the only one.
-    """
-    runs = [run for group in groups for run in group]
-    if any(run.parts is None for run in runs):
-        return [np.array([[run.summary["val_bits_per_byte"]] for run in group]) for group in groups]
-    starts = sorted({start for run in runs for start in run.parts or ()})
-    tables = []
-    for group in groups:
-        sums = np.array([[(run.parts or {}).get(n, (0.0, 0.0)) for n in starts] for run in group])
-        bits, sizes = sums[..., 0], sums[..., 1]  # (S, P) each
-        totals = sizes.sum(1, keepdims=True)
-        means = bits.sum(1, keepdims=True) / totals
-        tables.append(means + len(starts) * (bits - means * sizes) / totals)
-    return tables
-
-
-def crossed_effects(terms: Sequence[np.ndarray]) -> tuple[float, dict[str, tuple[float, float]]]:
-    """Return the sum of the means of terms (S, P), and its variance by effect: seeds and text.
-
-    Rows are seeds, independent between terms; columns are the parts of one text. A variance comes
-    with its degrees of freedom, of two terms Welch's. An effect that is not repeated has none.
-    """
-    n_parts = terms[0].shape[1]
-    value, effects = sum(float(term.mean()) for term in terms), {}
-    text = (
-        float(np.sum([term.mean(0) for term in terms], axis=0).var(ddof=1)) / n_parts
-        if n_parts > 1
-        else 0.0
-    )
-    if min(map(len, terms)) > 1:
-        of_terms = [(float(term.mean(1).var(ddof=1)) / len(term), len(term) - 1) for term in terms]
-        variance, squares = sum(v for v, _ in of_terms), sum(v * v / n for v, n in of_terms)
-        effects["seeds"] = (variance, variance**2 / squares if squares else 1.0)
-        for term in terms:  # the residual is in both variances
-            residual = term - term.mean(0) - term.mean(1, keepdims=True) + term.mean()
-            n = (len(term) - 1) * max(n_parts - 1, 1)
-            text -= float(np.square(residual).sum()) / n / term.size
-    if n_parts > 1:
-        effects["text"] = (max(text, 0.0), n_parts - 1)
-    return value, effects
-
-
-def tail(t: float, effects: Sequence[tuple[float, float]]) -> float:
-    """Return the p-value of t, a difference over its standard error.
-
-    It is the mean of those of Student's distributions, weighted by the variances of the effects
-    (variance, degrees of freedom), which stays within its level where few seeds meet many parts.
-    """
-    weights = [variance for variance, _ in effects] if any(v for v, _ in effects) else None
-    return float(np.average([student_tail(t, df) for _, df in effects], weights=weights))
-
-
-def critical_value(effects: Sequence[tuple[float, float]]) -> float:
-    """Return the t whose p-value is 1 - CONFIDENCE."""
-    low, high = 0.0, 100.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if tail(middle, effects) > 1 - CONFIDENCE else (low, middle)
-    return high
-
-
-def student_tail(t: float, df: float) -> float:
-    """Return the probability that |T| exceeds |t|, for Student's T with `df` of at least 1.
-
-    With t = sqrt(df) tan(a), the density of the angle a is proportional to cos(a) ** (df - 1).
-    """
-    start = math.atan(abs(t) / math.sqrt(df))
-    end = min(math.pi / 2, start + 12 / math.sqrt(df))  # beyond it, less than e ** -70
-    angles = start + (NODES + 1) * (end - start) / 2
-    beyond = float(WEIGHTS @ np.cos(angles) ** (df - 1)) * (end - start) / 2
-    log_all = math.log(math.pi) / 2 + math.lgamma(df / 2) - math.lgamma((df + 1) / 2)
-    return min(2 * beyond / math.exp(log_all), 1.0)
-
-
-def reached_at(curve: np.ndarray, loss: float, column: int) -> float | None:
-    """Return where a curve (N, 3) first has a loss: tokens (column 0) or seconds (column 1).
-
-    The loss is linear in the logarithm of these between validations; None where it stays above.
-    """
-    below = np.flatnonzero(curve[:, 2] <= loss)
-    if not len(below):
-        return None
-    i = int(below[0])
-    if i == 0:
-        return float(curve[0, column])
-    (x, y), (then, after) = curve[i - 1, [column, 2]], curve[i, [column, 2]]
-    return float(x * (then / x) ** ((y - loss) / (y - after)))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def compare(groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -307,22 +163,131 @@ def compare(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """
     base, rows = groups[0], []
     for group in groups:
-        losses, n = group.losses, len(group.runs)
+        losses, runs = group.losses, group.runs.values()
         results = {"bits_per_byte": float(losses.mean())}
-        if n > 1:
-            results["bits_per_byte_stderr"] = float(losses.std(ddof=1)) / math.sqrt(n)
+        if len(losses) > 1:
+            results["bits_per_byte_stderr"] = float(losses.std(ddof=1)) / math.sqrt(len(losses))
         for key in ("tokens", "tokens_per_s", "wall_s"):
-            results[key] = float(np.mean([run.summary[key] for run in group.runs.values()]))
-        about = {"runs": [str(run.path) for run in group.runs.values()], "seeds": [*group.runs]}
+            results[key] = float(np.mean([run.summary[key] for run in runs]))
+        about = {"runs": [str(run.path) for run in runs], "seeds": [*group.runs]}
         if group is not base:
-            found = difference(base, group)
-            about |= {key: found.pop(key) for key in ("covers", "n_pairs")}
-            results |= found
-            for name, column in (("tokens", 0), ("seconds", 1)):
-                at = reached_at(group.curve, base.curve[-1, 2], column)
-                if at is not None:
-                    results[f"{name}_ratio"] = float(base.curve[-1, column]) / at
+            found, covers = difference(base, group)
+            results, about = results | found, about | covers
+        for name, column in (("tokens", 0), ("seconds", 1)):
+            at = reached_at(group.curve, base.curve[-1, 2], column)
+            if at is not None and group is not base:
+                results[f"{name}_ratio"] = float(base.curve[-1, column]) / at
         rows.append(
             {"checkpoint": group.label, "task": "compare", "results": results, "about": about}
         )
     return rows
+
+
+def difference(base: Group, other: Group) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return how many more bits per byte `other` needs, with an interval, and what this covers.
+
+    Seeds that both have are pairs; without two of them, all are compared by Welch's variance. A
+    single seed has an interval over the text alone, and no p-value.
+    """
+    seeds = sorted(base.runs.keys() & other.runs.keys())
+    is_paired = len(seeds) > 1 or (len(seeds) == 1 in (len(base.runs), len(other.runs)))
+    one, two = by_part(
+        [[g.runs[s] for s in (seeds if is_paired else g.runs)] for g in (base, other)]
+    )
+    value, effects = crossed_effects([two - one] if is_paired else [-one, two])
+    results = {"difference": value, "difference_percent": 100 * value / float(one.mean())}
+    if effects:
+        stderr = math.sqrt(sum(variance for variance, _ in effects.values()))
+        ends = (value + sign * stderr * critical_value([*effects.values()]) for sign in (-1, 1))
+        names = ("difference_stderr", "difference_low", "difference_high")
+        results |= zip(names, (stderr, *ends), strict=True)
+    if "seeds" in effects:
+        t = value / stderr if stderr else math.inf if value else 0.0
+        results["p_value"] = p_value(t, [*effects.values()])
+    if is_paired and "seeds" in effects:
+        unpaired = [float(table.mean(1).var(ddof=1)) / len(seeds) for table in (one, two)]
+        results |= {"seeds_variance": effects["seeds"][0], "seeds_variance_unpaired": sum(unpaired)}
+    return results, {"covers": " and ".join(effects), "paired_seeds": seeds if is_paired else []}
+
+
+def by_part(groups: Sequence[Sequence[MeasuredRun]]) -> list[np.ndarray]:
+    """Return the bits per byte of the runs of each group by part, (S, P), to first order.
+
+    Their mean over parts is the run's. Where a run has no parts, the total is the only one.
+    """
+    runs = [run for group in groups for run in group]
+    if any(run.parts is None for run in runs):
+        return [np.array([[run.summary["val_bits_per_byte"]] for run in group]) for group in groups]
+    starts = sorted({start for run in runs for start in run.parts or ()}, key=int)
+    tables = []
+    for group in groups:
+        sums = np.array([[(run.parts or {}).get(n, (0, 0)) for n in starts] for run in group])
+        (bits, sizes), totals = np.moveaxis(sums, 2, 0), sums.sum(1)[..., None]
+        mean = totals[:, 0] / totals[:, 1]  # (S, 1)
+        tables.append(mean + len(starts) * (bits - mean * sizes) / totals[:, 1])
+    return tables
+
+
+def crossed_effects(terms: Sequence[np.ndarray]) -> tuple[float, dict[str, Effect]]:
+    """Return the sum of the means of terms (S, P), and its variance by effect: seeds and text.
+
+    Rows are seeds, independent between terms; columns are the parts of one text. An effect that is
+    not repeated has no variance. The degrees of freedom of two terms are Welch's.
+    """
+    n_parts, effects = terms[0].shape[1], {}
+    of_parts = np.sum([term.mean(0) for term in terms], axis=0)
+    text = float(of_parts.var(ddof=1)) / n_parts if n_parts > 1 else 0.0
+    if min(map(len, terms)) > 1:
+        of_terms = [(float(term.mean(1).var(ddof=1)) / len(term), len(term) - 1) for term in terms]
+        variance, squares = sum(v for v, _ in of_terms), sum(v * v / n for v, n in of_terms)
+        effects["seeds"] = (variance, variance**2 / squares if squares else 1.0)
+        for term in terms:  # the residual is in both variances
+            residual = term - term.mean(0) - term.mean(1, keepdims=True) + term.mean()
+            text -= float(np.square(residual).mean()) / (len(term) - 1) / max(n_parts - 1, 1)
+    if n_parts > 1:
+        effects["text"] = (max(text, 0.0), n_parts - 1)
+    return float(of_parts.mean()), effects
+
+
+def p_value(t: float, effects: Sequence[Effect]) -> float:
+    """Return the p-value of t, a difference over its standard error.
+
+    It is the mean of those of Student's distributions, weighted by the variances of the effects,
+    which stays within its level where few seeds meet many parts; Satterthwaite's does not.
+    """
+    variances = [variance for variance, _ in effects]
+    tails = [student_tail(t, df) for _, df in effects]
+    return float(np.average(tails, weights=variances if any(variances) else None))
+
+
+def critical_value(effects: Sequence[Effect]) -> float:
+    """Return the t whose p-value is 1 - CONFIDENCE."""
+    low, high = 0.0, 100.0
+    while high - low > 1e-9:
+        t = (low + high) / 2
+        low, high = (t, high) if p_value(t, effects) > 1 - CONFIDENCE else (low, t)
+    return high
+
+
+def student_tail(t: float, df: float) -> float:
+    """Return the probability that |T| exceeds |t|, for Student's T with `df` of at least 1.
+
+    With t = sqrt(df) tan(a), the density of the angle a is proportional to cos(a) ** (df - 1).
+    """
+    start = math.atan(abs(t) / math.sqrt(df))
+    half = (min(math.pi / 2, start + 12 / math.sqrt(df)) - start) / 2  # beyond, below e ** -70
+    tail = half * float(WEIGHTS @ np.cos(start + half * (NODES + 1)) ** (df - 1))
+    log_all = math.log(math.pi) / 2 + math.lgamma(df / 2) - math.lgamma((df + 1) / 2)
+    return min(2 * tail / math.exp(log_all), 1.0)
+
+
+def reached_at(curve: np.ndarray, loss: float, column: int) -> float | None:
+    """Return at which tokens (column 0) or seconds (column 1) a curve (N, 3) first has a loss.
+
+    The loss is linear in their logarithm between validations; None where it stays above.
+    """
+    if not (below := np.flatnonzero(curve[:, 2] <= loss)).size:
+        return None
+    last, first = curve[max(int(below[0]) - 1, 0)], curve[int(below[0])]
+    share = (last[2] - loss) / (last[2] - first[2]) if last[2] > first[2] else 1.0
+    return float(last[column] ** (1 - share) * first[column] ** share)

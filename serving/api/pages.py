@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache
 from html import escape
@@ -28,6 +28,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from nanogpt.disk import display_name, open_regular
+from nanogpt.evaluation.results import STORED_ROWS
 from nanogpt.runs import directory
 from nanogpt.runs.directory import RunDirectory, read_summary
 from nanogpt.runs.metrics import read_metrics
@@ -106,8 +107,13 @@ async def runs(request: Request) -> Response:
     client = request.app.state.client
     models = client.models() if client.connected else []
     served = {name: model.id for model in models for name in (model.id, *model.aliases)}
-    listed = [{**run, "model": served.get(run["id"])} for run in await _runs(request)]
-    return json_response({"object": "list", "data": listed})
+    found = await _runs(request)
+    listed = [{**run, "model": served.get(run["id"])} for run in found]
+    folders = dict.fromkeys(run["id"].rpartition("/")[0] for run in found)
+    boards = await asyncio.to_thread(
+        leaderboards, Path(request.app.state.settings.runs_dir), folders
+    )
+    return json_response({"object": "list", "data": listed, "leaderboards": boards})
 
 
 @router.get("/runs/{name:path}/report.html", include_in_schema=False)
@@ -170,6 +176,13 @@ def find_runs(runs_dir: Path) -> list[dict[str, Any]]:
         with suppress(FileNotFoundError):  # removed meanwhile
             found.append(_describe(run, runs_dir))
     return found
+
+
+def leaderboards(runs_dir: Path, folders: Iterable[str]) -> dict[str, Any]:
+    """Return the rows of the leaderboards of sweeps, by their folder."""
+    paths = {folder: runs_dir / folder / "leaderboard.json" for folder in folders if folder}
+    found = {folder: _read(_read_leaderboard, path)[0] for folder, path in paths.items()}
+    return {folder: content["rows"] for folder, content in found.items() if content}
 
 
 def _describe(run: RunDirectory, runs_dir: Path) -> dict[str, Any]:
@@ -246,6 +259,22 @@ def _read_curves(path: Path) -> dict[str, Any]:
         for name, points in shown.items()
     }
     return {name: thin(points) for name, points in finite.items() if points}
+
+
+def _read_leaderboard(path: Path) -> dict[str, Any]:
+    """Return the rows of a sweep's comparison: labels, counts of seeds, and finite results."""
+    with open_regular(path, MAX_CONFIG_BYTES) as file:
+        rows = STORED_ROWS.validate_json(file.read())
+    return {
+        "rows": [
+            {
+                "label": row["checkpoint"][:MAX_TEXT],
+                "seeds": len(row.get("about", {}).get("seeds", ())),
+                **{k: v for k, v in row["results"].items() if abs(v) < MAX_NUMBER},
+            }
+            for row in rows[:MAX_RUNS]
+        ]
+    }
 
 
 def _read_values(path: Path) -> dict[str, Any]:

@@ -15,15 +15,19 @@ const TOP = 8;
 const WIDE = 30; // times the median, from which the vertical axis is logarithmic, as in reports
 
 let runs = null;
+let boards = {};
 let before = "";
 
 async function look() {
   let wait = LOOK_MS;
   try {
-    runs = document.hidden && runs ? runs : (await fetchJson("v1/runs")).data;
+    if (!document.hidden || !runs) {
+      const answer = await fetchJson("v1/runs");
+      [runs, boards] = [answer.data, answer.leaderboards ?? {}];
+    }
     showFailure("banner");
     // Addresses have new tickets every time.
-    const now = JSON.stringify(runs, (name, value) => (name === "report" ? Boolean(value) : value));
+    const now = JSON.stringify([runs, boards], (name, value) => (name === "report" ? Boolean(value) : value));
     if (now !== before) render();
     before = now;
   } catch (error) {
@@ -36,7 +40,32 @@ async function look() {
 function render() {
   if (!runs) return;
   const nothing = h("p", { class: "note" }, t("noRuns"));
+  byId("boards").replaceChildren(...Object.entries(boards).map(board));
   byId("runs").replaceChildren(...(runs.length ? runs.map(card) : [nothing]));
+}
+
+/** The runs of a sweep, grouped by all but their seed, the best first. */
+function board([sweep, rows]) {
+  const columns = ["rank", "run", "seeds", "bits", "difference", "interval", "speed", "time"];
+  const signed = (value) => `${value > 0 ? "+" : ""}${number(value, 4)}`;
+  const line = (row, i) => {
+    const { bits_per_byte: bits, bits_per_byte_stderr: error, difference } = row;
+    const ends = [row.difference_low, row.difference_high];
+    const cells = [
+      number(i + 1),
+      row.label,
+      number(row.seeds),
+      Number.isFinite(bits) ? number(bits, 4) + (error ? ` ± ${number(error, 4)}` : "") : "",
+      Number.isFinite(difference) ? signed(difference) : "",
+      ends.every(Number.isFinite) ? ends.map(signed).join(" … ") : "",
+      Number.isFinite(row.tokens_per_s) ? number(row.tokens_per_s) : "",
+      Number.isFinite(row.wall_s) ? t("seconds", { n: number(row.wall_s) }) : "",
+    ];
+    return h("tr", {}, cells.map((text) => h("td", {}, text)));
+  };
+  const head = h("tr", {}, columns.map((name) => h("th", { scope: "col" }, t(name))));
+  const table = h("table", {}, h("thead", {}, head), h("tbody", {}, rows.map(line)));
+  return h("section", { class: "board" }, h("h2", {}, sweep), h("div", {}, table));
 }
 
 function card(run) {
