@@ -76,7 +76,10 @@ class OptunaSweeper(Sweeper):
             trial: Any = interrupted[0] if interrupted else study.ask(dict(space))
             words = {k: f"{overrides[k].get_key_element()}={v}" for k, v in trial.params.items()}
             done = f"{n_done} of {self.n_trials} finished"
-            print_line(f"trial {trial.number}, {done}: {' '.join(words.values())}", flush=True)
+            print_line(
+                f"trial {trial.number}, {done}: {' '.join(words.values()).replace('++', '')}",
+                flush=True,
+            )
             job = {k: str(override.input_line) for k, override in overrides.items()} | words
             value = self.launcher.launch([[*job.values()]], initial_job_idx=0)[0].return_value
             failed = not math.isfinite(value)
@@ -109,13 +112,14 @@ def distribution(override: Override) -> Any:
 
 
 def write_results(study: Any, directory: Path) -> None:
-    """Write trials.csv, best first, and Optuna's pictures of a study; print the best trials."""
+    """Write trials.csv, best first, and Optuna's pictures of a study."""
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as pictures
 
     table = study.trials_dataframe(("number", "value", "params", "state")).sort_values("value")
     table.to_csv(directory / "trials.csv", index=False)
-    print_line(table.head(10).to_string(index=False))
+    best = f"trial {study.best_trial.number} with {study.best_value:.4f}"
+    print_line(f"best: {best}; all: {directory / 'trials.csv'}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that they are experimental
         for draw in (pictures.plot_optimization_history, pictures.plot_slice):
