@@ -85,10 +85,13 @@ def find_measured(references: Sequence[str], runs_dir: Path) -> list[MeasuredRun
         for path in paths:
             try:
                 found.setdefault(path.resolve(), read_run(path))
-            except (ValueError, LookupError, OSError) as error:
+            except (ValueError, OSError, LookupError, TypeError) as error:
+                what = first_line(error)
+                if isinstance(error, LookupError | TypeError):
+                    what = f"{path} is damaged or incomplete ({type(error).__name__}: {what})"
                 if len(paths) == 1:
-                    raise
-                print(f"nanogpt.compare: left out: {first_line(error)}", file=sys.stderr)
+                    raise ValueError(what) from error
+                print(f"nanogpt.compare: left out: {what}", file=sys.stderr)
     if not found:
         raise ValueError(f"no run of {format_list(references)} is finished; finish at least one")
     return [*found.values()]
@@ -135,7 +138,7 @@ def cells(row: Row) -> list[str]:
         "difference": "{difference:+.4f}",
         "difference_percent": "{difference_percent:+.2f} %",
         "difference_low": "{difference_low:+.4f} to {difference_high:+.4f}",
-        "p_value": "{p_value:.4f}",
+        "p_value": "{p_value:.2g}",
         "tokens_ratio": "{tokens_ratio:.2f} x",
         "seconds_ratio": "{seconds_ratio:.2f} x",
     }

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_runs_that_cannot_be_compared_are_left_out_of_a_directory(
 def test_differing_and_operational_keys_are_listed_apart(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    long = {f"key_{i}": "long value" for i in range(9)}
+    long: dict[str, Any] = {f"key_{i}": "long value" for i in range(9)}
     write_run(runs, "wide", [1.0, 1.0], lr=1, logger={"name": "csv"}, **long)
     assert main(["sweep/lr1-1", "wide"]) == 0
     out = capsys.readouterr().out
@@ -103,6 +104,7 @@ def test_runs_of_one_identity_and_seed_are_compared(
         (["sweep/lr1-1", "replies"], "replies (instruct, c0"),
         (["sweep", "--json", "no/folder/x.json"], "is no file of an existing folder; name one"),
         (["damaged"], "config.yaml is damaged"),
+        (["torn"], "torn is damaged or incomplete (KeyError: 'nats')"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -115,6 +117,7 @@ def test_bad_input_is_one_sentence(
     write_run(runs, "other", corpus="c1")
     write_run(runs, "replies", corpus="c0i", summary={"stage": "instruct"})
     (write_run(runs, "damaged") / "config.yaml").write_text("{")
+    (write_run(runs, "torn") / "validation.csv").write_text("start,na\n0,1\n")
     assert main(arguments) == 1
     captured = capsys.readouterr()
     assert sentence in captured.err

@@ -30,6 +30,7 @@ def write_run(
     seed: int = 1,
     total: float = 2.0,
     corpus: str = "c0",
+    final_tokens: int | None = None,
     summary: dict[str, Any] | None = None,
     **config: Any,
 ) -> Path:
@@ -37,7 +38,12 @@ def write_run(
     path = folder / name
     path.mkdir(parents=True)
     resolved = {"corpus": corpus, "micro_batch": 8, "threads": 1}
-    recorded = {"seed": seed, "tokens_per_step": 100, "command": f"python train.py name={name}"}
+    recorded: dict[str, Any] = {
+        "seed": seed,
+        "tokens_per_step": 100,
+        "command": f"python train.py name={name}",
+    }
+    recorded["callbacks"] = {"validation": {"tokens": None, "final_tokens": final_tokens}}
     (path / "config.yaml").write_text(yaml.safe_dump({**recorded, **config, "resolved": resolved}))
     total = sum(bits) / 2 if bits else total
     (path / "metrics.csv").write_text(
@@ -154,6 +160,11 @@ def test_rows_have_ratios_where_the_loss_of_the_first_is_reached(tmp_path: Path)
     rows = compare(groups_of(*paths))
     assert rows[1]["results"]["tokens_ratio"] == pytest.approx(3000 / 2000)
     assert "tokens_ratio" not in compare(groups_of(*reversed(paths)))[1]["results"]
+
+
+def test_a_last_validation_of_more_text_is_no_point_of_the_curve(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, "a", total=2.0, final_tokens=500))
+    assert run.curve.tolist() == [[1000, 1.0, 4.0], [2000, 2.0, 3.0]]
 
 
 def test_another_tokenizer_of_the_same_text_is_comparable(tmp_path: Path) -> None:

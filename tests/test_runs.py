@@ -361,3 +361,15 @@ def test_what_changed_is_read_again(url: str, runs_dir: Path) -> None:
         file.write("30,240,2.5,,7\n")
     (run,) = httpx.get(f"{url}/v1/runs").json()["data"]
     assert run["curves"]["train/loss"][-1] == [30, 2.5]
+
+
+def test_leaderboards_of_sweeps_are_listed_without_paths(runs_dir: Path, url: str) -> None:
+    write_run(runs_dir / "sweep-1" / "a", "1,8,4.5,,9", summary={"stage": "pretrain", "steps": 1})
+    results = '{"bits_per_byte": 1.5, "p_value": NaN, "tokens": 1e300}'
+    about = '{"seeds": [1, 2], "runs": ["/secret"]}'
+    row = f'{{"checkpoint": "lr=1", "task": "compare", "results": {results}, "about": {about}}}'
+    (runs_dir / "sweep-1" / "leaderboard.json").write_text(f"[{row}]")
+    boards = httpx.get(f"{url}/v1/runs").json()["leaderboards"]
+    assert boards == {"sweep-1": [{"label": "lr=1", "seeds": 2, "bits_per_byte": 1.5}]}
+    (runs_dir / "sweep-1" / "leaderboard.json").write_text("[3]")
+    assert httpx.get(f"{url}/v1/runs").json()["leaderboards"] == {}

@@ -1,5 +1,6 @@
 """The page of the runs in a real browser."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,30 @@ def test_without_runs_it_shows_how_to_train_one(
         opened(browser, url, path="/runs") as page,
     ):
         page.wait_for_selector("text=python train.py")
+
+
+def test_a_sweep_has_a_leaderboard(browser: Any, url: str, runs_dir: Path) -> None:
+    write_run(runs_dir / "sweep-1" / "a", "1,8,4.5,,9", summary={"stage": "pretrain", "steps": 1})
+    base = {"bits_per_byte": 1.5, "tokens_per_s": 2000.0, "wall_s": 61.0}
+    worse = {"bits_per_byte": 1.75, "bits_per_byte_stderr": 0.01, "difference": 0.25}
+    worse |= {"difference_low": 0.2, "difference_high": 0.3}
+    rows = [
+        {"checkpoint": f"lr={i}", "task": "compare", "results": results, "about": {"seeds": [1]}}
+        for i, results in enumerate((base, worse))
+    ]
+    (runs_dir / "sweep-1" / "leaderboard.json").write_text(json.dumps(rows))
+    with opened(browser, url, path="/runs") as page:
+        page.locator(".board td").first.wait_for()
+        assert page.locator(".board h2").inner_text() == "sweep-1"
+        lines = [row.inner_text().split("\t") for row in page.locator(".board tbody tr").all()]
+        assert lines[0] == ["1", "lr=0", "1", "1.5000", "", "", "2,000", "61 s"]
+        assert lines[1] == [
+            "2",
+            "lr=1",
+            "1",
+            "1.7500 ± 0.0100",
+            "+0.2500",
+            "+0.2000 … +0.3000",
+            "",
+            "",
+        ]

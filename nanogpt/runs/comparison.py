@@ -25,7 +25,7 @@ from nanogpt.runs.metrics import read_metrics
 CONFIDENCE = 0.95
 MAX_LABEL_CHARS = 60
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)
-# Operational keys that say nothing of how a run was executed; those of `resolved` do.
+# Operational keys without effect on execution; EXECUTED are taken from `resolved`.
 UNSHOWN = {"name", "runs_dir", "data_dir", "resume", "overwrite", "debug", "remeasure"}
 UNSHOWN |= {"command", "typed", "resolved"}
 EXECUTED = ("micro_batch", "compile", "threads", "local_world_size")
@@ -52,14 +52,10 @@ class MeasuredRun:
         keys = {k: v for k, v in self.config.items() if is_identity(k) == identity and k != "seed"}
         if identity:
             keys["init_from.sha256"] = self.config.get("resolved.init_from.sha256")
-            return {**keys, "corpus": self.corpus}
+            return {**keys, "corpus": self.config["resolved.corpus"]}
         became = {k: keys.get(f"resolved.{k}") for k in EXECUTED}
         shown = {k: v for k, v in keys.items() if k.partition(".")[0] not in UNSHOWN}
         return {**shown, **became, "device": self.summary.get("device")}
-
-    @property
-    def corpus(self) -> str:
-        return str(self.config["resolved.corpus"])
 
     @property
     def text(self) -> tuple[Any, ...]:
@@ -67,7 +63,8 @@ class MeasuredRun:
         stage, source = self.summary["stage"], self.config.get("resolved.source")
         split = [self.config.get(f"data.{key}") for key in ("val_fraction", "tokens")]
         last_start = [*(self.parts or "0")][-1]
-        return stage, (stage == "pretrain" and source) or self.corpus, *split, last_start
+        is_source = stage == "pretrain" and source is not None
+        return stage, source if is_source else self.config["resolved.corpus"], *split, last_start
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +102,9 @@ def read_run(path: Path) -> MeasuredRun:
     steps, losses = np.array(metrics["val/bits_per_byte"]).T
     seconds = np.interp(steps, *np.array(metrics["wall_s"]).T)
     curve = np.stack([steps * config["tokens_per_step"], seconds, losses], 1)
+    validation = config["callbacks"]["validation"]
+    if len(curve) > 1 and validation["tokens"] != validation["final_tokens"]:
+        curve = curve[:-1]  # the last validation is of another text
     parts = None
     if files.validation_path.is_file():
         rows = csv.DictReader(files.validation_path.read_text(encoding="utf-8").splitlines())
@@ -125,12 +125,13 @@ def group_runs(runs: Iterable[MeasuredRun], *, ranked: bool = False) -> list[Gro
             n += 1
         found.setdefault((identity, n), {})[run.config["seed"]] = run
     firsts = [next(iter(seeds.values())) for seeds in found.values()]
+    corpus = "resolved.corpus"
     for one, run in product(firsts[:1], firsts[1:]):
-        if one.text != run.text and one.corpus != run.corpus:
-            what = " and ".join(f"{r.path} ({r.summary['stage']}, {r.corpus})" for r in (one, run))
+        if one.text != run.text and one.config[corpus] != run.config[corpus]:
+            texts = (f"{r.path} ({r.summary['stage']}, {r.config[corpus]})" for r in (one, run))
             raise ValueError(
-                f"{what} have different stages or validation sets, so that their bits per byte are "
-                "not comparable; pass runs of one stage on the same data"
+                f"{' and '.join(texts)} have different stages or validation sets, so that their "
+                "bits per byte are not comparable; pass runs of one stage on the same data"
             )
     keys = differing([run.keys(identity=True) for run in firsts])
     labels = [

@@ -4,7 +4,7 @@ import { fetchJson } from "./api.js";
 import { byId, h, iconButton, svg } from "./dom.js";
 import { showFailure } from "./failures.js";
 import { startShell } from "./shell.js";
-import { number, onLanguage, percent, t } from "./words.js";
+import { language, number, onLanguage, percent, t } from "./words.js";
 
 const LOOK_MS = 5_000; // between two refreshes, for runs that may be training
 const WIDTH = 320;
@@ -47,7 +47,10 @@ function render() {
 /** The runs of a sweep, grouped by all but their seed, the best first. */
 function board([sweep, rows]) {
   const columns = ["rank", "run", "seeds", "bits", "difference", "interval", "speed", "time"];
-  const signed = (value) => `${value > 0 ? "+" : ""}${number(value, 4)}`;
+  const digits = { minimumFractionDigits: 4, maximumFractionDigits: 4 };
+  const fixed = (value, sign = "auto") =>
+    new Intl.NumberFormat(language(), { ...digits, signDisplay: sign }).format(value);
+  const signed = (value) => fixed(value, "exceptZero");
   const line = (row, i) => {
     const { bits_per_byte: bits, bits_per_byte_stderr: error, difference } = row;
     const ends = [row.difference_low, row.difference_high];
@@ -55,7 +58,7 @@ function board([sweep, rows]) {
       number(i + 1),
       row.label,
       number(row.seeds),
-      Number.isFinite(bits) ? number(bits, 4) + (error ? ` ± ${number(error, 4)}` : "") : "",
+      Number.isFinite(bits) ? fixed(bits) + (error ? ` ± ${fixed(error)}` : "") : "",
       Number.isFinite(difference) ? signed(difference) : "",
       ends.every(Number.isFinite) ? ends.map(signed).join(" … ") : "",
       Number.isFinite(row.tokens_per_s) ? number(row.tokens_per_s) : "",
