@@ -172,6 +172,13 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
     assert values.max() < 1.3
 
 
+def test_a_cpu_orthogonalises_in_bfloat16_under_autocast_only() -> None:
+    matrices = torch.randn(2, 8, 8)
+    assert orthogonalise(matrices, 5).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert orthogonalise(matrices, 5).dtype == torch.bfloat16
+
+
 def test_split_qkv_orthogonalises_each_third_alone(model: Parameters) -> None:
     weight = model.get_parameter("h.0.attn.c_attn.weight")
     before = weight.detach().clone()
