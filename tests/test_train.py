@@ -118,8 +118,7 @@ def test_every_micro_batch_gives_the_same_losses(
         reached.append(
             [float(v) for (v,) in metrics(tmp_path / "runs" / f"m{micro_batch}", "train/loss")]
         )
-    # Muon orthogonalises in bf16, which widens the last bits of a gradient.
-    tolerance = 1e-5 if optim == "adamw" else 1e-2
+    tolerance = 1e-5 if optim == "adamw" else 1e-4
     for other in reached[1:]:
         assert max(abs(a - b) for a, b in zip(reached[0], other, strict=True)) < tolerance
 
