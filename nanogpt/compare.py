@@ -115,18 +115,18 @@ def find_paths(reference: str, runs_dir: Path) -> list[Path]:
 def describe(groups: Sequence[Group], rows: Sequence[Row]) -> str:
     """Return the table of a comparison as text, differing keys, and what intervals cover."""
     tables = [[HEADER, *map(cells, rows)]]
-    firsts = [next(iter(group.runs.values())) for group in groups]
-    if firsts[0].path.name == groups[0].label:  # the labels are not the keys
-        keys = differing([run.keys(identity=True) for run in firsts])
-        table = [[key, *map(yaml_of, values)] for key, values in keys.items()]
-        tables += [[["key", *(group.label for group in groups)], *table]] if keys else []
-    runs = [run.keys(identity=False) for group in groups for run in group.runs.values()]
+    runs = [[*group.runs.values()] for group in groups]
+    keys = differing([members[0].keys(identity=True) for members in runs])
+    if keys and runs[0][0].path.name == groups[0].label:  # the labels are not the keys
+        header = ["key", *(group.label for group in groups)]
+        tables.append([header, *([key, *map(yaml_of, keys[key])] for key in keys)])
+    operational = differing([run.keys(identity=False) for members in runs for run in members])
     lines = [*dict.fromkeys(note for row in rows[1:] for note in notes(row))]
     if len(groups) == 1:
         lines = ["one group: these runs differ in nothing but the seed"]
         if len(losses := groups[0].losses) > 1:
             lines[0] += f"; the standard deviation over seeds is {losses.std(ddof=1):.4f}"
-    for key, values in differing(runs).items():
+    for key, values in operational.items():
         lines.append(f"operational: {key} {' | '.join(dict.fromkeys(map(yaml_of, values)))}")
     return "\n\n".join([*(align(table, n_left=1) for table in tables), "\n".join(lines)]).rstrip()
 
@@ -164,11 +164,9 @@ def notes(row: Row) -> list[str]:
         return [*text, "one seed: no interval over training noise, which takes more seeds"]
     if not about["paired_seeds"]:
         return [*text, "no two seeds in common: the variance is Welch's, without pairs"]
-    paired, unpaired = (
-        format_number(results[f"seeds_variance{kind}"]) for kind in ("", "_unpaired")
-    )
-    label = row["checkpoint"]
-    return [*text, f"{label}: variance over seeds {paired} in pairs, {unpaired} without"]
+    variances = (results[f"seeds_variance{kind}"] for kind in ("", "_unpaired"))
+    change = "variance over seeds {} in pairs, {} without".format(*map(format_number, variances))
+    return [*text, f"{row['checkpoint']}: {change}"]
 
 
 def parser() -> argparse.ArgumentParser:

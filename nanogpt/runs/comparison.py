@@ -148,8 +148,9 @@ def differing(of: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return the keys in which mappings differ, with the value of each, None where it has none."""
     columns = {key: [one.get(key) for one in of] for one in of for key in one}
     found = {k: values for k, values in columns.items() if any(v != values[0] for v in values)}
-    implies_corpus = any(k.startswith("tokenizer") for k in found)
-    return {k: values for k, values in found.items() if k != "corpus" or not implies_corpus}
+    if len(found) > 1:
+        found.pop("corpus", None)  # which the others imply
+    return found
 
 
 def yaml_of(value: Any) -> str:
@@ -254,10 +255,17 @@ def p_value(t: float, effects: Sequence[Effect]) -> float:
     """Return the p-value of t, a difference over its standard error.
 
     It is the mean of those of Student's distributions, weighted by the variances of the effects,
-    which stays within its level where few seeds meet many parts; Satterthwaite's does not.
+    which stays within its level where few seeds meet many parts; Satterthwaite's does not. With
+    t = sqrt(df) tan(a), the density of the angle a is proportional to cos(a) ** (df - 1).
     """
+    tails = []
+    for _, df in effects:
+        start = math.atan(abs(t) / math.sqrt(df))
+        half = (min(math.pi / 2, start + 12 / math.sqrt(df)) - start) / 2  # beyond, below e ** -70
+        tail = half * float(WEIGHTS @ np.cos(start + half * (NODES + 1)) ** (df - 1))
+        log_all = math.log(math.pi) / 2 + math.lgamma(df / 2) - math.lgamma((df + 1) / 2)
+        tails.append(min(2 * tail / math.exp(log_all), 1.0))
     variances = [variance for variance, _ in effects]
-    tails = [student_tail(t, df) for _, df in effects]
     return float(np.average(tails, weights=variances if any(variances) else None))
 
 
@@ -268,18 +276,6 @@ def critical_value(effects: Sequence[Effect]) -> float:
         t = (low + high) / 2
         low, high = (t, high) if p_value(t, effects) > 1 - CONFIDENCE else (low, t)
     return high
-
-
-def student_tail(t: float, df: float) -> float:
-    """Return the probability that |T| exceeds |t|, for Student's T with `df` of at least 1.
-
-    With t = sqrt(df) tan(a), the density of the angle a is proportional to cos(a) ** (df - 1).
-    """
-    start = math.atan(abs(t) / math.sqrt(df))
-    half = (min(math.pi / 2, start + 12 / math.sqrt(df)) - start) / 2  # beyond, below e ** -70
-    tail = half * float(WEIGHTS @ np.cos(start + half * (NODES + 1)) ** (df - 1))
-    log_all = math.log(math.pi) / 2 + math.lgamma(df / 2) - math.lgamma((df + 1) / 2)
-    return min(2 * tail / math.exp(log_all), 1.0)
 
 
 def reached_at(curve: np.ndarray, loss: float, column: int) -> float | None:

@@ -265,16 +265,11 @@ def _read_leaderboard(path: Path) -> dict[str, Any]:
     """Return the rows of a sweep's comparison: labels, counts of seeds, and finite results."""
     with open_regular(path, MAX_CONFIG_BYTES) as file:
         rows = STORED_ROWS.validate_json(file.read())
-    return {
-        "rows": [
-            {
-                "label": row["checkpoint"][:MAX_TEXT],
-                "seeds": len(row.get("about", {}).get("seeds", ())),
-                **{k: v for k, v in row["results"].items() if abs(v) < MAX_NUMBER},
-            }
-            for row in rows[:MAX_RUNS]
-        ]
-    }
+    shown = []
+    for row in rows[:MAX_RUNS]:
+        about = {"label": row["checkpoint"][:MAX_TEXT], "seeds": len(row["about"]["seeds"])}
+        shown.append(about | {k: v for k, v in row["results"].items() if abs(v) < MAX_NUMBER})
+    return {"rows": shown}
 
 
 def _read_values(path: Path) -> dict[str, Any]:
