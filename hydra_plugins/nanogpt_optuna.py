@@ -64,7 +64,8 @@ class OptunaSweeper(Sweeper):
         from optuna.trial import TrialState
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        name = " ".join(sorted(str(o.input_line) for k, o in overrides.items() if is_identity(k)))
+        of_study = {k: o for k, o in overrides.items() if is_identity(k) or k == "data.path"}
+        name = " ".join(sorted(str(override.input_line) for override in of_study.values()))
         storage = f"sqlite:///{self.directory / 'optuna.db'}"
         study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
         n_failed = 0
@@ -76,10 +77,8 @@ class OptunaSweeper(Sweeper):
             trial: Any = interrupted[0] if interrupted else study.ask(dict(space))
             words = {k: f"{overrides[k].get_key_element()}={v}" for k, v in trial.params.items()}
             done = f"{n_done} of {self.n_trials} finished"
-            print_line(
-                f"trial {trial.number}, {done}: {' '.join(words.values()).replace('++', '')}",
-                flush=True,
-            )
+            pairs = " ".join(words.values()).replace("++", "")
+            print_line(f"trial {trial.number}, {done}: {pairs}", flush=True)
             job = {k: str(override.input_line) for k, override in overrides.items()} | words
             value = self.launcher.launch([[*job.values()]], initial_job_idx=0)[0].return_value
             failed = not math.isfinite(value)
@@ -123,6 +122,7 @@ def write_results(study: Any, directory: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that they are experimental
         for draw in (pictures.plot_optimization_history, pictures.plot_slice):
+            pyplot.switch_backend("Agg")  # which needs no display, and closes the last picture
             draw(study)
             path = directory / f"{draw.__name__.removeprefix('plot_')}.svg"
             pyplot.savefig(path, bbox_inches="tight")

@@ -110,6 +110,8 @@ def test_more_trials_continue_a_search_and_another_search_begins_anew(tmp_path: 
     assert len(search(tmp_path, 3)) == 2
     assert search(tmp_path, 3) == []
     assert len(search(tmp_path, 1, None, "fixed=2")) == 1
+    assert len(search(tmp_path, 1, None, "data.path=other.txt")) == 1
+    assert search(tmp_path, 1, None, "threads=2") == []
 
 
 def test_a_failed_trial_is_no_finished_one(tmp_path: Path) -> None:
