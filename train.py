@@ -99,18 +99,19 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
 
     from nanogpt.checkpoint import with_special_tokens
     from nanogpt.data.module import split_step
-    from nanogpt.model import GPT
+    from nanogpt.model import GPT, GPTConfig
     from nanogpt.optim import may_extend
     from nanogpt.ranks import Ranks, on_rank_zero
     from nanogpt.runs.identity import budget_steps
     from nanogpt.runs.run import open_run
     from nanogpt.training import summary
-    from nanogpt.training.autotune import autotune
+    from nanogpt.training.budget import settle, tune
     from nanogpt.training.launch import resolve_device
     from nanogpt.training.machine import keep_freed_memory
     from nanogpt.training.trainer import build_trainer, fit, quieten_lightning
 
     quieten_lightning()
+    config = settle(config)
     check_nodes(config, budget_steps(config))
     device, ranks = resolve_device(config["trainer"]["accelerator"]), Ranks.from_environment()
     if device.type == "cpu":
@@ -134,24 +135,23 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         start = run.initial_checkpoint()
         block_size = config["model"]["block_size"] if start is None else start.config.block_size
         micro_batch = 1 if config["micro_batch"] == "auto" else config["micro_batch"]
-        tokens = config["tokens_per_step"]
-        rows_per_rank = split_step(tokens, block_size, ranks.world_size, micro_batch)
+        split_step(config["tokens_per_step"], block_size, ranks.world_size, micro_batch)  # checks
         data.block_size = block_size
         unchanged = run.source in (None, run.recorded.get("source", run.source))
         data.prepared = run.recorded.get("corpus") if unchanged else None
         if start is not None:
             start = with_special_tokens(start, data.special_tokens)
-        chosen = choose_tokenizer(config["tokenizer"], start, run.checkpoint)
-        tokenizer = data.use_tokenizer(chosen)
-        if data.max_steps is not None:
-            run.max_steps = min(run.max_steps, data.max_steps)
-        if start is None:
-            model_config = build(config["model"], "model", vocab_size=tokenizer.vocab_size)
-        else:
-            model_config = start.config
+        tokenizer = data.use_tokenizer(choose_tokenizer(config["tokenizer"], start, run.checkpoint))
 
-        # How this machine runs it
-        settings = on_rank_zero(lambda: autotune(run, model_config, device, rows_per_rank))
+        def shape(config: Mapping[str, Any]) -> GPTConfig:
+            own = partial(build, config["model"], "model", vocab_size=tokenizer.vocab_size)
+            return own() if start is None else start.config
+
+        # How this machine runs it, and what fits a budget in minutes
+        config, settings = on_rank_zero(lambda: tune(run, shape, device, data))
+        model_config, run.config, run.max_steps = shape(config), config, budget_steps(config)
+        run.max_steps = min(run.max_steps, data.max_steps or run.max_steps)
+        data.tokens_per_step = config["tokens_per_step"]
         run.begin({"corpus": data.fingerprint, **settings._asdict()})
         torch.set_num_threads(settings.threads)
         data.micro_batch = settings.micro_batch
@@ -169,6 +169,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
             "make_optimizer": partial(build_optimizer, config["optim"]),
             "schedule": schedule,
             "max_steps": run.max_steps,
+            "tokens_per_step": config["tokens_per_step"],
             "compiled": settings.compile,
             "peak_flops": settings.peak_flops,
             "wandb_id": run.recorded["wandb_id"],

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from os.path import expanduser
@@ -37,14 +38,16 @@ from nanogpt.command import (
 from nanogpt.compare import leaderboard
 from nanogpt.runs.identity import flatten, run_name
 from nanogpt.text import first_line
-from nanogpt.values import Amount, Count, Flag, Seed, Size, Text, check
+from nanogpt.values import Amount, Count, Flag, Positive, Seed, Size, Text, check
 
 CONF = Path(__file__).parent.parent / "conf"
+IMPORTS_S = 1.5  # from the start of a command to the composition
 SWEEP = ("-m", "--multirun")
 # Last parts of keys, other than paths, whose value is text that Hydra may read as an expression.
 NAMES = re.compile(
     r".*column|name|separator|repository|subset|split|revision|project|entity|default_model"
 )
+BUDGETS = {"max_steps", "max_tokens", "minutes"}
 COUNTS_OF_TOKENS = {"max_steps", "max_tokens", "tokens_per_step", "tokens", "shard_tokens"}
 NODES = ("tokenizer", "model", "data", "schedule", "optim", "trainer", "callbacks", "logger")
 # Keys of nodes with a _target_, which may be new: build() checks them by its signature.
@@ -184,6 +187,7 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     `typed` are the keys of the command line with their values, of a group its option. Raises
     ConfigurationError for a top-level value of the wrong kind.
     """
+    os.environ["NANOGPT_BEGAN"] = str(time.time() - IMPORTS_S)  # of this job and its ranks
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
     parsed = OverridesParser.create().parse_overrides(overrides)
@@ -243,11 +247,10 @@ def _same_in_all_jobs() -> set[str]:
 
 def clear_other_budget(config: dict[str, Any], typed: Mapping[str, Any]) -> None:
     """Let a budget that was typed be the only one, whatever the preset has."""
-    for key, other in (("max_steps", "max_tokens"), ("max_tokens", "max_steps")):
-        if key in typed and other not in typed:
-            config[other] = None
-    if {"max_steps", "max_tokens"} & typed.keys() and "max_passes" in config.get("datamodule", {}):
-        config["datamodule"]["max_passes"] = None
+    if BUDGETS & typed.keys():
+        config |= dict.fromkeys(BUDGETS - typed.keys())
+        if "max_passes" in config.get("datamodule", {}):
+            config["datamodule"]["max_passes"] = None
 
 
 def make_whole(config: dict[str, Any]) -> None:
@@ -287,6 +290,8 @@ VALUES = {  # at the top level of conf/train.yaml
     "init_from": Text | None,
     "max_steps": Count | None,
     "max_tokens": Count | None,
+    "minutes": Positive | None,
+    "depth": Count | None,
     "tokens_per_step": Count,
     "grad_clip": Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None,
     "resume": Flag,

@@ -67,12 +67,14 @@ def plan(config: dict[str, Any]) -> Iterator[Row]:
     from nanogpt.runs.directory import RunDirectory
     from nanogpt.runs.identity import budget_steps
     from nanogpt.runs.run import Run
-    from nanogpt.training.autotune import autotune, trials_of
+    from nanogpt.training.autotune import trials_of
+    from nanogpt.training.budget import settle, tune
     from nanogpt.training.launch import count_devices, resolve_device
     from nanogpt.training.memory import step_memory
     from nanogpt.training.throughput import DENSE_HALF_FLOPS, flops_per_token
 
-    trainer, optim, per_step = config["trainer"], config["optim"], config["tokens_per_step"]
+    config = settle(config)
+    trainer = config["trainer"]
     build.check_nodes(config, budget_steps(config))
     device = resolve_device(trainer["accelerator"])
     keys = ("seed", "stage", "data_dir", "tokens_per_step", "grad_clip")
@@ -87,27 +89,32 @@ def plan(config: dict[str, Any]) -> Iterator[Row]:
 
     run = Planned(config, RunDirectory.from_config(config))
     manifest = prepared(data, choice := build.choose_tokenizer(config["tokenizer"], None, None))
-    if config["init_from"] in PRESETS:
-        model = GPTConfig.preset(config["init_from"])
-    elif start := run.initial_checkpoint():
-        model = start.config
-    else:
-        vocab_size = count_ids(config["tokenizer"], choice, manifest)
-        model = build.build(config["model"], "model", vocab_size=vocab_size)
-    given = 1 if config["micro_batch"] == "auto" else config["micro_batch"]
-    n_rows = split_step(per_step, model.block_size, world_size, given)
-    settings = autotune(run, model, device, n_rows)
-    rows, precision = settings.micro_batch, settings.precision
-    step_s, how = trials_of(run, model, device, n_rows).step_s(rows, precision, optim)
-    make_optimizer = partial(build.build_optimizer, optim)
-    memory = step_memory(model, rows, precision, make_optimizer, accumulates=rows < n_rows)
-
-    counts, steps = count_parameters(model), run.max_steps
-    n_params, tokens = sum(counts.values()), steps * per_step
     splits = {name: split["tokens"] for name, split in manifest["splits"].items()}
+    n_ids, start = count_ids(config["tokenizer"], choice, manifest), config["init_from"]
+    fixed: Any = GPTConfig.preset(start) if start in PRESETS else None
+    if fixed is None and start is not None:
+        fixed = getattr(run.initial_checkpoint(), "config", None)
+
+    def shape(config: Mapping[str, Any]) -> GPTConfig:
+        return fixed or build.build(config["model"], "model", vocab_size=n_ids)
+
+    T, given = shape(config).block_size, config["micro_batch"]
+    split_step(config["tokens_per_step"], T, world_size, 1 if given == "auto" else given)
+    data.train_rows, data.val_rows = (range(splits.get(s, 0) // T) for s in ("train", "val"))
+    config, settings = tune(run, shape, device, data)
+    model, optim, per_step = shape(config), config["optim"], config["tokens_per_step"]
+    rows, n_rows = settings.micro_batch, per_step // (T * world_size)
+    timings = trials_of(run, model, device, n_rows).step(rows, settings.precision, optim)
+    make_optimizer = partial(build.build_optimizer, optim)
+    how = (rows, settings.precision, make_optimizer)
+    memory = step_memory(model, *how, accumulates=rows < n_rows)
+
+    counts, steps = count_parameters(model), budget_steps(config)
+    n_params, tokens = sum(counts.values()), steps * per_step
     corpus = splits.get("train", config["data"].get("tokens"))
     passes = corpus and tokens / corpus
     yield "run", (path := str(run.path), ""), path
+    yield "model", (size := f"{model.n_layer} layers", size), f"of {model.n_embd} channels"
     yield "parameters", n_params, ""
     for part, n in counts.items():
         if n or part == "head":
@@ -124,33 +131,31 @@ def plan(config: dict[str, Any]) -> Iterator[Row]:
             yield f"steps.{key}", rate, "at the top of the schedule"
     flops = flops_per_token(model)
     yield "FLOPs", (flops * tokens, f"{flops * tokens:.3g}"), f"{flops:.3g} per token"
-    yield "memory", as_size(memory.peak), "of each rank, at the peak of a step"
-    for part, n in memory._asdict().items():
-        if part != "peak":
-            yield f"memory.{part}", as_size(n), f"of {rows} rows" if part == "activations" else ""
+    yield "memory", _size(memory.peak), f"of each rank, at the peak of a step of {rows} rows"
+    for part in ("weights", "gradients", "optimizer", "activations", "logits"):
+        yield f"memory.{part}", _size(getattr(memory, part)), ""
     yield "settings", (device.type, device.type), "why: above, on standard error"
     for key, value in settings._asdict().items():
         text = f"{value:.3g}" if isinstance(value, float) else str(value).lower()
         yield f"settings.{key}", (value, text), ""
-    how += ", not compiled" if settings.compile else ""
-    yield "time", as_time(steps * step_s), f"of training here, {step_s:.3g} s per step ({how})"
+    origin = timings.how + ", not compiled" * settings.compile
+    what = f"of training here, {timings.step_s:.3g} s per step ({origin})"
+    yield "time", _time(steps * timings.step_s), what
     for name, peak in DENSE_HALF_FLOPS.items():
         what = f"at {format_percent(MFU)} of the {peak / 1e12:.4g} TFLOP/s of its data sheet"
-        yield f"time.{name}", as_time(flops * tokens / peak / MFU), what
+        yield f"time.{name}", _time(flops * tokens / peak / MFU), what
     checkpoint = memory.weights + memory.optimizer
     n_files = min(config["callbacks"]["checkpoint"].get("keep", 2) + 1, steps)
-    yield "disk", as_size(n_files * checkpoint), f"of {n_files} checkpoints"
+    yield "disk", _size(n_files * checkpoint), f"of {n_files} checkpoints"
     id_bytes = 2 if model.vocab_size <= 2**16 else 4
-    yield "disk.corpus", as_size(sum(splits.values()) * id_bytes or None), ""
+    yield "disk.corpus", _size(sum(splits.values()) * id_bytes or None), ""
 
 
-def as_size(n_bytes: int | None) -> tuple[int | None, str]:
-    """Return bytes and their text."""
+def _size(n_bytes: int | None) -> tuple[int | None, str]:
     return n_bytes, f"{format_number(n_bytes or 0)}B"
 
 
-def as_time(seconds: float) -> tuple[float, str]:
-    """Return seconds and their text."""
+def _time(seconds: float) -> tuple[float, str]:
     return seconds, format_duration(seconds)
 
 

@@ -156,12 +156,12 @@ def test_large_model_is_not_built_on_a_cpu(tmp_path: Path, monkeypatch: pytest.M
 )
 def test_bfloat16_must_be_worth_its_rounding(bf16_s: float, choice: str) -> None:
     measured = Given(seconds={(16, "32-true"): 1.0, (16, "bf16-mixed"): bf16_s})
-    assert autotune._choose_precision(measured)[0] == choice
+    assert autotune.choose_precision(measured)[0] == choice
 
 
 def test_cpu_without_bfloat16_products_is_not_tried() -> None:
     measured = Given(peaks={"32-true": 1e11, "bf16-mixed": 0.2e11})
-    choice, why = autotune._choose_precision(measured)
+    choice, why = autotune.choose_precision(measured)
     assert choice == "32-true"
     assert why == "matrix products in bfloat16 run 0.20 times as fast"
 
@@ -175,11 +175,11 @@ def test_gpu_precision_follows_its_generation(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert autotune._choose_precision(Given(GPU))[0] == choice
+    assert autotune.choose_precision(Given(GPU))[0] == choice
 
 
 def test_mps_trains_in_float32() -> None:
-    assert autotune._choose_precision(Given(MPS))[0] == "32-true"
+    assert autotune.choose_precision(Given(MPS))[0] == "32-true"
 
 
 def test_fastest_micro_batch_wins() -> None:
@@ -261,14 +261,14 @@ def test_compile_stays_off_where_it_cannot_help(
 def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch, ranks: int, threads: int) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(autotune, "usable_cores", lambda: 6)
-    assert autotune._choose_threads(ranks)[0] == threads
+    assert autotune.choose_threads(ranks)[0] == threads
 
 
 def test_omp_num_threads_sets_the_threads_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.setattr(autotune, "usable_cores", lambda: 8)
-    assert autotune._choose_threads(1) == (5, "OMP_NUM_THREADS")
-    assert autotune._choose_threads(2)[0] == 4
+    assert autotune.choose_threads(1) == (5, "OMP_NUM_THREADS")
+    assert autotune.choose_threads(2)[0] == 4
 
 
 def test_cublas_is_deterministic_before_the_first_product_is_timed(

@@ -219,9 +219,10 @@ class CorpusDataModule(RowsDataModule):
         return {"gzip_bits_per_byte": self.corpus.manifest.get("gzip_bits_per_byte")}
 
     def preparation(self, choice: TokenizerChoice) -> Preparation:
-        """Return how the documents become a corpus, and its directory."""
+        """Return how a source of documents becomes a corpus, and its directory."""
+        source: Any = self.source
         return Preparation(
-            self.source,
+            source,
             *(choice.make, choice.key, self.data_dir),
             tokens=self.tokens,
             shard_tokens=self.shard_tokens,

@@ -37,6 +37,7 @@ OPERATIONAL = (
     "datamodule.final_val_tokens",
     "command",
     "typed",
+    "chosen",  # names values that the configuration has
     "resolved",
 )
 NAMED_BY_CHOICE = ("stage", "model", "data")  # groups that the name begins with
@@ -195,11 +196,11 @@ def upgrade(recorded: Mapping[str, Any]) -> dict[str, Any]:
 def budget_steps(config: Mapping[str, Any]) -> int:
     """Return the optimizer steps of the run: of `max_steps` and `max_tokens` the first reached.
 
-    Raises ValueError where both are None.
+    With `minutes` alone it is 1 until they are chosen. Raises ValueError where all are None.
     """
     tokens = config["max_tokens"]
     of_tokens = None if tokens is None else math.ceil(tokens / config["tokens_per_step"])
     budgets = [steps for steps in (config["max_steps"], of_tokens) if steps is not None]
-    if not budgets:
-        raise ValueError("the run has no budget; pass max_steps=N or max_tokens=N")
-    return int(min(budgets))
+    if not budgets and config.get("minutes") is None:
+        raise ValueError("the run has no budget; pass max_steps=N, max_tokens=N or minutes=N")
+    return int(min(budgets, default=1))

@@ -69,6 +69,15 @@ class Settings(NamedTuple):
     peak_flops: float
 
 
+class Timings(NamedTuple):
+    """Seconds of an optimizer step, of a validated and of a sampled token, and their origin."""
+
+    step_s: float
+    validated_s: float
+    sampled_s: float
+    how: str
+
+
 def autotune(run: Run, model: GPTConfig, device: torch.device, rows_per_rank: int) -> Settings:
     """Return the given values, and for each `auto` the best on this machine; log the reasons.
 
@@ -98,11 +107,11 @@ def autotune(run: Run, model: GPTConfig, device: torch.device, rows_per_rank: in
         log.info("%s %s: %s", key, str(value).lower(), why)
         return value
 
-    threads = choose("threads", config["threads"], lambda: _choose_threads(n_local))
+    threads = choose("threads", config["threads"], lambda: choose_threads(n_local))
     torch.set_num_threads(threads)
     trials = trials_of(run, model, device, rows_per_rank)
     precision = choose(
-        "precision", config["trainer"]["precision"], lambda: _choose_precision(trials)
+        "precision", config["trainer"]["precision"], lambda: choose_precision(trials)
     )
     rows = choose(
         "micro_batch", config["micro_batch"], lambda: _choose_micro_batch(trials, precision)
@@ -138,7 +147,8 @@ def trials_of(run: Run, model: GPTConfig, device: torch.device, rows_per_rank: i
     return Trials(model, device, rows_per_rank, n_local, path, remeasure)
 
 
-def _choose_threads(local_world_size: int) -> tuple[int, str]:
+def choose_threads(local_world_size: int) -> tuple[int, str]:
+    """Return the threads of a process among those of this machine, and why."""
     variable = os.environ.get("OMP_NUM_THREADS", "")
     if local_world_size == 1 and variable.isdecimal() and int(variable) > 0:  # else launchers' own
         return int(variable), "OMP_NUM_THREADS"
@@ -146,7 +156,8 @@ def _choose_threads(local_world_size: int) -> tuple[int, str]:
     return max(1, cores // local_world_size), f"{cores} cores for {local_world_size} process(es)"
 
 
-def _choose_precision(trials: "Trials") -> tuple[str, str]:
+def choose_precision(trials: "Trials") -> tuple[str, str]:
+    """Return the precision in which this machine trains a model best, and why."""
     if trials.device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16-mixed", "the GPU has bfloat16"
@@ -265,20 +276,22 @@ class Trials:
         seconds = self.recall(what, lambda: self._measure(names))
         return {trial: seconds[name] for trial, name in names.items() if name in seconds}
 
-    def step_s(self, rows: int, precision: str, optim: Mapping[str, Any]) -> tuple[float, str]:
-        """Return the seconds of an optimizer step in micro-batches, and how they were found.
+    def step(self, rows: int, precision: str, optim: Mapping[str, Any]) -> Timings:
+        """Return the seconds of an optimizer step in micro-batches, and of evaluations.
 
-        They are the median of steps with the optimizer that the node `optim` names, which updates
-        nothing. On a CPU, slow steps are those of `guess_s`.
+        They are medians over steps with the optimizer that the node `optim` names, which updates
+        nothing. On a CPU, those of slow models follow from `guess_s`.
         """
-        n_before = self.rows_per_rank // rows - 1
-        if self.device.type == "cpu" and self.guess_s(rows, precision) > TRIED_S:
-            seconds = (n_before + 1) * self.guess_s(rows, precision)
-            return seconds, "from matrix products"
+        n_before, n_tokens = self.rows_per_rank // rows - 1, rows * self.config.block_size
+        if self.device.type == "cpu" and (guess_s := self.guess_s(rows, precision)) > TRIED_S:
+            forward_s = guess_s / 3 / n_tokens
+            how = "from matrix products"
+            return Timings((n_before + 1) * guess_s, forward_s, forward_s, how)
         how = ", ".join(f"{key}={value}" for key, value in optim.items())
         what = f"steps of {rows} rows {precision}, {how}, {self._shape()}"
         found = self.recall(what, lambda: self._measure_step(rows, precision, optim))
-        return n_before * found.get("pass", 0.0) + found["update"], "measured"
+        step_s = n_before * found.get("pass", 0.0) + found["update"]
+        return Timings(step_s, found["forward"] / n_tokens, found["token"], "measured")
 
     def guess_s(self, rows: int, precision: str) -> float:
         """Return the seconds of a forward and backward at half the rate of matrix products."""
@@ -364,7 +377,7 @@ class Trials:
         return self._in_turn(passes, MEASURE_S)
 
     def _measure_step(self, rows: int, precision: str, optim: Mapping[str, Any]) -> Measured:
-        """Time steps, and where a step has several micro-batches one of those before its last."""
+        """Time steps, micro-batches before a step's last, forwards, and those of one token."""
         with self.device:
             model = GPT(self.config).train()
         optimizer = build_optimizer(optim, model)
@@ -377,9 +390,15 @@ class Trials:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        passes: dict[str, Callable[[], None]] = {"update": update}
-        if rows < self.rows_per_rank:
-            passes["pass"] = partial(self._pass, model, rows, precision)
+        one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        passes: dict[str, Callable[[], object]] = {
+            "update": update,
+            "pass": partial(self._pass, model, rows, precision),
+            "forward": partial(self._pass, model, rows, precision, learns=False),
+            "token": torch.no_grad()(partial(model, one)),
+        }
+        if rows == self.rows_per_rank:
+            del passes["pass"]
         return self._in_turn(passes, STEPS_S, statistics.median)
 
     def _shape(self) -> str:
@@ -391,13 +410,15 @@ class Trials:
         n_bytes = BYTES_PER_PARAMETER * model.num_parameters() + int(HEADROOM * total)
         return torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
 
-    def _pass(self, model: GPT, rows: int, precision: str) -> None:
+    def _pass(self, model: GPT, rows: int, precision: str, learns: bool = True) -> None:
         """Run a forward and backward; gradients add up, as over the micro-batches of a step."""
         shape = (rows, self.config.block_size)
         input_ids = torch.randint(self.config.vocab_size, shape, device=self.device)
-        with torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "32-true"):
+        reduced = torch.autocast(self.device.type, DTYPES[precision], precision != "32-true")
+        with reduced, torch.set_grad_enabled(learns):
             loss = next_token_loss(model, input_ids, input_ids)
-        (loss / input_ids.numel()).backward()
+        if learns:
+            (loss / input_ids.numel()).backward()
 
 
 def _read(path: Path) -> dict[str, Measured]:

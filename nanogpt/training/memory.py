@@ -15,11 +15,7 @@ from torch.utils._pytree import tree_leaves
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.training.language_model import next_token_loss
 
-DTYPES = {
-    "32-true": torch.float32,
-    "bf16-mixed": torch.bfloat16,
-    "16-mixed": torch.float16,
-}
+DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class StepMemory(NamedTuple):
@@ -49,45 +45,40 @@ def step_memory(
     With `accumulates` there are micro-batches before it, and so all gradients. A block of another
     package that cannot run without values counts as nanogpt.model.Block does.
     """
+    rest = (rows, precision, make_optimizer, accumulates)
     try:
         with torch.random.fork_rng(devices=[]), FakeTensorMode():
-            return _measure(config, rows, DTYPES[precision], make_optimizer, accumulates)
+            return _measure(config, *rest)
     except Exception:  # whatever code of another package raises
         if config.block is None:
             raise
-        own = replace(config, block=None)
-        return step_memory(own, rows, precision, make_optimizer, accumulates)
+        return step_memory(replace(config, block=None), *rest)
 
 
 def _measure(
-    config: GPTConfig, rows: int, dtype: torch.dtype, make_optimizer: Any, accumulates: bool
+    config: GPTConfig, rows: int, precision: str, make_optimizer: Any, accumulates: bool
 ) -> StepMemory:
     model = GPT(config).train()
     parameters = list(model.parameters())
-    optimizer = (make_optimizer or _stateless)(model)
+    optimizer = torch.optim.SGD(parameters) if make_optimizer is None else make_optimizer(model)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # which makes its state
     state = [t for t in tree_leaves([*optimizer.state.values()]) if isinstance(t, Tensor)]
     if not accumulates:
         optimizer.zero_grad(set_to_none=True)
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    held = [*parameters, *state, *(p.grad for p in parameters if p.grad is not None)]
     input_ids = torch.zeros(rows, config.block_size, dtype=torch.long)
-    with _Allocated([*parameters, *gradients, *state, input_ids]) as allocated:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            stored: list[int] = []
-            model.ln_f.register_forward_hook(lambda *_: stored.append(allocated.now))
+    stored: list[int] = []
+    with _Allocated([*held, input_ids]) as allocated:
+        model.ln_f.register_forward_hook(lambda *_: stored.append(allocated.now))
+        with torch.autocast("cpu", DTYPES[precision], enabled=precision != "32-true"):
             loss = next_token_loss(model, input_ids, input_ids)
         (loss / input_ids.numel()).backward()
         logits = allocated.peak - stored[0]
         optimizer.step()
-    weights, held = _bytes(parameters), _bytes([*parameters, *gradients, *state])
-    peak = held + allocated.peak
-    return StepMemory(weights, weights, _bytes(state), stored[0], logits, peak)
-
-
-def _stateless(model: GPT) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters())
+    weights, of_state, n_held = (sum(t.nbytes for t in some) for some in (parameters, state, held))
+    return StepMemory(weights, weights, of_state, stored[0], logits, n_held + allocated.peak)
 
 
 class _Allocated(TorchDispatchMode):
@@ -111,7 +102,3 @@ class _Allocated(TorchDispatchMode):
 
     def _free(self, storage: int) -> None:
         self.now -= self._sizes.pop(storage)
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)

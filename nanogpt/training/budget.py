@@ -1,0 +1,150 @@
+"""A budget in minutes: the depth and the steps that fit, chosen once and recorded in the run."""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from nanogpt.build import ConfigurationError
+from nanogpt.model import GPTConfig
+from nanogpt.runs.directory import RunDirectory
+from nanogpt.runs.identity import budget_steps, identity_differences
+from nanogpt.runs.run import Run
+from nanogpt.training import autotune
+from nanogpt.training.recipe import DEPTH, MAX_PASSES, choices, tokens_of, with_choices
+from nanogpt.weights import model_without_weights
+
+log = logging.getLogger("nanogpt")
+
+STEP_OVERHEAD_S = 1e-3  # of Lightning and the data
+END_S = 3.0  # of the report and the end of the process
+CHECKPOINT_S = 12 / 200e6  # for each parameter: written, read back and hashed
+
+
+def settle(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with the choices that its run records, or those of its depth.
+
+    A run keeps its choices on every machine. Raises ConfigurationError where depth, minutes and
+    model do not fit together, and as `RunDirectory.recorded_config`.
+    """
+    depth, minutes = config.get("depth"), config.get("minutes")
+    is_open = config["model"].get("n_layer", 0) is None
+    if depth is not None and not is_open:
+        raise ConfigurationError(f"depth={depth} needs model=auto, which has that many layers")
+    if is_open and depth is None and minutes is None:
+        raise ConfigurationError("model=auto needs depth=N, or minutes=N to choose it; pass one")
+    if minutes is not None and config["stage"] == "classify":
+        what = f"minutes={minutes} needs a language model, and stage=classify trains none"
+        raise ConfigurationError(f"{what}; pass max_steps")
+    files = RunDirectory.from_config(config)
+    recorded = (files.recorded_config() if config["resume"] else None) or {}
+    if before := recorded.get("chosen"):
+        now, then = config["typed"], recorded["typed"]
+        kept = {key: value for key, value in before.items() if now.get(key) == then.get(key)}
+        kept = with_choices(config, kept)
+        if files.has_begun or not identity_differences(recorded, kept):
+            return kept
+    if not is_open:
+        return config
+    chosen = choices(config, depth or DEPTH, tokens_of(depth or DEPTH))
+    if minutes is not None:  # until the data is prepared; the rest is chosen then
+        chosen = {key: value for key, value in chosen.items() if key.startswith("model.")}
+    return with_choices(config, chosen)
+
+
+def tune(
+    run: Run, shape: Callable[[Mapping[str, Any]], GPTConfig], device: torch.device, data: Any
+) -> tuple[dict[str, Any], autotune.Settings]:
+    """Return the configuration with all choices, and the settings of `autotune`.
+
+    `shape` returns the model of a configuration whose `data` is prepared. Raises ValueError where
+    the minutes that are left are too few for a step.
+    """
+    chosen, world_size = run.config.get("chosen", {}), run.ranks.world_size
+    is_open = run.config.get("minutes") is not None and "max_steps" not in chosen
+    if is_open and "model.n_layer" in chosen:
+        run.config = _with_depth(run, shape, device)
+    config, model = dict(run.config), shape(run.config)
+    rows = config["tokens_per_step"] // (model.block_size * world_size)
+    trials = autotune.trials_of(run, model, device, rows)
+    if is_open:  # about so many
+        run.max_steps = int(_left_s(config) / rows / trials.guess_s(1, "32-true")) + 1
+    run.max_steps = min(run.max_steps, data.max_steps or run.max_steps)
+    settings = autotune.autotune(run, model, device, rows)
+    if is_open:
+        trials = autotune.trials_of(run, model, device, rows)  # with its threads
+        steps = _steps(config, trials, settings, data)
+        if config["max_steps"] or config["max_tokens"]:
+            steps = min(steps, budget_steps(config))
+        config = with_choices(config, {"max_steps": steps})
+    return config, settings
+
+
+def _left_s(config: Mapping[str, Any]) -> float:
+    began = float(os.environ.get("NANOGPT_BEGAN", time.time()))  # nanogpt/config.py sets it
+    return float(max(60 * config["minutes"] - (time.time() - began) - END_S, 0.1))
+
+
+def _with_depth(run: Run, shape: Any, device: torch.device) -> dict[str, Any]:
+    """Return the configuration at the depth whose tokens take about the time that is left.
+
+    The time of a depth grows with its sixth power, as its weights and its tokens with the third.
+    """
+    config, taken, token_s = dict(run.config), {}, {}
+    given = config["threads"], config["trainer"]["precision"]
+    threads, _ = autotune.choose_threads(run.ranks.local_world_size)
+    torch.set_num_threads(threads if given[0] == "auto" else given[0])
+    depth = config["depth"] or DEPTH
+    while depth not in taken:
+        tried = with_choices(config, choices(config, depth, tokens_of(depth)))
+        model, per_step = shape(tried), tried["tokens_per_step"]
+        rows = per_step // (model.block_size * run.ranks.world_size)
+        trials = autotune.trials_of(run, model, device, rows)
+        precision = autotune.choose_precision(trials)[0] if given[1] == "auto" else given[1]
+        timings = trials.step(trials.candidates()[-1], precision, tried["optim"])
+        token_s[depth] = timings.step_s / per_step
+        taken[depth] = token_s[depth] * tokens_of(depth)
+        log.info("depth %s: %s tokens take %.0f s", depth, f"{tokens_of(depth):,}", taken[depth])
+        if config["depth"] is None:
+            depth = max(1, round(depth * (_left_s(config) / taken[depth]) ** (1 / 6)))
+    left_s = _left_s(config)
+    depth = min(taken, key=lambda depth: abs(math.log(taken[depth] / left_s)))
+    return with_choices(config, choices(config, depth, left_s / token_s[depth]))
+
+
+def _steps(
+    config: dict[str, Any], trials: autotune.Trials, settings: autotune.Settings, data: Any
+) -> int:
+    """Return the optimizer steps that fit the time that is left, with all that interrupts them."""
+    model, callbacks, minutes = trials.config, config["callbacks"], config["minutes"]
+    timings = trials.step(settings.micro_batch, settings.precision, config["optim"])
+    step_s, end_s = timings.step_s + STEP_OVERHEAD_S, 0.0
+    if settings.compile:
+        gain, base_s, layer_s = autotune.COMPILE[trials.device.type]
+        step_s, end_s = step_s * (1 - gain), base_s + layer_s * model.n_layer
+    n_val = len(getattr(data, "val_rows", ())) * model.block_size
+    validation, samples = callbacks["validation"], callbacks.get("samples") or {}
+    last, part = (min(validation[key] or n_val, n_val) for key in ("final_tokens", "tokens"))
+    n_sampled = len(samples.get("prompts", ())) * samples.get("max_new_tokens", 0)
+    checkpoint_s = CHECKPOINT_S * model_without_weights(model).num_parameters()
+    for every, seconds, at_end_s in (
+        (validation["every_n_steps"], timings.validated_s * part, timings.validated_s * last),
+        (samples.get("every_n_steps") or math.inf, *[timings.sampled_s * n_sampled] * 2),
+        (callbacks["checkpoint"].get("every_n_steps", 500), *[checkpoint_s] * 2),
+    ):
+        step_s, end_s = step_s + seconds / every, end_s + at_end_s
+    steps, per_step = int((_left_s(config) - end_s) / step_s), config["tokens_per_step"]
+    if steps < 1:
+        what = f"what is left of minutes={minutes} is {_left_s(config):.0f} s, and the last"
+        what += f" validation takes {end_s:.0f} s and a step {step_s:.2g} s; pass more minutes"
+        raise ValueError(what)
+    n_train = len(getattr(data, "train_rows", ())) * model.block_size
+    passes = steps * per_step / n_train if n_train else 0.0
+    what = f"minutes {minutes}: {steps:,} steps of {per_step:,} tokens, {step_s:.3g} s each"
+    what += f"; more than {MAX_PASSES} passes over the data gain little" * (passes > MAX_PASSES)
+    log.info("%s", what)
+    return steps

@@ -1,0 +1,70 @@
+"""Hyperparameters from a model's depth, as rules with few constants.
+
+The rules scale the values of conf/optim/muon.yaml, which are those of the anchor below. Constants
+have their sources beside them; benchmarks/recipe.py runs the sweep that would fit them.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+HEAD_SIZE = 64  # channels, and of the model as many times as it has layers
+# The anchor, the run of stage=quickstart: layers, tokens, and tokens per optimizer step.
+DEPTH, TOKENS, TOKENS_PER_STEP = 4, 2_048_000, 2048
+TOKENS_PER_WEIGHT = 2.0  # near the anchor's 1.2; 20 in Hoffmann et al. (arXiv:2203.15556)
+STEP_EXPONENT = 0.38  # of the tokens: Power Lines (arXiv:2505.13738) has 0.383
+RATE_EXPONENT = 0.5  # of the tokens per step: square-root scaling (arXiv:2006.09092)
+DEPTH_EXPONENT = 0.5  # of 1 / depth
+MAX_PASSES = 4  # over a corpus, beyond which tokens gain little (arXiv:2305.16264)
+
+
+def tokens_of(depth: int) -> int:
+    """Return the tokens of a run of this depth: TOKENS_PER_WEIGHT for each weight of the blocks."""
+    return round(TOKENS_PER_WEIGHT * 12 * depth * (HEAD_SIZE * depth) ** 2)
+
+
+def step_tokens(tokens: float, block_size: int) -> int:
+    """Return the tokens of an optimizer step, a power of two rows: proportional to tokens**0.38."""
+    rows = TOKENS_PER_STEP * (tokens / TOKENS) ** STEP_EXPONENT / block_size
+    return int(block_size * 2 ** max(round(math.log2(rows)), 0))
+
+
+def rate_factor(tokens_per_step: int, depth: int) -> float:
+    """Return the factor of the learning rates: sqrt(tokens per step) and 1 / sqrt(depth)."""
+    of_step = (tokens_per_step / TOKENS_PER_STEP) ** RATE_EXPONENT
+    return float(of_step * (DEPTH / depth) ** DEPTH_EXPONENT)
+
+
+def choices(config: Mapping[str, Any], depth: int, tokens: float) -> dict[str, Any]:
+    """Return the values, by dotted key, of a run of this depth on about so many tokens.
+
+    Keys that were typed are left out, and the steps where any budget was. The weight decay keeps
+    its product with learning rate and steps (arXiv:2405.13698). Rates of other optimizers than
+    nanogpt.optim.muon stay as configured.
+    """
+    typed, optim = config["typed"], config["optim"]
+    per_step = config["tokens_per_step"]
+    if "tokens_per_step" not in typed:
+        per_step = step_tokens(tokens, config["model"]["block_size"])
+    steps = math.ceil(tokens / per_step)
+    shape = {"n_layer": depth, "n_head": depth, "n_embd": HEAD_SIZE * depth}
+    values: dict[str, Any] = {f"model.{key}": value for key, value in shape.items()}
+    values |= {"tokens_per_step": per_step}
+    if not {"max_steps", "max_tokens", "minutes"} & typed.keys():
+        values |= {"max_steps": steps, "max_tokens": None}
+    if optim["_target_"] == "nanogpt.optim.muon" and not isinstance(typed.get("optim"), Mapping):
+        factor = rate_factor(per_step, depth)
+        decay = TOKENS / TOKENS_PER_STEP / steps / factor
+        factors = {"learning_rate": factor, "adamw_learning_rate": factor, "weight_decay": decay}
+        for key, by in factors.items():
+            values[f"optim.{key}"] = float(f"{optim[key] * by:.3g}")
+    return {key: value for key, value in values.items() if key not in typed}
+
+
+def with_choices(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration with values by dotted key, which it has under `chosen` too."""
+    config = {**config, "chosen": {**config.get("chosen", {}), **chosen}}
+    for key, value in chosen.items():
+        group, _, name = key.partition(".")
+        config[group] = {**config[group], name: value} if name else value
+    return config
