@@ -66,7 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def leaderboard(sweep: Path) -> None:
     """Print the comparison of a sweep's language models, the best first; write leaderboard.json."""
-    with suppress(ValueError, FileNotFoundError):  # of classifiers, or where every job failed
+    summaries = [run.summary() or {} for run in find_runs(sweep)]
+    if not any("val_bits_per_byte" in summary for summary in summaries):
+        return  # classifiers, or every job failed
+    with suppress(ValueError):  # of jobs on several corpora
         groups = group_runs(find_measured([str(sweep)], sweep), ranked=True)
         rows = compare(groups)
         write_json(sweep / "leaderboard.json", rows)

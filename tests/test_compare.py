@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nanogpt.compare import main
+from nanogpt.compare import leaderboard, main
 from nanogpt.evaluation.results import STORED_ROWS
 from tests.test_comparison import write_run
 
@@ -141,3 +141,16 @@ def test_a_sweep_ends_with_its_leaderboard(
     assert "variance over seeds" in out.splitlines()[-1]
     (board,) = (tmp_path / "runs").glob("sweep-*/leaderboard.json")
     assert len(STORED_ROWS.validate_json(board.read_bytes())) == 2
+
+
+def test_classifiers_and_several_corpora_have_no_leaderboard(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        write_run(runs / "corpora", name, corpus=name)
+        path = write_run(runs / "classes", name, summary={"stage": "classify"}) / "summary.json"
+        path.write_text(path.read_text().replace("val_bits_per_byte", "val_accuracy"))
+    for sweep in ("corpora", "classes", "nothing"):
+        leaderboard(runs / sweep)
+        assert not (runs / sweep / "leaderboard.json").exists()
+    assert capsys.readouterr() == ("", "")
