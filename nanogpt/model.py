@@ -41,6 +41,7 @@ PRESETS = {  # n_layer, n_head, n_embd
 DERIVED = ("n_kv_head", "head_size", "n_inner")  # null: n_head, n_embd / n_head, 4 n_embd
 # Fields that version 0.1.0 lacks, of which it computes the defaults.
 LATER = ("rope_base", "norm_eps", "norm_weight", "embd_norm", "qk_norm_weight", "tie_embeddings")
+LATER += ("qk_gain",)
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -50,10 +51,10 @@ class GPTConfig:
     With `n_kv_head` below `n_head`, groups of query heads share keys and values (GQA, arXiv
     2305.13245). `n_inner` is the width of the MLP, which swiglu has twice (arXiv 2002.05202).
     `rope_scaling` stretches the rotary wavelengths as Llama 3.1 does: its factor, low and high
-    frequency factor, and the context that it was trained with. `logit_softcap` c bounds the logits
-    x to c tanh(x / c). `block` is the dotted path of a class that replaces `Block`, whose docstring
-    is the contract. Raises pydantic's ValidationError, a ValueError, for a value that no model can
-    have.
+    frequency factor, and the context that it was trained with. `qk_gain` is the initial value of
+    the queries' `qk_norm_weight`. `logit_softcap` c bounds the logits x to c tanh(x / c). `block`
+    is the dotted path of a class that replaces `Block`, whose docstring is the contract. Raises
+    pydantic's ValidationError, a ValueError, for a value that no model can have.
     """
 
     block_size: Count = 1024
@@ -76,6 +77,7 @@ class GPTConfig:
     activation: Literal["gelu", "relu2", "swiglu"] = "gelu"
     qk_norm: Flag = False
     qk_norm_weight: Flag = False
+    qk_gain: Positive = 1.0
     tie_embeddings: Flag = True
     logit_softcap: Positive | None = None
     zero_init: Flag = False
@@ -92,6 +94,7 @@ class GPTConfig:
             and scaling[1] >= scaling[2]
             and "[factor, low, high above low, context]",
             "qk_norm_weight": self.qk_norm_weight > self.qk_norm and "false without qk_norm",
+            "qk_gain": self.qk_gain != 1 and not self.qk_norm_weight and "1 without qk_norm_weight",
             "block": not is_path and "the dotted path of a class, my_package.MyBlock",
             "position": turns and D % 2 and f"learned with an odd head size, {D}",
         }
@@ -369,6 +372,8 @@ class CausalSelfAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = make_norm(config, config.head_dim, config.qk_norm_weight)
             self.k_norm = make_norm(config, config.head_dim, config.qk_norm_weight)
+        if config.qk_gain != 1:
+            nn.init.constant_(self.q_norm.weight, config.qk_gain)
 
     def forward(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
         """Return the attention output (B, T, C) of normalised states x (B, T, C)."""

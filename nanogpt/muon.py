@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw as adamw_step
 # Newton-Schulz: https://kellerjordan.github.io/posts/muon/, as in torch.optim.Muon.
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_EPS = 1e-7
+MIN_MOMENT = 1e-10  # of a row's squares, which are zero where its gradients are
 # Matrices are orthogonalised in stacks of at most this many elements (bounds the memory).
 STACK_ELEMENTS = 2**25
 
@@ -21,7 +22,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Muon is `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but matrices of one shape are
     orthogonalised together, and blocks of their rows apart: as many as `row_blocks`, or of these
-    relative sizes.
+    relative sizes. With a `row_beta` above 0 it is NorMuon.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -47,6 +48,8 @@ class MuonAdamW(torch.optim.Optimizer):
             state = self.state[parameter]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
+                if group.get("row_beta"):  # which groups of versions before it lack
+                    state["row_moments"] = torch.zeros_like(parameter[:, :1])
         for stack in _stacks(parameters):
             grads = _grads(stack)
             directions = [self.state[p]["momentum_buffer"] for p in stack]
@@ -57,11 +60,14 @@ class MuonAdamW(torch.optim.Optimizer):
             sizes = n if isinstance(n, list) else [1] * n
             rows = [len(stack[0]) // sum(sizes) * size for size in sizes]
             torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
-            weights = zip(*(parameter.split(rows) for parameter in stack), strict=True)
-            for own, block in zip(weights, torch.stack(directions).split(rows, 1), strict=True):
+            for i, block in enumerate(torch.stack(directions).split(rows, 1)):
+                own = [parameter.split(rows)[i] for parameter in stack]
                 update = orthogonalise(block, group["ns_steps"])
                 # RMS 0.2 whatever the shape: arXiv:2502.16982, equation 4.
                 scale = 0.2 * math.sqrt(max(update.shape[-2:]))
+                if beta := group.get("row_beta"):
+                    moments = [self.state[p]["row_moments"].split(rows)[i] for p in stack]
+                    update, scale = normalise_rows(update, moments, beta), 0.2
                 torch._foreach_add_(own, update.unbind(), alpha=-group["lr"] * scale)
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
@@ -110,6 +116,18 @@ def orthogonalise(matrices: Tensor, ns_steps: int) -> Tensor:
         gram = x @ x.mT  # (N, M, M), M the smaller side
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def normalise_rows(updates: Tensor, moments: list[Tensor], beta: float) -> Tensor:
+    """Return updates (N, A, B) with an RMS of 1 and rows of alike RMS over the steps.
+
+    `moments` are N tensors (A, 1), running means of each row's squares, which are updated in place
+    (NorMuon, arXiv:2510.05491).
+    """
+    updates = updates.float()
+    torch._foreach_lerp_(moments, list(updates.square().mean(-1, keepdim=True)), 1 - beta)
+    updates = updates * torch.stack(moments).clamp(min=MIN_MOMENT).rsqrt()
+    return updates / updates.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=NS_EPS)
 
 
 def _stacks(matrices: Iterable[Tensor]) -> Iterable[list[Tensor]]:

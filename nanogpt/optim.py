@@ -66,12 +66,14 @@ def muon(
     betas: Betas = (0.9, 0.95),
     eps: Amount = 1e-8,
     split_qkv: Flag = False,
+    row_beta: BelowOne = 0.0,
 ) -> torch.optim.Optimizer:
     """Build Muon for the blocks' matrices and AdamW for all other parameters, as one optimizer.
 
     `learning_rate` is on AdamW's scale (arXiv:2502.16982, section 2.2: updates of RMS 0.2).
     `split_qkv` orthogonalises the query, key and value rows of `c_attn` apart, as Muon's author
-    does; without it the updates are those of `torch.optim.Muon`.
+    does; without it the updates are those of `torch.optim.Muon`. `row_beta` is the decay per step
+    of the rows' second moments, which even out the updates of rows (NorMuon, arXiv:2510.05491).
     """
     config: Any = getattr(model, "config", None)
     blocks: dict[int, Any] = {1: 1, 3: 3}
@@ -91,6 +93,7 @@ def muon(
         "momentum": momentum,
         "nesterov": nesterov,
         "ns_steps": ns_steps,
+        "row_beta": row_beta,
     }
     adamw_settings = {
         "algorithm": "adamw",

@@ -24,7 +24,7 @@ class _Any:
 
 ANY = _Any()
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-GENERAL = (*SIZES, "bias", "dropout", "zero_init")  # every consumer supports all their values
+GENERAL = (*SIZES, "bias", "dropout", "zero_init", "qk_gain")  # no consumer restricts them
 # Supported by a consumer that runs the model's own blocks, rotation and head.
 IN_MODEL: Supported = {
     **dict.fromkeys(("norm", "activation", "qk_norm", "block", "n_inner", "qk_norm_weight"), ANY),

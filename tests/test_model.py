@@ -124,6 +124,7 @@ def test_every_file_names_every_key_and_builds(file: str) -> None:
         ({"rope_scaling": [8.0, 1.0, 4.0]}, "rope_scaling.3 must be given"),
         ({"rope_scaling": [8.0, 4.0, 1.0, 8192]}, "high above low"),
         ({"qk_norm_weight": True}, "qk_norm_weight=True should be false without qk_norm"),
+        ({"qk_norm": True, "qk_gain": 1.5}, "qk_gain=1.5 should be 1 without qk_norm_weight"),
     ],
 )
 def test_a_value_no_model_can_have_is_refused(values: dict[str, Any], message: str) -> None:

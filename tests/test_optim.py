@@ -193,6 +193,32 @@ def test_split_qkv_orthogonalises_each_third_alone(model: Parameters) -> None:
         torch.testing.assert_close(new, expected, rtol=0, atol=2e-4, msg=f"third {third}")
 
 
+def test_row_moments_even_out_the_rows_of_an_update(model: Parameters) -> None:
+    weight = model.get_parameter("h.1.attn.c_attn.weight")
+    expected = weight.detach().clone()
+    optimizer = muon(model, split_qkv=True, row_beta=0.9, momentum=0.0, weight_decay=0.0)
+    moments = torch.zeros(3, WIDTH, 1)
+    for step in range(3):
+        give_gradients(model, step)
+        for part, rows in enumerate(range(0, 3 * WIDTH, WIDTH)):  # NorMuon, algorithm 1
+            update = orthogonalise(gradient(weight)[None, rows : rows + WIDTH], 5)[0].float()
+            moments[part] = 0.9 * moments[part] + 0.1 * update.square().mean(1, keepdim=True)
+            update /= moments[part].sqrt()
+            update *= 0.2 * math.sqrt(update.numel()) / update.norm()
+            expected[rows : rows + WIDTH] -= 1e-2 * update
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=2e-5)
+
+
+def test_row_moments_of_rows_without_gradient_are_harmless(model: Parameters) -> None:
+    weight = model.get_parameter("h.0.attn.c_attn.weight")
+    optimizer = muon(model, row_beta=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert weight.isfinite().all()
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_split_qkv_of_grouped_heads_updates_as_separate_matrices(nesterov: bool) -> None:
     shape: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 24}

@@ -47,6 +47,8 @@ NEW_KEYS = {  # that records of earlier versions lack, with the value that these
     "model.embd_norm": False,
     "model.rope_base": 10_000.0,
     "model.qk_norm_weight": False,
+    "model.qk_gain": 1.0,
+    "optim.row_beta": 0.0,
     "model.tie_embeddings": True,
 }
 BUDGET = ("max_steps", "max_tokens")  # identity that may grow, where the schedule permits
