@@ -224,14 +224,30 @@ def a_second() -> Given:
     return Given(seconds={(4, "32-true"): 0.25})  # a second per step: 12 % of 333 s are 40 s
 
 
-@pytest.mark.parametrize(("max_steps", "choice"), [(300, False), (400, True)])
-def test_compile_only_where_it_saves_more_than_it_takes(
-    monkeypatch: pytest.MonkeyPatch, max_steps: int, choice: bool
+@pytest.mark.parametrize(
+    ("max_steps", "compiled_s", "choice", "why"),
+    [
+        (300, 0.0, False, "36 s of the run and take 40 s"),  # without a measurement
+        (400, 0.05, True, "80 s of the run and take 24 s"),  # 400 steps x 4 x 2 layers x 0.025 s
+        (400, 0.07, False, "16 s of the run and take 24 s"),
+    ],
+)
+def test_compile_only_where_a_compiled_block_saves_more_than_it_takes(
+    monkeypatch: pytest.MonkeyPatch, max_steps: int, compiled_s: float, choice: bool, why: str
+) -> None:
+    trials = a_second()
+    block = {"eager": 0.075, "compiled": compiled_s, "compilation": 12.0}
+    monkeypatch.setattr(trials, "block", lambda rows, precision: block)
+    decision = autotune._choose_compile(trials, "32-true", 4, max_steps, False)
+    assert decision == (choice, f"would save about {why}")
+
+
+def test_a_block_is_timed_eager_and_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    compiled, why = autotune._choose_compile(a_second(), "32-true", 4, max_steps, False)
-    assert compiled is choice
-    assert why == f"would save about {0.12 * max_steps:.0f} s of the run and take 40 s"
+    seconds = Trials(TINY, CPU, 4, 1, tmp_path / "probes.json").block(4, "bf16-mixed")
+    assert set(seconds) == {"eager", "compiled", "compilation"}
 
 
 def test_compile_stays_off_where_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +255,9 @@ def test_compile_stays_off_where_it_fails(monkeypatch: pytest.MonkeyPatch) -> No
         raise RuntimeError("No working C++ compiler found\nin a trace")
 
     monkeypatch.setattr(torch, "compile", fail)
-    decision = autotune._choose_compile(a_second(), "32-true", 4, 10**9, False)
+    trials = a_second()
+    trials.known, trials.scope, trials.shape = {}, "", ""
+    decision = autotune._choose_compile(trials, "32-true", 4, 10**9, False)
     assert decision == (False, "it fails on this machine (No working C++ compiler found)")
 
 

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from nanogpt.build import build_optimizer
 from nanogpt.command import out_of_memory
 from nanogpt.disk import replacing
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.model import GPT, Attend, GPTConfig
 from nanogpt.runs.run import Run
 from nanogpt.text import first_line
 from nanogpt.training.language_model import next_token_loss
@@ -41,7 +41,8 @@ CPU_TOKENS = (512, 2048, 8192)
 GPU_TOKENS = 65_536
 TRIED_S = 3.0  # a forward and backward thought to take longer is not tried on a CPU
 # torch.compile: share of the step it saves, seconds it takes, and those for each layer. CPU: 64.7
-# against 69.1 to 73.1 ms and 28 to 40 s (4 layers of 128, one EPYC thread). CUDA: 250 to 135 ms for
+# against 69.1 to 73.1 ms and 28 to 40 s (4 layers of 128, one EPYC thread); where that would pay, a
+# block is compiled and timed. CUDA: 250 to 135 ms for
 # GPT-2 small (nanoGPT's README), about 60 s for its 12 layers.
 COMPILE = {"cpu": (0.12, 40.0, 0.0), "cuda": (0.4, 30.0, 3.0)}
 # Sides of the measured product: large enough to reach the device's rate.
@@ -209,7 +210,12 @@ def _choose_compile(
     saved_s, cost_s = gain * run_s, base_s + layer_s * trials.config.n_layer
     if saved_s > cost_s:
         try:
-            torch.compile(lambda x: x + 1)(torch.ones(8, device=trials.device))
+            if kind == "cpu":  # the numbers above only decide whether to measure
+                block = trials.block(micro_batch, precision)
+                saved = (block["eager"] - block["compiled"]) / micro_batch_s * trials.config.n_layer
+                saved_s, cost_s = saved * run_s, block["compilation"] * trials.config.n_layer
+            else:
+                torch.compile(lambda x: x + 1)(torch.ones(8, device=trials.device))
         except Exception as error:  # whatever the compilers of a machine raise
             return False, f"it fails on this machine ({first_line(error)})"
     return saved_s > cost_s, f"would save about {saved_s:.0f} s of the run and take {cost_s:.0f} s"
@@ -245,6 +251,7 @@ class Trials:
     def __post_init__(self) -> None:
         used = f"{torch.get_num_threads()} threads, {self.local_world_size} ranks"
         self.scope = f"{machine_id(self.device)}, {used}"
+        self.shape = " ".join(f"{key}={value}" for key, value in self.config.record().items())
         self.provisional = False  # whether any measurement of this process is
         stored = {} if self.remeasure else _read(self.path)
         self.known = {key: found for key, found in stored.items() if not found.provisional}
@@ -292,6 +299,34 @@ class Trials:
         found = self.recall(what, lambda: self._measure_step(rows, precision, optim))
         step_s = n_before * found.get("pass", 0.0) + found["update"]
         return Timings(step_s, found["forward"] / n_tokens, found["token"], "measured")
+
+    def block(self, rows: int, precision: str) -> dict[str, float]:
+        """Return the seconds of a block's forward and backward, "eager" and "compiled".
+
+        Those of compiling it are "compilation". Raises whatever the compiler raises.
+        """
+
+        def measure() -> Measured:
+            config = dataclasses.replace(self.config, n_layer=1)
+            model, x = GPT(config).train(), torch.randn(rows, config.block_size, config.n_embd)
+            rotation = model.rotation(torch.arange(config.block_size))
+
+            def forward(x: torch.Tensor) -> torch.Tensor:
+                return model.h[0](x, rotation, Attend()).sum()
+
+            def run(forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+                with torch.autocast("cpu", DTYPES[precision], enabled=precision != "32-true"):
+                    loss = forward(x.requires_grad_())
+                loss.backward()
+
+            compiled, began = partial(run, torch.compile(forward)), time.perf_counter()
+            compiled()
+            compilation_s = time.perf_counter() - began
+            found = self._in_turn({"eager": partial(run, forward), "compiled": compiled}, MEASURE_S)
+            found.seconds["compilation"] = compilation_s
+            return found
+
+        return self.recall(f"block of {rows} rows {precision}, {self.shape}", measure)
 
     def guess_s(self, rows: int, precision: str) -> float:
         """Return the seconds of a forward and backward at half the rate of matrix products."""
