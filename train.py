@@ -114,8 +114,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     config = settle(config)
     check_nodes(config, budget_steps(config))
     device, ranks = resolve_device(config["trainer"]["accelerator"]), Ranks.from_environment()
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     plain = {key: config[key] for key in HANDED_OVER}
     data = build_data(config, **plain, block_size=config["model"]["block_size"])
     schedule = build_schedule(config["schedule"])

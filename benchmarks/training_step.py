@@ -158,7 +158,7 @@ def our_step(options: argparse.Namespace, compiled: bool) -> Step:
     from nanogpt.training.language_model import next_token_loss
     from nanogpt.training.machine import keep_freed_memory
 
-    keep_freed_memory()
+    keep_freed_memory(torch.device("cpu"))
     model = our_model(options)
     optimizer = adamw(model, **OPTIMIZER)
     summed_loss = torch.compile(next_token_loss) if compiled else next_token_loss
@@ -267,6 +267,7 @@ def run_trainer(pipe: Connection, options: argparse.Namespace) -> None:
     """Train ours with Lightning's trainer, its turns between two steps."""
     from functools import partial
 
+    import torch
     from lightning.pytorch import Callback, LightningModule, Trainer
     from torch.utils.data import DataLoader
 
@@ -281,7 +282,7 @@ def run_trainer(pipe: Connection, options: argparse.Namespace) -> None:
     from nanogpt.training.progress import Progress
     from nanogpt.training.trainer import quieten_lightning
 
-    keep_freed_memory()
+    keep_freed_memory(torch.device("cpu"))
     turns = Turns(pipe, options.clock)
 
     class TakeTurns(Callback):

@@ -77,7 +77,7 @@ def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(2**22)  # 4096 pages
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-keep_freed_memory()
+keep_freed_memory(torch.device("cpu"))
 print(page_faults(), page_faults())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -40,12 +40,14 @@ def usable_memory_bytes() -> int:
     return min(total, int(limit)) if limit.isdecimal() else total
 
 
-def keep_freed_memory() -> None:
-    """Have glibc's malloc reuse freed memory rather than return it to the kernel; else do nothing.
+def keep_freed_memory(device: torch.device) -> None:
+    """Have glibc's malloc reuse the freed memory of a CPU device rather than return it.
 
     Every step on a CPU allocates the same large tensors. By default each is mapped, cleared page by
     page at its first use and unmapped: a fifth of a step (docs/PERFORMANCE.md).
     """
+    if device.type != "cpu":
+        return
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, MAX_INT)

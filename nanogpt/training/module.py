@@ -161,8 +161,7 @@ class StageModule(LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:  # fp16: the gradients are still multiplied by the loss scale
             norm = norm / scaler.scale(torch.ones_like(norm))
-        # A CPU reads the norm without waiting for it, and can leave gradients as they are.
-        if self.grad_clip is not None and not (norm.is_cpu and norm <= self.grad_clip):
+        if self.grad_clip is not None and not (norm.is_cpu and norm <= self.grad_clip):  # no wait
             torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
         return norm
 
