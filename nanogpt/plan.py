@@ -70,6 +70,7 @@ def plan(config: dict[str, Any]) -> Iterator[Row]:
     from nanogpt.training.autotune import trials_of
     from nanogpt.training.budget import settle, tune
     from nanogpt.training.launch import count_devices, resolve_device
+    from nanogpt.training.machine import keep_freed_memory
     from nanogpt.training.memory import step_memory
     from nanogpt.training.throughput import DENSE_HALF_FLOPS, flops_per_token
 
@@ -77,6 +78,8 @@ def plan(config: dict[str, Any]) -> Iterator[Row]:
     trainer = config["trainer"]
     build.check_nodes(config, budget_steps(config))
     device = resolve_device(trainer["accelerator"])
+    if device.type == "cpu":
+        keep_freed_memory()
     keys = ("seed", "stage", "data_dir", "tokens_per_step", "grad_clip")
     live = {key: config[key] for key in keys} | {"block_size": config["model"]["block_size"]}
     data, schedule = build.build_data(config, **live), build.build_schedule(config["schedule"])
