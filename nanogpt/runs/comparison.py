@@ -27,7 +27,7 @@ MAX_LABEL_CHARS = 60
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)
 # Operational keys without effect on execution; EXECUTED are taken from `resolved`.
 UNSHOWN = {"name", "runs_dir", "data_dir", "resume", "overwrite", "debug", "remeasure"}
-UNSHOWN |= {"command", "typed", "resolved"}
+UNSHOWN |= {"command", "typed", "resolved", "datamodule"}  # which repeats callbacks.validation
 EXECUTED = ("micro_batch", "compile", "threads", "local_world_size")
 
 Effect = tuple[float, float]  # a variance and its degrees of freedom
