@@ -167,9 +167,12 @@ def notes(row: Row) -> list[str]:
         return [*text, "one seed: no interval over training noise, which takes more seeds"]
     if not about["paired_seeds"]:
         return [*text, "no two seeds in common: the variance is Welch's, without pairs"]
-    variances = (results[f"seeds_variance{kind}"] for kind in ("", "_unpaired"))
-    change = "variance over seeds {} in pairs, {} without".format(*map(format_number, variances))
-    return [*text, f"{row['checkpoint']}: {change}"]
+    gains = [
+        f"over {name} {format_number(results[f'{name}_variance'])} in pairs, "
+        f"{format_number(results[f'{name}_variance_unpaired'])} without"
+        for name in about["covers"].split(" and ")
+    ]
+    return [*text, f"{row['checkpoint']}: variance {'; '.join(gains)}"]
 
 
 def parser() -> argparse.ArgumentParser:

@@ -206,9 +206,10 @@ def difference(base: Group, other: Group) -> tuple[dict[str, float], dict[str, A
     if "seeds" in effects:
         t = value / stderr if stderr else math.inf if value else 0.0
         results["p_value"] = p_value(t, [*effects.values()])
-    if is_paired and "seeds" in effects:
-        unpaired = [float(table.mean(1).var(ddof=1)) / len(seeds) for table in (one, two)]
-        results |= {"seeds_variance": effects["seeds"][0], "seeds_variance_unpaired": sum(unpaired)}
+    apart = [crossed_effects([table])[1] for table in (one, two)]  # as if nothing were in pairs
+    for name in effects if is_paired else ():
+        results[f"{name}_variance"] = effects[name][0]
+        results[f"{name}_variance_unpaired"] = sum(of[name][0] for of in apart)
     return results, {"covers": " and ".join(effects), "paired_seeds": seeds if is_paired else []}
 
 
