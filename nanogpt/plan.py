@@ -78,8 +78,7 @@ def plan(config: dict[str, Any]) -> Iterator[Row]:
     trainer = config["trainer"]
     build.check_nodes(config, budget_steps(config))
     device = resolve_device(trainer["accelerator"])
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     keys = ("seed", "stage", "data_dir", "tokens_per_step", "grad_clip")
     live = {key: config[key] for key in keys} | {"block_size": config["model"]["block_size"]}
     data, schedule = build.build_data(config, **live), build.build_schedule(config["schedule"])

@@ -96,8 +96,6 @@ def autotune(run: Run, model: GPTConfig, device: torch.device, rows_per_rank: in
         stale.add("micro_batch")
     if recorded.get("local_world_size") != n_local:
         stale.add("threads")
-    if deterministic:  # cuBLAS reads it at its first product, which is timed
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     def choose(key: str, value: Any, measure: Callable[[], tuple[Any, str]]) -> Any:
         why = "as given"
@@ -143,6 +141,8 @@ def autotune(run: Run, model: GPTConfig, device: torch.device, rows_per_rank: in
 
 def trials_of(run: Run, model: GPTConfig, device: torch.device, rows_per_rank: int) -> "Trials":
     """Return the trials of a run's model, stored under its `data_dir`."""
+    if run.config["trainer"]["deterministic"]:  # cuBLAS reads it at its first product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     path, remeasure = Path(run.config["data_dir"]) / "probes.json", run.config["remeasure"]
     n_local = run.ranks.local_world_size
     return Trials(model, device, rows_per_rank, n_local, path, remeasure)
@@ -279,7 +279,7 @@ class Trials:
         The rows ascend.
         """
         names = {trial: "{} rows {}".format(*trial) for trial in trials}
-        what = f"{'; '.join(names.values())}, {self._shape()}"
+        what = f"{'; '.join(names.values())}, {self.shape}"
         seconds = self.recall(what, lambda: self._measure(names))
         return {trial: seconds[name] for trial, name in names.items() if name in seconds}
 
@@ -295,7 +295,7 @@ class Trials:
             how = "from matrix products"
             return Timings((n_before + 1) * guess_s, forward_s, forward_s, how)
         how = ", ".join(f"{key}={value}" for key, value in optim.items())
-        what = f"steps of {rows} rows {precision}, {how}, {self._shape()}"
+        what = f"steps of {rows} rows {precision}, {how}, {self.shape}"
         found = self.recall(what, lambda: self._measure_step(rows, precision, optim))
         step_s = n_before * found.get("pass", 0.0) + found["update"]
         return Timings(step_s, found["forward"] / n_tokens, found["token"], "measured")
@@ -435,9 +435,6 @@ class Trials:
         if rows == self.rows_per_rank:
             del passes["pass"]
         return self._in_turn(passes, STEPS_S, statistics.median)
-
-    def _shape(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in self.config.record().items())
 
     def _memory_reserve(self, model: GPT) -> torch.Tensor:
         """Return a tensor (N,) of the bytes that training needs and a trial does not."""

@@ -70,8 +70,8 @@ def tune(
         run.config = _with_depth(run, shape, device)
     config, model = dict(run.config), shape(run.config)
     rows = config["tokens_per_step"] // (model.block_size * world_size)
-    trials = autotune.trials_of(run, model, device, rows)
     if is_open:  # about so many
+        trials = autotune.trials_of(run, model, device, rows)
         run.max_steps = int(_left_s(config) / rows / trials.guess_s(1, "32-true")) + 1
     run.max_steps = min(run.max_steps, data.max_steps or run.max_steps)
     settings = autotune.autotune(run, model, device, rows)
@@ -123,7 +123,11 @@ def _steps(
     model, callbacks, minutes = trials.config, config["callbacks"], config["minutes"]
     timings = trials.step(settings.micro_batch, settings.precision, config["optim"])
     step_s, end_s = timings.step_s + STEP_OVERHEAD_S, 0.0
-    if settings.compile:
+    if settings.compile and trials.device.type == "cpu":
+        block = trials.block(settings.micro_batch, settings.precision)
+        saved_s = (block["eager"] - block["compiled"]) * trials.rows_per_rank / settings.micro_batch
+        step_s, end_s = step_s - saved_s * model.n_layer, block["compilation"] * model.n_layer
+    elif settings.compile:
         gain, base_s, layer_s = autotune.COMPILE[trials.device.type]
         step_s, end_s = step_s * (1 - gain), base_s + layer_s * model.n_layer
     n_val = len(getattr(data, "val_rows", ())) * model.block_size
