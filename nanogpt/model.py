@@ -40,8 +40,8 @@ PRESETS = {  # n_layer, n_head, n_embd
 
 DERIVED = ("n_kv_head", "head_size", "n_inner")  # null: n_head, n_embd / n_head, 4 n_embd
 # Fields that version 0.1.0 lacks, of which it computes the defaults.
-LATER = ("rope_base", "norm_eps", "norm_weight", "embd_norm", "qk_norm_weight", "tie_embeddings")
-LATER += ("qk_gain",)
+LATER: tuple[str, ...] = ("rope_base", "norm_eps", "norm_weight", "embd_norm", "tie_embeddings")
+LATER += ("qk_norm_weight", "qk_gain")
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -373,7 +373,7 @@ class CausalSelfAttention(nn.Module):
             self.q_norm = make_norm(config, config.head_dim, config.qk_norm_weight)
             self.k_norm = make_norm(config, config.head_dim, config.qk_norm_weight)
         if config.qk_gain != 1:
-            nn.init.constant_(self.q_norm.weight, config.qk_gain)
+            nn.init.constant_(self.q_norm.get_parameter("weight"), config.qk_gain)
 
     def forward(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
         """Return the attention output (B, T, C) of normalised states x (B, T, C)."""

@@ -154,9 +154,8 @@ class RowsDataModule(LightningDataModule, ABC):
         n_scored = n_rows if tokens is None else min(max(tokens // self.block_size, 1), n_rows)
         rows = (np.arange(n_scored) * n_rows // n_scored)[trainer.global_rank :: trainer.world_size]
         rows = rows[self.val_rows.arrange(rows, np.arange(len(rows)))]
-        return self._loader(
-            _ScoredRows(self.val_rows, self.val_parts), in_parts(rows, self.val_batch_rows)
-        )
+        scored = _ScoredRows(self.val_rows, self.val_parts)
+        return self._loader(scored, in_parts(rows, self.val_batch_rows))
 
     test_dataloader = val_dataloader  # there is no further split
 
@@ -221,12 +220,8 @@ class CorpusDataModule(RowsDataModule):
     def preparation(self, choice: TokenizerChoice) -> Preparation:
         """Return how a source of documents becomes a corpus, and its directory."""
         source: Any = self.source
-        return Preparation(
-            source,
-            *(choice.make, choice.key, self.data_dir),
-            tokens=self.tokens,
-            shard_tokens=self.shard_tokens,
-        )
+        sizes: Any = {"tokens": self.tokens, "shard_tokens": self.shard_tokens}
+        return Preparation(source, choice.make, choice.key, self.data_dir, **sizes)
 
     def _prepare(self, choice: TokenizerChoice) -> Corpus:
         source = self.source

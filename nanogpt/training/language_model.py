@@ -51,10 +51,8 @@ class LanguageModel(StageModule):
         Special tokens have a loss and no bytes.
         """
         targets = batch["targets"]  # (B, T)
-        logits = self.model(batch["input_ids"], documents=batch.get("documents"))
-        nats = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
-        )
+        logits = self.model(batch["input_ids"], documents=batch.get("documents")).flatten(0, 1)
+        nats = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="none")
         nats = nats.view_as(targets).cpu().double()
         scored = targets != -100
         n_bytes = self.token_bytes[targets.clamp(min=0)].where(scored, 0)
