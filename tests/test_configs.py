@@ -25,6 +25,7 @@ from nanogpt.config import (
 from nanogpt.model import GPTConfig
 from nanogpt.optim import Constant, Cosine, WarmupStableDecay, check_schedule, learning_rates
 from nanogpt.runs.identity import budget_steps, flatten
+from nanogpt.training.budget import settle
 from nanogpt.training.callbacks import Samples
 from nanogpt.training.launch import count_devices
 from tests.configs import CONF, options
@@ -42,7 +43,7 @@ def composed(*overrides: str) -> dict[str, Any]:
     return deepcopy(composed_once(*overrides))
 
 
-NEEDED = {"data=hub": ["data.repository=owner/name"]}
+NEEDED = {"data=hub": ["data.repository=owner/name"], "model=auto": ["depth=2"]}
 SAMPLING = ("max_new_tokens", "temperature", "top_k")
 CHOICES = [
     f"{group}={option}"
@@ -65,7 +66,7 @@ CHOICES = [
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_yaml_composes_and_builds(choice: str) -> None:
-    config = composed(choice, *NEEDED.get(choice, ()))
+    config = settle({**composed(choice, *NEEDED.get(choice, ())), "name": "new", "typed": {}})
     assert isinstance(build(config["model"], "model", vocab_size=300), GPTConfig)
     check_schedule(instantiate(config["schedule"]), 100)
     assert budget_steps(config) > 0
@@ -147,7 +148,7 @@ def test_an_optimizer_builds_from_its_yaml(optim: str) -> None:
         ("seed=99999999999999999999", "below 9223372036854775808"),
         ("data.val_fraction=a", "data.val_fraction='a' should be a number"),
         ("data.prompts=5", "data.prompts=5 should be a list"),
-        ("model=5", "there is no model=5; model is one of gpt2_large, "),
+        ("model=5", "there is no model=5; model is one of auto, gpt2_large, "),
         ("threads=1000000", "threads=1000000 should be at most"),
         ("optim.learning_rate=abc", "learning_rate"),
         ("name=../x", "no directory under runs_dir"),

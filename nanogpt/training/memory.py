@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -87,18 +88,18 @@ class _Allocated(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self._sizes = {StorageWeakRef(tensor.untyped_storage()): 0 for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-            if storage is not None and storage._cdata not in self._sizes:
-                self._sizes[storage._cdata] = storage.nbytes()
+            if storage is not None and (key := StorageWeakRef(storage)) not in self._sizes:
+                self._sizes[key] = storage.nbytes()
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, storage._cdata)
+                weakref.finalize(storage, self._free, key)
         return result
 
-    def _free(self, storage: int) -> None:
+    def _free(self, storage: StorageWeakRef) -> None:
         self.now -= self._sizes.pop(storage)
