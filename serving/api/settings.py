@@ -22,8 +22,8 @@ from serving.engine.messages import Count, Heartbeat, Seconds, Settings
 PREFIX = "NANOGPT_"
 # Variables that are no settings: of training, of tests, and of the server's own processes.
 OTHERS = {
-    *("NANOGPT_DATA_DIR", "NANOGPT_SWEEP", "NANOGPT_LAUNCHER_PID", "NANOGPT_TEST_DATA"),
-    *("NANOGPT_ENGINE", "NANOGPT_NO_KERNELS", "NANOGPT_TEST_NPM"),
+    *("NANOGPT_DATA_DIR", "NANOGPT_SWEEP", "NANOGPT_BEGAN", "NANOGPT_LAUNCHER_PID"),
+    *("NANOGPT_ENGINE", "NANOGPT_NO_KERNELS", "NANOGPT_TEST_DATA", "NANOGPT_TEST_NPM"),
 }
 
 

@@ -1,7 +1,6 @@
-// Texts in English and Chinese, for elements by data-t (text), data-t-label (label and tooltip) and
-// data-t-placeholder.
+// Texts in English and Chinese, which elements name in data-t, data-t-label and data-t-placeholder.
 
-const WORDS = {
+export const WORDS = {
   chat: ["Chat", "对话"],
   complete: ["Complete", "续写"],
   classify: ["Classify", "分类"],
@@ -155,13 +154,6 @@ const WORDS = {
   valLoss: ["validation loss", "验证损失"],
   accuracy: ["accuracy", "准确率"],
   bits: ["bits per byte", "每字节比特数"],
-  rank: ["rank", "名次"],
-  run: ["run", "训练"],
-  seeds: ["seeds", "种子数"],
-  difference: ["difference to the best", "与最佳之差"],
-  interval: ["95 % interval", "95% 区间"],
-  time: ["time", "用时"],
-  seconds: ["{n} s", "{n} 秒"],
   speed: ["tokens/s", "词元/秒"],
   curvesOf: ["Loss by optimizer step: {values}", "各优化步的损失：{values}"],
   backToTalk: ["Back to the models", "返回模型"],
