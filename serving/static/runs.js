@@ -50,8 +50,7 @@ Object.assign(WORDS, {
   seeds: ["seeds", "种子数"],
   difference: ["difference to the best", "与最佳之差"],
   interval: ["95 % interval", "95% 区间"],
-  time: ["time", "用时"],
-  seconds: ["{n} s", "{n} 秒"],
+  time: ["time, s", "用时（秒）"],
 });
 
 /** The runs of a sweep, grouped by all but their seed, the best first. */
@@ -72,7 +71,7 @@ function board([sweep, rows]) {
       Number.isFinite(difference) ? signed(difference) : "",
       ends.every(Number.isFinite) ? ends.map(signed).join(" … ") : "",
       Number.isFinite(row.tokens_per_s) ? number(row.tokens_per_s) : "",
-      Number.isFinite(row.wall_s) ? t("seconds", { n: number(row.wall_s) }) : "",
+      Number.isFinite(row.wall_s) ? number(row.wall_s) : "",
     ];
     return h("tr", {}, cells.map((text) => h("td", {}, text)));
   };
