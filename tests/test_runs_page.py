@@ -143,7 +143,7 @@ def test_a_sweep_has_a_leaderboard(browser: Any, url: str, runs_dir: Path) -> No
         page.locator(".board td").first.wait_for()
         assert page.locator(".board h2").inner_text() == "sweep-1"
         lines = [row.inner_text().split("\t") for row in page.locator(".board tbody tr").all()]
-        assert lines[0] == ["1", "lr=0", "1", "1.5000", "", "", "2,000", "61 s"]
+        assert lines[0] == ["1", "lr=0", "1", "1.5000", "", "", "2,000", "61"]
         assert lines[1] == [
             "2",
             "lr=1",
