@@ -35,7 +35,6 @@ from nanogpt.command import (
     is_path,
     out_of_memory,
 )
-from nanogpt.compare import leaderboard
 from nanogpt.runs.identity import flatten, run_name
 from nanogpt.text import first_line
 from nanogpt.values import Amount, Count, Flag, Positive, Seed, Size, Text, check
@@ -178,6 +177,8 @@ class Leaderboard(Callback):
     """Print the comparison of a sweep's runs after its last job."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from nanogpt.compare import leaderboard
+
         leaderboard(Path(config.hydra.sweep.dir))
 
 
