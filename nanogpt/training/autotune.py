@@ -211,9 +211,8 @@ def _choose_compile(
     if saved_s > cost_s:
         try:
             if kind == "cpu":  # the numbers above only decide whether to measure
-                block = trials.block(micro_batch, precision)
-                saved = (block["eager"] - block["compiled"]) / micro_batch_s * trials.config.n_layer
-                saved_s, cost_s = saved * run_s, block["compilation"] * trials.config.n_layer
+                saved_s, cost_s = trials.compiling(micro_batch, precision, run_s / max_steps)
+                saved_s *= max_steps
             else:
                 torch.compile(lambda x: x + 1)(torch.ones(8, device=trials.device))
         except Exception as error:  # whatever the compilers of a machine raise
@@ -327,6 +326,16 @@ class Trials:
             return found
 
         return self.recall(f"block of {rows} rows {precision}, {self.shape}", measure)
+
+    def compiling(self, rows: int, precision: str, step_s: float) -> tuple[float, float]:
+        """Return the seconds that torch.compile saves of a step of `step_s`, and those it takes."""
+        n_layer = self.config.n_layer
+        if self.device.type == "cpu":
+            block = self.block(rows, precision)
+            saved_s = (block["eager"] - block["compiled"]) * self.rows_per_rank / rows
+            return saved_s * n_layer, block["compilation"] * n_layer
+        gain, base_s, layer_s = COMPILE[self.device.type]
+        return gain * step_s, base_s + layer_s * n_layer
 
     def guess_s(self, rows: int, precision: str) -> float:
         """Return the seconds of a forward and backward at half the rate of matrix products."""

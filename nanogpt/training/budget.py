@@ -123,13 +123,9 @@ def _steps(
     model, callbacks, minutes = trials.config, config["callbacks"], config["minutes"]
     timings = trials.step(settings.micro_batch, settings.precision, config["optim"])
     step_s, end_s = timings.step_s + STEP_OVERHEAD_S, 0.0
-    if settings.compile and trials.device.type == "cpu":
-        block = trials.block(settings.micro_batch, settings.precision)
-        saved_s = (block["eager"] - block["compiled"]) * trials.rows_per_rank / settings.micro_batch
-        step_s, end_s = step_s - saved_s * model.n_layer, block["compilation"] * model.n_layer
-    elif settings.compile:
-        gain, base_s, layer_s = autotune.COMPILE[trials.device.type]
-        step_s, end_s = step_s * (1 - gain), base_s + layer_s * model.n_layer
+    if settings.compile:
+        saved_s, end_s = trials.compiling(settings.micro_batch, settings.precision, step_s)
+        step_s -= saved_s
     n_val = len(getattr(data, "val_rows", ())) * model.block_size
     validation, samples = callbacks["validation"], callbacks.get("samples") or {}
     last, part = (min(validation[key] or n_val, n_val) for key in ("final_tokens", "tokens"))
