@@ -10,6 +10,7 @@ parts of `validation.csv` are crossed random effects.
 import csv
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mpmath import betainc
 
 from nanogpt.runs.directory import RunDirectory, read_config, read_summary
 from nanogpt.runs.identity import NEW_KEYS, flatten, is_identity
@@ -24,7 +26,6 @@ from nanogpt.runs.metrics import read_metrics
 
 CONFIDENCE = 0.95
 MAX_LABEL_CHARS = 60
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(100)
 # Operational keys without effect on execution; EXECUTED are taken from `resolved`.
 UNSHOWN = {"name", "runs_dir", "data_dir", "resume", "overwrite", "debug", "remeasure"}
 UNSHOWN |= {"command", "typed", "resolved", "datamodule"}  # which repeats callbacks.validation
@@ -256,27 +257,19 @@ def p_value(t: float, effects: Sequence[Effect]) -> float:
     """Return the p-value of t, a difference over its standard error.
 
     It is the mean of those of Student's distributions, weighted by the variances of the effects,
-    which stays within its level where few seeds meet many parts; Satterthwaite's does not. With
-    t = sqrt(df) tan(a), the density of the angle a is proportional to cos(a) ** (df - 1).
+    which stays within its level where few seeds meet many parts; Satterthwaite's does not.
     """
-    tails = []
-    for _, df in effects:
-        start = math.atan(abs(t) / math.sqrt(df))
-        half = (min(math.pi / 2, start + 12 / math.sqrt(df)) - start) / 2  # beyond, below e ** -70
-        tail = half * float(WEIGHTS @ np.cos(start + half * (NODES + 1)) ** (df - 1))
-        log_all = math.log(math.pi) / 2 + math.lgamma(df / 2) - math.lgamma((df + 1) / 2)
-        tails.append(min(2 * tail / math.exp(log_all), 1.0))
+    tails = [
+        float(betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True)) for _, df in effects
+    ]
     variances = [variance for variance, _ in effects]
     return float(np.average(tails, weights=variances if any(variances) else None))
 
 
 def critical_value(effects: Sequence[Effect]) -> float:
-    """Return the t whose p-value is 1 - CONFIDENCE."""
-    low, high = 0.0, 100.0
-    while high - low > 1e-9:
-        t = (low + high) / 2
-        low, high = (t, high) if p_value(t, effects) > 1 - CONFIDENCE else (low, t)
-    return high
+    """Return the t, at most 100, whose p-value is 1 - CONFIDENCE."""
+    n = bisect_left(range(10**11), CONFIDENCE - 1, key=lambda n: -p_value(n / 1e9, effects))
+    return n / 1e9
 
 
 def reached_at(curve: np.ndarray, loss: float, column: int) -> float | None:
