@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanogpt.model import GPT, Attend, Block
+from nanogpt.ranks import gathered
 from nanogpt.support import IN_MODEL, check_supported, mixes_by_attend
 from nanogpt.tokenizer import Tokenizer
 
@@ -68,8 +69,7 @@ def loglikelihoods(
     """
     assert not model.training, "dropout would change the results"
     check_supported(model.config, "the scorer (nanogpt/evaluation/scoring.py)", IN_MODEL)
-    is_shared = dist.is_available() and dist.is_initialized()
-    rank, n_ranks = (dist.get_rank(), dist.get_world_size()) if is_shared else (0, 1)
+    rank, n_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     has_trees = mixes_by_attend(model)
     tree_tokens, multiple = (TREE_TOKENS, PRODUCT_ROWS) if has_trees else (0, 1)
     own = requests[rank::n_ranks]
@@ -86,10 +86,7 @@ def loglikelihoods(
         for (found, index), new in zip(owners, _results(model, batch, multiple), strict=True):
             loglikelihood = found[index].loglikelihood + new.loglikelihood
             found[index] = Result(loglikelihood, found[index].is_greedy and new.is_greedy)
-    if not is_shared:
-        return results
-    shares: list[Any] = [None] * n_ranks
-    dist.all_gather_object(shares, results)
+    shares = gathered(results)
     return [shares[i % n_ranks][i // n_ranks] for i in range(len(requests))]
 
 
