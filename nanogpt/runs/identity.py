@@ -146,12 +146,15 @@ def binding(recorded: Mapping[str, Any]) -> dict[str, str]:
     return {"identity": resolved.get("identity", digest), "corpus": resolved["corpus"]}
 
 
-def identity_differences(recorded: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+def identity_differences(
+    recorded: Mapping[str, Any], config: Mapping[str, Any], *, may_extend: bool = False
+) -> list[str]:
     """Return one line per identity key in which two configurations differ.
 
-    `auto` agrees with whatever it became when the run began. Keys of the model that are not typed
-    mean nothing to a run that takes its model from `init_from`. A record of an earlier version,
-    which lacks a class or node that this version names, agrees with the project's own.
+    `auto` agrees with whatever it became when the run began; with `may_extend` the schedule lets
+    the budget grow. Keys of the model that are not typed mean nothing to a run that takes its model
+    from `init_from`. A record of an earlier version, which lacks a class or node that this version
+    names, agrees with the project's own.
     """
     new = flatten(config)
     old = {key: NEW_KEYS[key] for key in NEW_KEYS & new.keys()} | flatten(recorded)
@@ -166,22 +169,8 @@ def identity_differences(recorded: Mapping[str, Any], config: Mapping[str, Any])
         for key in sorted(old.keys() | new.keys())
         if is_identity(key) and old.get(key) != new.get(key) and new.get(key) != "auto"
         if not (inherits and key.startswith("model.") and key not in typed)
+        if not (may_extend and key in BUDGET)
     ]
-
-
-def check_continues(
-    path: Path, recorded: Mapping[str, Any], config: Mapping[str, Any], *, may_extend: bool = False
-) -> None:
-    """Refuse to continue the run at `path` with a configuration of another identity.
-
-    With `may_extend` the schedule lets `max_steps` and `max_tokens` grow. Raises ValueError
-    that lists the differences and the ways on.
-    """
-    differences = identity_differences(recorded, config)
-    if may_extend:
-        differences = [d for d in differences if d.partition(":")[0] not in BUDGET]
-    if differences:
-        raise ValueError(f"{path} holds another run ({'; '.join(differences)}); pass {NEW_OR_ANEW}")
 
 
 def upgrade(recorded: Mapping[str, Any]) -> dict[str, Any]:
