@@ -66,8 +66,8 @@ class Answer:
         """Add one message of the engine."""
         if isinstance(message, Tokens):
             self.ids += message.ids
-            self.logprobs += [value or 0.0 for value in message.logprobs or []]
-            self.top += zip(message.top_ids or [], message.top_logprobs or [], strict=True)
+            self.logprobs += [own or 0.0 for own, _, _ in message.logprobs or []]
+            self.top += [(ids, values) for _, ids, values in message.logprobs or []]
             self.cached_tokens = message.cached_tokens
             self.end = message.finish_reason or ""
         elif isinstance(message, Failed):

@@ -95,9 +95,8 @@ class InlineEngine:
             answer = self.answers.setdefault(getattr(message, "request_id", ""), Answer())
             if isinstance(message, Tokens):
                 answer.ids += message.ids
-                answer.logprobs += message.logprobs or []
-                tops = zip(message.top_ids or [], message.top_logprobs or [], strict=True)
-                answer.top += tops
+                answer.logprobs += [own for own, _, _ in message.logprobs or []]
+                answer.top += [(ids, values) for _, ids, values in message.logprobs or []]
             if not isinstance(message, Tokens) or message.finish_reason:
                 answer.end = message
 

@@ -147,11 +147,9 @@ class FakeEngine:
                 **self.about,
             )
         if isinstance(message, Score):
-            n = len(message.prompt_ids)
-            tops = [list(range(message.top))] * (n - 1)
-            values = [[-1.0] * message.top] * (n - 1)
-            scored = ([None, *[-1.0] * (n - 1)], [[], *tops], [[], *values])
-            return Tokens(message.request_id, [], *scored, finish_reason="length")
+            scored = (-1.0, list(range(message.top)), [-1.0] * message.top)
+            rows = [(None, [], []), *[scored] * (len(message.prompt_ids) - 1)]
+            return Tokens(message.request_id, [], rows, finish_reason="length")
         if isinstance(message, Classify):
             labels = self.about["labels"] or []
             even = [1 / len(labels)] * len(labels)
@@ -164,8 +162,7 @@ def tokens(request: Generate, ids: list[int]) -> Tokens:
     top = request.params.logprobs
     if top is None:
         return Tokens(request.request_id, ids)
-    tops = [list(range(top)) for _ in ids]
-    return Tokens(request.request_id, ids, [-1.0] * len(ids), tops, [[-1.0] * top for _ in ids])
+    return Tokens(request.request_id, ids, [(-1.0, list(range(top)), [-1.0] * top) for _ in ids])
 
 
 async def generate(client: EngineClient, request: Generate) -> AsyncGenerator[Tokens, None]:

@@ -285,10 +285,10 @@ def costs(pictures: Pictures, rounds: int = 7) -> None:
 def likely(request: Generate, ids: list[int]) -> Tokens:
     """Return tokens of varied probabilities, with others that could stand in their places."""
     values = [-0.05 - 5 * abs(math.sin(7 * i)) ** 3 for i in ids]
-    others = [[ord("a"), ord("e"), ord(" "), ord("\n"), 0xE2] for _ in ids]
-    tops = [[i, *other] for i, other in zip(ids, others, strict=True)]
-    ranked = [[v, -1.5, -2.2, -3.0, -3.5, -4.5] for v in values]
-    return Tokens(request.request_id, ids, values, tops, ranked)
+    others = [ord("a"), ord("e"), ord(" "), ord("\n"), 0xE2]
+    ranked = [-1.5, -2.2, -3.0, -3.5, -4.5]
+    rows = zip(ids, values, strict=True)
+    return Tokens(request.request_id, ids, [(v, [i, *others], [v, *ranked]) for i, v in rows])
 
 
 STATES: list[Callable[[Pictures], None]] = [chat, looks, failures, complete, classify, runs, costs]

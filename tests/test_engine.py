@@ -117,11 +117,13 @@ def test_logprobs_are_those_of_the_model(tmp_path: Path, keys: dict[str, Any]) -
         expected = model(torch.tensor([prompt]))[0].log_softmax(-1)
     assert isinstance(scored, Tokens)
     assert scored.logprobs
-    assert scored.logprobs[0] is None
-    assert scored.top_ids
+    (first, *_), *rest = scored.logprobs
+    assert first is None
     own = expected[range(len(prompt) - 1), prompt[1:]]
-    torch.testing.assert_close(torch.tensor(scored.logprobs[1:]), own, atol=1e-4, rtol=1e-4)
-    assert scored.top_ids[1:] == expected[:-1].topk(2).indices.tolist()
+    torch.testing.assert_close(
+        torch.tensor([logprob for logprob, _, _ in rest]), own, atol=1e-4, rtol=1e-4
+    )
+    assert [top for _, top, _ in rest] == expected[:-1].topk(2).indices.tolist()
 
 
 def test_a_next_turn_reads_only_what_is_new(checkpoint: Path) -> None:

@@ -133,7 +133,7 @@ def test_logprobs_are_the_models_before_bias_and_temperature() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     (chosen,) = choose(logits, [sequence(temperature=0.0, logprobs=2, logit_bias={2: 9.0})])
     expected = logits.log_softmax(-1)[0].tolist()
-    assert chosen == Tokens("", [2], [expected[2]], [[0, 1]], [expected[:2]])
+    assert chosen == Tokens("", [2], [(expected[2], [0, 1], expected[:2])])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

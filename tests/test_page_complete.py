@@ -19,8 +19,8 @@ LOGPROBS = {"s": math.log(0.75), "l": math.log(0.2), "o": math.log(0.02), "u": m
 def likely(request: Generate, ids: list[int]) -> Tokens:
     """Return tokens with logprobs by letter, and X as the alternative of each."""
     values = [LOGPROBS.get(chr(i), -0.01) for i in ids]
-    tops = [[ord("X"), i] for i in ids]
-    return Tokens(request.request_id, ids, values, tops, [[-2.0, v] for v in values])
+    rows = [(v, [ord("X"), i], [-2.0, v]) for i, v in zip(ids, values, strict=True)]
+    return Tokens(request.request_id, ids, rows)
 
 
 @pytest.fixture

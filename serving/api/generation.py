@@ -5,7 +5,7 @@ Streamed and whole answers both come from here, so their texts are equal.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +15,7 @@ from nanogpt.detokenizer import Detokenizer
 from serving.api import errors
 from serving.api.errors import ApiError
 from serving.engine.client import EngineClient
-from serving.engine.messages import EngineError, Failed, Generate, Message, Tokens
+from serving.engine.messages import EngineError, Failed, Generate, Logprobs, Message, Tokens
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Choice:
         piece.text += detokenizer.feed(tokens.ids)
         if tokens.logprobs is not None:
             offsets = [self._offset + start for start in detokenizer.starts[n_before:]]
-            self._pending += tokens_of(tokens.ids, offsets, tokens)
+            self._pending += tokens_of(tokens.ids, offsets, tokens.logprobs)
         if tokens.finish_reason:
             piece.text += detokenizer.finish()
         piece.finish_reason = "stop" if detokenizer.stopped else tokens.finish_reason
@@ -212,8 +212,9 @@ class Generation:
         self._changed.set()
 
 
-def tokens_of(ids: Sequence[int], offsets: Sequence[int], scores: Tokens) -> list[Token]:
+def tokens_of(
+    ids: Iterable[int], offsets: Iterable[int], logprobs: Iterable[Logprobs]
+) -> list[Token]:
     """Return tokens with their log-probabilities, as many as there are offsets."""
-    logprobs = (scores.logprobs or (), scores.top_ids or (), scores.top_logprobs or ())
-    rows = zip(ids, offsets, *logprobs, strict=False)
-    return [Token(i, offset, logprob, (top, values)) for i, offset, logprob, top, values in rows]
+    rows = zip(ids, offsets, logprobs, strict=False)
+    return [Token(i, offset, own, (top, values)) for i, offset, (own, top, values) in rows]

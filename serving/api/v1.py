@@ -184,7 +184,7 @@ async def _score(call: Call, model: ServedModel, prompts: Sequence[Prompt], top:
         assert prompt.echo is not None
         detokenizer = Detokenizer(model.token_bytes)
         detokenizer.feed(prompt.ids)
-        prompt.echo.tokens = tokens_of(prompt.ids, detokenizer.starts, scored)
+        prompt.echo.tokens = tokens_of(prompt.ids, detokenizer.starts, scored.logprobs or [])
         await asyncio.sleep(0)
 
 

@@ -7,7 +7,7 @@ step to a front end are one frame.
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -19,6 +19,9 @@ MIN_LOGPROB = -9999.0  # stands for minus infinity, which the API's JSON lacks
 BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 Task = Literal["generate", "classify"]
+# Of a token: its log-probability, None for the first of a text; then the ids and log-probabilities
+# of the likeliest tokens in its place.
+Logprobs = tuple[float | None, list[int], list[float]]
 FailureKind = Literal[
     "invalid",  # the request cannot be computed: 400
     "context_length",  # the prompt leaves no room for a token: 400
@@ -160,7 +163,7 @@ class Generate(Computation):
 class Score(Computation):
     """Return the log-probabilities of a prompt's own tokens (echo).
 
-    Answered by Tokens without ids; the first log-probability is None.
+    Answered by Tokens without ids.
     """
 
     top: int = 0  # the number of likeliest tokens at each position
@@ -191,16 +194,13 @@ class Tokens(Message):
     """The next tokens of an answer; the last message has the reason of its end.
 
     That is "stop" after one of stop_ids, which is not among the tokens, and "length" at max_tokens
-    or a full context. With `params.logprobs`: each token's log-probability, and the likeliest
-    tokens at its position. `cached_tokens` of the prompt were in the cache; `queue_s` is the time
-    in the queue.
+    or a full context. `cached_tokens` of the prompt were in the cache; `queue_s` is the time in the
+    queue.
     """
 
     request_id: str
     ids: list[int]
-    logprobs: Sequence[float | None] | None = None
-    top_ids: list[list[int]] | None = None
-    top_logprobs: list[list[float]] | None = None
+    logprobs: list[Logprobs] | None = None  # of each token, with `params.logprobs`
     finish_reason: Literal["stop", "length"] | None = None
     cached_tokens: int = 0
     queue_s: float = 0.0

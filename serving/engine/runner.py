@@ -212,13 +212,11 @@ class Runner:
         following = sequence.ids[start + 1 : sequence.n_computed + 1]
         logits = self.forward.logits(states)[: len(following)]
         n_top = [sequence.request.top] * len(following)
-        found: Any = sampling.log_probabilities(logits, following, n_top)
-        before = sequence.scored or [[None], [[]], [[]]]  # the first token has none
-        sequence.scored = [[*old, *new] for old, new in zip(before, found, strict=True)]
+        sequence.scored = sequence.scored or [(None, [], [])]  # of the first token
+        sequence.scored += sampling.log_probabilities(logits, following, n_top)
         if sequence.n_computed == len(sequence.ids):
-            own, ids, values = sequence.scored
             request_id = sequence.request.request_id
-            self._end(sequence, Tokens(request_id, [], own, ids, values, finish_reason="length"))
+            self._end(sequence, Tokens(request_id, [], sequence.scored, finish_reason="length"))
 
     def _classify(self, computed: list[Computed]) -> None:
         ((sequence, states),) = computed

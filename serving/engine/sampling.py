@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanogpt.generation import allowed_tokens
 from nanogpt.splitmix import GAMMA, splitmix64
-from serving.engine.messages import MIN_LOGPROB, SamplingParams, Tokens
+from serving.engine.messages import MIN_LOGPROB, Logprobs, SamplingParams, Tokens
 from serving.engine.scheduler import SequenceState
 
 CANDIDATES = (256, 4096)  # likeliest tokens that are sorted; all only where they do not suffice
@@ -58,19 +58,17 @@ def uniform(seed: int, position: int) -> float:
     return (splitmix64(splitmix64(seed + GAMMA) + position + GAMMA) >> 11) * 2.0**-53
 
 
-def log_probabilities(
-    logits: Tensor, tokens: list[int], n_top: list[int]
-) -> tuple[list[float], list[list[int]], list[list[float]]]:
-    """Return the log-probability of a token after each row of logits (R, V), and others.
+def log_probabilities(logits: Tensor, tokens: list[int], n_top: list[int]) -> list[Logprobs]:
+    """Return the log-probability of a token after each row of logits (R, V).
 
-    Those are the ids of the row's `n_top` likeliest tokens, at most MAX_TOP, and theirs.
+    With it come the `n_top` likeliest tokens of the row, at most MAX_TOP.
     """
     logprobs = logits.log_softmax(-1).clamp_min(MIN_LOGPROB)
     index = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
     own = logprobs.gather(-1, index[:, None])[:, 0].tolist()
     best = logprobs.topk(min(MAX_TOP, logits.size(-1)))  # always as many: ties keep their order
-    ids = [row[:n] for row, n in zip(best.indices.tolist(), n_top, strict=True)]
-    return own, ids, [row[:n] for row, n in zip(best.values.tolist(), n_top, strict=True)]
+    rows = zip(own, best.indices.tolist(), best.values.tolist(), n_top, strict=True)
+    return [(logprob, ids[:n], values[:n]) for logprob, ids, values, n in rows]
 
 
 def _adjusted(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
@@ -173,7 +171,6 @@ def _with_logprobs(logits: Tensor, tokens: Tensor, sequences: list[SequenceState
     if rows := [i for i, s in enumerate(sequences) if s.params.logprobs is not None]:
         own, n_top = [ids[i] for i in rows], [sequences[i].params.logprobs or 0 for i in rows]
         found = log_probabilities(logits[rows], own, n_top)
-        for i, value, ids_, values in zip(rows, *found, strict=True):
-            message = chosen[i]
-            message.logprobs, message.top_ids, message.top_logprobs = [value], [ids_], [values]
+        for i, logprobs in zip(rows, found, strict=True):
+            chosen[i].logprobs = [logprobs]
     return chosen

@@ -3,10 +3,9 @@
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 from serving.engine.forward import Span
-from serving.engine.messages import Computation, Generate, SamplingParams, Tokens
+from serving.engine.messages import Computation, Generate, Logprobs, SamplingParams, Tokens
 from serving.engine.slots import Slot, Slots
 
 MAX_GROUPS = 4096  # whose last turns the scheduler remembers
@@ -30,7 +29,7 @@ class SequenceState:
     n_reused: int = 0  # of n_computed, those that the slot held already
     n_cached: int = 0  # n_reused at the first admission
     max_tokens: int | None = None  # of a step, where memory did not suffice for more
-    scored: list[list[Any]] = field(default_factory=list)  # log-probabilities and others so far
+    scored: list[Logprobs] = field(default_factory=list)  # of the tokens computed so far
     arrived: float = field(default_factory=time.monotonic)
     queue_s: float = 0.0  # seconds between arrival and the first slot
     first_token: float = 0.0
