@@ -13,6 +13,7 @@ import sys
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from nanogpt.command import FAILED, INTERRUPTED, WRONG_USAGE
 from serving.api.auth import is_loopback
 from serving.api.connection import Connection
 from serving.api.settings import ApiSettings, read_settings
@@ -22,7 +23,6 @@ from serving.logs import configure
 
 APP = "serving.app:create_app"
 SLOW_START_S = 60  # a front end that answers its parent so late is not dead but busy
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 
 def main() -> int:
@@ -55,7 +55,13 @@ def check_engine(settings: Settings) -> None:
     if settings.default_model is not None:
         from serving.engine.registry import Registry
 
-        Registry(settings.models, settings.runs_dir, settings.default_model).check_default()
+        name = settings.default_model
+        registry = Registry(settings.models, settings.runs_dir, name)
+        if registry.default() is None:
+            ids = ", ".join(entry.id for entry in registry.entries) or "none"
+            raise ValueError(
+                f"default_model={name} is none of the models ({ids}); pass one of them"
+            )
 
 
 def check_exposure(settings: ApiSettings) -> None:

@@ -137,7 +137,6 @@ class FakeEngine:
         if isinstance(message, Describe):
             return ModelDetails(
                 message.request_id,
-                id="tiny",
                 revision="1",
                 step=100,
                 vocab_size=self.tokenizer.vocab_size,

@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from nanogpt.tokenizer import Tokenizer
-from serving.api import call, schemas, stream
+from serving.api import schemas, stream
 from serving.api.generation import Piece
 from serving.api.settings import ApiSettings
 from serving.engine.messages import Classify, Describe, Generate, Message, Score
@@ -290,22 +290,11 @@ def test_a_text_that_cannot_fit_the_context_is_not_encoded(
     assert max(encoded) < len(text)
 
 
-def test_the_biases_of_many_prompts_are_read_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    n_read = 0
-
-    def counted(*arguments: Any) -> dict[int, float]:
-        nonlocal n_read
-        n_read += 1
-        return {65: 1.0}
-
-    monkeypatch.setattr(call, "_bias", counted)
+def test_all_answers_to_many_prompts_have_the_bias_and_a_seed(tmp_path: Path) -> None:
     engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("a"))
     body = {"prompt": ["x"] * 16, "n": 8, "logit_bias": {"65": 1}, "seed": 1}
     with serve(engine) as url:
         assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
-    assert n_read == 1
     requests = [request.params for request in generated(engine)]
     assert [params.logit_bias for params in requests] == [{65: 1.0}] * 128
     assert len({params.seed for params in requests}) == 8  # of each prompt's answers

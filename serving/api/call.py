@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -114,12 +114,13 @@ class Call:
 
         Raises ApiError for token ids that the model lacks.
         """
-        own_stops, top_k = body.stop_token_ids or [], body.top_k or 0
+        own_stops, bias, top_k = body.stop_token_ids or [], body.logit_bias or {}, body.top_k or 0
         model.check_ids(own_stops, "stop_token_ids")
+        model.check_ids(bias, "logit_bias")
         params = partial(
             SamplingParams,
             top_k=min(top_k, model.details.vocab_size) if top_k > 0 else None,
-            logit_bias=_bias(body.logit_bias or {}, model),
+            logit_bias=bias,
             stop_ids=tuple(dict.fromkeys([*stop_ids, *own_stops])),
             ignore_eos=bool(body.ignore_eos),
             logprobs=logprobs,
@@ -205,15 +206,3 @@ async def _cancel(tasks: Collection[asyncio.Future[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _bias(bias: Mapping[str, float], model: ServedModel) -> dict[int, float]:
-    try:
-        by_id = {int(token): float(value) for token, value in bias.items()}
-    except ValueError as error:
-        message = "The keys of logit_bias are token ids; POST /tokenize gives those of a text."
-        raise ApiError(400, message, param="logit_bias") from error
-    if min(by_id, default=0) < 0:
-        raise ApiError(400, "A token id of logit_bias is below 0.", param="logit_bias")
-    model.check_ids(list(by_id), "logit_bias")
-    return by_id

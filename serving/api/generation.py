@@ -190,21 +190,19 @@ class Generation:
             if isinstance(message, Failed):
                 raise EngineError(message.kind, message.message)
             assert isinstance(message, Tokens)
-            self._put(choice.take(message))
+            piece = choice.take(message)
+            self._timers[0].cancel()
+            if piece.index in self._pieces:
+                self._pieces[piece.index].add(piece)
+            elif piece.text or piece.tokens or piece.finish_reason:
+                self._pieces[piece.index] = piece
+                self._changed.set()
         except Exception as error:
             self._fail(errors.from_exception(error, request_id))
             self._client.cancel(request_id)
         if choice.finish_reason:
             self._client.cancel(request_id, "stop")
             self._n_open -= 1
-            self._changed.set()
-
-    def _put(self, piece: Piece) -> None:
-        self._timers[0].cancel()
-        if piece.index in self._pieces:
-            self._pieces[piece.index].add(piece)
-        elif piece.text or piece.tokens or piece.finish_reason:
-            self._pieces[piece.index] = piece
             self._changed.set()
 
     def _fail(self, error: ApiError) -> None:

@@ -2,13 +2,12 @@
 
 import asyncio
 import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import TypeVar
 
-from nanogpt.prompts import Message, Template, find_template
-from nanogpt.tokenizer import Tokenizer, from_record
+from nanogpt.prompts import Message, find_template
+from nanogpt.tokenizer import from_record
 from serving.api.errors import ApiError
 from serving.api.schemas import ChatMessage, ChatRequest, TokenizeRequest
 from serving.engine.client import EngineClient
@@ -22,16 +21,17 @@ BASE_TEMPLATE = "plain"  # of models without a template
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
 class ServedModel:
-    """A revision of a model; `token_bytes` has the bytes of each id."""
+    """A revision of a model with its tokenizer; `token_bytes` has the bytes of each id."""
 
-    id: str
-    details: ModelDetails
-    tokenizer: Tokenizer
-    template: Template
-    token_bytes: list[bytes]
-    max_chars: int  # of a text whose tokens can fit the context
+    def __init__(self, model_id: str, details: ModelDetails) -> None:
+        self.id, self.details = model_id, details
+        self.tokenizer = from_record(details.tokenizer)
+        self.tokenizer.encode("warm up")  # builds the table
+        self.template = find_template(details.template or BASE_TEMPLATE)
+        self.token_bytes = self.tokenizer.token_bytes()
+        # Of a text whose tokens can fit the context.
+        self.max_chars = details.block_size * max(map(len, self.token_bytes))
 
     async def encode(self, text: str, *, add_special_tokens: bool | None = True) -> list[int]:
         """Return the ids of a text as a prompt, or those of the text alone.
@@ -100,7 +100,7 @@ class ServedModel:
             code="context_length_exceeded",
         )
 
-    def check_ids(self, ids: Sequence[int], param: str) -> None:
+    def check_ids(self, ids: Collection[int], param: str) -> None:
         """Raise ApiError for a token id that the model lacks."""
         if ids and max(ids) >= self.details.vocab_size:
             message = f"Token id {max(ids)} is not below vocab_size={self.details.vocab_size}."
@@ -154,7 +154,7 @@ class Catalogue:
 
     async def _build(self, info: ModelInfo) -> ServedModel:
         details = await self.client.details(info)
-        return await asyncio.to_thread(_build, info.id, details)
+        return await asyncio.to_thread(ServedModel, info.id, details)
 
 
 def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
@@ -185,12 +185,3 @@ def _text(message: ChatMessage) -> str:
             text = f"A message has a part of type {kind!r}; this server reads text only."
             raise ApiError(400, text, param="messages")
     return "\n".join(part.text or "" for part in message.content)
-
-
-def _build(model_id: str, details: ModelDetails) -> ServedModel:
-    tokenizer = from_record(details.tokenizer)
-    tokenizer.encode("warm up")  # builds the table
-    template = find_template(details.template or BASE_TEMPLATE)
-    token_bytes = tokenizer.token_bytes()
-    max_chars = details.block_size * max(map(len, token_bytes))
-    return ServedModel(model_id, details, tokenizer, template, token_bytes, max_chars)

@@ -56,6 +56,7 @@ MaxTokens = Annotated[StrictInt, Field(ge=-1), Whole]  # -1: as many as fit
 Logprobs = Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS), Whole]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+BiasedId = Annotated[int, Field(ge=0)]  # a key of JSON, and so text
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 Short = Annotated[StrictStr, Field(max_length=256)]
@@ -109,7 +110,7 @@ class SamplingRequest(BaseModel):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=10)] | None = None
-    logit_bias: Annotated[dict[StrictStr, Bias], BeforeValidator(_few_biases)] | None = None
+    logit_bias: Annotated[dict[BiasedId, Bias], BeforeValidator(_few_biases)] | None = None
     seed: Seed | None = None
     n: Count | None = None
     stop: Short | Items[Short] | None = None

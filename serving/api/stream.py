@@ -165,7 +165,6 @@ def event_stream(frames: AsyncIterator[bytes]) -> Response:
         headers={"Cache-Control": "no-cache, no-transform"},
         ping=PING_S,
         ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
-        sep="\n",
     )
 
 

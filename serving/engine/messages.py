@@ -7,7 +7,7 @@ step to a front end are one frame.
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -200,7 +200,7 @@ class Tokens(Message):
 
     request_id: str
     ids: list[int]
-    logprobs: list[Logprobs] | None = None  # of each token, with `params.logprobs`
+    logprobs: Sequence[Logprobs] | None = None  # of each token, with `params.logprobs`
     finish_reason: Literal["stop", "length"] | None = None
     cached_tokens: int = 0
     queue_s: float = 0.0
@@ -229,7 +229,6 @@ class ModelDetails(Message):
     """
 
     request_id: str
-    id: str
     revision: str
     stage: str
     step: int

@@ -97,14 +97,6 @@ class Registry:
             default=None,
         )
 
-    def check_default(self) -> None:
-        """Raise ValueError where the configured default is none of the models."""
-        if self.default_name and self.default() is None:
-            ids = ", ".join(entry.id for entry in self.entries) or "none"
-            raise ValueError(
-                f"default_model={self.default_name} is none of the models ({ids}); pass one of them"
-            )
-
     def get(self, id_: str) -> Entry | None:
         """Return the entry of an id."""
         return self._by_id.get(id_)
@@ -239,8 +231,5 @@ def _with_own_aliases(entries: list[Entry]) -> list[Entry]:
     for names in zip(*(entry.aliases for entry in entries), strict=True):
         for entry, name in zip(entries, names, strict=True):
             owners.setdefault(name, entry.id)
-    own: dict[str, list[str]] = {entry.id: [] for entry in entries}
-    for name, id_ in owners.items():
-        if name != id_:
-            own[id_].append(name)
-    return [replace(entry, aliases=tuple(own[entry.id])) for entry in entries]
+    own = [dict.fromkeys(n for n in e.aliases if owners[n] == e.id != n) for e in entries]
+    return [replace(e, aliases=tuple(names)) for e, names in zip(entries, own, strict=True)]

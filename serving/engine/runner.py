@@ -82,7 +82,6 @@ class Runner:
         about = self.checkpoint
         return ModelDetails(
             request_id,
-            id=self.entry.id,
             revision=self.entry.revision,
             stage=about.stage,
             step=about.step,
