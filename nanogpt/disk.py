@@ -17,8 +17,9 @@ PATIENCE_S = 1.0  # a longer wait is logged
 log = logging.getLogger("nanogpt")
 
 
-def wait_for_lock(lock: FileLock, work: str) -> AcquireReturnProxy:
-    """Acquire a lock; log the work of the process that holds it, where that takes long."""
+def wait_for_lock(path: Path, work: str) -> AcquireReturnProxy:
+    """Acquire the lock of a file; log the work of the process that holds it, if that takes long."""
+    lock = FileLock(path)
     try:
         return lock.acquire(timeout=PATIENCE_S)
     except Timeout:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -163,7 +162,7 @@ def _fetch(name: str, directory: Path) -> None:
         from huggingface_hub import hf_hub_download
 
         directory.mkdir(parents=True, exist_ok=True)
-        with wait_for_lock(FileLock(directory / ".lock"), f"fetches {directory}"):
+        with wait_for_lock(directory / ".lock", f"fetches {directory}"):
             for file in _unreadable(directory):
                 (directory / file).unlink(missing_ok=True)
                 log.info("fetching %s of %s into %s", file, repository, directory)

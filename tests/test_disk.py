@@ -126,7 +126,7 @@ def test_a_lock_that_is_held_is_named(tmp_path: Path, caplog: pytest.LogCaptureF
     threading.Thread(target=hold).start()
     began.wait()
     with caplog.at_level(logging.INFO, "nanogpt"):
-        wait_for_lock(FileLock(tmp_path / ".lock"), "fetches gpt2").lock.release()
+        wait_for_lock(tmp_path / ".lock", "fetches gpt2").lock.release()
     assert "waiting for the process that fetches gpt2" in caplog.text
 
 

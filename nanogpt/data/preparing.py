@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from nanogpt.data.corpus import (
@@ -113,7 +112,7 @@ def prepare(preparation: Preparation) -> Corpus:
     if not (directory / MANIFEST).exists():
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            with wait_for_lock(FileLock(directory / ".lock"), f"prepares {directory}"):
+            with wait_for_lock(directory / ".lock", f"prepares {directory}"):
                 if not (directory / MANIFEST).exists():
                     _make(preparation, directory)
         except OSError as error:

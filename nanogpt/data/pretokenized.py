@@ -16,7 +16,6 @@ from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from pydantic.dataclasses import dataclass
 
 from nanogpt.data.corpus import MANIFEST, TOKENIZER, Corpus, describe_tokenizer, digest, open_corpus
@@ -164,8 +163,7 @@ def fetch_pretokenized(where: str, data_dir: Path) -> Path:
     directory = data_dir / "pretokenized" / where.replace("/", "--")
     if not _is_fetched(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory.parent / f".{directory.name}.lock")
-        with wait_for_lock(lock, f"fetches {directory}"):
+        with wait_for_lock(directory.with_name(f".{directory.name}.lock"), f"fetches {directory}"):
             if not _is_fetched(directory):
                 _fetch(where, directory)
     return directory

@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
 from nanogpt.data.records import BadRecord, json_records
@@ -37,7 +36,7 @@ def find_benchmark(benchmark: Benchmark, data_dir: str | Path) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     instead = f"pass a .jsonl file of it, or copy {path} from a connected machine"
-    with wait_for_lock(FileLock(path.with_name(f".{path.name}.lock")), f"fetches {path}"):
+    with wait_for_lock(path.with_name(f".{path.name}.lock"), f"fetches {path}"):
         if not path.is_file():
             with hub_errors(f"the data set {benchmark.repository}", instead):
                 from datasets import load_dataset

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
@@ -173,7 +172,7 @@ def add_evaluation(run_dir: Path, row: Row, about: Mapping[str, Any]) -> None:
     """
     path, new = RunDirectory(run_dir).evaluations_path, {**row, "about": dict(about)}
     subject = (new["task"], new["about"])
-    with wait_for_lock(FileLock(path.with_name(f".{path.name}.lock")), f"adds to {path}"):
+    with wait_for_lock(path.with_name(f".{path.name}.lock"), f"adds to {path}"):
         rows = read_evaluations(run_dir)
         if not rows and path.exists():
             path.replace(path.with_name(f"{path.name}.damaged"))
