@@ -4,7 +4,8 @@ K classes, N texts; a confusion matrix has a row per true class and a column per
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
@@ -97,38 +98,34 @@ def bag_of_words(
 
     The order of words does not matter. Fitted to the optimum by L-BFGS, without random numbers.
     """
-    vocabulary = sorted({word for text in train_texts for word in _words(text)})
-    columns = {word: i for i, word in enumerate(vocabulary)}
-    weight = torch.zeros(len(columns), n_labels, requires_grad=True)
+    vocabulary = sorted({word for text in train_texts for word in WORD.findall(text.lower())})
+    numbers = {word: i for i, word in enumerate(vocabulary)}
+
+    def bags(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the numbers of all known words (W,), and where each text begins (N,)."""
+        known = [[numbers[w] for w in WORD.findall(t.lower()) if w in numbers] for t in texts]
+        starts = [0, *accumulate(map(len, known))][:-1]
+        return torch.tensor([*chain(*known)], dtype=torch.int64), torch.tensor(starts)
+
+    weight = torch.zeros(len(numbers), n_labels, requires_grad=True)
     bias = torch.zeros(n_labels, requires_grad=True)
-    counts, labels = _counts(train_texts, columns), torch.tensor(train_labels)
+    (words, starts), labels = bags(train_texts), torch.tensor(train_labels)
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(torch.sparse.mm(counts, weight) + bias, labels, reduction="sum")
+        logits = F.embedding_bag(words, weight, starts, mode="sum") + bias
+        loss = F.cross_entropy(logits, labels, reduction="sum")
         loss = loss + RIDGE / 2 * weight.square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(loss)
-    return (torch.sparse.mm(_counts(texts, columns), weight) + bias).detach()
-
-
-def _words(text: str) -> list[str]:
-    return WORD.findall(text.lower())
-
-
-def _counts(texts: Sequence[str], columns: Mapping[str, int]) -> Tensor:
-    """Return how often each known word is in each text, (N, words) sparse."""
-    pairs = [(i, columns[w]) for i, text in enumerate(texts) for w in _words(text) if w in columns]
-    index = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T
-    shape = (len(texts), len(columns))
-    ones = torch.ones(len(pairs))
-    return torch.sparse_coo_tensor(index, ones, shape, check_invariants=True).coalesce()
+    words, starts = bags(texts)
+    return (F.embedding_bag(words, weight, starts, mode="sum") + bias).detach()
 
 
 def baselines(
