@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from glob import glob
 from pathlib import Path
 
 from nanogpt.command import add_shared, check_files, guard_output, parse, run_command
@@ -104,8 +105,7 @@ def find_paths(reference: str, runs_dir: Path) -> list[Path]:
     """Return the directories of the runs that a reference names; raises FileNotFoundError."""
     for folder in (Path(), runs_dir):
         path = folder / reference
-        anchor = Path(path.anchor)
-        matches = [path] if path.exists() else anchor.glob(str(path.relative_to(anchor)))
+        matches = [path] if path.exists() else map(Path, glob(str(path), recursive=True))
         runs = {run.path for match in matches for run in find_runs(run_dir_of(match) or match)}
         if runs:
             return sorted(runs)

@@ -135,7 +135,6 @@ def find_tasks(tasks: list[str], folder: Path | None) -> TaskManager:
     """
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"--include-path {folder} is no folder of task files")
-    unknown = tasks
     for include_defaults in [True] if folder is None else [False, True]:
         path = None if folder is None else str(folder)
         manager = TaskManager(include_path=path, include_defaults=include_defaults)
