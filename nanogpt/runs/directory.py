@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -264,23 +264,12 @@ def reached(summary: Mapping[str, Any]) -> str:
     return f"validation loss {loss:.4f}{per_byte}{baseline}"
 
 
-def write_validation(path: Path, sums: Mapping[int, Sequence[float]]) -> None:
-    """Write a validation.csv: nats, tokens and bytes by the start of their part."""
-    with replacing(path, "w") as file:
-        file.write("start,nats,tokens,bytes\n")
-        for start, (nats, n_tokens, n_bytes) in sums.items():
-            file.write(f"{start},{nats!r},{n_tokens:.0f},{n_bytes:.0f}\n")
-
-
 def cut_samples(path: Path, step: int) -> None:
     """Drop from samples.txt what was written after `step`; the rest need not be text."""
-    if not path.is_file():
-        return
-    content = path.read_bytes()
+    content = path.read_bytes() if path.is_file() else b""
     for heading in re.finditer(rb"^=== step ([0-9]{1,18}) ===$", content, re.MULTILINE):
         if int(heading[1]) > step:
-            with replacing(path) as file:
-                file.write(content[: heading.start()])
+            os.truncate(path, heading.start())
             return
 
 

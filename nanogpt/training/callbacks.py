@@ -17,12 +17,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import validate_call
 
+from nanogpt.disk import replacing
 from nanogpt.evaluation import hellaswag
 from nanogpt.evaluation.examples import find_benchmark, read_items
 from nanogpt.generation import Reply
+from nanogpt.model import evaluating
 from nanogpt.prompts import trimmed
 from nanogpt.ranks import gathered, on_rank_zero
-from nanogpt.runs.directory import RunDirectory, cut_samples, write_validation
+from nanogpt.runs.directory import RunDirectory, cut_samples
 from nanogpt.training.checkpointing import will_validate
 from nanogpt.training.module import StageModule, is_due
 from nanogpt.values import Amount, Count, Text
@@ -93,10 +95,9 @@ class HellaSwag(Periodic):
         )
 
     def act(self, trainer: Trainer, module: StageModule) -> None:
-        module.model.eval()
         requests = [hellaswag.completion_request(module.tokenizer, item) for item in self.items]
-        scores = hellaswag.scores(module.model, self.items, requests)
-        module.model.train()
+        with evaluating(module.model):
+            scores = hellaswag.scores(module.model, self.items, requests)
         metrics = {f"hellaswag/{name}": value for name, value in scores.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)
@@ -185,10 +186,14 @@ class ValidationParts(Callback):
         if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         of_ranks, self.sums = gathered(self.sums), {}
-        for sums in of_ranks:
-            self._add(sums, sums.values())
+        for of_rank in of_ranks:
+            self._add(of_rank, of_rank.values())
         if trainer.is_global_zero and self.sums:
-            write_validation(self.path, {n: self.sums[n].tolist() for n in sorted(self.sums)})
+            with replacing(self.path, "w") as file:
+                file.write("start,nats,tokens,bytes\n")
+                for start, sums in sorted(self.sums.items()):
+                    nats, n_tokens, n_bytes = sums.tolist()
+                    file.write(f"{start},{nats!r},{n_tokens:.0f},{n_bytes:.0f}\n")
 
     def _add(self, starts: Iterable[int], sums: Iterable[torch.Tensor]) -> None:
         for start, row in zip(starts, sums, strict=True):
