@@ -146,7 +146,10 @@ def load_checkpoint(
     path = find_checkpoint(reference, runs_dir)
     if path.is_dir():
         return _load_published(path, device)
-    raw, config, tokenizer = _read(path, advise=True)
+    try:
+        raw, config, tokenizer = _read(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_alternative(path)}") from error
     _check_allowed(path, config.block, allow_modules)
     about = raw[KEY]
     model = model_without_weights(config, about["labels"] and len(about["labels"]))
@@ -278,14 +281,13 @@ def model_weights(raw: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def read_checkpoint(path: Path, *, advise: bool = True) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint file, memory-mapped, after checking every byte of it.
 
     Raises ValueError in one sentence where the file is truncated or altered, holds Python objects,
-    is not one of ours, or has other weights than it describes; with `advise` an intact file is
-    named.
+    is not one of ours, or has other weights than it describes.
     """
-    return _read(path, advise=advise)[0]
+    return _read(path)[0]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -300,9 +302,7 @@ def read_record(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _read(
-    path: Path, *, verify: bool = True, advise: bool = False
-) -> tuple[dict[str, Any], GPTConfig, Tokenizer]:
+def _read(path: Path, *, verify: bool = True) -> tuple[dict[str, Any], GPTConfig, Tokenizer]:
     """Return a checkpoint's content after checking all but Lightning's; raise ValueError else."""
     where = ""
     try:
@@ -336,8 +336,7 @@ def _read(
             reason = f"is no checkpoint: {explain(error, where)}"
         else:
             reason = str(error)
-        advice = f"; {_alternative(path)}" if advise else ""
-        raise ValueError(f"{path} {reason}{advice}") from error
+        raise ValueError(f"{path} {reason}") from error
     return raw, config, tokenizer
 
 
@@ -348,7 +347,7 @@ def _alternative(path: Path) -> str:
     for number, other in reversed(steps.items()):
         if number < below and not other.samefile(path):
             with contextlib.suppress(ValueError, OSError):
-                read_checkpoint(other, advise=False)
+                read_checkpoint(other)
                 return f"an older one is {other}: copy it over"
     return "use another checkpoint"
 

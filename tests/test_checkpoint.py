@@ -103,14 +103,14 @@ def test_a_truncated_file_is_refused_and_an_older_one_named(path: Path, size: in
     (path.parent / "step_000001.ckpt").write_bytes(path.read_bytes())
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match=r"an older one is .*step_000001\.ckpt"):
-        read_checkpoint(path)
+        load_checkpoint(path)
 
 
 def test_the_other_name_of_the_same_file_is_no_alternative(path: Path) -> None:
     os.link(path, path.parent / "step_000003.ckpt")
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="use another checkpoint"):
-        read_checkpoint(path)
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("newest_is_intact", [True, False])
@@ -122,7 +122,7 @@ def test_the_file_that_is_recommended_verifies_and_is_the_newest_by_number(
     newest.write_bytes(path.read_bytes() if newest_is_intact else b"torn")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=(newest if newest_is_intact else older).name):
-        read_checkpoint(path)
+        load_checkpoint(path)
 
 
 def test_a_step_of_another_form_is_no_checkpoint_of_a_step(tmp_path: Path) -> None:

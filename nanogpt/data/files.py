@@ -27,6 +27,7 @@ from nanogpt.data.records import (
 from nanogpt.hub import brief
 from nanogpt.text import format_number
 from nanogpt.tokenizer import END_OF_TEXT
+from nanogpt.values import Flag, Text
 
 RECORDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 JSON = (".json", ".json.gz", ".json.zst")  # JSON Lines by another name, where a path names them
@@ -42,7 +43,7 @@ Record = tuple[str, bytes | BadRecord]  # a document or line after its position,
 Block = tuple[int, Iterable[Record]]  # records that are skipped together, and their number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reader:
     """Reads the documents of files one after the other.
 
@@ -52,11 +53,11 @@ class Reader:
     are not part of a document, and blank documents are left out.
     """
 
-    text_column: str = "text"
-    skip_bad: bool = False
-    separator: str | None = None
+    text_column: Text = "text"
+    skip_bad: Flag = False
+    separator: Text | None = None
 
-    def documents(self, paths: Sequence[str], skip: int = 0) -> Iterator[str | None]:
+    def read(self, paths: Sequence[str], skip: int = 0) -> Iterator[str | None]:
         """Yield the documents after the first `skip`.
 
         Row groups of parquet are skipped by their footer, JSON Lines by counting lines. A file that
@@ -78,7 +79,7 @@ class Reader:
                         yield None
                 skip = 0
 
-    def text_bytes(self, paths: Sequence[str]) -> int:
+    def estimate_bytes(self, paths: Sequence[str]) -> int:
         """Estimate the bytes of text in files from their sizes, and the footer of the first."""
         sizes, name, scale = file_sizes(paths), paths[0].lower(), 1.0
         log.info("reading %s files of %sB in all", len(paths), format_number(sum(sizes)))

@@ -27,8 +27,7 @@ TIMEOUT_S = 10.0  # for the revision; reading has timeouts and retries of huggin
 class HubDataset(TextFiles):
     """One split of a data set on the hub, or files of it on this machine (`path`).
 
-    `revision` is a branch, a tag or a commit. `separator` stands between the documents of plain
-    text files. With `skip_bad`, records that cannot be read are None instead of an error.
+    `revision` is a branch, a tag or a commit.
     """
 
     repository: Text
@@ -51,7 +50,7 @@ class HubDataset(TextFiles):
         with self._hub_errors():
             builder = self._builder()
             if files := self._files(builder):
-                yield from self._reader().documents(files, skip)
+                yield from self.read(files, skip)
             else:
                 yield from self._streamed(builder, skip)
 
@@ -69,7 +68,7 @@ class HubDataset(TextFiles):
             return super().text_bytes()
         with self._hub_errors():
             files = self._files(self._builder())
-            return self._reader().text_bytes(files) if files else None
+            return self.estimate_bytes(files) if files else None
 
     def pinned(self, revision: str | None = None) -> "HubDataset":
         """Return this data set at a commit: the one given, or the hub's for its revision now."""

@@ -139,10 +139,6 @@ class LabelledDataModule(RowsDataModule):
     token_dropout: BelowOne = 0.0
     class_weights: Flag = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.augmentation = Augmentation(self.recase, self.token_split, self.token_dropout)
-
     def use_tokenizer(self, choice: TokenizerChoice) -> Tokenizer:
         """Split and encode the texts."""
         self.splits = splits = self.source.splits()
@@ -153,16 +149,15 @@ class LabelledDataModule(RowsDataModule):
         self.text_sets = splits.text_sets
         texts, labels = splits.numbered(splits.train)
         tokenizer = choice.make(texts)
-        variants = self.augmentation.variants(texts)
+        augmentation = Augmentation(self.recase, self.token_split, self.token_dropout)
+        variants = augmentation.variants(texts)
         (rows, n_train_cut), *recased = (self._encoded(tokenizer, some) for some in variants)
         self.train_texts = EncodedTexts(
             rows,
             np.array(labels),
             np.array(self.weights)[labels],
             [rows for rows, _ in recased],
-            partial(
-                self.augmentation.apply, spellings=spell(tokenizer), block_size=self.block_size
-            ),
+            partial(augmentation.apply, spellings=spell(tokenizer), block_size=self.block_size),
         )
         texts, labels = splits.numbered(splits.val)
         rows, n_val_cut = self._encoded(tokenizer, texts)

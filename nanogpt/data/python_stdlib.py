@@ -29,7 +29,7 @@ class PythonStdlib(Source):
 
     def documents(self, skip: int = 0) -> Iterator[str]:
         """Yield each source file after the first `skip`; those that are not UTF-8 are left out."""
-        documents = Reader(skip_bad=True).documents(self._paths())
+        documents = Reader(skip_bad=True).read(self._paths())
         readable = (text for text in documents if text is not None)
         return islice(readable, skip, None)  # ten megabytes: skipping by reading is quick
 

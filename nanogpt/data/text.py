@@ -12,34 +12,28 @@ from nanogpt.data.files import JSON, RECORDS, TEXTS, Reader
 from nanogpt.data.records import log_once
 from nanogpt.data.source import Source, files_fingerprint, local_path
 from nanogpt.text import format_list
-from nanogpt.values import CHECKED, FilePath, Flag, Share, Text
+from nanogpt.values import CHECKED, FilePath, Share, Text
 
 SUFFIXES = (*TEXTS, *RECORDS)
 
 
 @dataclass(frozen=True, config=CHECKED)
-class TextFiles(Source):
+class TextFiles(Reader, Source):
     """A file, every file below a folder, or those of a pattern, in the order of their names.
 
-    A plain text file is one document and is held in memory whole, or several with `separator`
-    between them; JSON Lines and parquet have one per record, under `text_column`. Hidden files and
-    folders are left out; .json, which need not be records, is read where a file or a pattern names
-    it. Links to folders are followed in patterns only. A file of several names is read once. Names
-    that are left out are logged. With `skip_bad`, records that cannot be read are None instead of
-    an error.
+    Hidden files and folders are left out; .json, which need not be records, is read where a file or
+    a pattern names it. Links to folders are followed in patterns only. A file of several names is
+    read once. Names that are left out are logged.
     """
 
     path: FilePath | None = None
-    text_column: Text = "text"
     val_fraction: Share = 0.1
-    skip_bad: Flag = False
-    separator: Text | None = None
     name: Text = "text"
     suffixes: tuple[str, ...] = SUFFIXES
 
     def documents(self, skip: int = 0) -> Iterator[str | None]:
         """Yield the documents after the first `skip`, in the order of the files' names."""
-        yield from self._reader().documents([str(path) for path in self._found()[1]], skip)
+        yield from self.read([str(path) for path in self._found()[1]], skip)
 
     def fingerprint(self) -> str:
         """Return a hash over the files' names and contents, the column and the separator."""
@@ -49,15 +43,12 @@ class TextFiles(Source):
 
     def text_bytes(self) -> int | None:
         """Return an estimate of the bytes of text."""
-        return self._reader().text_bytes([str(path) for path in self._found()[1]])
+        return self.estimate_bytes([str(path) for path in self._found()[1]])
 
     def description(self) -> dict[str, Any]:
         """Return the path, and how its files are read."""
         how = {"path": str(self.path), "text_column": self.text_column}
         return how if self.separator is None else {**how, "separator": self.separator}
-
-    def _reader(self) -> Reader:
-        return Reader(self.text_column, self.skip_bad, self.separator)
 
     def _found(self) -> tuple[Path, list[Path]]:
         """Return the folder that names begin at, and the files: at least one that is not empty."""

@@ -51,7 +51,9 @@ def evaluate(
         )
     tokens = prepared_tokens(data, checkpoint, limit)
     if tokens is None:
-        texts = islice(TextFiles(data, text_column, separator=separator).documents(), limit)
+        texts = islice(
+            TextFiles(data, text_column=text_column, separator=separator).documents(), limit
+        )
         documents = [[tokenizer.eot_id, *tokenizer.encode(text or "")] for text in texts]
         tokens = np.array([token for ids in documents for token in ids], dtype=np.int64)
         if limit is not None and len(documents) == 1:  # counts windows instead

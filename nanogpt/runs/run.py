@@ -210,7 +210,7 @@ class Run:
         found = self.files.checkpoints()
         for path in found:
             try:
-                content = read_checkpoint(path, advise=False)
+                content = read_checkpoint(path)
             except (ValueError, OSError) as error:
                 log.warning("%s; an older checkpoint is used", error)
                 continue
