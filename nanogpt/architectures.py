@@ -16,7 +16,6 @@ from torch import Tensor
 from nanogpt.model import DERIVED, GPT, GPTConfig
 from nanogpt.support import ANY, unsupported
 
-CLASSES = "classes.weight"  # the head of a classifier
 # Linear maps of GPT-2 are stored input by output ("Conv1D"): the transpose of ours.
 TRANSPOSED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # of old files

@@ -96,9 +96,9 @@ def tokens(n: int) -> np.ndarray:
 def test_shards_are_on_the_disk_before_the_journal_that_counts_their_tokens(
     calls: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
-    with CorpusWriter(tmp_path, np.dtype("<u2"), 100, {}) as writer:
-        writer.append({"train": tokens(30), "val": tokens(10)})
-        writer.commit()
+    writer = CorpusWriter(tmp_path, np.dtype("<u2"), 100, {})
+    writer.append({"train": tokens(30), "val": tokens(10)})
+    writer.commit()
     journal = calls.index(("rename", ".journal.json.tmp", "journal.json"))
     for name, n in (("train_000000.bin.partial", 30), ("val_000000.bin.partial", 10)):
         assert ("fsync", name, HEADER_BYTES + TOKEN_BYTES * n) in calls[:journal]
@@ -108,8 +108,8 @@ def test_shards_are_on_the_disk_before_the_journal_that_counts_their_tokens(
 def test_a_finished_shard_is_on_the_disk_before_its_name(
     calls: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
-    with CorpusWriter(tmp_path, np.dtype("<u2"), 100, {}) as writer:
-        writer.append({"train": tokens(100), "val": tokens(0)})
+    writer = CorpusWriter(tmp_path, np.dtype("<u2"), 100, {})
+    writer.append({"train": tokens(100), "val": tokens(0)})
     name = "train_000000.bin"
     written = calls.index(("fsync", f"{name}.partial", HEADER_BYTES + TOKEN_BYTES * 100))
     assert written < calls.index(("rename", f"{name}.partial", name))

@@ -31,10 +31,10 @@ def _write_arrays(
     directory: Path, arrays: list[np.ndarray], dtype: np.dtype, shard_tokens: int
 ) -> list[Path]:
     nothing = np.empty(0, dtype=dtype)
-    with CorpusWriter(directory, dtype, shard_tokens, settled={}) as writer:
-        for array in arrays:
-            writer.append({"train": array, "val": nothing})
-        writer.finish()
+    writer = CorpusWriter(directory, dtype, shard_tokens, settled={})
+    for array in arrays:
+        writer.append({"train": array, "val": nothing})
+    writer.finish()
     shards = writer.progress.splits["train"].shards
     assert sum(shard.n_tokens for shard in shards) == sum(map(len, arrays))
     return [directory / shard.file for shard in shards]
@@ -137,10 +137,10 @@ def test_a_stream_of_parts_reads_runs_of_any_type_at_any_offset(
 
 def test_an_unfinished_shard_does_not_have_its_name(tmp_path: Path) -> None:
     some = np.arange(10)
-    with CorpusWriter(tmp_path, UINT16, shard_tokens=100, settled={}) as writer:
-        writer.append({"train": some, "val": some})
-        assert list(tmp_path.glob("*.bin")) == []
-        writer.finish()
+    writer = CorpusWriter(tmp_path, UINT16, shard_tokens=100, settled={})
+    writer.append({"train": some, "val": some})
+    assert list(tmp_path.glob("*.bin")) == []
+    writer.finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "train_000000.bin",
         "val_000000.bin",

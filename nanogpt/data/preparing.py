@@ -155,8 +155,8 @@ def _make(preparation: Preparation, directory: Path) -> None:
         )
         write_json(path, tokenizer.record(), indent=None)
     dtype = token_dtype(tokenizer.vocab_size)
-    with CorpusWriter(directory, dtype, preparation.shard_tokens, settled, progress) as writer:
-        _write(preparation, source, split, tokenizer, writer)
+    writer = CorpusWriter(directory, dtype, preparation.shard_tokens, settled, progress)
+    _write(preparation, source, split, tokenizer, writer)
     if preparation.source.fingerprint() != preparation.identity["source"]:
         raise ValueError(
             f"data={source.name} changed while it was read, and {directory} may miss some of it; "

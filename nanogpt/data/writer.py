@@ -4,7 +4,6 @@ A process may be killed at any moment: the next one reads the journal, cuts the 
 it records, and continues with the record after the last one counted there.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -85,7 +84,7 @@ class CorpusWriter:
 
     A validation shard ends where its training shard does, so that the first N of both are a corpus
     of their own. `settled` are plain values for the journal. A shard has its name only once it is
-    whole; until then it ends in `.partial`. As a context it closes unfinished shards.
+    whole; until then it ends in `.partial`.
     """
 
     directory: Path
@@ -93,20 +92,6 @@ class CorpusWriter:
     shard_tokens: int
     settled: Mapping[str, Any]
     progress: Progress = field(default_factory=Progress)
-
-    def __post_init__(self) -> None:
-        self._files: dict[str, IO[bytes]] = {}  # the unfinished shards by split
-        for split, written in self.progress.splits.items():
-            if written.open_tokens:
-                self._open(split)
-
-    def __enter__(self) -> "CorpusWriter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for file in self._files.values():
-            with contextlib.suppress(OSError):  # of a full disk, which was raised before
-                file.close()
 
     def append(self, parts: Mapping[str, np.ndarray]) -> bool:
         """Append a batch's tokens (N,) of each split; return whether a shard was finished."""
@@ -125,8 +110,10 @@ class CorpusWriter:
 
     def commit(self) -> None:
         """Synchronise everything written so far to the disk, then record it in the journal."""
-        for file in self._files.values():
-            _synchronise(file)
+        for name, split in self.progress.splits.items():
+            if split.open_tokens:
+                with self._open(name) as file:
+                    os.fsync(file.fileno())
         write_journal(self.directory, self.settled, self.progress)
 
     def finish(self) -> None:
@@ -137,27 +124,26 @@ class CorpusWriter:
 
     def _write(self, split: str, tokens: np.ndarray) -> None:
         if len(tokens):
-            self._open(split).write(tokens.astype(self.dtype, copy=False).tobytes())
+            with self._open(split) as file:
+                file.write(tokens.astype(self.dtype, copy=False).tobytes())
             self.progress.splits[split].tokens += len(tokens)
 
     def _open(self, split: str) -> IO[bytes]:
-        """Return the unfinished shard, cut back to its size in the journal when it is opened."""
-        if split not in self._files:
-            path, partial = self._paths(split)
-            if path.exists():  # it was finished after the last commit
-                os.replace(path, partial)
-            partial.touch()
-            n_tokens = self.progress.splits[split].open_tokens
-            n_bytes = HEADER_BYTES + n_tokens * self.dtype.itemsize
-            if n_tokens and partial.stat().st_size < n_bytes:
-                raise ValueError(
-                    f"{partial} is missing or shorter than {JOURNAL} in its folder records; "
-                    f"{REMEDY}"
-                )
-            self._files[split] = file = partial.open("r+b")
-            file.truncate(n_bytes)
-            file.seek(n_bytes)
-        return self._files[split]
+        """Open the unfinished shard at the end of its tokens; bytes after it are cut."""
+        path, partial = self._paths(split)
+        if path.exists():  # it was finished after the last commit
+            os.replace(path, partial)
+        partial.touch()
+        n_tokens = self.progress.splits[split].open_tokens
+        n_bytes = HEADER_BYTES + n_tokens * self.dtype.itemsize
+        if n_tokens and partial.stat().st_size < n_bytes:
+            raise ValueError(
+                f"{partial} is missing or shorter than {JOURNAL} in its folder records; {REMEDY}"
+            )
+        file = partial.open("r+b")
+        file.truncate(n_bytes)
+        file.seek(n_bytes)
+        return file
 
     def _finish(self, split: str) -> None:
         """Write the header of a shard and give it its name."""
@@ -167,8 +153,8 @@ class CorpusWriter:
         with self._open(split) as file:
             file.seek(0)
             file.write(header.tobytes())
-            _synchronise(file)
-        del self._files[split]
+            file.flush()
+            os.fsync(file.fileno())
         path, partial = self._paths(split)
         os.replace(partial, path)
         progress.shards.append(Shard(path.name, progress.open_tokens, file_sha256(path)))
@@ -177,8 +163,3 @@ class CorpusWriter:
         """Return the paths of a shard when it is finished, and until then."""
         name = f"{split}_{len(self.progress.splits[split].shards):06d}.bin"
         return self.directory / name, self.directory / f"{name}.partial"
-
-
-def _synchronise(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
