@@ -148,10 +148,9 @@ def test_a_true_difference_is_found() -> None:
 
 def test_a_loss_is_reached_between_two_validations() -> None:
     curve = np.array([[100, 1.0, 4.0], [400, 4.0, 2.0], [500, 5.0, 1.9]])
-    assert reached_at(curve, 3.0, 0) == pytest.approx(200)  # half the way in log tokens
-    assert reached_at(curve, 3.0, 1) == pytest.approx(2.0)
-    assert reached_at(curve, 4.5, 0) == 100
-    assert reached_at(curve, 1.0, 0) is None
+    assert reached_at(curve, 3.0) == pytest.approx([200, 2])  # half the way in log tokens
+    assert reached_at(curve, 4.5) == pytest.approx([100, 1])
+    assert reached_at(curve, 1.0) is None
 
 
 def test_rows_have_ratios_where_the_loss_of_the_first_is_reached(tmp_path: Path) -> None:

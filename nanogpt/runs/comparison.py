@@ -176,10 +176,9 @@ def compare(groups: Sequence[Group]) -> list[dict[str, Any]]:
         if group is not base:
             found, covers = difference(base, group)
             results, about = results | found, about | covers
-        for name, column in (("tokens", 0), ("seconds", 1)):
-            at = reached_at(group.curve, base.curve[-1, 2], column)
-            if at is not None and group is not base:
-                results[f"{name}_ratio"] = float(base.curve[-1, column]) / at
+            *end, loss = base.curve[-1]
+            if (at := reached_at(group.curve, loss)) is not None:
+                results |= zip(("tokens_ratio", "seconds_ratio"), (end / at).tolist(), strict=True)
         rows.append(
             {"checkpoint": group.label, "task": "compare", "results": results, "about": about}
         )
@@ -272,13 +271,13 @@ def critical_value(effects: Sequence[Effect]) -> float:
     return n / 1e9
 
 
-def reached_at(curve: np.ndarray, loss: float, column: int) -> float | None:
-    """Return at which tokens (column 0) or seconds (column 1) a curve (N, 3) first has a loss.
+def reached_at(curve: np.ndarray, loss: float) -> np.ndarray | None:
+    """Return the tokens and the seconds (2,) at which a curve (N, 3) first has a loss.
 
-    The loss is linear in their logarithm between validations; None where it stays above.
+    The loss is linear in their logarithms between validations; None where it stays above.
     """
     if not (below := np.flatnonzero(curve[:, 2] <= loss)).size:
         return None
     last, first = curve[max(int(below[0]) - 1, 0)], curve[int(below[0])]
     share = (last[2] - loss) / (last[2] - first[2]) if last[2] > first[2] else 1.0
-    return float(last[column] ** (1 - share) * first[column] ** share)
+    return last[:2] ** (1 - share) * first[:2] ** share

@@ -6,7 +6,8 @@ All intervals are optimizer steps; these are Lightning callbacks like a user's o
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -166,10 +167,10 @@ class ValidationParts(Callback):
 
     def __init__(self, run_dir: Path) -> None:
         self.path = RunDirectory(run_dir).validation_path
-        self.sums: dict[int, torch.Tensor] = {}  # (3,) float64, by the start of the part
+        self.sums: dict[int, Any] = {}  # (3,) float64, by the start of the part
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.sums = {}
+        self.sums = defaultdict(float)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
@@ -180,24 +181,22 @@ class ValidationParts(Callback):
         columns = torch.stack([nats, scored, outputs["bits_per_byte"][1]], -1)[scored]  # (N, 3)
         starts, parts = batch["parts"].cpu().expand_as(scored)[scored].unique(return_inverse=True)
         sums = torch.zeros(len(starts), 3, dtype=torch.float64).index_add(0, parts, columns)
-        self._add(starts.tolist(), sums)
+        for start, row in zip(starts.tolist(), sums, strict=True):
+            self.sums[start] += row
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        of_ranks, self.sums = gathered(self.sums), {}
-        for of_rank in of_ranks:
-            self._add(of_rank, of_rank.values())
-        if trainer.is_global_zero and self.sums:
+        totals: dict[int, Any] = defaultdict(float)
+        for of_rank in gathered(self.sums):
+            for start, row in of_rank.items():
+                totals[start] += row
+        if trainer.is_global_zero and totals:
             with replacing(self.path, "w") as file:
                 file.write("start,nats,tokens,bytes\n")
-                for start, sums in sorted(self.sums.items()):
-                    nats, n_tokens, n_bytes = sums.tolist()
+                for start, row in sorted(totals.items()):
+                    nats, n_tokens, n_bytes = row.tolist()
                     file.write(f"{start},{nats!r},{n_tokens:.0f},{n_bytes:.0f}\n")
-
-    def _add(self, starts: Iterable[int], sums: Iterable[torch.Tensor]) -> None:
-        for start, row in zip(starts, sums, strict=True):
-            self.sums[start] = self.sums.get(start, 0) + row
 
 
 class StopSignals(Callback):
