@@ -1,10 +1,10 @@
 """Log-likelihoods of texts after others: the one scorer behind every task.
 
-A request is a context and continuations of it, in tokens. Its row is a tree: the context and common
-beginnings of continuations stand in it once, and each token attends to those on its path to the
-root. Rows stand one after another in one list of tokens, so that only attention computes padding;
-logits are computed for scored tokens alone. Where a model's blocks mix tokens outside `attend`,
-each continuation is a row of its own, computed alone.
+A request is a context and continuations of it, in tokens. Its row is a tree: the context stands in
+it once, and each token attends to those on its path to the root. Rows stand one after another in
+one list of tokens, so that only attention computes padding; logits are computed for scored tokens
+alone. Where a model's blocks mix tokens outside `attend`, each continuation is a row of its own,
+computed alone.
 
 Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary, R tokens of all rows,
 S scored positions, N scored tokens.
@@ -118,7 +118,7 @@ class _Row:
 
     @property
     def n_padded(self) -> int:
-        """The largest number of tokens of its tree, as a multiple of ROW_MULTIPLE."""
+        """The number of tokens of its tree, as a multiple of ROW_MULTIPLE."""
         n_tokens = len(self.context) + sum(len(c) - 1 for c in self.continuations.values())
         return -(-n_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
@@ -128,26 +128,17 @@ class _Row:
         The mask of bools, in which padding attends to itself, is None for one continuation: such a
         row is causal.
         """
-        n, continuations = len(self.context), list(self.continuations.values())
-        ids = list(map(int, self.context))
-        if len(continuations) == 1:
-            ids += map(int, continuations[0][:-1])
-            return ids, list(range(n - 1, len(ids))), None
+        n, ids = len(self.context), list(map(int, self.context))
         before: list[int] = []
-        children: dict[tuple[int, int], int] = {}  # the index of a token after an index
         mask = np.eye(self.n_padded, dtype=bool)
         mask[:n, :n] = np.tri(n, dtype=bool)
-        for continuation in continuations:
-            index = n - 1
-            before.append(index)
-            for token in map(int, continuation[:-1]):
-                if (index, token) not in children:
-                    children[index, token] = len(ids)
-                    mask[len(ids)] |= mask[index]
-                    ids.append(token)
-                index = children[index, token]
-                before.append(index)
-        return ids, before, mask
+        for continuation in self.continuations.values():
+            start, end = len(ids), len(ids) + len(continuation) - 1
+            mask[start:end, :n] = True
+            mask[start:end, start:end] = np.tri(end - start, dtype=bool)
+            ids += map(int, continuation[:-1])
+            before += [n - 1, *range(start, end)]
+        return ids, before, mask if len(self.continuations) > 1 else None
 
 
 def _rows(number: int, request: Request, block_size: int, tree_tokens: int) -> Iterator[_Row]:
