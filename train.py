@@ -11,11 +11,9 @@ Issuing a command again continues its run. Every key is in conf/, with a comment
 
 import math
 import os
-import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and main() prints one sentence
@@ -24,13 +22,8 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and main() prints one sent
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a missing name service is no error
 
-import hydra
-import yaml
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
-
 from nanogpt.build import (
+    HANDED_OVER,
     build,
     build_data,
     build_each,
@@ -40,57 +33,26 @@ from nanogpt.build import (
     choose_tokenizer,
     source_fingerprint,
 )
-from nanogpt.config import CONF, expand_environment, freeze, report_failure, run_hydra, sweep_name
-
-# Plain values that constructors of nodes receive where they name them.
-HANDED_OVER = ("seed", "stage", "data_dir", "tokens_per_step", "grad_clip")
-
-failures: list[int] = []  # exit codes of this command's jobs
+from nanogpt.config import sweep_name, with_job
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one job, a sweep, or with `--frozen FILE` one rank of a job; return the exit code."""
-    expand_environment()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for modules that the configuration names
     os.environ["NANOGPT_SWEEP"] = sweep_name(arguments)  # for hydra.sweep.dir
-
-    def work() -> None:
-        if arguments[:1] == ["--frozen"]:
-            run_job(yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8")), train)
-        else:
-            compose()
-
-    return run_hydra("train", arguments, work) or max(failures, default=0)
+    return with_job(arguments, start)
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
-def compose(cfg: DictConfig) -> float:
-    """Run one composed job; return what a sweeper may minimise."""
-    return run_job(cfg, lambda _: start(freeze(cfg)))
+def start(config: dict[str, Any]) -> float:
+    """Train a frozen job here, or in as many processes as configured.
 
-
-def run_job(config: Any, job: Callable[[Any], Mapping[str, Any]]) -> float:
-    """Run a job and return its validation bits per byte, a classifier's loss, NaN if it failed.
-
-    Why it failed is printed, and a sweep goes on.
+    Returns its validation bits per byte, a classifier's loss.
     """
-    try:
-        summary = job(config)
-        return float(summary.get("val_bits_per_byte", summary.get("val_loss", math.nan)))
-    except Exception as error:
-        failures.append(report_failure(error, config))
-        sweep = Path(config["runs_dir"], os.environ["NANOGPT_SWEEP"])
-        if sweep.is_dir() and {path.name for path in sweep.iterdir()} <= {"multirun.yaml"}:
-            shutil.rmtree(sweep)  # of Hydra, which holds no run
-        return math.nan
-
-
-def start(config: dict[str, Any]) -> Mapping[str, Any]:
-    """Train a frozen job here, or in as many processes as configured; return its summary."""
     from nanogpt.training.launch import run_on_ranks
 
-    return run_on_ranks(config, train, is_sweep=HydraConfig.get().mode == RunMode.MULTIRUN)
+    summary = run_on_ranks(config, train)
+    return float(summary.get("val_bits_per_byte", summary.get("val_loss", math.nan)))
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
@@ -115,9 +77,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     check_nodes(config, budget_steps(config))
     device, ranks = resolve_device(config["trainer"]["accelerator"]), Ranks.from_environment()
     keep_freed_memory(device)
-    plain = {key: config[key] for key in HANDED_OVER}
-    data = build_data(config, **plain, block_size=config["model"]["block_size"])
-    schedule = build_schedule(config["schedule"])
+    data, schedule = build_data(config), build_schedule(config["schedule"])
     opened = open_run(
         config,
         device,
@@ -127,7 +87,8 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     with opened as run:
         if run.finished is not None:
             return summary.finished(run)
-        live = {**plain, "run_dir": run.path, "save_dir": str(run.path)}
+        live = {key: config[key] for key in HANDED_OVER}
+        live |= {"run_dir": run.path, "save_dir": str(run.path)}
         callbacks = build_each(config["callbacks"], "callbacks", **live)
 
         # Data, tokenizer and the model's shape
@@ -148,8 +109,8 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
 
         # How this machine runs it, and what fits a budget in minutes
         config, settings = on_rank_zero(lambda: tune(run, shape, device, data))
-        model_config, run.config, run.max_steps = shape(config), config, budget_steps(config)
-        run.max_steps = min(run.max_steps, data.max_steps or run.max_steps)
+        model_config, run.config = shape(config), config
+        run.max_steps = budget_steps(config, data.max_steps)
         data.tokens_per_step = config["tokens_per_step"]
         run.begin({"corpus": data.fingerprint, **settings._asdict()})
         torch.set_num_threads(settings.threads)

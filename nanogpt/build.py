@@ -18,9 +18,11 @@ from nanogpt.command import out_of_memory
 from nanogpt.text import first_line
 from nanogpt.values import explain
 
-RESERVED = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # as Hydra names them
+RESERVED = ("_target_", "_partial_", "_convert_")  # as Hydra names them
 PLAIN_KEYS = ("log_every_n_steps", "progress_every_s", "validation")  # of callbacks: no nodes
 NOT_OF_DATA = {"prompts"}  # keys of data that callbacks.samples reads
+# Plain values that constructors of nodes receive where they name them.
+HANDED_OVER = ("seed", "stage", "data_dir", "tokens_per_step", "grad_clip")
 # Keys of other training programs, after the key of ours that stands for them.
 THEIRS = {
     "tokens_per_step (an optimizer step's, over all devices) or micro_batch": ("batch_size",),
@@ -50,7 +52,7 @@ class CallbackError(RuntimeError):
 
 
 def build(node: Any, where: str, /, **live: Any) -> Any:
-    """Instantiate a `_target_` node, as `hydra.utils.instantiate` does.
+    """Instantiate a `_target_` node, as `hydra.utils.instantiate` does with keyword arguments.
 
     Of the `live` objects the callable receives those that its signature names and the node does
     not set; nested nodes are built first, in the same way. With `_partial_: true` the result is a
@@ -60,14 +62,15 @@ def build(node: Any, where: str, /, **live: Any) -> Any:
     PosixPath('.')
     """
     target = _target(node, where)
-    if node.get("_recursive_", True):
-        node = {key: _nested(value, f"{where}.{key}", live) for key, value in node.items()}
-    arguments = node.get("_args_", [])
     keys = {key: value for key, value in node.items() if key not in RESERVED}
-    keys = _bind(target, len(arguments), keys, live, where)
-    if node.get("_partial_", False):
-        return partial(target, *arguments, **keys)
-    return _call(target, arguments, keys, where)
+    keys = {key: _nested(value, f"{where}.{key}", live) for key, value in keys.items()}
+    parameters = _parameters(target)
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    unknown = [key for key in keys if key not in known]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise unknown_argument(where, unknown[0], known, _name(target))
+    keys = {name: live[name] for name in known if name in live} | keys
+    return partial(target, **keys) if node.get("_partial_", False) else _call(target, keys, where)
 
 
 def build_each(group: Mapping[str, Any], where: str, /, **live: Any) -> dict[str, Any]:
@@ -124,13 +127,15 @@ def check_nodes(config: Mapping[str, Any], max_steps: int) -> None:
             raise ConfigurationError(f"logger.{name} needs {what}")
 
 
-def build_data(config: Mapping[str, Any], **live: Any) -> Any:
+def build_data(config: Mapping[str, Any]) -> Any:
     """Build the data module: the stage's over the configured source, or the one that `data` names.
 
     Keys of `data` that the source does not take are the data module's. A LightningDataModule of the
     user's own has the batch contract; the other attributes that a run reads have defaults.
     Raises ConfigurationError for a key that neither takes.
     """
+    live = {key: config[key] for key in HANDED_OVER}
+    live["block_size"] = config["model"]["block_size"]
     node = {key: value for key, value in config["data"].items() if key not in NOT_OF_DATA}
     target, taken = parameters(node, "data")
     if hasattr(target, "train_dataloader"):
@@ -236,28 +241,6 @@ def locate(path: Any, key: str) -> Callable[..., Any]:
     return target
 
 
-def _bind(
-    target: Callable[..., Any],
-    n_positional: int,
-    keys: Mapping[str, Any],
-    live: Mapping[str, Any],
-    where: str,
-) -> dict[str, Any]:
-    """Return the keyword arguments with the live objects that the callable names."""
-    parameters = _parameters(target)
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    by_name = [
-        p.name
-        for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        and p not in positional[:n_positional]
-    ]
-    unknown = [key for key in keys if key not in by_name]
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        raise unknown_argument(where, unknown[0], by_name, _name(target))
-    return {name: live[name] for name in by_name if name in live} | dict(keys)
-
-
 def parameters(node: Mapping[str, Any], where: str) -> tuple[Callable[..., Any], list[str]]:
     """Return the callable of a node and the names of its arguments. Raises ConfigurationError."""
     target = _target(node, where)
@@ -295,11 +278,9 @@ def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter]:
     return list(found.values())  # **kwargs of a library may be for anything
 
 
-def _call(
-    target: Callable[..., Any], arguments: Sequence[Any], keys: Mapping[str, Any], where: str
-) -> Any:
+def _call(target: Callable[..., Any], keys: Mapping[str, Any], where: str) -> Any:
     try:
-        return target(*arguments, **keys)
+        return target(**keys)
     except ValidationError as error:
         raise ConfigurationError(explain(error, where)) from error
     except ModuleNotFoundError as error:

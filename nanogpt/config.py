@@ -2,9 +2,11 @@
 
 import difflib
 import hashlib
+import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -96,21 +98,39 @@ def run_hydra(
     return 0
 
 
-def with_job(arguments: Sequence[str], job: Callable[[dict[str, Any]], Any], program: str) -> int:
-    """Call `job` with the configuration that train.py would freeze; return the exit code.
+def with_job(
+    arguments: Sequence[str], job: Callable[[dict[str, Any]], Any], program: str = "train.py"
+) -> int:
+    """Call `job` with every configuration that a command line composes; return the exit code.
 
-    Errors are reported as train.py reports them.
+    With `--frozen FILE` it is the one in that file. A job returns what a sweeper may minimise. Why
+    one failed is printed, and a sweep goes on; with `debug=true` the error is raised.
     """
     codes: list[int] = []
 
-    def composed(cfg: DictConfig) -> None:
+    def attempt(config: Any, freeze: Callable[[Any], dict[str, Any]]) -> Any:
         try:
-            job(freeze(cfg))
+            return job(freeze(config))
         except Exception as error:
-            codes.append(report_failure(error, cfg, program))
+            if config["debug"] is True:
+                raise
+            if text := explain_failure(error, config):
+                print(f"{program}: {text}", file=sys.stderr)
+            is_usage = isinstance(error, ConfigurationError | OmegaConfBaseException)
+            codes.append(getattr(error, "exit_code", WRONG_USAGE if is_usage else FAILED))
+            return math.nan
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+    def compose(cfg: DictConfig) -> Any:
+        return attempt(cfg, freeze)
+
+    def work() -> None:
+        if arguments[:1] == ["--frozen"]:
+            attempt(yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8")), dict)
+        else:
+            compose()
 
     expand_environment()
-    work = hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(composed)
     return run_hydra("train", arguments, work, program) or max(codes, default=0)
 
 
@@ -174,12 +194,17 @@ def sweep_name(arguments: Sequence[str]) -> str:
 
 
 class Leaderboard(Callback):
-    """Print the comparison of a sweep's runs after its last job."""
+    """Print the comparison of a sweep's runs after its last job.
+
+    The directory of a sweep that has no run is removed.
+    """
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from nanogpt.compare import leaderboard
 
-        leaderboard(Path(config.hydra.sweep.dir))
+        leaderboard(sweep := Path(config.hydra.sweep.dir))
+        if {path.name for path in sweep.iterdir()} <= {"multirun.yaml"}:  # of Hydra
+            shutil.rmtree(sweep)
 
 
 def freeze(cfg: DictConfig) -> dict[str, Any]:
@@ -213,6 +238,11 @@ def freeze(cfg: DictConfig) -> dict[str, Any]:
     check_values({**config, "typed": typed})
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
     name = run_name(choices, typed, typed.keys() - _same_in_all_jobs() if is_sweep else ())
+    if is_sweep and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ValueError(
+            "torchrun cannot run a sweep (every rank would run all of it); "
+            "start it as python train.py -m ... trainer=ddp trainer.devices=N"
+        )
     if is_sweep:
         config["name"] = f"{Path(hydra_config.sweep.dir).name}/{name}"
     elif config["name"] is None:
@@ -321,16 +351,6 @@ TRAINER = {  # arguments of the Trainer that are read before it is built
 }
 INTERVALS = {"log_every_n_steps": Count, "progress_every_s": Amount, "validation": dict}
 VALIDATION = {"every_n_steps": Count, "tokens": Count | None, "final_tokens": Count | None}
-
-
-def report_failure(error: Exception, config: Mapping[str, Any], program: str = "train.py") -> int:
-    """Print why a job of a configuration failed; return the exit code. Raises it with `debug`."""
-    if config["debug"] is True:
-        raise error
-    if text := explain_failure(error, config):
-        print(f"{program}: {text}", file=sys.stderr)
-    is_usage = isinstance(error, ConfigurationError | OmegaConfBaseException)
-    return int(getattr(error, "exit_code", WRONG_USAGE if is_usage else FAILED))
 
 
 def explain_failure(error: Exception, config: Mapping[str, Any]) -> str:

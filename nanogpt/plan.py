@@ -25,8 +25,6 @@ PROGRAM = "nanogpt.plan"
 MFU = 0.4  # of GPUs: assumed, and reached by large models only
 PARTS = {"wte": "embeddings", "wpe": "embeddings", "lm_head": "head", "attn": "attention"}
 
-Row = tuple[str, Any, str]  # key, value (a pair: with its text), note
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
@@ -41,22 +39,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tree: dict[str, dict[str, Any]] = {}
         for key, value, note in plan(config):
             group, _, name = key.partition(".")
-            value, text = value if isinstance(value, tuple) else (value, f"{value:,}")
             tree.setdefault(group, {})[name or "total"] = value
             if not options.json:
-                label, text = f"  {name}" if name else group, "unknown" if value is None else text
-                print_line(f"{label.replace('_', ' '):26}{text:>18}  {note}".rstrip())
+                label = f"  {name.replace('_', ' ')}" if name else group
+                print_line(f"{label:26}{as_text(group, value):>18}  {note}".rstrip())
         if options.json:
             print_line(json.dumps(tree, indent=1))
 
     return with_job([word for word in words if word != "--json"], show, PROGRAM)
 
 
-def plan(config: dict[str, Any]) -> Iterator[Row]:
-    """Yield the rows of the plan of a frozen configuration, in bytes and seconds.
+def as_text(group: str, value: Any) -> str:
+    """Return a value of a group of rows as the table has it."""
+    if value is None:
+        return "unknown"
+    if group in ("memory", "disk"):
+        return f"{format_number(value)}B"
+    if group == "time":
+        return format_duration(value)
+    if group == "FLOPs" or isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
-    A key is a group's, or a group's and a name with a dot between. Values that only prepared data
-    would show are None. Raises as `train.train` does for bad input.
+
+def plan(config: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Yield the rows (key, value, note) of the plan of a frozen configuration.
+
+    A key is a group's, or a group's and a name with a dot between; values are in bytes and seconds.
+    Those that only prepared data would show are None. Raises as `train.train` does for bad input.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
     from nanogpt import build
@@ -67,7 +79,7 @@ def plan(config: dict[str, Any]) -> Iterator[Row]:
     from nanogpt.runs.directory import RunDirectory
     from nanogpt.runs.identity import budget_steps
     from nanogpt.runs.run import Run
-    from nanogpt.training.autotune import trials_of
+    from nanogpt.training.autotune import Trials
     from nanogpt.training.budget import settle, tune
     from nanogpt.training.launch import count_devices, resolve_device
     from nanogpt.training.machine import keep_freed_memory
@@ -79,86 +91,72 @@ def plan(config: dict[str, Any]) -> Iterator[Row]:
     build.check_nodes(config, budget_steps(config))
     device = resolve_device(trainer["accelerator"])
     keep_freed_memory(device)
-    keys = ("seed", "stage", "data_dir", "tokens_per_step", "grad_clip")
-    live = {key: config[key] for key in keys} | {"block_size": config["model"]["block_size"]}
-    data, schedule = build.build_data(config, **live), build.build_schedule(config["schedule"])
+    data, schedule = build.build_data(config), build.build_schedule(config["schedule"])
     build.source_fingerprint(data)
     n_local = count_devices(trainer["devices"], trainer["accelerator"])
-    world_size = n_local * trainer["num_nodes"]
 
     class Planned(Run):
-        ranks = Ranks(0, 0, world_size, n_local)
+        ranks = Ranks(0, 0, n_local * trainer["num_nodes"], n_local)
 
     run = Planned(config, RunDirectory.from_config(config))
     manifest = prepared(data, choice := build.choose_tokenizer(config["tokenizer"], None, None))
     splits = {name: split["tokens"] for name, split in manifest["splits"].items()}
     n_ids, start = count_ids(config["tokenizer"], choice, manifest), config["init_from"]
-    fixed: Any = GPTConfig.preset(start) if start in PRESETS else None
-    if fixed is None and start is not None:
-        fixed = getattr(run.initial_checkpoint(), "config", None)
+    is_preset = start in PRESETS  # whose weights may have to be downloaded
+    fixed = GPTConfig.preset(start) if is_preset else getattr(run.initial_checkpoint(), "config", 0)
 
     def shape(config: Mapping[str, Any]) -> GPTConfig:
         return fixed or build.build(config["model"], "model", vocab_size=n_ids)
 
     T, given = shape(config).block_size, config["micro_batch"]
+    world_size = run.ranks.world_size
     split_step(config["tokens_per_step"], T, world_size, 1 if given == "auto" else given)
     data.train_rows, data.val_rows = (range(splits.get(s, 0) // T) for s in ("train", "val"))
     config, settings = tune(run, shape, device, data)
     model, optim, per_step = shape(config), config["optim"], config["tokens_per_step"]
-    rows, n_rows = settings.micro_batch, per_step // (T * world_size)
-    timings = trials_of(run, model, device, n_rows).step(rows, settings.precision, optim)
-    make_optimizer = partial(build.build_optimizer, optim)
-    how = (rows, settings.precision, make_optimizer)
-    memory = step_memory(model, *how, accumulates=rows < n_rows)
+    how = (settings.micro_batch, settings.precision)
+    trials = Trials(config, run.ranks, model, device)
+    timings, accumulates = trials.step(*how, optim), settings.micro_batch < trials.rows_per_rank
+    memory = step_memory(model, *how, partial(build.build_optimizer, optim), accumulates)
 
     counts, steps = count_parameters(model), budget_steps(config)
     n_params, tokens = sum(counts.values()), steps * per_step
     corpus = splits.get("train", config["data"].get("tokens"))
-    passes = corpus and tokens / corpus
-    yield "run", (path := str(run.path), ""), path
-    yield "model", (size := f"{model.n_layer} layers", size), f"of {model.n_embd} channels"
+    yield "run", str(run.path), ""
+    yield "model", f"{model.n_layer} layers", f"of {model.n_embd} channels"
     yield "parameters", n_params, ""
     for part, n in counts.items():
         if n or part == "head":
             yield f"parameters.{part}", n, format_percent(n / n_params)
     yield "tokens", tokens, f"{tokens / n_params:.3g} per parameter"
-    yield "tokens.corpus", (corpus, f"{corpus or 0:,}"), "for training"
-    yield "tokens.passes", (passes, f"{passes or 0:.3g}"), "over the corpus"
+    yield "tokens.corpus", corpus, "for training"
+    yield "tokens.passes", corpus and tokens / corpus, "over the corpus"
     yield "steps", steps, f"of {per_step:,} tokens"
-    name = config["schedule"]["_target_"].rpartition(".")[2]
     factors = {step: factor_at(schedule, step, steps) for step in (0, steps // 2, steps - 1)}
-    yield "steps.schedule", (name, name), ", ".join(f"{f:.3g} at {s}" for s, f in factors.items())
+    name = config["schedule"]["_target_"].rpartition(".")[2]
+    yield "steps.schedule", name, ", ".join(f"{f:.3g} at {step}" for step, f in factors.items())
     for key, rate in optim.items():
         if key.endswith(("learning_rate", "lr")):
             yield f"steps.{key}", rate, "at the top of the schedule"
     flops = flops_per_token(model)
-    yield "FLOPs", (flops * tokens, f"{flops * tokens:.3g}"), f"{flops:.3g} per token"
-    yield "memory", _size(memory.peak), f"of each rank, at the peak of a step of {rows} rows"
+    yield "FLOPs", flops * tokens, f"{flops:.3g} per token"
+    what = f"of each rank, at the peak of a step of {settings.micro_batch} rows"
+    yield "memory", memory.peak, what
     for part in ("weights", "gradients", "optimizer", "activations", "logits"):
-        yield f"memory.{part}", _size(getattr(memory, part)), ""
-    yield "settings", (device.type, device.type), "why: above, on standard error"
+        yield f"memory.{part}", getattr(memory, part), ""
+    yield "settings", device.type, "why: above, on standard error"
     for key, value in settings._asdict().items():
-        text = f"{value:.3g}" if isinstance(value, float) else str(value).lower()
-        yield f"settings.{key}", (value, text), ""
+        yield f"settings.{key}", value, ""
     origin = timings.how + ", not compiled" * settings.compile
     what = f"of training here, {timings.step_s:.3g} s per step ({origin})"
-    yield "time", _time(steps * timings.step_s), what
+    yield "time", steps * timings.step_s, what
     for name, peak in DENSE_HALF_FLOPS.items():
         what = f"at {format_percent(MFU)} of the {peak / 1e12:.4g} TFLOP/s of its data sheet"
-        yield f"time.{name}", _time(flops * tokens / peak / MFU), what
-    checkpoint = memory.weights + memory.optimizer
+        yield f"time.{name}", flops * tokens / peak / MFU, what
     n_files = min(config["callbacks"]["checkpoint"].get("keep", 2) + 1, steps)
-    yield "disk", _size(n_files * checkpoint), f"of {n_files} checkpoints"
+    yield "disk", n_files * (memory.weights + memory.optimizer), f"of {n_files} checkpoints"
     id_bytes = 2 if model.vocab_size <= 2**16 else 4
-    yield "disk.corpus", _size(sum(splits.values()) * id_bytes or None), ""
-
-
-def _size(n_bytes: int | None) -> tuple[int | None, str]:
-    return n_bytes, f"{format_number(n_bytes or 0)}B"
-
-
-def _time(seconds: float) -> tuple[float, str]:
-    return seconds, format_duration(seconds)
+    yield "disk.corpus", sum(splits.values()) * id_bytes or None, ""
 
 
 def count_parameters(config: Any) -> dict[str, int]:

@@ -77,7 +77,6 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     def run(*arguments: str) -> int:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(train, "failures", [])
         monkeypatch.setattr(sys, "argv", ["train.py"])
         monkeypatch.setattr(sys, "path", [*sys.path])
         return train.main(arguments)

@@ -47,7 +47,7 @@ class Given(Trials):
         peaks: dict[str, float] | None = None,
     ) -> None:
         self.device, self.config, self.rows_per_rank = device, config, rows_per_rank
-        self.local_world_size = 1
+        self.local_world_size, self.shape = 1, ""
         self.seconds = seconds or {}
         self.peaks = peaks or {"32-true": 1e11, "bf16-mixed": 3e11}
 
@@ -63,11 +63,11 @@ def decide(
 ) -> Settings:
     trainer = {"precision": values.pop("precision", "auto"), "deterministic": False}
     auto = dict.fromkeys(("compile", "micro_batch", "threads"), "auto")
-    config = {"trainer": trainer, "remeasure": False, "data_dir": data_dir, "tokens_per_step": 256}
-    run: Any = SimpleNamespace(
-        config=config | auto | values, recorded={}, ranks=Ranks(0, 0, 1, 1), max_steps=100
-    )
-    return autotune.autotune(run, shape, CPU, rows_per_rank)
+    config = {"trainer": trainer, "remeasure": False, "data_dir": data_dir}
+    config |= {"tokens_per_step": rows_per_rank * shape.block_size}
+    run: Any = SimpleNamespace(config=config | auto | values, recorded={}, ranks=Ranks())
+    run.max_steps = 100
+    return autotune.autotune(run, shape, CPU)
 
 
 def test_every_auto_is_decided_and_explained(
@@ -237,7 +237,7 @@ def test_compile_only_where_a_compiled_block_saves_more_than_it_takes(
 ) -> None:
     trials = a_second()
     block = {"eager": 0.075, "compiled": compiled_s, "compilation": 12.0}
-    monkeypatch.setattr(trials, "block", lambda rows, precision: block)
+    monkeypatch.setattr(trials, "recall", lambda what, measure: block)
     decision = autotune._choose_compile(trials, "32-true", 4, max_steps, False)
     assert decision == (choice, f"would save about {why}")
 
@@ -246,7 +246,7 @@ def test_a_block_is_timed_eager_and_compiled(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    seconds = Trials(TINY, CPU, 4, 1, tmp_path / "probes.json").block(4, "bf16-mixed")
+    seconds = stored_in(tmp_path)._measure_block(4, "bf16-mixed").seconds
     assert set(seconds) == {"eager", "compiled", "compilation"}
 
 
@@ -256,7 +256,7 @@ def test_compile_stays_off_where_it_fails(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch, "compile", fail)
     trials = a_second()
-    trials.known, trials.scope, trials.shape = {}, "", ""
+    trials.known, trials.scope = {}, ""
     decision = autotune._choose_compile(trials, "32-true", 4, 10**9, False)
     assert decision == (False, "it fails on this machine (No working C++ compiler found)")
 
@@ -295,11 +295,11 @@ def test_cublas_is_deterministic_before_the_first_product_is_timed(
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     seen: list[str | None] = []
 
-    def measure(*_: Any) -> Trials:
+    def measure(*_: Any) -> Measured:
         seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
         raise ValueError("measured")
 
-    monkeypatch.setattr(autotune, "Trials", measure)
+    monkeypatch.setattr(Trials, "_in_turn", measure)
     main(*tiny_run, "trainer.deterministic=true")
     assert seen == [":4096:8"]
 
@@ -307,8 +307,9 @@ def test_cublas_is_deterministic_before_the_first_product_is_timed(
 # Passes
 
 
-def stored_in(path: Path, scope: str = "here", remeasure: bool = False) -> Trials:
-    trials = Trials(TINY, CPU, 8, local_world_size=1, path=path, remeasure=remeasure)
+def stored_in(data_dir: Path, scope: str = "here", remeasure: bool = False) -> Trials:
+    config = {"data_dir": data_dir, "remeasure": remeasure, "tokens_per_step": 8 * TINY.block_size}
+    trials = Trials(config | {"trainer": {"deterministic": False}}, Ranks(), TINY, CPU)
     trials.scope = scope
     return trials
 
@@ -316,7 +317,7 @@ def stored_in(path: Path, scope: str = "here", remeasure: bool = False) -> Trial
 @pytest.fixture
 def tiny_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trials:
     monkeypatch.setattr(autotune, "MEASURE_S", 0.02)
-    return stored_in(tmp_path / "probes.json")
+    return stored_in(tmp_path)
 
 
 def test_rows_are_timed_in_seconds(tiny_trials: Trials) -> None:
@@ -353,7 +354,7 @@ def test_rows_grow_until_memory_is_full(
             raise error
 
     without_a_gpu(tiny_trials, monkeypatch)
-    monkeypatch.setattr(tiny_trials, "_pass", forward_backward)
+    monkeypatch.setattr(autotune, "run_pass", forward_backward)
     shapes = {(rows, "bf16-mixed"): str(rows) for rows in (1, 2, 4, 8, 16)}
     assert list(tiny_trials._measure(shapes).seconds) == ["1", "2", "4"]
     assert tiny_trials._measure({(8, "bf16-mixed"): "8"}) == Measured({}, True)
@@ -366,7 +367,7 @@ def test_other_errors_of_a_trial_are_not_swallowed(
         raise RuntimeError("a broken kernel")
 
     without_a_gpu(tiny_trials, monkeypatch)
-    monkeypatch.setattr(tiny_trials, "_pass", forward_backward)
+    monkeypatch.setattr(autotune, "run_pass", forward_backward)
     with pytest.raises(RuntimeError, match="a broken kernel"):
         tiny_trials._measure({(1, "bf16-mixed"): "1"})
 
@@ -484,49 +485,44 @@ NO_SECONDS: list[Any] = ["fast", -1.0, 0.0, True, 10**400, float("nan"), float("
 
 
 def test_measurement_is_taken_once(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "probes.json"
-    assert stored_in(path).recall("key", lambda: sure(1.5)) == {"a": 1.5}
-    assert stored_in(path).recall("key", fail) == {"a": 1.5}
-    assert [p.name for p in path.parent.iterdir()] == ["probes.json"]
+    data_dir = tmp_path / "new"
+    assert stored_in(data_dir).recall("key", lambda: sure(1.5)) == {"a": 1.5}
+    assert stored_in(data_dir).recall("key", fail) == {"a": 1.5}
+    assert [p.name for p in data_dir.iterdir()] == ["probes.json"]
 
 
 def test_what_is_provisional_is_measured_again_by_the_next_run(tmp_path: Path) -> None:
-    path = tmp_path / "probes.json"
-    first = stored_in(path)
+    first = stored_in(tmp_path)
     assert first.recall("key", lambda: Measured({"a": 9.0}, True)) == {"a": 9.0}
     assert first.recall("key", fail) == {"a": 9.0}
     assert first.provisional
-    second = stored_in(path)
+    second = stored_in(tmp_path)
     assert second.recall("key", lambda: sure(1.0)) == {"a": 1.0}
     assert not second.provisional
-    assert stored_in(path).recall("key", fail) == {"a": 1.0}
+    assert stored_in(tmp_path).recall("key", fail) == {"a": 1.0}
 
 
 def test_remeasuring_reads_nothing_and_replaces_what_was_stored(tmp_path: Path) -> None:
-    path = tmp_path / "probes.json"
-    stored_in(path).recall("key", lambda: sure(9.0))
-    anew = stored_in(path, remeasure=True)
+    stored_in(tmp_path).recall("key", lambda: sure(9.0))
+    anew = stored_in(tmp_path, remeasure=True)
     assert anew.recall("key", lambda: sure(1.0)) == {"a": 1.0}
     assert anew.recall("key", fail) == {"a": 1.0}
-    assert stored_in(path).recall("key", fail) == {"a": 1.0}
+    assert stored_in(tmp_path).recall("key", fail) == {"a": 1.0}
 
 
 def test_another_machine_measures_for_itself(tmp_path: Path) -> None:
-    path = tmp_path / "probes.json"
-    stored_in(path).recall("key", lambda: sure(1.0))
-    assert stored_in(path, "there").recall("key", lambda: sure(2.0)) == {"a": 2.0}
-    assert stored_in(path).recall("key", fail) == {"a": 1.0}
+    stored_in(tmp_path).recall("key", lambda: sure(1.0))
+    assert stored_in(tmp_path, "there").recall("key", lambda: sure(2.0)) == {"a": 2.0}
+    assert stored_in(tmp_path).recall("key", fail) == {"a": 1.0}
 
 
 def test_what_another_process_stored_meanwhile_stays(tmp_path: Path) -> None:
-    path = tmp_path / "probes.json"
-
     def measure() -> Measured:
-        stored_in(path).recall("theirs", lambda: sure(1.0))
+        stored_in(tmp_path).recall("theirs", lambda: sure(1.0))
         return sure(2.0)
 
-    stored_in(path).recall("ours", measure)
-    assert json.loads(path.read_text()) == {
+    stored_in(tmp_path).recall("ours", measure)
+    assert json.loads((tmp_path / "probes.json").read_text()) == {
         "here: theirs": RECORD,
         "here: ours": record({"a": 2.0}),
     }
@@ -552,7 +548,7 @@ def test_what_another_process_stored_meanwhile_stays(tmp_path: Path) -> None:
 def test_damaged_file_is_measured_again_and_rewritten(tmp_path: Path, content: str) -> None:
     path = tmp_path / "probes.json"
     path.write_bytes(content.encode("latin-1"))
-    assert stored_in(path).recall("key", lambda: sure(1.0)) == {"a": 1.0}
+    assert stored_in(tmp_path).recall("key", lambda: sure(1.0)) == {"a": 1.0}
     assert json.loads(path.read_text()) == {"here: key": RECORD}
 
 
@@ -560,6 +556,6 @@ def test_measurement_that_cannot_be_stored_is_used_all_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    measurements = stored_in(tmp_path / "file" / "probes.json")
+    measurements = stored_in(tmp_path / "file")
     assert measurements.recall("key", lambda: sure(1.0)) == {"a": 1.0}
     assert "cannot be written" in caplog.text

@@ -161,11 +161,6 @@ def test_what_hydra_cannot_parse_is_one_sentence(
     assert error.count("\n") == 1
 
 
-class Plain:
-    def __init__(self, every: int, /, model: Any, *, patience: int = 3) -> None:
-        self.values = (every, model, patience)
-
-
 class Open:
     def __init__(self, model: Any = None, **more: Any) -> None:
         self.values = (model, more)
@@ -230,11 +225,6 @@ def test_a_class_of_any_keys_receives_only_the_live_objects_that_it_names() -> N
     assert build(here("Open", other=1), "it", **LIVE).values == ("the model", {"other": 1})
 
 
-def test_positional_arguments_come_from_args() -> None:
-    assert build(here("Plain", _args_=[5]), "it", **LIVE).values == (5, "the model", 3)
-    assert build(here("Plain", _args_=[5, "mine"]), "it", **LIVE).values == (5, "mine", 3)
-
-
 def test_a_partial_node_is_a_function_of_what_is_missing() -> None:
     make = build(here("Record", _partial_=True, patience=1), "it")
     assert isinstance(make, partial)
@@ -245,8 +235,6 @@ def test_nested_nodes_are_built_first_in_lists_and_mappings_too() -> None:
     inner = [here("Record"), {"a": here("Record", patience=1)}, "text"]
     built, _ = build(OmegaConf.create(here("holds", inner=inner)), "it", **LIVE)
     assert built == [Record("the model"), {"a": Record("the model", 1)}, "text"]
-    unbuilt, _ = build(here("holds", inner=inner, _recursive_=False), "it", **LIVE)
-    assert unbuilt == inner
 
 
 def test_a_class_of_a_library_takes_keys_that_its_signature_leaves_open() -> None:

@@ -70,8 +70,7 @@ def test_every_yaml_composes_and_builds(choice: str) -> None:
     assert isinstance(build(config["model"], "model", vocab_size=300), GPTConfig)
     check_schedule(instantiate(config["schedule"]), 100)
     assert budget_steps(config) > 0
-    plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
-    source = build_data(config, **plain, block_size=config["model"]["block_size"]).source
+    source = build_data(config).source
     assert callable(source.open if choice == "data=shards" else source.documents)
     make_tokenizer = instantiate(config["tokenizer"], _partial_=True)
     inspect.signature(make_tokenizer.func).bind(["a document"], **make_tokenizer.keywords)
@@ -223,7 +222,7 @@ def refusal_of(config: dict[str, Any], run_dir: Path) -> str:
     try:
         check_values(config)
         check_nodes(config, budget_steps(config))
-        build_data(config, **plain, block_size=config["model"]["block_size"])
+        build_data(config)
         build_each(config["callbacks"], "callbacks", **plain, run_dir=run_dir)
         count_devices(config["trainer"]["devices"], config["trainer"]["accelerator"])
         whole = {**config["trainer"], "precision": "32-true", "enable_progress_bar": False}
@@ -273,8 +272,7 @@ def test_an_empty_text_is_refused_by_its_key(key: str) -> None:
 
 def check_and_build(config: dict[str, Any]) -> None:
     check_values(config)
-    plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
-    build_data(config, **plain, block_size=8)
+    build_data(config)
 
 
 def test_a_key_of_another_data_set_is_not_suggested_for_itself() -> None:

@@ -48,7 +48,6 @@ def flip(path: Path, at: int) -> None:
 
 def command(folder: Path, *options: str) -> int:
     """Issue the run's command in this process; return its exit code."""
-    train.failures.clear()
     places = [f"{key}_dir={folder / key}" for key in ("runs", "data")]
     corpus = f"data.path={folder / 'corpus.txt'}"
     return train.main([*TINY_RUN, *OPTIONS, *places, corpus, "name=tiny", *options])

@@ -22,7 +22,7 @@ DATA, TRAINING = ("nanogpt.data",), ("nanogpt.training",)
 
 # Modules by prefix, what none of their statements imports, and the modules excepted.
 NEVER = (
-    (("",), HYDRA, ("train", "serve", "nanogpt.config", "hydra_plugins")),
+    (("",), HYDRA, ("serve", "nanogpt.config", "hydra_plugins")),
     (("",), LIGHTNING, ("train", *DATA, *TRAINING)),
     (DATA, TRAINING, ()),
     (TRAINING, DATA, ()),

@@ -48,14 +48,14 @@ def test_cpu_peak_is_measured() -> None:
         ("NVIDIA H100 80GB HBM3", 700e12, 989.4e12),
         ("NVIDIA H200", 700e12, 989.4e12),
         ("NVIDIA H100 NVL", 600e12, 835.5e12),
-        ("NVIDIA L40S", 280e12, 280e12),  # taken for an L4 (121) by the table
+        ("NVIDIA L40S", 280e12, 280e12),
         ("NVIDIA GeForce RTX 4090", 160e12, 165.2e12),
-        ("NVIDIA GeForce RTX 4080", 95e12, 95e12),  # listed without its tensor cores (48.7)
+        ("NVIDIA GeForce RTX 4080", 95e12, 95e12),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", 35e12, 35e12),  # a seventh of the GPU
         ("NVIDIA of the future", 5e15, 5e15),
     ],
 )
-def test_listed_peak_counts_only_where_measurement_agrees(
+def test_the_peak_is_that_of_the_data_sheet_or_measured(
     monkeypatch: pytest.MonkeyPatch, name: str, measured: float, expected: float
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)

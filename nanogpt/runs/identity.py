@@ -184,14 +184,14 @@ def upgrade(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "optim": optim}
 
 
-def budget_steps(config: Mapping[str, Any]) -> int:
-    """Return the optimizer steps of the run: of `max_steps` and `max_tokens` the first reached.
+def budget_steps(config: Mapping[str, Any], most: int | None = None) -> int:
+    """Return the optimizer steps of the run: of its budgets and `most` the first reached.
 
     With `minutes` alone it is 1 until they are chosen. Raises ValueError where all are None.
     """
     tokens = config["max_tokens"]
     of_tokens = None if tokens is None else math.ceil(tokens / config["tokens_per_step"])
-    budgets = [steps for steps in (config["max_steps"], of_tokens) if steps is not None]
+    budgets = [steps for steps in (config["max_steps"], of_tokens, most) if steps is not None]
     if not budgets and config.get("minutes") is None:
         raise ValueError("the run has no budget; pass max_steps=N, max_tokens=N or minutes=N")
     return int(min(budgets, default=1))

@@ -9,23 +9,23 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from nanogpt.build import build_optimizer
 from nanogpt.command import out_of_memory
 from nanogpt.disk import replacing
 from nanogpt.model import GPT, Attend, GPTConfig
+from nanogpt.ranks import Ranks
 from nanogpt.runs.run import Run
 from nanogpt.text import first_line
-from nanogpt.training.language_model import next_token_loss
 from nanogpt.training.machine import machine_id, usable_cores, usable_memory_bytes
-from nanogpt.training.memory import DTYPES, step_memory
+from nanogpt.training.memory import DTYPES, run_pass, step_memory
 from nanogpt.training.throughput import flops_per_token, peak_flops
-from nanogpt.values import CHECKED, Flag
+from nanogpt.values import CHECKED, Flag, Positive
 
 log = logging.getLogger("nanogpt")
 
@@ -79,47 +79,44 @@ class Timings(NamedTuple):
     how: str
 
 
-def autotune(run: Run, model: GPTConfig, device: torch.device, rows_per_rank: int) -> Settings:
+def autotune(
+    run: Run, model: GPTConfig, device: torch.device, run_s: float | None = None
+) -> Settings:
     """Return the given values, and for each `auto` the best on this machine; log the reasons.
 
-    `rows_per_rank` are the rows of `block_size` tokens of one rank and optimizer step; a
-    micro-batch divides them. The first call for a shape measures for seconds, later ones read
-    `data_dir/probes.json`; measurements whose rounds disagreed, as on a busy machine, are repeated,
-    all of them with `remeasure`. A setting that was not typed is the recorded one, as long as it
-    fits; with `remeasure` that holds for the precision alone, which is identity. Changes the number
-    of threads and the random state.
+    A run of `run_s` seconds has as many steps as fit these, without it `run.max_steps`. The first
+    call for a shape measures for seconds, later ones read `data_dir/probes.json`; measurements
+    whose rounds disagreed, as on a busy machine, are repeated, all of them with `remeasure`. A
+    setting that was not typed is the recorded one, as long as it fits; with `remeasure` that holds
+    for the precision alone, which is identity. Changes the number of threads and the random state.
     """
     config, recorded, n_local = run.config, run.recorded, run.ranks.local_world_size
-    deterministic, remeasure = config["trainer"]["deterministic"], config["remeasure"]
-    stale = {"compile", "micro_batch", "threads"} if remeasure else set()
-    if rows_per_rank % recorded.get("micro_batch", 1):
-        stale.add("micro_batch")
+    trainer = config["trainer"]
+    stale = {"compile", "micro_batch", "threads"} if config["remeasure"] else set()
     if recorded.get("local_world_size") != n_local:
         stale.add("threads")
 
-    def choose(key: str, value: Any, measure: Callable[[], tuple[Any, str]]) -> Any:
-        why = "as given"
+    def choose(key: str, node: Mapping[str, Any], measure: Callable[..., Any], *args: Any) -> Any:
+        value, why = node[key], "as given"
         if value == "auto" and key in recorded and key not in stale:
             value, why = recorded[key], "same as before"
         elif value == "auto":
-            value, why = measure()
+            value, why = measure(*args)
         log.info("%s %s: %s", key, str(value).lower(), why)
         return value
 
-    threads = choose("threads", config["threads"], lambda: choose_threads(n_local))
+    threads = choose("threads", config, choose_threads, n_local)
     torch.set_num_threads(threads)
-    trials = trials_of(run, model, device, rows_per_rank)
-    precision = choose(
-        "precision", config["trainer"]["precision"], lambda: choose_precision(trials)
-    )
-    rows = choose(
-        "micro_batch", config["micro_batch"], lambda: _choose_micro_batch(trials, precision)
-    )
-    compiled = choose(
-        "compile",
-        config["compile"],
-        lambda: _choose_compile(trials, precision, rows, run.max_steps, deterministic),
-    )
+    trials = Trials(config, run.ranks, model, device)
+    if trials.rows_per_rank % recorded.get("micro_batch", 1):
+        stale.add("micro_batch")
+    precision = choose("precision", trainer, choose_precision, trials)
+    rows = choose("micro_batch", config, _choose_micro_batch, trials, precision)
+    n_steps = float(run.max_steps)
+    if run_s is not None:
+        n_steps = run_s / trials.guess_s(trials.rows_per_rank, "32-true")
+    how = (trials, precision, rows, n_steps, trainer["deterministic"])
+    compiled = choose("compile", config, _choose_compile, *how)
     peak, source = peak_flops(device, DTYPES[precision], trials.rate(precision))
     torch.cuda.empty_cache()  # NCCL and compiled kernels allocate outside of it
     log.info("peak %.4g TFLOP/s: %s", peak / 1e12, source)
@@ -132,20 +129,11 @@ def autotune(run: Run, model: GPTConfig, device: torch.device, rows_per_rank: in
         "tokens_per_step %s = %s rank(s) x %s micro-batch(es) x %s rows x block_size %s",
         f"{config['tokens_per_step']:,}",
         run.ranks.world_size,
-        rows_per_rank // rows,
+        trials.rows_per_rank // rows,
         rows,
         model.block_size,
     )
     return Settings(precision, compiled, rows, threads, peak)
-
-
-def trials_of(run: Run, model: GPTConfig, device: torch.device, rows_per_rank: int) -> "Trials":
-    """Return the trials of a run's model, stored under its `data_dir`."""
-    if run.config["trainer"]["deterministic"]:  # cuBLAS reads it at its first product
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    path, remeasure = Path(run.config["data_dir"]) / "probes.json", run.config["remeasure"]
-    n_local = run.ranks.local_world_size
-    return Trials(model, device, rows_per_rank, n_local, path, remeasure)
 
 
 def choose_threads(local_world_size: int) -> tuple[int, str]:
@@ -192,31 +180,26 @@ def _choose_micro_batch(trials: "Trials", precision: str) -> tuple[int, str]:
 
 
 def _choose_compile(
-    trials: "Trials", precision: str, micro_batch: int, max_steps: int, deterministic: bool
+    trials: "Trials", precision: str, rows: int, n_steps: float, deterministic: bool
 ) -> tuple[bool, str]:
     kind = trials.device.type
     if kind not in COMPILE:
         return False, f"its gain on {kind} is not known"
     if kind == "cuda" and deterministic:
         return False, "its kernels are chosen by timing, and trainer.deterministic is set"
-    micro_batch_s = trials.guess_s(micro_batch, precision)
-    if micro_batch_s <= TRIED_S:
+    pass_s = trials.guess_s(rows, precision)
+    if pass_s <= TRIED_S:
         candidates = trials.candidates()
-        timed = candidates if micro_batch in candidates else [micro_batch]
-        timings = trials.time([(rows, precision) for rows in timed])
-        micro_batch_s = timings.get((micro_batch, precision), micro_batch_s)
-    run_s = max_steps * micro_batch_s * trials.rows_per_rank / micro_batch
-    gain, base_s, layer_s = COMPILE[kind]
-    saved_s, cost_s = gain * run_s, base_s + layer_s * trials.config.n_layer
-    if saved_s > cost_s:
+        timed = candidates if rows in candidates else [rows]
+        pass_s = trials.time([(n, precision) for n in timed]).get((rows, precision), pass_s)
+    step_s = pass_s * trials.rows_per_rank / rows
+    saved_s, cost_s = trials.compiling(step_s)
+    if n_steps * saved_s > cost_s:  # on a CPU these numbers only decide whether to measure
         try:
-            if kind == "cpu":  # the numbers above only decide whether to measure
-                saved_s, cost_s = trials.compiling(micro_batch, precision, run_s / max_steps)
-                saved_s *= max_steps
-            else:
-                torch.compile(lambda x: x + 1)(torch.ones(8, device=trials.device))
+            saved_s, cost_s = trials.compiled(rows, precision, step_s)
         except Exception as error:  # whatever the compilers of a machine raise
             return False, f"it fails on this machine ({first_line(error)})"
+    saved_s *= n_steps
     return saved_s > cost_s, f"would save about {saved_s:.0f} s of the run and take {cost_s:.0f} s"
 
 
@@ -224,14 +207,13 @@ def _choose_compile(
 class Measured:
     """Seconds by trial; provisional where the rounds disagree, as on a busy machine."""
 
-    seconds: dict[str, Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]]
+    seconds: dict[str, Positive]
     provisional: Flag
 
 
 STORED = TypeAdapter(dict[str, Measured])  # by machine and what was measured
 
 
-@dataclasses.dataclass
 class Trials:
     """Forward and backward passes of one shape, and matrix products, timed on one device.
 
@@ -240,19 +222,19 @@ class Trials:
     damaged.
     """
 
-    config: GPTConfig
-    device: torch.device
-    rows_per_rank: int
-    local_world_size: int
-    path: Path
-    remeasure: bool = False
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], ranks: Ranks, model: GPTConfig, device: torch.device
+    ) -> None:
+        if config["trainer"]["deterministic"]:  # cuBLAS reads it at its first product
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        self.config, self.device, self.local_world_size = model, device, ranks.local_world_size
+        self.rows_per_rank = config["tokens_per_step"] // (model.block_size * ranks.world_size)
         used = f"{torch.get_num_threads()} threads, {self.local_world_size} ranks"
         self.scope = f"{machine_id(self.device)}, {used}"
-        self.shape = " ".join(f"{key}={value}" for key, value in self.config.record().items())
+        self.shape = " ".join(f"{key}={value}" for key, value in model.record().items())
+        self.path = Path(config["data_dir"]) / "probes.json"
         self.provisional = False  # whether any measurement of this process is
-        stored = {} if self.remeasure else _read(self.path)
+        stored = {} if config["remeasure"] else _read(self.path)
         self.known = {key: found for key, found in stored.items() if not found.provisional}
 
     def rate(self, precision: str) -> float:
@@ -299,43 +281,23 @@ class Trials:
         step_s = n_before * found.get("pass", 0.0) + found["update"]
         return Timings(step_s, found["forward"] / n_tokens, found["token"], "measured")
 
-    def block(self, rows: int, precision: str) -> dict[str, float]:
-        """Return the seconds of a block's forward and backward, "eager" and "compiled".
-
-        Those of compiling it are "compilation". Raises whatever the compiler raises.
-        """
-
-        def measure() -> Measured:
-            config = dataclasses.replace(self.config, n_layer=1)
-            model, x = GPT(config).train(), torch.randn(rows, config.block_size, config.n_embd)
-            rotation = model.rotation(torch.arange(config.block_size))
-
-            def forward(x: torch.Tensor) -> torch.Tensor:
-                return model.h[0](x, rotation, Attend()).sum()
-
-            def run(forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
-                with torch.autocast("cpu", DTYPES[precision], enabled=precision != "32-true"):
-                    loss = forward(x.requires_grad_())
-                loss.backward()
-
-            compiled, began = partial(run, torch.compile(forward)), time.perf_counter()
-            compiled()
-            compilation_s = time.perf_counter() - began
-            found = self._in_turn({"eager": partial(run, forward), "compiled": compiled}, MEASURE_S)
-            found.seconds["compilation"] = compilation_s
-            return found
-
-        return self.recall(f"block of {rows} rows {precision}, {self.shape}", measure)
-
-    def compiling(self, rows: int, precision: str, step_s: float) -> tuple[float, float]:
-        """Return the seconds that torch.compile saves of a step of `step_s`, and those it takes."""
-        n_layer = self.config.n_layer
-        if self.device.type == "cpu":
-            block = self.block(rows, precision)
-            saved_s = (block["eager"] - block["compiled"]) * self.rows_per_rank / rows
-            return saved_s * n_layer, block["compilation"] * n_layer
+    def compiling(self, step_s: float) -> tuple[float, float]:
+        """Return the seconds that torch.compile may save of a step of `step_s`, and take."""
         gain, base_s, layer_s = COMPILE[self.device.type]
-        return gain * step_s, base_s + layer_s * n_layer
+        return gain * step_s, base_s + layer_s * self.config.n_layer
+
+    def compiled(self, rows: int, precision: str, step_s: float) -> tuple[float, float]:
+        """Return the same as `compiling`, on a CPU of a block that is compiled and timed.
+
+        Raises whatever the compiler raises.
+        """
+        if self.device.type != "cpu":
+            torch.compile(lambda x: x + 1)(torch.ones(8, device=self.device))
+            return self.compiling(step_s)
+        what = f"block of {rows} rows {precision}, {self.shape}"
+        block = self.recall(what, lambda: self._measure_block(rows, precision))
+        saved_s = (block["eager"] - block["compiled"]) * self.rows_per_rank / rows
+        return saved_s * self.config.n_layer, block["compilation"] * self.config.n_layer
 
     def guess_s(self, rows: int, precision: str) -> float:
         """Return the seconds of a forward and backward at half the rate of matrix products."""
@@ -410,7 +372,7 @@ class Trials:
         try:
             reserve = self._memory_reserve(model) if is_gpu else None
             for trial, name in trials.items():
-                passes[name] = partial(self._pass, model, *trial)
+                passes[name] = partial(run_pass, model, *trial)
                 if is_gpu:
                     passes[name]()  # which loads and chooses kernels
             del reserve
@@ -429,7 +391,7 @@ class Trials:
             group["lr"] = 0.0
 
         def update() -> None:
-            self._pass(model, rows, precision)
+            run_pass(model, rows, precision)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -437,29 +399,38 @@ class Trials:
         one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         passes: dict[str, Callable[[], object]] = {
             "update": update,
-            "pass": partial(self._pass, model, rows, precision),
-            "forward": partial(self._pass, model, rows, precision, learns=False),
+            "pass": partial(run_pass, model, rows, precision),
+            "forward": partial(run_pass, model, rows, precision, learns=False),
             "token": torch.no_grad()(partial(model, one)),
         }
         if rows == self.rows_per_rank:
             del passes["pass"]
         return self._in_turn(passes, STEPS_S, statistics.median)
 
+    def _measure_block(self, rows: int, precision: str) -> Measured:
+        """Time a block's forward and backward, eager and compiled, and its compilation."""
+        model = GPT(dataclasses.replace(self.config, n_layer=1)).train()
+        T, block = self.config.block_size, model.h[0]
+        x = torch.randn(rows, T, self.config.n_embd, requires_grad=True)
+        rotation = model.rotation(torch.arange(T))
+
+        def run(block: Callable[..., torch.Tensor]) -> None:
+            with torch.autocast("cpu", DTYPES[precision], precision != "32-true"):
+                loss = block(x, rotation, Attend()).sum()
+            loss.backward()
+
+        compiled, began = partial(run, torch.compile(block)), time.perf_counter()
+        compiled()
+        compilation_s = time.perf_counter() - began
+        found = self._in_turn({"eager": partial(run, block), "compiled": compiled}, MEASURE_S)
+        found.seconds["compilation"] = compilation_s
+        return found
+
     def _memory_reserve(self, model: GPT) -> torch.Tensor:
         """Return a tensor (N,) of the bytes that training needs and a trial does not."""
         total = torch.cuda.get_device_properties(self.device).total_memory
         n_bytes = BYTES_PER_PARAMETER * model.num_parameters() + int(HEADROOM * total)
         return torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
-
-    def _pass(self, model: GPT, rows: int, precision: str, learns: bool = True) -> None:
-        """Run a forward and backward; gradients add up, as over the micro-batches of a step."""
-        shape = (rows, self.config.block_size)
-        input_ids = torch.randint(self.config.vocab_size, shape, device=self.device)
-        reduced = torch.autocast(self.device.type, DTYPES[precision], precision != "32-true")
-        with reduced, torch.set_grad_enabled(learns):
-            loss = next_token_loss(model, input_ids, input_ids)
-        if learns:
-            (loss / input_ids.numel()).backward()
 
 
 def _read(path: Path) -> dict[str, Measured]:

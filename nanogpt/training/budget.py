@@ -64,22 +64,16 @@ def tune(
     `shape` returns the model of a configuration whose `data` is prepared. Raises ValueError where
     the minutes that are left are too few for a step.
     """
-    chosen, world_size = run.config.get("chosen", {}), run.ranks.world_size
+    chosen = run.config.get("chosen", {})
     is_open = run.config.get("minutes") is not None and "max_steps" not in chosen
     if is_open and "model.n_layer" in chosen:
         run.config = _with_depth(run, shape, device)
     config, model = dict(run.config), shape(run.config)
-    rows = config["tokens_per_step"] // (model.block_size * world_size)
-    if is_open:  # about so many
-        trials = autotune.trials_of(run, model, device, rows)
-        run.max_steps = int(_left_s(config) / rows / trials.guess_s(1, "32-true")) + 1
-    run.max_steps = min(run.max_steps, data.max_steps or run.max_steps)
-    settings = autotune.autotune(run, model, device, rows)
+    run.max_steps = budget_steps(config, data.max_steps)
+    settings = autotune.autotune(run, model, device, _left_s(config) if is_open else None)
     if is_open:
-        trials = autotune.trials_of(run, model, device, rows)  # with its threads
-        steps = _steps(config, trials, settings, data)
-        if config["max_steps"] or config["max_tokens"]:
-            steps = min(steps, budget_steps(config))
+        trials = autotune.Trials(config, run.ranks, model, device)
+        steps = budget_steps(config, _steps(config, trials, settings, data))
         config = with_choices(config, {"max_steps": steps})
     return config, settings
 
@@ -102,8 +96,7 @@ def _with_depth(run: Run, shape: Any, device: torch.device) -> dict[str, Any]:
     while depth not in taken:
         tried = with_choices(config, choices(config, depth, tokens_of(depth)))
         model, per_step = shape(tried), tried["tokens_per_step"]
-        rows = per_step // (model.block_size * run.ranks.world_size)
-        trials = autotune.trials_of(run, model, device, rows)
+        trials = autotune.Trials(tried, run.ranks, model, device)
         precision = autotune.choose_precision(trials)[0] if given[1] == "auto" else given[1]
         timings = trials.step(trials.candidates()[-1], precision, tried["optim"])
         token_s[depth] = timings.step_s / per_step
@@ -124,7 +117,7 @@ def _steps(
     timings = trials.step(settings.micro_batch, settings.precision, config["optim"])
     step_s, end_s = timings.step_s + STEP_OVERHEAD_S, 0.0
     if settings.compile:
-        saved_s, end_s = trials.compiling(settings.micro_batch, settings.precision, step_s)
+        saved_s, end_s = trials.compiled(settings.micro_batch, settings.precision, step_s)
         step_s -= saved_s
     n_val = len(getattr(data, "val_rows", ())) * model.block_size
     validation, samples = callbacks["validation"], callbacks.get("samples") or {}

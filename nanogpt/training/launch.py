@@ -51,10 +51,7 @@ def count_devices(devices: int | str, accelerator: str) -> int:
 
 
 def run_on_ranks(
-    config: dict[str, Any],
-    train: Callable[[dict[str, Any]], Mapping[str, Any]],
-    *,
-    is_sweep: bool = False,
+    config: dict[str, Any], train: Callable[[dict[str, Any]], Mapping[str, Any]]
 ) -> Mapping[str, Any]:
     """Train on this rank, or on as many ranks as configured; return the run's summary.
 
@@ -63,11 +60,6 @@ def run_on_ranks(
     """
     trainer = config["trainer"]
     if is_rank():
-        if is_sweep:
-            raise ValueError(
-                "torchrun cannot run a sweep (every rank would run all of it); "
-                "start it as python train.py -m ... trainer=ddp trainer.devices=N"
-            )
         return train(config)
     if trainer["num_nodes"] > 1:
         raise ValueError(

@@ -1,7 +1,7 @@
 """The memory of an optimizer step, by running it on tensors that have shapes and no storage."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -59,47 +58,56 @@ def step_memory(
 def _measure(
     config: GPTConfig, rows: int, precision: str, make_optimizer: Any, accumulates: bool
 ) -> StepMemory:
-    model = GPT(config).train()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.SGD(parameters) if make_optimizer is None else make_optimizer(model)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # which makes its state
-    state = [t for t in tree_leaves([*optimizer.state.values()]) if isinstance(t, Tensor)]
-    if not accumulates:
-        optimizer.zero_grad(set_to_none=True)
-    held = [*parameters, *state, *(p.grad for p in parameters if p.grad is not None)]
-    input_ids = torch.zeros(rows, config.block_size, dtype=torch.long)
     stored: list[int] = []
-    with _Allocated([*held, input_ids]) as allocated:
-        model.ln_f.register_forward_hook(lambda *_: stored.append(allocated.now))
-        with torch.autocast("cpu", DTYPES[precision], enabled=precision != "32-true"):
-            loss = next_token_loss(model, input_ids, input_ids)
-        (loss / input_ids.numel()).backward()
-        logits = allocated.peak - stored[0]
+    with _Allocated() as memory:
+        model = GPT(config).train()
+        weights = memory.now
+        parameters = list(model.parameters())
+        optimizer = make_optimizer(model) if make_optimizer else torch.optim.SGD(parameters)
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # which makes its state
+        of_state = memory.now - 2 * weights
+        if not accumulates:
+            optimizer.zero_grad(set_to_none=True)
+        before = memory.peak = memory.now
+        model.ln_f.register_forward_hook(lambda *_: stored.append(memory.now - before))
+        run_pass(model, rows, precision)
+        logits = memory.peak - before - stored[0]
         optimizer.step()
-    weights, of_state, n_held = (sum(t.nbytes for t in some) for some in (parameters, state, held))
-    return StepMemory(weights, weights, of_state, stored[0], logits, n_held + allocated.peak)
+    return StepMemory(weights, weights, of_state, stored[0], logits, memory.peak)
+
+
+def run_pass(model: GPT, rows: int, precision: str, *, learns: bool = True) -> None:
+    """Run a forward and backward of random rows; gradients add up, as over a step's passes."""
+    device = model.wte.weight.device
+    shape = (rows, model.config.block_size)
+    input_ids = torch.randint(model.config.vocab_size, shape, device=device)
+    reduced = torch.autocast(device.type, DTYPES[precision], precision != "32-true")
+    with reduced, torch.set_grad_enabled(learns):
+        loss = next_token_loss(model, input_ids, input_ids)
+    if learns:
+        (loss / input_ids.numel()).backward()
 
 
 class _Allocated(TorchDispatchMode):
-    """Bytes of the storages that operations make, now and at most; those of `known` are free."""
+    """Bytes of the storages that operations make, now and at most."""
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._sizes = {StorageWeakRef(tensor.untyped_storage()): 0 for tensor in known}
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-            if storage is not None and (key := StorageWeakRef(storage)) not in self._sizes:
-                self._sizes[key] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, key)
+            if storage is not None and storage not in self._known:
+                self._known.add(storage)
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._count, -storage.nbytes())
         return result
 
-    def _free(self, storage: StorageWeakRef) -> None:
-        self.now -= self._sizes.pop(storage)
+    def _count(self, n_bytes: int) -> None:
+        self.now += n_bytes
+        self.peak = max(self.peak, self.now)

@@ -1,18 +1,14 @@
 """FLOPs per token, and a device's FLOP/s."""
 
-import math
-import warnings
-
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 
 from nanogpt.model import GPTConfig
 from nanogpt.support import ANY, IN_MODEL, check_supported
 from nanogpt.weights import model_without_weights
 
 SUPPORTED = {**IN_MODEL, "position": ANY, "activation": ("gelu", "relu2", "swiglu")}
-# Dense bfloat16 rates (of a T4 float16) that Lightning's table lacks or gives otherwise, from data
-# sheets, that of the RTX 4090 from the Ada whitepaper's appendix A; sparse rates are halved.
+# Dense bfloat16 rates (of a T4 float16) from data sheets, that of the RTX 4090 from the Ada
+# whitepaper's appendix A; sparse rates are halved.
 # https://www.nvidia.com/en-us/data-center/h200/, .../h100/, .../a100/, .../l4/, .../tesla-t4/
 DENSE_HALF_FLOPS = {
     "NVIDIA H200": 989.4e12,
@@ -24,8 +20,6 @@ DENSE_HALF_FLOPS = {
     "NVIDIA L4": 121e12,
     "Tesla T4": 65e12,
 }
-# A table's value is believed where a matrix product reaches this share of it, and not more.
-BELIEVED_SHARE = (0.5, 1.05)
 
 
 def flops_per_token(config: GPTConfig) -> int:
@@ -49,18 +43,9 @@ def flops_per_token(config: GPTConfig) -> int:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, measured: float) -> tuple[float, str]:
-    """Return the device's arithmetic per second in `dtype` and where the number comes from.
-
-    Tables name some GPUs wrongly or with rates that no dense product can reach, so a table's
-    value is taken only where the measured rate agrees with it.
-    """
-    if device.type == "cuda":
+    """Return the device's arithmetic per second in `dtype` and where the number comes from."""
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
-        table = DENSE_HALF_FLOPS if dtype in (torch.bfloat16, torch.float16) else {}
-        with warnings.catch_warnings():  # an unknown GPU is no reason to warn: it is measured
-            warnings.simplefilter("ignore")
-            listed = table.get(name) or get_available_flops(device, dtype) or math.nan
-        low, high = BELIEVED_SHARE
-        if low * listed <= measured <= high * listed:
-            return listed, f"data sheet of {name}"
+        if name in DENSE_HALF_FLOPS:
+            return DENSE_HALF_FLOPS[name], f"data sheet of {name}"
     return measured, "measured by a matrix product"
