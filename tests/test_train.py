@@ -658,6 +658,7 @@ def test_a_profiler_of_lightning_prints_its_table_without_our_progress(
 
 def test_torchrun_refuses_a_sweep(
     tiny_run: list[str],
+    tmp_path: Path,
     main: Main,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -666,6 +667,7 @@ def test_torchrun_refuses_a_sweep(
         monkeypatch.setenv(name, value)
     assert main("-m", *tiny_run, "seed=1,2") == 1
     assert "torchrun cannot run a sweep" in capfd.readouterr().err
+    assert not any((tmp_path / "runs").iterdir())
 
 
 def free_port() -> int:
