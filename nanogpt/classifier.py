@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from nanogpt.model import GPT, GPTConfig, evaluating
+from nanogpt.generation import evaluating
+from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import Tokenizer
 
 TEXTS_PER_BATCH = 32

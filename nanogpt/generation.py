@@ -5,13 +5,14 @@ Shapes: B batch, T time, H heads, D head size, V vocabulary.
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanogpt.detokenizer import Detokenizer
-from nanogpt.model import GPT, Attend, causal_attention, evaluating
+from nanogpt.model import GPT, Attend, causal_attention
 from nanogpt.prompts import Message, Template, trimmed
 from nanogpt.support import IN_MODEL, check_supported, mixes_by_attend
 from nanogpt.tokenizer import Tokenizer
@@ -150,6 +151,19 @@ def generate(
             new = context if cache is None else [token]
 
     return tokens()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Disable dropout in the block: before and after it the caller may train."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
 
 
 class KVCache(Attend):

@@ -8,8 +8,7 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import field, fields
 from functools import partial
 from os import PathLike
@@ -442,19 +441,6 @@ def make_norm(config: GPTConfig, n_channels: int, has_weight: bool) -> nn.Module
 def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
     """Return logits (..., V) within the cap on either side (Gemma 2, arXiv 2408.00118)."""
     return logits if cap is None else (logits / cap).tanh() * cap
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Disable dropout in the block: before and after it the caller may train."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()
 
 
 def causal_attention(
