@@ -180,7 +180,14 @@ class KVCache(Attend):
         n_tokens = config.block_size if n_tokens is None else n_tokens
         shape = (config.n_layer, 2, batch_size, config.kv_heads, n_tokens, config.head_dim)
         self.entries = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.ids = torch.zeros(batch_size, n_tokens + 1, dtype=torch.long, device=weight.device)
         self.length = 0
+
+    def before(self, input_ids: Tensor) -> Tensor:
+        """Append input_ids (B, T); return the id before each of them (B, T)."""
+        end = self.length + input_ids.size(1)
+        self.ids[:, self.length + 1 : end + 1] = input_ids
+        return self.ids[:, self.length : end]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append a layer's k and v and attend from q to all: (B, T, H, D) each.

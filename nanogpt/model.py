@@ -40,7 +40,7 @@ PRESETS = {  # n_layer, n_head, n_embd
 DERIVED = ("n_kv_head", "head_size", "n_inner")  # null: n_head, n_embd / n_head, 4 n_embd
 # Fields that version 0.1.0 lacks, of which it computes the defaults.
 LATER: tuple[str, ...] = ("rope_base", "norm_eps", "norm_weight", "embd_norm", "tie_embeddings")
-LATER += ("qk_norm_weight", "qk_gain")
+LATER += ("qk_norm_weight", "qk_gain", "token_shift")
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -51,9 +51,11 @@ class GPTConfig:
     2305.13245). `n_inner` is the width of the MLP, which swiglu has twice (arXiv 2002.05202).
     `rope_scaling` stretches the rotary wavelengths as Llama 3.1 does: its factor, low and high
     frequency factor, and the context that it was trained with. `qk_gain` is the initial value of
-    the queries' `qk_norm_weight`. `logit_softcap` c bounds the logits x to c tanh(x / c). `block`
-    is the dotted path of a class that replaces `Block`, whose docstring is the contract. Raises
-    pydantic's ValidationError, a ValueError, for a value that no model can have.
+    the queries' `qk_norm_weight`. `token_shift` adds to the embedding of each token that of the one
+    before, times a learned vector (RWKV, arXiv 2305.13048, shifts the input of every layer).
+    `logit_softcap` c bounds the logits x to c tanh(x / c). `block` is the dotted path of a class
+    that replaces `Block`, whose docstring is the contract. Raises pydantic's ValidationError, a
+    ValueError, for a value that no model can have.
     """
 
     block_size: Count = 1024
@@ -77,6 +79,7 @@ class GPTConfig:
     qk_norm: Flag = False
     qk_norm_weight: Flag = False
     qk_gain: Positive = 1.0
+    token_shift: Flag = False
     tie_embeddings: Flag = True
     logit_softcap: Positive | None = None
     zero_init: Flag = False
@@ -152,6 +155,10 @@ class Attend:
         self.mask = mask
         self.dropout = dropout
 
+    def before(self, input_ids: Tensor) -> Tensor:
+        """Return the id before each of input_ids (B, T); of a text's first token any id."""
+        return F.pad(input_ids[:, :-1], (1, 0))
+
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the attention output (B, T, H, D) of a layer's q, k and v (B, T, H, D) each."""
         drop = partial(self.dropout, site=DROPOUT_SITES * layer) if self.dropout.rate else None
@@ -172,6 +179,8 @@ class GPT(nn.Module):
         self.wte = TokenEmbedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if config.token_shift:
+            self.shift = nn.Parameter((torch.arange(config.n_embd) >= config.n_embd // 2).float())
         self.ln_e = make_norm(config, config.n_embd, False) if config.embd_norm else nn.Identity()
         self.h = nn.ModuleList(build_blocks(config))
         self.ln_f = make_norm(config, config.n_embd, config.norm_weight)
@@ -230,12 +239,15 @@ class GPT(nn.Module):
             if rate and row_seeds is None:
                 row_seeds = torch.randint(2**63 - 1, input_ids.shape[:1], device=input_ids.device)
             attend = Attend(mask, RowDropout(rate, row_seeds))
-        x = attend.dropout(self.embed(input_ids, positions), DROPOUT_SITES * config.n_layer)
+        x = self.embed(input_ids, positions, attend.before(input_ids))
+        x = attend.dropout(x, DROPOUT_SITES * config.n_layer)
         return self.run_blocks(x, self.rotation(positions), attend)
 
-    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Return the embeddings (..., T, C) of input_ids (..., T) at positions (T,) or (..., T)."""
+    def embed(self, input_ids: Tensor, positions: Tensor, before: Tensor) -> Tensor:
+        """Return embeddings (..., T, C) of ids at positions, after ids `before`: (..., T) each."""
         x = self.wte(input_ids)
+        if self.config.token_shift:
+            x = x + self.shift * (positions > 0)[..., None] * self.wte(before)
         return self.ln_e(x + self.wpe(positions) if self.config.position == "learned" else x)
 
     def rotation(self, positions: Tensor) -> Tensor | None:

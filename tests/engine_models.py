@@ -22,6 +22,7 @@ MODERN: dict[str, Any] = {
     "qk_norm": True,
     "bias": False,
 }
+SHIFTED: dict[str, Any] = {**MODERN, "token_shift": True}
 GROUPED: dict[str, Any] = {  # Qwen3's switches, and those that it lacks
     "position": "rotary",
     "rope_base": 1e6,

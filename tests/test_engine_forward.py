@@ -14,7 +14,7 @@ from serving.engine import compiling, native
 from serving.engine import forward as forward_module
 from serving.engine.forward import Forward, Span, round_to_24_bits
 from serving.engine.native import ForwardPass, cache_dtype, make_forward
-from tests.engine_models import GROUPED, MODERN
+from tests.engine_models import GROUPED, MODERN, SHIFTED
 
 IDS = torch.randint(97, (150,), generator=torch.Generator().manual_seed(5)).tolist()
 TOLERANCE = {"fp32": 1e-5, "fp24": 1e-4, "bf16": 0.02, "int8": 0.03}  # of the logits' deviation
@@ -54,7 +54,9 @@ def logits(computes: ForwardPass, *spans: Span) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "keys", [{}, MODERN, {"bias": False}, GROUPED], ids=["gpt2", "modern", "no bias", "grouped"]
+    "keys",
+    [{}, MODERN, {"bias": False}, GROUPED, SHIFTED],
+    ids=["gpt2", "modern", "no bias", "grouped", "shifted"],
 )
 @pytest.mark.parametrize("dtype", ["fp32", "fp24", "bf16", "int8"])
 def test_logits_are_the_models(kernels: str, dtype: str, keys: dict[str, Any]) -> None:
@@ -63,7 +65,9 @@ def test_logits_are_the_models(kernels: str, dtype: str, keys: dict[str, Any]) -
     assert difference.std() < TOLERANCE[dtype] * expected.std()
 
 
-@pytest.mark.parametrize("keys", [{}, MODERN, GROUPED], ids=["gpt2", "modern", "grouped"])
+@pytest.mark.parametrize(
+    "keys", [{}, MODERN, GROUPED, SHIFTED], ids=["gpt2", "modern", "grouped", "shifted"]
+)
 @pytest.mark.parametrize("dtype", ["fp32", "fp24", "bf16", "int8"])
 @pytest.mark.parametrize(
     "cuts",
@@ -77,8 +81,9 @@ def test_states_do_not_depend_on_how_a_text_is_cut(
     whole = computes.hidden_states([Span(0, 0, IDS)])
     parts, start = [], 0
     for n in cuts:
-        others = [Span(2, start, IDS[:n]), Span(3, 0, [5])]  # in the same step
-        own = Span(1, start, IDS[start : start + n])
+        before = IDS[start - 1] if start else 0
+        others = [Span(2, start, IDS[:n], 7), Span(3, 0, [5])]  # in the same step
+        own = Span(1, start, IDS[start : start + n], before)
         parts.append(computes.hidden_states([others[0], own, others[1]])[n : 2 * n])
         start += n
     assert torch.cat(parts).equal(whole)

@@ -33,6 +33,8 @@ def new_model(block_size: int = 256, n_layer: int = 2, **switches: Any) -> GPT:
     config = GPTConfig(block_size, TOKENIZER.vocab_size, n_layer, 2, 32, **switches)
     model = GPT(config).eval()
     with torch.no_grad():  # far from uniform
+        if model.config.token_shift:
+            torch.nn.init.normal_(model.shift)
         for parameter in model.parameters():
             parameter.mul_(4)
     return model
@@ -66,7 +68,10 @@ def requests() -> list[Request]:
 
 @pytest.mark.parametrize(
     "switches",
-    [{}, {"position": "rotary", "norm": "rmsnorm", "activation": "relu2", "qk_norm": True}],
+    [
+        {"token_shift": True},
+        {"position": "rotary", "norm": "rmsnorm", "activation": "relu2", "qk_norm": True},
+    ],
 )
 def test_shared_contexts_score_as_endings_do_alone(switches: dict[str, Any]) -> None:
     model = new_model(**switches)
@@ -75,8 +80,9 @@ def test_shared_contexts_score_as_endings_do_alone(switches: dict[str, Any]) -> 
         assert found == pytest.approx(reference(model, request), abs=1e-4)
 
 
-def test_endings_that_begin_alike_score_as_they_do_alone() -> None:
-    model = new_model()
+@pytest.mark.parametrize("token_shift", [False, True])
+def test_endings_that_begin_alike_score_as_they_do_alone(token_shift: bool) -> None:
+    model = new_model(token_shift=token_shift)
     request = Request([1, 2, 3], [[5, 6, 7, 9], [5, 6, 8, 9], [5], [5, 6, 7, 9], [6, 6, 7, 9]])
     [results] = loglikelihoods(model, [request])
     found = [one.loglikelihood for one in results]

@@ -41,12 +41,17 @@ MODERN = replace(
     qk_norm=True,
 )
 PADDED = replace(TINY, vocab_size=8200)
-BOTH = pytest.mark.parametrize("config", [TINY, MODERN], ids=["gpt2", "modern"])
+SHIFTED = replace(MODERN, token_shift=True)
+EACH = [TINY, MODERN, SHIFTED]
+BOTH = pytest.mark.parametrize("config", EACH, ids=["gpt2", "modern", "shifted"])
 
 
 def build(config: GPTConfig, seed: int = 0) -> GPT:
     torch.manual_seed(seed)
-    return GPT(config).eval()
+    model = GPT(config).eval()
+    if config.token_shift:
+        torch.nn.init.normal_(model.shift)
+    return model
 
 
 def some_ids(config: GPTConfig, *shape: int) -> Tensor:
@@ -146,10 +151,28 @@ def test_embeddings_are_normalised_before_the_first_block(config: GPTConfig) -> 
     plain, normed = build(config), build(replace(config, embd_norm=True))
     assert normed.state_dict().keys() == plain.state_dict().keys()
     ids, positions = some_ids(config, 2, 16), torch.arange(16)
-    x = plain.embed(ids, positions)
+    before = Attend().before(ids)
+    x = plain.embed(ids, positions, before)
     x = x if config.norm == "rmsnorm" else x - x.mean(-1, keepdim=True)
     expected = x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
-    torch.testing.assert_close(normed.embed(ids, positions), expected)
+    torch.testing.assert_close(normed.embed(ids, positions, before), expected)
+
+
+def test_token_shift_adds_the_embedding_before_times_a_vector() -> None:
+    model, ids = GPT(SHIFTED), some_ids(SHIFTED, 2, 16)
+    assert model.shift.tolist() == [0.0] * 8 + [1.0] * 8
+    torch.nn.init.normal_(model.shift)
+    x, rows = model.embed(ids, torch.arange(16), Attend().before(ids)), model.wte.weight[ids]
+    assert torch.equal(x[:, 0], rows[:, 0])
+    torch.testing.assert_close(x[:, 1:], rows[:, 1:] + model.shift * rows[:, :-1])
+
+
+def test_a_truncated_cache_shifts_by_the_token_that_is_left() -> None:
+    model, ids = build(SHIFTED), some_ids(SHIFTED, 1, 16)
+    cache = KVCache(model)
+    model(ids, cache)
+    cache.length = 5
+    torch.testing.assert_close(model(ids[:, 5:9], cache), model(ids)[:, 5:9], atol=1e-5, rtol=0)
 
 
 def test_heads_of_a_given_size_need_not_divide_the_channels() -> None:

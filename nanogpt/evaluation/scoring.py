@@ -122,13 +122,14 @@ class _Row:
         n_tokens = len(self.context) + sum(len(c) - 1 for c in self.continuations.values())
         return -(-n_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
-    def tree(self) -> tuple[list[int], list[int], np.ndarray | None]:
-        """Return the tokens, the index before each target, and which tokens each attends to (T, T).
+    def tree(self) -> tuple[list[int], list[int], list[int], np.ndarray | None]:
+        """Return the tokens, the id before each, the index before each target, and the mask.
 
-        The mask of bools, in which padding attends to itself, is None for one continuation: such a
-        row is causal.
+        The mask (T, T) bool shows which tokens each attends to; padding attends to itself. It is
+        None for one continuation: such a row is causal.
         """
         n, ids = len(self.context), list(map(int, self.context))
+        ids_before = [0, *ids[:-1]]
         before: list[int] = []
         mask = np.eye(self.n_padded, dtype=bool)
         mask[:n, :n] = np.tri(n, dtype=bool)
@@ -137,8 +138,9 @@ class _Row:
             mask[start:end, :n] = True
             mask[start:end, start:end] = np.tri(end - start, dtype=bool)
             ids += map(int, continuation[:-1])
+            ids_before += [ids[n - 1], *ids[start:end]][:-1]
             before += [n - 1, *range(start, end)]
-        return ids, before, mask if len(self.continuations) > 1 else None
+        return ids, ids_before, before, mask if len(self.continuations) > 1 else None
 
 
 def _rows(number: int, request: Request, block_size: int, tree_tokens: int) -> Iterator[_Row]:
@@ -206,23 +208,24 @@ def _results(model: GPT, rows: Sequence[_Row], multiple: int) -> Iterator[Result
     """
     device = model.wte.weight.device
     trees = [row.tree() for row in rows]
-    n_tokens = torch.tensor([len(ids) for ids, _, _ in trees])  # (B,)
+    n_tokens = torch.tensor([len(ids) for ids, *_ in trees])  # (B,)
     is_token = torch.arange(rows[0].n_padded) < n_tokens[:, None]  # (B, T)
     mask, positions = None, is_token.nonzero()[:, 1]  # (R,)
-    if masks := [mask for _, _, mask in trees if mask is not None]:
+    if masks := [mask for *_, mask in trees if mask is not None]:
         mask = torch.from_numpy(np.stack(masks))  # (B, T, T)
         positions = mask.sum(-1)[is_token] - 1
         mask = mask[:, None].to(device)
-    ids = torch.tensor([i for ids, _, _ in trees for i in ids])  # (R,)
+    ids = torch.tensor([i for ids, *_ in trees for i in ids])  # (R,)
+    ids_before = torch.tensor([i for _, ids, *_ in trees for i in ids])  # (R,)
     starts = (n_tokens.cumsum(0) - n_tokens).tolist()
-    before = [start + i for start, (_, own, _) in zip(starts, trees, strict=True) for i in own]
+    before = [start + i for start, (*_, own, _) in zip(starts, trees, strict=True) for i in own]
     scored, of_target = torch.tensor(before).unique(return_inverse=True)  # (S,), (N,)
-    ids, positions, scored = (
+    ids, ids_before, positions, scored = (
         F.pad(values, (0, -len(values) % multiple)).to(device)
-        for values in (ids, positions, scored)
+        for values in (ids, ids_before, positions, scored)
     )
     attend = _RowsAttend(is_token.to(device), len(ids), mask)
-    x = model.embed(ids, positions)[None]  # (1, R, C)
+    x = model.embed(ids, positions, ids_before)[None]  # (1, R, C)
     rotation, last = model.rotation(positions), model.h[-1]
     for block in model.h[:-1]:
         x = block(x, rotation, attend)

@@ -48,6 +48,7 @@ NEW_KEYS = {  # that records of earlier versions lack, with the value that these
     "model.rope_base": 10_000.0,
     "model.qk_norm_weight": False,
     "model.qk_gain": 1.0,
+    "model.token_shift": False,
     "optim.row_beta": 0.0,
     "model.tie_embeddings": True,
 }

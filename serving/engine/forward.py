@@ -35,11 +35,17 @@ TILE_ROWS = 32  # rows of each product where no multiple is invariant
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive tokens of a slot, the first at `start`."""
+    """Consecutive tokens of a slot, the first at `start` and after the token `before`."""
 
     slot: int
     start: int
     ids: list[int]
+    before: int = 0
+
+
+def ids_before(spans: list[Span]) -> list[int]:
+    """Return the id before each token of spans."""
+    return [i for span in spans for i in (span.before, *span.ids[:-1])]
 
 
 # Rows of one slot and block of context; the slot; the keys after each row's own (rows, T) bool.
@@ -83,7 +89,8 @@ class Forward:
         context.copy_(torch.randn(context.shape, generator=generator))
 
         def outputs(start: int, n: int) -> Tensor:
-            states = self.hidden_states([Span(0, start + n_rows - n, ids[-n:])])
+            span = Span(0, start + n_rows - n, ids[-n:], ids[-n - 1] if n < n_rows else 0)
+            states = self.hidden_states([span])
             if isinstance(self.model, Classifier):
                 return torch.cat([self.logits(states), self.class_probabilities(states)], -1)
             return self.logits(states)
@@ -110,7 +117,8 @@ class Forward:
         attend = SlotAttend(self.cache, slots, positions, self._pieces(spans))
         positions = self._padded(positions)
         rotation = None if self.rotation is None else self.rotation[:, positions]
-        x = self.model.embed(ids, positions)[None]  # (1, R, C)
+        before = self._padded(self._column(ids_before(spans)))
+        x = self.model.embed(ids, positions, before)[None]  # (1, R, C)
         return self.model.run_blocks(x, rotation, attend)[0, : len(slots)]
 
     @torch.inference_mode()

@@ -18,7 +18,7 @@ from nanogpt.classifier import Classifier
 from nanogpt.model import GPT, Block, soft_capped
 from nanogpt.support import ANY, Supported, unsupported
 from serving.engine import compiling
-from serving.engine.forward import Forward, Span, round_to_24_bits
+from serving.engine.forward import Forward, Span, ids_before, round_to_24_bits
 
 SUPPORTED: Supported = {
     "position": ("learned", "rotary"),
@@ -26,7 +26,7 @@ SUPPORTED: Supported = {
     "activation": ("gelu", "relu2", "swiglu"),
     **dict.fromkeys(("n_kv_head", "head_size", "n_inner", "qk_norm", "qk_norm_weight"), ANY),
     **dict.fromkeys(("norm_eps", "norm_weight", "rope_base", "rope_scaling"), ANY),
-    **dict.fromkeys(("embd_norm", "tie_embeddings", "logit_softcap"), ANY),
+    **dict.fromkeys(("embd_norm", "tie_embeddings", "logit_softcap", "token_shift"), ANY),
 }
 ACTIVATIONS = {"gelu": 0, "relu2": 1, "swiglu": 2}
 DTYPES = {"fp32": 0, "bf16": 1, "int8": 2, "fp24": 3, "widened": 4}  # the last: bf16 by fp32's FMAs
@@ -86,6 +86,7 @@ class NativeForward:
         self.device = cache.device
         self._referenced: list[Tensor] = []  # by pointers of the kernels
         self.wte = model.wte.weight[: model.config.vocab_size].detach().to(cache.dtype)
+        self.shift = model.shift.detach() if model.config.token_shift else None
         self.wpe = model.wpe.weight.detach() if model.config.position == "learned" else None
         self.ln_e = model.ln_e  # without weights
         self.classes = deepcopy(model.classes) if isinstance(model, Classifier) else None
@@ -98,6 +99,9 @@ class NativeForward:
         cells = [(s.slot, s.start + n) for s in spans for n in range(len(s.ids))]
         slots, positions = torch.tensor(cells, dtype=torch.int32).T.contiguous()
         x = self.wte[ids].float()  # (R, C)
+        if self.shift is not None:
+            before = self.wte[torch.tensor(ids_before(spans))].float()
+            x += self.shift * (positions > 0)[:, None] * before
         if self.wpe is not None:
             x += self.wpe[positions.long()]
         x = self.ln_e(x)

@@ -64,7 +64,8 @@ class SequenceState:
         """Return the next tokens to compute, at most `n_tokens`."""
         assert self.slot is not None
         start, n_tokens = self.n_computed, min(n_tokens, self.max_tokens or n_tokens)
-        return Span(self.slot.index, start, self.ids[start : start + n_tokens])
+        before = self.ids[start - 1] if start else 0
+        return Span(self.slot.index, start, self.ids[start : start + n_tokens], before)
 
 
 class Scheduler:
