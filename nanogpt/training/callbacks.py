@@ -21,8 +21,7 @@ from pydantic import validate_call
 from nanogpt.disk import replacing
 from nanogpt.evaluation import hellaswag
 from nanogpt.evaluation.examples import find_benchmark, read_items
-from nanogpt.generation import Reply
-from nanogpt.model import evaluating
+from nanogpt.generation import Reply, evaluating
 from nanogpt.prompts import trimmed
 from nanogpt.ranks import gathered, on_rank_zero
 from nanogpt.runs.directory import RunDirectory, cut_samples
