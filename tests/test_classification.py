@@ -7,7 +7,6 @@ from nanogpt.evaluation.classification import (
     bag_of_words,
     baselines,
     confusion_matrix,
-    majority_class,
     scores,
 )
 from nanogpt.evaluation.results import reduced_confusion
@@ -32,10 +31,6 @@ def test_macro_f1_falls_where_a_rare_class_is_never_found() -> None:
 
 def test_a_class_that_never_occurs_does_not_count() -> None:
     assert scores(np.diag([3, 0, 2]))["macro_f1"] == 1.0
-
-
-def test_the_majority_is_the_first_of_the_most_frequent() -> None:
-    assert majority_class([2, 1, 1, 2, 0]) == 1
 
 
 TEXTS = ["free prize now", "win a free prize", "see you at home", "at home now"]
@@ -68,6 +63,8 @@ def test_the_majority_baseline_has_the_accuracy_of_its_share() -> None:
     metrics = baselines(TEXTS, [1, 1, 1, 0], ["free", "home", "home"], [1, 0, 0], 2)
     assert metrics["majority"]["accuracy"] == pytest.approx(1 / 3)
     assert metrics["majority"]["macro_f1"] == pytest.approx((2 / 4 + 0) / 2)
+    ties = baselines(TEXTS, [1, 1, 0, 0], ["free", "home", "home"], [1, 0, 0], 2)
+    assert ties["majority"]["accuracy"] == pytest.approx(2 / 3)  # of the first class
 
 
 def test_a_reduced_confusion_keeps_the_classes_with_the_most_mistakes() -> None:

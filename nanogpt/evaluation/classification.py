@@ -48,7 +48,8 @@ def evaluate(
     read = (checkpoint.tokenizer, texts, checkpoint.around)
     predicted = class_probabilities(model, *read).argmax(-1).tolist()
     confusion = confusion_matrix(numbers, predicted, len(labels))
-    majority = confusion_matrix(numbers, [majority_class(numbers)] * len(numbers), len(labels))
+    most_frequent = [int(np.bincount(numbers).argmax())] * len(numbers)
+    majority = confusion_matrix(numbers, most_frequent, len(labels))
     names, shown = reduced_confusion(labels, confusion)
     counts = [[name, *map(str, row)] for name, row in zip(names, shown, strict=True)]
     printed = align([["true \\ predicted", *names], *counts])
@@ -84,11 +85,6 @@ def scores(confusion: np.ndarray) -> dict[str, float]:
     either = confusion.sum(0) + confusion.sum(1)  # 2 TP + FP + FN
     f1 = 2 * hits[either > 0] / either[either > 0]
     return {"accuracy": float(hits.sum() / confusion.sum()), "macro_f1": float(f1.mean())}
-
-
-def majority_class(labels: Sequence[int]) -> int:
-    """Return the most frequent class, the first of several."""
-    return int(np.bincount(labels).argmax())
 
 
 def bag_of_words(
@@ -136,7 +132,7 @@ def baselines(
     n_labels: int,
 ) -> dict[str, dict[str, float]]:
     """Return the scores on some texts of simple methods that learn from others."""
-    majority = [majority_class(train_labels)] * len(texts)
+    majority = [int(np.bincount(train_labels).argmax())] * len(texts)
     by_words = bag_of_words(train_texts, train_labels, texts, n_labels).argmax(-1).tolist()
     return {
         name: scores(confusion_matrix(labels, predicted, n_labels))

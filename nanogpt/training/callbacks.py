@@ -238,12 +238,11 @@ class StopSignals(Callback):
                 trainer.limit_val_batches = 0  # else Lightning validates before it stops
             trainer.should_stop = True
 
-    def on_exception(self, trainer: Trainer, *args: Any) -> None:
-        self.teardown()
-
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         if _handles_signals():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    on_exception = teardown
 
     def _handle(self, handler: Callable[[int, FrameType | None], None]) -> None:
         if _handles_signals():
