@@ -172,7 +172,7 @@ def count(path: str, tokens_per_s: int) -> None:
 async def _serve(path: str, tokens_per_s: int) -> None:
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         streams: dict[str, list[int]] = {}  # tokens sent and requested
-        writer.write(to_frame([Models([ModelInfo("fake", [], 0, "1", True, True, True)])]))
+        writer.write(to_frame([Models([ModelInfo("fake", [], 0, "1", True, [None, "generate"])])]))
         stepping = asyncio.create_task(_step(streams, writer, tokens_per_s))
         with contextlib.suppress(asyncio.IncompleteReadError):
             while True:

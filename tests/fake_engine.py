@@ -20,6 +20,7 @@ from serving.engine.messages import (
     Models,
     Score,
     Stats,
+    Task,
     Tokens,
     read_frame,
     to_frame,
@@ -64,9 +65,9 @@ class FakeEngine:
             "labels": labels,
             "stage": stage,
         }
-        self.models = [
-            ModelInfo("tiny", ["run/tiny", "tiny.ckpt"], 1_700_000_000, "1", True, True, True)
-        ]
+        tasks: list[Task | None] = [None, "generate", "classify"]
+        names = ["run/tiny", "tiny.ckpt"]
+        self.models = [ModelInfo("tiny", names, 1_700_000_000, "1", True, tasks)]
         self.requests: list[Message] = []
         self.cancelled: list[str] = []
         self._answering: dict[str, asyncio.Task[None]] = {}

@@ -126,8 +126,8 @@ def test_a_name_is_found_however_its_accents_are_composed(tmp_path: Path) -> Non
 
 def test_labels_come_from_a_classifier_where_the_default_is_none(tmp_path: Path) -> None:
     engine = FakeEngine(f"unix:{tmp_path}/e", labels=["ham", "spam"])
-    text = replace(engine.models[0], default_to_classify=False)
-    spam = ModelInfo("spam", [], 2, "2", True, False, False, default_to_classify=True)
+    text = replace(engine.models[0], default_for=[None, "generate"])
+    spam = ModelInfo("spam", [], 2, "2", True, ["classify"])
     engine.models = [text, spam]
     with serve(engine) as url:
         assert httpx.post(f"{url}/predict", json={"input_data": "x"}).status_code == 200
@@ -138,13 +138,8 @@ def test_labels_come_from_a_classifier_where_the_default_is_none(tmp_path: Path)
 
 def test_who_names_no_model_has_texts_from_one_that_generates(tmp_path: Path) -> None:
     engine = FakeEngine(f"unix:{tmp_path}/e", reply=fixed_reply("a"))
-    classifier = ModelInfo(
-        "spam", [], 2, "2", loaded=False, default=True, default_to_generate=False
-    )
-    engine.models = [
-        classifier,
-        replace(engine.models[0], default=False, default_to_generate=True),
-    ]
+    classifier = ModelInfo("spam", [], 2, "2", False, [None, "classify"])
+    engine.models = [classifier, replace(engine.models[0], default_for=["generate"])]
     messages = [{"role": "user", "content": "x"}]
     with serve(engine) as url:
         answers = [

@@ -28,7 +28,7 @@ LOAD: dict[str, Any] = {"slots": 4, "slots_used": 1, "queued": 0, "device": "cpu
 MESSAGES: list[Message] = [
     Generate("a", "m", [1, 2], SamplingParams(5, seed=2**63, logit_bias={7: -1.5}, stop_ids=(3,))),
     Tokens("a", [4], [(-0.1, [4, 5], [-0.1, -2.0])]),
-    Models([ModelInfo("m", ["n"], 3, "r", True, False, False)]),
+    Models([ModelInfo("m", ["n"], 3, "r", True, [None, "classify"])]),
     Stats(**LOAD, threads=2, steps=3, queue_s=Histogram([0.1, 1.0], [1, 2, 3], 2.5)),
 ]
 

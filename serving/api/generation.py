@@ -73,19 +73,14 @@ class Choice:
         self.cached_tokens = 0
         self.wait_s = 0.0  # for a slot
         self.finish_reason: Literal["stop", "length"] | None = None
-        self._detokenizer = Detokenizer(token_bytes, stops)
+        self.detokenizer = Detokenizer(token_bytes, stops)
         self._next = Piece(index, echo.text, [*echo.tokens]) if echo else Piece(index, "")
         self._offset = len(self._next.text)
         self._pending: list[Token] = []  # whose text is held back
 
-    @property
-    def completion_tokens(self) -> int:
-        """The number of tokens generated, up to a stop string."""
-        return self._detokenizer.n_tokens
-
     def take(self, tokens: Tokens) -> Piece:
         """Return what tokens of the engine add to the answer, its first piece with the echo."""
-        detokenizer, n_before = self._detokenizer, self._detokenizer.n_tokens
+        detokenizer, n_before = self.detokenizer, self.detokenizer.n_tokens
         piece, self._next = self._next, Piece(self.index, "")
         piece.text += detokenizer.feed(tokens.ids)
         if tokens.logprobs is not None:
@@ -173,7 +168,7 @@ class Generation:
         """Return what was computed so far, as the OpenAI API counts it, and how fast."""
         prompts = {id(c.request.prompt_ids): c for c in reversed(self.choices)}.values()
         prompt_tokens = sum(len(choice.request.prompt_ids) for choice in prompts)
-        completion_tokens = sum(choice.completion_tokens for choice in self.choices)
+        completion_tokens = sum(choice.detokenizer.n_tokens for choice in self.choices)
         seconds = time.monotonic() - self._began - min(choice.wait_s for choice in self.choices)
         return {
             "prompt_tokens": prompt_tokens,

@@ -133,8 +133,7 @@ class Catalogue:
         name = name and unicodedata.normalize("NFC", name)  # as the registry's names are
         found = [model for model in models if name and name in (model.id, *model.aliases)]
         if not found and (self.lenient or not name):
-            found = [m for m in models if task and getattr(m, f"default_to_{task}")]
-            found = found or [model for model in models if model.default]
+            found = [model for model in models if task in model.default_for]
         if found:
             return found[0]
         known = ", ".join(model.id for model in models)

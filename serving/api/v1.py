@@ -239,7 +239,7 @@ def _describe(info: ModelInfo) -> dict[str, Any]:
         "owned_by": "nanogpt",
         "name": info.name or info.id,
         "aliases": info.aliases,
-        "default": info.default,
+        "default": None in info.default_for,
         "loaded": info.loaded,
         **({"error": info.error} if info.error else {}),
     }

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 
@@ -148,7 +148,8 @@ class Engine:
 
     def models(self) -> Models:
         """Return the models that are served, by the weights that compute until newer ones do."""
-        default = {task: self.registry.default(task) for task in (None, *get_args(Task))}
+        tasks: tuple[Task | None, ...] = (None, "generate", "classify")
+        default = {task: self.registry.default(task) for task in tasks}
         models = []
         for entry in self.registry.entries:
             runner = self.runners.get(entry.id)
@@ -160,9 +161,7 @@ class Engine:
                     created=weights.created,
                     revision=weights.revision,
                     loaded=runner is not None,
-                    default=entry == default[None],
-                    default_to_generate=entry == default["generate"],
-                    default_to_classify=entry == default["classify"],
+                    default_for=[task for task, best in default.items() if best == entry],
                     name=entry.name,
                     max_model_len=entry.max_model_len,
                     error=self.registry.failures.get(entry.key, (0.0, ""))[1],

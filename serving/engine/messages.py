@@ -123,9 +123,7 @@ class ModelInfo(Struct, frozen=True):
     created: int  # seconds since 1970
     revision: str
     loaded: bool
-    default: bool  # of requests that name none
-    default_to_generate: bool  # of those for text
-    default_to_classify: bool = False  # of those for labels
+    default_for: list[Task | None]  # of requests for a task that name none; None: for any
     name: str = ""  # the run's own
     max_model_len: int | None = None  # tokens of the context, None for a broken file
     error: str = ""  # why this revision could not be loaded, at the last attempt
