@@ -12,9 +12,9 @@ import ipaddress
 import time
 from contextlib import suppress
 from functools import lru_cache
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.types import Scope
 
 from serving.api.errors import ApiError
@@ -68,8 +68,8 @@ def authenticate(scope: Scope, settings: ApiSettings) -> str:
     path = scope["path"]
     if path in PUBLIC or path.startswith("/static/") or scope["method"] == "OPTIONS":
         return ""
-    query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
-    if scope["method"] == "GET" and admits(path, query.get("ticket", [""])[0], settings):
+    given_ticket = QueryParams(scope["query_string"]).get("ticket", "")
+    if scope["method"] == "GET" and admits(path, given_ticket, settings):
         return "ticket"
     given = _given_key(Headers(scope=scope))
     name = key_name(given, settings) if given else None

@@ -94,8 +94,7 @@ class Call:
         """
         tasks = [asyncio.ensure_future(request) for request in requests]
         try:
-            first = asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            await self.within(self.limits(), first)
+            await self.within(self.limits(), asyncio.wait(tasks, return_when="FIRST_COMPLETED"))
             return await self.within(self.limits()[1:], asyncio.gather(*tasks))
         finally:
             await _cancel(tasks)

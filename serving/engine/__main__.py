@@ -21,14 +21,10 @@ def main(address: str, settings: Settings) -> None:
         compiling.compiled_kernels()
     import torch
 
-    from serving.engine.native import load_library
-    from serving.engine.runner import choose_device
     from serving.engine.server import Server
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    if choose_device(settings.device).type == "cpu":
-        load_library()
     try:
         asyncio.run(Server(settings, address).serve())
     finally:

@@ -65,9 +65,6 @@ class Runner:
         about, ids = self.checkpoint, list(request.prompt_ids)
         block_size, vocab_size = about.config.block_size, about.config.vocab_size
         if isinstance(request, Classify):
-            if about.labels is None:
-                what = f"The model {self.entry.id} was not trained to classify."
-                raise EngineError("invalid", what)
             ids = enclose(ids, about.tokenizer.eot_id, block_size, about.around)
         if len(ids) + isinstance(request, Generate) > block_size:
             what = f"The model's context is {block_size} tokens and the prompt has {len(ids)}"
