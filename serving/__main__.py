@@ -76,9 +76,8 @@ def check_exposure(settings: ApiSettings) -> None:
 def listen(settings: ApiSettings) -> socket.socket:
     """Return a socket that listens at the address; raises OSError where that is taken."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    address = (settings.host, settings.port)
     try:
-        listening = socket.create_server(address, family=family)
+        listening = socket.create_server((settings.host, settings.port), family=family)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise OSError(

@@ -134,21 +134,19 @@ class NativeForward:
         layers = (_Layer * config.n_layer)()
         for layer, block in zip(layers, model.h, strict=True):
             assert isinstance(block, Block)
+            attn, mlp = block.attn, block.mlp
             layer.ln_1, layer.ln_2 = self._norm(block.ln_1), self._norm(block.ln_2)
             if config.qk_norm_weight:
-                layer.q_norm = self._norm(block.attn.q_norm)
-                layer.k_norm = self._norm(block.attn.k_norm)
-            for name, linear in (
-                *(("c_attn", block.attn.c_attn), ("attn_proj", block.attn.c_proj)),
-                *(("c_fc", block.mlp.c_fc), ("mlp_proj", block.mlp.c_proj)),
-            ):
-                weight: Tensor = linear.weight
-                bias: Tensor | None = linear.bias
-                if name == "c_fc" and config.activation == "swiglu":
-                    gate = block.mlp.c_gate
-                    weight = _interleaved(gate.weight, weight)
-                    bias = None if bias is None else _interleaved(gate.bias, bias)
-                setattr(layer, name, self._packed(weight, bias, dtype))
+                layer.q_norm, layer.k_norm = self._norm(attn.q_norm), self._norm(attn.k_norm)
+            layer.c_attn = self._packed(attn.c_attn.weight, attn.c_attn.bias, dtype)
+            layer.attn_proj = self._packed(attn.c_proj.weight, attn.c_proj.bias, dtype)
+            layer.mlp_proj = self._packed(mlp.c_proj.weight, mlp.c_proj.bias, dtype)
+            weight: Tensor = mlp.c_fc.weight
+            bias: Tensor | None = mlp.c_fc.bias
+            if config.activation == "swiglu":
+                weight = _interleaved(mlp.c_gate.weight, weight)
+                bias = None if bias is None else _interleaved(mlp.c_gate.bias, bias)
+            layer.c_fc = self._packed(weight, bias, dtype)
         return _Model(
             dtype=self.library.fastest(dtype),
             n_layer=config.n_layer,

@@ -46,7 +46,14 @@ def _choose(logits: Tensor, sequences: list[SequenceState]) -> list[Tokens]:
         if rows := [i for i in drawn if _filters(sequences[i].params) == filters]:
             own = [sequences[i] for i in rows]
             tokens[rows] = sample(_weights(adjusted[rows], own), own)
-    return _with_logprobs(logits, tokens, sequences)
+    ids = tokens.tolist()
+    chosen = [s.tokens([token]) for s, token in zip(sequences, ids, strict=True)]
+    if rows := [i for i, s in enumerate(sequences) if s.params.logprobs is not None]:
+        n_top = [sequences[i].params.logprobs or 0 for i in rows]
+        found = log_probabilities(logits[rows], [ids[i] for i in rows], n_top)
+        for i, logprobs in zip(rows, found, strict=True):
+            chosen[i].logprobs = [logprobs]
+    return chosen
 
 
 def uniform(seed: int, position: int) -> float:
@@ -163,14 +170,3 @@ def _sample_among(weights: Tensor, n: int, sequences: list[SequenceState]) -> tu
     enough = (top_k <= n) | is_all & tail  # at n = n_vocab always
     index = _sample(torch.where(allowed, w, 0), sequences)
     return best.indices.gather(-1, index[:, None])[:, 0], enough[:, 0]
-
-
-def _with_logprobs(logits: Tensor, tokens: Tensor, sequences: list[SequenceState]) -> list[Tokens]:
-    ids = tokens.tolist()
-    chosen = [s.tokens([token]) for s, token in zip(sequences, ids, strict=True)]
-    if rows := [i for i, s in enumerate(sequences) if s.params.logprobs is not None]:
-        own, n_top = [ids[i] for i in rows], [sequences[i].params.logprobs or 0 for i in rows]
-        found = log_probabilities(logits[rows], own, n_top)
-        for i, logprobs in zip(rows, found, strict=True):
-            chosen[i].logprobs = [logprobs]
-    return chosen
