@@ -48,7 +48,6 @@ from nanogpt.tokenizer import BPE_PATTERN, Tokenizer
 
 COMMIT_EVERY_S = 5.0  # at most this much work is repeated after a kill
 LOG_EVERY_S = 30.0  # where no terminal shows the bar
-DECODED_TOKENS = 2**18  # at a time
 GZIPPED_BYTES = 16 * 2**20  # the validation text is gzipped, for comparison, up to this size
 
 MakeTokenizer = Callable[[Iterable[str]], Tokenizer]
@@ -275,7 +274,5 @@ def _gzip_bits_per_byte(directory: Path, tokenizer: Tokenizer, progress: Progres
     if not 0 < val.bytes <= GZIPPED_BYTES:
         return None
     stream = TokenStream(shard_part(directory / shard.file) for shard in val.shards)
-    starts = range(0, len(stream), DECODED_TOKENS)
-    ids = (stream.read(start, min(start + DECODED_TOKENS, len(stream))) for start in starts)
-    data = b"".join(tokenizer.decode_bytes(some.tolist()) for some in ids)
+    data = tokenizer.decode_bytes(stream.read(0, len(stream)).tolist())
     return 8 * len(gzip.compress(data, 9)) / val.bytes

@@ -250,17 +250,14 @@ def _checked_sha256(part: Part, whole: bool, tokenizer: Tokenizer) -> str:
     starts: Sequence[int] = range(0, part.n_tokens, size)
     if not whole and len(starts) > SAMPLES:
         starts = [(part.n_tokens - size) * i // (SAMPLES - 1) for i in range(SAMPLES)]
-    content = hashlib.sha256()
-    with part.path.open("rb") as file:
-        for start in starts:
-            file.seek(part.offset_bytes + start * part.dtype.itemsize)
-            n_tokens = min(size, part.n_tokens - start)
-            tokens = np.frombuffer(file.read(n_tokens * part.dtype.itemsize), part.dtype)
-            if not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
-                raise ValueError(
-                    f"{part.path} holds the ids {tokens.min()} to {tokens.max()} and tokenizer "
-                    f"{tokenizer.name} only has 0 to {tokenizer.vocab_size - 1}; pass the "
-                    "tokenizer that made it"
-                )
-            content.update(tokens.tobytes())
+    content, stream = hashlib.sha256(), TokenStream([part])
+    for start in starts:
+        tokens = stream.read(start, min(start + size, part.n_tokens))
+        if not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+            raise ValueError(
+                f"{part.path} holds the ids {tokens.min()} to {tokens.max()} and tokenizer "
+                f"{tokenizer.name} only has 0 to {tokenizer.vocab_size - 1}; pass the tokenizer "
+                "that made it"
+            )
+        content.update(tokens.astype(part.dtype).tobytes())
     return content.hexdigest()
