@@ -281,14 +281,14 @@ def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter]:
 def _call(target: Callable[..., Any], keys: Mapping[str, Any], where: str) -> Any:
     try:
         return target(**keys)
-    except ValidationError as error:
-        raise ConfigurationError(explain(error, where)) from error
     except ModuleNotFoundError as error:
         raise _missing_package(error, where) from error
     except ConfigurationError:
         raise
     except ValueError as error:
         text = " ".join(str(error).split())
+        if isinstance(error, ValidationError):
+            text = explain(error, where)
         if text.partition("=")[0] in keys:
             text = f"{where}.{text}"
         raise ConfigurationError(text if where in text else f"{where}: {text}") from error

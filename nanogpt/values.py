@@ -69,6 +69,8 @@ def explain(error: ValidationError, where: str = "") -> str:
     """
     errors = error.errors(include_url=False)
     first = errors[0]["loc"][:1]
+    if not first and errors[0]["type"] == "value_error":  # raised by __post_init__, in a sentence
+        return errors[0]["msg"].removeprefix("Value error, ")
     key = ".".join(filter(None, (where, *map(str, first))))
     value = errors[0]["input"]
     if value == "":

@@ -21,6 +21,7 @@ from nanogpt.data.sms_spam import SmsSpam
 from nanogpt.data.splits import Example, Splits, class_weights
 from nanogpt.data.text import TextFiles
 from nanogpt.tokenizer import BPE_PATTERN, END_OF_TEXT, Tokenizer, bpe_tokenizer, byte_tokenizer
+from nanogpt.values import explain
 
 Batch = dict[str, Any]
 TOKENIZER = byte_tokenizer()
@@ -565,10 +566,10 @@ def test_a_part_of_validation_has_every_class() -> None:
 
 
 def test_classification_needs_labelled_texts(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="data=text has no labels for stage=classify; pass data=sms_spam"
-    ):
+    with pytest.raises(ValidationError) as error:
         LabelledDataModule(source=TextFiles(tmp_path), block_size=8, tokens_per_step=8, seed=0)
+    sentence = "data=text has no labels for stage=classify; pass data=sms_spam"
+    assert explain(error.value, "data").startswith(sentence)
 
 
 def test_class_weights_balance_the_classes() -> None:
