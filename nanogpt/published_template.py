@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cache
+from itertools import groupby
 from typing import Any, NoReturn
 
-from nanogpt.prompts import Encoded, Message, Template
+from nanogpt.prompts import Encoded, Message, Segment, Template
 from nanogpt.published_tokenizer import PublishedTokenizer
 from nanogpt.text import first_line
 from nanogpt.tokenizer import END_OF_TEXT, Tokenizer, well_formed
@@ -67,30 +68,27 @@ class PublishedTemplate(Template):
         contents = _as_rendered(text, scaffolds, contents)
         if continue_final_message:
             scaffolds[-1] = ""
-        ids: list[int] = []
-        is_response: list[bool] = []
-        run: list[tuple[str, bool]] = []  # texts up to the next added token
-
-        def encode_run() -> None:
-            new, ends = published.encode_with_ends("".join(part for part, _ in run))
-            own = [response for part, response in run for _ in part]
-            ids.extend(new)
-            is_response.extend(own[end - 1] for end in ends)
-            run.clear()
-
+        segments: list[Segment] = []
         for i, scaffold in enumerate(scaffolds):
             follows = i > 0 and roles[i - 1] == "assistant"
             for piece in filter(None, published.added_pattern.split(scaffold)):
-                if piece not in published.added:
-                    run.append((piece, False))
-                    continue
-                encode_run()
-                ids.append(published.added[piece])
-                is_response.append(follows and piece in published.end_tokens)
-                follows = False
+                is_added = piece in published.added
+                segments.append((piece, is_added, follows and piece in published.end_tokens))
+                follows = follows and not is_added
             if i < len(contents):
-                run.append((contents[i], roles[i] == "assistant"))
-        encode_run()
+                segments.append((contents[i], False, roles[i] == "assistant"))
+        ids: list[int] = []
+        is_response: list[bool] = []
+        for is_added, group in groupby(segments, key=lambda segment: segment[1]):
+            parts, _, responses = zip(*group, strict=True)
+            if is_added:
+                ids += [published.added[part] for part in parts]
+                is_response += responses
+            else:  # merges may reach from a scaffold into a content
+                new, ends = published.encode_with_ends("".join(parts))
+                own = [r for part, r in zip(parts, responses, strict=True) for _ in part]
+                ids += new
+                is_response += [own[end - 1] for end in ends]
         return ids, is_response
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanogpt.tokenizer import END_OF_TEXT, PATTERN_SAMPLE, Tokenizer, byte_of_letter, well_formed
+from nanogpt.tokenizer import BYTE_OF_LETTER, END_OF_TEXT, PATTERN_SAMPLE, Tokenizer, well_formed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
@@ -50,13 +50,12 @@ class PublishedTokenizer(Tokenizer):
             raise ValueError(f"has ids up to {max(ids)}; the model has {self.n_ids}")
         for token in special - self.added.keys():
             raise ValueError(f"has no token {token}, which ends documents or replies")
-        byte_of = byte_of_letter()
         self._token_bytes = [b""] * self.n_ids
         for text, i in {**vocab, **self.added}.items():
             if text not in special:
                 is_text = text in self.added  # and not the letters of bytes
-                own = text.encode() if is_text else bytes([byte_of[letter] for letter in text])
-                self._token_bytes[i] = own
+                letters = text.encode() if is_text else map(BYTE_OF_LETTER.__getitem__, text)
+                self._token_bytes[i] = bytes(letters)
 
     @property
     def end_ids(self) -> list[int]:

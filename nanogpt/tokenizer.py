@@ -38,6 +38,12 @@ BPE_PATTERN = r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])" + QWEN2_CUTS
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_VOCAB_SIZE = 50257
 
+# GPT-2's spelling of bytes as letters (openai/gpt-2, src/encoder.py): printable Latin-1 stands for
+# itself; the other bytes are, in order, the letters from U+0100.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_OF_LETTER = {chr(byte): byte for byte in _PRINTABLE}
+BYTE_OF_LETTER |= {chr(0x100 + i): b for i, b in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
+
 SURROGATE = re.compile("[\ud800-\udfff]")
 PATTERN_SAMPLE = "It's 1,234 words: naïve\n\n  \tif (x != 0) {\r\n 中文，テスト   🙂\u00a0..."
 
@@ -191,8 +197,7 @@ class Tokenizer:
         if not self.pattern:
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
         encode = partial(self._encoding.encode_to_numpy, disallowed_special=())
-        ids = [encode(piece) for piece in _within_longest_space(text)]
-        return ids[0] if len(ids) == 1 else np.concatenate(ids)
+        return np.concatenate([encode(piece) for piece in _within_longest_space(text)])
 
     @cached_property
     def _encoding(self) -> "tiktoken.Encoding":
@@ -358,16 +363,5 @@ def _train(texts: Iterable[str], n_tokens: int) -> "tokenizers.Tokenizer":
 
 def _tokens(trained: "tokenizers.Tokenizer") -> list[bytes]:
     """Return the bytes of each token by its id in the trainer library."""
-    byte_of = byte_of_letter()
     vocabulary = sorted(trained.get_vocab().items(), key=lambda item: item[1])
-    return [bytes(byte_of[letter] for letter in token) for token, _ in vocabulary]
-
-
-def byte_of_letter() -> dict[str, int]:
-    """Return the byte for each letter of GPT-2's spelling of bytes (openai/gpt-2, src/encoder.py).
-
-    Printable Latin-1 stands for itself; the other bytes are, in order, the letters from U+0100.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+    return [bytes(BYTE_OF_LETTER[letter] for letter in token) for token, _ in vocabulary]

@@ -15,12 +15,12 @@ from nanogpt.published_tokenizer import PublishedTokenizer, bos_token_of, read_p
 from nanogpt.text import first_line
 from nanogpt.tokenizer import (
     BPE_PATTERN,
+    BYTE_OF_LETTER,
     END_OF_TEXT,
     GPT2_PATTERN,
     QWEN2_CUTS,
     RESERVED,
     Tokenizer,
-    byte_of_letter,
     from_record,
 )
 
@@ -45,7 +45,7 @@ EACH_DIGIT = {"type": "Digits", "individual_digits": True}
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
-LETTERS = {byte: letter for letter, byte in byte_of_letter().items()}  # that spell bytes
+LETTERS = {byte: letter for letter, byte in BYTE_OF_LETTER.items()}  # that spell bytes
 
 Merge = tuple[bytes, bytes]
 
@@ -164,12 +164,6 @@ def merges_of(tokenizer: Tokenizer) -> list[Merge]:
     return [_halves(token, ranks) for token in ranks if len(token) > 1]
 
 
-def spellings(tokenizer: Tokenizer) -> list[str]:
-    """Return every token by id: the letters of its bytes, or the name of a special token."""
-    n_ordinary = tokenizer.vocab_size - len(tokenizer.special_tokens)
-    return [*map(spell, tokenizer.token_bytes()[:n_ordinary]), *tokenizer.special_tokens]
-
-
 def spell(token: bytes) -> str:
     """Return the letters of a token's bytes."""
     return "".join([LETTERS[byte] for byte in token])
@@ -192,7 +186,7 @@ def _load(path: Path) -> "Library":
 def _from_library(library: "Library") -> Tokenizer:
     """Return our tokenizer for the library's; raise ValueError or KeyError where there is none."""
     content = json.loads(library.to_str())
-    model, byte_of = content["model"], byte_of_letter()
+    model = content["model"]
     (pattern,) = _patterns(content["pre_tokenizer"]) or ("",)
     vocab = library.get_vocab(with_added_tokens=True)
     by_id = sorted(vocab, key=vocab.__getitem__)
@@ -206,7 +200,7 @@ def _from_library(library: "Library") -> Tokenizer:
         or vocab[by_id[-1]] >= len(by_id)
     ):
         raise ValueError("it has another normalisation or special tokens")
-    tokens = [bytes(byte_of[letter] for letter in t) for t in by_id[: 256 + len(merges)]]
+    tokens = [bytes(BYTE_OF_LETTER[letter] for letter in t) for t in by_id[: 256 + len(merges)]]
     bos_token = bos_token_of(content)
     # GPT-2's table has its name, whatever its special tokens are.
     plain = Tokenizer("gpt2", pattern, tokens, [END_OF_TEXT], bos_token)
@@ -247,7 +241,9 @@ def _to_library(tokenizer: Tokenizer, framed: bool) -> "Library":
         library = Library.from_str(tokenizer.content)
         library.post_processor = around or library.post_processor
         return library
-    vocab = {token: i for i, token in enumerate(spellings(tokenizer))}
+    names = tokenizer.special_tokens  # whose ids come last
+    ordinary = tokenizer.token_bytes()[: tokenizer.vocab_size - len(names)]
+    vocab = {spell(token): i for i, token in enumerate(ordinary)} | names
     library = Library(models.BPE(vocab, [(spell(a), spell(b)) for a, b in merges_of(tokenizer)]))
     byte_level = pre_tokenizers.ByteLevel(
         add_prefix_space=False, trim_offsets=False, use_regex=tokenizer.pattern == GPT2_PATTERN
@@ -260,7 +256,6 @@ def _to_library(tokenizer: Tokenizer, framed: bool) -> "Library":
     library.post_processor = around or processors.ByteLevel(
         add_prefix_space=False, trim_offsets=False
     )
-    names = tokenizer.special_tokens
     library.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
     return library
 
