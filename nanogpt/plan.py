@@ -102,8 +102,9 @@ def plan(config: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
     manifest = prepared(data, choice := build.choose_tokenizer(config["tokenizer"], None, None))
     splits = {name: split["tokens"] for name, split in manifest["splits"].items()}
     n_ids, start = count_ids(config["tokenizer"], choice, manifest), config["init_from"]
-    is_preset = start in PRESETS  # whose weights may have to be downloaded
-    fixed = GPTConfig.preset(start) if is_preset else getattr(run.initial_checkpoint(), "config", 0)
+    # The weights of a preset may have to be downloaded.
+    fixed: Any = GPTConfig.preset(start) if start in PRESETS else run.initial_checkpoint()
+    fixed = getattr(fixed, "config", fixed)
 
     def shape(config: Mapping[str, Any]) -> GPTConfig:
         return fixed or build.build(config["model"], "model", vocab_size=n_ids)
