@@ -40,13 +40,13 @@ def test_the_rules_by_hand() -> None:
 
 
 def test_the_anchor_keeps_its_values() -> None:
-    chosen = choices(config(), 4, 2_048_000)
+    chosen = choices(config(), 4, 1_228_800)
     assert chosen == {
         "model.n_layer": 4,
         "model.n_head": 4,
         "model.n_embd": 256,
         "tokens_per_step": 2048,
-        "max_steps": 1000,
+        "max_steps": 600,
         "max_tokens": None,
         "optim.learning_rate": 1e-2,
         "optim.adamw_learning_rate": 3e-3,
@@ -58,7 +58,7 @@ def test_rates_times_decay_times_steps_stay() -> None:
     chosen = choices(config(), 8, 8_192_000)
     assert chosen["tokens_per_step"] == 4096
     assert chosen["optim.learning_rate"] == 1e-2  # sqrt(2) of the step, 1 / sqrt(2) of the depth
-    assert chosen["optim.weight_decay"] == pytest.approx(0.1 * 1000 / 2000)
+    assert chosen["optim.weight_decay"] == pytest.approx(0.1 * 600 / 2000)
 
 
 def test_typed_values_win() -> None:
@@ -88,7 +88,7 @@ def test_a_depth_gives_the_run_its_shape(tiny_run: list[str], main: Main, tmp_pa
     assert main(*run) == 0
     found = read_config(tmp_path / "runs" / "tiny" / "config.yaml")
     assert [found["model"][key] for key in ("n_layer", "n_head", "n_embd")] == [1, 1, 64]
-    assert found["tokens_per_step"] == found["chosen"]["tokens_per_step"] == 512
+    assert found["tokens_per_step"] == found["chosen"]["tokens_per_step"] == 1024
     assert found["optim"]["learning_rate"] == found["chosen"]["optim.learning_rate"]
     assert main(*run) == 0
     assert "already finished" in (tmp_path / "runs" / "tiny" / "train.log").read_text()

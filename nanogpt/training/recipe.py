@@ -10,8 +10,8 @@ from typing import Any
 
 HEAD_SIZE = 64  # channels, and of the model as many times as it has layers
 # The anchor, the run of stage=quickstart: layers, tokens, and tokens per optimizer step.
-DEPTH, TOKENS, TOKENS_PER_STEP = 4, 2_048_000, 2048
-TOKENS_PER_WEIGHT = 2.0  # near the anchor's 1.2; 20 in Hoffmann et al. (arXiv:2203.15556)
+DEPTH, TOKENS, TOKENS_PER_STEP = 4, 1_228_800, 2048
+TOKENS_PER_WEIGHT = 2.0  # the anchor has 0.7; 20 in Hoffmann et al. (arXiv:2203.15556)
 STEP_EXPONENT = 0.38  # of the tokens: Power Lines (arXiv:2505.13738) has 0.383
 RATE_EXPONENT = 0.5  # of the tokens per step: square-root scaling (arXiv:2006.09092)
 DEPTH_EXPONENT = 0.5  # of 1 / depth
