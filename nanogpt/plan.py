@@ -23,7 +23,8 @@ from nanogpt.text import format_duration, format_number, format_percent, print_l
 
 PROGRAM = "nanogpt.plan"
 MFU = 0.4  # of GPUs: assumed, and reached by large models only
-PARTS = {"wte": "embeddings", "wpe": "embeddings", "lm_head": "head", "attn": "attention"}
+PARTS = {"wte": "embeddings", "wpe": "embeddings", "shift": "embeddings", "lm_head": "head"}
+PARTS |= {"attn": "attention"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
