@@ -125,7 +125,7 @@ def test_a_newer_default_does_not_replace_the_model_that_is_open(
         page.reload()
         page.wait_for_selector("body[data-model]", state="attached")
         newer = replace(engine.models[0], id="newer", aliases=[])
-        engine.models[:] = [newer, replace(engine.models[0], default=False)]
+        engine.models[:] = [newer, replace(engine.models[0], default_for=[])]
         engine.hang_up()
 
         def both_are_listed() -> bool:
