@@ -67,7 +67,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     from nanogpt.runs.identity import budget_steps
     from nanogpt.runs.run import open_run
     from nanogpt.training import summary
-    from nanogpt.training.budget import settle, tune
+    from nanogpt.training.budget import FixedSteps, settle, tune
     from nanogpt.training.launch import resolve_device
     from nanogpt.training.machine import keep_freed_memory
     from nanogpt.training.trainer import build_trainer, fit, quieten_lightning
@@ -108,11 +108,12 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
             return own() if start is None else start.config
 
         # How this machine runs it, and what fits a budget in minutes
-        config, settings = on_rank_zero(lambda: tune(run, shape, device, data))
+        config, settings, end_s = on_rank_zero(lambda: tune(run, shape, device, data))
         model_config, run.config = shape(config), config
         run.max_steps = budget_steps(config, data.max_steps)
         data.tokens_per_step = config["tokens_per_step"]
-        run.begin({"corpus": data.fingerprint, **settings._asdict()})
+        run.begin({"corpus": data.fingerprint, **settings._asdict(), "end_s": end_s})
+        callbacks["steps"] = FixedSteps(run, schedule)
         torch.set_num_threads(settings.threads)
         data.micro_batch = settings.micro_batch
 

@@ -114,7 +114,7 @@ def plan(config: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
     world_size = run.ranks.world_size
     split_step(config["tokens_per_step"], T, world_size, 1 if given == "auto" else given)
     data.train_rows, data.val_rows = (range(splits.get(s, 0) // T) for s in ("train", "val"))
-    config, settings = tune(run, shape, device, data)
+    config, settings, _ = tune(run, shape, device, data)
     model, optim, per_step = shape(config), config["optim"], config["tokens_per_step"]
     how = (settings.micro_batch, settings.precision)
     trials = Trials(config, run.ranks, model, device)

@@ -304,13 +304,15 @@ class _ScoredRows(Dataset[dict[str, Any]]):
 
 
 class _RemainingSteps(Sampler[int]):
-    """The trainer's next step to its last, at the moment of iteration."""
+    """The trainer's next step to its last, which may come nearer meanwhile."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self._trainer.global_step, self._trainer.max_steps))
+        for step in range(self._trainer.global_step, len(self)):
+            if step < len(self):
+                yield step
 
     def __len__(self) -> int:
         return self._trainer.max_steps

@@ -140,8 +140,13 @@ class Run:
         recorded["identity"] = binding(self._as_recorded(recorded))["identity"]
         if not self.config["resume"]:
             self.files.clear()
-        self.files.write_config(self._as_recorded(recorded))
+        self.record(recorded)
         return recorded
+
+    def record(self, recorded: dict[str, Any]) -> None:
+        """Write config.yaml with what was `recorded` in it; called on rank zero."""
+        self.recorded = recorded
+        self.files.write_config(self._as_recorded(recorded))
 
     def _as_recorded(self, resolved: Mapping[str, Any]) -> dict[str, Any]:
         """Return the configuration as config.yaml has it."""

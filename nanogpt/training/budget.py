@@ -1,4 +1,4 @@
-"""A budget in minutes: the depth and the steps that fit, chosen once and recorded in the run."""
+"""A budget in minutes: the depth and the steps that fit, chosen and recorded in the run."""
 
 import logging
 import math
@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nanogpt.build import ConfigurationError
 from nanogpt.model import GPTConfig
+from nanogpt.optim import Schedule, may_extend
+from nanogpt.ranks import on_rank_zero
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.identity import budget_steps, identity_differences
 from nanogpt.runs.run import Run
@@ -23,6 +26,8 @@ log = logging.getLogger("nanogpt")
 STEP_OVERHEAD_S = 1e-3  # of Lightning and the data
 END_S = 3.0  # of the report and the end of the process
 CHECKPOINT_S = 12 / 200e6  # for each parameter: written, read back and hashed
+FIXED_AT = 0.25  # of the estimated steps, after which they are fixed by the time that these took
+SLACK = 2.0  # times the estimated steps are the most
 
 
 def settle(config: dict[str, Any]) -> dict[str, Any]:
@@ -58,11 +63,12 @@ def settle(config: dict[str, Any]) -> dict[str, Any]:
 
 def tune(
     run: Run, shape: Callable[[Mapping[str, Any]], GPTConfig], device: torch.device, data: Any
-) -> tuple[dict[str, Any], autotune.Settings]:
-    """Return the configuration with all choices, and the settings of `autotune`.
+) -> tuple[dict[str, Any], autotune.Settings, float | None]:
+    """Return the configuration with all choices, the settings of `autotune`, and `end_s`.
 
-    `shape` returns the model of a configuration whose `data` is prepared. Raises ValueError where
-    the minutes that are left are too few for a step.
+    These are the seconds after the last step, None where the steps are fixed. `shape` returns the
+    model of a configuration whose `data` is prepared. Raises ValueError where the minutes that are
+    left are too few for a step.
     """
     chosen = run.config.get("chosen", {})
     is_open = run.config.get("minutes") is not None and "max_steps" not in chosen
@@ -71,11 +77,50 @@ def tune(
     config, model = dict(run.config), shape(run.config)
     run.max_steps = budget_steps(config, data.max_steps)
     settings = autotune.autotune(run, model, device, _left_s(config) if is_open else None)
+    end_s = run.recorded.get("end_s")
     if is_open:
         trials = autotune.Trials(config, run.ranks, model, device)
-        steps = budget_steps(config, _steps(config, trials, settings, data))
-        config = with_choices(config, {"max_steps": steps})
-    return config, settings
+        estimate, end_s = _steps(config, trials, settings, data)
+        if data.max_steps or config["max_steps"] or config["max_tokens"]:
+            end_s = None  # as one of these may be the first reached
+        config = with_choices(config, {"max_steps": budget_steps(config, estimate)})
+    return config, settings, end_s
+
+
+class FixedSteps(Callback):
+    """Fix the number of steps of a run of `minutes` by the time that its first quarter took.
+
+    Until then the trainer goes on for up to `SLACK` times the estimate, if the schedule has the
+    same factors for both. The run records the number, so that it continues with it.
+    """
+
+    def __init__(self, run: Run, schedule: Schedule) -> None:
+        self.run, self.schedule, self.estimate = run, schedule, run.max_steps
+        self.at, self.most = int(FIXED_AT * run.max_steps), int(SLACK * run.max_steps)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        permits = may_extend(self.schedule, self.at, self.estimate, self.most)
+        if stage == "fit" and permits and self.run.recorded["end_s"] is not None:
+            trainer.fit_loop.epoch_loop.max_steps = self.most
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.at and trainer.max_steps == self.most:
+            module: Any = pl_module
+            module.max_steps = on_rank_zero(lambda: self._fix(module.wall_s()))
+            trainer.fit_loop.epoch_loop.max_steps = module.max_steps
+
+    def _fix(self, trained_s: float) -> int:
+        """Record the steps that fit, of which the first `self.at` took `trained_s`."""
+        run, step_s = self.run, trained_s / self.at
+        steps = self.at + int((_left_s(run.config) - run.recorded["end_s"]) / step_s)
+        steps = min(max(steps, self.estimate // 2), self.most - 1)
+        if not may_extend(self.schedule, self.at, steps, self.most):
+            steps = self.estimate
+        what = f"{steps:,} steps, as the first {self.at:,} took {trained_s:.0f} s"
+        log.info("minutes %s: %s", run.config["minutes"], what)
+        run.config = with_choices(run.config, {"max_steps": steps})
+        run.record({**run.recorded, "end_s": None})
+        return steps
 
 
 def _left_s(config: Mapping[str, Any]) -> float:
@@ -111,8 +156,11 @@ def _with_depth(run: Run, shape: Any, device: torch.device) -> dict[str, Any]:
 
 def _steps(
     config: dict[str, Any], trials: autotune.Trials, settings: autotune.Settings, data: Any
-) -> int:
-    """Return the optimizer steps that fit the time that is left, with all that interrupts them."""
+) -> tuple[int, float]:
+    """Return the steps that fit the time that is left, and the seconds after the last.
+
+    They include all that interrupts them.
+    """
     model, callbacks, minutes = trials.config, config["callbacks"], config["minutes"]
     timings = trials.step(settings.micro_batch, settings.precision, config["optim"])
     step_s, end_s = timings.step_s + STEP_OVERHEAD_S, 0.0
@@ -140,4 +188,4 @@ def _steps(
     what = f"minutes {minutes}: {steps:,} steps of {per_step:,} tokens, {step_s:.3g} s each"
     what += f"; more than {MAX_PASSES} passes over the data gain little" * (passes > MAX_PASSES)
     log.info("%s", what)
-    return steps
+    return steps, end_s

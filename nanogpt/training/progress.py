@@ -71,11 +71,12 @@ class Progress(ProgressBar):
         self._due = time.monotonic() + (self.every_s if self._bar.disable else BAR_EVERY_S)
         self._shown = trainer.global_step
         metrics = getattr(pl_module, "progress", {})
-        line = progress_line(self._shown, trainer.max_steps, metrics)
+        max_steps = getattr(pl_module, "max_steps", trainer.max_steps)
+        line = progress_line(self._shown, max_steps, metrics)
         if self._bar.disable:
             print_text(line)
         else:
-            self._bar.n = self._shown
+            self._bar.n, self._bar.total = self._shown, max_steps
             self._bar.set_description_str(line)
 
 
