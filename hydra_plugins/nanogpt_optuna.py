@@ -21,7 +21,7 @@ from nanogpt.build import build
 from nanogpt.config import as_overrides
 from nanogpt.runs.directory import lock_run
 from nanogpt.runs.identity import is_identity
-from nanogpt.text import print_line
+from nanogpt.runs.log import print_text
 from nanogpt.values import Count, check
 
 FAILURES_IN_A_ROW = 3  # which end a search
@@ -78,7 +78,7 @@ class OptunaSweeper(Sweeper):
             words = {k: f"{overrides[k].get_key_element()}={v}" for k, v in trial.params.items()}
             done = f"{n_done} of {self.n_trials} finished"
             pairs = " ".join(words.values()).replace("++", "")
-            print_line(f"trial {trial.number}, {done}: {pairs}", flush=True)
+            print_text(f"trial {trial.number}, {done}: {pairs}")
             job = {k: str(override.input_line) for k, override in overrides.items()} | words
             value = self.launcher.launch([[*job.values()]], initial_job_idx=0)[0].return_value
             failed = not math.isfinite(value)
@@ -118,7 +118,7 @@ def write_results(study: Any, directory: Path) -> None:
     table = study.trials_dataframe(("number", "value", "params", "state")).sort_values("value")
     table.to_csv(directory / "trials.csv", index=False)
     best = f"trial {study.best_trial.number} with {study.best_value:.4f}"
-    print_line(f"best: {best}; all: {directory / 'trials.csv'}")
+    print_text(f"best: {best}; all: {directory / 'trials.csv'}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that they are experimental
         for draw in (pictures.plot_optimization_history, pictures.plot_slice):
@@ -126,4 +126,4 @@ def write_results(study: Any, directory: Path) -> None:
             draw(study)
             path = directory / f"{draw.__name__.removeprefix('plot_')}.svg"
             pyplot.savefig(path, bbox_inches="tight")
-            print_line(f"picture: {path}")
+            print_text(f"picture: {path}")

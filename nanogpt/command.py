@@ -1,13 +1,10 @@
-"""What all commands share: output that cannot fail, and how they end."""
+"""What all commands share: their paths, their options, and how they end."""
 
 import argparse
-import io
 import os
 import re
-import select
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -94,61 +91,17 @@ def check_files(options: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name} {path} is no file of an existing folder; name one")
 
 
-class OutputClosedError(BrokenPipeError):
-    """The reader of a command's product has left."""
+def flush_output() -> None:
+    """Flush standard output and standard error.
 
-
-def guard_output(*, raises: bool = False) -> None:
-    """Make standard output and standard error best-effort for the rest of the process.
-
-    The first error of a stream (its reader left, its disk is full, it is closed) redirects it to
-    the null device, for child processes too. With `raises`, for commands whose output is their
-    product, the first error of standard output is raised as well. Streams that were replaced, as
-    in a notebook, stay as they are.
+    One that cannot be written leads to the null device from then on: Python, which flushes again
+    when it exits, would end with another exit code.
     """
-    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed descriptor of the three
-        os.set_inheritable(opened, True)
-    os.close(opened)
-    for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name)
-        if stream is None or stream is getattr(sys, f"__{name}__"):
-            file = io.BufferedWriter(_BestEffortFile(descriptor, raises and name == "stdout"))
-            line_buffering = descriptor == 2
-            if stream is not None:
-                stream.flush()
-                line_buffering |= stream.line_buffering or stream.write_through
-            guarded = io.TextIOWrapper(
-                file,
-                getattr(stream, "encoding", "utf-8"),
-                getattr(stream, "errors", None),
-                line_buffering=line_buffering,
-            )
-            setattr(sys, name, guarded)
-
-
-class _BestEffortFile(io.FileIO):
-    """A descriptor that the first error of a write redirects to the null device."""
-
-    def __init__(self, descriptor: int, raises: bool) -> None:
-        super().__init__(descriptor, "w", closefd=False)
-        self._raises = raises
-
-    def write(self, data: Any) -> int:
+    for stream in (sys.stdout, sys.stderr):
         try:
-            while (n_bytes := super().write(data)) is None:  # a full pipe that does not block
-                select.select((), (self,), ())
-            return n_bytes
-        except OSError as error:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.fileno())
-            os.close(null)
-            if not self._raises:
-                return len(data)
-            if isinstance(error, BrokenPipeError):
-                raise OutputClosedError from error
-            raise OSError(
-                f"standard output cannot be written ({error.strerror}); direct it elsewhere"
-            ) from error
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run_command(
@@ -162,22 +115,22 @@ def run_command(
     """Run a command's work and return its exit code; an error is printed as one sentence.
 
     `explain` words an error, `also` are classes of bad input in addition to `EXPECTED`, and
-    `interrupted` is printed on Ctrl+C. OutputClosedError ends the work early, which is no error.
+    `interrupted` is printed on Ctrl+C. A reader of the output that leaves ends the work early,
+    which is no error.
     """
     try:
         work()
         sys.stdout.flush()
-    except OutputClosedError:
-        return 0
+    except BrokenPipeError:
+        flush_output()
     except EXPECTED + also as error:
-        with suppress(OSError):
-            sys.stdout.flush()
+        flush_output()
         if short := out_of_memory(error):
             message = f"{short}; pass a smaller model, batch or file, or free memory"
         else:
             message = explain(error)
         print(f"{name}: {message}", file=sys.stderr)
-        return 1
+        return FAILED
     except KeyboardInterrupt:
         if interrupted:
             print(f"{name}: {interrupted}", file=sys.stderr)

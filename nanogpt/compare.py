@@ -16,7 +16,7 @@ from contextlib import suppress
 from glob import glob
 from pathlib import Path
 
-from nanogpt.command import add_shared, check_files, guard_output, parse, run_command
+from nanogpt.command import add_shared, check_files, parse, run_command
 from nanogpt.disk import write_json
 from nanogpt.evaluation.results import Row, align, format_metric, run_dir_of
 from nanogpt.report.figures import draw_comparison, standalone
@@ -30,6 +30,7 @@ from nanogpt.runs.comparison import (
     yaml_of,
 )
 from nanogpt.runs.directory import find_runs
+from nanogpt.runs.log import print_text
 from nanogpt.scaling_law import analyse, as_text
 from nanogpt.text import first_line, format_duration, format_list, format_number, print_line
 
@@ -39,7 +40,6 @@ HEADER += ["fewer tokens", "less time", "tokens/s", "wall time"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    guard_output()
     options = parse(parser(), arguments)
 
     def work() -> None:
@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             picture = draw_comparison(curves, rows) if options.picture else ""
         if options.json is not None:
             write_json(options.json, content)
-        print_line(text)
         if options.picture is not None:
             options.picture.write_text(standalone(picture), encoding="utf-8")
+        print_line(text)
 
     return run_command("nanogpt.compare", work)
 
@@ -74,7 +74,7 @@ def leaderboard(sweep: Path) -> None:
         groups = group_runs(find_measured([str(sweep)], sweep), ranked=True)
         rows = compare(groups)
         write_json(sweep / "leaderboard.json", rows)
-        print_line(f"\n{describe(groups, rows)}")
+        print_text(f"\n{describe(groups, rows)}")
 
 
 def find_measured(references: Sequence[str], runs_dir: Path) -> list[MeasuredRun]:

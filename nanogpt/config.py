@@ -33,7 +33,7 @@ from nanogpt.command import (
     FAILED,
     INTERRUPTED,
     WRONG_USAGE,
-    guard_output,
+    flush_output,
     is_path,
     out_of_memory,
 )
@@ -83,18 +83,21 @@ def run_hydra(
     `name` is that of the configuration and, unless `program` is given, of the command. Raises the
     error with `debug=true`.
     """
-    guard_output()
     sys.argv[1:] = as_overrides(arguments)
     try:
         work()
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of Hydra's output has left
+        return 0
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         if "debug=true" in arguments:
             raise
         print(f"{program or f'{name}.py'}: {explain_composition(error, name)}", file=sys.stderr)
         is_usage = isinstance(error, HydraException) or not isinstance(error, OSError)
         return WRONG_USAGE if is_usage else FAILED
+    finally:
+        flush_output()
     return 0
 
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from nanogpt.build import locate
 from nanogpt.checkpoint import find_init_from, load_checkpoint
-from nanogpt.command import add_shared, check_files, guard_output, parse, run_command
+from nanogpt.command import add_shared, check_files, parse, run_command
 from nanogpt.data.records import PASS_OVER
 from nanogpt.disk import write_json
 from nanogpt.evaluation.results import (
@@ -57,7 +57,6 @@ RECORDED |= {"judge_model", "harness_tasks"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    guard_output()
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(parser(), given)
     try:

@@ -33,7 +33,7 @@ from nanogpt.architectures import (
     without_embedding_norm,
 )
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
-from nanogpt.command import add_shared, guard_output, parse, run_command
+from nanogpt.command import add_shared, parse, run_command
 from nanogpt.disk import write_json
 from nanogpt.model import rotary_speeds
 from nanogpt.pretrained import CONFIG, SAFETENSORS
@@ -53,7 +53,6 @@ NO_MERGES = [f"{END_OF_TEXT} {END_OF_TEXT}"]  # occurs in no text; the list may 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    guard_output()
     options = parse(parser(), arguments)
     if options.format == "hf" and options.dtype != "f32":
         parser().error("--dtype goes with --format gguf; a Hugging Face directory is in f32")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from nanogpt.checkpoint import load_checkpoint
-from nanogpt.command import add_shared, guard_output, parse, run_command
+from nanogpt.command import add_shared, parse, run_command
 from nanogpt.generation import Reply
 from nanogpt.prompts import find_template
 from nanogpt.text import print_line
@@ -22,7 +22,6 @@ SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    guard_output(raises=True)
     options = parse(parser(), arguments)
     return run_command("nanogpt.generate", partial(write, options))
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt.command import add_shared, guard_output, parse, run_command
+from nanogpt.command import add_shared, parse, run_command
 from nanogpt.data.corpus import Corpus, open_corpus, read_manifest
 from nanogpt.data.pretokenized import TokenShards, is_prepared
 from nanogpt.data.shards import TokenStream
@@ -34,7 +34,6 @@ BAR_WIDTH = 40
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    guard_output(raises=True)
     options = parse(parser(), arguments)
     return run_command("nanogpt.inspect", partial(show, options))
 

@@ -18,6 +18,7 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py, before torch is loaded
 
+from nanogpt.command import run_command
 from nanogpt.config import SWEEP, with_job
 from nanogpt.text import format_duration, format_number, format_percent, print_line
 
@@ -36,18 +37,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # the choices, to stderr
 
-    def show(config: dict[str, Any]) -> None:
+    lines: list[str] = []
+
+    def describe(config: dict[str, Any]) -> None:
         tree: dict[str, dict[str, Any]] = {}
         for key, value, note in plan(config):
             group, _, name = key.partition(".")
             tree.setdefault(group, {})[name or "total"] = value
             if not options.json:
                 label = f"  {name.replace('_', ' ')}" if name else group
-                print_line(f"{label:26}{as_text(group, value):>18}  {note}".rstrip())
+                lines.append(f"{label:26}{as_text(group, value):>18}  {note}".rstrip())
         if options.json:
-            print_line(json.dumps(tree, indent=1))
+            lines.append(json.dumps(tree, indent=1))
 
-    return with_job([word for word in words if word != "--json"], show, PROGRAM)
+    def show() -> None:
+        for line in lines:
+            print_line(line)
+
+    code = with_job([word for word in words if word != "--json"], describe, PROGRAM)
+    return code or run_command(PROGRAM, show)
 
 
 def as_text(group: str, value: Any) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nanogpt.command import add_shared, guard_output, parse, run_command
+from nanogpt.command import add_shared, parse, run_command
 from nanogpt.data.fineweb_edu import FineWebEdu
 from nanogpt.data.hub import HubDataset
 from nanogpt.data.preparing import MakeTokenizer, Preparation, prepare
@@ -49,7 +49,6 @@ UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    guard_output()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     options = parse(parser(), arguments)

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
@@ -88,17 +89,19 @@ def listen(settings: ApiSettings) -> socket.socket:
 
 
 def announce(settings: ApiSettings, port: int) -> None:
-    """Print the address of the server, with a request to it."""
+    """Print the address of the server, with a request to it, if standard output can be written."""
     host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     key = ' -H "Authorization: Bearer YOUR_KEY"' if settings.api_keys else ""
     body = '{"messages": [{"role": "user", "content": "Hello"}]}'
-    print(
-        f"{url}  the page; the API is at {url}/v1\n"
-        f"  curl {url}/v1/chat/completions{key} -H \"Content-Type: application/json\" -d '{body}'\n"
-        f'  openai.OpenAI(base_url="{url}/v1", api_key="{"..." if key else "none"}")',
-        flush=True,
-    )
+    with suppress(OSError):
+        print(
+            f"{url}  the page; the API is at {url}/v1\n"
+            f"  curl {url}/v1/chat/completions{key} "
+            f"-H \"Content-Type: application/json\" -d '{body}'\n"
+            f'  openai.OpenAI(base_url="{url}/v1", api_key="{"..." if key else "none"}")',
+            flush=True,
+        )
 
 
 def run(settings: ApiSettings, listening: socket.socket) -> None:

@@ -1,12 +1,13 @@
 """Logs of the server's processes: one line of JSON for each event, on standard error."""
 
+import atexit
 import json
 import logging
 import sys
 from datetime import datetime, timezone
 from typing import Any
 
-from nanogpt.command import guard_output
+from nanogpt.command import flush_output
 
 
 class JsonFormatter(logging.Formatter):
@@ -33,7 +34,7 @@ def of_request(request_id: str) -> dict[str, dict[str, str]]:
 
 def configure() -> None:
     """Send all logging of this process to standard error as JSON; output errors end nothing."""
-    guard_output()
+    atexit.register(flush_output)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

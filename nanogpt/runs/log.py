@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,8 +44,11 @@ class ConsoleHandler(logging.Handler):
 
 
 def print_text(text: str) -> None:
-    """Print text above the progress bar; control characters are shown, not sent."""
-    with tqdm.external_write_mode():
+    """Print text above the progress bar; control characters are shown, not sent.
+
+    An output that cannot be written is no error.
+    """
+    with tqdm.external_write_mode(), suppress(OSError):
         print_line(visible(text), flush=True)
 
 
