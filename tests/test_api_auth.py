@@ -11,7 +11,7 @@ from tests.fake_engine import FakeEngine
 from tests.front_end import generated, serve
 
 KEY = "sk-a-key"
-WITHOUT_KEY = {"/", "/health", "/ready"}
+WITHOUT_KEY = {"/", "/runs", "/health", "/ready"}
 
 
 @pytest.fixture(scope="module")

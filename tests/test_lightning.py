@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import DeviceStatsMonitor, EarlyStopping, LearningRateMonitor
 from torch.utils.data import DataLoader
 
-from nanogpt.checkpoint import record, weights_sha256, write_checkpoint
+from nanogpt.checkpoint import record, weights_sha256
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
 from nanogpt.training.callbacks import Samples, StopSignals
@@ -177,18 +177,6 @@ def test_resuming_is_exact_at_a_validated_step_and_between(
     whole: Run, tmp_path: Path, step: int, workers: int
 ) -> None:
     resumed = Run(tmp_path, start=whole.checkpoint(step), workers=workers)
-    assert resumed.weights == whole.weights
-    assert resumed.metrics() == whole.metrics(after=step)
-
-
-@pytest.mark.parametrize("step", [6, 12])
-def test_a_checkpoint_without_the_loops_state_resumes_as_well(
-    whole: Run, tmp_path: Path, step: int
-) -> None:
-    content = torch.load(whole.checkpoint(step), weights_only=True)
-    del content["loops"]  # as earlier versions wrote them
-    write_checkpoint(content, tmp_path / "old.ckpt")
-    resumed = Run(tmp_path, start=tmp_path / "old.ckpt")
     assert resumed.weights == whole.weights
     assert resumed.metrics() == whole.metrics(after=step)
 

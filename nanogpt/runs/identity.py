@@ -37,11 +37,10 @@ OPERATIONAL = (
     "datamodule.final_val_tokens",
     "command",
     "typed",
-    "chosen",  # names values that the configuration has
     "resolved",
 )
 NAMED_BY_CHOICE = ("stage", "model", "data")  # groups that the name begins with
-NEW_KEYS = {  # that records of earlier versions lack, with the value that these imply
+NEW_KEYS = {  # that older records lack, with the value that these imply
     "model.norm_eps": 1e-5,
     "model.norm_weight": True,
     "model.embd_norm": False,
@@ -53,11 +52,6 @@ NEW_KEYS = {  # that records of earlier versions lack, with the value that these
     "model.tie_embeddings": True,
 }
 BUDGET = ("max_steps", "max_tokens")  # identity that may grow, where the schedule permits
-SCHEDULES = {
-    "cosine": ("nanogpt.optim.Cosine", ("warmup_steps", "floor")),
-    "wsd": ("nanogpt.optim.WarmupStableDecay", ("warmup_steps", "decay_fraction", "floor")),
-    "constant": ("nanogpt.optim.Constant", ("warmup_steps",)),
-}
 NEW_OR_ANEW = "name=<new name> for a new run, or resume=false overwrite=true to replace this one"
 MAX_SLUG_CHARS = 48
 
@@ -154,15 +148,10 @@ def identity_differences(
 
     `auto` agrees with whatever it became when the run began; with `may_extend` the schedule lets
     the budget grow. Keys of the model that are not typed mean nothing to a run that takes its model
-    from `init_from`. A record of an earlier version, which lacks a class or node that this version
-    names, agrees with the project's own.
+    from `init_from`.
     """
     new = flatten(config)
     old = {key: NEW_KEYS[key] for key in NEW_KEYS & new.keys()} | flatten(recorded)
-    for key, value in new.items():
-        lacks_node = key.partition(".")[0] in {"module", "datamodule"} - recorded.keys()
-        if str(value).startswith("nanogpt.") if key.endswith("._target_") else lacks_node:
-            old.setdefault(key, value)
     typed = {*recorded.get("typed", ()), *config.get("typed", ())}
     inherits = new.get("init_from") is not None and "model" not in typed
     return [
@@ -172,17 +161,6 @@ def identity_differences(
         if not (inherits and key.startswith("model.") and key not in typed)
         if not (may_extend and key in BUDGET)
     ]
-
-
-def upgrade(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recorded configuration of an earlier version in the present layout."""
-    config, optim = dict(recorded), dict(recorded["optim"])
-    if "grad_clip" in optim:
-        config["grad_clip"] = optim.pop("grad_clip")
-    if old := optim.pop("schedule", None):
-        target, names = SCHEDULES[old["kind"]]
-        config["schedule"] = {"_target_": target, **{name: old[name] for name in names}}
-    return {**config, "optim": optim}
 
 
 def budget_steps(config: Mapping[str, Any], most: int | None = None) -> int:

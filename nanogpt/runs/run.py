@@ -28,7 +28,7 @@ from nanogpt.model import GPTConfig
 from nanogpt.prompts import Template
 from nanogpt.ranks import Ranks, join, leave_with_launcher, on_rank_zero
 from nanogpt.runs.directory import NEW_OR_ANEW, RunDirectory, cut_samples, lock_run, reached
-from nanogpt.runs.identity import binding, budget_steps, identity_differences, upgrade
+from nanogpt.runs.identity import binding, budget_steps, identity_differences
 from nanogpt.runs.log import log_to
 from nanogpt.runs.metrics import MetricsFile
 from nanogpt.tokenizer import Tokenizer
@@ -182,7 +182,6 @@ class Run:
         """
         files, config, own = self.files, self.config, binding(recorded)
         resolved = {**recorded["resolved"], **own}
-        recorded = upgrade(recorded)
         self.checkpoint, self.step = self._newest_checkpoint(own)
         old_max = budget_steps(recorded)
         extends = may_extend(self.step, old_max, self.max_steps)

@@ -273,17 +273,6 @@ class StageModule(LightningModule):
         clock = checkpoint[KEY]["clock"]
         self.train_s, self.timed_steps = clock["train_s"], clock["timed_steps"]
         self._wall_s_before = clock["wall_s"]
-        if "loops" not in checkpoint:  # of versions that recorded the step alone
-            step, loop = checkpoint["global_step"], self.trainer.fit_loop.state_dict()
-            done = dict.fromkeys(("ready", "started", "processed", "completed"), step)
-            steps, epoch = dict.fromkeys(("total", "current"), done), {"ready": 1, "started": 1}
-            loop |= {
-                "epoch_loop.state_dict": {"_batches_that_stepped": step},
-                "epoch_loop.batch_progress": {**steps, "is_last_batch": False},
-                "epoch_loop.manual_optimization.optim_step_progress": steps,
-                "epoch_progress": {"total": epoch, "current": epoch},  # in the middle of it
-            }
-            checkpoint["loops"] = {"fit_loop": loop}
 
 
 def is_due(step: int, every_n_steps: int | None, trainer: Trainer) -> bool:

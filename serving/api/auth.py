@@ -20,7 +20,7 @@ from starlette.types import Scope
 from serving.api.errors import ApiError
 from serving.api.settings import ApiSettings
 
-PUBLIC = {"/", "/health", "/ready"}  # and the page's files
+PUBLIC = {"/", "/runs", "/health", "/ready"}  # and the pages' files
 TICKET_S = 3600
 FORWARDING = {
     *("forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "true-client-ip"),

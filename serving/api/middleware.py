@@ -22,7 +22,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.api import errors
 from serving.api.auth import allows_any_origin, allows_origin, authenticate
 from serving.api.errors import ApiError, normalized
-from serving.api.pages import key_page
 from serving.api.service import Metrics
 from serving.api.settings import ApiSettings
 
@@ -158,8 +157,7 @@ class Admission:
         except Exception as error:
             answer = errors.from_exception(error, scope["state"]["request_id"])
             if not scope["state"]["status"]:  # the answer has not begun
-                page = key_page(scope, answer.status)
-                await (page or answer.response())(scope, receive, send)
+                await answer.response()(scope, receive, send)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._n_arrived += 1

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache
-from html import escape
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,8 @@ from urllib.parse import quote
 
 import yaml
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.datastructures import Headers
-from starlette.types import Scope
 
 from nanogpt.disk import display_name, open_regular
 from nanogpt.evaluation.results import STORED_ROWS
@@ -57,7 +54,6 @@ REPORT_HEADERS = {
         "frame-ancestors 'self'"
     ),
 }
-LIST_MARK = "<!-- the runs -->"  # in runs.html
 MAX_RUNS = 200
 MAX_POINTS = 160  # of a curve
 MAX_TEXT = 500  # characters of a value of the summary
@@ -91,14 +87,9 @@ async def page() -> Response:
 
 
 @router.get("/runs", include_in_schema=False)
-async def runs_page(request: Request) -> Response:
-    """Return the page of the runs: plain links to their reports, of which its script makes more."""
-    # Relative, as a proxy may serve this page below a path of its own.
-    links = [
-        f'<li><a href="{escape((run["report"] or "#").removeprefix("/"))}">{escape(run["id"])}</a>'
-        for run in await _runs(request)
-    ]
-    return _runs_document(f"<ul>{''.join(links)}</ul>" if links else "", 200)
+async def runs_page() -> Response:
+    """Return the page that shows the runs."""
+    return FileResponse(STATIC / "runs.html", headers=HEADERS)
 
 
 @router.get("/v1/runs")
@@ -123,15 +114,6 @@ async def report(request: Request, name: str) -> Response:
     if paths.get(name) is None:
         raise ApiError(404, f"There is no run {name!r} with a report.", code="not_found")
     return FileResponse(paths[name], headers=REPORT_HEADERS)
-
-
-def key_page(scope: Scope, status: int) -> Response | None:
-    """Return the empty page of the runs, with a field for the key, for a browser without one."""
-    is_page = (scope["method"], scope["path"]) == ("GET", "/runs")
-    if status not in (401, 403) or not is_page:
-        return None
-    accepted = Headers(scope=scope).get("accept", "")
-    return _runs_document("", status) if "text/html" in accepted else None
 
 
 async def _find_runs(request: Request) -> list[dict[str, Any]]:
@@ -159,11 +141,6 @@ async def _runs(request: Request) -> list[dict[str, Any]]:
                 f"?ticket={ticket(path, settings)}" if settings.api_keys else ""
             )
     return runs
-
-
-def _runs_document(listed: str, status: int) -> HTMLResponse:
-    content = (STATIC / "runs.html").read_text(encoding="utf-8").replace(LIST_MARK, listed)
-    return HTMLResponse(content, status, {**HEADERS, "Cache-Control": "no-store"})
 
 
 def find_runs(runs_dir: Path) -> list[dict[str, Any]]:
