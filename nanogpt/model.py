@@ -166,6 +166,12 @@ class Attend:
         return causal_attention(q, k, v, self.mask, drop).transpose(1, 2)
 
 
+def run_block(block: nn.Module, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
+    """Return the residual stream (B, T, C) after a block; compiled, all layers share one graph."""
+    after: Tensor = block(x, rotation, attend)
+    return after
+
+
 class GPT(nn.Module):
     """A decoder-only transformer, whose head shares the token embedding where `tie_embeddings`.
 
@@ -211,14 +217,15 @@ class GPT(nn.Module):
         cache: Attend | None = None,
         documents: Tensor | None = None,
         row_seeds: Tensor | None = None,
+        run: Callable[..., Tensor] = run_block,
     ) -> Tensor:
         """Return the final, normalised states (B, T, C) of input_ids (B, T) int64.
 
         With a cache, input_ids continue its tokens, without dropout. Where rows are packed,
         documents (B, T) int64 number the text of each token: attention stays among equal numbers,
         and positions begin at 0 in each. In training, row_seeds (B,) int64 determine the dropout
-        masks of each row; by default they are drawn from torch's generator. Raises ValueError past
-        block_size.
+        masks of each row; by default they are drawn from torch's generator. `run` is
+        `run_block`, or it compiled. Raises ValueError past block_size.
         """
         assert cache is None or documents is None, "a cache does not continue packed rows"
         config = self.config
@@ -241,7 +248,7 @@ class GPT(nn.Module):
             attend = Attend(mask, RowDropout(rate, row_seeds))
         x = self.embed(input_ids, positions, attend.before(input_ids))
         x = attend.dropout(x, DROPOUT_SITES * config.n_layer)
-        return self.run_blocks(x, self.rotation(positions), attend)
+        return self.run_blocks(x, self.rotation(positions), attend, run)
 
     def embed(self, input_ids: Tensor, positions: Tensor, before: Tensor) -> Tensor:
         """Return embeddings (..., T, C) of ids at positions, after ids `before`: (..., T) each."""
@@ -257,10 +264,16 @@ class GPT(nn.Module):
             return None
         return rotary_angles(positions, rotary_speeds(config, positions.device))
 
-    def run_blocks(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
+    def run_blocks(
+        self,
+        x: Tensor,
+        rotation: Tensor | None,
+        attend: Attend,
+        run: Callable[..., Tensor] = run_block,
+    ) -> Tensor:
         """Return the final, normalised states (B, T, C) of embeddings x (B, T, C)."""
         for block in self.h:
-            x = block(x, rotation, attend)
+            x = run(block, x, rotation, attend)
         return self.ln_f(x)
 
     @property
@@ -359,12 +372,13 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = make_norm(config, config.n_embd, config.norm_weight)
         self.mlp = MLP(config)
+        # Numbers that a compiled block computed from `layer` would bind its graph to that layer.
+        self.site_1, self.site_2 = DROPOUT_SITES * layer + 1, DROPOUT_SITES * layer + 2
 
     def forward(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
         """Return the residual stream (B, T, C) after this block, of x (B, T, C) before it."""
-        site = DROPOUT_SITES * self.layer
-        x = x + attend.dropout(self.attn(self.ln_1(x), rotation, attend), site + 1)
-        return x + attend.dropout(self.mlp(self.ln_2(x)), site + 2)
+        x = x + attend.dropout(self.attn(self.ln_1(x), rotation, attend), self.site_1)
+        return x + attend.dropout(self.mlp(self.ln_2(x)), self.site_2)
 
 
 class CausalSelfAttention(nn.Module):

@@ -1,19 +1,23 @@
 """The pretraining loss and its validation metrics, by hand."""
 
 import copy
+import dataclasses
 import logging
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader
 
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.model import GPT, GPTConfig, run_block
 from nanogpt.optim import Constant, adamw
 from nanogpt.training.language_model import LanguageModel, next_token_loss
+from nanogpt.training.module import compiled_block
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning's own
@@ -81,6 +85,27 @@ def test_the_loss_is_summed_over_scored_positions_only() -> None:
 def test_a_uniform_model_has_the_loss_of_its_vocabulary() -> None:
     metrics = validate(module([1] * 5), [batch([1, 2, 3, 4]), batch([1, -100, -100, -100])])
     assert metrics["val/loss"] == pytest.approx(math.log(5), abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which the compiler reads
+@pytest.mark.parametrize(("dropout", "n_graphs"), [(0.0, 1), (0.5, 2)])
+def test_all_layers_share_a_compiled_block(
+    monkeypatch: pytest.MonkeyPatch, dropout: float, n_graphs: int
+) -> None:
+    torch._dynamo.reset()
+    counted = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted, fullgraph=True))
+    torch.manual_seed(0)
+    shape = dataclasses.replace(CONFIG, n_layer=12, dropout=dropout, position="rotary")
+    models = [GPT(shape).train() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ids, seeds = torch.randint(5, (2, 3, 4)), torch.arange(6).view(2, 3)
+    for run, model in zip((run_block, compiled_block()), models, strict=True):
+        for rows, of_rows in zip(ids, seeds, strict=True):
+            next_token_loss(model, rows, rows, row_seeds=of_rows, run=run).backward()
+    assert counted.frame_count == n_graphs
+    for ours, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours.grad, other.grad)
 
 
 def test_bits_per_byte_divide_by_the_bytes_of_the_scored_tokens() -> None:

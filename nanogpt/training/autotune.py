@@ -40,11 +40,11 @@ WORTH_SMALLER = 1.03
 CPU_TOKENS = (512, 2048, 8192)
 GPU_TOKENS = 65_536
 TRIED_S = 3.0  # a forward and backward thought to take longer is not tried on a CPU
-# torch.compile: share of the step it saves, seconds it takes, and those for each layer. CPU: 64.7
-# against 69.1 to 73.1 ms and 28 to 40 s (4 layers of 128, one EPYC thread); where that would pay, a
-# block is compiled and timed. CUDA: 250 to 135 ms for
-# GPT-2 small (nanoGPT's README), about 60 s for its 12 layers.
-COMPILE = {"cpu": (0.12, 40.0, 0.0), "cuda": (0.4, 30.0, 3.0)}
+# torch.compile: share of the step it saves, and seconds it takes. CPU: 64.7 against 69.1 to 73.1 ms
+# and 28 to 40 s (4 layers of 128, one EPYC thread); where that would pay, a block is compiled and
+# timed. CUDA: 250 to 135 ms for GPT-2 small (nanoGPT's README); the seconds are an estimate for a
+# block and the head, which do not depend on the number of layers.
+COMPILE = {"cpu": (0.12, 40.0), "cuda": (0.4, 30.0)}
 # Sides of the measured product: large enough to reach the device's rate.
 PRODUCT_SIDE = {"cpu": 1024, "mps": 2048, "cuda": 8192}
 PRODUCT_S = 0.3  # of measuring each product
@@ -283,8 +283,8 @@ class Trials:
 
     def compiling(self, step_s: float) -> tuple[float, float]:
         """Return the seconds that torch.compile may save of a step of `step_s`, and take."""
-        gain, base_s, layer_s = COMPILE[self.device.type]
-        return gain * step_s, base_s + layer_s * self.config.n_layer
+        gain, cost_s = COMPILE[self.device.type]
+        return gain * step_s, cost_s
 
     def compiled(self, rows: int, precision: str, step_s: float) -> tuple[float, float]:
         """Return the same as `compiling`, on a CPU of a block that is compiled and timed.

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from nanogpt.classifier import Classifier, class_probabilities, train_layers
 from nanogpt.evaluation.classification import baselines, confusion_matrix, scores
-from nanogpt.model import GPT
+from nanogpt.model import GPT, run_block
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.training.cross_entropy import summed_cross_entropy
-from nanogpt.training.module import Batch, StageModule
+from nanogpt.training.module import Batch, StageModule, compiled_block
 from nanogpt.values import Amount, BelowOne
 
 MAX_MISTAKES = 12  # shown in the report
@@ -26,18 +26,22 @@ TextSet = tuple[Sequence[str], Sequence[int]]  # texts and the numbers of their 
 
 @validate_call
 def make_loss(
-    class_weights: list[float], label_smoothing: BelowOne = 0.0, lm_weight: Amount = 0.0
+    class_weights: list[float],
+    label_smoothing: BelowOne = 0.0,
+    lm_weight: Amount = 0.0,
+    run: Callable[..., Tensor] = run_block,
 ) -> Loss:
     """Return the loss of a micro-batch, to be divided by the step's `step_targets`.
 
     `class_weights` (K,) weigh the examples of each class. `label_smoothing` is the share of
     certainty spread over all classes. `lm_weight` weighs the loss of the next token, averaged over
-    the step's tokens, against that of the class, averaged over its examples.
+    the step's tokens, against that of the class, averaged over its examples. `run` is
+    that of `GPT.hidden_states`.
     """
 
     def loss_of(model: Classifier, batch: Batch) -> Tensor:
         input_ids, lengths, labels = batch["input_ids"], batch["lengths"], batch["labels"]
-        hidden_states = model.hidden_states(input_ids, row_seeds=batch.get("row_seeds"))
+        hidden_states = model.hidden_states(input_ids, row_seeds=batch.get("row_seeds"), run=run)
         loss = F.cross_entropy(
             model.classify(hidden_states, lengths),
             labels,
@@ -86,10 +90,8 @@ class ClassifyModule(StageModule):
         train_layers(classifier, layers)
         super().__init__(classifier, **kwargs)
         self.data = data
-        loss = make_loss(
-            class_weights=data.weights, label_smoothing=label_smoothing, lm_weight=lm_weight
-        )
-        self.loss = torch.compile(loss, dynamic=True) if self.compiled else loss
+        run = compiled_block() if self.compiled else run_block
+        self.loss = make_loss(data.weights, label_smoothing, lm_weight, run)
 
     def measure(self) -> dict[str, Any]:
         """Return the metrics of the trained model on the test sets, on the training's device."""

@@ -19,7 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nanogpt.checkpoint import KEY
-from nanogpt.model import GPT
+from nanogpt.model import GPT, run_block
 from nanogpt.optim import factor_at, learning_rates, set_learning_rates
 from nanogpt.prompts import Template
 from nanogpt.tokenizer import Tokenizer
@@ -273,6 +273,12 @@ class StageModule(LightningModule):
         clock = checkpoint[KEY]["clock"]
         self.train_s, self.timed_steps = clock["train_s"], clock["timed_steps"]
         self._wall_s_before = clock["wall_s"]
+
+
+def compiled_block() -> Callable[..., Tensor]:
+    """Return `run_block` compiled: layers share one graph, with dropout all but the first."""
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # else each number of a layer has one
+    return torch.compile(run_block)
 
 
 def is_due(step: int, every_n_steps: int | None, trainer: Trainer) -> bool:
