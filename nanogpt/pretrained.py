@@ -1,7 +1,6 @@
 """Published weights: GPT-2's fetched by name, and those of a local Hugging Face directory."""
 
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
@@ -10,16 +9,14 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt.architectures import ARCHITECTURES, BUFFERS, Architecture
-from nanogpt.disk import wait_for_lock
 from nanogpt.hub import hub_errors
 from nanogpt.model import GPT, PRESETS, GPTConfig
 from nanogpt.text import first_line
-from nanogpt.tokenizer_files import MERGES, TOKENIZER, VOCAB, read_tokenizer
+from nanogpt.tokenizer_files import MERGES, TOKENIZER, VOCAB
 from nanogpt.values import explain
 from nanogpt.weights import check_weights, model_without_weights
 
@@ -35,16 +32,25 @@ log = logging.getLogger("nanogpt")
 
 
 def fetch_pretrained(name: str, data_dir: str | PathLike[str]) -> Path:
-    """Return the directory data_dir/weights/name of published weights, fetched where need be.
+    """Return the directory data_dir/weights/name of published weights, fetched if missing.
 
-    `name` is gpt2, gpt2-medium, gpt2-large or gpt2-xl. Whole files are found without the network
-    and not fetched again. Raises ConnectionError within seconds where the hub cannot be reached,
-    ValueError where other weights lie there.
+    `name` is gpt2, gpt2-medium, gpt2-large or gpt2-xl. Raises ConnectionError within seconds where
+    the hub cannot be reached, ValueError where other weights lie there.
     """
     expected = GPTConfig.preset(name)
-    directory = Path(data_dir) / "weights" / name
-    if _unreadable(directory):
-        _fetch(name, directory)
+    directory, repository = Path(data_dir) / "weights" / name, f"openai-community/{name}"
+    instead = (
+        f"run python -m nanogpt.prepare {name} on a connected machine and copy its {directory} "
+        f"here, or pass the path of a local Hugging Face directory"
+    )
+    files = (CONFIG, VOCAB, MERGES, SAFETENSORS)
+    if not all((directory / file).is_file() for file in files):
+        with hub_errors(f"the weights of {repository}", instead):
+            from huggingface_hub import hf_hub_download
+
+            for file in files:
+                log.info("fetching %s of %s into %s", file, repository, directory)
+                hf_hub_download(repository, file, local_dir=directory)
     _, found, _ = read_config(directory)
     if replace(found, dropout=0.0) != expected:
         raise ValueError(
@@ -133,42 +139,6 @@ def read_config(directory: Path) -> tuple[Architecture, GPTConfig, list[str] | N
         raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
-def _unreadable(directory: Path) -> list[str]:
-    """Return which of the fetched files are missing or damaged."""
-    readers: dict[tuple[str, ...], Callable[[], object]] = {
-        (CONFIG,): lambda: _read_json(directory / CONFIG),
-        (VOCAB, MERGES): lambda: read_tokenizer(directory),
-        # compares header and size
-        (SAFETENSORS,): lambda: safe_open(directory / SAFETENSORS, framework="pt"),
-    }
-    unreadable: list[str] = []
-    for files, read in readers.items():
-        try:
-            is_whole = read() is not None
-        except (ValueError, OSError, SafetensorError):
-            is_whole = False
-        unreadable += () if is_whole else files
-    return unreadable
-
-
-def _fetch(name: str, directory: Path) -> None:
-    """Fetch the files of published weights that are missing or damaged."""
-    repository = f"openai-community/{name}"
-    instead = (
-        f"run python -m nanogpt.prepare {name} on a connected machine and copy its {directory} "
-        f"here, or pass the path of a local Hugging Face directory"
-    )
-    with hub_errors(f"the weights of {repository}", instead):
-        from huggingface_hub import hf_hub_download
-
-        directory.mkdir(parents=True, exist_ok=True)
-        with wait_for_lock(directory / ".lock", f"fetches {directory}"):
-            for file in _unreadable(directory):
-                (directory / file).unlink(missing_ok=True)
-                log.info("fetching %s of %s into %s", file, repository, directory)
-                hf_hub_download(repository, file, local_dir=directory)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raise ValueError where it is none."""
     try:
@@ -176,7 +146,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist; {INSTEAD}") from error
     except ValidationError as error:
-        raise ValueError(f"{path} is no JSON object; fetch it again") from error
+        raise ValueError(f"{path} is no JSON object; remove it and fetch it again") from error
     return found
 
 
@@ -189,7 +159,9 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         except OSError:
             raise
         except Exception as error:  # whatever a file can do to its reader
-            raise ValueError(f"{path} is truncated or damaged; fetch it again") from error
+            raise ValueError(
+                f"{path} is truncated or damaged; remove it and fetch it again"
+            ) from error
         for name, tensor in found.items():
             if not name.endswith(BUFFERS):
                 if not tensor.is_floating_point():
@@ -210,7 +182,7 @@ def _weight_paths(directory: Path) -> list[Path]:
         )
     shards = _read_json(index).get("weight_map")
     if not isinstance(shards, dict):
-        raise ValueError(f"{index} lists no files; fetch it again")
+        raise ValueError(f"{index} lists no files; remove it and fetch it again")
     paths = sorted({directory / Path(str(shard)).name for shard in shards.values()})
     if missing := [path.name for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{directory} lacks {', '.join(missing)}; fetch it again")

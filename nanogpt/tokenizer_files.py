@@ -66,9 +66,10 @@ def read_tokenizer(directory: Path, n_ids: int | None = None) -> Tokenizer | Non
                     return _from_library(library)
                 return read_published(directory, library.to_str(), n_ids)
             except Exception as error:  # the library raises no other class
+                name = path if path.name == TOKENIZER else f"{path} with {MERGES}"
                 raise ValueError(
-                    f"{path} cannot be read ({first_line(error)[:200]}); fetch it again, or pass a "
-                    f"byte-level BPE tokenizer"
+                    f"{name} cannot be read ({first_line(error)[:200]}); remove it and fetch it "
+                    f"again, or pass a byte-level BPE tokenizer"
                 ) from error
     return None
 

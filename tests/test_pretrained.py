@@ -214,7 +214,7 @@ def test_missing_files_are_named(directory: Path, tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(name: str, directory: Path) -> None:
     whole = (directory / name).read_bytes()
     (directory / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=f"{name} is .*fetch it again"):
+    with pytest.raises(ValueError, match=f"{name} is .*; remove it and fetch it again"):
         load_pretrained(directory)
 
 
@@ -376,11 +376,15 @@ def test_a_download_that_broke_off_is_continued(hub: Hub, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["config.json", "vocab.json", "merges.txt", "model.safetensors"])
-def test_half_a_file_is_fetched_again(name: str, hub: Hub, tmp_path: Path) -> None:
-    directory = fetch_pretrained("gpt2", tmp_path)
-    path = directory / name
+def test_half_a_file_is_named_and_fetched_once_it_is_removed(
+    name: str, hub: Hub, tmp_path: Path
+) -> None:
+    path = fetch_pretrained("gpt2", tmp_path) / name
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=f"{name} .*; remove it and fetch it again"):
+        init_model(fetch_pretrained("gpt2", tmp_path))
+    path.unlink()
     fetch_pretrained("gpt2", tmp_path)
     assert path.read_bytes() == whole
 

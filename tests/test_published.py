@@ -410,7 +410,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
         (replacing("config.json", model_type="mistral"), "model_type='mistral'; only gpt2, llama"),
         (replacing("config.json", rope_parameters=YARN), "has RoPE scaling 'yarn'; only"),
         (replacing("config.json", vocab_size=1500), "size mismatch for wte.weight"),
-        (truncating("config.json"), "config.json is no JSON object; fetch it again"),
+        (truncating("config.json"), "config.json is no JSON object; remove it and fetch it again"),
         (truncating("generation_config.json"), "generation_config.json beside it is no JSON"),
         (truncating("tokenizer_config.json"), "tokenizer_config.json beside it is no JSON"),
         (truncating("tokenizer.json"), "tokenizer.json cannot be read"),

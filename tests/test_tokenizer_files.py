@@ -332,7 +332,7 @@ def test_another_kind_of_tokenizer_is_refused_by_name(change: Change, tmp_path: 
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
     path.write_text(json.dumps(content))
-    message = r"tokenizer\.json cannot be read \(.+\); fetch .* pass a byte-level BPE tokenizer"
+    message = r"tokenizer\.json cannot be read \(.+\); remove .* pass a byte-level BPE tokenizer"
     with pytest.raises(ValueError, match=message) as caught:
         read_tokenizer(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
@@ -376,7 +376,7 @@ def test_merges_in_another_order_than_the_table_encode_as_the_file(tmp_path: Pat
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
 def test_a_damaged_file_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read \(.*\); fetch it again"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read \(.*\); remove it"):
         read_tokenizer(tmp_path)
 
 
