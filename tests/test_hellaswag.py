@@ -94,9 +94,9 @@ def test_many_continuations_of_one_context_are_several_rows(monkeypatch: Any) ->
     model, batches = new_model(), scoring._batches
     lengths: list[int] = []
 
-    def noted(rows: Any, batch_size: int) -> Any:
-        lengths.extend(len(row.tree()[0]) for row in rows)
-        return batches(rows, batch_size)
+    def noted(rows: Any, *sizes: int) -> Any:
+        lengths.extend(row.n_tokens for row in rows)
+        return batches(rows, *sizes)
 
     monkeypatch.setattr(scoring, "_batches", noted)
     request = Request([1, 2, 3], [[n, n + 1, n + 2] * 2 for n in range(20)])

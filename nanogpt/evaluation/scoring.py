@@ -1,13 +1,12 @@
 """Log-likelihoods of texts after others: the one scorer behind every task.
 
 A request is a context and continuations of it, in tokens. Its row is a tree: the context stands in
-it once, and each token attends to those on its path to the root. Rows stand one after another in
-one list of tokens, so that only attention computes padding; logits are computed for scored tokens
-alone. Where a model's blocks mix tokens outside `attend`, each continuation is a row of its own,
-computed alone.
+it once, and each token attends to those on its path to the root. Rows are padded; logits are
+computed for scored tokens alone. Where a model's blocks mix tokens outside `attend`, each
+continuation is a row of its own.
 
-Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary, R tokens of all rows,
-S scored positions, N scored tokens.
+Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary, S scored positions,
+N scored tokens.
 """
 
 from collections import defaultdict
@@ -28,8 +27,7 @@ from nanogpt.support import IN_MODEL, check_supported, mixes_by_attend
 from nanogpt.tokenizer import Tokenizer
 
 BATCH_SIZE = 8  # requests per forward
-PRODUCT_ROWS = 32  # a matrix product adds the remainder of this multiple in another order
-ROW_MULTIPLE = 16  # tokens to which a row's attention is padded
+ROW_MULTIPLE = 32  # tokens; a matrix product adds the remainder of it in another order
 TREE_TOKENS = 1024  # largest row: its attention scores grow with their square
 LOGITS_ROWS = 128  # of V logits, computed at a time
 PROGRESS_S = 10.0  # between updates of the bar
@@ -70,8 +68,7 @@ def loglikelihoods(
     assert not model.training, "dropout would change the results"
     check_supported(model.config, "the scorer (nanogpt/evaluation/scoring.py)", IN_MODEL)
     rank, n_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    has_trees = mixes_by_attend(model)
-    tree_tokens, multiple = (TREE_TOKENS, PRODUCT_ROWS) if has_trees else (0, 1)
+    tree_tokens, multiple = (TREE_TOKENS, ROW_MULTIPLE) if mixes_by_attend(model) else (0, 1)
     own = requests[rank::n_ranks]
     results = [[Result(0.0, True)] * len(request.continuations) for request in own]
     rows = [
@@ -79,11 +76,11 @@ def loglikelihoods(
         for i, request in enumerate(own)
         for row in _rows(i, request, model.config.block_size, tree_tokens)
     ]
-    batches = list(_batches(rows, batch_size if has_trees else 1))
+    batches = list(_batches(rows, batch_size, multiple))
     shown: dict[str, Any] = {"delay": PROGRESS_S, "mininterval": PROGRESS_S, "disable": rank > 0}
-    for batch in tqdm(batches, "scoring", **shown):
+    for n_padded, batch in tqdm(batches, "scoring", **shown):
         owners = [(results[row.request], index) for row in batch for index in row.continuations]
-        for (found, index), new in zip(owners, _results(model, batch, multiple), strict=True):
+        for (found, index), new in zip(owners, _results(model, batch, n_padded), strict=True):
             loglikelihood = found[index].loglikelihood + new.loglikelihood
             found[index] = Result(loglikelihood, found[index].is_greedy and new.is_greedy)
     shares = gathered(results)
@@ -117,12 +114,11 @@ class _Row:
     continuations: dict[int, Tokens]
 
     @property
-    def n_padded(self) -> int:
-        """The number of tokens of its tree, as a multiple of ROW_MULTIPLE."""
-        n_tokens = len(self.context) + sum(len(c) - 1 for c in self.continuations.values())
-        return -(-n_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
+    def n_tokens(self) -> int:
+        """The number of tokens of its tree."""
+        return len(self.context) + sum(len(c) - 1 for c in self.continuations.values())
 
-    def tree(self) -> tuple[list[int], list[int], list[int], np.ndarray | None]:
+    def tree(self, n_padded: int) -> tuple[list[int], list[int], list[int], np.ndarray | None]:
         """Return the tokens, the id before each, the index before each target, and the mask.
 
         The mask (T, T) bool shows which tokens each attends to; padding attends to itself. It is
@@ -131,7 +127,7 @@ class _Row:
         n, ids = len(self.context), list(map(int, self.context))
         ids_before = [0, *ids[:-1]]
         before: list[int] = []
-        mask = np.eye(self.n_padded, dtype=bool)
+        mask = np.eye(n_padded, dtype=bool)
         mask[:n, :n] = np.tri(n, dtype=bool)
         for continuation in self.continuations.values():
             start, end = len(ids), len(ids) + len(continuation) - 1
@@ -169,72 +165,48 @@ def _rows(number: int, request: Request, block_size: int, tree_tokens: int) -> I
         yield _Row(number, context, together)
 
 
-def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
-    """Yield rows of one padded length together, the longest first, trees apart from chains.
+def _batches(
+    rows: Sequence[_Row], batch_size: int, multiple: int
+) -> Iterator[tuple[int, list[_Row]]]:
+    """Yield a padded length and its rows, the longest first, trees apart from chains.
 
     So the computation of a row does not depend on the others, nor, on a CPU, do its bits.
     """
     alike: dict[tuple[int, bool], list[_Row]] = defaultdict(list)
     for row in rows:
-        alike[row.n_padded, len(row.continuations) == 1].append(row)
-    for _, group in sorted(alike.items(), key=lambda item: item[0], reverse=True):
+        n_padded = -(-row.n_tokens // multiple) * multiple
+        alike[n_padded, len(row.continuations) == 1].append(row)
+    for (n_padded, _), group in sorted(alike.items(), key=lambda item: item[0], reverse=True):
         for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
+            yield n_padded, group[start : start + batch_size]
 
 
-class _RowsAttend(Attend):
-    """Attention within rows that stand one after another in a list of tokens.
-
-    `is_token` (B, T) bool is false for padding, `n_tokens` is the length of the list. Rows are
-    causal unless a `mask` (B, 1, T, T) bool is given.
-    """
-
-    def __init__(self, is_token: Tensor, n_tokens: int, mask: Tensor | None) -> None:
-        super().__init__(mask)
-        flat = is_token.flatten()
-        self.indices = (flat.cumsum(0) - 1).view(is_token.shape)  # (B, T): in the list
-        self.taken = F.pad(flat.nonzero().flatten(), (0, n_tokens - int(flat.sum())))  # (R,)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the attention (1, R, H, D) of a layer's q, k and v (1, R, H, D) each."""
-        q, k, v = (part[0][self.indices] for part in (q, k, v))  # (B, T, H, D)
-        return super().__call__(layer, q, k, v).flatten(0, 1)[self.taken][None]
-
-
-def _results(model: GPT, rows: Sequence[_Row], multiple: int) -> Iterator[Result]:
-    """Yield the results of all continuations of rows of one padded length.
-
-    Linear maps take the tokens of all rows as one list, padded to a `multiple` of tokens.
-    """
-    device = model.wte.weight.device
-    trees = [row.tree() for row in rows]
-    n_tokens = torch.tensor([len(ids) for ids, *_ in trees])  # (B,)
-    is_token = torch.arange(rows[0].n_padded) < n_tokens[:, None]  # (B, T)
-    mask, positions = None, is_token.nonzero()[:, 1]  # (R,)
+def _results(model: GPT, rows: Sequence[_Row], n_padded: int) -> Iterator[Result]:
+    """Yield the results of all continuations of rows that are padded to one length."""
+    device, trees = model.wte.weight.device, [row.tree(n_padded) for row in rows]
+    padded = torch.zeros(2, len(rows), n_padded, dtype=torch.int64)
+    for i, (own, own_before, *_) in enumerate(trees):
+        padded[:, i, : len(own)] = torch.tensor([own, own_before])
+    ids, ids_before = padded.to(device)  # (B, T) each
+    mask, positions = None, torch.arange(n_padded).clamp(max=model.config.block_size - 1)  # (T,)
     if masks := [mask for *_, mask in trees if mask is not None]:
         mask = torch.from_numpy(np.stack(masks))  # (B, T, T)
-        positions = mask.sum(-1)[is_token] - 1
+        positions = mask.sum(-1) - 1  # (B, T)
         mask = mask[:, None].to(device)
-    ids = torch.tensor([i for ids, *_ in trees for i in ids])  # (R,)
-    ids_before = torch.tensor([i for _, ids, *_ in trees for i in ids])  # (R,)
-    starts = (n_tokens.cumsum(0) - n_tokens).tolist()
-    before = [start + i for start, (*_, own, _) in zip(starts, trees, strict=True) for i in own]
+    before = [i * n_padded + index for i, (*_, own, _) in enumerate(trees) for index in own]
     scored, of_target = torch.tensor(before).unique(return_inverse=True)  # (S,), (N,)
-    ids, ids_before, positions, scored = (
-        F.pad(values, (0, -len(values) % multiple)).to(device)
-        for values in (ids, ids_before, positions, scored)
-    )
-    attend = _RowsAttend(is_token.to(device), len(ids), mask)
-    x = model.embed(ids, positions, ids_before)[None]  # (1, R, C)
+    scored = F.pad(scored, (0, -len(scored) % ROW_MULTIPLE)).to(device)
+    positions, attend = positions.to(device), Attend(mask)
+    x = model.embed(ids, positions, ids_before)  # (B, T, C)
     rotation, last = model.rotation(positions), model.h[-1]
     for block in model.h[:-1]:
         x = block(x, rotation, attend)
     if type(last) is Block:
         # beyond attention the last block computes scored tokens alone: 6 % less for GPT-2 small
-        x = (x + last.attn(last.ln_1(x), rotation, attend))[:, scored]
-        states = model.ln_f(x + last.mlp(last.ln_2(x)))[0]  # (S, C)
+        x = (x + last.attn(last.ln_1(x), rotation, attend)).flatten(0, 1)[scored]
+        states = model.ln_f(x + last.mlp(last.ln_2(x)))  # (S, C)
     else:
-        states = model.ln_f(last(x, rotation, attend)[:, scored])[0]
+        states = model.ln_f(last(x, rotation, attend).flatten(0, 1)[scored])
     continuations = [tokens for row in rows for tokens in row.continuations.values()]
     targets = torch.tensor([int(token) for tokens in continuations for token in tokens])  # (N,)
     loglikelihoods, hits = _score(model, states, of_target, targets)
