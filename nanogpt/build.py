@@ -23,24 +23,6 @@ PLAIN_KEYS = ("log_every_n_steps", "progress_every_s", "validation")  # of callb
 NOT_OF_DATA = {"prompts"}  # keys of data that callbacks.samples reads
 # Plain values that constructors of nodes receive where they name them.
 HANDED_OVER = ("seed", "stage", "data_dir", "tokens_per_step", "grad_clip")
-# Keys of other training programs, after the key of ours that stands for them.
-THEIRS = {
-    "tokens_per_step (an optimizer step's, over all devices) or micro_batch": ("batch_size",),
-    "tokens_per_step (the accumulation follows from it)": ("gradient_accumulation_steps",),
-    "max_steps": ("max_iters",),
-    "max_steps (with stage=instruct, instruct.max_passes)": ("epochs", "max_epochs", "num_epochs"),
-    "trainer.accelerator": ("device",),
-    "trainer.precision": ("dtype",),
-    "callbacks.validation.every_n_steps": ("eval_interval",),
-    "grad_clip": ("grad_clip",),
-    "optim.learning_rate": ("learning_rate", "lr"),
-    "optim.weight_decay": ("weight_decay",),
-    "runs_dir": ("out_dir", "output_dir"),
-    "schedule=wsd (or cosine, constant)": ("kind",),
-    "schedule=wsd (or cosine, constant) and its keys, such as schedule.warmup_steps": ("schedule",),
-    "schedule.warmup_steps": ("warmup_iters",),
-}
-OTHER_NAMES = {name: ours for ours, names in THEIRS.items() for name in names}
 
 
 class ConfigurationError(ValueError):
@@ -256,8 +238,7 @@ def _target(node: Any, where: str) -> Callable[..., Any]:
 def unknown_argument(where: str, key: str, known: Iterable[str], name: str) -> "ConfigurationError":
     """Return the error of a key that a callable does not take."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    other = f"{where}.{near[0]}" if near else OTHER_NAMES.get(key)
-    hint = f"did you mean {other}? " if other else ""
+    hint = f"did you mean {where}.{near[0]}? " if near else ""
     takes = ", ".join(known) or "no keys"
     return ConfigurationError(f"there is no key {where}.{key}; {hint}{name} takes {takes}")
 

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 from typing_extensions import NotRequired
 
-from nanogpt.build import OTHER_NAMES, CallbackError, ConfigurationError
+from nanogpt.build import CallbackError, ConfigurationError
 from nanogpt.command import (
     FAILED,
     INTERRUPTED,
@@ -406,10 +406,8 @@ def unknown_key(key: str, config_name: str = "train") -> str:
     known = _known_keys(config_name)
     if key in known:
         return f"the chosen data and stage have no key {key}, which others in conf/ have"
-    near = OTHER_NAMES.get(key.rpartition(".")[2], "")
-    if near.partition("=")[0].partition(" ")[0] not in known:
-        near = "".join(difflib.get_close_matches(key, known, n=1, cutoff=0.5))
-    hint = f"did you mean {near}? " if near else ""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
     where = "conf/" if config_name == "train" else f"conf/{config_name}.yaml"
     return f"there is no key {key}; {hint}every key is in {where}"
 

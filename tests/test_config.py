@@ -19,7 +19,7 @@ import serve
 import train
 from nanogpt.build import ConfigurationError, build, source_fingerprint
 from nanogpt.command import parse
-from nanogpt.config import as_overrides, explain_composition
+from nanogpt.config import as_overrides
 from nanogpt.generate import parser
 from nanogpt.ranks import RankZeroFailedError
 from nanogpt.values import CHECKED, Count
@@ -130,23 +130,6 @@ def test_home_is_expanded_in_the_environment(
     train.main(["--cfg", "job", "--resolve"])
     assert f"runs_dir: {tmp_path}/runs" in capsys.readouterr().out
     assert os.environ["NANOGPT_RUNS_DIR"] == f"{tmp_path}/runs"
-
-
-@pytest.mark.parametrize(
-    ("typed", "ours"),
-    [
-        ("batch_size", "tokens_per_step"),
-        ("max_iters", "max_steps"),
-        ("learning_rate", "optim.learning_rate"),
-        ("optim.lr", "optim.learning_rate"),
-        ("epochs", "max_steps"),
-        ("device", "trainer.accelerator"),
-        ("dtype", "trainer.precision"),
-    ],
-)
-def test_a_key_of_another_program_has_the_hint_of_ours(typed: str, ours: str) -> None:
-    hint = explain_composition(ValueError(f"Could not override '{typed}'"))
-    assert f"did you mean {ours}" in hint
 
 
 @pytest.mark.parametrize("main", [train.main, serve.main])
