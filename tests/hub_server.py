@@ -76,10 +76,6 @@ def documents(source: Source, skip: int = 0) -> list[str | None]:
     return list(source.pinned().documents(skip))  # as a preparation reads them
 
 
-def text_bytes(source: Source) -> int | None:
-    return source.text_bytes()
-
-
 def pinned(source: Source) -> Source:
     return source.pinned()
 

@@ -135,7 +135,6 @@ def test_json_lines_are_read_in_every_compression(suffix: str, tmp_path: Path) -
         content = pa.compress(content, "zstd").to_pybytes()
     (tmp_path / f"many.{suffix}").write_bytes(content)
     source = TextFiles(path=str(tmp_path / f"many.{suffix}"))
-    assert source.text_bytes() is not None
     assert list(source.documents()) == [str(i) for i in range(n)]
 
 
@@ -372,21 +371,6 @@ def test_large_files_are_distinguished_by_samples(
     assert files_fingerprint(tmp_path, [path]) != before
 
 
-# Estimates
-
-
-@pytest.mark.parametrize("name", ["a.parquet", "b.jsonl.gz", "c.txt"])
-def test_the_amount_of_text_is_estimated(name: str, tmp_path: Path) -> None:
-    texts: list[str | None] = [f"Document {i}: {os.urandom(40).hex()}" for i in range(2000)]
-    n_bytes = sum(len(text or "") for text in texts)
-    write_parquet(tmp_path / "a.parquet", texts, row_group_size=300)
-    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps({"text": text, "n": 1}) + "\n" for text in texts)
-    (tmp_path / "c.txt").write_text("".join(text or "" for text in texts))
-    estimate = TextFiles(tmp_path / name).text_bytes()
-    assert estimate == pytest.approx(n_bytes, rel=0.8 if name.endswith("gz") else 0.15)
-
-
 # What cannot be read
 
 
@@ -534,8 +518,6 @@ def test_pages_of_fineweb_edu_are_read() -> None:
     source = FineWebEdu(path=str(path))
     assert list(source.documents()) == expected
     assert list(source.documents(skip=100)) == expected[100:]
-    n_bytes = sum(len(text.encode()) for text in expected)
-    assert source.text_bytes() == pytest.approx(n_bytes, rel=0.1)
 
 
 # The hub
@@ -621,17 +603,6 @@ def test_a_branch_is_pinned_to_its_commit(visit: Visit) -> None:
     assert pinned == replace(DATA_SET, revision=COMMIT)
     assert visit.read(pinned) == PAGES
     assert pinned.description()["revision"] == COMMIT
-
-
-def test_the_amount_of_text_on_the_hub_is_that_of_the_text_column(visit: Visit) -> None:
-    estimate = visit.process.submit(hub_server.text_bytes, DATA_SET).result(timeout=60)
-    chunks = [
-        pq.ParquetFile(path).metadata.row_group(i).column(0)
-        for path in (visit.hub.folder / "someone/something/pages").glob("train*")
-        for i in range(pq.ParquetFile(path).num_row_groups)
-    ]
-    n_bytes = sum(chunk.total_uncompressed_size for chunk in chunks)
-    assert estimate == pytest.approx(n_bytes, rel=0.1)
 
 
 def test_the_files_are_not_stored_on_disk(visit: Visit) -> None:

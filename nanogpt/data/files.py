@@ -4,10 +4,8 @@ Memory stays bounded whatever the size of a file: parquet is read by a few rows 
 JSON Lines by the line. Only a plain text file, which is one document, is held whole.
 """
 
-import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, repeat
@@ -17,7 +15,6 @@ from nanogpt.data.records import (
     BadRecord,
     decode,
     is_damage,
-    is_remote,
     lines,
     log_once,
     open_file,
@@ -25,7 +22,6 @@ from nanogpt.data.records import (
     text_under,
 )
 from nanogpt.hub import brief
-from nanogpt.text import format_number
 from nanogpt.tokenizer import END_OF_TEXT
 from nanogpt.values import Flag, Text
 
@@ -35,9 +31,6 @@ TEXTS = (".txt", ".md", ".py")
 STRING_TYPES = ("string", "large_string", "string_view")  # of Arrow, dictionaries of them too
 BATCH_ROWS = 64  # of parquet, decoded together
 BUFFER_BYTES = 2**20  # of a parquet column or a plain text file, read together
-COMPRESSION = 3  # of JSON Lines by gzip or zstd, about
-
-log = logging.getLogger(__name__)
 
 Record = tuple[str, bytes | BadRecord]  # a document or line after its position, or its error
 Block = tuple[int, Iterable[Record]]  # records that are skipped together, and their number
@@ -78,24 +71,6 @@ class Reader:
                             raise error.at(where) from error
                         yield None
                 skip = 0
-
-    def estimate_bytes(self, paths: Sequence[str]) -> int:
-        """Estimate the bytes of text in files from their sizes, and the footer of the first."""
-        sizes, name, scale = file_sizes(paths), paths[0].lower(), 1.0
-        log.info("reading %s files of %sB in all", len(paths), format_number(sum(sizes)))
-        if name.endswith((".gz", ".zst")):
-            scale = COMPRESSION
-        elif name.endswith(".parquet"):
-            import pyarrow
-            import pyarrow.parquet
-
-            with open_file(paths[0]) as file, suppress(OSError, pyarrow.ArrowException):
-                metadata = pyarrow.parquet.read_metadata(file)
-                groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-                chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-                texts = [chunk for chunk in chunks if chunk.path_in_schema == self.text_column]
-                scale = sum(chunk.total_uncompressed_size for chunk in texts) / max(sizes[0], 1)
-        return round(scale * sum(sizes))
 
     def _blocks(self, path: str) -> Iterator[Block]:
         with open_file(path) as file:
@@ -169,18 +144,6 @@ class Reader:
             rows = f"rows {row + 1} to {stop} ({reason})"
             lost = BadRecord(f"is damaged in row group {group}, {rows}", "fetch the file again")
             yield from repeat((path, lost), stop - row)
-
-
-def file_sizes(paths: Sequence[str]) -> list[int]:
-    """Return the bytes of local or of remote files."""
-    if not is_remote(paths[0]):
-        return [os.stat(path).st_size for path in paths]
-    import fsspec
-
-    filesystem, _ = fsspec.core.url_to_fs(paths[0])
-    for folder in dict.fromkeys(path.rpartition("/")[0] for path in paths):
-        filesystem.ls(folder)  # one request instead of one for each file; it is cached
-    return [int(filesystem.size(path)) for path in paths]
 
 
 def _whole(file: IO[bytes], path: str) -> Iterator[Record]:

@@ -62,14 +62,6 @@ class HubDataset(TextFiles):
         request += [] if self.separator is None else [self.separator]
         return hashlib.sha256(repr(request).encode()).hexdigest()[:16]
 
-    def text_bytes(self) -> int | None:
-        """Return an estimate of the bytes of text; None for other kinds of files."""
-        if self.path is not None:
-            return super().text_bytes()
-        with self._hub_errors():
-            files = self._files(self._builder())
-            return self.estimate_bytes(files) if files else None
-
     def pinned(self, revision: str | None = None) -> "HubDataset":
         """Return this data set at a commit: the one given, or the hub's for its revision now."""
         if self.path is not None:

@@ -9,7 +9,6 @@ import gzip
 import io
 import logging
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -43,7 +42,6 @@ from nanogpt.data.writer import (
     write_journal,
 )
 from nanogpt.disk import wait_for_lock, write_json
-from nanogpt.text import format_number
 from nanogpt.tokenizer import BPE_PATTERN, Tokenizer
 
 COMMIT_EVERY_S = 5.0  # at most this much work is repeated after a kill
@@ -208,8 +206,7 @@ def _write(
     byte_lengths = np.array([len(token) for token in tokenizer.token_bytes()])
     workers = n_cores() if preparation.workers is None else preparation.workers
     committed = time.monotonic()
-    text_bytes = source.text_bytes()
-    with _bar(progress.tokens) as bar:
+    with _bar(progress.splits["train"].tokens, limit) as bar:
         to_come = batches(source, split, tokenizer, progress)
         for batch, parts in tokenized(to_come, tokenizer, workers):
             train, counts, enough = parts["train"], progress.splits, False
@@ -230,33 +227,17 @@ def _write(
             if due and batch.ends_with_document:
                 writer.commit()
                 committed = time.monotonic()
-            total = _expected_tokens(text_bytes, limit, progress)
-            if bar.total is None and total is not None:
-                n_bytes = total * token_dtype(tokenizer.vocab_size).itemsize
-                free = shutil.disk_usage(preparation.directory).free
-                log.info(
-                    "about %s tokens, %sB on a disk that has %sB free",
-                    *map(format_number, (total, n_bytes, free)),
-                )
-            bar.total = total
-            bar.update(progress.tokens - bar.n)
+            bar.update(counts["train"].tokens - bar.n)
     writer.finish()
 
 
-def _expected_tokens(text_bytes: int | None, limit: int | None, progress: Progress) -> int | None:
-    """Return the tokens of the whole corpus, estimated from the written part."""
-    totals = [] if limit is None else [limit]
-    if text_bytes is not None and progress.bytes:
-        totals.append(text_bytes * progress.tokens // progress.bytes)
-    return max(min(totals), progress.tokens) if totals else None
-
-
-def _bar(n_tokens: int) -> tqdm:
-    """Return a bar on a terminal, elsewhere lines in the log, from the third second on."""
+def _bar(n_tokens: int, limit: int | None) -> tqdm:
+    """Return a bar of training tokens on a terminal, elsewhere lines in the log."""
     options: dict[str, Any] = {"dynamic_ncols": True}
     if not sys.stderr.isatty():
         options = {"file": _LogFile(), "mininterval": LOG_EVERY_S, "ncols": 0}
-    return tqdm(initial=n_tokens, unit=" tokens", unit_scale=True, miniters=1, delay=2, **options)
+    options |= {"unit": " tokens", "unit_scale": True, "miniters": 1, "delay": 2}
+    return tqdm(initial=n_tokens, total=limit, **options)
 
 
 class _LogFile(io.StringIO):

@@ -38,10 +38,6 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """Return a text that changes when the documents do, quickly and without a network."""
 
-    def text_bytes(self) -> int | None:
-        """Return about the bytes of all text, None where unknown; may send requests to the hub."""
-        return None
-
     def pinned(self, revision: str | None = None) -> "Source":
         """Return this source at a fixed revision: the one given, or the one it stands for now."""
         return self

@@ -41,10 +41,6 @@ class TextFiles(Reader, Source):
         how = self.text_column if self.separator is None else f"{self.text_column}-{self.separator}"
         return f"{how}-{files_fingerprint(root, paths)}"
 
-    def text_bytes(self) -> int | None:
-        """Return an estimate of the bytes of text."""
-        return self.estimate_bytes([str(path) for path in self._found()[1]])
-
     def description(self) -> dict[str, Any]:
         """Return the path, and how its files are read."""
         how = {"path": str(self.path), "text_column": self.text_column}
