@@ -140,12 +140,11 @@ def test_a_damaged_line_is_skipped_with_a_warning(
     assert file.path.read_bytes() == first + second
 
 
-def test_a_file_without_its_header_is_moved_aside_when_a_run_continues(file: MetricsFile) -> None:
+def test_a_file_without_its_header_is_named_when_a_run_continues(file: MetricsFile) -> None:
     file.path.write_bytes(b"\0" * 100 + b"\n")
-    file.cut_after(1)
-    file.append(2, {"train/loss": 3.0})
-    assert file.path.with_name("metrics.csv.damaged").read_bytes() == b"\0" * 100 + b"\n"
-    assert read_metrics(file.path) == {"train/loss": [(2, 3.0)]}
+    with pytest.raises(ValueError, match=r"metrics\.csv begins with .*; move it elsewhere"):
+        file.cut_after(1)
+    assert file.path.read_bytes() == b"\0" * 100 + b"\n"
 
 
 def test_a_foreign_file_is_refused(file: MetricsFile) -> None:

@@ -89,12 +89,6 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def is_whole(path: Path) -> bool:
-    """Return whether a report is complete, from its first line to its last."""
-    text = _read(_text, path, "")
-    return text.startswith("<!doctype html>") and text.endswith("</html>\n") and "\0" not in text
-
-
 def render(run: RunFiles) -> str:
     """Return the report as HTML."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined

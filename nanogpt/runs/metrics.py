@@ -88,16 +88,10 @@ class MetricsFile:
     def cut_after(self, step: int) -> None:
         """Drop the rows after `step`, the restored one, and damaged lines.
 
-        A file whose header is damaged is moved aside, to `metrics.csv.damaged`.
+        Raises ValueError for a file without a header.
         """
         if self.path.exists():
-            try:
-                columns, rows = _parse(self.path)
-            except ValueError:
-                aside = self.path.with_name(f"{self.path.name}.damaged")
-                log.warning("%s is damaged: it is moved to %s and begun anew", self.path, aside)
-                self.path.replace(aside)
-                return
+            columns, rows = _parse(self.path)
             self._rewrite(columns, {n: row for n, row in rows.items() if n <= step})
 
     def flush(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from nanogpt.checkpoint import weights_sha256
 from nanogpt.disk import write_json
 from nanogpt.ranks import on_rank_zero
-from nanogpt.report.report import is_whole, write_report
+from nanogpt.report.report import write_report
 from nanogpt.runs.directory import reached
 from nanogpt.runs.metrics import read_metrics
 from nanogpt.runs.run import Run
@@ -77,7 +77,7 @@ def finish(run: Run, module: StageModule, facts: Mapping[str, Any]) -> dict[str,
 def finished(run: Run) -> dict[str, Any]:
     """Return the summary of a run that has nothing left to do, whose report is there."""
     assert run.finished is not None
-    if run.ranks.rank == 0 and not is_whole(run.files.report_path):
+    if run.ranks.rank == 0 and not run.files.report_path.is_file():
         _write_report(run)
     return run.finished
 
