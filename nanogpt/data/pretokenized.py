@@ -7,7 +7,6 @@ without one, build-nanogpt's `.npy`, and a folder prepared here. Nothing is copi
 """
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ from nanogpt.data.corpus import MANIFEST, TOKENIZER, Corpus, describe_tokenizer,
 from nanogpt.data.shards import MAGIC_NUMBERS, UINT16, Part, TokenStream, naming_damage, shard_part
 from nanogpt.data.source import SAMPLE_BYTES, SAMPLES, files_fingerprint, local_path
 from nanogpt.data.writer import JOURNAL
-from nanogpt.disk import wait_for_lock, write_json
 from nanogpt.hub import hub_errors
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.values import CHECKED, FilePath, Share, Text
@@ -32,7 +30,7 @@ VAL_WORDS = {"val", "valid", "validation", "test"}
 MIN_VAL_TOKENS = 1025  # a row of GPT-2, where the last part of the tokens is held out
 READ_WHOLE_BYTES = 100 * 2**20  # of larger shards, blocks are checked and hashed
 PATTERNS = ["*.bin", "*.npy", MANIFEST, TOKENIZER]  # of files to fetch
-FETCHED = "fetched.json"  # the sizes of all, written last
+FETCHED = ".fetched"  # written last
 REMEDY = "fetch the file again, or take it out of data.path"
 
 log = logging.getLogger(__name__)
@@ -161,11 +159,8 @@ def fetch_pretokenized(where: str, data_dir: Path) -> Path:
             f"the Hugging Face hub, such as kjj0/finewebedu10B-gpt2"
         )
     directory = data_dir / "pretokenized" / where.replace("/", "--")
-    if not _is_fetched(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        with wait_for_lock(directory.with_name(f".{directory.name}.lock"), f"fetches {directory}"):
-            if not _is_fetched(directory):
-                _fetch(where, directory)
+    if not (directory / FETCHED).exists():
+        _fetch(where, directory)
     return directory
 
 
@@ -203,21 +198,14 @@ def token_part(path: Path) -> Part:
         return shard_part(path)
 
 
-def _is_fetched(directory: Path) -> bool:
-    try:
-        files = json.loads((directory / FETCHED).read_bytes())["files"]
-        return all((directory / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, LookupError):
-        return False
-
-
 def _fetch(repository: str, directory: Path) -> None:
-    """Fetch a repository's shards at its current revision, then record their sizes."""
+    """Fetch a repository's shards at its current revision, then mark the folder as whole."""
     from huggingface_hub import HfApi, snapshot_download
 
     what = f"{repository} (a data set, as no local folder has that name)"
     instead = f"pass a folder of token shards, or copy {directory} from a machine that has it"
     log.info("fetching %s into %s", repository, directory)
+    directory.mkdir(parents=True, exist_ok=True)
     with hub_errors(what, instead):
         snapshot_download(
             repository,
@@ -227,8 +215,7 @@ def _fetch(repository: str, directory: Path) -> None:
             allow_patterns=PATTERNS,
             ignore_patterns=["*/*"],
         )
-    sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
-    write_json(directory / FETCHED, {"files": sizes})
+    (directory / FETCHED).touch()
 
 
 def _fingerprint(files: list[Part], splits: dict[str, list[Part]], tokenizer: Tokenizer) -> str:
