@@ -48,11 +48,15 @@ def main() -> int:
 
 
 def check_engine(settings: Settings) -> None:
-    """Raise ValueError for a device or a default model that does not exist; these need torch."""
-    if settings.device not in ("auto", "cpu"):
-        from serving.engine.runner import check_device
+    """Raise ValueError for a device, or a dtype or a default model that it does not have."""
+    is_for_cpus = settings.dtype in ("fp24", "int8")
+    if settings.device != "cpu" and (settings.device != "auto" or is_for_cpus):  # needs torch
+        from serving.engine.runner import check_device, choose_device
 
         check_device(settings.device)
+        if is_for_cpus and choose_device(settings.device).type == "cuda":
+            what = f"dtype={settings.dtype} has no CUDA kernels"
+            raise ValueError(f"{what}; pass dtype=bf16 or fp32, or device=cpu")
     if settings.default_model is not None:
         from serving.engine.registry import Registry
 

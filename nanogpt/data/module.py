@@ -159,6 +159,12 @@ class RowsDataModule(LightningDataModule, ABC):
 
     test_dataloader = val_dataloader  # there is no further split
 
+    def transfer_batch_to_device(self, batch: Any, *args: Any) -> Any:
+        """Move a batch to a device, but for `parts`, which the host reads."""
+        parts = batch.pop("parts", None) if isinstance(batch, dict) else None
+        batch = super().transfer_batch_to_device(batch, *args)
+        return batch if parts is None else batch | {"parts": parts}
+
     def _loader(self, batches: Dataset, sampler: Iterable[Any], workers: int = 0) -> DataLoader:
         """Return a loader whose items are those of `batches` at the sampler's indices."""
         return DataLoader(

@@ -39,13 +39,15 @@ def make_loss(
     that of `GPT.hidden_states`.
     """
 
+    weight = torch.tensor(class_weights)
+
     def loss_of(model: Classifier, batch: Batch) -> Tensor:
         input_ids, lengths, labels = batch["input_ids"], batch["lengths"], batch["labels"]
         hidden_states = model.hidden_states(input_ids, row_seeds=batch.get("row_seeds"), run=run)
         loss = F.cross_entropy(
             model.classify(hidden_states, lengths),
             labels,
-            weight=torch.tensor(class_weights, device=labels.device),
+            weight=weight.to(labels.device, non_blocking=True),
             label_smoothing=label_smoothing,
             reduction="sum",
         )
@@ -107,8 +109,9 @@ class ClassifyModule(StageModule):
         labels = batch["labels"]  # (B,), -100 = not scored
         logits = self.model.class_logits(batch["input_ids"], batch["lengths"])
         nats = F.cross_entropy(logits.float(), labels, reduction="none")
-        scored = labels != -100
-        return {"loss": (nats, scored), "accuracy": (logits.argmax(-1) == labels, scored)}
+        hits, scored = logits.argmax(-1) == labels, labels != -100
+        nats, hits, scored = torch.stack([nats, hits, scored]).cpu()  # as float32: one wait
+        return {"loss": (nats, scored.long()), "accuracy": (hits, scored.long())}
 
 
 def measure(

@@ -70,7 +70,9 @@ class LanguageModel(StageModule):
         targets = batch["targets"]  # (B, T)
         logits = self.model(batch["input_ids"], documents=batch.get("documents")).flatten(0, 1)
         nats = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="none")
-        nats = nats.view_as(targets).cpu().double()
         scored = targets != -100
         n_bytes = self.token_bytes[targets.clamp(min=0)].where(scored, 0)
+        nats = nats.float().view_as(targets)
+        nats, scored, n_bytes = torch.stack([nats, scored, n_bytes]).cpu()  # as float32: one wait
+        nats, scored, n_bytes = nats.double(), scored.bool(), n_bytes.long()
         return {"loss": (nats, scored), "bits_per_byte": (nats / math.log(2), n_bytes)}
