@@ -1,13 +1,16 @@
 """Retention of checkpoints, samples after a restored step, and Lightning as it is relied on."""
 
+import threading
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from nanogpt.checkpoint import record
+import nanogpt.training.checkpointing as checkpointing_module
+from nanogpt.checkpoint import read_checkpoint, record
 from nanogpt.disk import link_atomically
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.runs.directory import cut_samples
@@ -76,16 +79,58 @@ def test_everything_is_due_at_the_last_step() -> None:
     assert [step for step in range(1, 8) if is_due(step, 3, trainer)] == [3, 6, 7]
 
 
-def test_a_checkpoint_that_cannot_be_read_back_is_not_left(tmp_path: Path) -> None:
-    path = tmp_path / "step_000001.ckpt"
+@pytest.fixture
+def content() -> dict[str, Any]:
     config = GPTConfig(block_size=8, vocab_size=273, n_layer=1, n_head=2, n_embd=8)
-    content = {
+    return {
         "global_step": 1,
         "state_dict": {f"model.{name}": w for name, w in GPT(config).state_dict().items()},
         "nanogpt": record("pretrain", config, byte_tokenizer()),
     }
+
+
+def test_a_checkpoint_that_cannot_be_read_back_is_not_left(
+    tmp_path: Path, content: dict[str, Any]
+) -> None:
+    path = tmp_path / "step_000001.ckpt"
     with pytest.raises(ValueError, match=r"step_000001\.ckpt .*holds Python objects"):
         AtomicCheckpointIO().save_checkpoint({**content, "state": Fraction(1, 2)}, path)
     assert list(tmp_path.iterdir()) == []
     AtomicCheckpointIO().save_checkpoint(content, path)
     assert path.is_file()
+
+
+def test_a_checkpoint_is_written_while_training_changes_the_weights(
+    tmp_path: Path, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, may_write, done = tmp_path / "step_000001.ckpt", threading.Event(), []
+    write = checkpointing_module.write_checkpoint
+
+    def write_later(*arguments: Any) -> None:
+        assert may_write.wait(10)
+        write(*arguments)
+
+    monkeypatch.setattr(checkpointing_module, "write_checkpoint", write_later)
+    saver = AtomicCheckpointIO()
+    saver.then = lambda: done.append(path.is_file())
+    name, weight = next(iter(content["state_dict"].items()))
+    expected = weight.clone()
+    saver.save_checkpoint(content, path)
+    weight += 1
+    assert not done
+    may_write.set()
+    saver.teardown()
+    assert done == [True]
+    assert torch.equal(read_checkpoint(path)["state_dict"][name], expected)
+
+
+def test_what_a_thread_could_not_write_is_raised_once_and_nothing_follows(
+    tmp_path: Path, content: dict[str, Any]
+) -> None:
+    saver = AtomicCheckpointIO()
+    saver.then = lambda: (tmp_path / "last.ckpt").touch()
+    saver.save_checkpoint({**content, "state": Fraction(1, 2)}, tmp_path / "step_000001.ckpt")
+    with pytest.raises(ValueError, match=r"step_000001\.ckpt .*holds Python objects"):
+        saver.save_checkpoint(content, tmp_path / "step_000002.ckpt")
+    saver.join()
+    assert list(tmp_path.iterdir()) == []

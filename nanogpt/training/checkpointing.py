@@ -1,6 +1,10 @@
 """When checkpoints are written, which of them stay, and how Lightning writes and reads them."""
 
+import copy
 import io
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import validate_call
+from torch.utils._pytree import tree_leaves
 
 from nanogpt.checkpoint import read_checkpoint, read_record, write_checkpoint
 from nanogpt.disk import link_atomically
@@ -20,32 +25,45 @@ from nanogpt.values import Count, Size
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Write a Lightning checkpoint as a whole or not at all, and verify what was written."""
+    """Write a Lightning checkpoint as a whole or not at all, and verify what was written.
+
+    With `then` set, the next one is copied and written in a thread, which calls `then` after it.
+    """
+
+    def __init__(self) -> None:
+        self.then: Callable[[], None] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")  # which ends before the process
+        self._writing: Future[None] | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         """Raises ValueError, and leaves no file, for a content that could not be read back."""
-        write_checkpoint(checkpoint, Path(path))
-        try:
-            read_record(Path(path))
-        except ValueError as error:
-            Path(path).unlink()
-            for name, state in checkpoint.get("callbacks", {}).items():
-                if not _is_plain(state):
-                    raise ValueError(
-                        f"state_dict() of the callback {name} holds Python objects, which can run "
-                        "code when loaded; let it return tensors, numbers, text, lists and dicts"
-                    ) from error
-            raise
+        self.join()
+        then, self.then = self.then, None
+        if then is None:
+            _write(checkpoint, Path(path))
+        else:
+            self._writing = self._thread.submit(_write_copy, *_copied(checkpoint), Path(path), then)
+
+    def join(self) -> None:
+        """Wait until the checkpoint is written; raise what writing it raised, once."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
+        self.join()
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
+        self.join()
         Path(path).unlink(missing_ok=True)
+
+    def teardown(self) -> None:  # after training, whether it succeeded or not
+        self.join()
 
 
 class Checkpointing(ModelCheckpoint):
@@ -101,6 +119,10 @@ class Checkpointing(ModelCheckpoint):
         if step == self.saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.saved_step = step  # or tried, so that on_exception does not repeat what failed
+        io = trainer.strategy.checkpoint_io
+        own = io if isinstance(io, AtomicCheckpointIO) else None  # not a plugin of the user's
+        if own is not None:
+            own.join()  # `best` is still that of the checkpoint before
         if loss is not None and (self.best is None or loss < self.best[0]):
             self.best = (loss, step)
         if self.best is not None:
@@ -112,10 +134,16 @@ class Checkpointing(ModelCheckpoint):
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsLogger):
                     logger.flush()
+            finish = partial(self._finish, path, step)
+            if trainer.is_global_zero and own is not None:
+                own.then = finish
             trainer.save_checkpoint(path)
-            if trainer.is_global_zero:
-                link_atomically(path, self.directory / "last.ckpt")
-                self._remove_old(step)
+            if trainer.is_global_zero and (own is None or own.then is finish):  # which it left
+                finish()
+
+    def _finish(self, path: Path, step: int) -> None:
+        link_atomically(path, self.directory / "last.ckpt")
+        self._remove_old(step)
 
     def _is_due(self, trainer: Trainer) -> bool:
         now = trainer.should_stop or is_due(trainer.global_step, self.every_n_steps, trainer)
@@ -132,6 +160,42 @@ class Checkpointing(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    write_checkpoint(checkpoint, path)
+    try:
+        read_record(path)
+    except ValueError as error:
+        path.unlink()
+        for name, state in checkpoint.get("callbacks", {}).items():
+            if not _is_plain(state):
+                raise ValueError(
+                    f"state_dict() of the callback {name} holds Python objects, which can run "
+                    "code when loaded; let it return tensors, numbers, text, lists and dicts"
+                ) from error
+        raise
+
+
+def _copied(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], torch.Event | None]:
+    """Return a copy in the memory of the CPU, and the event of a GPU after which it is there."""
+    copies, event = {}, None
+    for leaf in tree_leaves(checkpoint):
+        if isinstance(leaf, torch.Tensor) and not leaf.is_cpu:
+            copy_ = torch.empty_like(leaf, device="cpu", pin_memory=leaf.is_cuda)
+            copies[id(leaf)] = copy_.copy_(leaf, non_blocking=leaf.is_cuda)
+            if leaf.is_cuda:
+                event = torch.cuda.current_stream(leaf.device).record_event(event)
+    return copy.deepcopy(checkpoint, copies), event
+
+
+def _write_copy(
+    checkpoint: dict[str, Any], event: torch.Event | None, path: Path, then: Callable[[], None]
+) -> None:
+    if event is not None:
+        event.synchronize()
+    _write(checkpoint, path)
+    then()
 
 
 def _is_plain(state: Any) -> bool:

@@ -277,7 +277,9 @@ class StageModule(LightningModule):
 
 def compiled_block() -> Callable[..., Tensor]:
     """Return `run_block` compiled: layers share one graph, with dropout all but the first."""
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # else each number of a layer has one
+    from torch._dynamo import config  # which takes a second to import
+
+    config.allow_unspec_int_on_nn_module = True  # else each layer whose number is used has a graph
     return torch.compile(run_block)
 
 
