@@ -55,7 +55,8 @@ def settle(config: dict[str, Any]) -> dict[str, Any]:
             return kept
     if not is_open:
         return config
-    chosen = choices(config, depth or DEPTH, tokens_of(depth or DEPTH))
+    tokens = config["typed"].get("max_tokens") or tokens_of(depth or DEPTH)
+    chosen = choices(config, depth or DEPTH, tokens)
     if minutes is not None:  # until the data is prepared; the rest is chosen then
         chosen = {key: value for key, value in chosen.items() if key.startswith("model.")}
     return with_choices(config, chosen)
