@@ -62,21 +62,20 @@ def train(point: Mapping[str, Any], options: argparse.Namespace) -> Point:
     depth, tokens = point["depth"], recipe.tokens_of(point["depth"])
     base = recipe.step_tokens(tokens, options.block_size)
     per_step = max(round(base * point["step"] / options.block_size), 1) * options.block_size
-    factor = recipe.rate_factor(per_step, depth) * point["rate"]
     name = "-".join(f"{key}{value}" for key, value in point.items())
     overrides = [
         *("model=auto", f"depth={depth}", f"minutes={point['minutes']}", f"seed={point['seed']}"),
         f"model.block_size={options.block_size}",
         f"tokens_per_step={per_step}",
-        f"optim.learning_rate={options.learning_rate * factor:.4g}",
-        f"optim.adamw_learning_rate={options.adamw_learning_rate * factor:.4g}",
+        f"optim.learning_rate={options.learning_rate * point['rate']:.4g}",
+        f"optim.adamw_learning_rate={options.adamw_learning_rate * point['rate']:.4g}",
         *(f"name=recipe/{name}", f"runs_dir={options.runs_dir}", f"data_dir={options.data_dir}"),
         *options.overrides,
     ]
     subprocess.run([sys.executable, str(ROOT / "train.py"), *overrides], check=True)
     summary = json.loads((options.runs_dir / "recipe" / name / "summary.json").read_text())
     keys = ("val_bits_per_byte", "tokens", "steps", "tokens_per_s", "wall_s")
-    return {**{key: summary[key] for key in keys}, "tokens_per_step": per_step, "factor": factor}
+    return {**{key: summary[key] for key in keys}, "tokens_per_step": per_step}
 
 
 def read(path: Path) -> list[Point]:
@@ -106,7 +105,7 @@ def fit(points: Iterable[Point]) -> Iterable[str]:
         yield (
             f"{minutes:g} min: {means[key]:.4f} bits per byte at depth {point['depth']}, "
             f"{point['tokens']:,} tokens ({best[-1]['ratio']:.2f} per weight), "
-            f"{point['tokens_per_step']:,} per step, rates x {point['factor']:.2f}"
+            f"{point['tokens_per_step']:,} per step, learning rates x {point['rate']:g}"
         )
     if not best:
         return
@@ -117,16 +116,6 @@ def fit(points: Iterable[Point]) -> Iterable[str]:
             np.log([point[key] for point in best]) for key in ("tokens", "tokens_per_step")
         )
         yield f"STEP_EXPONENT = {np.polyfit(tokens, steps, 1)[0]:.3f}"
-    if len({(point["depth"], point["tokens_per_step"]) for point in best}) > 2:
-        columns = [
-            [math.log(p["tokens_per_step"] / recipe.TOKENS_PER_STEP) for p in best],
-            [math.log(recipe.DEPTH / p["depth"]) for p in best],
-            [1.0] * len(best),
-        ]
-        logs = [math.log(point["factor"]) for point in best]
-        (rate, depth, level), *_ = np.linalg.lstsq(np.array(columns).T, np.array(logs), rcond=None)
-        yield f"RATE_EXPONENT = {rate:.3f}, DEPTH_EXPONENT = {depth:.3f}"
-        yield f"learning rates of conf/optim/muon.yaml x {math.exp(level):.3f}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -140,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
             return [kind(word) for word in text.split(",")]
 
         parser.add_argument(f"--{name}", type=values, default=default, help=f"default {default}")
-    parser.add_argument("--learning-rate", type=float, default=1e-2, help="of the anchor")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="of the anchor")
     parser.add_argument("--adamw-learning-rate", type=float, default=1e-2, help="of the anchor")
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--results", type=Path, default=Path("recipe.jsonl"))

@@ -11,16 +11,14 @@ from nanogpt import plan
 from nanogpt.runs.directory import read_config
 from nanogpt.training import budget, module
 from nanogpt.training.autotune import Timings, Trials
-from nanogpt.training.recipe import choices, rate_factor, step_tokens, tokens_of, with_choices
+from nanogpt.training.recipe import choices, step_tokens, tokens_of, with_choices
 
 Main = Callable[..., int]
-MUON = {"_target_": "nanogpt.optim.muon", "learning_rate": 1e-2, "adamw_learning_rate": 3e-3}
 
 
 def config(**typed: Any) -> dict[str, Any]:
     """Return a configuration as far as the rules read it."""
-    optim = {**MUON, "weight_decay": 0.1}
-    return {"typed": typed, "optim": optim, "tokens_per_step": 2048, "model": {"block_size": 128}}
+    return {"typed": typed, "tokens_per_step": 2048, "model": {"block_size": 128}}
 
 
 def at_speed(monkeypatch: pytest.MonkeyPatch, step_s: float, left_s: float = 10.0) -> None:
@@ -35,8 +33,6 @@ def test_the_rules_by_hand() -> None:
     assert step_tokens(2_048_000, 128) == 2048
     assert step_tokens(4 * 2_048_000, 128) == 4096  # 2048 x 4**0.38 = 3468, 27.1 rows
     assert step_tokens(10, 128) == 128
-    assert rate_factor(8192, 4) == 2.0
-    assert rate_factor(2048, 16) == 0.5
 
 
 def test_the_anchor_keeps_its_values() -> None:
@@ -48,31 +44,13 @@ def test_the_anchor_keeps_its_values() -> None:
         "tokens_per_step": 2048,
         "max_steps": 600,
         "max_tokens": None,
-        "optim.learning_rate": 1e-2,
-        "optim.adamw_learning_rate": 3e-3,
-        "optim.weight_decay": 0.1,
     }
 
 
-def test_rates_times_decay_times_steps_stay() -> None:
-    chosen = choices(config(), 8, 8_192_000)
-    assert chosen["tokens_per_step"] == 4096
-    assert chosen["optim.learning_rate"] == 1e-2  # sqrt(2) of the step, 1 / sqrt(2) of the depth
-    assert chosen["optim.weight_decay"] == pytest.approx(0.1 * 600 / 2000)
-
-
 def test_typed_values_win() -> None:
-    typed = {"tokens_per_step": 2048, "optim.learning_rate": 1e-2, "max_tokens": 10_000}
+    typed = {"tokens_per_step": 2048, "model.n_head": 8, "max_tokens": 10_000}
     chosen = choices(config(**typed), 16, 2_048_000)
-    assert not {*typed, "max_steps"} & chosen.keys()
-    assert chosen["optim.adamw_learning_rate"] == 1.5e-3
-
-
-def test_rates_of_other_optimizers_stay() -> None:
-    other = {**config(), "optim": {"_target_": "nanogpt.optim.adamw", "learning_rate": 6e-4}}
-    assert not [key for key in choices(other, 8, 1e6) if key.startswith("optim")]
-    own = config(optim={**MUON})
-    assert not [key for key in choices(own, 8, 1e6) if key.startswith("optim")]
+    assert chosen == {"model.n_layer": 16, "model.n_embd": 1024}
 
 
 def test_choices_are_values_of_the_configuration() -> None:
@@ -89,9 +67,20 @@ def test_a_depth_gives_the_run_its_shape(tiny_run: list[str], main: Main, tmp_pa
     found = read_config(tmp_path / "runs" / "tiny" / "config.yaml")
     assert [found["model"][key] for key in ("n_layer", "n_head", "n_embd")] == [1, 1, 64]
     assert found["tokens_per_step"] == found["chosen"]["tokens_per_step"] == 1024
-    assert found["optim"]["learning_rate"] == found["chosen"]["optim.learning_rate"]
     assert main(*run) == 0
     assert "already finished" in (tmp_path / "runs" / "tiny" / "train.log").read_text()
+
+
+def test_steps_follow_a_typed_number_of_tokens(
+    tiny_run: list[str], main: Main, tmp_path: Path
+) -> None:
+    run = [
+        word for word in tiny_run if not word.startswith(("model.n_", "tokens_per_step", "max_"))
+    ]
+    assert main(*run, "model=auto", "depth=1", "max_tokens=500") == 0
+    found = read_config(tmp_path / "runs" / "tiny" / "config.yaml")
+    assert found["tokens_per_step"] == 128  # 2048 x (500 / 1,228,800)**0.38 = 106, 6.6 rows of 16
+    assert json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())["steps"] == 4
 
 
 @pytest.mark.parametrize("step_of_failure", [2, 7])  # before and after the steps are fixed

@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import DeviceStatsMonitor, EarlyStopping, LearningRateMonitor
+from lightning.pytorch.callbacks import (
+    DeviceStatsMonitor,
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+)
 from torch.utils.data import DataLoader
 
 from nanogpt.checkpoint import record, weights_sha256
@@ -264,6 +269,28 @@ def test_stock_monitors_write_into_metrics_csv(tmp_path: Path) -> None:
         table = list(csv.DictReader(file))
     assert [row["step"] for row in table] == sorted((r["step"] for r in table), key=int)
     assert {row["lr-AdamW"] for row in table if row["lr-AdamW"]} == {"0.01"}
+
+
+class Weights(Callback):
+    """Record the final norm's weights after every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        self.seen.append(pl_module.model.ln_f.weight.detach().clone())
+
+
+def test_stock_averages_become_the_weights_and_resume(tmp_path: Path) -> None:
+    weights = Weights()
+    Run(tmp_path / "plain", weights)
+    expected, *others = weights.seen
+    for one in others:
+        expected = 0.9 * expected + 0.1 * one
+    whole = Run(tmp_path / "whole", EMAWeightAveraging(decay=0.9))
+    torch.testing.assert_close(whole.module.model.ln_f.weight.detach(), expected)
+    resumed = Run(tmp_path / "whole", EMAWeightAveraging(decay=0.9), start=whole.checkpoint(6))
+    assert weights_sha256(resumed.module.model) == weights_sha256(whole.module.model)
 
 
 class LogStep(Callback):

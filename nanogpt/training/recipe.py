@@ -1,7 +1,7 @@
-"""Hyperparameters from a model's depth, as rules with few constants.
+"""Model and step size from a depth, as rules with few constants.
 
-The rules scale the values of conf/optim/muon.yaml, which are those of the anchor below. Constants
-have their sources beside them; benchmarks/recipe.py runs the sweep that would fit them.
+They go through the anchor below. Constants have their sources beside them; benchmarks/recipe.py
+runs the sweep that would fit them.
 """
 
 import math
@@ -13,8 +13,6 @@ HEAD_SIZE = 64  # channels, and of the model as many times as it has layers
 DEPTH, TOKENS, TOKENS_PER_STEP = 4, 1_228_800, 2048
 TOKENS_PER_WEIGHT = 2.0  # the anchor has 0.7; 20 in Hoffmann et al. (arXiv:2203.15556)
 STEP_EXPONENT = 0.38  # of the tokens: Power Lines (arXiv:2505.13738) has 0.383
-RATE_EXPONENT = 0.5  # of the tokens per step: square-root scaling (arXiv:2006.09092)
-DEPTH_EXPONENT = 0.5  # of 1 / depth
 MAX_PASSES = 4  # over a corpus, beyond which tokens gain little (arXiv:2305.16264)
 
 
@@ -29,35 +27,19 @@ def step_tokens(tokens: float, block_size: int) -> int:
     return int(block_size * 2 ** max(round(math.log2(rows)), 0))
 
 
-def rate_factor(tokens_per_step: int, depth: int) -> float:
-    """Return the factor of the learning rates: sqrt(tokens per step) and 1 / sqrt(depth)."""
-    of_step = (tokens_per_step / TOKENS_PER_STEP) ** RATE_EXPONENT
-    return float(of_step * (DEPTH / depth) ** DEPTH_EXPONENT)
-
-
 def choices(config: Mapping[str, Any], depth: int, tokens: float) -> dict[str, Any]:
     """Return the values, by dotted key, of a run of this depth on about so many tokens.
 
-    Keys that were typed are left out, and the steps where any budget was. The weight decay keeps
-    its product with learning rate and steps (arXiv:2405.13698). Rates of other optimizers than
-    nanogpt.optim.muon stay as configured.
+    Keys that were typed are left out, and the steps where any budget was.
     """
-    typed, optim = config["typed"], config["optim"]
-    per_step = config["tokens_per_step"]
+    typed, per_step = config["typed"], config["tokens_per_step"]
     if "tokens_per_step" not in typed:
         per_step = step_tokens(tokens, config["model"]["block_size"])
-    steps = math.ceil(tokens / per_step)
     shape = {"n_layer": depth, "n_head": depth, "n_embd": HEAD_SIZE * depth}
     values: dict[str, Any] = {f"model.{key}": value for key, value in shape.items()}
     values |= {"tokens_per_step": per_step}
     if not {"max_steps", "max_tokens", "minutes"} & typed.keys():
-        values |= {"max_steps": steps, "max_tokens": None}
-    if optim["_target_"] == "nanogpt.optim.muon" and not isinstance(typed.get("optim"), Mapping):
-        factor = rate_factor(per_step, depth)
-        decay = TOKENS / TOKENS_PER_STEP / steps / factor
-        factors = {"learning_rate": factor, "adamw_learning_rate": factor, "weight_decay": decay}
-        for key, by in factors.items():
-            values[f"optim.{key}"] = float(f"{optim[key] * by:.3g}")
+        values |= {"max_steps": math.ceil(tokens / per_step), "max_tokens": None}
     return {key: value for key, value in values.items() if key not in typed}
 
 
