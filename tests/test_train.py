@@ -3,6 +3,7 @@
 import csv
 import errno
 import io
+import itertools
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from omegaconf import OmegaConf
 import train
 from nanogpt.checkpoint import load_checkpoint, read_checkpoint
 from nanogpt.runs.directory import read_config
+from nanogpt.training import language_model
 
 ROOT = Path(__file__).parent.parent
 POSIX = pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
@@ -312,6 +314,54 @@ def test_the_same_first_gradient_for_every_micro_batch(tiny_run: list[str], tmp_
         fit(*options, f"micro_batch={micro_batch}", f"name=m{micro_batch}")
         norms.append(float(metrics(tmp_path / "runs" / f"m{micro_batch}", "train/grad_norm")[0][0]))
     assert abs(norms[0] - norms[1]) < 1e-5
+
+
+def out_of_memory_from(monkeypatch: pytest.MonkeyPatch, call: int, most_rows: int) -> None:
+    """Have every forward of more rows run out of memory, from this call on."""
+    loss, calls = language_model.next_token_loss, itertools.count(1)
+
+    def limited(model: Any, input_ids: Any, *args: Any) -> Any:
+        if next(calls) >= call and len(input_ids) > most_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss(model, input_ids, *args)
+
+    monkeypatch.setattr(language_model, "next_token_loss", limited)
+
+
+@pytest.mark.parametrize(("micro_batch", "most_rows"), [(4, 2), (8, 2), (8, 1)])
+def test_a_step_without_memory_is_that_of_smaller_micro_batches(
+    micro_batch: int,
+    most_rows: int,
+    tiny_run: list[str],
+    tmp_path: Path,
+    main: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = ["model.dropout=0.1", f"micro_batch={micro_batch}"]
+    callback = f"callbacks.mine={{_target_: {__name__}.Raises, hook: on_train_batch_end, step: 5}}"
+    assert main(*tiny_run, *options, "name=two", callback) == 1
+    expected = fit(*tiny_run, *options[:1], "name=two", f"micro_batch={most_rows}")
+
+    first = 5 * 8 // micro_batch + 8 // micro_batch  # the last micro-batch of step 6
+    with monkeypatch.context() as patch:
+        out_of_memory_from(patch, first, most_rows)
+        summary = fit(*tiny_run, *options)
+    assert summary["weights_sha256"] == expected["weights_sha256"]
+    assert f"at step 6, which is repeated with micro_batch={most_rows} in place of" in caplog.text
+    recorded = read_config(tmp_path / "runs" / "tiny" / "config.yaml")
+    assert recorded["resolved"]["micro_batch"] == most_rows
+
+
+def test_a_single_row_without_memory_ends_the_run(
+    tiny_run: list[str],
+    main: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    out_of_memory_from(monkeypatch, 3, 0)
+    assert main(*tiny_run, "micro_batch=2") == 1
+    assert "train.py: out of memory (CUDA out of memory." in capfd.readouterr().err
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(

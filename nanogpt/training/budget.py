@@ -92,7 +92,8 @@ class FixedSteps(Callback):
     """Fix the number of steps of a run of `minutes` by the time that its first quarter took.
 
     Until then the trainer goes on for up to `SLACK` times the estimate, if the schedule has the
-    same factors for both. The run records the number, so that it continues with it.
+    same factors for both. The run records the number, so that it continues with it, and the
+    micro-batch of any run that memory became too small for.
     """
 
     def __init__(self, run: Run, schedule: Schedule) -> None:
@@ -105,8 +106,10 @@ class FixedSteps(Callback):
             trainer.fit_loop.epoch_loop.max_steps = self.most
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        module: Any = pl_module
+        if module.micro_batch not in (None, self.run.recorded["micro_batch"]):  # of one rank
+            self.run.record({**self.run.recorded, "micro_batch": module.micro_batch})
         if trainer.global_step == self.at and trainer.max_steps == self.most:
-            module: Any = pl_module
             module.max_steps = on_rank_zero(lambda: self._fix(module.wall_s()))
             trainer.fit_loop.epoch_loop.max_steps = module.max_steps
 

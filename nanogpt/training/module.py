@@ -8,6 +8,7 @@ makes every split of a step over micro-batches and ranks give the same update.
 """
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,10 +20,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nanogpt.checkpoint import KEY
+from nanogpt.command import out_of_memory
 from nanogpt.model import GPT, run_block
 from nanogpt.optim import factor_at, learning_rates, set_learning_rates
 from nanogpt.prompts import Template
 from nanogpt.tokenizer import Tokenizer
+
+log = logging.getLogger("nanogpt")
 
 # The batch contract: input_ids (B, T), targets (B, T), step_targets, row_seeds (B,).
 Batch = dict[str, Any]
@@ -70,6 +74,7 @@ class StageModule(LightningModule):
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.compiled = compiled
+        self.micro_batch: int | None = None  # rows of a forward, where memory needs fewer
         self.progress: dict[str, float] = {}
         self.stop_signal: int | None = None  # that ends training before its budget
         # The first step of a process, which compiles and warms up, is not timed.
@@ -117,13 +122,7 @@ class StageModule(LightningModule):
         optimizer: Any = self.optimizers()
         factor = factor_at(self.schedule, step, self.max_steps)
         set_learning_rates(optimizer, self.learning_rates, factor)
-        losses = []
-        # Ranks reduce gradients at the last micro-batch of a step only.
-        reduce_later = getattr(self.trainer.strategy, "block_backward_sync", contextlib.nullcontext)
-        for batch in micro_batches[:-1]:
-            with reduce_later():
-                losses.append(self._backward(batch))
-        losses.append(self._backward(micro_batches[-1]))
+        losses = self._add_gradients(micro_batches)
         grad_norm = self._clip_gradients()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -146,6 +145,34 @@ class StageModule(LightningModule):
                 logger.log_metrics({**metrics, "wall_s": self.wall_s()}, step)
         if step == self.trainer.max_steps:
             self.trainer.should_stop = True  # upon which Lightning validates, at any interval
+
+    def _add_gradients(self, micro_batches: list[Batch]) -> list[Tensor]:
+        """Add up the gradients of a step; return its shares of the loss.
+
+        Where memory runs out, the step begins again in smaller micro-batches, which stay. Several
+        ranks have reduced some gradients by then, and a single row cannot be split: both raise.
+        """
+        parts = [part for batch in micro_batches for part in in_rows(batch, self.micro_batch)]
+        # Ranks reduce gradients at the last micro-batch of a step only.
+        reduce_later = getattr(self.trainer.strategy, "block_backward_sync", contextlib.nullcontext)
+        losses, n_rows = [], len(parts[0]["input_ids"])
+        try:
+            for batch in parts[:-1]:
+                with reduce_later():
+                    losses.append(self._backward(batch))
+            return [*losses, self._backward(parts[-1])]
+        except (RuntimeError, MemoryError) as error:
+            shortage = out_of_memory(error)
+            if not shortage or n_rows == 1 or self.trainer.world_size > 1:
+                raise
+        # A divisor, so that the recorded number still divides the rows of a step. The error, which
+        # keeps the tensors of the pass, is gone.
+        self.micro_batch = max(n for n in range(1, n_rows // 2 + 1) if n_rows % n == 0)
+        what = (shortage, self.trainer.global_step + 1, self.micro_batch, n_rows)
+        log.warning("%s at step %s, which is repeated with micro_batch=%s in place of %s", *what)
+        self.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        return self._add_gradients(micro_batches)
 
     def _backward(self, batch: Batch) -> Tensor:
         """Add a micro-batch's share of the step's gradient; return its share of the loss."""
@@ -273,6 +300,18 @@ class StageModule(LightningModule):
         clock = checkpoint[KEY]["clock"]
         self.train_s, self.timed_steps = clock["train_s"], clock["timed_steps"]
         self._wall_s_before = clock["wall_s"]
+
+
+def in_rows(batch: Batch, n: int | None) -> list[Batch]:
+    """Return a micro-batch in parts of n rows, or as it is without n."""
+    rows = len(batch["input_ids"])
+    if n is None or n >= rows:
+        return [batch]
+    of_rows = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.shape[:1] == (rows,)}
+    return [
+        {**batch, **{key: value[start : start + n] for key, value in of_rows.items()}}
+        for start in range(0, rows, n)
+    ]
 
 
 def compiled_block() -> Callable[..., Tensor]:
