@@ -48,14 +48,15 @@ class Program:
 class Ours(Program):
     """The engine's runner: the scheduler, the kernels and the sampler, without its process."""
 
-    def __init__(self, files: Path, dtype: Any, temperature: float = 0.0) -> None:
+    def __init__(
+        self, files: Path, dtype: Any, temperature: float = 0.0, device: str = "cpu"
+    ) -> None:
         self.temperature = temperature
         sizes = {"fp32": 4.0, "fp24": 3.0, "bf16": 2.0, "int8": 1 + 2 / 64}  # with scales
         self.weight_bytes, self.kv_bytes = sizes[dtype], cache_dtype(dtype).itemsize
         (entry,) = find_entries(files / "model.ckpt")
-        settings = Settings(
-            device="cpu", dtype=dtype, max_slots=MAX_STREAMS, chunk_tokens=CHUNK_TOKENS
-        )
+        on_cpu: Any = {"max_slots": MAX_STREAMS, "chunk_tokens": CHUNK_TOKENS}
+        settings = Settings(device=device, dtype=dtype, **on_cpu if device == "cpu" else {})
         self.runner = load_runner(entry, settings, Stats(), self._record, cache_bytes=1e12)
 
     def run(self, prompts: list[list[int]], n_new: int) -> tuple[float, float]:
@@ -63,6 +64,10 @@ class Ours(Program):
         ids, first = self._write(prompts, n_new, scope=str(start))
         assert all(len(written) == n_new for written in ids)
         return time.perf_counter() - start, first
+
+    def continue_texts(self, prompts: list[list[int]], n_new: int) -> list[list[int]]:
+        """Return the tokens that continue the prompts."""
+        return self._write(prompts, n_new, scope=str(time.perf_counter()))[0]
 
     def second_turn(self, prompt: list[int], reply: int, new: list[int]) -> tuple[float, float]:
         """Return seconds to the first token of a chat's second turn: anew, and after its first."""
