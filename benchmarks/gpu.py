@@ -34,6 +34,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ from nanogpt.training.throughput import flops_per_token, peak_flops
 
 ROOT = Path(__file__).parent.parent
 Record = dict[str, Any]
-TINY = {"block_size": 64, "vocab_size": 512, "n_layer": 2, "n_head": 2, "n_embd": 64}
+TINY: Record = {"block_size": 64, "vocab_size": 512, "n_layer": 2, "n_head": 2, "n_embd": 64}
 PADDED = 50_304  # GPT-2's vocabulary as nanoGPT pads it
 FP32, BF16 = 1e-4, 3e-2  # relative errors that rounding explains
 
@@ -125,7 +126,7 @@ def limits(options: Options) -> Iterator[Record]:
     side = 512 if options.quick else 8192
     for dtype in (torch.bfloat16, torch.float32):
         a = torch.randn(side, side, device=options.device, dtype=dtype)
-        seconds = timed(options, lambda a=a: a @ a)
+        seconds = timed(options, partial(torch.mm, a, a))
         yield {"what": f"product {dtype}", "flops_per_s": 2 * side**3 / seconds}
     source = torch.empty(side * side * 4, device=options.device)
     target = torch.empty_like(source)
@@ -211,8 +212,11 @@ def optimizer_agreement(options: Options, config: GPTConfig) -> Record:
                 parameter = dict(model.named_parameters())[name]
                 parameter.grad = torch.randn(parameter.shape).to(options.device)
             optimizer.step()
-    weights = [[dict(m.named_parameters())[n].detach() for n in names] for m in (ours, theirs)]
-    return agreement("Muon as torch.optim.Muon", *weights, BF16)
+    ours_now, theirs_now = (
+        [dict(model.named_parameters())[name].detach() for name in names]
+        for model in (ours, theirs)
+    )
+    return agreement("Muon as torch.optim.Muon", theirs_now, ours_now, BF16)
 
 
 def stages(options: Options, folder: Path) -> Iterator[Record]:
