@@ -10,6 +10,7 @@ Neither speed and memory nor CUDA's rounding, streams, graphs and compiler are s
 
 import contextlib
 import sys
+import threading
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -46,20 +47,22 @@ class Activity:
         self._downloads: list[tuple[Tensor, Tensor]] = []
 
     def wait(self, reason: str) -> None:
-        """Count a wait of the host, which ends all downloads."""
-        self.waits[reason, _line()] += 1
+        """End all downloads; count the wait unless it is one of another thread."""
+        if threading.current_thread() is threading.main_thread():
+            self.waits[reason, _line()] += 1
+        downloads, self._downloads = self._downloads, []
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            for target, values in self._downloads:
+            for target, values in downloads:
                 target.copy_(values)
-        self._downloads.clear()
 
-    def download(self, values: Tensor, *, blocks: bool) -> Tensor:
-        """Return a copy of `values` in the host's memory, complete after the next wait."""
-        copy = torch.full_like(values, 77)
-        self._downloads.append((copy, values.clone()))
+    def download(self, values: Tensor, target: Tensor, *, blocks: bool) -> Tensor:
+        """Copy values to the host's memory, which is complete after the next wait."""
+        self._downloads.append((target, values.clone()))
         if blocks:
             self.wait("download")
-        return copy
+        else:
+            target.fill_(77)
+        return target
 
 
 activity = Activity()  # of the simulated GPU in use
@@ -155,7 +158,8 @@ def _check_mixed(func: Any, args: Any, others: list[Tensor]) -> None:
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """Copy between devices, in place."""
     if isinstance(source, GpuTensor):
-        return target.copy_(activity.download(source.cpu_tensor, blocks=True))
+        blocks = not (non_blocking and getattr(target, "is_page_locked", False))
+        return activity.download(source.cpu_tensor, target, blocks=blocks)
     if not non_blocking:
         activity.wait("upload")
     _values(target).copy_(source)
@@ -192,20 +196,30 @@ class _Placing(TorchFunctionMode):
         if name in ("to", "cpu", "cuda"):
             return _move(func, name, args, kwargs)
         if name == "pin_memory":
-            return args[0]
+            return _page_locked(args[0])
         if name == "__setitem__" and isinstance(args[0], GpuTensor):  # a number becomes a kernel's
             target, index, value = args
             if not isinstance(value, Tensor):
                 value = GpuTensor(torch.tensor(value, dtype=target.dtype))
             return func(target, index, value)
-        if not _is_cuda(kwargs.get("device")):
+        is_page_locked = kwargs.pop("pin_memory", False)
+        if kwargs.get("device") is None:
             return func(*args, **kwargs)
-        kwargs |= {"device": "cpu"} | ({"pin_memory": False} if "pin_memory" in kwargs else {})
+        if not _is_cuda(kwargs["device"]):
+            made = func(*tree_map(_values, args), **kwargs)
+            return _page_locked(made) if is_page_locked else made
+        kwargs["device"] = "cpu"
         if name in UPLOADS and not isinstance(args[0], GpuTensor):
             activity.wait("upload")
         else:
             activity.kernels[name] += 1
         return tree_map(_on_gpu, func(*tree_map(_values, args), **kwargs))
+
+
+def _page_locked(tensor: Tensor) -> Tensor:
+    """Mark a tensor as one that the GPU can write while the host goes on."""
+    tensor.is_page_locked = True  # type: ignore[attr-defined]
+    return tensor
 
 
 def _move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -227,7 +241,7 @@ def _move(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             return _on_gpu(source.detach().to(dtype or source.dtype, copy=True))
         if isinstance(source, GpuTensor) and not to_gpu:
             values = source.cpu_tensor.detach().to(dtype or source.dtype)
-            return activity.download(values, blocks=blocks)
+            return activity.download(values, torch.empty_like(values), blocks=blocks)
     if not isinstance(source, GpuTensor):
         return func(*args, **kwargs)
     return source if dtype in (None, source.dtype) else source.type(dtype)
@@ -286,12 +300,14 @@ def simulated_gpu(
     """Give this thread a GPU; yield its activity."""
     activity.__init__()  # type: ignore[misc]
     about = types.SimpleNamespace(name=name, total_memory=MEMORY)
-    stream = types.SimpleNamespace(is_capturing=lambda: False)
+    event = types.SimpleNamespace(synchronize=lambda: activity.wait("event"))
+    stream = mock.Mock(**_returning({"is_capturing": False, "record_event": event}))
     shared: dict[str, Any] = {"is_available": True, "device_count": 1}
-    values = shared | {"is_initialized": True, "is_current_stream_capturing": False}
+    values = shared | {"is_initialized": True, "current_stream": stream}
     values |= {"get_device_name": name, "get_device_capability": capability}
     values |= {"get_device_properties": about, "mem_get_info": (MEMORY, MEMORY)}
     values |= {"current_device": 0, "device": contextlib.nullcontext(), "get_rng_state_all": []}
+    values["is_current_stream_capturing"] = False
     unused = ("set_device", "manual_seed", "manual_seed_all", "empty_cache", "set_rng_state_all")
     cuda = _returning(values | dict.fromkeys(unused))
     cuda["is_bf16_supported"] = lambda including_emulation=True: capability >= (8, 0)

@@ -1,23 +1,33 @@
-"""Compiled training on two ranks: one graph, and the losses of a run that is not compiled."""
+"""Compiled training on two ranks: its graphs, and the losses of a run that is not compiled."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import train
+from nanogpt.ranks import LAUNCHER
 from tests.test_train import ROOT, fit, metrics
 
-# The compiler's front end and autograd without its code generation, which takes half a minute. As
-# the script of this process, it is the script of the ranks too.
+# The compiler's front end and autograd without its code generation, which takes half a minute. With
+# BY_BLOCK the loss is compiled in the parts that a GPU's is. As the script of this process, it is
+# that of the ranks too.
 SCRIPT = """
 import atexit, functools, json, os, sys
 import torch
 from torch._dynamo.utils import counters
+from nanogpt.training import language_model as lm
 
-torch.compile = functools.partial(torch.compile, backend="aot_eager")
+compiled = functools.partial(torch.compile, backend="aot_eager")
+
+def parts(function):
+    if "BY_BLOCK" in os.environ and function is lm.next_token_loss:
+        head = compiled(lm.summed_cross_entropy)
+        return functools.partial(function, run=lm.compiled_block(), cross_entropy=head)
+    return compiled(function)
+
+torch.compile = parts
 
 def write():
     if "RANK" in os.environ:
@@ -30,27 +40,30 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_two_ranks_compile_one_graph_and_reach_the_same_losses(
-    tiny_run: list[str], tmp_path: Path
+@pytest.mark.parametrize(("by_block", "n_graphs"), [(False, 1), (True, 2)])
+def test_two_ranks_compile_once_and_reach_the_same_losses(
+    by_block: bool,
+    n_graphs: int,
+    tiny_run: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     steps = ("max_steps=4", "micro_batch=2", "callbacks.validation.every_n_steps=2")
     options = [*tiny_run, *steps, "callbacks.samples.every_n_steps=2", "optim=adamw"]
     fit(*options)
     script = tmp_path / "compiled.py"
     script.write_text(SCRIPT)
-    ranks = ("compile=true", "trainer.devices=2", "trainer.accelerator=cpu", "name=compiled")
-    done = subprocess.run(
-        [sys.executable, str(script), *options, *ranks],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv(LAUNCHER, "")  # which is set below, and removed after the test
+    if by_block:
+        monkeypatch.setenv("BY_BLOCK", "1")
+    ranks = ("trainer.devices=2", "trainer.accelerator=cpu")
+    assert train.main([*options, *ranks, "compile=true", "name=compiled"]) == 0
     for rank in range(2):
         counters = json.loads((tmp_path / f"counters_{rank}.json").read_text())
-        assert counters["stats"]["unique_graphs"] == 1
+        assert counters["stats"]["unique_graphs"] == n_graphs
         assert not counters.get("graph_break")
     columns = ("step", "train/loss", "train/grad_norm", "val/loss")
     alone, compiled = (

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -277,26 +277,36 @@ def test_the_engine_answers_as_on_a_cpu(
     write_model(tmp_path / "run" / "last.ckpt", labels=["a", "b"], **keys)
     monkeypatch.setattr(native, "load_library", lambda: None)
 
-    def answers(device: str) -> tuple[list[Message], int]:
+    def answers(device: str) -> tuple[dict[str, list[int]], dict[str, list[float]], int]:
+        """Return the tokens of each request, its numbers, and the reused tokens of prompts."""
         runner, messages = load(tmp_path, device, dtype=dtype)
-        others = [Score("score", "run", PROMPT, top=2), Classify("class", "run", PROMPT[:30])]
+        others = [Score("score", "run", PROMPT), Classify("class", "run", PROMPT[:30])]
         run(runner, [*writing(len(SAMPLERS), SAMPLERS), *others])
         again = SamplingParams(3, temperature=0.0)
         run(runner, [Generate("again", "run", [*PROMPT[:40], 3, 4], again)])
-        return messages, runner.stats.cached_tokens
-
-    expected, _ = answers("cpu")
-    with simulated_gpu():
-        found, n_cached = answers("cuda")
-    assert [type(message) for message in found] == [type(message) for message in expected]
-    assert n_cached == 40
-    for message, other in zip(found, expected, strict=True):
-        if isinstance(message, Classified) and isinstance(other, Classified):
-            assert message.probabilities == pytest.approx(other.probabilities, abs=1e-2)
-        else:
+        ids: defaultdict[str, list[int]] = defaultdict(list)
+        numbers: defaultdict[str, list[float]] = defaultdict(list)
+        for message in messages:
+            if isinstance(message, Classified):
+                numbers[message.request_id] += message.probabilities
+                continue
             assert isinstance(message, Tokens)
-            assert isinstance(other, Tokens)
-            assert (message.request_id, message.ids) == (other.request_id, other.ids)
+            ids[message.request_id] += message.ids
+            numbers[message.request_id] += [own or 0.0 for own, _, _ in message.logprobs or []]
+        return ids, numbers, runner.stats.cached_tokens
+
+    ids, numbers, _ = answers("cpu")
+    with simulated_gpu():
+        found_ids, found_numbers, n_cached = answers("cuda")
+    assert n_cached == 40
+    assert len(numbers["score"]) == len(PROMPT)
+    if dtype == "fp32":
+        assert found_ids == ids
+        assert found_numbers == {name: pytest.approx(n, abs=1e-4) for name, n in numbers.items()}
+    else:  # rounding may change which token is sampled
+        assert {n: len(found_ids[n]) for n in ids} == {n: len(own) for n, own in ids.items()}
+        for name in ("score", "class"):
+            assert found_numbers[name] == pytest.approx(numbers[name], abs=0.1)
 
 
 def decode_step(gpu: Activity, path: Path, params: list[dict[str, Any]]) -> int:
@@ -317,12 +327,10 @@ def decode_step(gpu: Activity, path: Path, params: list[dict[str, Any]]) -> int:
     raises=AssertionError,
     reason="SlotAttend launches the attention of each stream apart",
 )
-def test_the_kernels_of_a_decode_step_do_not_depend_on_the_streams(
-    gpu: Activity, tmp_path: Path
-) -> None:
+def test_more_streams_launch_no_more_kernels(gpu: Activity, tmp_path: Path) -> None:
     write_model(tmp_path / "run" / "last.ckpt")
     one, eight = (decode_step(gpu, tmp_path, SAMPLERS[1:2] * n) for n in (1, 8))
-    assert one == eight > 0
+    assert 0 < eight <= one
 
 
 @pytest.mark.xfail(
