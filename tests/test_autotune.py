@@ -166,18 +166,6 @@ def test_cpu_without_bfloat16_products_is_not_tried() -> None:
     assert why == "matrix products in bfloat16 run 0.20 times as fast"
 
 
-@pytest.mark.parametrize(
-    ("has_bf16", "capability", "choice"),
-    [(True, (9, 0), "bf16-mixed"), (False, (7, 5), "16-mixed"), (False, (6, 1), "32-true")],
-)
-def test_gpu_precision_follows_its_generation(
-    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, capability: tuple[int, int], choice: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert autotune.choose_precision(Given(GPU))[0] == choice
-
-
 def test_mps_trains_in_float32() -> None:
     assert autotune.choose_precision(Given(MPS))[0] == "32-true"
 

@@ -443,10 +443,15 @@ def test_waits_of_the_host_are_counted(gpu: Activity) -> None:
 
 
 def test_an_asynchronous_download_is_complete_after_a_wait(gpu: Activity) -> None:
-    copy = torch.arange(3, device="cuda").to("cpu", non_blocking=True)
-    assert copy.tolist() != [0, 1, 2]
-    torch.accelerator.synchronize()
-    assert copy.tolist() == [0, 1, 2]
+    x = torch.arange(3, device="cuda")
+    page_locked = torch.empty_like(x, device="cpu", pin_memory=True)
+    copies = [x.to("cpu", non_blocking=True), page_locked.copy_(x, non_blocking=True)]
+    assert not gpu.waits
+    assert all(copy.tolist() != [0, 1, 2] for copy in copies)
+    torch.cuda.current_stream().record_event().synchronize()
+    assert all(copy.tolist() == [0, 1, 2] for copy in copies)
+    assert torch.empty(3, dtype=torch.int64).copy_(x, non_blocking=True).tolist() == [0, 1, 2]
+    assert gpu.waits.total() == 2  # the host waits for a copy to memory that is not page-locked
 
 
 def test_kernels_are_counted_and_views_are_not(gpu: Activity) -> None:
