@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw as adamw_step
 
@@ -22,8 +24,11 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Muon is `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but matrices of one shape are
     orthogonalised together, and blocks of their rows apart: as many as `row_blocks`, or of these
-    relative sizes. With a `row_beta` above 0 it is NorMuon.
+    relative sizes. With a `row_beta` above 0 it is NorMuon. With `shared` each rank of the default
+    process group, all of which have the same gradients, orthogonalises its part of the matrices.
     """
+
+    shared = False
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, defaults={})
@@ -62,7 +67,7 @@ class MuonAdamW(torch.optim.Optimizer):
             torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
             for i, block in enumerate(torch.stack(directions).split(rows, 1)):
                 own = [parameter.split(rows)[i] for parameter in stack]
-                update = orthogonalise(block, group["ns_steps"])
+                update = orthogonalise(block, group["ns_steps"], self.shared)
                 # RMS 0.2 whatever the shape: arXiv:2502.16982, equation 4.
                 scale = 0.2 * math.sqrt(max(update.shape[-2:]))
                 if beta := group.get("row_beta"):
@@ -98,12 +103,13 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-def orthogonalise(matrices: Tensor, ns_steps: int) -> Tensor:
+def orthogonalise(matrices: Tensor, ns_steps: int, shared: bool = False) -> Tensor:
     """Return (N, A, B) matrices with all singular values moved near 1.
 
     A quintic Newton-Schulz iteration, the same as `torch.optim.Muon`'s for every matrix alone, in
     bfloat16; on a CPU without autocast in float32, which is several times as fast there where the
-    processor has no products in bfloat16.
+    processor has no products in bfloat16. With `shared` all ranks call it with the same matrices,
+    and each computes some of them.
     """
     a, b, c = NS_COEFFICIENTS
     is_exact = matrices.is_cpu and not torch.is_autocast_enabled("cpu")
@@ -111,11 +117,24 @@ def orthogonalise(matrices: Tensor, ns_steps: int) -> Tensor:
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
+    n_per_rank = -(-len(x) // dist.get_world_size()) if shared else len(x)
+    if shared:
+        x = x[n_per_rank * dist.get_rank() :][:n_per_rank]
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=NS_EPS)
     for _ in range(ns_steps):
         gram = x @ x.mT  # (N, M, M), M the smaller side
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if shared:
+        x = _gathered(x, len(matrices), n_per_rank)
     return x.mT if tall else x
+
+
+def _gathered(own: Tensor, n: int, n_per_rank: int) -> Tensor:
+    """Return all n matrices, of which each rank has its own, the last ranks maybe fewer."""
+    own = F.pad(own, (0, 0, 0, 0, 0, n_per_rank - len(own))).contiguous()
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    return torch.cat(parts)[:n]
 
 
 def normalise_rows(updates: Tensor, moments: list[Tensor], beta: float) -> Tensor:

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import io
 import math
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from nanogpt.build import ConfigurationError, build_optimizer, build_schedule
+from nanogpt.checkpoint import weights_sha256
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.muon import MuonAdamW, orthogonalise
 from nanogpt.optim import (
@@ -590,3 +593,33 @@ def test_a_learning_rate_for_a_width_is_scaled_to_the_models() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([12e-4] * 2)
     with pytest.raises(ValueError, match="for_width"):
         adamw(model, for_width=-1)
+
+
+def _train_on_rank(rank: int, store: str, found: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    for row_beta in (0.0, 0.95):
+        shas = []
+        for shared in (True, False):
+            torch.manual_seed(0)
+            model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=3, n_head=2, n_embd=32))
+            optimizer: Any = muon(model, split_qkv=True, row_beta=row_beta)
+            optimizer.shared = shared
+            train(model, optimizer, range(3))
+            shas.append(weights_sha256(model))
+        found.put((row_beta, *shas))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_share_muons_work_to_the_same_bits(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    found: multiprocessing.Queue[Any] = context.Queue()
+    store = str(tmp_path / "store")
+    ranks = [context.Process(target=_train_on_rank, args=(n, store, found)) for n in range(2)]
+    for process in ranks:
+        process.start()
+    results = [found.get(timeout=120) for _ in range(4)]
+    for process in ranks:
+        process.join()
+    assert all(shared == alone for _, shared, alone in results)
+    assert len(set(results)) == 2  # both ranks have the same, for each row_beta

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nanogpt.checkpoint import KEY
 from nanogpt.command import out_of_memory
 from nanogpt.model import GPT, run_block
+from nanogpt.muon import MuonAdamW
 from nanogpt.optim import factor_at, learning_rates, set_learning_rates
 from nanogpt.prompts import Template
 from nanogpt.tokenizer import Tokenizer
@@ -112,6 +114,8 @@ class StageModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.make_optimizer(self.model)
         self.learning_rates = learning_rates(optimizer)  # a checkpoint has those of its step
+        if isinstance(optimizer, MuonAdamW) and isinstance(self.trainer.strategy, DDPStrategy):
+            optimizer.shared = True  # ranks have all gradients
         return optimizer
 
     def on_train_start(self) -> None:
