@@ -89,6 +89,16 @@ def test_states_do_not_depend_on_how_a_text_is_cut(
     assert torch.cat(parts).equal(whole)
 
 
+def test_bfloat16_has_the_same_bits_in_prefill_and_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load_library", lambda: None)
+    computes, generator = forward("bf16"), torch.Generator().manual_seed(0)
+    for _ in range(3):  # of which two differ where a single query is computed as one
+        ids = torch.randint(97, (150,), generator=generator).tolist()
+        whole = computes.hidden_states([Span(0, 0, ids)])
+        parts = [computes.hidden_states([Span(1, n, [i])]) for n, i in enumerate(ids)]
+        assert torch.cat(parts).equal(whole)
+
+
 @pytest.mark.parametrize("n_rows", [1, 4, 150])
 def test_bfloat16_has_the_same_bits_in_both_ways_to_compute_it(n_rows: int) -> None:
     computes = [forward("bf16"), forward("bf16")]

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -250,7 +251,8 @@ def load(path: Path, device: str, **settings: Any) -> tuple[Runner, list[Message
     """Return a model of the engine and the list of the messages that it emits."""
     (entry,) = Registry(str(path)).entries
     messages: list[Message] = []
-    chosen = Settings(**{"device": device, "dtype": "fp32", "max_slots": 8, **settings})
+    given = {"device": device, "dtype": "fp32", "max_slots": 8, "chunk_tokens": 64, **settings}
+    chosen = Settings(**given)
     return load_runner(entry, chosen, Stats(), lambda _, m: messages.append(m), 1e9), messages
 
 
@@ -322,25 +324,27 @@ def decode_step(gpu: Activity, path: Path, params: list[dict[str, Any]]) -> int:
     return gpu.kernels.total()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="SlotAttend launches the attention of each stream apart",
-)
 def test_more_streams_launch_no_more_kernels(gpu: Activity, tmp_path: Path) -> None:
     write_model(tmp_path / "run" / "last.ckpt")
     one, eight = (decode_step(gpu, tmp_path, SAMPLERS[1:2] * n) for n in (1, 8))
     assert 0 < eight <= one
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="each list of integers is an upload that blocks"
-)
 @pytest.mark.parametrize("params", SAMPLERS)
 def test_a_decode_step_waits_once(gpu: Activity, tmp_path: Path, params: dict[str, Any]) -> None:
     write_model(tmp_path / "run" / "last.ckpt")
     decode_step(gpu, tmp_path, [params] * 2)
     assert gpu.waits.total() == 1, gpu.waits
+
+
+@pytest.mark.parametrize("free", [1e9, 1.5e6], ids=["much", "little"])
+def test_slots_and_chunks_follow_the_gpu(gpu: Activity, free: float, tmp_path: Path) -> None:
+    write_model(tmp_path / "run" / "last.ckpt")
+    with mock.patch.object(torch.cuda, "mem_get_info", return_value=(free, MEMORY)):
+        runner, _ = load(tmp_path, "cuda", max_slots=None, chunk_tokens=None)
+    slot_bytes = 2 * 2 * 256 * 64 * 4  # keys and values: 2 layers, 256 tokens, 64 channels in fp32
+    n_slots = min(256, int(0.8 * free / slot_bytes))
+    assert (runner.scheduler.slots.n_free, runner.scheduler.chunk_tokens) == (n_slots, 1024)
 
 
 @pytest.mark.parametrize(

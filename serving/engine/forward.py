@@ -1,20 +1,23 @@
-"""The forward pass of the server: tokens of any sequences in one pass, each row as if alone.
+"""The forward pass of the server in torch: tokens of any sequences at once, each row as if alone.
 
 A step computes rows: one for each sequence in decode, many for one in prefill. A row's result
 depends on its own sequence only, bit for bit. Matrix products give a row the same bits in any
 company where the number of rows is a multiple of `row_multiple`, which is found by trials (CPU
 kernels in fp32 compute by fours and divide rows among threads; the remainder takes another path).
-Where there is no such number (a GPU's library may choose another kernel for each), products are
-always computed for the same number of rows. Attention is computed for each sequence apart, over its
-own context rounded up to whole blocks, so that prefill and decode of a token add in the same order.
+Where there is no such number (a GPU's library chooses a kernel by the number of rows), products are
+always computed for the same number of rows.
 
-On a GPU this is right by design but was not measured: each sequence's attention is a launch of its
-own in every layer, and CUDA graphs, which would hide that, are not used.
+Attention takes one call in each layer for all queries over contexts of one length. On a CPU, a
+context is rounded up to whole blocks and queries to a multiple, because the order in which its
+kernels add depends on both, though not on the number of sequences. On a GPU, all contexts of a step
+have one length: its kernel reads keys in order, and those behind the mask change nothing. A step of
+decode is then one program of tensors whose shapes are few, which is captured as a CUDA graph.
 
-Shapes: R rows, C channels, H heads, H' heads of keys and values, D head size, T context,
-V vocabulary, K classes.
+Shapes: R rows, C channels, H heads, H' heads of keys and values, D head size, T context, S slots,
+V vocabulary, K classes; of one call of attention, N sequences and Q queries of each.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,15 +25,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanogpt.classifier import Classifier
 from nanogpt.model import GPT, Attend, soft_capped
 
 CONTEXT_BLOCK = 64  # tokens; attention reads whole blocks
 MULTIPLES = (1, 2, 4, 8, 16, 32)  # of rows
+QUERY_MULTIPLE = 4  # of a CPU's attention: in bf16, some sums of fewer queries differ, but few
 PROBES = (1, 2, 3, 4, 5, 7, 8, 13)  # how many of a multiple are tried
 PROBED_ROWS = 128
-TILE_ROWS = 32  # rows of each product where no multiple is invariant
+TILE_ROWS = 32  # rows of each product where no multiple is invariant; on a GPU, at least
+# Without cuDNN, which prepares a plan for each shape.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,10 @@ def ids_before(spans: list[Span]) -> list[int]:
     return [i for span in spans for i in (span.before, *span.ids[:-1])]
 
 
-# Rows of one slot and block of context; the slot; the keys after each row's own (rows, T) bool.
-Piece = tuple[slice, int, Tensor]
+# Of a call of attention: N slots, Q queries of each, tokens of context, and the first slot of N
+# neighbours, which are read in place; the keys and values of other slots are copied.
+Shape = tuple[int, int, int, int | None]
+Piece = tuple[Tensor, Tensor | slice, Tensor]  # rows (N, Q); slots (N,); mask (N, 1, Q, T), added
 
 
 class Forward:
@@ -69,12 +80,17 @@ class Forward:
             int8_head = Int8Linear(model.unembedding.weight[: self.config.vocab_size], None)
             self.head = lambda x: soft_capped(int8_head(x), self.config.logit_softcap)
         self.rotation = model.rotation(torch.arange(self.config.block_size, device=self.device))
-        self.max_attention_rows = self.config.block_size
+        self.is_cpu = self.device.type == "cpu"
+        self.max_queries = self.config.block_size
         self.row_multiple = 1
-        if invariant and not self._find_row_multiple():
-            _replace_linear(self.model, lambda linear: InTiles(linear, TILE_ROWS))
-            self.head = InTiles(self.head, TILE_ROWS)
-            self.row_multiple = self.max_attention_rows = TILE_ROWS
+        if invariant and not (self.is_cpu and self._find_row_multiple()):
+            n_rows = TILE_ROWS if self.is_cpu else max(TILE_ROWS, cache.size(2))
+            _replace_linear(self.model, lambda linear: InTiles(linear, n_rows))
+            self.head = InTiles(self.head, n_rows)
+            self.row_multiple = n_rows
+            if self.is_cpu:
+                self.max_queries = n_rows
+        self.decode = Captured(self.states, self.device)
 
     def _find_row_multiple(self) -> bool:
         """Set the number of rows of which every product gets a multiple, if there is one.
@@ -111,90 +127,181 @@ class Forward:
     @torch.inference_mode()
     def hidden_states(self, spans: list[Span]) -> Tensor:
         """Append spans to their slots; return the normalised final states (R, C) of all rows."""
-        ids = self._padded(self._column([i for span in spans for i in span.ids]))
-        slots = self._column([span.slot for span in spans for _ in span.ids])
-        positions = self._column([span.start + n for span in spans for n in range(len(span.ids))])
-        attend = SlotAttend(self.cache, slots, positions, self._pieces(spans))
-        positions = self._padded(positions)
+        n_rows = sum(len(span.ids) for span in spans)
+        if self.is_cpu or n_rows > len(spans):
+            numbers, _, n_padded, shapes = self.layout(spans)
+            return self.states(upload(numbers, self.device), n_rows, n_padded, shapes)[:n_rows]
+        copies = spans[:1] * (_power_of_two(n_rows) - n_rows)  # every shape is a graph
+        return self.decode(*self.layout([*spans, *copies]))[:n_rows].clone()
+
+    def layout(self, spans: list[Span]) -> tuple[Tensor, int, int, tuple[Shape, ...]]:
+        """Return the arguments of `states` for spans.
+
+        Each part of a span is a slot's queries in one call of attention; those of one context and
+        number of queries share a call.
+        """
+        groups: dict[tuple[int, int], list[tuple[int, range]]] = {}  # a slot and its rows
+        positions, slots = list[int](), list[int]()
+        multiple = max(QUERY_MULTIPLE, self.row_multiple) if self.is_cpu else 1
+        longest = max(span.start + len(span.ids) for span in spans)
+        for span in spans:
+            start, end = span.start, span.start + len(span.ids)
+            slots += [span.slot] * len(span.ids)
+            while start < end:
+                n_blocks = (start if self.is_cpu else longest - 1) // CONTEXT_BLOCK + 1
+                n_blocks = n_blocks if self.is_cpu else _power_of_two(n_blocks)
+                n_context = min(n_blocks * CONTEXT_BLOCK, self.config.block_size)
+                n = min(end, n_context, start + self.max_queries) - start
+                members = groups.setdefault((n_context, _power_of_two(max(n, multiple))), [])
+                members.append((span.slot, range(len(positions), len(positions) + n)))
+                positions += range(start, start + n)
+                start += n
+        n_rows, shapes, tail, at = len(slots), [], list[int](), 0
+        order = [0] * n_rows
+        for (n_context, n_queries), members in groups.items():
+            of_members, first = [slot for slot, _ in members], members[0][0]
+            is_run = self.is_cpu and of_members == list(range(first, first + len(members)))
+            shapes.append((len(members), n_queries, n_context, first if is_run else None))
+            tail += of_members
+            for _, rows in members:
+                tail += [rows[min(i, len(rows) - 1)] for i in range(n_queries)]
+                order[rows.start : rows.stop] = range(at, at + len(rows))
+                at += n_queries
+        ids = [i for span in spans for i in span.ids]
+        columns = (ids, ids_before(spans), positions, slots, order)
+        n_padded = n_rows + -n_rows % self.row_multiple
+        head = [n for column in columns for n in column + column[:1] * (n_padded - n_rows)]
+        return torch.tensor(head + tail), n_rows, n_padded, tuple(shapes)
+
+    def states(
+        self, numbers: Tensor, n_rows: int, n_padded: int, shapes: tuple[Shape, ...]
+    ) -> Tensor:
+        """Return the states (n_padded, C) of rows, the first `n_rows` of which are stored.
+
+        `numbers` int64 are the id, the id before, the position, the slot and the query of each row,
+        then the slots and the rows (N, Q) of the pieces of each shape.
+        """
+        sizes = [n for n_slots, n_queries, _, _ in shapes for n in (n_slots, n_slots * n_queries)]
+        ids, before, positions, slots, order, *parts = numbers.split([n_padded] * 5 + sizes)
+        pieces = list[Piece]()
+        for shape, own, rows in zip(shapes, parts[::2], parts[1::2], strict=True):
+            n_slots, n_queries, n_context, first = shape
+            rows = rows.view(n_slots, n_queries)
+            keys = torch.arange(n_context, device=rows.device)
+            masked = keys > positions[rows][:, None, :, None]
+            mask = torch.zeros_like(masked, dtype=self.cache.dtype).masked_fill(masked, -torch.inf)
+            index = own if first is None else slice(first, first + n_slots)
+            pieces.append((rows, index, mask))
+        attend = SlotAttend(self.cache, slots[:n_rows], positions[:n_rows], pieces, order)
         rotation = None if self.rotation is None else self.rotation[:, positions]
-        before = self._padded(self._column(ids_before(spans)))
         x = self.model.embed(ids, positions, before)[None]  # (1, R, C)
-        return self.model.run_blocks(x, rotation, attend)[0, : len(slots)]
+        with sdpa_kernel(BACKENDS):
+            return self.model.run_blocks(x, rotation, attend)[0]
 
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Return the logits (R, V) float32 of states (R, C)."""
-        return self._computed(self.head, hidden_states)
+        """Return the logits (R, V) float32 of states (R, C); on a GPU, of more rows that pad."""
+        logits = self._computed(self.head, hidden_states)
+        return logits[: len(hidden_states)] if self.is_cpu else logits
 
     @torch.inference_mode()
     def class_probabilities(self, hidden_states: Tensor) -> Tensor:
         """Return a classifier's probabilities (R, K) float32 of states (R, C)."""
         assert isinstance(self.model, Classifier)
-        return self._computed(self.model.classes, hidden_states).softmax(-1)
+        classes = self._computed(self.model.classes, hidden_states)
+        return classes[: len(hidden_states)].softmax(-1)
 
     def _computed(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return compute(self._padded(x))[: len(x)].float()
-
-    def _pieces(self, spans: list[Span]) -> list[Piece]:
-        pieces, row = [], 0
-        for span in spans:
-            start, end = span.start, span.start + len(span.ids)
-            while start < end:
-                n_context = (start // CONTEXT_BLOCK + 1) * CONTEXT_BLOCK
-                stop = min(end, n_context, start + self.max_attention_rows)
-                n_context = min(n_context, self.config.block_size)
-                own = torch.arange(start, stop, device=self.device)
-                masked = torch.arange(n_context, device=self.device) > own[:, None]
-                rows = slice(row, row + stop - start)
-                pieces.append((rows, span.slot, self._padded(masked)))
-                row, start = rows.stop, stop
-        return pieces
-
-    def _padded(self, x: Tensor) -> Tensor:
-        n_missing = -len(x) % self.row_multiple
-        return x if n_missing == 0 else torch.cat((x, x.new_zeros(n_missing, *x.shape[1:])))
-
-    def _column(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=self.device)
+        return compute(F.pad(x, (0, 0, 0, -len(x) % self.row_multiple))).float()
 
 
 class SlotAttend(Attend):
     """Attention of rows, each to its own slot of a cache (L, 2, S, H', T, D).
 
-    `slots` and `positions` (R,) are where keys and values are stored.
+    The first rows' keys and values are stored at `slots` and `positions`. `order` (R,) are the
+    rows' queries among those of all pieces.
     """
 
     def __init__(
-        self, cache: Tensor, slots: Tensor, positions: Tensor, pieces: list[Piece]
+        self, cache: Tensor, slots: Tensor, positions: Tensor, pieces: list[Piece], order: Tensor
     ) -> None:
         super().__init__()
-        self.cache, self.slots, self.positions, self.pieces = cache, slots, positions, pieces
+        self.cache, self.slots, self.positions = cache, slots, positions
+        self.pieces, self.order = pieces, order
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store a layer's k and v (1, R, H', D); return the attention (1, R, H, D) of q."""
-        q, n_rows = q[0], len(self.slots)
         for entries, new in zip(self.cache[layer], (k[0], v[0]), strict=True):
-            entries[self.slots, :, self.positions] = new[:n_rows]
-        y = torch.zeros_like(q)
-        for rows, slot, masked in self.pieces:
-            keys, values = self.cache[layer, :, slot, :, : masked.size(1)]  # (H', T, D) each
-            own = F.pad(q[rows], (0, 0, 0, 0, 0, len(masked) - len(q[rows])))
-            y[rows] = attention(own, keys, values, masked)[: rows.stop - rows.start]
-        return y[None]
+            entries[self.slots, :, self.positions] = new[: len(self.slots)]
+        y = []
+        for rows, slots, mask in self.pieces:
+            context = self.cache[layer, :, :, :, : mask.size(-1)]
+            keys, values = (entries[slots] for entries in context)  # (N, H', T, D) each
+            y.append(attention(q[0, rows], keys, values, mask).flatten(0, 1))
+        return (torch.cat(y) if len(y) > 1 else y[0])[self.order][None]
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor, masked: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v (R, H, D) of queries (R, H, D) over keys (H', T, D).
+def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(D) + mask) v (N, Q, H, D) of queries (N, Q, H, D).
 
-    H / H' consecutive query heads share one of the keys' heads. `masked` (R, T) bool are the keys
-    that a query does not attend to.
+    H / H' consecutive query heads share one of the heads of the keys and values (N, H', T, D): they
+    are computed as further queries of it. `mask` is (N, 1, Q, T).
     """
-    if len(keys) < q.size(1):
-        n_sharing = q.size(1) // len(keys)
-        keys, values = (part.repeat_interleave(n_sharing, 0) for part in (keys, values))
-    scores = torch.bmm(q.transpose(0, 1), keys.transpose(1, 2)).float()  # (H, R, T)
-    scores = (scores * q.size(-1) ** -0.5).masked_fill(masked, -torch.inf)
-    return torch.bmm(scores.softmax(-1).to(values.dtype), values).transpose(0, 1)
+    q = q.unflatten(2, (keys.size(1), -1)).permute(0, 2, 3, 1, 4)  # (N, H', H / H', Q, D)
+    n_sharing = q.size(2)
+    mask = mask.repeat(1, 1, n_sharing, 1) if n_sharing > 1 else mask
+    y = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask)
+    return y.unflatten(2, (n_sharing, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+class Captured:
+    """A program `compute(inputs, *shape)` on a device, captured as a CUDA graph for each shape.
+
+    Its result is overwritten by the next call. Where it cannot be captured, it is called.
+    """
+
+    def __init__(self, compute: Callable[..., Tensor], device: torch.device) -> None:
+        self.compute, self.device = compute, device
+        self.graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.is_captured = device.type == "cuda"
+
+    def __call__(self, inputs: Tensor, *shape: Any) -> Tensor:
+        """Return the program's result for inputs in the host's memory."""
+        if self.is_captured and shape not in self.graphs:
+            try:
+                self.graphs[shape] = self._capture(upload(inputs, self.device), *shape)
+            except RuntimeError as error:  # of CUDA, memory included
+                self.is_captured = False
+                log.warning("decode steps are not captured as CUDA graphs: %s", error)
+        if not self.is_captured:
+            return self.compute(upload(inputs, self.device), *shape)
+        graph, own_inputs, result = self.graphs[shape]
+        own_inputs.copy_(inputs.pin_memory(), non_blocking=True)
+        graph.replay()
+        return result
+
+    def _capture(self, inputs: Tensor, *shape: Any) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """Return the graph, its inputs and its result.
+
+        All graphs share the first one's memory. Other threads may load models meanwhile.
+        """
+        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):  # libraries choose their kernels at the first call
+            self.compute(inputs, *shape)
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = next((first.pool() for first, _, _ in self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = self.compute(inputs, *shape)
+        return graph, inputs, result
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Return values (...) of the host's memory on a device, without waiting for the device."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 class InTiles(nn.Module):
@@ -206,7 +313,8 @@ class InTiles(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the results (..., R, N) of rows (..., R, C)."""
-        return torch.cat([self.compute(rows) for rows in x.split(self.n_rows, -2)], -2)
+        y = [self.compute(rows) for rows in x.split(self.n_rows, -2)]
+        return torch.cat(y, -2) if len(y) > 1 else y[0]
 
 
 class Int8Linear(nn.Module):
@@ -225,12 +333,9 @@ class Int8Linear(nn.Module):
         self.bias = None if bias is None else bias.detach().to(torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the products (..., N) of bfloat16 inputs (..., K)."""
-        if x.is_cpu:
-            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scales)
-            y = y.unflatten(0, x.shape[:-1])
-        else:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scales
+        """Return the products (..., N) of a CPU's bfloat16 inputs (..., K)."""
+        y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scales)
+        y = y.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
 
@@ -250,3 +355,8 @@ def _replace_linear(model: GPT, replaced: Callable[[Any], nn.Module]) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear | Int8Linear):
                 setattr(module, name, replaced(child))
+
+
+def _power_of_two(n: int) -> int:
+    """Return the smallest power of two from n on."""
+    return 1 << (n - 1).bit_length()

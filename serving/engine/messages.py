@@ -56,13 +56,13 @@ class Settings(BaseModel):
     dtype: Literal["auto", "fp32", "fp24", "bf16", "int8"] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None  # null: all cores
     invariant: bool = True  # an answer does not depend on its company
-    max_slots: Annotated[int, Field(ge=1, le=65536)] = 32
+    max_slots: Annotated[int, Field(ge=1, le=65536)] | None = None  # null: by device
     cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
         None  # of all models; null: a quarter of the memory
     )
     max_queue: Count = 256
     max_models: Count = 4
-    chunk_tokens: Count = 64  # prompts are read in pieces of this many tokens
+    chunk_tokens: Count | None = None  # prompts are read in pieces of this many; null: by device
     watch_s: Seconds = 2.0  # how often to look for new checkpoints
     drain_s: SecondsOrZero = 30.0  # how long open requests may take to finish on SIGTERM
     hang_s: Heartbeat = 60.0  # without a heartbeat of the computing thread: killed and restarted

@@ -39,6 +39,10 @@ from serving.engine.slots import Slots, slot_bytes
 from serving.logs import of_request
 
 MIN_TOKENS = 8  # of a prefill in one step where memory is short
+# The most slots and the tokens of a chunk by default. A GPU reads its weights in the time of some
+# hundred rows' arithmetic.
+DEFAULTS = {"cpu": (32, 64), "cuda": (256, 1024)}
+FREE_SHARE = 0.8  # of a GPU's memory after the weights, for keys and values
 WORTH_BF16 = 1.2  # bf16 must be this many times as fast as fp32 to be worth its rounding
 
 log = logging.getLogger(__name__)
@@ -107,7 +111,7 @@ class Runner:
             elif is_whole and isinstance(sequence.request, Classify):
                 self._isolated(self._classify, [(sequence, states)])
             elif is_whole:
-                ready.append((sequence, states[-1:]))
+                ready.append((sequence, states[-1:] if len(states) > 1 else states))
         self._isolated(self._sample, ready)
 
     def _isolated(
@@ -231,7 +235,8 @@ def load_runner(
 ) -> Runner:
     """Load an entry's checkpoint and make it ready to compute.
 
-    It has as many slots, of `max_slots`, as a model's share of `cache_bytes` holds: at least one.
+    It has as many slots, of `max_slots`, as a model's share of `cache_bytes` holds, and on a GPU
+    the free memory: at least one.
 
     Raises ValueError or FileNotFoundError for a file that is none of ours, ValueError for a model
     of which not one slot fits `cache_bytes`, or with a block that breaks `Block`'s contract.
@@ -245,18 +250,22 @@ def load_runner(
         raise ValueError(f"{entry.path} has a block that mixes tokens in another way than `attend`")
     config, precision = checkpoint.config, cache_dtype(dtype)
     n_bytes = slot_bytes(config, precision)
+    if device.type == "cuda":
+        cache_bytes = min(cache_bytes, FREE_SHARE * torch.cuda.mem_get_info(device)[0])
     if n_bytes > cache_bytes:
         raise ValueError(
             f"the keys and values of block_size={config.block_size} tokens take "
             f"{n_bytes / 1e9:.1f} GB, more than the {cache_bytes / 1e9:.1f} GB there are for all "
             f"models; raise cache_gb"
         )
-    n_slots = max(1, min(settings.max_slots, int(cache_bytes / n_models // n_bytes)))
+    max_slots, chunk_tokens = DEFAULTS.get(device.type, DEFAULTS["cpu"])
+    max_slots, chunk_tokens = settings.max_slots or max_slots, settings.chunk_tokens or chunk_tokens
+    n_slots = max(1, min(max_slots, int(cache_bytes / n_models // n_bytes)))
     slots = Slots(config, n_slots, precision, device)
     model = checkpoint.model.requires_grad_(False)
     forward = make_forward(model, slots.cache, dtype, invariant=settings.invariant)
     log.info("loaded %s (%s) in %.1f s", entry.id, dtype, time.monotonic() - started)
-    scheduler = Scheduler(slots, settings.chunk_tokens)
+    scheduler = Scheduler(slots, chunk_tokens)
     return Runner(entry, checkpoint, dtype, forward, scheduler, stats, emit)
 
 

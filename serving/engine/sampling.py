@@ -1,18 +1,23 @@
 """Choose the next token of every row of logits, each by its own parameters and its own numbers.
 
 Random numbers are a hash of (seed, position), so that a draw is the same in any company. What is
-computed for a row looks at that row alone, and rows that need less work are not held up by others.
+computed for a row looks at that row alone. On a GPU all rows are one batch, whose results are read
+at once; only rows that need more candidates than the first ones are drawn again. On a CPU, where
+arithmetic takes longer than calls, consecutive rows of one kind are a batch.
 
-Shapes: R rows, V vocabulary, K candidates.
+Shapes: R rows, V vocabulary, K candidates, A adjusted tokens.
 """
 
-from collections.abc import Sequence
+import itertools
+import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanogpt.generation import allowed_tokens
 from nanogpt.splitmix import GAMMA, splitmix64
+from serving.engine.forward import upload
 from serving.engine.messages import MIN_LOGPROB, Logprobs, SamplingParams, Tokens
 from serving.engine.scheduler import SequenceState
 
@@ -20,39 +25,63 @@ CANDIDATES = (256, 4096)  # likeliest tokens that are sorted; all only where the
 MAX_LOGITS = 2**19  # at a time on a CPU; of more, every sum has new pages from the system
 MAX_TOP = 20  # likeliest tokens of a request
 MIN_TEMPERATURE = 1e-5  # below it the rounding of float32 logits decides: the likeliest is taken
+UNCHANGED = np.array([[0.0], [1.0], [0.0], [0.0]])  # a token's logit, divided by 1
+GREEDY, DRAWN, FILTERED = range(3)  # kinds of rows; of the last, some tokens cannot be drawn
 
 
 @torch.inference_mode()
 def choose(logits: Tensor, sequences: list[SequenceState]) -> list[Tokens]:
     """Return the next token of each sequence, by its row of logits (R, V) float32.
 
-    With `params.logprobs`, its log-probability and the likeliest tokens come with it. Raises
-    ValueError where the logits of a row are not finite numbers.
+    With `params.logprobs`, its log-probability and the likeliest tokens come with it. There may be
+    more rows than sequences, to keep shapes the same. Raises ValueError where the logits of a row
+    are not finite numbers.
     """
-    if logits.device.type == "mps":  # it has no float64
-        logits = logits.cpu()
-    n = len(logits) if logits.is_cuda else max(1, MAX_LOGITS // logits.size(-1))
-    groups = [slice(i, i + n) for i in range(0, len(logits), n)]
-    return [tokens for rows in groups for tokens in _choose(logits[rows], sequences[rows])]
+    n = len(sequences)
+    if logits.is_cuda:
+        return _choose(logits, sequences + sequences[:1] * (len(logits) - n))[:n]
+    logits = logits.cpu()  # mps has no float64
+    n_rows, chosen = max(1, MAX_LOGITS // logits.size(-1)), list[Tokens]()
+    for _, alike in itertools.groupby(sequences, lambda sequence: _kind(sequence.params)):
+        while own := list(itertools.islice(alike, n_rows)):
+            chosen += _choose(logits[len(chosen) : len(chosen) + len(own)], own)
+    return chosen
 
 
-def _choose(logits: Tensor, sequences: list[SequenceState]) -> list[Tokens]:
+def _choose(logits: Tensor, sequences: list[SequenceState], n_tried: int = 0) -> list[Tokens]:
+    """Choose tokens; `n_tried` of the numbers of candidates are known not to suffice."""
+    params, n_vocab = [sequence.params for sequence in sequences], logits.size(-1)
+    numbers = [_numbers(sequence, n_vocab) for sequence in sequences]
+    kinds = {kind for kind, *_ in numbers}
     adjusted = _adjusted(logits, sequences)
-    if not adjusted.amax(-1).isfinite().all():  # false for any that is not a number, too
+    largest = adjusted.amax(-1, keepdim=True)
+    tokens, is_enough = adjusted.argmax(-1), torch.ones_like(largest[:, 0])
+    if kinds != {GREEDY}:
+        columns = torch.tensor(numbers, dtype=torch.float64).T[..., None]  # (6, R, 1)
+        kind, temperature, uniforms, *filters = upload(columns, logits.device)
+        weights = (adjusted - largest).div_(temperature.to(logits.dtype)).exp_()
+        is_summed = any(k == DRAWN or top_k == n_vocab for k, _, _, top_k, *_ in numbers)
+        sums = weights.cumsum(-1, dtype=torch.float64) if is_summed else None
+        if sums is not None and DRAWN in kinds:
+            tokens = torch.where(kind[:, 0] == DRAWN, _sample(sums, uniforms), tokens)
+        if FILTERED in kinds:
+            n = [*(n for n in CANDIDATES if n <= n_vocab), n_vocab][n_tried]
+            among, is_enough = _sample_among(weights, sums, n, uniforms, *filters)
+            tokens = torch.where(kind[:, 0] == FILTERED, among, tokens)
+            is_enough |= kind[:, 0] != FILTERED
+    found = [column.double()[:, None] for column in (tokens, largest[:, 0], is_enough)]
+    if any(p.logprobs is not None for p in params):
+        found.append(_log_probabilities(logits, tokens))
+    rows = torch.cat(found, -1).tolist()
+    if not all(math.isfinite(largest) for _, largest, *_ in rows):
         raise ValueError("the model's logits are not finite numbers")
-    tokens = adjusted.argmax(-1)
-    drawn = [i for i, s in enumerate(sequences) if s.params.temperature >= MIN_TEMPERATURE]
-    for filters, sample in ((False, _sample), (True, _sample_filtered)):
-        if rows := [i for i in drawn if _filters(sequences[i].params) == filters]:
-            own = [sequences[i] for i in rows]
-            tokens[rows] = sample(_weights(adjusted[rows], own), own)
-    ids = tokens.tolist()
-    chosen = [s.tokens([token]) for s, token in zip(sequences, ids, strict=True)]
-    if rows := [i for i, s in enumerate(sequences) if s.params.logprobs is not None]:
-        n_top = [sequences[i].params.logprobs or 0 for i in rows]
-        found = log_probabilities(logits[rows], [ids[i] for i in rows], n_top)
-        for i, logprobs in zip(rows, found, strict=True):
-            chosen[i].logprobs = [logprobs]
+    chosen = [s.tokens([int(row[0])]) for s, row in zip(sequences, rows, strict=True)]
+    for one, p, row in zip(chosen, params, rows, strict=True):
+        one.logprobs = None if p.logprobs is None else [_unpacked(row[3:], p.logprobs)]
+    if short := [i for i, row in enumerate(rows) if not row[2]]:
+        again = _choose(logits[short], [sequences[i] for i in short], n_tried + 1)
+        for i, one in zip(short, again, strict=True):
+            chosen[i] = one
     return chosen
 
 
@@ -70,103 +99,124 @@ def log_probabilities(logits: Tensor, tokens: list[int], n_top: list[int]) -> li
 
     With it come the `n_top` likeliest tokens of the row, at most MAX_TOP.
     """
+    logits = logits if logits.is_cuda else logits.cpu()
+    index = upload(torch.tensor(tokens, dtype=torch.int64), logits.device)
+    rows = _log_probabilities(logits, index).tolist()
+    return [_unpacked(row, n) for row, n in zip(rows, n_top, strict=True)]
+
+
+def _log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return log-probabilities (R, 1 + 2 K) float64 after logits (R, V).
+
+    That of the token (R,), the ids of the likeliest, and theirs.
+    """
     logprobs = logits.log_softmax(-1).clamp_min(MIN_LOGPROB)
-    index = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
-    own = logprobs.gather(-1, index[:, None])[:, 0].tolist()
     best = logprobs.topk(min(MAX_TOP, logits.size(-1)))  # always as many: ties keep their order
-    rows = zip(own, best.indices.tolist(), best.values.tolist(), n_top, strict=True)
-    return [(logprob, ids[:n], values[:n]) for logprob, ids, values, n in rows]
+    own = logprobs.gather(-1, tokens[:, None])
+    return torch.cat([part.double() for part in (own, best.indices, best.values)], -1)
+
+
+def _unpacked(row: list[float], n_top: int) -> Logprobs:
+    """Return a row of `_log_probabilities`, with the `n_top` likeliest."""
+    logprob, *best = row
+    ids, values = best[: len(best) // 2], best[len(best) // 2 :]
+    return logprob, [int(i) for i in ids[:n_top]], values[:n_top]
 
 
 def _adjusted(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
-    """Return logits with penalties and bias; the same ones where no row has any."""
-    rows = [i for i, sequence in enumerate(sequences) if _adjusts(sequence.params)]
-    if rows:
-        logits = logits.clone()
-        for i in rows:
-            _adjust(logits[i], sequences[i])
-    return logits
+    """Return logits with penalties and bias; the same ones where no row has any.
 
-
-def _adjusts(p: SamplingParams) -> bool:
-    penalties = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1
-    return bool(penalties or p.logit_bias)
-
-
-def _filters(p: SamplingParams) -> bool:
-    """Return whether only some of the tokens can be drawn."""
-    return p.top_k is not None or (p.top_p is not None and p.top_p < 1) or bool(p.min_p)
-
-
-def _adjust(row: Tensor, sequence: SequenceState) -> None:
-    """Change one row (V,): repetition, frequency, presence, then bias.
-
-    Repetition divides what is positive and multiplies what is not (CTRL, section 4.1); the others
-    subtract, as the OpenAI API defines them.
+    In this order: repetition divides what is positive and multiplies what is not (CTRL, section
+    4.1); frequency and presence are subtracted, as the OpenAI API defines them; bias is added.
     """
-    p, device = sequence.params, row.device
-    if p.repetition_penalty != 1:
-        seen = torch.tensor(sequence.ids, device=device).unique()
-        old = row[seen]
-        row[seen] = torch.where(old > 0, old / p.repetition_penalty, old * p.repetition_penalty)
-    answer = sequence.ids[sequence.n_prompt :]
-    if answer and (p.frequency_penalty or p.presence_penalty):
-        seen, counts = torch.tensor(answer, device=device).unique(return_counts=True)
-        row[seen] -= p.frequency_penalty * counts + p.presence_penalty
-    if p.logit_bias:
-        ids = torch.tensor(list(p.logit_bias), device=device)
-        row[ids] += torch.tensor(list(p.logit_bias.values()), device=device)
+    changes = [_changes(sequence) for sequence in sequences]
+    n = max(own.shape[1] for own in changes)
+    if n == 1 and all(own is UNCHANGED for own in changes):
+        return logits
+    # Of a row with fewer, the first one is repeated, which gives the same number again.
+    columns = [own[:, np.arange(n) * (np.arange(n) < own.shape[1])] for own in changes]
+    ids, *values = upload(torch.from_numpy(np.stack(columns, 1)), logits.device)
+    factors, less, more = (value.to(logits.dtype) for value in values)
+    old = logits.gather(-1, ids.long())
+    new = torch.where(old > 0, old / factors, old * factors) - less + more
+    return logits.scatter(-1, ids.long(), new)
 
 
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None].to(like.dtype)
+def _changes(sequence: SequenceState) -> np.ndarray:
+    """Return what changes a row's logits (4, A): ids, divisors, what is subtracted, and added."""
+    p = sequence.params
+    n_seen = len(sequence.ids) if p.repetition_penalty != 1 else 0
+    n_counted = len(sequence.ids) - sequence.n_prompt
+    n_counted = n_counted if p.frequency_penalty or p.presence_penalty else 0
+    if not (n_seen or n_counted or p.logit_bias):
+        return UNCHANGED
+    seen, answer, biased = (
+        np.array(ids, np.int64)
+        for ids in (
+            sequence.ids[:n_seen],
+            sequence.ids[-n_counted:] * (n_counted > 0),
+            [*p.logit_bias],
+        )
+    )
+    counted, counts = np.unique(answer, return_counts=True)
+    ids = np.unique(np.concatenate((seen, counted, biased)))
+    changes = np.zeros((4, len(ids)))
+    changes[0], changes[1] = ids, 1.0
+    changes[1, np.searchsorted(ids, seen)] = p.repetition_penalty
+    less = np.float32(p.frequency_penalty) * counts.astype(np.float32)
+    changes[2, np.searchsorted(ids, counted)] = less + np.float32(p.presence_penalty)
+    changes[3, np.searchsorted(ids, biased)] = list(p.logit_bias.values())
+    return changes
 
 
-def _weights(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
-    """Return probabilities (R, V), the likeliest token's taken as 1."""
-    temperatures = _column([s.params.temperature for s in sequences], logits)
-    return (logits - logits.amax(-1, keepdim=True)).div_(temperatures).exp_()
+def _kind(p: SamplingParams) -> int:
+    if p.temperature < MIN_TEMPERATURE:
+        return GREEDY
+    filters = p.top_k is not None or (p.top_p is not None and p.top_p < 1) or p.min_p
+    return FILTERED if filters else DRAWN
 
 
-def _sample(weights: Tensor, sequences: list[SequenceState]) -> Tensor:
-    """Return the index (R,) of each row of weights (R, K) at which its number lies."""
-    sums = weights.cumsum(-1, dtype=torch.float64)
-    numbers = [uniform(s.params.seed, len(s.ids)) for s in sequences]
-    total = sums[:, -1:].contiguous()
-    mass = torch.tensor(numbers, dtype=sums.dtype, device=sums.device)[:, None] * total
-    mass = torch.minimum(mass, total.nextafter(torch.zeros_like(total)))  # it may round up
+def _numbers(sequence: SequenceState, n_vocab: int) -> tuple[float, ...]:
+    """Return a row's kind, temperature, random number, top_k, top_p and min_p."""
+    p, kind = sequence.params, _kind(sequence.params)
+    if kind == GREEDY:
+        return kind, 1.0, 0.0, 1, 1.0, 0.0
+    top_k, top_p = min(p.top_k or n_vocab, n_vocab), 1.0 if p.top_p is None else p.top_p
+    number = uniform(p.seed, len(sequence.ids))
+    return float(kind), p.temperature, number, top_k, top_p, p.min_p or 0.0
+
+
+def _sample(sums: Tensor, numbers: Tensor) -> Tensor:
+    """Return the index (R,) of each row of running sums (R, K) at which its number (R, 1) lies."""
+    total = sums[:, -1:]
+    mass = torch.minimum(
+        numbers * total, total.nextafter(torch.zeros_like(total))
+    )  # it may round up
     return torch.searchsorted(sums, mass, right=True)[:, 0].clamp_max(sums.size(-1) - 1)
 
 
-def _sample_filtered(weights: Tensor, sequences: list[SequenceState]) -> Tensor:
-    tokens = torch.zeros(len(sequences), dtype=torch.int64, device=weights.device)
-    rows = list(range(len(sequences)))
-    for n in (*CANDIDATES, weights.size(-1)):
-        if rows and n <= weights.size(-1):
-            of_rows, enough = _sample_among(weights[rows], n, [sequences[i] for i in rows])
-            tokens[rows] = of_rows
-            rows = [i for i, done in zip(rows, enough.tolist(), strict=True) if not done]
-    return tokens
-
-
-def _sample_among(weights: Tensor, n: int, sequences: list[SequenceState]) -> tuple[Tensor, Tensor]:
+def _sample_among(
+    weights: Tensor,
+    sums: Tensor | None,
+    n: int,
+    numbers: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Sample among the n likeliest tokens (R, V), filtered by top_k, top_p, min_p in this order.
 
-    Returns tokens (R,) and whether the n are sure to hold all that may be drawn (R,).
+    `sums` (R, V) of all weights are needed for rows without top_k. Returns tokens (R,) and whether
+    the n are sure to hold all that may be drawn (R,).
     """
-    n_vocab = weights.size(-1)
     best = weights.topk(n)
-    w = best.values
-    sums = w.cumsum(-1, dtype=torch.float64)
-    params = [sequence.params for sequence in sequences]
-    top_k = _column([min(p.top_k or n_vocab, n_vocab) for p in params], sums)
-    top_p = _column([1.0 if p.top_p is None else p.top_p for p in params], sums)
-    min_p = _column([p.min_p or 0.0 for p in params], sums)
-    total = sums.gather(-1, top_k.long().clamp_max(n) - 1)
-    if (is_all := top_k == n_vocab).any():  # a plain sum adds in another order alone
-        total = torch.where(is_all, weights.cumsum(-1, dtype=torch.float64)[:, -1:], total)
-    allowed = allowed_tokens(w, sums, top_k, top_p * total, min_p)
-    tail = (sums[:, -1:] >= top_p * total) & (top_p < 1) | (w[:, -1:] < min_p)
-    enough = (top_k <= n) | is_all & tail  # at n = n_vocab always
-    index = _sample(torch.where(allowed, w, 0), sequences)
-    return best.indices.gather(-1, index[:, None])[:, 0], enough[:, 0]
+    w, is_all = best.values, top_k == weights.size(-1)
+    sums_of_best = w.cumsum(-1, dtype=torch.float64)
+    total = sums_of_best.gather(-1, top_k.long().clamp_max(n) - 1)
+    if sums is not None:  # a plain sum adds in another order alone
+        total = torch.where(is_all, sums[:, -1:], total)
+    allowed = allowed_tokens(w, sums_of_best, top_k, top_p * total, min_p)
+    tail = (sums_of_best[:, -1:] >= top_p * total) & (top_p < 1) | (w[:, -1:] < min_p)
+    is_enough = (top_k <= n) | is_all & tail  # at n = V always
+    index = _sample(torch.where(allowed, w, 0).cumsum(-1, dtype=torch.float64), numbers)
+    return best.indices.gather(-1, index[:, None])[:, 0], is_enough[:, 0]

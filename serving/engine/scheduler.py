@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from serving.engine.forward import Span
 from serving.engine.messages import Computation, Generate, Logprobs, SamplingParams, Tokens
@@ -159,9 +160,10 @@ class Scheduler:
 
     def plan(self) -> list[tuple[SequenceState, Span]]:
         """Return the sequences of the next step, and the tokens of each."""
-        decoding = [s for s in self.running if s.is_decoding]
+        decoding = [(s.slot.index, s) for s in self.running if s.slot and s.is_decoding]
         budget = self.chunk_tokens * (1 if decoding else 4)
-        planned = [(s, s.next_span(1)) for s in decoding]
+        # In the order of slots, of which a forward pass may read neighbours without a copy.
+        planned = [(s, s.next_span(1)) for _, s in sorted(decoding, key=itemgetter(0))]
         for sequence in sorted((s for s in self.running if not s.is_decoding), key=self._turn):
             if budget > 0:
                 planned.append((sequence, sequence.next_span(budget)))
