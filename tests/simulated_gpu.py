@@ -134,6 +134,9 @@ class GpuTensor(Tensor):
             _check_mixed(func, args, others)
         unwrapped = tree_map(_values, (args, kwargs))
         result = func(*unwrapped[0], **unwrapped[1])
+        if torch.Tag.inplace_view in func.tags:  # the shape that C++ sees changes too
+            with torch._C._DisableTorchDispatch():
+                func(*args, **kwargs)
         known = {id(t.cpu_tensor): t for t in tensors if isinstance(t, GpuTensor)}
         return tree_map(
             lambda leaf: known[id(leaf)] if id(leaf) in known else _on_gpu(leaf), result
@@ -306,10 +309,12 @@ def simulated_gpu(
     values = shared | {"is_initialized": True, "current_stream": stream}
     values |= {"get_device_name": name, "get_device_capability": capability}
     values |= {"get_device_properties": about, "mem_get_info": (MEMORY, MEMORY)}
-    values |= {"current_device": 0, "device": contextlib.nullcontext(), "get_rng_state_all": []}
+    values |= {"current_device": 0, "max_memory_allocated": 0, "get_rng_state_all": []}
     values["is_current_stream_capturing"] = False
     unused = ("set_device", "manual_seed", "manual_seed_all", "empty_cache", "set_rng_state_all")
+    unused += ("reset_peak_memory_stats",)
     cuda = _returning(values | dict.fromkeys(unused))
+    cuda["device"] = contextlib.nullcontext
     cuda["is_bf16_supported"] = lambda including_emulation=True: capability >= (8, 0)
     values = shared | {"current_accelerator": torch.device("cuda"), "current_stream": stream}
     accelerator = _returning(values | {"current_device_index": 0})
