@@ -311,9 +311,8 @@ def simulated_gpu(
     values |= {"get_device_properties": about, "mem_get_info": (MEMORY, MEMORY)}
     values |= {"current_device": 0, "max_memory_allocated": 0, "get_rng_state_all": []}
     values["is_current_stream_capturing"] = False
-    unused = ("set_device", "manual_seed", "manual_seed_all", "empty_cache", "set_rng_state_all")
-    unused += ("reset_peak_memory_stats",)
-    cuda = _returning(values | dict.fromkeys(unused))
+    unused = ["set_device", "manual_seed", "manual_seed_all", "empty_cache", "set_rng_state_all"]
+    cuda = _returning(values | dict.fromkeys([*unused, "reset_peak_memory_stats"]))
     cuda["device"] = contextlib.nullcontext
     cuda["is_bf16_supported"] = lambda including_emulation=True: capability >= (8, 0)
     values = shared | {"current_accelerator": torch.device("cuda"), "current_stream": stream}
