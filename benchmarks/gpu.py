@@ -47,7 +47,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanogpt.generation import generate
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import adamw, muon
-from nanogpt.training.language_model import compiled_loss, next_token_loss
+from nanogpt.training.compiled import compiled_loss
+from nanogpt.training.language_model import next_token_loss
 from nanogpt.training.machine import device_name, versions
 from nanogpt.training.throughput import flops_per_token, peak_flops
 
@@ -163,7 +164,7 @@ def correct(options: Options) -> Iterator[Record]:
     with torch.autocast(options.device, torch.bfloat16):
         found = gradients(moved, ids.to(options.device), next_token_loss)
     yield agreement("bf16 near fp32", expected, found, BF16)
-    found = gradients(moved, ids.to(options.device), compiled_loss())
+    found = gradients(moved, ids.to(options.device), compiled_loss(next_token_loss))
     yield agreement("compiled as eager", expected, found, FP32)
     yield optimizer_agreement(options, config)
     with tempfile.TemporaryDirectory() as folder:
@@ -303,7 +304,9 @@ def compiled(options: Options) -> Iterator[Record]:
         if name == "modern_small" and not options.quick:
             config = modern_small()
         profile = options.out / "kernels.txt" if name == "gpt2" else None
-        yield step_record(options, name, config, rows, compiled_loss(), profile=profile)
+        yield step_record(
+            options, name, config, rows, compiled_loss(next_token_loss), profile=profile
+        )
 
 
 def modern_small() -> GPTConfig:
@@ -426,7 +429,9 @@ def larger(options: Options) -> Iterator[Record]:
     """Yield the same of larger models, compiled by block."""
     for preset, rows in (("gpt2-medium", 32), ("gpt2-xl", 8)):
         config = options.model(preset, vocab_size=PADDED)
-        yield step_record(options, preset, config, options.rows(rows), compiled_loss())
+        yield step_record(
+            options, preset, config, options.rows(rows), compiled_loss(next_token_loss)
+        )
 
 
 def engine(options: Options) -> Iterator[Record]:

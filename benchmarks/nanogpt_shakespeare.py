@@ -31,7 +31,8 @@ import torch
 
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Cosine, adamw, learning_rates, set_learning_rates
-from nanogpt.training.language_model import compiled_loss, next_token_loss
+from nanogpt.training.compiled import compiled_loss
+from nanogpt.training.language_model import next_token_loss
 
 BLOCK_SIZE, ROWS = 64, 12
 SHAPE = {"block_size": BLOCK_SIZE, "n_layer": 4, "n_head": 4, "n_embd": 128, "bias": False}
@@ -114,7 +115,7 @@ def our_step(path: Path, compiled: bool, bf16: bool = False) -> Step:
     model = GPT(GPTConfig(vocab_size=N_BYTES, **SHAPE))  # type: ignore[arg-type]
     optimizer = adamw(model, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS)
     schedule, rates = Cosine(WARMUP_STEPS, MIN_RATE / LEARNING_RATE), learning_rates(optimizer)
-    summed_loss = compiled_loss() if compiled else next_token_loss
+    summed_loss = compiled_loss(next_token_loss) if compiled else next_token_loss
     batches = aligned_windows(path)
     done = 0
 

@@ -18,13 +18,14 @@ import atexit, functools, json, os, sys
 import torch
 from torch._dynamo.utils import counters
 from nanogpt.training import language_model as lm
+from nanogpt.training.compiled import compiled_block
 
 compiled = functools.partial(torch.compile, backend="aot_eager")
 
 def parts(function):
     if "BY_BLOCK" in os.environ and function is lm.next_token_loss:
         head = compiled(lm.summed_cross_entropy)
-        return functools.partial(function, run=lm.compiled_block(), cross_entropy=head)
+        return functools.partial(function, run=compiled_block(), cross_entropy=head)
     return compiled(function)
 
 torch.compile = parts

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from nanogpt.model import GPT, GPTConfig, run_block
 from nanogpt.optim import Constant, adamw
+from nanogpt.training.compiled import compiled_block
 from nanogpt.training.language_model import LanguageModel, next_token_loss
-from nanogpt.training.module import compiled_block
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning's own

@@ -13,8 +13,9 @@ from nanogpt.classifier import Classifier, class_probabilities, train_layers
 from nanogpt.evaluation.classification import baselines, confusion_matrix, scores
 from nanogpt.model import GPT, run_block
 from nanogpt.tokenizer import Tokenizer
+from nanogpt.training.compiled import compiled_block
 from nanogpt.training.cross_entropy import summed_cross_entropy
-from nanogpt.training.module import Batch, StageModule, compiled_block
+from nanogpt.training.module import Batch, StageModule
 from nanogpt.values import Amount, BelowOne
 
 MAX_MISTAKES = 12  # shown in the report

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt.model import GPT, run_block
+from nanogpt.training.compiled import compiled_loss
 from nanogpt.training.cross_entropy import summed_cross_entropy
-from nanogpt.training.module import Batch, StageModule, compiled_block
+from nanogpt.training.module import Batch, StageModule
 from nanogpt.training.throughput import flops_per_token
 
 
@@ -31,17 +31,6 @@ def next_token_loss(
     return cross_entropy(model, hidden_states, targets)
 
 
-def compiled_loss() -> Callable[..., Tensor]:
-    """Return `next_token_loss` compiled: on a CPU as a whole, elsewhere a block, and the head.
-
-    The layers share the graph of the block, so that 48 compile as fast as 2. On a CPU one graph of
-    everything is 2.5 % faster (docs/PERFORMANCE.md).
-    """
-    whole, cross_entropy = torch.compile(next_token_loss), torch.compile(summed_cross_entropy)
-    by_block = partial(next_token_loss, run=compiled_block(), cross_entropy=cross_entropy)
-    return lambda model, *rows: (whole if model.wte.weight.is_cpu else by_block)(model, *rows)
-
-
 class LanguageModel(StageModule):
     """A language model in training, on all of a corpus or on the responses of conversations."""
 
@@ -50,7 +39,7 @@ class LanguageModel(StageModule):
         n_bytes = [len(token) for token in self.tokenizer.token_bytes()]
         self.register_buffer("token_bytes", torch.tensor(n_bytes), persistent=False)  # (V,)
         self.token_bytes: Tensor
-        self.loss = compiled_loss() if self.compiled else next_token_loss
+        self.loss = compiled_loss(next_token_loss) if self.compiled else next_token_loss
 
     def summed_loss(self, batch: Batch) -> Tensor:
         """Return the loss of rows `input_ids` (B, T) as a scalar."""

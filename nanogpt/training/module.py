@@ -8,7 +8,6 @@ makes every split of a step over micro-batches and ranks give the same update.
 """
 
 import contextlib
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,14 +20,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nanogpt.checkpoint import KEY
-from nanogpt.command import out_of_memory
-from nanogpt.model import GPT, run_block
+from nanogpt.model import GPT
 from nanogpt.muon import MuonAdamW
 from nanogpt.optim import factor_at, learning_rates, set_learning_rates
 from nanogpt.prompts import Template
 from nanogpt.tokenizer import Tokenizer
-
-log = logging.getLogger("nanogpt")
+from nanogpt.training.micro_batch import fewer_rows, in_rows
 
 # The batch contract: input_ids (B, T), targets (B, T), step_targets, row_seeds (B,).
 Batch = dict[str, Any]
@@ -153,8 +150,7 @@ class StageModule(LightningModule):
     def _add_gradients(self, micro_batches: list[Batch]) -> list[Tensor]:
         """Add up the gradients of a step; return its shares of the loss.
 
-        Where memory runs out, the step begins again in smaller micro-batches, which stay. Several
-        ranks have reduced some gradients by then, and a single row cannot be split: both raise.
+        Where memory runs out, the step begins again in smaller micro-batches, which stay.
         """
         parts = [part for batch in micro_batches for part in in_rows(batch, self.micro_batch)]
         # Ranks reduce gradients at the last micro-batch of a step only.
@@ -166,14 +162,7 @@ class StageModule(LightningModule):
                     losses.append(self._backward(batch))
             return [*losses, self._backward(parts[-1])]
         except (RuntimeError, MemoryError) as error:
-            shortage = out_of_memory(error)
-            if not shortage or n_rows == 1 or self.trainer.world_size > 1:
-                raise
-        # A divisor, so that the recorded number still divides the rows of a step. The error, which
-        # keeps the tensors of the pass, is gone.
-        self.micro_batch = max(n for n in range(1, n_rows // 2 + 1) if n_rows % n == 0)
-        what = (shortage, self.trainer.global_step + 1, self.micro_batch, n_rows)
-        log.warning("%s at step %s, which is repeated with micro_batch=%s in place of %s", *what)
+            self.micro_batch = fewer_rows(n_rows, error, self.trainer)
         self.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         return self._add_gradients(micro_batches)
@@ -304,26 +293,6 @@ class StageModule(LightningModule):
         clock = checkpoint[KEY]["clock"]
         self.train_s, self.timed_steps = clock["train_s"], clock["timed_steps"]
         self._wall_s_before = clock["wall_s"]
-
-
-def in_rows(batch: Batch, n: int | None) -> list[Batch]:
-    """Return a micro-batch in parts of n rows, or as it is without n."""
-    rows = len(batch["input_ids"])
-    if n is None or n >= rows:
-        return [batch]
-    of_rows = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.shape[:1] == (rows,)}
-    return [
-        {**batch, **{key: value[start : start + n] for key, value in of_rows.items()}}
-        for start in range(0, rows, n)
-    ]
-
-
-def compiled_block() -> Callable[..., Tensor]:
-    """Return `run_block` compiled: layers share one graph, with dropout all but the first."""
-    from torch._dynamo import config  # which takes a second to import
-
-    config.allow_unspec_int_on_nn_module = True  # else each layer whose number is used has a graph
-    return torch.compile(run_block)
 
 
 def is_due(step: int, every_n_steps: int | None, trainer: Trainer) -> bool:
