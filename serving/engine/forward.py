@@ -60,7 +60,8 @@ def ids_before(spans: list[Span]) -> list[int]:
 # Of a call of attention: N slots, Q queries of each, tokens of context, and the first slot of N
 # neighbours, which are read in place; the keys and values of other slots are copied.
 Shape = tuple[int, int, int, int | None]
-Piece = tuple[Tensor, Tensor | slice, Tensor]  # rows (N, Q); slots (N,); mask (N, 1, Q, T), added
+# Its rows (N, Q) and slots (N,), and what is added to the scores (N, H', Q H / H', T) of a head.
+Piece = tuple[Tensor, Tensor | slice, Tensor]
 
 
 class Forward:
@@ -183,12 +184,12 @@ class Forward:
         """
         sizes = [n for n_slots, n_queries, _, _ in shapes for n in (n_slots, n_slots * n_queries)]
         ids, before, positions, slots, order, *parts = numbers.split([n_padded] * 5 + sizes)
-        pieces = list[Piece]()
+        pieces, n_sharing = list[Piece](), self.config.n_head // self.config.kv_heads
         for shape, own, rows in zip(shapes, parts[::2], parts[1::2], strict=True):
             n_slots, n_queries, n_context, first = shape
             rows = rows.view(n_slots, n_queries)
             keys = torch.arange(n_context, device=rows.device)
-            masked = keys > positions[rows][:, None, :, None]
+            masked = keys > positions[rows].repeat(1, n_sharing)[:, None, :, None]
             mask = torch.zeros_like(masked, dtype=self.cache.dtype).masked_fill(masked, -torch.inf)
             index = own if first is None else slice(first, first + n_slots)
             pieces.append((rows, index, mask))
@@ -237,21 +238,11 @@ class SlotAttend(Attend):
         for rows, slots, mask in self.pieces:
             context = self.cache[layer, :, :, :, : mask.size(-1)]
             keys, values = (entries[slots] for entries in context)  # (N, H', T, D) each
-            y.append(attention(q[0, rows], keys, values, mask).flatten(0, 1))
+            # H / H' query heads share a head of keys and values, as further queries of it.
+            own = q[0, rows].unflatten(2, (keys.size(1), -1)).permute(0, 2, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(own.flatten(2, 3), keys, values, mask)
+            y.append(attended.view_as(own).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1))
         return (torch.cat(y) if len(y) > 1 else y[0])[self.order][None]
-
-
-def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(D) + mask) v (N, Q, H, D) of queries (N, Q, H, D).
-
-    H / H' consecutive query heads share one of the heads of the keys and values (N, H', T, D): they
-    are computed as further queries of it. `mask` is (N, 1, Q, T).
-    """
-    q = q.unflatten(2, (keys.size(1), -1)).permute(0, 2, 3, 1, 4)  # (N, H', H / H', Q, D)
-    n_sharing = q.size(2)
-    mask = mask.repeat(1, 1, n_sharing, 1) if n_sharing > 1 else mask
-    y = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask)
-    return y.unflatten(2, (n_sharing, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class Captured:

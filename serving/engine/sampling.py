@@ -10,6 +10,7 @@ Shapes: R rows, V vocabulary, K candidates, A adjusted tokens.
 
 import itertools
 import math
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ MAX_LOGITS = 2**19  # at a time on a CPU; of more, every sum has new pages from 
 MAX_TOP = 20  # likeliest tokens of a request
 MIN_TEMPERATURE = 1e-5  # below it the rounding of float32 logits decides: the likeliest is taken
 UNCHANGED = np.array([[0.0], [1.0], [0.0], [0.0]])  # a token's logit, divided by 1
+T = TypeVar("T")
 GREEDY, DRAWN, FILTERED = range(3)  # kinds of rows; of the last, some tokens cannot be drawn
 
 
@@ -37,9 +39,8 @@ def choose(logits: Tensor, sequences: list[SequenceState]) -> list[Tokens]:
     more rows than sequences, to keep shapes the same. Raises ValueError where the logits of a row
     are not finite numbers.
     """
-    n = len(sequences)
     if logits.is_cuda:
-        return _choose(logits, sequences + sequences[:1] * (len(logits) - n))[:n]
+        return _choose(logits, sequences)
     logits = logits.cpu()  # mps has no float64
     n_rows, chosen = max(1, MAX_LOGITS // logits.size(-1)), list[Tokens]()
     for _, alike in itertools.groupby(sequences, lambda sequence: _kind(sequence.params)):
@@ -51,13 +52,13 @@ def choose(logits: Tensor, sequences: list[SequenceState]) -> list[Tokens]:
 def _choose(logits: Tensor, sequences: list[SequenceState], n_tried: int = 0) -> list[Tokens]:
     """Choose tokens; `n_tried` of the numbers of candidates are known not to suffice."""
     params, n_vocab = [sequence.params for sequence in sequences], logits.size(-1)
-    numbers = [_numbers(sequence, n_vocab) for sequence in sequences]
+    numbers = _padded([_numbers(sequence, n_vocab) for sequence in sequences], len(logits))
     kinds = {kind for kind, *_ in numbers}
     adjusted = _adjusted(logits, sequences)
     largest = adjusted.amax(-1, keepdim=True)
     tokens, is_enough = adjusted.argmax(-1), torch.ones_like(largest[:, 0])
     if kinds != {GREEDY}:
-        columns = torch.tensor(numbers, dtype=torch.float64).T[..., None]  # (6, R, 1)
+        columns = torch.tensor(numbers, dtype=torch.float64).T.contiguous()[..., None]  # (6, R, 1)
         kind, temperature, uniforms, *filters = upload(columns, logits.device)
         weights = (adjusted - largest).div_(temperature.to(logits.dtype)).exp_()
         is_summed = any(k == DRAWN or top_k == n_vocab for k, _, _, top_k, *_ in numbers)
@@ -72,7 +73,7 @@ def _choose(logits: Tensor, sequences: list[SequenceState], n_tried: int = 0) ->
     found = [column.double()[:, None] for column in (tokens, largest[:, 0], is_enough)]
     if any(p.logprobs is not None for p in params):
         found.append(_log_probabilities(logits, tokens))
-    rows = torch.cat(found, -1).tolist()
+    rows = torch.cat(found, -1)[: len(sequences)].tolist()
     if not all(math.isfinite(largest) for _, largest, *_ in rows):
         raise ValueError("the model's logits are not finite numbers")
     chosen = [s.tokens([int(row[0])]) for s, row in zip(sequences, rows, strict=True)]
@@ -129,7 +130,7 @@ def _adjusted(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
     In this order: repetition divides what is positive and multiplies what is not (CTRL, section
     4.1); frequency and presence are subtracted, as the OpenAI API defines them; bias is added.
     """
-    changes = [_changes(sequence) for sequence in sequences]
+    changes = _padded([_changes(sequence) for sequence in sequences], len(logits))
     n = max(own.shape[1] for own in changes)
     if n == 1 and all(own is UNCHANGED for own in changes):
         return logits
@@ -140,6 +141,10 @@ def _adjusted(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
     old = logits.gather(-1, ids.long())
     new = torch.where(old > 0, old / factors, old * factors) - less + more
     return logits.scatter(-1, ids.long(), new)
+
+
+def _padded(items: list[T], n: int) -> list[T]:
+    return items + items[:1] * (n - len(items))
 
 
 def _changes(sequence: SequenceState) -> np.ndarray:
