@@ -29,7 +29,7 @@ def at_speed(monkeypatch: pytest.MonkeyPatch, step_s: float, left_s: float = 10.
 
 
 def test_the_rules_by_hand() -> None:
-    assert tokens_of(4) == 2 * 12 * 4 * 256**2
+    assert tokens_of(4) == 5 * 12 * 4 * 256**2
     assert step_tokens(2_048_000, 128) == 2048
     assert step_tokens(4 * 2_048_000, 128) == 4096  # 2048 x 4**0.38 = 3468, 27.1 rows
     assert step_tokens(10, 128) == 128
