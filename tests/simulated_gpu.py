@@ -5,7 +5,8 @@ the host (reads of a value, uploads and downloads that block) are counted, with 
 product that causes them. An asynchronous download holds other values until the host has waited.
 
 C++ sees CPU tensors, so that torch chooses the CPU's kernels, autocast lists and random numbers.
-Neither speed and memory nor CUDA's rounding, streams, graphs and compiler are simulated.
+Graphs repeat what was captured. Neither speed and memory nor CUDA's rounding, the order of streams
+and the compiler are simulated.
 """
 
 import contextlib
@@ -44,10 +45,16 @@ class Activity:
     def __init__(self) -> None:
         self.kernels: Counter[str] = Counter()
         self.waits: Counter[tuple[str, str]] = Counter()
+        self.captured: list[Any] | None = None  # operations of the graph that is captured now
         self._downloads: list[tuple[Tensor, Tensor]] = []
 
     def wait(self, reason: str) -> None:
-        """End all downloads; count the wait unless it is one of another thread."""
+        """End all downloads; count the wait unless it is one of another thread.
+
+        Raises RuntimeError, as CUDA does, while a graph is captured.
+        """
+        if self.captured is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {reason}")
         if threading.current_thread() is threading.main_thread():
             self.waits[reason, _line()] += 1
         downloads, self._downloads = self._downloads, []
@@ -134,6 +141,8 @@ class GpuTensor(Tensor):
             _check_mixed(func, args, others)
         unwrapped = tree_map(_values, (args, kwargs))
         result = func(*unwrapped[0], **unwrapped[1])
+        if activity.captured is not None:
+            activity.captured.append((func, *unwrapped, result))
         if torch.Tag.inplace_view in func.tags:  # the shape that C++ sees changes too
             with torch._C._DisableTorchDispatch():
                 func(*args, **kwargs)
@@ -292,6 +301,40 @@ def _grouped(group: Callable[..., Any]) -> Callable[..., Any]:
     return corrected
 
 
+class _Graph:
+    """A CUDA graph: the operations of a capture, repeated on the same tensors."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    @contextlib.contextmanager
+    def capture(self, **options: Any) -> Iterator[None]:
+        """Record operations; until the first replay, what they compute has no values."""
+        activity.captured = self.calls
+        try:
+            yield
+        finally:
+            activity.captured = None
+        for func, _, _, result in self.calls:
+            for tensor in tree_leaves(result) if _makes_tensors(func) else ():
+                tensor.fill_(77)
+
+    def replay(self) -> None:
+        activity.kernels["graph"] += 1
+        for func, args, kwargs, result in self.calls:
+            again = None if func.is_view else func(*args, **kwargs)
+            if _makes_tensors(func):
+                for tensor, values in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                    tensor.copy_(values)
+
+    def pool(self) -> int:
+        return 0
+
+
+def _makes_tensors(func: Any) -> bool:
+    return not (func.is_view or func._schema.is_mutable)
+
+
 def _returning(values: dict[str, Any]) -> dict[str, Any]:
     return {name: mock.Mock(return_value=value) for name, value in values.items()}
 
@@ -313,7 +356,8 @@ def simulated_gpu(
     values["is_current_stream_capturing"] = False
     unused = ["set_device", "manual_seed", "manual_seed_all", "empty_cache", "set_rng_state_all"]
     cuda = _returning(values | dict.fromkeys([*unused, "reset_peak_memory_stats"]))
-    cuda["device"] = contextlib.nullcontext
+    cuda |= {"device": contextlib.nullcontext, "stream": contextlib.nullcontext}
+    cuda |= {"Stream": lambda device=None: stream, "CUDAGraph": _Graph, "graph": _Graph.capture}
     cuda["is_bf16_supported"] = lambda including_emulation=True: capability >= (8, 0)
     values = shared | {"current_accelerator": torch.device("cuda"), "current_stream": stream}
     accelerator = _returning(values | {"current_device_index": 0})

@@ -298,8 +298,9 @@ def test_the_engine_answers_as_on_a_cpu(
         return ids, numbers, runner.stats.cached_tokens
 
     ids, numbers, _ = answers("cpu")
-    with simulated_gpu():
+    with simulated_gpu() as activity:
         found_ids, found_numbers, n_cached = answers("cuda")
+    assert activity.kernels["graph"]  # none of the decode steps' operations waits
     assert n_cached == 40
     assert len(numbers["score"]) == len(PROMPT)
     if dtype == "fp32":
@@ -465,3 +466,14 @@ def test_kernels_are_counted_and_views_are_not(gpu: Activity) -> None:
     assert not gpu.kernels
     (x @ x.t()).relu()
     assert gpu.kernels == Counter(mm=1, relu=1)
+
+
+def test_a_graph_repeats_what_was_captured(gpu: Activity) -> None:
+    x, graph = torch.zeros(2, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = (x + 1).view(1, 2).mul_(2)
+    x.fill_(3)
+    graph.replay()
+    assert y.tolist() == [[8, 8]]
+    with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(graph):
+        y.sum().item()
