@@ -27,6 +27,7 @@ from nanogpt.values import CHECKED, BelowOne, Count, Flag, Positive, Text
 INIT_STD = 0.02
 WRITTEN_OUT_TOKENS = 512  # longest context for which the scores (B, H, T, T) are materialised
 PADDED_FROM_TOKENS = 8192  # smallest vocabulary that gains from padding
+RunBlock = Callable[..., Tensor]  # that of `run_block`
 DROPOUT_SITES = 3  # of a layer: its attention weights and its two branches
 
 # "Language Models are Unsupervised Multitask Learners", table 2.
@@ -217,7 +218,7 @@ class GPT(nn.Module):
         cache: Attend | None = None,
         documents: Tensor | None = None,
         row_seeds: Tensor | None = None,
-        run: Callable[..., Tensor] = run_block,
+        run: RunBlock = run_block,
     ) -> Tensor:
         """Return the final, normalised states (B, T, C) of input_ids (B, T) int64.
 
@@ -248,6 +249,8 @@ class GPT(nn.Module):
             attend = Attend(mask, RowDropout(rate, row_seeds))
         x = self.embed(input_ids, positions, attend.before(input_ids))
         x = attend.dropout(x, DROPOUT_SITES * config.n_layer)
+        if x.is_cuda and torch.get_autocast_dtype("cuda") == torch.bfloat16:  # half of the traffic
+            x = x.bfloat16() if torch.is_autocast_enabled("cuda") else x
         return self.run_blocks(x, self.rotation(positions), attend, run)
 
     def embed(self, input_ids: Tensor, positions: Tensor, before: Tensor) -> Tensor:
@@ -265,11 +268,7 @@ class GPT(nn.Module):
         return rotary_angles(positions, rotary_speeds(config, positions.device))
 
     def run_blocks(
-        self,
-        x: Tensor,
-        rotation: Tensor | None,
-        attend: Attend,
-        run: Callable[..., Tensor] = run_block,
+        self, x: Tensor, rotation: Tensor | None, attend: Attend, run: RunBlock = run_block
     ) -> Tensor:
         """Return the final, normalised states (B, T, C) of embeddings x (B, T, C)."""
         for block in self.h:

@@ -499,3 +499,31 @@ def test_the_forward_is_one_graph(config: GPTConfig) -> None:
     model, ids = build(config), some_ids(config, 2, 16)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids), model(ids))
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "autocast", "expected"),
+    [
+        (True, torch.bfloat16, torch.bfloat16),
+        (True, torch.float16, torch.float32),  # whose range the stream would leave
+        (True, None, torch.float32),
+        (False, torch.bfloat16, torch.float32),
+    ],
+)
+def test_the_residual_stream_is_bfloat16_in_mixed_precision_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    is_cuda: bool,
+    autocast: torch.dtype | None,
+    expected: torch.dtype,
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: autocast is not None)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: autocast or torch.bfloat16)
+    seen = []
+
+    def run(block: torch.nn.Module, x: Tensor, *args: Any) -> Tensor:
+        seen.append(x.dtype)
+        return x.float()
+
+    build(replace(TINY, n_layer=1)).hidden_states(some_ids(TINY, 1, 4), run=run)
+    assert seen == [expected]
