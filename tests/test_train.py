@@ -353,6 +353,15 @@ def test_a_step_without_memory_is_that_of_smaller_micro_batches(
     assert recorded["resolved"]["micro_batch"] == most_rows
 
 
+def test_new_tensors_are_not_filled_before_they_are_written(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
+    fit(*tiny_run, "max_steps=1")
+    deterministic: Any = torch.utils.deterministic
+    assert not deterministic.fill_uninitialized_memory
+
+
 def test_a_single_row_without_memory_ends_the_run(
     tiny_run: list[str],
     main: Callable[..., int],

@@ -74,6 +74,9 @@ def build_trainer(
     }
     if several and node.get("strategy", "auto") == "auto":
         keys["strategy"] = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # With trainer.deterministic torch would fill every new tensor, which all of ours overwrite.
+    deterministic: Any = torch.utils.deterministic  # whose attribute the stubs lack
+    deterministic.fill_uninitialized_memory = False
     trainer: Trainer = build(
         keys,
         "trainer",
