@@ -3,6 +3,7 @@
 import ast
 import csv
 import logging
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -291,6 +292,20 @@ def test_stock_averages_become_the_weights_and_resume(tmp_path: Path) -> None:
     torch.testing.assert_close(whole.module.model.state_dict()["ln_f.weight"], expected)
     resumed = Run(tmp_path / "whole", EMAWeightAveraging(decay=0.9), start=whole.checkpoint(6))
     assert weights_sha256(resumed.module.model) == weights_sha256(whole.module.model)
+
+
+class LongTokens(Callback):
+    """Let every token have seven bytes."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        pl_module.token_bytes.fill_(7)
+
+
+def test_averages_leave_the_bytes_of_tokens(tmp_path: Path) -> None:
+    run = Run(tmp_path, LongTokens(), EMAWeightAveraging(decay=0.9))
+    metrics = run.trainer.callback_metrics
+    expected = metrics["val/loss"] / math.log(2) / 7
+    torch.testing.assert_close(metrics["val/bits_per_byte"], expected)
 
 
 class LogStep(Callback):

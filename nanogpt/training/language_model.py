@@ -37,7 +37,8 @@ class LanguageModel(StageModule):
     def __init__(self, model: GPT, **kwargs: Any) -> None:
         super().__init__(model, flops_per_token=flops_per_token(model.config), **kwargs)
         n_bytes = [len(token) for token in self.tokenizer.token_bytes()]
-        self.register_buffer("token_bytes", torch.tensor(n_bytes), persistent=False)  # (V,)
+        # (V,) float32: Lightning's averages of weights take buffers too, and cut whole numbers.
+        self.register_buffer("token_bytes", torch.tensor(n_bytes).float(), persistent=False)
         self.token_bytes: Tensor
         self.loss = compiled_loss(next_token_loss) if self.compiled else next_token_loss
 
@@ -63,5 +64,5 @@ class LanguageModel(StageModule):
         n_bytes = self.token_bytes[targets.clamp(min=0)].where(scored, 0)
         nats = nats.float().view_as(targets)
         nats, scored, n_bytes = torch.stack([nats, scored, n_bytes]).cpu()  # as float32: one wait
-        nats, scored, n_bytes = nats.double(), scored.bool(), n_bytes.long()
+        nats, scored, n_bytes = nats.double(), scored.bool(), n_bytes.round().long()
         return {"loss": (nats, scored), "bits_per_byte": (nats / math.log(2), n_bytes)}
