@@ -94,7 +94,9 @@ class ClassifyModule(StageModule):
         super().__init__(classifier, **kwargs)
         self.data = data
         run = compiled_block() if self.compiled else run_block
-        self.loss = make_loss(data.weights, label_smoothing, lm_weight, run)
+        self.loss = make_loss(
+            data.weights, label_smoothing=label_smoothing, lm_weight=lm_weight, run=run
+        )
 
     def measure(self) -> dict[str, Any]:
         """Return the metrics of the trained model on the test sets, on the training's device."""
