@@ -27,6 +27,17 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+class Handler(logging.StreamHandler):  # type: ignore[type-arg]
+    """A handler of standard error, which leads to the null device once it cannot be written.
+
+    Else what it holds back would let the next start of a process fail, which flushes it.
+    """
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        flush_output()
+        super().handleError(record)
+
+
 def of_request(request_id: str) -> dict[str, dict[str, str]]:
     """Return a log line's `extra` with the id of the request that it is about."""
     return {"fields": {"request_id": request_id}}
@@ -35,7 +46,7 @@ def of_request(request_id: str) -> dict[str, dict[str, str]]:
 def configure() -> None:
     """Send all logging of this process to standard error as JSON; output errors end nothing."""
     atexit.register(flush_output)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Handler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for name in ("httpx", "sse_starlette", "asyncio"):
