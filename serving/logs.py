@@ -27,7 +27,7 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-class Handler(logging.StreamHandler):  # type: ignore[type-arg]
+class Handler(logging.StreamHandler):
     """A handler of standard error, which leads to the null device once it cannot be written.
 
     Else what it holds back would let the next start of a process fail, which flushes it.
