@@ -188,7 +188,7 @@ async def _serve(path: str, tokens_per_s: int) -> None:
 def _receive(message: Message, streams: dict[str, list[int]], writer: asyncio.StreamWriter) -> None:
     if isinstance(message, Describe):
         tokenizer = byte_tokenizer()
-        shape = (10**6, tokenizer.vocab_size, 1, "fp32", tokenizer.record(), None, None)
+        shape = (10**6, tokenizer.vocab_size, 1, 1, "fp32", tokenizer.record(), None, None)
         writer.write(to_frame([ModelDetails(message.request_id, "1", "", 1, *shape)]))
     elif isinstance(message, Generate):
         streams[message.request_id] = [0, message.params.max_tokens]

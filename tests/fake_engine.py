@@ -1,6 +1,7 @@
 """An engine without a model that sends prepared replies, for tests of its clients."""
 
 import asyncio
+import struct
 from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ from serving.engine.messages import (
     Classified,
     Classify,
     Describe,
+    Embed,
+    Embedded,
     EngineError,
     Failed,
     Generate,
@@ -141,6 +144,7 @@ class FakeEngine:
                 revision="1",
                 step=100,
                 vocab_size=self.tokenizer.vocab_size,
+                n_embd=2,
                 n_params=1000,
                 dtype="fp32",
                 tokenizer=self.tokenizer.record(),
@@ -154,6 +158,8 @@ class FakeEngine:
             labels = self.about["labels"] or []
             even = [1 / len(labels)] * len(labels)
             return Classified(message.request_id, even, 3)
+        if isinstance(message, Embed):
+            return Embedded(message.request_id, struct.pack("<2f", 0.6, 0.8))
         return None
 
 

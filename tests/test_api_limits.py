@@ -16,7 +16,7 @@ from nanogpt.tokenizer import Tokenizer
 from serving.api import schemas, stream
 from serving.api.generation import Piece
 from serving.api.settings import ApiSettings
-from serving.engine.messages import Classify, Describe, Generate, Message, Score
+from serving.engine.messages import Classify, Describe, Embed, Generate, Message, Score
 from tests.fake_engine import FakeEngine
 from tests.front_end import eventually, fixed_reply, generated, serve
 
@@ -32,7 +32,7 @@ class SilentEngine(FakeEngine):
         await asyncio.sleep(60)
 
     def _answer(self, message: Message) -> Message | None:
-        return None if isinstance(message, Score | Classify) else super()._answer(message)
+        return None if isinstance(message, Score | Classify | Embed) else super()._answer(message)
 
 
 class LoadingEngine(FakeEngine):
@@ -105,6 +105,7 @@ def test_a_request_that_waits_too_long_for_a_token_is_refused_with_retry_after(
     ("path", "body", "labels"),
     [
         ("/classify", {"input": ["one", "two"]}, ["ham", "spam"]),
+        ("/v1/embeddings", {"input": ["one", "two"]}, None),
         ("/predict", {"input_data": "one"}, ["ham", "spam"]),
         ("/predict", {"input_data": "one"}, None),
         ("/v1/completions", {"prompt": "x", "echo": True}, None),
@@ -119,7 +120,8 @@ def test_nothing_waits_longer_for_the_engine(
     with serve(engine, ApiSettings(queue_s=0.2)) as url:
         assert eventually(lambda: httpx.get(f"{url}/v1/models/tiny").status_code == 200)
         answer = httpx.post(url + path, json=body)
-        requests = [m for m in engine.requests if isinstance(m, Generate | Score | Classify)]
+        kinds = Generate | Score | Classify | Embed
+        requests = [m for m in engine.requests if isinstance(m, kinds)]
         assert requests
         assert eventually(lambda: len(engine.cancelled) == len(requests))
     assert answer.status_code == 503

@@ -94,7 +94,7 @@ def test_a_slash_too_many_is_named_elsewhere(url: str, path: str) -> None:
         ("/api/generate", "/v1/completions"),
         ("/v1/moderations", "/classify"),
         ("/v1/fine_tuning/jobs", "train.py"),
-        ("/v1/embeddings", "GET /v1 lists"),
+        ("/v1/audio/speech", "GET /v1 lists"),
     ],
 )
 def test_an_unknown_route_names_the_alternative(url: str, path: str, expected: str) -> None:

@@ -20,6 +20,7 @@ from serving.engine.client import EngineClient
 from serving.engine.messages import (
     Classify,
     Describe,
+    Embed,
     Generate,
     Message,
     ModelInfo,
@@ -212,6 +213,7 @@ def test_a_request_is_logged_without_its_text(url: str, caplog: pytest.LogCaptur
     [
         ("/v1/completions", {"prompt": "x", "echo": True, "logprobs": 1, "n": 2}, None),
         ("/classify", {"input": "x"}, ["ham", "spam"]),
+        ("/v1/embeddings", {"input": "x"}, None),
     ],
 )
 def test_the_ids_of_engine_requests_begin_with_that_of_the_http_request(
@@ -221,7 +223,8 @@ def test_the_ids_of_engine_requests_begin_with_that_of_the_http_request(
     with serve(engine) as url:
         for _ in range(2):
             httpx.post(url + path, json=body, headers={"X-Request-ID": "mine"}).raise_for_status()
-    ids = [m.request_id for m in engine.requests if isinstance(m, Generate | Score | Classify)]
+    kinds = Generate | Score | Classify | Embed
+    ids = [m.request_id for m in engine.requests if isinstance(m, kinds)]
     assert ids
     assert all(request_id.startswith("mine-") for request_id in ids)
     assert len(set(ids)) == len(ids)

@@ -21,6 +21,8 @@ from serving.engine.messages import (
     Classified,
     Classify,
     Describe,
+    Embed,
+    Embedded,
     Failed,
     Generate,
     ModelDetails,
@@ -388,6 +390,80 @@ def test_classes_are_those_of_the_classifier(tmp_path: Path) -> None:
     expected = class_probabilities(model, byte_tokenizer(), texts)  # type: ignore[arg-type]
     found = torch.tensor([end.probabilities for end in ends if isinstance(end, Classified)])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("labels", [None, ["ham", "spam"]], ids=["language", "classifier"])
+@pytest.mark.parametrize("keys", [{}, MODERN], ids=["gpt2", "modern"])
+def test_an_embedding_is_the_direction_of_the_mean_state(
+    tmp_path: Path, keys: dict[str, Any], labels: list[str] | None
+) -> None:
+    path = tmp_path / "run" / "last.ckpt"
+    model = write_model(path, labels=labels, **keys)
+    ids = list(b"It was a bright cold day in April, and the clocks were striking thirteen.")
+    end = InlineEngine(path).one(Embed("e", "run", ids)).end
+    assert isinstance(end, Embedded)
+    with torch.no_grad():
+        mean = model.hidden_states(torch.tensor([ids]))[0].mean(0)
+    found = torch.frombuffer(bytearray(end.vector), dtype=torch.float32)
+    torch.testing.assert_close(found, mean / mean.norm(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_an_embedding_does_not_depend_on_its_company(
+    checkpoint: Path, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels == "torch":
+        monkeypatch.setattr(native, "load_library", lambda: None)
+    rng = random.Random(3)
+    texts = [[rng.randrange(256) for _ in range(rng.randint(40, 250))] for _ in range(8)]
+    requests = [Embed(f"e{i}", "run", text, key="a") for i, text in enumerate(texts)]
+    alone = {request.request_id: InlineEngine(checkpoint).one(request).end for request in requests}
+    together = InlineEngine(checkpoint, max_slots=3)
+    together.one(generate("warm", [1]))
+    for i, request in enumerate(requests):
+        together.engine.accept(together, request)
+        together.engine.accept(together, generate(f"g{i}", texts[i][:9], key="b"))
+        together.step()
+    together.settle()
+    ends = {request.request_id: together.answers[request.request_id].end for request in requests}
+    assert ends == alone
+    assert len({end.vector for end in ends.values() if isinstance(end, Embedded)}) == 8
+
+
+def test_an_embedding_that_gave_up_its_slot_begins_again(checkpoint: Path) -> None:
+    requests = [Embed(name, "run", [3] * 200 + [4] * 20, key="a") for name in ("first", "second")]
+    expected = InlineEngine(checkpoint).one(requests[0]).end
+    inline = InlineEngine(checkpoint, max_slots=2)
+    inline.one(generate("warm", [1]))
+    for request in requests:
+        inline.engine.accept(inline, request)
+    inline.step()
+    (runner,) = inline.engine.runners.values()
+    first, second = runner.scheduler.running
+    assert 0 < first.n_computed < 200
+    second.arrived, first.arrived = first.arrived, second.arrived  # the youngest gives way
+    inline.engine.accept(inline, generate("other", [5], key="b"))
+    inline.step()
+    assert first.slot is None
+    inline.settle()
+    assert isinstance(expected, Embedded)
+    assert inline.answers["first"].end == expected
+
+
+def test_states_that_are_not_finite_fail_alone(checkpoint: Path) -> None:
+    inline = InlineEngine(checkpoint)
+    inline.one(generate("warm", [1]))
+    (runner,) = inline.engine.runners.values()
+    hidden_states = runner.forward.hidden_states
+
+    def damaged(spans: Any) -> torch.Tensor:
+        states = hidden_states(spans)
+        return states * torch.nan if any(1 in span.ids for span in spans) else states
+
+    runner.forward.hidden_states = damaged  # type: ignore[method-assign]
+    requests = [Embed("a", "run", [1, 2]), Embed("b", "run", [3, 4])]
+    answers = [inline.one(request).end for request in requests]
+    assert [type(answer) for answer in answers] == [Failed, Embedded]
 
 
 @pytest.mark.parametrize("ids", [[9999], [-1]])

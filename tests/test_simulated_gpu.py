@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import struct
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ from serving.engine.messages import (
     Classified,
     Classify,
     Computation,
+    Embed,
+    Embedded,
     Generate,
     Message,
     SamplingParams,
@@ -286,7 +289,7 @@ def test_the_engine_answers_as_on_a_cpu(
         """Return the tokens of each request, its numbers, and the reused tokens of prompts."""
         runner, messages = load(tmp_path, device, dtype=dtype)
         others = [Score("score", "run", PROMPT), Classify("class", "run", PROMPT[:30])]
-        run(runner, [*writing(len(SAMPLERS), SAMPLERS), *others])
+        run(runner, [*writing(len(SAMPLERS), SAMPLERS), *others, Embed("mean", "run", PROMPT)])
         again = SamplingParams(3, temperature=0.0)
         run(runner, [Generate("again", "run", [*PROMPT[:40], 3, 4], again)])
         ids: defaultdict[str, list[int]] = defaultdict(list)
@@ -294,6 +297,9 @@ def test_the_engine_answers_as_on_a_cpu(
         for message in messages:
             if isinstance(message, Classified):
                 numbers[message.request_id] += message.probabilities
+                continue
+            if isinstance(message, Embedded):
+                numbers[message.request_id] += struct.unpack("<64f", message.vector)
                 continue
             assert isinstance(message, Tokens)
             ids[message.request_id] += message.ids

@@ -91,11 +91,12 @@ class ServedModel:
         return room if limit is None or limit < 0 else min(limit, room)
 
     def too_long(self, n_tokens: str, param: str) -> ApiError:
-        """Return the error of a prompt that leaves no room for an answer."""
+        """Return the error of a prompt that leaves no room for an answer, or of an `input`."""
+        answer = "" if param == "input" else ", at least one of them for the answer"
         return ApiError(
             400,
             f"The prompt has {n_tokens} tokens, and the context of {self.id!r} is "
-            f"{self.details.block_size} tokens, at least one of them for the answer; shorten it.",
+            f"{self.details.block_size} tokens{answer}; shorten it.",
             param=param,
             code="context_length_exceeded",
         )

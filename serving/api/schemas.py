@@ -191,6 +191,15 @@ class ClassifyRequest(BaseModel):
     input: StrictStr | Items[StrictStr]
 
 
+class EmbeddingsRequest(BaseModel):
+    """POST /v1/embeddings: a text or token ids, or a list of either."""
+
+    model: Short | None = None
+    input: Prompt
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Count | None = None
+
+
 class PredictRequest(BaseModel):
     """POST /predict: a text to label, or to answer."""
 

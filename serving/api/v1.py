@@ -1,7 +1,9 @@
 """The routes of the OpenAI API, and others that compute: labels, tokens, predictions."""
 
 import asyncio
+import base64
 import secrets
+import struct
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,11 +21,20 @@ from serving.api.schemas import (
     ClassifyRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingsRequest,
     PredictRequest,
     TokenizeRequest,
 )
 from serving.api.stream import STREAMS, ChatFormat, CompletionFormat
-from serving.engine.messages import Classified, Classify, ModelInfo, Score, Tokens
+from serving.engine.messages import (
+    Classified,
+    Classify,
+    Embed,
+    Embedded,
+    ModelInfo,
+    Score,
+    Tokens,
+)
 
 DEFAULT_TOKENS = 16  # of a completion, as the OpenAI API's
 PREDICTED_TOKENS = 100
@@ -96,6 +107,41 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
     )
 
 
+@router.post("/embeddings")
+async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
+    """Return the embedding of each text: the mean of its final hidden states, of length 1."""
+    call = Call(request)
+    model = await call.load(body.model, "generate")
+    width = model.details.n_embd
+    if body.dimensions not in (None, width):
+        message = f"The embeddings of {model.id!r} have {width} dimensions; leave dimensions out."
+        raise ApiError(400, message, param="dimensions")
+    texts = _listed(body.input)
+    if not texts or not all(texts):
+        raise ApiError(400, "There is no text, or an empty one; leave it out.", param="input")
+    prompts = [await _prompt(model, text, 0, "input") for text in texts]
+    vectors, n_at_once = list[bytes](), call.max_prompts()
+    for start in range(0, len(prompts), n_at_once):
+        ids = [prompt.ids for prompt in prompts[start : start + n_at_once]]
+        requests = [Embed(call.new_id(), model.id, text, **call.labels) for text in ids]
+        answers = await call.gather([call.client.answer(text, Embedded) for text in requests])
+        vectors += [answer.vector for answer in answers]
+    in_text = body.encoding_format == "base64"
+    data = [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": base64.b64encode(vector).decode()
+            if in_text
+            else struct.unpack(f"<{width}f", vector),
+        }
+        for index, vector in enumerate(vectors)
+    ]
+    n = sum(len(prompt.ids) for prompt in prompts)
+    usage = {"prompt_tokens": n, "total_tokens": n}
+    return json_response({"object": "list", "data": data, "model": model.id, "usage": usage})
+
+
 @router.post("/predict")
 async def predict(request: Request, body: PredictRequest) -> Response:
     """Return the label of a text, or a language model's answer to it."""
@@ -150,9 +196,7 @@ async def _completion_choices(
     call: Call, model: ServedModel, body: CompletionRequest
 ) -> list[Choice]:
     """Return the answers to generate; raises ApiError for too many prompts and for empty ones."""
-    given: Any = "" if body.prompt is None else body.prompt
-    several = isinstance(given, list) and not (given and isinstance(given[0], int))
-    texts = given if several else [given]
+    texts = _listed("" if body.prompt is None else body.prompt)
     n = body.n or 1
     check_count("prompt", len(texts), call.max_prompts(n), f"prompts (of n={n} answers)")
     if body.add_special_tokens is False and not all(texts):
@@ -160,20 +204,38 @@ async def _completion_choices(
     max_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     prompts = []
     for text in texts:
-        if isinstance(text, str):
-            model.check_chars(len(text), "prompt")
-            ids = await model.encode(text, add_special_tokens=body.add_special_tokens)
-        else:
-            ids = text or await model.encode("")
-        prompt = Prompt(ids, model.room_for(ids, max_tokens, "prompt"))
-        model.check_ids(ids, "prompt")
+        prompt = await _prompt(model, text, max_tokens, "prompt", body.add_special_tokens)
         if body.echo:
-            echoed = text if isinstance(text, str) else model.tokenizer.decode(ids)
+            echoed = text if isinstance(text, str) else model.tokenizer.decode(prompt.ids)
             prompt.echo = Piece(0, echoed)
         prompts.append(prompt)
     if body.echo and body.logprobs is not None:
         await _score(call, model, prompts, body.logprobs)
     return call.choices(body, model, prompts, model.tokenizer.end_ids, (), body.logprobs)
+
+
+def _listed(given: Any) -> list[str | list[int]]:
+    """Return the prompts of a field that is one prompt or several."""
+    several = isinstance(given, list) and not (given and isinstance(given[0], int))
+    return given if several else [given]
+
+
+async def _prompt(
+    model: ServedModel,
+    text: str | list[int],
+    max_tokens: int,
+    param: str,
+    add_special_tokens: bool | None = None,
+) -> Prompt:
+    """Return a prompt of text or token ids; raises ApiError where it does not fit the context."""
+    if isinstance(text, str):
+        model.check_chars(len(text), param)
+        ids = await model.encode(text, add_special_tokens=add_special_tokens)
+    else:
+        ids = text or await model.encode("")
+    prompt = Prompt(ids, model.room_for(ids, max_tokens, param))
+    model.check_ids(ids, param)
+    return prompt
 
 
 async def _score(call: Call, model: ServedModel, prompts: Sequence[Prompt], top: int) -> None:

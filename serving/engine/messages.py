@@ -171,6 +171,10 @@ class Classify(Computation):
     """Return the class of a text; answered by Classified."""
 
 
+class Embed(Computation):
+    """Return the mean of a text's final hidden states; answered by Embedded."""
+
+
 class Describe(Message):
     """Load a model and describe it; answered by ModelDetails."""
 
@@ -220,6 +224,13 @@ class Classified(Message):
     n_tokens: int
 
 
+class Embedded(Message):
+    """An embedding of length 1: float32, little-endian."""
+
+    request_id: str
+    vector: bytes
+
+
 class ModelDetails(Message):
     """The facts about a model that a front end needs; `tokenizer` is its record.
 
@@ -232,6 +243,7 @@ class ModelDetails(Message):
     step: int
     block_size: int
     vocab_size: int
+    n_embd: int
     n_params: int
     dtype: str
     tokenizer: dict[str, Any]
@@ -270,8 +282,8 @@ class Stats(Message, kw_only=True):
     threads: int = 0
 
 
-Request = Generate | Score | Classify | Describe
-Answer = Tokens | Failed | Classified | ModelDetails
+Request = Generate | Score | Classify | Embed | Describe
+Answer = Tokens | Failed | Classified | Embedded | ModelDetails
 _decoder = msgspec.msgpack.Decoder(list[Request | Cancel | Answer | Models | Stats])
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
@@ -21,6 +22,8 @@ from serving.engine.messages import (
     Classified,
     Classify,
     Computation,
+    Embed,
+    Embedded,
     EngineError,
     Failed,
     FailureKind,
@@ -43,6 +46,7 @@ MIN_TOKENS = 8  # of a prefill in one step where memory is short
 # hundred rows' arithmetic.
 DEFAULTS = {"cpu": (32, 64), "cuda": (256, 1024)}
 FREE_SHARE = 0.8  # of a GPU's memory after the weights, for keys and values
+FIXED_POINT = 2**32  # sums of integers are the same however a text is divided into steps
 WORTH_BF16 = 1.2  # bf16 must be this many times as fast as fp32 to be worth its rounding
 
 log = logging.getLogger(__name__)
@@ -88,6 +92,7 @@ class Runner:
             step=about.step,
             block_size=about.config.block_size,
             vocab_size=about.config.vocab_size,
+            n_embd=about.config.n_embd,
             n_params=about.model.num_parameters(),
             dtype=self.dtype,
             tokenizer=about.tokenizer.record(),
@@ -108,6 +113,8 @@ class Runner:
             is_whole = sequence.n_computed == len(sequence.ids)
             if isinstance(sequence.request, Score):
                 self._isolated(self._score, [(sequence, states)])
+            elif isinstance(sequence.request, Embed):
+                self._isolated(self._embed, [(sequence, states)])
             elif is_whole and isinstance(sequence.request, Classify):
                 self._isolated(self._classify, [(sequence, states)])
             elif is_whole:
@@ -217,6 +224,17 @@ class Runner:
         if sequence.n_computed == len(sequence.ids):
             request_id = sequence.request.request_id
             self._end(sequence, Tokens(request_id, [], sequence.scored, finish_reason="length"))
+
+    def _embed(self, computed: list[Computed]) -> None:
+        """Add the step's states to the text's sum; return its direction after the last."""
+        ((sequence, states),) = computed
+        states = states.cpu().double()
+        if not states.abs().max() * len(sequence.ids) < 2**63 / FIXED_POINT:
+            raise ValueError("the hidden states are not finite, or too large to add")
+        sequence.state_sum = sequence.state_sum + (states * FIXED_POINT).long().sum(0)
+        if sequence.n_computed == len(sequence.ids):
+            vector = F.normalize(sequence.state_sum.double(), dim=0).numpy().astype("<f4")
+            self._end(sequence, Embedded(sequence.request.request_id, vector.tobytes()))
 
     def _classify(self, computed: list[Computed]) -> None:
         ((sequence, states),) = computed

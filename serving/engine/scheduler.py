@@ -5,6 +5,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from operator import itemgetter
 
+from torch import Tensor
+
 from serving.engine.forward import Span
 from serving.engine.messages import Computation, Generate, Logprobs, SamplingParams, Tokens
 from serving.engine.slots import Slot, Slots
@@ -31,6 +33,7 @@ class SequenceState:
     n_cached: int = 0  # n_reused at the first admission
     max_tokens: int | None = None  # of a step, where memory did not suffice for more
     scored: list[Logprobs] = field(default_factory=list)  # of the tokens computed so far
+    state_sum: Tensor | int = 0  # (C,) int64, of the states of the tokens computed so far
     arrived: float = field(default_factory=time.monotonic)
     queue_s: float = 0.0  # seconds between arrival and the first slot
     first_token: float = 0.0
@@ -109,7 +112,7 @@ class Scheduler:
                 if victim is None:
                     return
                 self.remove(victim)
-                victim.scored = []
+                victim.scored, victim.state_sum = [], 0
                 self.waiting.insert(0, victim)
             self._start(sequence)
 
