@@ -122,7 +122,7 @@ def our_step(path: Path, compiled: bool, bf16: bool = False) -> Step:
     def step() -> None:
         nonlocal done
         input_ids, targets = next(batches)
-        set_learning_rates(optimizer, rates, schedule(done, MAX_STEPS))
+        set_learning_rates(optimizer, rates, schedule(done, MAX_STEPS), done)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = summed_loss(model, input_ids, targets) / targets.numel()
         loss.backward()

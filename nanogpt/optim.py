@@ -22,6 +22,7 @@ Schedule = Callable[[int, int], float]
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # that have the kernel in every release we take
 HIDDEN_WEIGHT = re.compile(r"(^|\.)h\.\d+\.")
 QKV_WEIGHT = re.compile(r"(^|\.)attn\.c_attn\.weight$")
+FIRST_MOMENTUM = 0.85  # of Muon's warm-up (modded-nanogpt, record 9)
 Betas = Annotated[tuple[BelowOne, ...], Field(min_length=2, max_length=2)]
 checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True))
 
@@ -59,8 +60,12 @@ def muon(
     *,
     learning_rate: Amount = 1e-2,
     adamw_learning_rate: Amount = 3e-3,
+    embedding_learning_rate: Amount | None = None,
+    head_learning_rate: Amount | None = None,
     weight_decay: Amount = 0.1,
+    adamw_weight_decay: Amount | None = None,
     momentum: Fraction = 0.95,
+    momentum_warmup_steps: Size = 0,
     nesterov: Flag = True,
     ns_steps: Size = 5,
     betas: Betas = (0.9, 0.95),
@@ -70,7 +75,9 @@ def muon(
 ) -> torch.optim.Optimizer:
     """Build Muon for the blocks' matrices and AdamW for all other parameters, as one optimizer.
 
-    `learning_rate` is on AdamW's scale (arXiv:2502.16982, section 2.2: updates of RMS 0.2).
+    `learning_rate` is on AdamW's scale (arXiv:2502.16982, section 2.2: updates of RMS 0.2). AdamW's
+    is `adamw_learning_rate`, unless embeddings or an untied head have their own. The momentum rises
+    from 0.85, linearly in `momentum_warmup_steps`.
     `split_qkv` orthogonalises the query, key and value rows of `c_attn` apart, as Muon's author
     does; without it the updates are those of `torch.optim.Muon`. `row_beta` is the decay per step
     of the rows' second moments, which even out the updates of rows (NorMuon, arXiv:2510.05491).
@@ -80,10 +87,13 @@ def muon(
     if getattr(config, "n_kv_head", None) is not None:
         blocks[3] = [config.n_head, config.kv_heads, config.kv_heads]
     matrices: dict[int, list[nn.Parameter]] = defaultdict(list)  # by number of row blocks
-    rest: list[nn.Parameter] = []
+    rates = {"wte": embedding_learning_rate, "wpe": embedding_learning_rate}
+    rates |= {"lm_head": head_learning_rate}
+    rest: dict[float, list[nn.Parameter]] = defaultdict(list)  # by learning rate
     for name, parameter in model.named_parameters():
         if not (HIDDEN_WEIGHT.search(name) and parameter.ndim == 2):
-            rest.append(parameter)
+            rate = rates.get(name.partition(".")[0])
+            rest[adamw_learning_rate if rate is None else rate].append(parameter)
         elif parameter.requires_grad:
             matrices[3 if split_qkv and QKV_WEIGHT.search(name) else 1].append(parameter)
     muon_settings = {
@@ -95,20 +105,17 @@ def muon(
         "ns_steps": ns_steps,
         "row_beta": row_beta,
     }
-    adamw_settings = {
-        "algorithm": "adamw",
-        "lr": adamw_learning_rate,
-        "betas": betas,
-        "eps": eps,
-        "fused": _all_fused(rest),
-    }
-    return MuonAdamW(
-        [
-            {"params": matrices[n], "row_blocks": blocks[n], **muon_settings}
-            for n in sorted(matrices)
-        ]
-        + [{**group, **adamw_settings} for group in parameter_groups(rest, weight_decay)]
-    )
+    if momentum_warmup_steps:
+        muon_settings["momentum_warmup"] = (momentum, momentum_warmup_steps)
+    groups = [
+        {"params": matrices[n], "row_blocks": blocks[n], **muon_settings} for n in sorted(matrices)
+    ]
+    adamw_settings = {"algorithm": "adamw", "betas": betas, "eps": eps}
+    decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
+    for rate, own in rest.items():
+        settings = {**adamw_settings, "lr": rate, "fused": _all_fused(own)}
+        groups += [{**group, **settings} for group in parameter_groups(own, decay)]
+    return MuonAdamW(groups)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -117,11 +124,17 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 def set_learning_rates(
-    optimizer: torch.optim.Optimizer, rates: Sequence[float], factor: float
+    optimizer: torch.optim.Optimizer, rates: Sequence[float], factor: float, step: int
 ) -> None:
-    """Set the learning rate of every group to its rate at the top times the schedule's factor."""
+    """Set the learning rates to those at the top times the schedule's factor, and the momentum.
+
+    A momentum that has a warm-up becomes that of the optimizer step, counted from 0.
+    """
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate * factor
+        if "momentum_warmup" in group:
+            last, n_steps = group["momentum_warmup"]
+            group["momentum"] = last + (FIRST_MOMENTUM - last) * max(1 - step / n_steps, 0)
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -222,7 +235,4 @@ def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) ->
 
 def _all_fused(parameters: Iterable[nn.Parameter]) -> bool:
     """Return whether AdamW's fused kernel takes all parameters."""
-    found = list(parameters)
-    return bool(found) and all(
-        p.device.type in FUSED_DEVICES and p.is_floating_point() for p in found
-    )
+    return all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters)

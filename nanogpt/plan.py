@@ -146,7 +146,7 @@ def plan(config: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
     name = config["schedule"]["_target_"].rpartition(".")[2]
     yield "steps.schedule", name, ", ".join(f"{f:.3g} at {step}" for step, f in factors.items())
     for key, rate in optim.items():
-        if key.endswith(("learning_rate", "lr")):
+        if key.endswith(("learning_rate", "lr")) and rate is not None:
             yield f"steps.{key}", rate, "at the top of the schedule"
     flops = flops_per_token(model)
     yield "FLOPs", flops * tokens, f"{flops:.3g} per token"

@@ -320,10 +320,62 @@ def test_closure_runs_with_gradients_and_its_loss_returns(model: Parameters) -> 
 def test_learning_rates_are_the_remembered_ones_times_the_factor(model: Parameters) -> None:
     optimizer = muon(model, learning_rate=0.02, adamw_learning_rate=0.004)
     rates = learning_rates(optimizer)
-    set_learning_rates(optimizer, rates, 0.5)
-    set_learning_rates(optimizer, rates, 0.25)
+    set_learning_rates(optimizer, rates, 0.5, 0)
+    set_learning_rates(optimizer, rates, 0.25, 1)
     reached = {(group["algorithm"], group["lr"]) for group in optimizer.param_groups}
     assert reached == {("muon", 0.005), ("adamw", 0.001)}
+
+
+def test_groups_of_parameters_have_the_rates_that_they_are_given() -> None:
+    shape: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 8, "tie_embeddings": False}
+    model = GPT(GPTConfig(block_size=4, vocab_size=8, **shape, embd_shortcut=True))
+    given = {"embedding_learning_rate": 0.3, "head_learning_rate": 0.2, "adamw_weight_decay": 0.5}
+    optimizer = muon(model, learning_rate=0.01, adamw_learning_rate=0.0, **given)
+    found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    rates = {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+    assert (rates.pop("wte.weight"), rates.pop("wpe.weight")) == (0.3, 0.3)
+    assert rates.pop("lm_head.weight") == 0.2
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    assert {rates[name] for name in rates.keys() & matrices} == {0.01}
+    assert {rates[name] for name in rates.keys() - matrices} == {0.0}
+    decays = {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert decays == {(0.01, 0.1), (0.3, 0.5), (0.2, 0.5), (0.0, 0.0)}
+
+
+def test_rates_that_are_those_of_adamw_make_no_further_groups(model: Parameters) -> None:
+    alike = muon(model, adamw_learning_rate=0.004, embedding_learning_rate=0.004)
+    groups = muon(model, adamw_learning_rate=0.004).param_groups
+    assert [group["params"] for group in alike.param_groups] == [g["params"] for g in groups]
+
+
+def test_the_momentum_rises_with_the_step_and_stays(model: Parameters) -> None:
+    optimizer = muon(model, momentum=0.95, momentum_warmup_steps=100)
+    rates = learning_rates(optimizer)
+
+    def momentum(step: int) -> float:
+        set_learning_rates(optimizer, rates, 1.0, step)
+        return float(optimizer.param_groups[0]["momentum"])
+
+    assert [momentum(step) for step in (0, 50, 100, 5000, 25)] == pytest.approx(
+        [0.85, 0.90, 0.95, 0.95, 0.875]
+    )
+    assert "momentum" not in optimizer.param_groups[-1]  # which is AdamW's
+
+
+def test_a_momentum_that_rises_resumes_bit_for_bit(model: Parameters) -> None:
+    def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            set_learning_rates(optimizer, [1e-2, 3e-3, 3e-3], 1.0, step)
+            train(model, optimizer, range(step, step + 1))
+
+    optimizer, resumed = muon(model, momentum_warmup_steps=9), copy.deepcopy(model)
+    stepped(model, optimizer, range(3))
+    resumed.load_state_dict(model.state_dict())
+    again = muon(resumed, momentum_warmup_steps=9)
+    again.load_state_dict(through_file(optimizer.state_dict()))
+    stepped(model, optimizer, range(3, 6))
+    stepped(resumed, again, range(3, 6))
+    assert_same_weights(model, resumed)
 
 
 def test_a_stock_optimizer_resumes_in_mid_schedule_bit_for_bit(model: Parameters) -> None:
@@ -334,7 +386,7 @@ def test_a_stock_optimizer_resumes_in_mid_schedule_bit_for_bit(model: Parameters
         model: nn.Module, optimizer: torch.optim.Optimizer, rates: list[float], steps: range
     ) -> None:
         for step in steps:
-            set_learning_rates(optimizer, rates, Cosine(2)(step, 6))
+            set_learning_rates(optimizer, rates, Cosine(2)(step, 6), step)
             train(model, optimizer, range(step, step + 1))
 
     optimizer = sgd(model)

@@ -49,6 +49,7 @@ NEW_KEYS = {  # that older records lack, with the value that these imply
     "model.qk_gain": 1.0,
     "model.token_shift": False,
     "optim.row_beta": 0.0,
+    "optim.momentum_warmup_steps": 0,
     "model.tie_embeddings": True,
 }
 BUDGET = ("max_steps", "max_tokens")  # identity that may grow, where the schedule permits

@@ -122,7 +122,7 @@ class StageModule(LightningModule):
         step = self.trainer.global_step
         optimizer: Any = self.optimizers()
         factor = factor_at(self.schedule, step, self.max_steps)
-        set_learning_rates(optimizer, self.learning_rates, factor)
+        set_learning_rates(optimizer, self.learning_rates, factor, step)
         losses = self._add_gradients(micro_batches)
         grad_norm = self._clip_gradients()
         optimizer.step()
