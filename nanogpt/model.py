@@ -41,7 +41,7 @@ PRESETS = {  # n_layer, n_head, n_embd
 DERIVED = ("n_kv_head", "head_size", "n_inner")  # null: n_head, n_embd / n_head, 4 n_embd
 # Fields that version 0.1.0 lacks, of which it computes the defaults.
 LATER: tuple[str, ...] = ("rope_base", "norm_eps", "norm_weight", "embd_norm", "tie_embeddings")
-LATER += ("qk_norm_weight", "qk_gain", "token_shift")
+LATER += ("qk_norm_weight", "qk_gain", "token_shift", "embd_shortcut")
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -54,6 +54,8 @@ class GPTConfig:
     frequency factor, and the context that it was trained with. `qk_gain` is the initial value of
     the queries' `qk_norm_weight`. `token_shift` adds to the embedding of each token that of the one
     before, times a learned vector (RWKV, arXiv 2305.13048, shifts the input of every layer).
+    With `embd_shortcut` the input of each layer is a x + b x0, of the residual stream x and the
+    embedding x0, with learned numbers a and b of the layer, at first 1 and 0 (modded-nanogpt).
     `logit_softcap` c bounds the logits x to c tanh(x / c). `block` is the dotted path of a class
     that replaces `Block`, whose docstring is the contract. Raises pydantic's ValidationError, a
     ValueError, for a value that no model can have.
@@ -81,6 +83,7 @@ class GPTConfig:
     qk_norm_weight: Flag = False
     qk_gain: Positive = 1.0
     token_shift: Flag = False
+    embd_shortcut: Flag = False
     tie_embeddings: Flag = True
     logit_softcap: Positive | None = None
     zero_init: Flag = False
@@ -167,8 +170,16 @@ class Attend:
         return causal_attention(q, k, v, self.mask, drop).transpose(1, 2)
 
 
-def run_block(block: nn.Module, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
-    """Return the residual stream (B, T, C) after a block; compiled, all layers share one graph."""
+def run_block(
+    block: Any, x: Tensor, rotation: Tensor | None, attend: Attend, *mixed: Tensor
+) -> Tensor:
+    """Return the residual stream (B, T, C) after a block; compiled, all layers share one graph.
+
+    Numbers a and b and embeddings x0 (B, T, C), where they are `mixed`, make its input a x + b x0.
+    """
+    if mixed:
+        kept, shortcut, embeddings = mixed
+        x = kept * x + shortcut * embeddings
     after: Tensor = block(x, rotation, attend)
     return after
 
@@ -188,6 +199,9 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         if config.token_shift:
             self.shift = nn.Parameter((torch.arange(config.n_embd) >= config.n_embd // 2).float())
+        if config.embd_shortcut:
+            self.kept = nn.Parameter(torch.ones(config.n_layer))
+            self.shortcut = nn.Parameter(torch.zeros(config.n_layer))
         self.ln_e = make_norm(config, config.n_embd, False) if config.embd_norm else nn.Identity()
         self.h = nn.ModuleList(build_blocks(config))
         self.ln_f = make_norm(config, config.n_embd, config.norm_weight)
@@ -271,8 +285,10 @@ class GPT(nn.Module):
         self, x: Tensor, rotation: Tensor | None, attend: Attend, run: RunBlock = run_block
     ) -> Tensor:
         """Return the final, normalised states (B, T, C) of embeddings x (B, T, C)."""
-        for block in self.h:
-            x = run(block, x, rotation, attend)
+        has_shortcut, embeddings = self.config.embd_shortcut, x.view_as(x)  # x itself: two graphs
+        for layer, block in enumerate(self.h):
+            mixed = (self.kept[layer], self.shortcut[layer], embeddings) if has_shortcut else ()
+            x = run(block, x, rotation, attend, *mixed)
         return self.ln_f(x)
 
     @property

@@ -30,7 +30,7 @@ IN_MODEL: Supported = {
     **dict.fromkeys(("norm", "activation", "qk_norm", "block", "n_inner", "qk_norm_weight"), ANY),
     **dict.fromkeys(("norm_eps", "norm_weight", "rope_base", "rope_scaling", "embd_norm"), ANY),
     **dict.fromkeys(("logit_softcap", "n_kv_head", "head_size", "tie_embeddings"), ANY),
-    "token_shift": ANY,
+    **dict.fromkeys(("token_shift", "embd_shortcut"), ANY),
     "position": ("learned", "rotary"),
 }
 

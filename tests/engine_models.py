@@ -23,6 +23,7 @@ MODERN: dict[str, Any] = {
     "bias": False,
 }
 SHIFTED: dict[str, Any] = {**MODERN, "token_shift": True}
+SHORTCUT: dict[str, Any] = {**MODERN, "embd_shortcut": True}  # which the C++ kernels lack
 GROUPED: dict[str, Any] = {  # Qwen3's switches, and those that it lacks
     "position": "rotary",
     "rope_base": 1e6,

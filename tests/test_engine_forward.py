@@ -14,7 +14,7 @@ from serving.engine import compiling, native
 from serving.engine import forward as forward_module
 from serving.engine.forward import Forward, Span, round_to_24_bits
 from serving.engine.native import ForwardPass, cache_dtype, make_forward
-from tests.engine_models import GROUPED, MODERN, SHIFTED
+from tests.engine_models import GROUPED, MODERN, SHIFTED, SHORTCUT
 
 IDS = torch.randint(97, (150,), generator=torch.Generator().manual_seed(5)).tolist()
 TOLERANCE = {"fp32": 1e-5, "fp24": 1e-4, "bf16": 0.02, "int8": 0.03}  # of the logits' deviation
@@ -55,8 +55,8 @@ def logits(computes: ForwardPass, *spans: Span) -> Tensor:
 
 @pytest.mark.parametrize(
     "keys",
-    [{}, MODERN, {"bias": False}, GROUPED, SHIFTED],
-    ids=["gpt2", "modern", "no bias", "grouped", "shifted"],
+    [{}, MODERN, {"bias": False}, GROUPED, SHIFTED, SHORTCUT],
+    ids=["gpt2", "modern", "no bias", "grouped", "shifted", "shortcut"],
 )
 @pytest.mark.parametrize("dtype", ["fp32", "fp24", "bf16", "int8"])
 def test_logits_are_the_models(kernels: str, dtype: str, keys: dict[str, Any]) -> None:
@@ -66,7 +66,9 @@ def test_logits_are_the_models(kernels: str, dtype: str, keys: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    "keys", [{}, MODERN, GROUPED, SHIFTED], ids=["gpt2", "modern", "grouped", "shifted"]
+    "keys",
+    [{}, MODERN, GROUPED, SHIFTED, SHORTCUT],
+    ids=["gpt2", "modern", "grouped", "shifted", "shortcut"],
 )
 @pytest.mark.parametrize("dtype", ["fp32", "fp24", "bf16", "int8"])
 @pytest.mark.parametrize(

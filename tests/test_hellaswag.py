@@ -35,6 +35,8 @@ def new_model(block_size: int = 256, n_layer: int = 2, **switches: Any) -> GPT:
     with torch.no_grad():  # far from uniform
         if model.config.token_shift:
             torch.nn.init.normal_(model.shift)
+        if model.config.embd_shortcut:
+            torch.nn.init.normal_(model.shortcut)
         for parameter in model.parameters():
             parameter.mul_(4)
     return model
@@ -69,7 +71,7 @@ def requests() -> list[Request]:
 @pytest.mark.parametrize(
     "switches",
     [
-        {"token_shift": True},
+        {"token_shift": True, "embd_shortcut": True},
         {"position": "rotary", "norm": "rmsnorm", "activation": "relu2", "qk_norm": True},
     ],
 )

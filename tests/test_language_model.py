@@ -88,15 +88,17 @@ def test_a_uniform_model_has_the_loss_of_its_vocabulary() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # which the compiler reads
-@pytest.mark.parametrize(("dropout", "n_graphs"), [(0.0, 1), (0.5, 2)])
+@pytest.mark.parametrize(
+    ("switches", "n_graphs"), [({}, 1), ({"dropout": 0.5}, 2), ({"embd_shortcut": True}, 1)]
+)
 def test_all_layers_share_a_compiled_block(
-    monkeypatch: pytest.MonkeyPatch, dropout: float, n_graphs: int
+    monkeypatch: pytest.MonkeyPatch, switches: dict[str, Any], n_graphs: int
 ) -> None:
     torch._dynamo.reset()
     counted = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted, fullgraph=True))
     torch.manual_seed(0)
-    shape = dataclasses.replace(CONFIG, n_layer=12, dropout=dropout, position="rotary")
+    shape = dataclasses.replace(CONFIG, n_layer=12, position="rotary", **switches)
     models = [GPT(shape).train() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     ids, seeds = torch.randint(5, (2, 3, 4)), torch.arange(6).view(2, 3)

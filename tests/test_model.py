@@ -42,8 +42,9 @@ MODERN = replace(
 )
 PADDED = replace(TINY, vocab_size=8200)
 SHIFTED = replace(MODERN, token_shift=True)
-EACH = [TINY, MODERN, SHIFTED]
-BOTH = pytest.mark.parametrize("config", EACH, ids=["gpt2", "modern", "shifted"])
+SHORTCUT = replace(MODERN, embd_shortcut=True)
+EACH = [TINY, MODERN, SHIFTED, SHORTCUT]
+BOTH = pytest.mark.parametrize("config", EACH, ids=["gpt2", "modern", "shifted", "shortcut"])
 
 
 def build(config: GPTConfig, seed: int = 0) -> GPT:
@@ -51,6 +52,9 @@ def build(config: GPTConfig, seed: int = 0) -> GPT:
     model = GPT(config).eval()
     if config.token_shift:
         torch.nn.init.normal_(model.shift)
+    if config.embd_shortcut:
+        torch.nn.init.normal_(model.kept)
+        torch.nn.init.normal_(model.shortcut)
     return model
 
 
@@ -173,6 +177,18 @@ def test_a_truncated_cache_shifts_by_the_token_that_is_left() -> None:
     model(ids, cache)
     cache.length = 5
     torch.testing.assert_close(model(ids[:, 5:9], cache), model(ids)[:, 5:9], atol=1e-5, rtol=0)
+
+
+def test_the_input_of_each_layer_is_the_stream_and_the_embedding_by_its_factors() -> None:
+    plain, model = build(MODERN), build(SHORTCUT)
+    ids, positions = some_ids(MODERN, 2, 16), torch.arange(16)
+    x = embeddings = model.embed(ids, positions, Attend().before(ids))
+    for layer, block in enumerate(model.h):
+        x = model.kept[layer] * x + model.shortcut[layer] * embeddings
+        x = block(x, model.rotation(positions), Attend())
+    torch.testing.assert_close(model.hidden_states(ids), model.ln_f(x), atol=1e-6, rtol=0)
+    model.load_state_dict({**GPT(SHORTCUT).state_dict(), **plain.state_dict()})
+    assert torch.equal(model(ids), plain(ids))  # as every model begins
 
 
 def test_heads_of_a_given_size_need_not_divide_the_channels() -> None:

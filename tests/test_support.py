@@ -97,6 +97,17 @@ def test_the_kernels_leave_to_torch_what_they_were_not_written_for(
     ]
 
 
+def test_the_shortcut_is_refused_by_the_kernels_and_by_every_architecture(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = GPTConfig(16, 273, 1, 2, 64, embd_shortcut=True)
+    with pytest.raises(ValueError, match="embd_shortcut=True"):
+        export(config)
+    caplog.set_level(logging.INFO)
+    assert not native.supported(GPT(config), "fp32", torch.device("cpu"))
+    assert "do not support embd_shortcut=True" in caplog.text
+
+
 def test_every_field_is_known_to_some_consumer_or_to_all() -> None:
     assert {field.name for field in fields(GPTConfig)} == {*GENERAL, *IN_MODEL}
 

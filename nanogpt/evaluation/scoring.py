@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanogpt.model import GPT, Attend, Block
+from nanogpt.model import GPT, Attend, Block, run_block
 from nanogpt.ranks import gathered
 from nanogpt.support import IN_MODEL, check_supported, mixes_by_attend
 from nanogpt.tokenizer import Tokenizer
@@ -198,15 +198,19 @@ def _results(model: GPT, rows: Sequence[_Row], n_padded: int) -> Iterator[Result
     scored = F.pad(scored, (0, -len(scored) % ROW_MULTIPLE)).to(device)
     positions, attend = positions.to(device), Attend(mask)
     x = model.embed(ids, positions, ids_before)  # (B, T, C)
-    rotation, last = model.rotation(positions), model.h[-1]
-    for block in model.h[:-1]:
-        x = block(x, rotation, attend)
-    if type(last) is Block:
-        # beyond attention the last block computes scored tokens alone: 6 % less for GPT-2 small
+    last = model.h[-1]
+
+    def last_block(x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
+        if type(last) is not Block:
+            return last(x, rotation, attend).flatten(0, 1)[scored]
+        # beyond attention it computes scored tokens alone: 6 % less for GPT-2 small
         x = (x + last.attn(last.ln_1(x), rotation, attend)).flatten(0, 1)[scored]
-        states = model.ln_f(x + last.mlp(last.ln_2(x)))  # (S, C)
-    else:
-        states = model.ln_f(last(x, rotation, attend).flatten(0, 1)[scored])
+        return x + last.mlp(last.ln_2(x))
+
+    def run(block: nn.Module, *inputs: Any) -> Tensor:
+        return run_block(last_block if block is last else block, *inputs)
+
+    states = model.run_blocks(x, model.rotation(positions), attend, run)  # (S, C)
     continuations = [tokens for row in rows for tokens in row.continuations.values()]
     targets = torch.tensor([int(token) for tokens in continuations for token in tokens])  # (N,)
     loglikelihoods, hits = _score(model, states, of_target, targets)

@@ -48,6 +48,7 @@ NEW_KEYS = {  # that older records lack, with the value that these imply
     "model.qk_norm_weight": False,
     "model.qk_gain": 1.0,
     "model.token_shift": False,
+    "model.embd_shortcut": False,
     "optim.row_beta": 0.0,
     "optim.momentum_warmup_steps": 0,
     "model.tie_embeddings": True,
