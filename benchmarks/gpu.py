@@ -19,6 +19,7 @@ has to be there (TIKTOKEN_CACHE_DIR on a machine without a network).
     peer         nanoGPT's model in the same shape
     larger       GPT-2 medium and XL
     engine       tokens per second of 1, 32 and 128 streams
+    recipe       as train, with experiment=gpt2_small_fast
 """
 
 import argparse
@@ -378,20 +379,31 @@ def measure(
 
 def train_section(options: Options) -> Iterator[Record]:
     """Yield what train.py reaches with logging, validation and checkpoints."""
-    words = ["stage=pretrain", "data=python_stdlib", "tokenizer=gpt2", "name=train", "compile=true"]
+    yield trained(options, "train", "stage=pretrain")
+
+
+def recipe(options: Options) -> Iterator[Record]:
+    """Yield the same of the recipe for models of GPT-2 small's size."""
+    yield trained(options, "recipe", "experiment=gpt2_small_fast")
+
+
+def trained(options: Options, name: str, chosen: str) -> Record:
+    words = [chosen, f"name={name}", "data=python_stdlib", "tokenizer=gpt2", "compile=true"]
     words += ["micro_batch=64", "tokens_per_step=524288", "max_steps=40"]
     words += ["callbacks.checkpoint.every_n_steps=20", "callbacks.validation.tokens=131072"]
     words += ["callbacks.validation.every_n_steps=20", "callbacks.samples.every_n_steps=20"]
     words += ["callbacks.validation.final_tokens=131072"]
     if options.quick:
-        words = ["stage=quickstart", "name=train", "model.n_layer=1", "max_steps=20", "debug=false"]
-        words += ["callbacks.validation.final_tokens=4096", "compile=false"]
+        words = [chosen, f"name={name}", "data=python_stdlib", "tokenizer=byte", "compile=false"]
+        words += ["model.n_layer=1", "model.n_embd=64", "model.n_head=2", "model.block_size=64"]
+        words += ["max_steps=20", "tokens_per_step=1024", "callbacks.validation.tokens=4096"]
+        words += ["callbacks.validation.final_tokens=4096"]
     began = time.perf_counter()
     done = train(options, options.out, [*words, "overwrite=true", "resume=false"])
-    found = summary(options.out, "train")
+    found = summary(options.out, name)
     keys = ("tokens_per_s", "mfu", "train_s", "wall_s", "val_loss")
-    yield {
-        "what": "train.py",
+    return {
+        "what": f"train.py {chosen}",
         "ok": done.returncode == 0,
         "whole_s": time.perf_counter() - began,
         **{key: found.get(key) for key in keys},
@@ -464,6 +476,7 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Record]]] = {
     "peer": peer,
     "larger": larger,
     "engine": engine,
+    "recipe": recipe,
 }
 
 

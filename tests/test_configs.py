@@ -105,6 +105,7 @@ def test_an_experiment_overrides_the_stage_and_the_command_line_both() -> None:
         (["stage=classify"], WarmupStableDecay(decay_fraction=0.7)),
         (["experiment=shakespeare_char"], Cosine(100, 0.1)),
         (["experiment=shakespeare_char_fast"], WarmupStableDecay(decay_fraction=1.0)),
+        (["experiment=gpt2_small_fast"], WarmupStableDecay(decay_fraction=0.7)),
         (["optim=adamw"], Cosine(700, 0.1)),
         (["stage=pretrain", "optim=muon"], WarmupStableDecay()),
         (["schedule=constant", "optim=adamw"], Constant()),

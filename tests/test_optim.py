@@ -329,7 +329,8 @@ def test_learning_rates_are_the_remembered_ones_times_the_factor(model: Paramete
 def test_groups_of_parameters_have_the_rates_that_they_are_given() -> None:
     shape: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 8, "tie_embeddings": False}
     model = GPT(GPTConfig(block_size=4, vocab_size=8, **shape, embd_shortcut=True))
-    given = {"embedding_learning_rate": 0.3, "head_learning_rate": 0.2, "adamw_weight_decay": 0.5}
+    given: dict[str, Any] = {"embedding_learning_rate": 0.3, "head_learning_rate": 0.2}
+    given |= {"adamw_weight_decay": 0.5}
     optimizer = muon(model, learning_rate=0.01, adamw_learning_rate=0.0, **given)
     found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     rates = {name: found[id(parameter)] for name, parameter in model.named_parameters()}

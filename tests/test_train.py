@@ -99,6 +99,16 @@ def test_the_final_checkpoint_generates(tiny_run: list[str], tmp_path: Path) -> 
     assert checkpoint.tokenizer.name == "byte"
 
 
+def test_the_recipe_of_gpt2_small_trains(tiny_run: list[str], tmp_path: Path) -> None:
+    fit(*tiny_run, "experiment=gpt2_small_fast", "max_steps=2")
+    saved = read_checkpoint(tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt")
+    assert {"model.shortcut", "model.lm_head.weight"} <= saved["state_dict"].keys()
+    groups = saved["optimizer_states"][0]["param_groups"]
+    # Both steps precede the decay. Matrices in two groups, numbers, embeddings, head:
+    assert [group["lr"] for group in groups] == [4.5e-3, 4.5e-3, 1e-2, 6e-3, 3e-3]
+    assert groups[0]["momentum"] == pytest.approx(0.85 + 0.1 / 300)
+
+
 def test_a_finished_run_logs_that_and_changes_nothing(tiny_run: list[str], tmp_path: Path) -> None:
     summary = fit(*tiny_run)
     before = {
@@ -130,6 +140,7 @@ def test_every_micro_batch_gives_the_same_losses(
     [
         ("nanogpt.training.module.set_learning_rates", 7, ["optim=adamw", "model.dropout=0.1"]),
         ("nanogpt.training.language_model.next_token_loss", 20, ["optim=muon", "micro_batch=2"]),
+        ("nanogpt.training.module.set_learning_rates", 7, ["experiment=gpt2_small_fast"]),
         ("torch.save", 2, ["model.dropout=0.1", "data.workers=2"]),
         ("nanogpt.training.checkpointing.link_atomically", 2, ["optim=adamw", "data.workers=2"]),
         ("nanogpt.training.summary.write_report", 1, ["optim=adamw"]),
