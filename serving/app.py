@@ -26,7 +26,7 @@ from fastapi.middleware import Middleware
 from fastapi.middleware.gzip import GZipMiddleware
 
 import nanogpt
-from serving.api import errors, pages, service, v1
+from serving.api import errors, pages, responses, service, v1
 from serving.api.middleware import Admission, Cors, RequestLog
 from serving.api.models import Catalogue
 from serving.api.schemas import ErrorAnswer
@@ -72,8 +72,9 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
     app.state.settings, app.state.metrics = settings, metrics
     app.state.started, app.state.draining = time.time(), False
     app.include_router(service.router)
-    app.include_router(v1.router, prefix="/v1")
-    app.include_router(v1.router, include_in_schema=False)
+    for router in (v1.router, responses.router):
+        app.include_router(router, prefix="/v1")
+        app.include_router(router, include_in_schema=False)
     app.include_router(pages.router)
     files = pages.PageFiles(directory=pages.STATIC)
     app.mount("/static", GZipMiddleware(files, compresslevel=5), name="static")

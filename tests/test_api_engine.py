@@ -171,6 +171,50 @@ def byte_of(token: str) -> int:
     return int(token.removeprefix("bytes:\\x"), 16) if token.startswith("bytes:") else ord(token)
 
 
+def test_a_prompt_has_the_same_tokens_by_every_route(client: openai.OpenAI, url: str) -> None:
+    messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    rendered = httpx.post(f"{url}/tokenize", json={"model": "one", "messages": messages}).json()
+    shared: dict[str, Any] = {"model": "one", "temperature": 0.8, "top_p": 0.95}
+    more = {"extra_body": {"seed": 7, "ignore_eos": True}}
+    chat = client.chat.completions.create(
+        messages=messages, max_tokens=24, logprobs=True, top_logprobs=0, **shared, **more
+    )
+    text = client.completions.create(
+        prompt=rendered["tokens"], max_tokens=24, logprobs=0, **shared, **more
+    )
+    response = client.responses.create(
+        input="Hi",
+        instructions="Be brief.",
+        max_output_tokens=24,
+        include=["message.output_text.logprobs"],
+        **shared,
+        **more,
+    )
+    assert chat.choices[0].logprobs
+    assert text.choices[0].logprobs
+    by_chat = [(one.bytes, one.logprob) for one in chat.choices[0].logprobs.content or []]
+    (part,) = response.output[0].content  # type: ignore[union-attr]
+    assert [(one.bytes, one.logprob) for one in part.logprobs] == by_chat  # type: ignore[union-attr]
+    assert text.choices[0].logprobs.token_logprobs == [logprob for _, logprob in by_chat]
+    assert response.output_text == chat.choices[0].message.content == text.choices[0].text
+    assert len(by_chat) == 24
+    assert response.usage
+    assert chat.usage
+    assert response.usage.input_tokens == chat.usage.prompt_tokens == rendered["count"]
+
+
+def test_an_embedding_is_the_model_s_in_any_company(client: openai.OpenAI, runs: Path) -> None:
+    texts = ["hello", "It was a bright cold day in April. " * 5, "x"]
+    together = client.embeddings.create(model="one", input=texts)
+    alone = client.embeddings.create(model="one", input=texts[1])
+    assert alone.data[0].embedding == together.data[1].embedding
+    ids = torch.tensor([list(texts[1].encode())])
+    with torch.no_grad():
+        mean = load_checkpoint(runs / "one").model.hidden_states(ids)[0].mean(0)
+    expected = (mean / mean.norm()).tolist()
+    assert alone.data[0].embedding == pytest.approx(expected, abs=1e-5)
+
+
 def test_many_at_once_have_the_answers_they_have_alone(url: str) -> None:
     bodies = [
         {"prompt": f"text {i % 7}", "seed": i, "max_tokens": 10 + i, "temperature": i % 2}

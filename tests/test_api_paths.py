@@ -84,8 +84,6 @@ def test_a_slash_too_many_is_named_elsewhere(url: str, path: str) -> None:
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("/v1/responses", "/v1/chat/completions"),
-        ("/responses", "/v1/chat/completions"),
         ("/v1/messages", "/v1/chat/completions"),
         ("/v1/threads/t/runs", "/v1/chat/completions"),
         ("/openai/deployments/m/chat/completions", "/v1/chat/completions"),

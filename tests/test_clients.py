@@ -126,6 +126,46 @@ def test_lobe_chat_shows_an_error_on_the_way(engine: FakeEngine, url: str) -> No
     assert done == "data: [DONE]"
 
 
+def transform_event(event: dict[str, Any]) -> tuple[str, Any]:
+    """Return what LobeChat makes of an event of the Responses API.
+
+    Written from what its transform does (lobehub/lobe-chat, `streams/openai/responsesStream.ts`):
+    text comes in deltas alone, and usage with the event of completion; it passes over others.
+    """
+    if event["type"] == "response.output_text.delta":
+        return "text", event["delta"]
+    if event["type"] == "response.completed" and event["response"]["usage"]:
+        return "usage", event["response"]["usage"]
+    if event["type"] == "response.output_item.done":
+        return ("text", None) if event["item"]["id"] else ("data", None)
+    return "data", event["response"]["id"] if event["type"] == "response.created" else None
+
+
+def test_lobe_chat_reads_responses(url: str) -> None:
+    # What it sends with "Responses API" on, beside an agent's parameters.
+    body = {
+        **CHAT,
+        **AGENT,
+        "messages": None,
+        "stream_options": None,
+        "input": [{"role": "user", "content": "Hello"}],
+        "max_output_tokens": 100,
+        "prompt_cache_key": "key",
+        "safety_identifier": "someone",
+        "store": False,
+        "tool_choice": "auto",
+    }
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{url}/v1/responses", json=body, headers=headers)
+    lines = [line for line in answer.text.split("\n") if line.startswith("data: ")]
+    events = [transform_event(json.loads(line.removeprefix("data: "))) for line in lines]
+    assert "".join(carried or "" for kind, carried in events if kind == "text") == TEXT
+    assert events[0][1].startswith("resp-")
+    assert events[-1][0] == "usage"
+    assert events[-1][1]["output_tokens"] == N_TOKENS
+    assert events[-1][1]["input_tokens_details"]["cached_tokens"] == 0
+
+
 # npm
 
 SCRIPTS = {

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Collection, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -60,11 +60,7 @@ class Call:
         Raises ApiError for a classifier, for fields that are not supported, and for more answers or
         stop strings than are allowed.
         """
-        for param, neutral in UNSUPPORTED.items():
-            if body.model_extra and body.model_extra.get(param) not in (None, *neutral):
-                use = "".join(f", or use {value}" for value in neutral if value or value == 0)
-                message = f"{param} is not supported; leave it out{use}."
-                raise ApiError(400, message, param=param)
+        check_supported(body.model_extra or {}, UNSUPPORTED)
         max_n = min(self.settings.max_n, self.settings.max_queue)
         check_count("n", body.n or 1, max_n, "answers")
         check_count("stop", len(body.stops) or 1, self.settings.max_stops, "stop strings")
@@ -192,6 +188,14 @@ class Call:
 def json_response(content: Any) -> Response:
     """Return an answer of 200."""
     return Response(to_json(content), media_type="application/json")
+
+
+def check_supported(given: Mapping[str, Any], fields: Mapping[str, Sequence[Any]]) -> None:
+    """Raise ApiError for a value of fields that is not among those which change nothing."""
+    for param, neutral in fields.items():
+        if given.get(param) not in (None, *neutral):
+            use = "".join(f", or use {value}" for value in neutral if value or value == 0)
+            raise ApiError(400, f"{param} is not supported; leave it out{use}.", param=param)
 
 
 def check_count(param: str, n: int, limit: int, what: str) -> None:

@@ -34,7 +34,7 @@ OF_ENGINE: dict[FailureKind, tuple[int, str | None, str | None]] = {  # status, 
 CHAT, COMPLETIONS = "POST /v1/chat/completions", "POST /v1/completions"
 # Routes of the OpenAI API, of Anthropic's, Ollama's, llama.cpp's and TGI's, by the first part.
 ALTERNATIVES = {
-    **dict.fromkeys(("responses", "messages", "chat", "assistants", "threads", "realtime"), CHAT),
+    **dict.fromkeys(("messages", "chat", "assistants", "threads", "realtime"), CHAT),
     **dict.fromkeys(("edits", "completion", "generate", "infill", "batches"), COMPLETIONS),
     **dict.fromkeys(("engines", "tags", "deployments"), "GET /v1/models"),
     "moderations": "POST /classify",

@@ -165,6 +165,46 @@ class ChatRequest(SamplingRequest):
     top_logprobs: Logprobs | None = None
 
 
+class InputItem(BaseModel):
+    """An item of a response's input; this server reads messages, whose parts are text."""
+
+    type: StrictStr | None = None
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: StrictStr | Items[ContentPart] | None = None
+
+
+class TextFormat(BaseModel):
+    """What the text of a response is; a schema has a name."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: Short | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: StrictBool | None = None
+
+
+class TextOptions(BaseModel):
+    """The options of a response's text."""
+
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(SamplingRequest):
+    """POST /v1/responses: a text or a conversation."""
+
+    input: StrictStr | Annotated[Items[InputItem], Field(min_length=1)]
+    instructions: StrictStr | None = None
+    max_output_tokens: MaxTokens | None = None
+    text: TextOptions | None = None
+    include: Items[Short] | None = None  # of these, the log-probabilities
+    top_logprobs: Logprobs | None = None
+    metadata: dict[StrictStr, StrictStr] | None = None
+
+    @property
+    def text_format(self) -> TextFormat:
+        """The format of the text."""
+        return (self.text and self.text.format) or TextFormat()
+
+
 class TokenizeRequest(BaseModel):
     """POST /tokenize: a text (`prompt`, or `content` as llama.cpp has it), or a conversation."""
 

@@ -97,9 +97,19 @@ class CompletionFormat:
             "finish_reason": answer.finish_reason,
         }
 
-    def usage(self, usage: dict[str, Any]) -> bytes:
-        """Return the frame with the usage."""
-        return frame({**self._chunk_head, "choices": [], "usage": usage})
+    def closing(self, usage: dict[str, Any]) -> bytes:
+        """Return the frames after the answers: the usage if requested, and the end."""
+        if not self.include_usage:
+            return DONE
+        return frame({**self._chunk_head, "choices": [], "usage": usage}) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return the frames that end a stream instead."""
+        return frame(error.content()) + DONE
+
+    def envelope(self, content: list[Any], usage: dict[str, Any]) -> dict[str, Any]:
+        """Return the object of whole answers, with no text of the request after `content`."""
+        return {**self.head, "choices": content, "usage": usage}
 
     def _frame(
         self,
@@ -169,7 +179,7 @@ def event_stream(frames: AsyncIterator[bytes]) -> Response:
 
 
 async def events(form: CompletionFormat, generation: Generation) -> AsyncIterator[bytes]:
-    """Yield the frames of a stream; an error during generation is a frame before `[DONE]`."""
+    """Yield the frames of a stream; an error during generation is a frame at its end."""
     yield form.opening()
     try:
         async for pieces in generation:
@@ -179,16 +189,14 @@ async def events(form: CompletionFormat, generation: Generation) -> AsyncIterato
                 if len(frames[-1]) > LONG_BYTES:
                     await asyncio.sleep(0)
             yield b"".join(frames)
-        if form.include_usage:
-            yield form.usage(generation.usage())
+        yield form.closing(generation.usage())
     except ApiError as error:
-        yield frame(error.content())
-    yield DONE
+        yield form.failure(error)
 
 
 async def whole(form: CompletionFormat, answers: Sequence[Piece], usage: dict[str, Any]) -> bytes:
     """Return answers as one JSON object, yielding to the event loop after each."""
-    before, after = to_json({**form.head, "choices": [TEXT], "usage": usage}).split(to_json(TEXT))
+    before, _, after = to_json(form.envelope([TEXT], usage)).rpartition(to_json(TEXT))
     parts = [before]
     for answer in answers:
         parts += [to_json(form.choice(answer)), b","]

@@ -47,7 +47,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Reply to a conversation."""
     call = Call(request)
     model = await call.language_model(body)
-    choices = await _chat_choices(call, model, body)
+    choices = await chat_choices(call, model, body)
     return await call.answer(ChatFormat(model, choices, body.include_usage), body.stream)
 
 
@@ -181,7 +181,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     return json_response({"prompt": text, "content": text})
 
 
-async def _chat_choices(call: Call, model: ServedModel, body: ChatRequest) -> list[Choice]:
+async def chat_choices(call: Call, model: ServedModel, body: ChatRequest) -> list[Choice]:
     """Return the answers to generate."""
     ids = await model.encode_chat(body)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -280,7 +280,7 @@ async def _answer(call: Call, model: ServedModel, body: PredictRequest) -> str:
     try:
         if model.details.template:
             message = ChatMessage(role="user", content=body.input_data)
-            choices = await _chat_choices(call, model, ChatRequest(messages=[message], **shared))
+            choices = await chat_choices(call, model, ChatRequest(messages=[message], **shared))
         else:
             completion = CompletionRequest(prompt=body.input_data, **shared)
             choices = await _completion_choices(call, model, completion)

@@ -1,0 +1,207 @@
+"""The routes of the Responses API: chats in another format. Nothing is kept between requests.
+
+An event of a stream has its type as its name, and a number; the last is `response.completed`,
+`response.incomplete` or, after an `error`, `response.failed`.
+"""
+
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from serving.api.call import Call, check_supported, json_response
+from serving.api.errors import ApiError
+from serving.api.generation import Choice, Piece
+from serving.api.models import ServedModel
+from serving.api.schemas import (
+    UNSUPPORTED,
+    ChatMessage,
+    ChatRequest,
+    ContentPart,
+    InputItem,
+    ResponsesRequest,
+    SamplingRequest,
+    TokenizeRequest,
+)
+from serving.api.stream import STREAMS, ChatFormat, frame
+from serving.api.v1 import chat_choices
+
+STATELESS = "this server keeps no responses: send the whole conversation as input"
+STATEFUL = ("previous_response_id", "conversation", "background", "prompt")
+NEUTRAL = {"tools": ([],), "tool_choice": ("auto", "none"), "truncation": ("disabled",)}
+PARAMS = {"messages": "input", "response_format": "text"}  # of a chat, and their names here
+PARTS = dict.fromkeys(("input_text", "output_text"), "text")
+LOGPROBS = "message.output_text.logprobs"  # of `include`
+REPEATED = {"instructions", "max_output_tokens", "metadata", "temperature", "top_logprobs", "top_p"}
+
+router = APIRouter()
+
+
+@router.post("/responses", responses=STREAMS)
+async def responses(request: Request, body: ResponsesRequest) -> Response:
+    """Reply to a text or a conversation."""
+    call = Call(request)
+    with _own_params():
+        chat = _as_chat(body)
+        model = await call.language_model(chat)
+        choices = await chat_choices(call, model, chat)
+    return await call.answer(ResponsesFormat(model, choices, body), body.stream)
+
+
+@router.post("/responses/input_tokens")
+async def input_tokens(request: Request, body: ResponsesRequest) -> Response:
+    """Return the number of tokens that a response's input has."""
+    with _own_params():
+        chat = _as_chat(body)
+        model = await Call(request).language_model(chat)
+        ids = await model.encode_chat(TokenizeRequest(messages=chat.messages))
+    return json_response({"object": "response.input_tokens", "input_tokens": len(ids)})
+
+
+@router.api_route(
+    "/responses/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False
+)
+async def kept_response(rest: str) -> Response:
+    """Refuse what needs a response that was kept."""
+    raise ApiError(400, f"There is no response {rest[:200]!r}; {STATELESS}.", param="response_id")
+
+
+class ResponsesFormat(ChatFormat):
+    """The objects and events of `/v1/responses`, whose output is one message of one text."""
+
+    prefix, kinds = "resp", ("response", "response")
+
+    def __init__(
+        self, model: ServedModel, choices: Sequence[Choice], body: ResponsesRequest
+    ) -> None:
+        super().__init__(model, choices, include_usage=False)
+        self._answer, self._n_events = Piece(0, ""), 0
+        self._message = {"id": f"msg-{secrets.token_hex(12)}", "type": "message"}
+        self._place = {"item_id": self._message["id"], "output_index": 0, "content_index": 0}
+        text_format = body.text_format.model_dump(exclude_none=True, by_alias=True)
+        self.head |= {
+            **dict.fromkeys(("background", "store"), False),
+            **body.model_dump(include=REPEATED),
+            "created_at": self.head.pop("created"),
+            "error": None,
+            "parallel_tool_calls": True,
+            "text": {"format": text_format},
+            "tool_choice": "auto",
+            "tools": [],
+        }
+
+    def opening(self) -> bytes:
+        response, item = self._response("in_progress"), self._item("in_progress")
+        frames = self._event("created", response=response)
+        frames += self._event("in_progress", response=response)
+        frames += self._event("output_item.added", item=item, output_index=0)
+        part = self._part(self._answer)
+        return frames + self._event("content_part.added", part=part, **self._place)
+
+    def frames(self, piece: Piece) -> bytes:
+        self._answer.add(piece)
+        frames = b""
+        if piece.text or piece.tokens:
+            new = {"delta": piece.text, "logprobs": self._part(piece)["logprobs"]}
+            frames = self._event("output_text.delta", **new, **self._place)
+        if piece.finish_reason is None:
+            return frames
+        item, part = self.choice(self._answer), self._part(self._answer)
+        text = {"text": part["text"], "logprobs": part["logprobs"]}
+        frames += self._event("output_text.done", **text, **self._place)
+        frames += self._event("content_part.done", part=part, **self._place)
+        return frames + self._event("output_item.done", item=item, output_index=0)
+
+    def closing(self, usage: dict[str, Any]) -> bytes:
+        response = self.envelope([self.choice(self._answer)], usage)
+        return self._event(response["status"], response=response)
+
+    def failure(self, error: ApiError) -> bytes:
+        about = error.content()["error"]  # clients of the OpenAI API raise at an object of that
+        own = {"code": about["code"] or "server_error", "param": about["param"], "error": about}
+        frames = self._event("error", "", message=about["message"], **own)
+        failed = {"error": {"code": "server_error", "message": about["message"]}}
+        return frames + self._event("failed", response={**self._response("failed"), **failed})
+
+    def choice(self, answer: Piece) -> dict[str, Any]:
+        """Return the message of the output."""
+        return self._item(_status(answer), self._part(answer))
+
+    def envelope(self, content: list[Any], usage: dict[str, Any]) -> dict[str, Any]:
+        own = {
+            k.replace("prompt", "input").replace("completion", "output"): usage[k] for k in usage
+        }
+        cached = own["input_tokens_details"]["cached_tokens"]
+        written = {"cached_tokens": cached, "cache_write_tokens": own["input_tokens"] - cached}
+        own["input_tokens_details"] = written
+        return self._response(_status(self.choices[0]), content, own)
+
+    def _response(
+        self, status: str, output: Sequence[Any] = (), usage: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the response; nothing after its output is of the request."""
+        reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        state = {"status": status, "incomplete_details": reason}
+        return {**self.head, **state, "output": output, "usage": usage}
+
+    def _item(self, status: str, *content: dict[str, Any]) -> dict[str, Any]:
+        return {**self._message, "role": "assistant", "status": status, "content": content}
+
+    def _part(self, answer: Piece) -> dict[str, Any]:
+        logprobs = self.logprobs(answer.tokens)["content"]
+        return {"type": "output_text", "text": answer.text, "annotations": [], "logprobs": logprobs}
+
+    def _event(self, kind: str, prefix: str = "response.", **fields: Any) -> bytes:
+        event = {"type": prefix + kind, "sequence_number": self._n_events, **fields}
+        self._n_events += 1
+        return f"event: {prefix}{kind}\n".encode() + frame(event)
+
+
+def _status(answer: Choice | Piece) -> str:
+    return "incomplete" if answer.finish_reason == "length" else "completed"
+
+
+@contextmanager
+def _own_params() -> Iterator[None]:
+    """Name the fields of this API in errors about those of a chat."""
+    try:
+        yield
+    except ApiError as error:
+        error.param = PARAMS.get(error.param or "", error.param)
+        raise
+
+
+def _as_chat(body: ResponsesRequest) -> ChatRequest:
+    """Return the chat with the same answer; raises ApiError for fields that are not supported."""
+    extra = body.model_extra or {}
+    for param in STATEFUL:
+        if extra.get(param):
+            raise ApiError(400, f"{param} is not supported, as {STATELESS}.", param=param)
+    check_supported({"n": body.n, **extra}, {**UNSUPPORTED, **NEUTRAL, "n": (1,)})
+    items = body.input
+    items = [InputItem(role="user", content=items)] if isinstance(items, str) else items
+    shared: dict[str, Any] = {name: getattr(body, name) for name in SamplingRequest.model_fields}
+    if (form := body.text_format).type != "text":
+        schema = form.model_dump(exclude={"type"}, by_alias=True)
+        shared["response_format"] = {"type": form.type, "json_schema": schema}
+    if body.max_output_tokens is not None:
+        shared["max_tokens"] = body.max_output_tokens
+    chat = ChatRequest(messages=[_message(item) for item in items], **shared)
+    if body.instructions:
+        chat.messages.insert(0, ChatMessage(role="system", content=body.instructions))
+    chat.logprobs, chat.top_logprobs = LOGPROBS in (body.include or []), body.top_logprobs
+    return chat
+
+
+def _message(item: InputItem) -> ChatMessage:
+    """Return a message of the input; raises ApiError for an item of another kind."""
+    if item.type not in (None, "message") or item.role is None:
+        kind = f"of type {item.type[:40]!r}" if item.type else "without a role"
+        text = f"The input has an item {kind}; this server reads messages only."
+        raise ApiError(400, text, param="input")
+    content = item.content
+    if isinstance(content, list):
+        content = [ContentPart(type=PARTS.get(p.type, p.type), text=p.text) for p in content]
+    return ChatMessage(role=item.role, content=content)
