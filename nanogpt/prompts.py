@@ -219,7 +219,7 @@ def find_template(name: str) -> Template:
     `published` is the one that a published model's tokenizer carries.
     """
     if name == "published":
-        from nanogpt.published_template import PUBLISHED
+        from nanogpt.published import PUBLISHED
 
         return PUBLISHED
     if name not in TEMPLATES:

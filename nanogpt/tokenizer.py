@@ -113,7 +113,7 @@ def from_record(record: Any) -> "Tokenizer":
     """
     try:
         if record["kind"] == "published":
-            from nanogpt.published_tokenizer import PublishedTokenizer
+            from nanogpt.published import PublishedTokenizer
 
             return PublishedTokenizer(**record)
         tokens = [base64.b64decode(token, validate=True) for token in record["tokens"]]

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanogpt.published_tokenizer import PublishedTokenizer, bos_token_of, read_published
+from nanogpt.published import PublishedTokenizer, bos_token_of, read_published
 from nanogpt.text import first_line
 from nanogpt.tokenizer import (
     BPE_PATTERN,

@@ -27,7 +27,7 @@ from nanogpt.generation import generate
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.pretrained import load_pretrained
 from nanogpt.prompts import Message, find_template
-from nanogpt.published_tokenizer import PublishedTokenizer
+from nanogpt.published import PublishedTokenizer
 from nanogpt.tokenizer import (
     BYTES,
     END_OF_TEXT,

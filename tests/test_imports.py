@@ -13,7 +13,7 @@ CORE = {
         *("model", "tokenizer", "prompts", "generation", "pretrained", "classifier", "checkpoint"),
         *("weights", "optim", "muon", "splitmix", "hub", "tokenizer_files", "command"),
         *("dropout", "support", "detokenizer", "disk", "text", "values"),
-        *("architectures", "published_tokenizer", "published_template"),
+        *("architectures", "published"),
         *("runs.directory", "runs.identity"),
     )
 }

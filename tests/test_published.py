@@ -30,7 +30,7 @@ from nanogpt.generate import main
 from nanogpt.generation import Reply
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.prompts import Message, find_template
-from nanogpt.published_tokenizer import PublishedTokenizer
+from nanogpt.published import PublishedTokenizer
 from nanogpt.runs.run import adapt
 from nanogpt.tokenizer import byte_tokenizer, from_record
 from nanogpt.tokenizer_files import frame_of, read_tokenizer, write_tokenizer

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
-from nanogpt.published_tokenizer import PublishedTokenizer
+from nanogpt.published import PublishedTokenizer
 from nanogpt.tokenizer import (
     BPE_PATTERN,
     END_OF_TEXT,
