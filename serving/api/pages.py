@@ -95,16 +95,19 @@ async def runs_page() -> Response:
 @router.get("/v1/runs")
 async def runs(request: Request) -> Response:
     """List the runs, the newest first, with their metrics and curves."""
-    client = request.app.state.client
+    client, settings = request.app.state.client, request.app.state.settings
     models = client.models() if client.connected else []
     served = {name: model.id for model in models for name in (model.id, *model.aliases)}
-    found = await _runs(request)
-    listed = [{**run, "model": served.get(run["id"])} for run in found]
+    found = await _find_runs(request)
+    for run in found:
+        run["model"] = served.get(run["id"])
+        if run["report"]:  # as its URL, with a ticket: a browser opens it without headers
+            path = f"/runs/{run['id']}/report.html"
+            opens = f"?ticket={ticket(path, settings)}" if settings.api_keys else ""
+            run["report"] = quote(path) + opens
     folders = dict.fromkeys(run["id"].rpartition("/")[0] for run in found)
-    boards = await asyncio.to_thread(
-        leaderboards, Path(request.app.state.settings.runs_dir), folders
-    )
-    return json_response({"object": "list", "data": listed, "leaderboards": boards})
+    boards = await asyncio.to_thread(leaderboards, Path(settings.runs_dir), folders)
+    return json_response({"object": "list", "data": found, "leaderboards": boards})
 
 
 @router.get("/runs/{name:path}/report.html", include_in_schema=False)
@@ -129,18 +132,6 @@ async def _find_runs(request: Request) -> list[dict[str, Any]]:
             message = "The runs are not shown to pages of other origins."
             raise ApiError(403, message, code="origin_not_allowed")
     return await asyncio.to_thread(find_runs, Path(settings.runs_dir))
-
-
-async def _runs(request: Request) -> list[dict[str, Any]]:
-    """Return the runs; a report is its URL, with a ticket: a browser opens it without headers."""
-    runs, settings = await _find_runs(request), request.app.state.settings
-    for run in runs:
-        if run["report"]:
-            path = f"/runs/{run['id']}/report.html"
-            run["report"] = quote(path) + (
-                f"?ticket={ticket(path, settings)}" if settings.api_keys else ""
-            )
-    return runs
 
 
 def find_runs(runs_dir: Path) -> list[dict[str, Any]]:
