@@ -107,7 +107,8 @@ def with_job(
     """Call `job` with every configuration that a command line composes; return the exit code.
 
     With `--frozen FILE` it is the one in that file. A job returns what a sweeper may minimise. Why
-    one failed is printed, and a sweep goes on; with `debug=true` the error is raised.
+    one failed is printed, and a sweep goes on; with `debug=true` the error is raised. In the
+    directories that NANOGPT_* variables name, `~` is expanded.
     """
     codes: list[int] = []
 
@@ -133,7 +134,9 @@ def with_job(
         else:
             compose()
 
-    expand_environment()
+    for name, text in os.environ.items():
+        if name.startswith("NANOGPT_") and is_path(name.removeprefix("NANOGPT_").lower()):
+            os.environ[name] = expanduser(text)
     return run_hydra("train", arguments, work, program) or max(codes, default=0)
 
 
@@ -176,13 +179,6 @@ def _quote(key: str, text: str) -> str:
         if value in (text, None) or (text[:1] in "'\"" and isinstance(value, str)):
             return text
     return QuotedString(text, Quote.single).with_quotes()
-
-
-def expand_environment() -> None:
-    """Expand `~` in the directories that NANOGPT_* variables name."""
-    for name, text in os.environ.items():
-        if name.startswith("NANOGPT_") and is_path(name.removeprefix("NANOGPT_").lower()):
-            os.environ[name] = expanduser(text)
 
 
 def sweep_name(arguments: Sequence[str]) -> str:

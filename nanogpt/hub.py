@@ -70,7 +70,11 @@ def _explanation(error: Exception, what: str, instead: str) -> Exception | None:
 
     http = [e for e in chain if isinstance(e, errors.HfHubHTTPError)]
     status = next((e.response.status_code for e in http if e.response is not None), None)
-    is_lost = is_a(errors.LocalEntryNotFoundError) or any(map(_is_transport, chain))
+    is_lost = any(
+        isinstance(e, errors.LocalEntryNotFoundError | ConnectionError | TimeoutError)
+        or type(e).__module__.partition(".")[0] in TRANSPORTS
+        for e in chain
+    )
     if is_a(errors.RevisionNotFoundError) or (is_a(errors.EntryNotFoundError) and not is_lost):
         return FileNotFoundError(f"{what} has no such file or revision ({brief(error)}); {instead}")
     hidden = type(error).__name__ == "DatasetNotFoundError"  # datasets drops its cause
@@ -93,8 +97,3 @@ def _explanation(error: Exception, what: str, instead: str) -> Exception | None:
 def brief(error: Exception) -> str:
     """Return the first line of an error's message within 200 characters."""
     return first_line(error).rstrip(".")[:200]
-
-
-def _is_transport(error: BaseException) -> bool:
-    known = isinstance(error, (ConnectionError, TimeoutError))
-    return known or type(error).__module__.partition(".")[0] in TRANSPORTS

@@ -80,13 +80,8 @@ class PublishedTokenizer(Tokenizer):
 
     def encode_array(self, text: str) -> np.ndarray:
         """Return the ids of the text, (N,) uint32."""
-        encoded = self._library.encode(well_formed(text), add_special_tokens=False)
+        encoded = self.library.encode(well_formed(text), add_special_tokens=False)
         return np.array(encoded.ids, dtype=np.uint32)
-
-    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Return the ids of the text, and the offset in characters of the end of each."""
-        encoded = self._library.encode(text, add_special_tokens=False)
-        return encoded.ids, [end for _, end in encoded.offsets]
 
     @cached_property
     def added_pattern(self) -> re.Pattern[str]:
@@ -116,7 +111,8 @@ class PublishedTokenizer(Tokenizer):
         return replace(self, content=library.to_str(), n_ids=n_ids)
 
     @cached_property
-    def _library(self) -> "Library":
+    def library(self) -> "Library":
+        """The library's tokenizer, which encodes texts only."""
         from tokenizers import Tokenizer as Library
 
         described = json.loads(self.content)
@@ -251,10 +247,10 @@ class PublishedTemplate(Template):
                 ids += [published.added[part] for part in parts]
                 is_response += responses
             else:  # merges may reach from a scaffold into a content
-                new, ends = published.encode_with_ends("".join(parts))
+                encoded = published.library.encode("".join(parts), add_special_tokens=False)
                 own = [r for part, r in zip(parts, responses, strict=True) for _ in part]
-                ids += new
-                is_response += [own[end - 1] for end in ends]
+                ids += encoded.ids
+                is_response += [own[end - 1] for _, end in encoded.offsets]
         return ids, is_response
 
 

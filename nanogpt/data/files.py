@@ -74,21 +74,17 @@ class Reader:
 
     def _blocks(self, path: str) -> Iterator[Block]:
         with open_file(path) as file:
-            if path.lower().endswith(TEXTS):
-                yield from self._text_blocks(file, path)
-            elif path.lower().endswith(".parquet"):
+            if path.lower().endswith(".parquet"):
                 yield from self._parquet_blocks(file, path)
-            else:
+            elif not path.lower().endswith(TEXTS):
                 for number, line in lines(file, path):
                     yield 1, [(f"{path}, line {number}", line)]
-
-    def _text_blocks(self, file: IO[bytes], path: str) -> Iterator[Block]:
-        if self.separator is None:
-            yield 1, _whole(file, path)
-            return
-        documents = filter(bytes.strip, _separated(file, self.separator.encode()))
-        for number, data in enumerate(documents, start=1):
-            yield 1, [(f"{path}, document {number}", data.strip(b"\r\n"))]
+            elif self.separator is None:
+                yield 1, _whole(file, path)
+            else:
+                documents = filter(bytes.strip, _separated(file, self.separator.encode()))
+                for number, data in enumerate(documents, start=1):
+                    yield 1, [(f"{path}, document {number}", data.strip(b"\r\n"))]
 
     def _json_text(self, line: bytes | BadRecord) -> str:
         shape = f'write records such as {{"{self.text_column}": "..."}}'

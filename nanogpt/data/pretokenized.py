@@ -159,8 +159,24 @@ def fetch_pretokenized(where: str, data_dir: Path) -> Path:
             f"the Hugging Face hub, such as kjj0/finewebedu10B-gpt2"
         )
     directory = data_dir / "pretokenized" / where.replace("/", "--")
-    if not (directory / FETCHED).exists():
-        _fetch(where, directory)
+    if (directory / FETCHED).exists():
+        return directory
+    from huggingface_hub import HfApi, snapshot_download
+
+    what = f"{where} (a data set, as no local folder has that name)"
+    instead = f"pass a folder of token shards, or copy {directory} from a machine that has it"
+    log.info("fetching %s into %s", where, directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with hub_errors(what, instead):
+        snapshot_download(
+            where,
+            repo_type="dataset",
+            revision=HfApi().dataset_info(where).sha,
+            local_dir=directory,
+            allow_patterns=PATTERNS,
+            ignore_patterns=["*/*"],
+        )
+    (directory / FETCHED).touch()
     return directory
 
 
@@ -196,26 +212,6 @@ def token_part(path: Path) -> Part:
                 raise ValueError(f"{n_bytes} bytes, no whole number of uint16 tokens")
             return Part(path, UINT16, 0, n_bytes // UINT16.itemsize)
         return shard_part(path)
-
-
-def _fetch(repository: str, directory: Path) -> None:
-    """Fetch a repository's shards at its current revision, then mark the folder as whole."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    what = f"{repository} (a data set, as no local folder has that name)"
-    instead = f"pass a folder of token shards, or copy {directory} from a machine that has it"
-    log.info("fetching %s into %s", repository, directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with hub_errors(what, instead):
-        snapshot_download(
-            repository,
-            repo_type="dataset",
-            revision=HfApi().dataset_info(repository).sha,
-            local_dir=directory,
-            allow_patterns=PATTERNS,
-            ignore_patterns=["*/*"],
-        )
-    (directory / FETCHED).touch()
 
 
 def _fingerprint(files: list[Part], splits: dict[str, list[Part]], tokenizer: Tokenizer) -> str:

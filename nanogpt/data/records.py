@@ -33,13 +33,9 @@ class BadRecord(ValueError):
         return ValueError(f"{where} {self}; {self.remedy}, {PASS_OVER}")
 
 
-def is_remote(path: str) -> bool:
-    return "://" in path
-
-
 def open_file(path: str) -> IO[bytes]:
     """Open a local path or a URL that fsspec knows, such as hf://datasets/..., for reading."""
-    if not is_remote(path):
+    if "://" not in path:
         return open(path, "rb")
     import fsspec
 

@@ -77,18 +77,18 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Continue texts up to one of the strings that end them."""
-        return [self._continue(*request.args) for request in requests]
-
-    def _continue(self, context: str, options: dict[str, Any]) -> str:
-        until = options.get("until") or []
-        reply = Reply(
-            *(self.checkpoint.model, self.checkpoint.tokenizer, context),
-            stops=[until] if isinstance(until, str) else until,
-            max_new_tokens=options.get("max_gen_toks", MAX_NEW_TOKENS),
-            temperature=(options.get("do_sample") and options.get("temperature")) or 0.0,
-            seed=0,
-        )
-        return reply.read().text
+        texts = []
+        for context, options in (request.args for request in requests):
+            until = options.get("until") or []
+            reply = Reply(
+                *(self.checkpoint.model, self.checkpoint.tokenizer, context),
+                stops=[until] if isinstance(until, str) else until,
+                max_new_tokens=options.get("max_gen_toks", MAX_NEW_TOKENS),
+                temperature=(options.get("do_sample") and options.get("temperature")) or 0.0,
+                seed=0,
+            )
+            texts.append(reply.read().text)
+        return texts
 
 
 def evaluate(

@@ -1,8 +1,8 @@
 """The log of a run: to the terminal and to its train.log."""
 
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,21 +16,21 @@ _VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 log = logging.getLogger("nanogpt")
 
 
-def log_to(path: Path) -> Callable[[], None]:
-    """Send the project's log to the terminal and to a file; return a function that undoes it."""
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Send the project's log to the terminal and to a file."""
     console, file = ConsoleHandler(), logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.setLevel(logging.DEBUG)
     console.setLevel(logging.INFO)  # the hashes of checkpoints and the like are for the file
     for handler in (console, file):
         log.addHandler(handler)
-
-    def undo() -> None:
+    try:
+        yield
+    finally:
         for handler in (console, file):
             log.removeHandler(handler)
             handler.close()
-
-    return undo
 
 
 class ConsoleHandler(logging.Handler):

@@ -29,7 +29,7 @@ from nanogpt.prompts import Template
 from nanogpt.ranks import Ranks, join, leave_with_launcher, on_rank_zero
 from nanogpt.runs.directory import NEW_OR_ANEW, RunDirectory, cut_samples, lock_run, reached
 from nanogpt.runs.identity import binding, budget_steps, identity_differences
-from nanogpt.runs.log import log_to
+from nanogpt.runs.log import logging_to
 from nanogpt.runs.metrics import MetricsFile
 from nanogpt.tokenizer import Tokenizer
 
@@ -281,7 +281,7 @@ def _open(
         ) from error
     if missing:
         stack.push(lambda kind, *_: _remove_unbegun(kind, files, missing))
-    stack.callback(log_to(files.log_path))
+    stack.enter_context(logging_to(files.log_path))
     run = Run(config, files)
     is_run = files.has_begun or files.config_path.is_file()
     if is_run and not config["resume"] and not config["overwrite"]:

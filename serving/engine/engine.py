@@ -176,10 +176,20 @@ class Engine:
         self._emit(None, self.models())
 
     def _beat(self) -> None:
-        if time.monotonic() >= self._beat_at:
-            self._beat_at = time.monotonic() + BEAT_S
-            self._update_load()
-            self.emit({None: [self.stats]})
+        """Emit the statistics, with the present load, where a heartbeat is due."""
+        if time.monotonic() < self._beat_at:
+            return
+        self._beat_at = time.monotonic() + BEAT_S
+        schedulers = [runner.scheduler for runner in self._all_runners()]
+        stats = self.stats
+        stats.slots = sum(len(s.slots.slots) for s in schedulers)
+        stats.slots_used = sum(len(s.slots.slots) - s.slots.n_free for s in schedulers)
+        stats.queued = sum(len(s.waiting) for s in schedulers) + len(self._waiting)
+        stats.threads = torch.get_num_threads()
+        if self.runners:
+            newest = max(self.runners.values(), key=lambda runner: runner.used)
+            stats.device, stats.dtype = str(newest.forward.device), newest.dtype
+        self.emit({None: [stats]})
 
     def _all_runners(self) -> list[Runner]:
         return [*self.runners.values(), *self.retiring]
@@ -330,14 +340,3 @@ class Engine:
         for scheduler, sequence in gone:
             scheduler.remove(sequence)
         return len(gone)
-
-    def _update_load(self) -> None:
-        schedulers = [runner.scheduler for runner in self._all_runners()]
-        stats = self.stats
-        stats.slots = sum(len(s.slots.slots) for s in schedulers)
-        stats.slots_used = sum(len(s.slots.slots) - s.slots.n_free for s in schedulers)
-        stats.queued = sum(len(s.waiting) for s in schedulers) + len(self._waiting)
-        stats.threads = torch.get_num_threads()
-        if self.runners:
-            newest = max(self.runners.values(), key=lambda runner: runner.used)
-            stats.device, stats.dtype = str(newest.forward.device), newest.dtype

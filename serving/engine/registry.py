@@ -119,7 +119,14 @@ def find_entries(models: Path) -> list[Entry]:
             if entry.id in entries:  # of a directory whose name differs in its bytes only
                 entry = replace(entry, id=f"{entry.id}-{_hash(repr(path))}")
             entries[entry.id] = entry
-    return _with_own_aliases(sorted(entries.values(), key=lambda entry: entry.id))
+    found = sorted(entries.values(), key=lambda entry: entry.id)
+    # Each name is the one entry's with the best claim to it: where there is `q`, not `a/q`.
+    owners: dict[str, str] = {}
+    for names in zip(*(entry.aliases for entry in found), strict=True):
+        for entry, name in zip(found, names, strict=True):
+            owners.setdefault(name, entry.id)
+    own = [dict.fromkeys(n for n in e.aliases if owners[n] == e.id != n) for e in found]
+    return [replace(e, aliases=tuple(names)) for e, names in zip(found, own, strict=True)]
 
 
 def model_id(name: str) -> str:
@@ -223,13 +230,3 @@ def _read_record(path: Path, revision: str) -> tuple[Task | None, int | None]:
         raise
     except Exception:  # whatever a file can do to its reader: reported when it is loaded
         return None, None
-
-
-def _with_own_aliases(entries: list[Entry]) -> list[Entry]:
-    """Leave each name to the one entry with the best claim to it: where there is `q`, not `a/q`."""
-    owners: dict[str, str] = {}
-    for names in zip(*(entry.aliases for entry in entries), strict=True):
-        for entry, name in zip(entries, names, strict=True):
-            owners.setdefault(name, entry.id)
-    own = [dict.fromkeys(n for n in e.aliases if owners[n] == e.id != n) for e in entries]
-    return [replace(e, aliases=tuple(names)) for e, names in zip(entries, own, strict=True)]
