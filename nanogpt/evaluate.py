@@ -29,14 +29,7 @@ from nanogpt.checkpoint import find_init_from, load_checkpoint
 from nanogpt.command import add_shared, check_files, parse, run_command
 from nanogpt.data.records import PASS_OVER
 from nanogpt.disk import write_json
-from nanogpt.evaluation.results import (
-    Results,
-    Row,
-    add_evaluation,
-    lines,
-    run_dir_of,
-    table,
-)
+from nanogpt.evaluation import results
 from nanogpt.evaluation.scoring import BATCH_SIZE
 from nanogpt.ranks import Ranks, launch_ranks, leave_with_launcher
 from nanogpt.report.figures import draw_scores, drawn_metrics, standalone
@@ -44,7 +37,7 @@ from nanogpt.report.report import write_report
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.text import first_line, print_line
 
-Task = Callable[..., Results]
+Task = Callable[..., results.Results]
 
 TASKS = ("classify", "harness", "hellaswag", "instructions", "judge", "lambada", "perplexity")
 SHARED = {"hellaswag", "lambada", "perplexity"}  # tasks whose work several processes share
@@ -146,7 +139,7 @@ def find_checkpoints(options: argparse.Namespace) -> list[Path]:
 
 def measure(options: argparse.Namespace, ranks: Ranks) -> None:
     """Score all checkpoints and, on the first rank, print the results before any failure."""
-    rows: list[Row] = []
+    rows: list[results.Row] = []
     leave_with_launcher()
     if ranks.world_size > 1:
         dist.init_process_group("gloo")  # for objects only
@@ -161,7 +154,7 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> None:
             print_results(rows, options)
 
 
-def score(reference: str, path: Path, options: argparse.Namespace, ranks: Ranks) -> Row:
+def score(reference: str, path: Path, options: argparse.Namespace, ranks: Ranks) -> results.Row:
     """Return the results of a checkpoint; the first rank adds them to the report of its run.
 
     Raises ValueError for a classifier in a task of language models.
@@ -178,14 +171,14 @@ def score(reference: str, path: Path, options: argparse.Namespace, ranks: Ranks)
     task = find_task(options.task)
     read = task_options(task, options)
     row = {"checkpoint": reference, "task": options.task, "results": task(checkpoint, **read)}
-    run_dir = run_dir_of(checkpoint.path)
+    run_dir = results.run_dir_of(checkpoint.path)
     if run_dir is not None and ranks.rank == 0 and options.report:
         default = parser().get_default
         own = {k: v for k, v in read.items() if k in RECORDED and v != default(k)}
         data = None if options.data is None else str(options.data.resolve())
         about = {"step": checkpoint.step, "data": data, "limit": options.limit, **own}
         try:
-            add_evaluation(run_dir, {**row, "checkpoint": run_dir.name}, about)
+            results.add_evaluation(run_dir, {**row, "checkpoint": run_dir.name}, about)
             if RunDirectory(run_dir).report_path.is_file():  # of a finished run
                 write_report(run_dir)
         except (OSError, LookupError, TypeError, ValueError) as error:  # of its summary.json
@@ -195,13 +188,13 @@ def score(reference: str, path: Path, options: argparse.Namespace, ranks: Ranks)
     return row
 
 
-def print_results(rows: Sequence[Row], options: argparse.Namespace) -> None:
+def print_results(rows: Sequence[results.Row], options: argparse.Namespace) -> None:
     """Write `--json`, print the table, draw `--picture`; raises ValueError for an empty picture."""
     if options.json is not None:
         write_json(options.json, rows)
-    print_line(table(rows))
+    print_line(results.table(rows))
     if options.picture is not None:
-        scores = lines(rows)
+        scores = results.lines(rows)
         metrics = drawn_metrics(scores)
         if not metrics:
             raise ValueError(
