@@ -47,14 +47,6 @@ class Progress:
         default_factory=lambda: {split: SplitProgress() for split in SPLITS}
     )
 
-    @property
-    def tokens(self) -> int:
-        return sum(split.tokens for split in self.splits.values())
-
-    @property
-    def bytes(self) -> int:
-        return sum(split.bytes for split in self.splits.values())
-
 
 def read_journal(directory: Path) -> tuple[dict[str, Any], Progress] | None:
     """Return the settings recorded when the writing began, and its progress; None if it never did.
