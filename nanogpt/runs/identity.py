@@ -15,29 +15,13 @@ from typing import Any
 # What may change between two starts of one run; every other key, and trainer.precision, is part of
 # its identity.
 OPERATIONAL = (
-    "name",
-    "runs_dir",
-    "data_dir",
-    "resume",
-    "overwrite",
-    "debug",
-    "compile",
-    "micro_batch",
-    "threads",
-    "remeasure",
-    "data.workers",
-    "data.prompts",
+    *("name", "runs_dir", "data_dir", "resume", "overwrite", "debug"),
+    *("compile", "micro_batch", "threads", "remeasure"),  # of the machine
+    *("data.workers", "data.prompts", "logger", "callbacks", "trainer"),
     "data.path",  # the corpus fingerprint stands for it
-    "logger",
-    "callbacks",
-    "trainer",
-    "datamodule.workers",
+    *("datamodule.workers", "datamodule.val_tokens", "datamodule.final_val_tokens"),
     "datamodule.max_passes",  # instruct.max_passes is identity
-    "datamodule.val_tokens",
-    "datamodule.final_val_tokens",
-    "command",
-    "typed",
-    "resolved",
+    *("command", "typed", "resolved"),  # of the record itself
 )
 NAMED_BY_CHOICE = ("stage", "model", "data")  # groups that the name begins with
 NEW_KEYS = {  # that older records lack, with the value that these imply
