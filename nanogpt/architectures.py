@@ -99,7 +99,13 @@ class Architecture:
         for key, allowed in {**self.required, **alike}.items():
             if found.get(key, allowed[0]) not in allowed:
                 raise ValueError(f"has {key}={found[key]!r}; only {allowed[0]!r} can be read")
-        return GPTConfig(**values, **self.fixed, rope_scaling=_read_scaling(rope))
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        scaling: tuple[Any, ...] | None = None
+        if kind != "default":
+            if kind != "llama3" or not rope.keys() >= {*SCALING}:
+                raise ValueError(f"has RoPE scaling {kind!r}; only 'llama3' can be read")
+            scaling = tuple(rope[key] for key in SCALING)
+        return GPTConfig(**values, **self.fixed, rope_scaling=scaling)
 
     def write_config(self, config: GPTConfig) -> dict[str, Any]:
         """Return the keys of config.json for a configuration that it supports."""
@@ -270,12 +276,3 @@ def biased_weights(model: GPT) -> dict[str, Tensor]:
 
 def _weights(model: GPT) -> dict[str, Tensor]:
     return {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}
-
-
-def _read_scaling(rope: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3" or not rope.keys() >= {*SCALING}:
-        raise ValueError(f"has RoPE scaling {kind!r}; only 'llama3' can be read")
-    return tuple(rope[key] for key in SCALING)

@@ -61,13 +61,16 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     return options
 
 
-def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Add arguments that several commands have, by name; the environment sets some defaults."""
+def make_parser(command: str, description: str, *shared: str) -> argparse.ArgumentParser:
+    """Return the parser of a command, with arguments that several have, which are named.
+
+    The environment sets some defaults.
+    """
     runs_dir, data_dir = (
         {"type": Path, "default": Path(os.environ.get(variable, default))}
         for variable, default in (("NANOGPT_RUNS_DIR", "runs"), ("NANOGPT_DATA_DIR", "data"))
     )
-    shared: dict[str, dict[str, Any]] = {
+    known: dict[str, dict[str, Any]] = {
         "checkpoint": {"help": "a .ckpt, a run directory, or the name of a run"},
         "--device": {"default": "cpu", "choices": ("cpu", "cuda", "mps")},
         "--allow-module": {
@@ -79,8 +82,10 @@ def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
         "--runs-dir": {**runs_dir, "help": "of runs (default runs, or NANOGPT_RUNS_DIR)"},
         "--data-dir": {**data_dir, "help": "of data (default data, or NANOGPT_DATA_DIR)"},
     }
-    for name in names:
-        parser.add_argument(name, **shared[name])
+    parser = argparse.ArgumentParser(prog=f"python -m {command}", description=description)
+    for name in shared:
+        parser.add_argument(name, **known[name])
+    return parser
 
 
 def check_files(options: argparse.Namespace, *names: str) -> None:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from glob import glob
 from pathlib import Path
 
-from nanogpt.command import add_shared, check_files, parse, run_command
+from nanogpt.command import check_files, make_parser, parse, run_command
 from nanogpt.disk import write_json
 from nanogpt.evaluation.results import Row, align, format_metric, run_dir_of
 from nanogpt.report.figures import draw_comparison, standalone
@@ -177,15 +177,13 @@ def notes(row: Row) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanogpt.compare", description="Compare runs in pairs by seed and by text."
-    )
+    what = "Compare runs in pairs by seed and by text."
+    parser = make_parser("nanogpt.compare", what, "--runs-dir")
     help = "a run, its name or checkpoint, a directory of runs, or a pattern; first the baseline"
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help=help)
     add("--json", type=Path, help="a file to write the results to")
     add("--picture", type=Path, metavar="FILE.svg", help="a file to draw them in")
-    add_shared(parser, "--runs-dir")
     fit = "fit L(N, D) = E + A / N^alpha + B / D^beta to the runs, instead of comparing them"
     add("--fit-scaling-law", action="store_true", help=fit)
     new = "predict the loss of N parameters after D tokens"

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from nanogpt.build import locate
 from nanogpt.checkpoint import find_init_from, load_checkpoint
-from nanogpt.command import add_shared, check_files, parse, run_command
+from nanogpt.command import check_files, make_parser, parse, run_command
 from nanogpt.data.records import PASS_OVER
 from nanogpt.disk import write_json
 from nanogpt.evaluation import results
@@ -207,9 +207,8 @@ def print_results(rows: Sequence[results.Row], options: argparse.Namespace) -> N
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanogpt.evaluate", description="Measure checkpoints side by side."
-    )
+    shared = ("--device", "--allow-module", "--runs-dir", "--data-dir")
+    parser = make_parser("nanogpt.evaluate", "Measure checkpoints side by side.", *shared)
     add = parser.add_argument
     add(
         "checkpoints",
@@ -232,7 +231,6 @@ def parser() -> argparse.ArgumentParser:
     add("--json", type=Path, help="a file to write the results to")
     add("--picture", type=Path, metavar="FILE.svg", help="a file to draw the results in")
     add("--no-report", dest="report", action="store_false", help="leave the run's report as it is")
-    add_shared(parser, "--device", "--allow-module", "--runs-dir", "--data-dir")
     add("--batch-size", type=int, default=BATCH_SIZE, help="changes the speed alone (%(default)s)")
     add("--processes", type=int, default=1, help="that share the work, on this machine")
     add("--stride", type=int, help="perplexity: tokens scored per window (default: half a context)")

@@ -33,7 +33,7 @@ from nanogpt.architectures import (
     without_embedding_norm,
 )
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
-from nanogpt.command import add_shared, parse, run_command
+from nanogpt.command import make_parser, parse, run_command
 from nanogpt.disk import write_json
 from nanogpt.model import rotary_speeds
 from nanogpt.pretrained import CONFIG, SAFETENSORS
@@ -276,11 +276,8 @@ def exporting(out: Path, overwrite: bool) -> Iterator[Path]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanogpt.export",
-        description="Write a checkpoint for others: a Hugging Face directory, or a GGUF file.",
-    )
-    add_shared(parser, "checkpoint", "--runs-dir")
+    what = "Write a checkpoint for others: a Hugging Face directory, or a GGUF file."
+    parser = make_parser("nanogpt.export", what, "checkpoint", "--runs-dir")
     parser.add_argument("out", type=Path, help="the directory or file to write")
     parser.add_argument("--format", required=True, choices=("hf", "gguf"))
     parser.add_argument(

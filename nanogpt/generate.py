@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from nanogpt.checkpoint import load_checkpoint
-from nanogpt.command import add_shared, parse, run_command
+from nanogpt.command import make_parser, parse, run_command
 from nanogpt.generation import Reply
 from nanogpt.prompts import find_template
 from nanogpt.text import print_line
@@ -60,10 +60,9 @@ def _write(text: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanogpt.generate", description="Stream a completion from a checkpoint."
-    )
-    add_shared(parser, "checkpoint", "--device", "--allow-module", "--runs-dir")
+    shared = ("checkpoint", "--device", "--allow-module", "--runs-dir")
+    what = "Stream a completion from a checkpoint."
+    parser = make_parser("nanogpt.generate", what, *shared)
     parser.add_argument(
         "--prompt",
         default="",

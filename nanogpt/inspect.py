@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt.command import add_shared, parse, run_command
+from nanogpt.command import make_parser, parse, run_command
 from nanogpt.data.corpus import Corpus, open_corpus, read_manifest
 from nanogpt.data.pretokenized import TokenShards, is_prepared
 from nanogpt.data.shards import TokenStream
@@ -154,10 +154,8 @@ def samples(corpus: Corpus, n: int) -> Iterator[str]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanogpt.inspect",
-        description="Show what a corpus holds, and check that its shards are as written.",
-    )
+    what = "Show what a corpus holds, and check that its shards are as written."
+    parser = make_parser("nanogpt.inspect", what, "--data-dir")
     parser.add_argument(
         "path",
         nargs="?",
@@ -171,7 +169,6 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--samples", type=int, default=3, help="documents to show (default 3)")
     parser.add_argument("--no-verify", action="store_true", help="read no shard as a whole")
-    add_shared(parser, "--data-dir")
     return parser
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nanogpt.command import add_shared, parse, run_command
+from nanogpt.command import make_parser, parse, run_command
 from nanogpt.data.fineweb_edu import FineWebEdu
 from nanogpt.data.hub import HubDataset
 from nanogpt.data.preparing import MakeTokenizer, Preparation, prepare
@@ -151,10 +151,8 @@ def count(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanogpt.prepare",
-        description="Turn a corpus into token shards, or fetch published weights, ahead of time.",
-    )
+    what = "Turn a corpus into token shards, or fetch published weights, ahead of time."
+    parser = make_parser("nanogpt.prepare", what, "--data-dir")
     add: Any = parser.add_argument
     add(
         "dataset",
@@ -176,7 +174,6 @@ def parser() -> argparse.ArgumentParser:
     add("--shard-tokens", type=count, default=Preparation.shard_tokens, help="default 100M")
     add("--workers", type=int, help="tokenizing threads (default: all cores)")
     add("--out", type=Path, help="the corpus's folder (default: one under the data directory)")
-    add_shared(parser, "--data-dir")
     return parser
 
 

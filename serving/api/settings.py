@@ -81,11 +81,10 @@ class ApiSettings(BaseSettings, Settings):
         return Settings(**{**values, "models": self.checkpoint or self.runs_dir})
 
     def variables(self) -> dict[str, str]:
-        """Return the settings as environment variables."""
-        return {
-            variable(name): _text(value)
-            for name, value in self.model_dump(exclude={"models"}).items()
-        }
+        """Return the settings as environment variables; null is an empty text."""
+        values = self.model_dump(exclude={"models"})
+        texts = {k: ",".join(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {variable(k): "" if v is None else str(v) for k, v in texts.items()}
 
 
 def read_settings(**values: Any) -> ApiSettings:
@@ -110,9 +109,3 @@ def read_settings(**values: Any) -> ApiSettings:
 def variable(field: str) -> str:
     """Return the name of a field's environment variable."""
     return PREFIX + field.upper()
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(value)
-    return "" if value is None else str(value)
