@@ -47,8 +47,6 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 LETTERS = {byte: letter for letter, byte in BYTE_OF_LETTER.items()}  # that spell bytes
 
-Merge = tuple[bytes, bytes]
-
 
 def read_tokenizer(directory: Path, n_ids: int | None = None) -> Tokenizer | None:
     """Return the tokenizer whose files lie in a directory, None where there are none.
@@ -155,14 +153,28 @@ def padding_id(tokenizer: Tokenizer) -> int:
     return reserved[-1] if reserved else tokenizer.token_bytes().index(b"\xff")
 
 
-def merges_of(tokenizer: Tokenizer) -> list[Merge]:
+def merges_of(tokenizer: Tokenizer) -> list[tuple[bytes, bytes]]:
     """Return the pair that each token of more than one byte is merged from, in the order of ids.
 
     It is what the merges before it leave of the token's bytes. Raises ValueError for a token that
     they do not leave in two: tiktoken gives it where a text is no longer, and merging pairs never.
     """
     ranks = {token: rank for rank, token in enumerate(tokenizer.token_bytes()) if token}
-    return [_halves(token, ranks) for token in ranks if len(token) > 1]
+    merges = []
+    for token in (token for token in ranks if len(token) > 1):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
+            lowest = min(pairs)
+            if lowest > ranks[token]:
+                raise ValueError(
+                    f"the token {token!r} cannot be made by merging pairs of tokens with lower "
+                    "ids; use a tokenizer whose merges are in the order of its ids"
+                )
+            i = pairs.index(lowest)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        merges.append((parts[0], parts[1]))
+    return merges
 
 
 def spell(token: bytes) -> str:
@@ -259,18 +271,3 @@ def _to_library(tokenizer: Tokenizer, framed: bool) -> "Library":
     )
     library.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
     return library
-
-
-def _halves(token: bytes, ranks: Mapping[bytes, int]) -> Merge:
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
-        lowest = min(pairs)
-        if lowest > ranks[token]:
-            raise ValueError(
-                f"the token {token!r} cannot be made by merging pairs of tokens with lower ids; "
-                f"use a tokenizer whose merges are in the order of its ids"
-            )
-        i = pairs.index(lowest)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]

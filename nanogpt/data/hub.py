@@ -51,8 +51,15 @@ class HubDataset(TextFiles):
             builder = self._builder()
             if files := self._files(builder):
                 yield from self.read(files, skip)
-            else:
-                yield from self._streamed(builder, skip)
+                return
+            rows = builder.as_streaming_dataset(split=self.split).skip(skip)
+            for number, row in enumerate(rows, start=skip + 1):
+                try:
+                    yield text_under(row, self.text_column, "pass data.text_column=NAME")
+                except BadRecord as error:
+                    if not self.skip_bad:
+                        raise error.at(f"{self.repository}, record {number}") from error
+                    yield None
 
     def fingerprint(self) -> str:
         """Return a hash over the request, in which a branch counts by its name, or the files."""
@@ -122,17 +129,6 @@ class HubDataset(TextFiles):
                 plain &= not file.read(64).lstrip().startswith(b"[")
         nested = getattr(builder.config, "field", None) is not None
         return files if plain and not nested else []
-
-    def _streamed(self, builder: Any, skip: int) -> Iterator[str | None]:
-        """Yield the documents of any data set by the streaming of the `datasets` library."""
-        rows = builder.as_streaming_dataset(split=self.split)
-        for number, row in enumerate(rows.skip(skip), start=skip + 1):
-            try:
-                yield text_under(row, self.text_column, "pass data.text_column=NAME")
-            except BadRecord as error:
-                if not self.skip_bad:
-                    raise error.at(f"{self.repository}, record {number}") from error
-                yield None
 
     def _hub_errors(self) -> AbstractContextManager[None]:
         at = "" if self.revision == "main" else f" at {self.revision}"
