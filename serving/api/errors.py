@@ -31,15 +31,6 @@ OF_ENGINE: dict[FailureKind, tuple[int, str | None, str | None]] = {  # status, 
     "unavailable": (503, "unavailable", None),
     "internal": (500, None, None),
 }
-CHAT, COMPLETIONS = "POST /v1/chat/completions", "POST /v1/completions"
-# Routes of the OpenAI API, of Anthropic's, Ollama's, llama.cpp's and TGI's, by the first part.
-ALTERNATIVES = {
-    **dict.fromkeys(("messages", "chat", "assistants", "threads", "realtime"), CHAT),
-    **dict.fromkeys(("edits", "completion", "generate", "infill", "batches"), COMPLETIONS),
-    **dict.fromkeys(("engines", "tags", "deployments"), "GET /v1/models"),
-    "moderations": "POST /classify",
-    "fine_tuning": "python train.py stage=instruct",
-}
 
 
 class ApiError(Exception):
@@ -104,23 +95,13 @@ def normalized(path: str) -> str:
     return "/" + "/".join(parts)
 
 
-def alternative(path: str) -> str:
-    """Return what to use instead of an unknown route, "" for nothing known."""
-    if (meant := normalized(path)) != path:
-        return meant
-    if path.endswith("/chat/completions"):
-        return CHAT
-    parts = [part for part in path.split("/") if part not in ("", "v1", "api", "openai")]
-    return ALTERNATIVES.get(parts[0] if parts else "", "")
-
-
 async def answer_http_error(request: Request, error: HTTPException) -> Response:
     """Answer an unknown route and a wrong method with the right one."""
     status, route = error.status_code, f"{request.method} {request.url.path}"
     code, message = None, str(error.detail or HTTPStatus(status).phrase)
     if status == 404:
-        other = alternative(request.url.path)
-        use = f"use {other}" if other else "the API is under /v1"
+        meant = normalized(request.url.path)
+        use = f"use {meant}" if meant != request.url.path else "the API is under /v1"
         code = "not_found"
         message = f"There is no {route[:200]}; {use}, and GET /v1 lists the routes."
     elif status == 405:
