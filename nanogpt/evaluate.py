@@ -240,11 +240,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=256, help="of a reply (default %(default)s)")
     add("--judge-url", metavar="URL", help="judge: an OpenAI-compatible API, ending in /v1")
     add("--judge-model", metavar="NAME", help="judge: the model there")
-    add(
-        "--judge-key",
-        metavar="KEY",
-        help="judge: the key (default OPENAI_API_KEY, for OpenAI's own address and loopback)",
-    )
+    add("--judge-key", default="", metavar="KEY", help="judge: the key, if it needs one")
     add("--answers", type=Path, help="judge: the file of its answers (default: judge.jsonl)")
     add("--harness-tasks", metavar="NAMES", help="harness: its tasks, with commas between")
     add("--include-path", type=Path, metavar="DIR", help="harness: a folder of task files")

@@ -5,12 +5,11 @@
 
 The judge reads instruction, reference and reply, and is to answer with a number alone. Each answer
 is appended to `--answers` word for word, with its prompt; the same command continues after the last
-one. The key is --judge-key, or OPENAI_API_KEY for the hosts that it is meant for.
+one.
 """
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +29,6 @@ from nanogpt.text import first_line
 ATTEMPTS = 3  # the later ones at a temperature, so that the judge finds other words
 ANSWER_TOKENS = 32
 TIMEOUT_S = 120.0
-OPENAI_URL = "https://api.openai.com/v1"
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _OUT_OF = re.compile(r"\s*(/|out of)\s*100\b")
 # a number that ends its line or its part of a sentence, but for the `1.` that begins a list
 _SCORE = re.compile(
@@ -54,31 +51,11 @@ How good is the reply to grade, from 0 (useless) to 100 (as good as can be)? \
 Answer with one whole number and nothing else."""
 
 
-def environment_key(url: str) -> str:
-    """Return OPENAI_API_KEY where it may be sent to a judge's address, else an empty key.
-
-    It is sent to OpenAI's API or the host of OPENAI_BASE_URL, over TLS, and to loopback addresses;
-    another host would learn a key that was set for other programs.
-    """
-    host, own = _host(url), _host(os.environ.get("OPENAI_BASE_URL") or OPENAI_URL)
-    is_trusted = host in LOOPBACK or (url.startswith("https://") and host == own)
-    return os.environ.get("OPENAI_API_KEY", "") if is_trusted else ""
-
-
-def _host(url: str) -> str | None:
-    """Return the host of an HTTP address, None where it is none."""
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL:
-        return None
-    return parsed.host if parsed.scheme in ("http", "https") and parsed.host else None
-
-
 def evaluate(
     checkpoint: Checkpoint,
     judge_url: str,
     judge_model: str,
-    judge_key: str | None,
+    judge_key: str,
     data: Path,
     limit: int | None,
     max_new_tokens: int,
@@ -93,13 +70,16 @@ def evaluate(
     path = answers or (run_dir_of(checkpoint.path) or checkpoint.path.parent) / "judge.jsonl"
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--answers {path}: there is no folder for it; make one")
-    if _host(judge_url) is None:
+    try:
+        url = httpx.URL(judge_url)
+        is_address = url.scheme in ("http", "https") and bool(url.host)
+    except httpx.InvalidURL:
+        is_address = False
+    if not is_address:
         raise ValueError(f"--judge-url {judge_url!r} is no address; pass http://HOST:PORT/v1")
-    key = (environment_key(judge_url) if judge_key is None else judge_key).strip()
+    key = judge_key.strip()
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(
-            "--judge-key (or OPENAI_API_KEY) has characters that no key has; copy it anew"
-        )
+        raise ValueError("--judge-key has characters that no key has; copy it anew")
     conversations = read_conversations(data, limit)
     weights, known = weights_sha256(checkpoint.model), read_answers(path)
     scores = []
