@@ -20,16 +20,13 @@ import numpy as np
 from nanogpt.command import make_parser, parse, run_command
 from nanogpt.data.corpus import Corpus, open_corpus, read_manifest
 from nanogpt.data.pretokenized import TokenShards, is_prepared
-from nanogpt.data.shards import TokenStream
 from nanogpt.data.writer import JOURNAL
 from nanogpt.text import print_line
 from nanogpt.tokenizer import byte_tokenizer, gpt2_tokenizer
 
 BLOCK_TOKENS = 2**20  # read at a time
-COUNTED_TOKENS = 100_000_000  # of longer splits, the first that many are counted
 SAMPLE_CHARS = 300
 SAMPLE_TOKENS = 4 * SAMPLE_CHARS  # hold that many characters even as bytes
-BAR_WIDTH = 40
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +42,7 @@ def show(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> Iterator[str]:
-    """Yield the facts of a corpus, its document lengths, samples and the state of its shards.
+    """Yield the facts of a corpus, samples and the state of its shards.
 
     Raises FileNotFoundError where there is no such path, and as `TokenShards.open` does.
     """
@@ -63,7 +60,6 @@ def report(options: argparse.Namespace) -> Iterator[str]:
         verified = "not verified" if options.no_verify else "all shards as recorded"
     yield str(path)
     yield from facts(corpus.manifest)
-    yield from histogram(corpus.train, corpus.tokenizer.eot_id)
     yield from samples(corpus, options.samples)
     yield ""
     yield verified
@@ -106,33 +102,6 @@ def facts(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield text
     if bad := manifest.get("bad_records"):
         yield f"left out   {bad:,} records that could not be read"
-
-
-def histogram(stream: TokenStream, eot_id: int) -> Iterator[str]:
-    """Yield how many documents of the stream have which length, in powers of two."""
-    counts = document_lengths(stream, eot_id)
-    part = f" in the first {COUNTED_TOKENS:,} tokens" if len(stream) > COUNTED_TOKENS else ""
-    yield ""
-    yield f"Length in tokens of {counts.sum():,} training documents{part}"
-    powers = np.flatnonzero(counts)
-    for power in range(powers.min(), powers.max() + 1) if len(powers) else ():
-        bar = "#" * -(-BAR_WIDTH * int(counts[power]) // int(counts.max()))
-        yield f"{2**power:>11,} .. {2 ** (power + 1) - 1:<11,} {counts[power]:>11,} {bar}".rstrip()
-
-
-def document_lengths(stream: TokenStream, eot_id: int) -> np.ndarray:
-    """Return how many documents have 2**k up to 2**(k+1) - 1 tokens, (64,) int64 by k.
-
-    A document is what lies between two `<|endoftext|>`, in the first `COUNTED_TOKENS`.
-    """
-    n_tokens = min(len(stream), COUNTED_TOKENS)
-    ends = [np.array([-1])]
-    for start in range(0, n_tokens, BLOCK_TOKENS):
-        block = stream.read(start, min(start + BLOCK_TOKENS, n_tokens))
-        ends.append(start + np.flatnonzero(block == eot_id))
-    lengths = np.diff(np.concatenate([*ends, [n_tokens]])) - 1
-    exponents = np.frexp(lengths[lengths > 0])[1]  # 2**(e-1) <= length < 2**e
-    return np.bincount(exponents - 1, minlength=64)
 
 
 def samples(corpus: Corpus, n: int) -> Iterator[str]:

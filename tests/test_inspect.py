@@ -9,26 +9,12 @@ import pytest
 from nanogpt import inspect
 from nanogpt.data.corpus import Corpus
 from nanogpt.data.preparing import Preparation, prepare
-from nanogpt.data.shards import TokenStream
 from nanogpt.data.text import TextFiles
 from nanogpt.data.writer import JOURNAL
-from nanogpt.inspect import document_lengths, main
+from nanogpt.inspect import main
 from nanogpt.tokenizer import byte_tokenizer
 
 EOT = byte_tokenizer().eot_id
-
-
-class Stream(TokenStream):
-    """Tokens in memory."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.tokens = np.array(tokens, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.tokens[start:stop]
 
 
 @pytest.fixture
@@ -131,33 +117,6 @@ def test_bad_input_is_one_sentence(
     error = capsys.readouterr().err
     assert str(path) in error
     assert len(error.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    "tokens",
-    [
-        [EOT, 1, EOT, 1, 1, EOT, 1, 1, 1, EOT, *[1] * 8],  # as here and build-nanogpt: before
-        [1, EOT, 1, 1, EOT, 1, 1, 1, EOT, *[1] * 8, EOT],  # as nanoGPT: after
-    ],
-)
-@pytest.mark.parametrize("block_tokens", [1, 2, 3, 100])
-def test_lengths_are_counted_over_any_border(
-    tokens: list[int], block_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inspect, "BLOCK_TOKENS", block_tokens)
-    counts = document_lengths(Stream(tokens), EOT)
-    assert counts[:5].tolist() == [1, 2, 0, 1, 0]  # lengths 1; 2 and 3; none; 8
-    assert counts.sum() == 4
-
-
-def test_the_first_tokens_of_a_long_stream_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect, "BLOCK_TOKENS", 20)
-    monkeypatch.setattr(inspect, "COUNTED_TOKENS", 100)
-    stream = Stream([EOT, 1, 1, 1, 1] * 400)
-    assert document_lengths(stream, EOT)[2] == document_lengths(stream, EOT).sum() == 20
-    lines = list(inspect.histogram(stream, EOT))
-    assert lines[1].endswith("of 20 training documents in the first 100 tokens")
-    assert lines[2].split() == ["4", "..", "7", "20", "#" * 40]
 
 
 def test_the_listing_reads_manifests_only(
