@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from nanogpt.checkpoint import load_checkpoint, record, write_checkpoint
 from nanogpt.evaluate import main
-from nanogpt.evaluation.examples import read_items
-from nanogpt.evaluation.hellaswag import Item, harness_request
-from nanogpt.evaluation.scoring import Request, loglikelihoods
+from nanogpt.evaluation.results import mean_and_error
+from nanogpt.evaluation.scoring import Request, encode_pair, loglikelihoods
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
 from nanogpt.tokenizer_files import write_tokenizer
@@ -109,7 +109,18 @@ def test_log_likelihoods_are_those_of_our_scorer(checkpoint_path: Path) -> None:
         assert value == pytest.approx(ours.loglikelihood, abs=1e-5)
 
 
-def test_a_task_in_process_gives_the_scores_of_our_harness_style(
+def read_requests(items_path: Path) -> tuple[list[dict[str, Any]], list[Request]]:
+    """Return the rows of items, and what the task requests of each."""
+    rows = [json.loads(line) for line in items_path.read_text().splitlines()]
+    requests = []
+    for row in rows:
+        text = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+        pairs = [encode_pair(TOKENIZER, text, f" {ending}") for ending in row["endings"]]
+        requests.append(Request(pairs[0][0], [continuation for _, continuation in pairs]))
+    return rows, requests
+
+
+def test_a_task_in_process_gives_the_scores_of_our_scorer(
     checkpoint_path: Path, items_path: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.json"
@@ -119,13 +130,18 @@ def test_a_task_in_process_gives_the_scores_of_our_harness_style(
         main([*arguments, "--task", "harness", "--harness-tasks", "local_hellaswag", *folder]) == 0
     )
     [theirs] = [row["results"] for row in json.loads(out.read_text())]
-    assert main([*arguments, "--task", "hellaswag", "--data", str(items_path)]) == 0
-    [ours] = [row["results"] for row in json.loads(out.read_text())]
-    assert theirs["local_hellaswag_examples"] == ours["examples"] == 12
+    rows, requests = read_requests(items_path)
+    results = loglikelihoods(load_checkpoint(checkpoint_path).model, requests)
+    sums = np.array([[found.loglikelihood for found in of] for of in results])
+    sizes = np.array([[len(ending) for ending in row["endings"]] for row in rows])  # characters
+    labels = np.array([row["label"] for row in rows])
+    ours = mean_and_error("acc", sums.argmax(1) == labels)
+    ours |= mean_and_error("acc_norm", (sums / sizes).argmax(1) == labels)
+    assert theirs["local_hellaswag_examples"] == 12
     for name in ("acc", "acc_norm"):
-        assert theirs[f"local_hellaswag_{name}"] == pytest.approx(ours[f"harness_{name}"])
+        assert theirs[f"local_hellaswag_{name}"] == pytest.approx(ours[name])
         error = theirs[f"local_hellaswag_{name}_stderr"]
-        assert error == pytest.approx(ours[f"harness_{name}_stderr"])
+        assert error == pytest.approx(ours[f"{name}_stderr"])
 
 
 def test_a_figure_without_a_formula_for_its_error_is_resampled(
@@ -253,7 +269,7 @@ def test_local_completions_through_the_server_give_the_same(
 
     checkpoint = load_checkpoint(checkpoint_path)
     write_tokenizer(TOKENIZER, tmp_path, checkpoint.config.block_size, None)
-    requests = [harness_request(TOKENIZER, item) for item in read_items(Item, items_path)]
+    _, requests = read_requests(items_path)
     pairs = [
         (TOKENIZER.decode(request.context), TOKENIZER.decode(ending))
         for request in requests

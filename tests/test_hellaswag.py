@@ -1,4 +1,4 @@
-"""HellaSwag: equal to scoring one ending at a time, whatever the batches; rows of both forms."""
+"""HellaSwag: equal to scoring one ending at a time, whatever the batches; its rows."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.evaluation import hellaswag, scoring
 from nanogpt.evaluation.examples import read_items
-from nanogpt.evaluation.hellaswag import Item, completion_request, harness_request
+from nanogpt.evaluation.hellaswag import Item, completion_request
 from nanogpt.evaluation.scoring import Request, Result, loglikelihoods
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import byte_tokenizer
@@ -153,32 +153,11 @@ def test_an_ending_longer_than_the_context_is_scored_in_pieces() -> None:
     assert found.loglikelihood == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_two_styles_build_the_requests_of_their_sources(tmp_path: Path) -> None:
+def test_the_requests_are_those_of_build_nanogpt(tmp_path: Path) -> None:
     [item] = read_items(Item, write(tmp_path / "a.jsonl", ROW))
-    ours, harness = completion_request(TOKENIZER, item), harness_request(TOKENIZER, item)
-    assert TOKENIZER.decode(ours.context) == "A female chef stands in a kitchen. she"
-    assert TOKENIZER.decode(ours.continuations[1]) == " opens the oven door."
-    text = "Baking cookies: A female chef stands in a kitchen. She"
-    assert TOKENIZER.decode(harness.context) == text
-    assert TOKENIZER.decode(harness.continuations[1]) == " opens the oven door."
-
-
-def test_marks_of_wikihow_are_removed_for_the_harness(tmp_path: Path) -> None:
-    ctx = "[header] How to boil eggs [title] Take a pot. [step] Fill it."
-    row = {**ROW, "ctx": ctx, "ctx_a": ctx, "ctx_b": "", "activity_label": "Food"}
-    [item] = read_items(Item, write(tmp_path / "a.jsonl", row))
-    request = harness_request(TOKENIZER, item)
-    assert TOKENIZER.decode(request.context) == "Food: How to boil eggs. Take a pot. Fill it."
-
-
-def test_a_row_without_its_parts_is_parted_after_the_last_sentence(tmp_path: Path) -> None:
-    short = {key: value for key, value in ROW.items() if key not in ("ctx_a", "ctx_b")}
-    items = read_items(
-        Item, write(tmp_path / "a.jsonl", short, {**short, "ctx": "She sits. He stands."})
-    )
-    found = [TOKENIZER.decode(harness_request(TOKENIZER, item).context) for item in items]
-    assert found[0] == "Baking cookies: A female chef stands in a kitchen. She"
-    assert found[1] == "Baking cookies: She sits. He stands."
+    request = completion_request(TOKENIZER, item)
+    assert TOKENIZER.decode(request.context) == "A female chef stands in a kitchen. she"
+    assert TOKENIZER.decode(request.continuations[1]) == " opens the oven door."
 
 
 def test_labels_are_numbers_or_the_hubs_digits(tmp_path: Path) -> None:
@@ -217,7 +196,6 @@ def test_the_scores_are_the_shares_of_right_endings(
     checkpoint = Checkpoint(model, TOKENIZER, None, None, "pretrain", model.config, 0, path)
     results = hellaswag.evaluate(checkpoint, path, None, 8, tmp_path)
     assert (results["acc"], results["acc_norm"], results["acc_stderr"]) == (0.0, 1.0, 0.0)
-    assert (results["harness_acc"], results["harness_acc_norm"]) == (0.0, 1.0)
 
 
 @pytest.mark.skipif("NANOGPT_TEST_DATA" not in os.environ, reason="NANOGPT_TEST_DATA is not set")

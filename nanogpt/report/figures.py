@@ -58,8 +58,6 @@ _STYLE = {
 METRICS = {
     "acc": "accuracy",
     "acc_norm": "accuracy, normalised by length",
-    "harness_acc": "accuracy, harness style",
-    "harness_acc_norm": "accuracy, harness style, normalised by length",
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
     "loss": "loss, nats per token",
