@@ -132,6 +132,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
             "max_steps": run.max_steps,
             "tokens_per_step": config["tokens_per_step"],
             "compiled": settings.compile,
+            "activation_checkpointing": settings.activation_checkpointing,
             "peak_flops": settings.peak_flops,
             "wandb_id": run.recorded["wandb_id"],
         }

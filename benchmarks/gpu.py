@@ -48,7 +48,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanogpt.generation import generate
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import adamw, muon
-from nanogpt.training.compiled import compiled_loss
+from nanogpt.training.compiled import training_loss
 from nanogpt.training.language_model import next_token_loss
 from nanogpt.training.machine import device_name, versions
 from nanogpt.training.throughput import flops_per_token, peak_flops
@@ -165,7 +165,7 @@ def correct(options: Options) -> Iterator[Record]:
     with torch.autocast(options.device, torch.bfloat16):
         found = gradients(moved, ids.to(options.device), next_token_loss)
     yield agreement("bf16 near fp32", expected, found, BF16)
-    found = gradients(moved, ids.to(options.device), compiled_loss(next_token_loss))
+    found = gradients(moved, ids.to(options.device), training_loss(next_token_loss, True))
     yield agreement("compiled as eager", expected, found, FP32)
     yield optimizer_agreement(options, config)
     with tempfile.TemporaryDirectory() as folder:
@@ -306,7 +306,7 @@ def compiled(options: Options) -> Iterator[Record]:
             config = modern_small()
         profile = options.out / "kernels.txt" if name == "gpt2" else None
         yield step_record(
-            options, name, config, rows, compiled_loss(next_token_loss), profile=profile
+            options, name, config, rows, training_loss(next_token_loss, True), profile=profile
         )
 
 
@@ -442,7 +442,7 @@ def larger(options: Options) -> Iterator[Record]:
     for preset, rows in (("gpt2-medium", 32), ("gpt2-xl", 8)):
         config = options.model(preset, vocab_size=PADDED)
         yield step_record(
-            options, preset, config, options.rows(rows), compiled_loss(next_token_loss)
+            options, preset, config, options.rows(rows), training_loss(next_token_loss, True)
         )
 
 

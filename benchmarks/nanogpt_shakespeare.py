@@ -31,7 +31,7 @@ import torch
 
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.optim import Cosine, adamw, learning_rates, set_learning_rates
-from nanogpt.training.compiled import compiled_loss
+from nanogpt.training.compiled import training_loss
 from nanogpt.training.language_model import next_token_loss
 
 BLOCK_SIZE, ROWS = 64, 12
@@ -115,7 +115,7 @@ def our_step(path: Path, compiled: bool, bf16: bool = False) -> Step:
     model = GPT(GPTConfig(vocab_size=N_BYTES, **SHAPE))  # type: ignore[arg-type]
     optimizer = adamw(model, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS)
     schedule, rates = Cosine(WARMUP_STEPS, MIN_RATE / LEARNING_RATE), learning_rates(optimizer)
-    summed_loss = compiled_loss(next_token_loss) if compiled else next_token_loss
+    summed_loss = training_loss(next_token_loss, compiled)
     batches = aligned_windows(path)
     done = 0
 

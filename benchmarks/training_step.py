@@ -155,14 +155,14 @@ def our_step(options: argparse.Namespace, compiled: bool) -> Step:
     import torch
 
     from nanogpt.optim import adamw
-    from nanogpt.training.compiled import compiled_loss
+    from nanogpt.training.compiled import training_loss
     from nanogpt.training.language_model import next_token_loss
     from nanogpt.training.machine import keep_freed_memory
 
     keep_freed_memory(torch.device("cpu"))
     model = our_model(options)
     optimizer = adamw(model, **OPTIMIZER)
-    summed_loss = compiled_loss(next_token_loss) if compiled else next_token_loss
+    summed_loss = training_loss(next_token_loss, compiled)
     input_ids, targets = random_tokens(options, model.config.vocab_size)
 
     def step() -> None:

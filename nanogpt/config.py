@@ -330,6 +330,7 @@ VALUES = {  # at the top level of conf/train.yaml
     "micro_batch": Count | Literal["auto"],
     "threads": Annotated[Count, Field(le=4 * (os.cpu_count() or 1))] | Literal["auto"],
     "compile": Flag | Literal["auto"],
+    "activation_checkpointing": Flag | Literal["auto"],
     "remeasure": Flag,
     "runs_dir": Text,
     "data_dir": Text,
@@ -365,8 +366,8 @@ def explain_failure(error: Exception, config: Mapping[str, Any]) -> str:
         return ""
     if short := out_of_memory(error):
         return (
-            f"{short}; free memory, or pass micro_batch=1, a smaller model, model.block_size or "
-            "tokens_per_step, or less data"
+            f"{short}; free memory, or pass micro_batch=1, activation_checkpointing=true, a "
+            "smaller model, model.block_size or tokens_per_step, or less data"
         )
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain_composition(error)

@@ -125,9 +125,10 @@ def plan(config: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
     config, settings, _ = tune(run, shape, device, data)
     model, optim, per_step = shape(config), config["optim"], config["tokens_per_step"]
     how = (settings.micro_batch, settings.precision)
-    trials = Trials(config, run.ranks, model, device)
+    trials = Trials({**config, **settings._asdict()}, run.ranks, model, device)
     timings, accumulates = trials.step(*how, optim), settings.micro_batch < trials.rows_per_rank
-    memory = step_memory(model, *how, partial(build.build_optimizer, optim), accumulates)
+    make = partial(build.build_optimizer, optim)
+    memory = step_memory(model, *how, make, accumulates, settings.activation_checkpointing)
 
     counts, steps = count_parameters(model), budget_steps(config)
     n_params, tokens = sum(counts.values()), steps * per_step

@@ -353,8 +353,10 @@ def simulated_gpu(
     values |= {"get_device_name": name, "get_device_capability": capability}
     values |= {"get_device_properties": about, "mem_get_info": (MEMORY, MEMORY)}
     values |= {"current_device": 0, "max_memory_allocated": 0, "get_rng_state_all": []}
+    values["get_rng_state"] = torch.get_rng_state()
     values["is_current_stream_capturing"] = False
     unused = ["set_device", "manual_seed", "manual_seed_all", "empty_cache", "set_rng_state_all"]
+    unused.append("set_rng_state")
     cuda = _returning(values | dict.fromkeys([*unused, "reset_peak_memory_stats"]))
     cuda |= {"device": contextlib.nullcontext, "stream": contextlib.nullcontext}
     cuda |= {"Stream": lambda device=None: stream, "CUDAGraph": _Graph, "graph": _Graph.capture}
@@ -379,5 +381,12 @@ def simulated_gpu(
         enter(mock.patch.multiple(torch.inference_mode, **no_grad))
         for user in users:
             enter(mock.patch.object(user, groups, _grouped(getattr(user, groups))))
-        enter(_Placing())
+        placing, run_backward = _Placing(), torch.autograd._engine_run_backward
+
+        def placed(*args: Any, **kwargs: Any) -> Any:  # of what a backward computes again
+            with placing:
+                return run_backward(*args, **kwargs)
+
+        enter(mock.patch.object(torch.autograd, "_engine_run_backward", placed))
+        enter(placing)
         yield activity

@@ -26,6 +26,7 @@ GIVEN: dict[str, Any] = {
     "compile": False,
     "micro_batch": 4,
     "threads": 1,
+    "activation_checkpointing": True,
 }
 
 
@@ -47,7 +48,7 @@ class Given(Trials):
         peaks: dict[str, float] | None = None,
     ) -> None:
         self.device, self.config, self.rows_per_rank = device, config, rows_per_rank
-        self.local_world_size, self.shape = 1, ""
+        self.local_world_size, self.shape, self.recompute = 1, "", False
         self.seconds = seconds or {}
         self.peaks = peaks or {"32-true": 1e11, "bf16-mixed": 3e11}
 
@@ -62,7 +63,8 @@ def decide(
     data_dir: Path, shape: GPTConfig = TINY, rows_per_rank: int = 16, **values: Any
 ) -> Settings:
     trainer = {"precision": values.pop("precision", "auto"), "deterministic": False}
-    auto = dict.fromkeys(("compile", "micro_batch", "threads"), "auto")
+    keys = ("activation_checkpointing", "compile", "micro_batch", "threads")
+    auto = dict.fromkeys(keys, "auto")
     config = {"trainer": trainer, "remeasure": False, "data_dir": data_dir}
     config |= {"tokens_per_step": rows_per_rank * shape.block_size}
     run: Any = SimpleNamespace(config=config | auto | values, recorded={}, ranks=Ranks())
@@ -81,7 +83,8 @@ def test_every_auto_is_decided_and_explained(
     assert decisions.compile is False  # 100 steps of milliseconds
     assert decisions.peak_flops > 1e9
     named = [reason.split()[0] for reason in caplog.messages]
-    assert named[:5] == ["threads", "precision", "micro_batch", "compile", "peak"]
+    settings = ["activation_checkpointing", "micro_batch", "compile", "peak"]
+    assert named[:6] == ["threads", "precision", *settings]
     assert named[-1] == "tokens_per_step"
 
 
@@ -196,6 +199,39 @@ def test_gpu_takes_one_row_where_nothing_fits() -> None:
     assert why == "the memory is too small even for this"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "given", "choice", "why"),
+    [
+        ({(1, "bf16-mixed"): 1.0}, "auto", False, "a row fits in memory without it"),
+        ({}, "auto", True, "a row does not fit in memory without it"),
+        ({}, 4, False, "micro_batch is given"),
+    ],
+)
+def test_activations_are_recomputed_where_the_gpu_has_no_room_for_those_of_a_row(
+    seconds: dict[Trial, float], given: Any, choice: bool, why: str
+) -> None:
+    measured = Given(GPU, seconds=seconds)
+    assert autotune._choose_recompute(measured, "bf16-mixed", given) == (choice, why)
+
+
+def test_activations_are_recomputed_where_a_cpu_has_no_room_for_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row = step_memory(TINY, 1)
+    for missing, choice in ((0, False), (1, True)):
+        memory = 4 * row.weights + row.activations + row.logits - missing
+        monkeypatch.setattr(autotune, "usable_memory_bytes", lambda memory=memory: memory)
+        assert autotune._choose_recompute(Given(), "32-true", "auto")[0] is choice
+
+
+def test_micro_batches_are_timed_with_the_recomputation(tmp_path: Path) -> None:
+    trials = stored_in(tmp_path)
+    for trials.recompute in (False, True):
+        trials.time([(4, "32-true")])
+    without, timed = json.loads((tmp_path / "probes.json").read_text())
+    assert timed == f"{without}, activation checkpointing"
+
+
 def test_micro_batches_of_a_cpu_fit_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(TINY, block_size=128)
     monkeypatch.setattr(autotune, "usable_memory_bytes", lambda: 2**60)
@@ -297,6 +333,7 @@ def test_cublas_is_deterministic_before_the_first_product_is_timed(
 
 def stored_in(data_dir: Path, scope: str = "here", remeasure: bool = False) -> Trials:
     config = {"data_dir": data_dir, "remeasure": remeasure, "tokens_per_step": 8 * TINY.block_size}
+    config |= {"activation_checkpointing": False}
     trials = Trials(config | {"trainer": {"deterministic": False}}, Ranks(), TINY, CPU)
     trials.scope = scope
     return trials
@@ -337,7 +374,7 @@ def without_a_gpu(tiny_trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_grow_until_memory_is_full(
     error: RuntimeError, tiny_trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forward_backward(model: object, rows: int, precision: str) -> None:
+    def forward_backward(model: object, rows: int, *args: object) -> None:
         if rows > 4:
             raise error
 
@@ -351,7 +388,7 @@ def test_rows_grow_until_memory_is_full(
 def test_other_errors_of_a_trial_are_not_swallowed(
     tiny_trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forward_backward(model: object, rows: int, precision: str) -> None:
+    def forward_backward(model: object, rows: int, *args: object) -> None:
         raise RuntimeError("a broken kernel")
 
     without_a_gpu(tiny_trials, monkeypatch)

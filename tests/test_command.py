@@ -70,7 +70,7 @@ def test_out_of_memory_is_one_sentence(
     assert run_command("a.command", lambda: failing(error)) == 1
     assert capsys.readouterr().err.startswith(f"a.command: out of memory ({found}); pass a smaller")
     assert explain_failure(error, {}).startswith(
-        f"out of memory ({found}); free memory, or pass micro_batch=1"
+        f"out of memory ({found}); free memory, or pass micro_batch=1, activation_"
     )
 
 

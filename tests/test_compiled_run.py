@@ -10,25 +10,14 @@ import train
 from nanogpt.ranks import LAUNCHER
 from tests.test_train import ROOT, fit, metrics
 
-# The compiler's front end and autograd without its code generation, which takes half a minute. With
-# BY_BLOCK the loss is compiled in the parts that a GPU's is. As the script of this process, it is
-# that of the ranks too.
+# The compiler's front end and autograd without its code generation, which takes half a minute. As
+# the script of this process, it is that of the ranks too.
 SCRIPT = """
 import atexit, functools, json, os, sys
 import torch
 from torch._dynamo.utils import counters
-from nanogpt.training import language_model as lm
-from nanogpt.training.compiled import compiled_block
 
-compiled = functools.partial(torch.compile, backend="aot_eager")
-
-def parts(function):
-    if "BY_BLOCK" in os.environ and function is lm.next_token_loss:
-        head = compiled(lm.summed_cross_entropy)
-        return functools.partial(function, run=compiled_block(), cross_entropy=head)
-    return compiled(function)
-
-torch.compile = parts
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
 
 def write():
     if "RANK" in os.environ:
@@ -41,9 +30,10 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(("by_block", "n_graphs"), [(False, 1), (True, 2)])
+# With activation checkpointing the loss is compiled in the parts that a GPU's is.
+@pytest.mark.parametrize(("recompute", "n_graphs"), [("false", 1), ("true", 2)])
 def test_two_ranks_compile_once_and_reach_the_same_losses(
-    by_block: bool,
+    recompute: str,
     n_graphs: int,
     tiny_run: list[str],
     tmp_path: Path,
@@ -58,10 +48,9 @@ def test_two_ranks_compile_once_and_reach_the_same_losses(
     monkeypatch.setattr(sys, "argv", [str(script)])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv(LAUNCHER, "")  # which is set below, and removed after the test
-    if by_block:
-        monkeypatch.setenv("BY_BLOCK", "1")
+    how = ("compile=true", f"activation_checkpointing={recompute}")
     ranks = ("trainer.devices=2", "trainer.accelerator=cpu")
-    assert train.main([*options, *ranks, "compile=true", "name=compiled"]) == 0
+    assert train.main([*options, *how, *ranks, "name=compiled"]) == 0
     for rank in range(2):
         counters = json.loads((tmp_path / f"counters_{rank}.json").read_text())
         assert counters["stats"]["unique_graphs"] == n_graphs

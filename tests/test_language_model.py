@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from nanogpt.model import GPT, GPTConfig, run_block
 from nanogpt.optim import Constant, adamw
-from nanogpt.training.compiled import compiled_block
+from nanogpt.training.compiled import block_runner
 from nanogpt.training.language_model import LanguageModel, next_token_loss
 
 pytestmark = [
@@ -102,12 +102,43 @@ def test_all_layers_share_a_compiled_block(
     models = [GPT(shape).train() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     ids, seeds = torch.randint(5, (2, 3, 4)), torch.arange(6).view(2, 3)
-    for run, model in zip((run_block, compiled_block()), models, strict=True):
+    for run, model in zip((run_block, block_runner(True)), models, strict=True):
         for rows, of_rows in zip(ids, seeds, strict=True):
             next_token_loss(model, rows, rows, row_seeds=of_rows, run=run).backward()
     assert counted.frame_count == n_graphs
     for ours, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(ours.grad, other.grad)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which the compiler reads
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputed_blocks_have_the_same_loss_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    torch._dynamo.reset()
+    aot = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", aot)
+    torch.manual_seed(0)
+    shape = GPTConfig(16, 64, n_layer=3, n_head=2, n_embd=16, dropout=0.2, position="rotary")
+    model, ids, found = GPT(shape).train(), torch.randint(64, (3, 16)), []
+    rows = (ids, ids, (torch.arange(16) // 5).expand(3, 16), torch.arange(3))
+    for recompute in (False, True):
+        model.zero_grad()
+        loss = next_token_loss(model, *rows, run=block_runner(compiled, recompute))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_backward_runs_blocks_again_where_activations_are_not_stored(recompute: bool) -> None:
+    built = module([1] * 5, activation_checkpointing=recompute)
+    calls: list[Any] = []
+    built.model.h[0].register_forward_pre_hook(lambda *args: calls.append(args))
+    loss = built.summed_loss(batch([1, 2, 3, 4]))
+    assert len(calls) == 1
+    loss.backward()
+    assert len(calls) == 1 + recompute
 
 
 def test_bits_per_byte_divide_by_the_bytes_of_the_scored_tokens() -> None:

@@ -120,6 +120,37 @@ def test_activations_of_gpt2_by_hand(preset: str, precision: str, bytes_per_toke
     assert step_memory(config, 1, precision).activations == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("preset", "precision", "bytes_per_token"),
+    [
+        ("gpt2", "32-true", 43_024),
+        ("gpt2", "bf16-mixed", 43_024),
+        ("gpt2-xl", "bf16-mixed", 320_016),
+    ],
+)
+def test_recomputed_blocks_store_their_inputs(
+    preset: str, precision: str, bytes_per_token: int
+) -> None:
+    """Those are 4 C bytes of each block; the rest is as above."""
+    config = GPTConfig.preset(preset)
+    L, C, T = config.n_layer, config.n_embd, config.block_size
+    assert bytes_per_token == L * 4 * C + 8 * C + 16
+    copies = 0 if precision == "32-true" else 2 * L * (12 * C * C + 9 * C)
+    stored = step_memory(config, 1, precision, recompute=True)
+    assert stored.activations == pytest.approx(T * bytes_per_token + copies, rel=0.05)
+
+
+def test_the_peak_with_recomputed_blocks_has_the_activations_of_one() -> None:
+    """A step of many rows: of 8 blocks, the inputs, and one with the gradient in its MLP."""
+    config = GPTConfig(128, 64, 8, 2, n_embd=32)
+    ours, other = (step_memory(config, 64, recompute=recompute) for recompute in (True, False))
+    inputs = 64 * 128 * 4 * 32 * 8
+    block = (other.activations - ours.activations) / 8
+    expected = ours.weights + inputs + block + 4 * inputs / 8
+    assert ours.peak - ours.weights == pytest.approx(expected, rel=0.1)
+    assert ours.peak < other.peak / 3
+
+
 def test_memory_of_the_parts_by_hand() -> None:
     one, two = step_memory(TINY, 1), step_memory(TINY, 2)
     n_logits = 16 * 64 * 4  # bytes of (T, V): once, or with log-probabilities and a gradient

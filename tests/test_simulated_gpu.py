@@ -17,6 +17,7 @@ from nanogpt.data import module as data_module
 from nanogpt.data.labelled_module import LabelledDataModule
 from nanogpt.evaluation import hellaswag, perplexity
 from nanogpt.generation import generate
+from nanogpt.runs.directory import RunDirectory
 from nanogpt.training import autotune
 from nanogpt.training import module as training_module
 from nanogpt.training.launch import count_devices, resolve_device
@@ -135,6 +136,28 @@ def test_pretraining_waits_for_reports_alone(
     monkeypatch.setattr(data_module, "VAL_BATCH_TOKENS", 32)
     fit(*corpus_run(corpus_path, places, *options))
     check_waits(watched)
+
+
+def test_recomputation_where_no_row_fits_waits_for_nothing(
+    corpus_path: Path,
+    places: list[str],
+    tmp_path: Path,
+    watched: dict[str, list[Waits]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_pass = autotune.run_pass
+
+    def small(model: Any, rows: int, precision: str, recompute: bool, **keys: Any) -> None:
+        if not recompute or rows > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        run_pass(model, rows, precision, recompute, **keys)
+
+    monkeypatch.setattr(autotune, "run_pass", small)
+    monkeypatch.setattr(data_module, "VAL_BATCH_TOKENS", 32)
+    fit(*corpus_run(corpus_path, places, "micro_batch=auto", "model.dropout=0.1"))
+    check_waits(watched)
+    resolved = RunDirectory(tmp_path / "runs" / "tiny").recorded_config()["resolved"]
+    assert (resolved["activation_checkpointing"], resolved["micro_batch"]) == (True, 1)
 
 
 def test_instruction_tuning_waits_for_reports_alone(

@@ -29,7 +29,7 @@ MAX_LABEL_CHARS = 60
 # Operational keys without effect on execution; EXECUTED are taken from `resolved`.
 UNSHOWN = {"name", "runs_dir", "data_dir", "resume", "overwrite", "debug", "remeasure"}
 UNSHOWN |= {"command", "typed", "resolved", "datamodule"}  # which repeats callbacks.validation
-EXECUTED = ("micro_batch", "compile", "threads", "local_world_size")
+EXECUTED = ("micro_batch", "compile", "threads", "local_world_size", "activation_checkpointing")
 
 Effect = tuple[float, float]  # a variance and its degrees of freedom
 

@@ -51,6 +51,7 @@ RESOLVED = {
     "corpus": Text,
     "precision": Text,
     "compile": Flag,
+    "activation_checkpointing": NotRequired[Flag],  # since version 0.2
     "micro_batch": Count,
     "threads": Count,
     "local_world_size": Count,

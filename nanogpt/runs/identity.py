@@ -16,7 +16,8 @@ from typing import Any
 # its identity.
 OPERATIONAL = (
     *("name", "runs_dir", "data_dir", "resume", "overwrite", "debug"),
-    *("compile", "micro_batch", "threads", "remeasure"),  # of the machine
+    *("activation_checkpointing", "compile", "micro_batch", "threads"),  # of the machine
+    "remeasure",
     *("data.workers", "data.prompts", "logger", "callbacks", "trainer"),
     "data.path",  # the corpus fingerprint stands for it
     *("datamodule.workers", "datamodule.val_tokens", "datamodule.final_val_tokens"),
@@ -36,6 +37,7 @@ NEW_KEYS = {  # that older records lack, with the value that these imply
     "optim.row_beta": 0.0,
     "optim.momentum_warmup_steps": 0,
     "model.tie_embeddings": True,
+    "resolved.activation_checkpointing": False,
 }
 BUDGET = ("max_steps", "max_tokens")  # identity that may grow, where the schedule permits
 NEW_OR_ANEW = "name=<new name> for a new run, or resume=false overwrite=true to replace this one"

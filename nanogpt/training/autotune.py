@@ -55,6 +55,7 @@ MIN_ROUNDS = 3
 # processor for this share of the time.
 AGREEMENT = 1.1
 MIN_CPU_SHARE = 0.8
+RECOMPUTED = ", activation checkpointing"  # of trials whose backward recomputes the blocks
 # Memory beyond the trial's own: AdamW's two moments and a gradient bucket, and some of the whole.
 BYTES_PER_PARAMETER = 12
 HEADROOM = 0.1
@@ -68,6 +69,7 @@ class Settings(NamedTuple):
     micro_batch: int
     threads: int
     peak_flops: float
+    activation_checkpointing: bool = False
 
 
 class Timings(NamedTuple):
@@ -92,7 +94,7 @@ def autotune(
     """
     config, recorded, n_local = run.config, run.recorded, run.ranks.local_world_size
     trainer = config["trainer"]
-    stale = {"compile", "micro_batch", "threads"} if config["remeasure"] else set()
+    stale = set(config) if config["remeasure"] else set()
     if recorded.get("local_world_size") != n_local:
         stale.add("threads")
 
@@ -111,6 +113,9 @@ def autotune(
     if trials.rows_per_rank % recorded.get("micro_batch", 1):
         stale.add("micro_batch")
     precision = choose("precision", trainer, choose_precision, trials)
+    given = config["micro_batch"]
+    key = "activation_checkpointing"
+    trials.recompute = choose(key, config, _choose_recompute, trials, precision, given)
     rows = choose("micro_batch", config, _choose_micro_batch, trials, precision)
     n_steps = float(run.max_steps)
     if run_s is not None:
@@ -133,7 +138,7 @@ def autotune(
         rows,
         model.block_size,
     )
-    return Settings(precision, compiled, rows, threads, peak)
+    return Settings(precision, compiled, rows, threads, peak, trials.recompute)
 
 
 def choose_threads(local_world_size: int) -> tuple[int, str]:
@@ -162,6 +167,18 @@ def choose_precision(trials: "Trials") -> tuple[str, str]:
         gain, what = timings[rows, "32-true"] / timings[rows, "bf16-mixed"], "forward and backward"
     choice = "bf16-mixed" if gain >= WORTH_BF16 else "32-true"
     return choice, f"{what} in bfloat16 run {gain:.2f} times as fast"
+
+
+def _choose_recompute(trials: "Trials", precision: str, given: int | str) -> tuple[bool, str]:
+    if given != "auto":
+        return False, "micro_batch is given"
+    if trials.device.type == "cuda":
+        fits = bool(trials.time([(rows, precision) for rows in trials.candidates()]))
+    else:
+        row = step_memory(trials.config, 1, recompute=False)
+        n_bytes = 4 * row.weights + row.activations + row.logits  # with gradients and AdamW's state
+        fits = n_bytes <= usable_memory_bytes() / trials.local_world_size
+    return not fits, f"a row {'fits' if fits else 'does not fit'} in memory without it"
 
 
 def _choose_micro_batch(trials: "Trials", precision: str) -> tuple[int, str]:
@@ -228,6 +245,7 @@ class Trials:
         if config["trainer"]["deterministic"]:  # cuBLAS reads it at its first product
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.config, self.device, self.local_world_size = model, device, ranks.local_world_size
+        self.recompute = config["activation_checkpointing"] is True
         self.rows_per_rank = config["tokens_per_step"] // (model.block_size * ranks.world_size)
         used = f"{torch.get_num_threads()} threads, {self.local_world_size} ranks"
         self.scope = f"{machine_id(self.device)}, {used}"
@@ -260,7 +278,7 @@ class Trials:
         The rows ascend.
         """
         names = {trial: "{} rows {}".format(*trial) for trial in trials}
-        what = f"{'; '.join(names.values())}, {self.shape}"
+        what = f"{'; '.join(names.values())}, {self.shape}{RECOMPUTED * self.recompute}"
         seconds = self.recall(what, lambda: self._measure(names))
         return {trial: seconds[name] for trial, name in names.items() if name in seconds}
 
@@ -276,7 +294,8 @@ class Trials:
             how = "from matrix products"
             return Timings((n_before + 1) * guess_s, forward_s, forward_s, how)
         how = ", ".join(f"{key}={value}" for key, value in optim.items())
-        what = f"steps of {rows} rows {precision}, {how}, {self.shape}"
+        how += f", {self.shape}{RECOMPUTED * self.recompute}"
+        what = f"steps of {rows} rows {precision}, {how}"
         found = self.recall(what, lambda: self._measure_step(rows, precision, optim))
         step_s = n_before * found.get("pass", 0.0) + found["update"]
         return Timings(step_s, found["forward"] / n_tokens, found["token"], "measured")
@@ -313,7 +332,7 @@ class Trials:
             sizes = tuple(T << i for i in range(max(1, (GPU_TOKENS // T).bit_length())))
         else:
             memory = usable_memory_bytes() / 4 / self.local_world_size
-            row = step_memory(self.config, 1)
+            row = step_memory(self.config, 1, recompute=self.recompute)
             row_bytes = row.activations + row.logits
             rows = [n for n in rows if n * row_bytes <= memory] or [1]
         largest = sorted({max(n for n in rows if n == 1 or n * T <= size) for size in sizes})
@@ -372,7 +391,7 @@ class Trials:
         try:
             reserve = self._memory_reserve(model) if is_gpu else None
             for trial, name in trials.items():
-                passes[name] = partial(run_pass, model, *trial)
+                passes[name] = partial(run_pass, model, *trial, self.recompute)
                 if is_gpu:
                     passes[name]()  # which loads and chooses kernels
             del reserve
@@ -391,7 +410,7 @@ class Trials:
             group["lr"] = 0.0
 
         def update() -> None:
-            run_pass(model, rows, precision)
+            run_pass(model, rows, precision, self.recompute)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -399,7 +418,7 @@ class Trials:
         one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         passes: dict[str, Callable[[], object]] = {
             "update": update,
-            "pass": partial(run_pass, model, rows, precision),
+            "pass": partial(run_pass, model, rows, precision, self.recompute),
             "forward": partial(run_pass, model, rows, precision, learns=False),
             "token": torch.no_grad()(partial(model, one)),
         }

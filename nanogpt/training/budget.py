@@ -80,7 +80,8 @@ def tune(
     settings = autotune.autotune(run, model, device, _left_s(config) if is_open else None)
     end_s = run.recorded.get("end_s")
     if is_open:
-        trials = autotune.Trials(config, run.ranks, model, device)
+        known = {**config, **settings._asdict()}
+        trials = autotune.Trials(known, run.ranks, model, device)
         estimate, end_s = _steps(config, trials, settings, data)
         if data.max_steps or config["max_steps"] or config["max_tokens"]:
             end_s = None  # as one of these may be the first reached

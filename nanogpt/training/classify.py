@@ -13,7 +13,7 @@ from nanogpt.classifier import Classifier, class_probabilities, train_layers
 from nanogpt.evaluation.classification import baselines, confusion_matrix, scores
 from nanogpt.model import GPT, run_block
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.training.compiled import compiled_block
+from nanogpt.training.compiled import block_runner
 from nanogpt.training.cross_entropy import summed_cross_entropy
 from nanogpt.training.module import Batch, StageModule
 from nanogpt.values import Amount, BelowOne
@@ -93,7 +93,7 @@ class ClassifyModule(StageModule):
         train_layers(classifier, layers)
         super().__init__(classifier, **kwargs)
         self.data = data
-        run = compiled_block() if self.compiled else run_block
+        run = block_runner(self.compiled, self.recompute)
         self.loss = make_loss(
             data.weights, label_smoothing=label_smoothing, lm_weight=lm_weight, run=run
         )

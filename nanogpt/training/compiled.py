@@ -1,29 +1,42 @@
-"""What `torch.compile` compiles of a training pass."""
+"""How a training pass runs: what `torch.compile` compiles, and what the backward recomputes."""
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from nanogpt.model import run_block
+from nanogpt.model import RunBlock, run_block
 from nanogpt.training.cross_entropy import summed_cross_entropy
 
-
-def compiled_block() -> Callable[..., Tensor]:
-    """Return `run_block` compiled: layers share one graph, with dropout all but the first."""
-    from torch._dynamo import config  # which takes a second to import
-
-    config.allow_unspec_int_on_nn_module = True  # else each layer whose number is used has a graph
-    return torch.compile(run_block)
+Loss = Callable[..., Tensor]
 
 
-def compiled_loss(next_token_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return that function compiled: on a CPU as a whole, elsewhere a block, and the head.
+def block_runner(compiled: bool, recompute: bool = False) -> RunBlock:
+    """Return `run_block`, compiled: layers share one graph, with dropout all but the first.
+
+    With `recompute` a block stores its input alone, and the backward runs it again.
+    """
+    if compiled:
+        from torch._dynamo import config  # which takes a second to import
+
+        config.allow_unspec_int_on_nn_module = True  # else a graph for each layer's number
+    run = torch.compile(run_block) if compiled else run_block
+    return partial(checkpoint, run, use_reentrant=False) if recompute else run
+
+
+def training_loss(next_token_loss: Loss, compiled: bool, recompute: bool = False) -> Loss:
+    """Return that function, compiled: on a CPU as a whole, elsewhere a block, and the head.
 
     The layers share the graph of the block, so that 48 compile as fast as 2. On a CPU one graph of
-    everything is 2.5 % faster (docs/PERFORMANCE.md).
+    everything is 2.5 % faster (docs/PERFORMANCE.md); with `recompute` DDP could not split it.
     """
-    whole, cross_entropy = torch.compile(next_token_loss), torch.compile(summed_cross_entropy)
-    by_block = partial(next_token_loss, run=compiled_block(), cross_entropy=cross_entropy)
-    return lambda model, *rows: (whole if model.wte.weight.is_cpu else by_block)(model, *rows)
+    run = block_runner(compiled, recompute)
+    if not compiled:
+        return partial(next_token_loss, run=run)
+    parts = partial(next_token_loss, run=run, cross_entropy=torch.compile(summed_cross_entropy))
+    if recompute:
+        return parts
+    whole = torch.compile(next_token_loss)
+    return lambda model, *rows: (whole if model.wte.weight.is_cpu else parts)(model, *rows)

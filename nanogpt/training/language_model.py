@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt.model import GPT, run_block
-from nanogpt.training.compiled import compiled_loss
+from nanogpt.training.compiled import training_loss
 from nanogpt.training.cross_entropy import summed_cross_entropy
 from nanogpt.training.module import Batch, StageModule
 from nanogpt.training.throughput import flops_per_token
@@ -25,9 +25,7 @@ def next_token_loss(
     cross_entropy: Callable[..., Tensor] = summed_cross_entropy,
 ) -> Tensor:
     """Return the summed cross-entropy in nats of targets (B, T), those of -100 left out."""
-    hidden_states = model.hidden_states(
-        input_ids, documents=documents, row_seeds=row_seeds, run=run
-    )
+    hidden_states = model.hidden_states(input_ids, None, documents, row_seeds, run)
     return cross_entropy(model, hidden_states, targets)
 
 
@@ -40,17 +38,12 @@ class LanguageModel(StageModule):
         # (V,) float32: Lightning's averages of weights take buffers too, and cut whole numbers.
         self.register_buffer("token_bytes", torch.tensor(n_bytes).float(), persistent=False)
         self.token_bytes: Tensor
-        self.loss = compiled_loss(next_token_loss) if self.compiled else next_token_loss
+        self.loss = training_loss(next_token_loss, self.compiled, self.recompute)
 
     def summed_loss(self, batch: Batch) -> Tensor:
         """Return the loss of rows `input_ids` (B, T) as a scalar."""
-        return self.loss(
-            self.model,
-            batch["input_ids"],
-            batch["targets"],
-            batch.get("documents"),
-            batch.get("row_seeds"),
-        )
+        keys = ("input_ids", "targets", "documents", "row_seeds")
+        return self.loss(self.model, *map(batch.get, keys))
 
     def scores(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the nats and scored tokens, the bits and bytes, of each target (B, T).

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.training.compiled import block_runner
 from nanogpt.training.language_model import next_token_loss
 
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -39,13 +40,15 @@ def step_memory(
     precision: str = "32-true",
     make_optimizer: Callable[[GPT], torch.optim.Optimizer] | None = None,
     accumulates: bool = False,
+    recompute: bool = False,
 ) -> StepMemory:
     """Return the bytes of a step whose last micro-batch has so many rows, uncompiled on a CPU.
 
-    With `accumulates` there are micro-batches before it, and so all gradients. A block of another
-    package that cannot run without values counts as nanogpt.model.Block does.
+    With `accumulates` there are micro-batches before it, and so all gradients. With `recompute`
+    only the inputs of blocks are stored. A block of another package that cannot run without values
+    counts as nanogpt.model.Block does.
     """
-    rest = (rows, precision, make_optimizer, accumulates)
+    rest = (rows, precision, make_optimizer, accumulates, recompute)
     try:
         with torch.random.fork_rng(devices=[]), FakeTensorMode():
             return _measure(config, *rest)
@@ -56,14 +59,14 @@ def step_memory(
 
 
 def _measure(
-    config: GPTConfig, rows: int, precision: str, make_optimizer: Any, accumulates: bool
+    config: GPTConfig, rows: int, precision: str, make: Any, accumulates: bool, recompute: bool
 ) -> StepMemory:
-    stored: list[int] = []
+    reached: list[int] = []
     with _Allocated() as memory:
         model = GPT(config).train()
         weights = memory.now
         parameters = list(model.parameters())
-        optimizer = make_optimizer(model) if make_optimizer else torch.optim.SGD(parameters)
+        optimizer = make(model) if make else torch.optim.SGD(parameters)
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # which makes its state
@@ -71,21 +74,28 @@ def _measure(
         if not accumulates:
             optimizer.zero_grad(set_to_none=True)
         before = memory.peak = memory.now
-        model.ln_f.register_forward_hook(lambda *_: stored.append(memory.now - before))
-        run_pass(model, rows, precision)
-        logits = memory.peak - before - stored[0]
+
+        def note(_module: Any, _inputs: Any, states: Tensor) -> None:
+            reached.append(memory.now - before)
+            states.register_hook(lambda _: reached.append(memory.peak - before))
+
+        model.ln_f.register_forward_hook(note)
+        run_pass(model, rows, precision, recompute)
         optimizer.step()
-    return StepMemory(weights, weights, of_state, stored[0], logits, memory.peak)
+    activations, with_loss = reached
+    return StepMemory(weights, weights, of_state, activations, with_loss - activations, memory.peak)
 
 
-def run_pass(model: GPT, rows: int, precision: str, *, learns: bool = True) -> None:
+def run_pass(
+    model: GPT, rows: int, precision: str, recompute: bool = False, *, learns: bool = True
+) -> None:
     """Run a forward and backward of random rows; gradients add up, as over a step's passes."""
     device = model.wte.weight.device
     shape = (rows, model.config.block_size)
     input_ids = torch.randint(model.config.vocab_size, shape, device=device)
     reduced = torch.autocast(device.type, DTYPES[precision], precision != "32-true")
     with reduced, torch.set_grad_enabled(learns):
-        loss = next_token_loss(model, input_ids, input_ids)
+        loss = next_token_loss(model, input_ids, input_ids, run=block_runner(False, recompute))
     if learns:
         (loss / input_ids.numel()).backward()
 

@@ -58,6 +58,7 @@ class StageModule(LightningModule):
         template: Template | None = None,
         flops_per_token: float = 0.0,
         peak_flops: float = 0.0,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -72,7 +73,7 @@ class StageModule(LightningModule):
         self.metadata = metadata
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
-        self.compiled = compiled
+        self.compiled, self.recompute = compiled, activation_checkpointing
         self.micro_batch: int | None = None  # rows of a forward, where memory needs fewer
         self.progress: dict[str, float] = {}
         self.stop_signal: int | None = None  # that ends training before its budget
