@@ -123,7 +123,7 @@ def steps_of(rows: PackedRows, per_step: int, *, trimmed: bool, masked: bool) ->
         chosen = order[start : start + per_step]
         filled = rows.lengths[chosen]
         end = filled.max() if trimmed else None
-        input_ids, targets, documents = (table[:, :end] for table in rows.batch(chosen).values())
+        input_ids, targets, documents, _ = (table[:, :end] for table in rows.batch(chosen).values())
         yield Step(input_ids, targets, documents if masked else None, int(filled.sum()))
 
 

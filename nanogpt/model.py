@@ -238,11 +238,10 @@ class GPT(nn.Module):
 
         With a cache, input_ids continue its tokens, without dropout. Where rows are packed,
         documents (B, T) int64 number the text of each token: attention stays among equal numbers,
-        and positions begin at 0 in each. In training, row_seeds (B,) int64 determine the dropout
-        masks of each row; by default they are drawn from torch's generator. `run` is
-        `run_block`, or it compiled. Raises ValueError past block_size.
+        which a cache has to see to by itself, and positions begin at 0 in each. In training,
+        row_seeds (B,) int64 determine the dropout masks of each row; by default they are drawn from
+        torch's generator. `run` is `run_block`, or it compiled. Raises ValueError past block_size.
         """
-        assert cache is None or documents is None, "a cache does not continue packed rows"
         config = self.config
         start = 0 if cache is None else cache.length
         end = start + input_ids.size(1)
@@ -251,12 +250,12 @@ class GPT(nn.Module):
                 f"the input reaches {end} tokens but the model has block_size={config.block_size}; "
                 f"shorten it"
             )
-        if documents is None:
-            positions, mask = torch.arange(start, end, device=input_ids.device), None  # (T,)
-        else:
-            positions, mask = positions_within(documents), document_mask(documents)
+        positions = torch.arange(start, end, device=input_ids.device)  # (T,)
+        if documents is not None:
+            positions = positions_within(documents)
         attend = cache
         if attend is None:
+            mask = None if documents is None else document_mask(documents)
             rate = config.dropout if self.training else 0.0
             if rate and row_seeds is None:
                 row_seeds = torch.randint(2**63 - 1, input_ids.shape[:1], device=input_ids.device)

@@ -50,6 +50,7 @@ def test_rows_hold_inputs_targets_and_documents() -> None:
     assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 11], [5, 6, 7, 8, 0]]
     assert batch["targets"].tolist() == [[-100, 3, 4, 11, 12], [-100, -100, -100, 9, -100]]
     assert batch["documents"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]
+    assert batch["document_starts"].tolist() == [[0, 3], [0, 4]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 

@@ -5,12 +5,14 @@ import itertools
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
 from nanogpt.checkpoint import read_checkpoint
 from nanogpt.data import module as data_module
@@ -56,6 +58,7 @@ from tests.test_hellaswag import ROW, TOKENIZER, new_model
 from tests.test_instruct import TINY as INSTRUCT
 from tests.test_instruct import data_path  # noqa: F401
 from tests.test_train import fit, metrics
+from tests.test_varlen import looped_attention
 
 # Of the CPU's kernel in bfloat16: CUDA's autocast computes rms_norm in float32.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
@@ -167,9 +170,12 @@ def test_instruction_tuning_waits_for_reports_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(data_module, "VAL_BATCH_TOKENS", 64)
+    kernel = mock.Mock(side_effect=looped_attention, __signature__=signature(varlen.varlen_attn))
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
     stage = ("stage=instruct", *INSTRUCT, *SIX_STEPS, "data=instructions", "init_from=null")
-    fit(*stage, f"data.path={data_path}", *places)
+    fit(*stage, f"data.path={data_path}", *places, "trainer.precision=bf16-mixed")
     check_waits(watched)
+    assert kernel.called
 
 
 def test_classification_waits_for_reports_alone(

@@ -6,6 +6,7 @@ The texts of a row do not depend on the seed; only the order of the rows is shuf
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,9 +57,16 @@ class PackedRows(Rows):
         """The share of all positions without text."""
         return 1 - int(self.lengths.sum()) / self.input_ids.size
 
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The positions (N, M) at which documents start in their rows, T for those they lack."""
+        numbers = np.arange(self.documents.max() + 1)
+        return np.array([np.searchsorted(row, numbers) for row in self.documents])
+
     def batch(self, rows: np.ndarray) -> dict[str, Any]:
-        """Return inputs, targets and documents of the rows (B,), (B, T) int64 each."""
+        """Return inputs, targets, documents and their starts of the rows (B,), int64 each."""
         arrays = {name: getattr(self, name) for name in ("input_ids", "targets", "documents")}
+        arrays["document_starts"] = self.starts
         return {name: torch.from_numpy(array[rows]).long() for name, array in arrays.items()}
 
     def totals(self, rows: np.ndarray) -> dict[str, Any]:

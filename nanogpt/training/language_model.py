@@ -13,6 +13,7 @@ from nanogpt.training.compiled import training_loss
 from nanogpt.training.cross_entropy import summed_cross_entropy
 from nanogpt.training.module import Batch, StageModule
 from nanogpt.training.throughput import flops_per_token
+from nanogpt.training.varlen import document_attend
 
 
 def next_token_loss(
@@ -21,11 +22,13 @@ def next_token_loss(
     targets: Tensor,
     documents: Tensor | None = None,
     row_seeds: Tensor | None = None,
+    starts: Tensor | None = None,
     run: Callable[..., Tensor] = run_block,
     cross_entropy: Callable[..., Tensor] = summed_cross_entropy,
 ) -> Tensor:
     """Return the summed cross-entropy in nats of targets (B, T), those of -100 left out."""
-    hidden_states = model.hidden_states(input_ids, None, documents, row_seeds, run)
+    attend = document_attend(model, starts, input_ids.size(1))
+    hidden_states = model.hidden_states(input_ids, attend, documents, row_seeds, run)
     return cross_entropy(model, hidden_states, targets)
 
 
@@ -42,7 +45,7 @@ class LanguageModel(StageModule):
 
     def summed_loss(self, batch: Batch) -> Tensor:
         """Return the loss of rows `input_ids` (B, T) as a scalar."""
-        keys = ("input_ids", "targets", "documents", "row_seeds")
+        keys = ("input_ids", "targets", "documents", "row_seeds", "document_starts")
         return self.loss(self.model, *map(batch.get, keys))
 
     def scores(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
@@ -51,7 +54,9 @@ class LanguageModel(StageModule):
         Special tokens have a loss and no bytes.
         """
         targets = batch["targets"]  # (B, T)
-        logits = self.model(batch["input_ids"], documents=batch.get("documents")).flatten(0, 1)
+        ids = batch["input_ids"]
+        attend = document_attend(self.model, batch.get("document_starts"), ids.size(1))
+        logits = self.model(ids, attend, batch.get("documents")).flatten(0, 1)
         nats = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="none")
         scored = targets != -100
         n_bytes = self.token_bytes[targets.clamp(min=0)].where(scored, 0)
