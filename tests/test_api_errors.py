@@ -60,7 +60,7 @@ def test_a_number_of_hundreds_of_digits_is_only_a_number(url: str) -> None:
 
 
 def test_an_unknown_route_names_the_api(url: str) -> None:
-    answer = httpx.post(f"{url}/v1/responses", json={}, headers=ORIGIN)
+    answer = httpx.post(f"{url}/v1/threads", json={}, headers=ORIGIN)
     assert answer.status_code == 404
     assert "/v1" in error_of(answer)["message"]
 
