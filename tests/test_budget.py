@@ -11,7 +11,7 @@ from nanogpt import plan
 from nanogpt.runs.directory import read_config
 from nanogpt.training import budget, module
 from nanogpt.training.autotune import Timings, Trials
-from nanogpt.training.recipe import choices, step_tokens, tokens_of, with_choices
+from nanogpt.training.recipe import MAX_PASSES, choices, step_tokens, tokens_of, with_choices
 
 Main = Callable[..., int]
 
@@ -162,6 +162,23 @@ def test_the_depth_is_that_whose_tokens_fit(
     found = json.loads(capsys.readouterr().out)
     assert found["model"]["total"] == "6 layers"
     assert found["tokens"]["total"] == pytest.approx(1.1 * tokens_of(6), rel=0.05)
+
+
+def test_minutes_end_with_the_passes_that_gain(
+    tiny_run: list[str],
+    main: Main,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = [word for word in tiny_run if not word.startswith("max_steps")]
+    assert main(*run, "max_steps=1", "name=prepared") == 0
+    at_speed(monkeypatch, step_s=1e-5)
+    capsys.readouterr()
+    assert plan.main([*run, "minutes=1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["tokens"]
+    assert MAX_PASSES - 0.02 < found["passes"] <= MAX_PASSES  # a step is 0.01 passes
+    assert plan.main([*run, "minutes=1", "max_tokens=1_000_000", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"]["passes"] > MAX_PASSES
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def tune(
     chosen = run.config.get("chosen", {})
     is_open = run.config.get("minutes") is not None and "max_steps" not in chosen
     if is_open and "model.n_layer" in chosen:
-        run.config = _with_depth(run, shape, device)
+        run.config = _with_depth(run, shape, device, data)
     config, model = dict(run.config), shape(run.config)
     run.max_steps = budget_steps(config, data.max_steps)
     settings = autotune.autotune(run, model, device, _left_s(config) if is_open else None)
@@ -133,38 +133,49 @@ def _left_s(config: Mapping[str, Any]) -> float:
     return float(max(60 * config["minutes"] - (time.time() - began) - END_S, 0.1))
 
 
-def _with_depth(run: Run, shape: Any, device: torch.device) -> dict[str, Any]:
+def _useful_tokens(config: Mapping[str, Any], data: Any, block_size: int) -> float:
+    """Return the tokens of MAX_PASSES over the data, infinity beside another budget."""
+    if data.max_steps or config["max_steps"] or config["max_tokens"]:
+        return math.inf
+    return MAX_PASSES * len(getattr(data, "train_rows", ())) * block_size or math.inf
+
+
+def _with_depth(run: Run, shape: Any, device: torch.device, data: Any) -> dict[str, Any]:
     """Return the configuration at the depth whose tokens take about the time that is left.
 
-    The time of a depth grows with its sixth power, as its weights and its tokens with the third.
+    The time of a depth grows with its sixth power, as its weights and its tokens with the third;
+    where the data limit the tokens, with the third.
     """
     config, taken, token_s = dict(run.config), {}, {}
+    useful = _useful_tokens(config, data, config["model"]["block_size"])
     given = config["threads"], config["trainer"]["precision"]
     threads, _ = autotune.choose_threads(run.ranks.local_world_size)
     torch.set_num_threads(threads if given[0] == "auto" else given[0])
     depth = config["depth"] or DEPTH
     while depth not in taken:
-        tried = with_choices(config, choices(config, depth, tokens_of(depth)))
+        tokens = min(tokens_of(depth), useful)
+        tried = with_choices(config, choices(config, depth, tokens))
         model, per_step = shape(tried), tried["tokens_per_step"]
         trials = autotune.Trials(tried, run.ranks, model, device)
         precision = autotune.choose_precision(trials)[0] if given[1] == "auto" else given[1]
         timings = trials.step(trials.candidates()[-1], precision, tried["optim"])
         token_s[depth] = timings.step_s / per_step
-        taken[depth] = token_s[depth] * tokens_of(depth)
-        log.info("depth %s: %s tokens take %.0f s", depth, f"{tokens_of(depth):,}", taken[depth])
+        taken[depth] = token_s[depth] * tokens
+        log.info("depth %s: %s tokens take %.0f s", depth, f"{tokens:,}", taken[depth])
         if config["depth"] is None:
-            depth = max(1, round(depth * (_left_s(config) / taken[depth]) ** (1 / 6)))
+            power = 6 if tokens < useful else 3
+            depth = max(1, round(depth * (_left_s(config) / taken[depth]) ** (1 / power)))
     left_s = _left_s(config)
     depth = min(taken, key=lambda depth: abs(math.log(taken[depth] / left_s)))
-    return with_choices(config, choices(config, depth, left_s / token_s[depth]))
+    return with_choices(config, choices(config, depth, min(left_s / token_s[depth], useful)))
 
 
 def _steps(
     config: dict[str, Any], trials: autotune.Trials, settings: autotune.Settings, data: Any
-) -> tuple[int, float]:
+) -> tuple[int, float | None]:
     """Return the steps that fit the time that is left, and the seconds after the last.
 
-    They include all that interrupts them.
+    They include all that interrupts them. Where the data limit the steps, the seconds are None.
     """
     model, callbacks, minutes = trials.config, config["callbacks"], config["minutes"]
     timings = trials.step(settings.micro_batch, settings.precision, config["optim"])
@@ -188,9 +199,9 @@ def _steps(
         what = f"what is left of minutes={minutes} is {_left_s(config):.0f} s, and the last"
         what += f" validation takes {end_s:.0f} s and a step {step_s:.2g} s; pass more minutes"
         raise ValueError(what)
-    n_train = len(getattr(data, "train_rows", ())) * model.block_size
-    passes = steps * per_step / n_train if n_train else 0.0
+    useful = _useful_tokens(config, data, model.block_size) / per_step
+    fits, steps = steps, max(int(min(steps, useful)), 1)
     what = f"minutes {minutes}: {steps:,} steps of {per_step:,} tokens, {step_s:.3g} s each"
-    what += f"; more than {MAX_PASSES} passes over the data gain little" * (passes > MAX_PASSES)
+    what += f"; more than {MAX_PASSES} passes over the data would gain little" * (steps < fits)
     log.info("%s", what)
-    return steps, end_s
+    return steps, end_s if steps == fits else None
