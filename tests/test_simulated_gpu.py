@@ -159,7 +159,8 @@ def test_recomputation_where_no_row_fits_waits_for_nothing(
     monkeypatch.setattr(data_module, "VAL_BATCH_TOKENS", 32)
     fit(*corpus_run(corpus_path, places, "micro_batch=auto", "model.dropout=0.1"))
     check_waits(watched)
-    resolved = RunDirectory(tmp_path / "runs" / "tiny").recorded_config()["resolved"]
+    recorded: Any = RunDirectory(tmp_path / "runs" / "tiny").recorded_config()
+    resolved = recorded["resolved"]
     assert (resolved["activation_checkpointing"], resolved["micro_batch"]) == (True, 1)
 
 

@@ -34,8 +34,8 @@ def looped_attention(
     for start, end in itertools.pairwise(ends):
         if start < end:
             mask = q.new_ones(end - start, end - start, dtype=torch.bool).tril()
-            parts = (part[start:end].transpose(0, 1) for part in (q, k, v))
-            attended.append(F.scaled_dot_product_attention(*parts, mask).transpose(0, 1))
+            own: Any = (part[start:end].transpose(0, 1) for part in (q, k, v))
+            attended.append(F.scaled_dot_product_attention(*own, mask).transpose(0, 1))
     return torch.cat(attended)
 
 
