@@ -181,3 +181,20 @@ def test_clipped_steps_are_those_of_torchs_own_clipping(grad_clip: float | None)
     assert trained.read_metrics()["grad_norm"] == pytest.approx(norms[-1])
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradients_stay_where_they_are_on_several_ranks_alone(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In DDP's buckets; gradients of their own would be added up beside these."""
+    trained = module([1] * 5)
+    trainer = silent_trainer(max_steps=1)
+    monkeypatch.setattr(Trainer, "world_size", world_size)
+    steps: Any = [[batch([1, 2, 3, 4])]]
+    trainer.fit(trained, DataLoader(steps, batch_size=None))
+    grads = [parameter.grad for parameter in trained.model.parameters()]
+    if world_size == 1:
+        assert all(grad is None for grad in grads)
+    else:
+        assert all(grad is not None and not grad.any() for grad in grads)

@@ -127,7 +127,7 @@ class StageModule(LightningModule):
         losses = self._add_gradients(micro_batches)
         grad_norm = self._clip_gradients()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=self.trainer.world_size == 1)  # else in the buckets of DDP
         self._pending.append((torch.stack(losses).sum(), grad_norm))
         if self._is_first_step:
             self._is_first_step, self._untimed = False, 1
