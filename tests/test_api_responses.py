@@ -214,7 +214,7 @@ def test_what_changes_nothing_is_accepted(url: str) -> None:
     [("GET", "r1"), ("DELETE", "r1"), ("POST", "r1/cancel"), ("GET", "r1/input_items")],
 )
 def test_no_response_is_kept(url: str, method: str, path: str) -> None:
-    body = {} if method == "POST" else None
+    body: Any = {} if method == "POST" else None
     answer = httpx.request(method, f"{url}/v1/responses/{path}", json=body)
     assert answer.status_code == 400
     assert "whole conversation" in answer.json()["error"]["message"]

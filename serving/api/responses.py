@@ -30,7 +30,11 @@ from serving.api.v1 import chat_choices
 
 STATELESS = "this server keeps no responses: send the whole conversation as input"
 STATEFUL = ("previous_response_id", "conversation", "background", "prompt")
-NEUTRAL = {"tools": ([],), "tool_choice": ("auto", "none"), "truncation": ("disabled",)}
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("auto", "none"),
+    "truncation": ("disabled",),
+}
 PARAMS = {"messages": "input", "response_format": "text"}  # of a chat, and their names here
 PARTS = dict.fromkeys(("input_text", "output_text"), "text")
 LOGPROBS = "message.output_text.logprobs"  # of `include`
@@ -78,8 +82,9 @@ class ResponsesFormat(ChatFormat):
     ) -> None:
         super().__init__(model, choices, include_usage=False)
         self._answer, self._n_events = Piece(0, ""), 0
-        self._message = {"id": f"msg-{secrets.token_hex(12)}", "type": "message"}
-        self._place = {"item_id": self._message["id"], "output_index": 0, "content_index": 0}
+        item_id = f"msg-{secrets.token_hex(12)}"
+        self._message = {"id": item_id, "type": "message"}
+        self._place: Any = {"item_id": item_id, "output_index": 0, "content_index": 0}
         text_format = body.text_format.model_dump(exclude_none=True, by_alias=True)
         self.head |= {
             **dict.fromkeys(("background", "store"), False),
