@@ -162,6 +162,7 @@ def test_logprobs_are_included_on_request(url: str) -> None:
         ({"truncation": "auto"}, "truncation", "use disabled"),
         ({"n": 2}, "n", "not supported"),
         ({"text": {"format": {"type": "grammar"}}}, "text", "json_schema"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format", "text.format"),
         ({"input": []}, "input", "at least 1"),
         ({"input": None}, "input", "valid"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input", "'function_call'"),

@@ -35,7 +35,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("auto", "none"),
     "truncation": ("disabled",),
 }
-PARAMS = {"messages": "input", "response_format": "text"}  # of a chat, and their names here
+PARAMS = {"messages": "input", "response_format": "text.format"}  # of a chat, and their names here
 PARTS = dict.fromkeys(("input_text", "output_text"), "text")
 LOGPROBS = "message.output_text.logprobs"  # of `include`
 REPEATED = {"instructions", "max_output_tokens", "metadata", "temperature", "top_logprobs", "top_p"}
@@ -174,7 +174,9 @@ def _own_params() -> Iterator[None]:
     try:
         yield
     except ApiError as error:
-        error.param = PARAMS.get(error.param or "", error.param)
+        if own := PARAMS.get(error.param or ""):
+            error.args = (str(error).replace(str(error.param), own),)
+            error.param = own
         raise
 
 
