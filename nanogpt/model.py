@@ -22,6 +22,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from torch import Tensor, nn
 
 from nanogpt.dropout import NO_DROPOUT, RowDropout
+from nanogpt.norm import RMSNorm
 from nanogpt.values import CHECKED, BelowOne, Count, Flag, Positive, Text
 
 INIT_STD = 0.02
@@ -474,7 +475,7 @@ def build_blocks(config: GPTConfig) -> list[nn.Module]:
 def make_norm(config: GPTConfig, n_channels: int, has_weight: bool) -> nn.Module:
     """Return a new normalisation over channels, with or without weights (and biases)."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(n_channels, config.norm_eps, has_weight)
+        return RMSNorm(n_channels, config.norm_eps, has_weight)
     return nn.LayerNorm(n_channels, config.norm_eps, has_weight, config.bias)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from pydantic import ValidationError
 from torch import Tensor
@@ -28,6 +29,7 @@ from nanogpt.model import (
     rotate,
     written_out_attention,
 )
+from nanogpt.norm import RMSNorm
 from nanogpt.values import explain
 from tests.configs import CONF, options
 
@@ -397,6 +399,17 @@ def test_every_part_of_the_model_has_masks_of_its_own(monkeypatch: pytest.Monkey
     config = replace(TINY, dropout=0.5)
     build(config).train()(some_ids(config, 1, 16))
     assert len(streams) == len(set(streams)) == 2 * (3 * config.n_layer + 1)
+
+
+@pytest.mark.parametrize(("has_weight", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_states_are_normalised_in_the_precision_of_the_weight(
+    monkeypatch: pytest.MonkeyPatch, has_weight: bool, dtype: torch.dtype
+) -> None:
+    normalised: list[Tensor] = []
+    monkeypatch.setattr(F, "rms_norm", lambda x, *args: normalised.append(x) or x)
+    states = torch.ones(2, 8, dtype=torch.bfloat16)
+    assert RMSNorm(8, elementwise_affine=has_weight)(states).dtype == torch.bfloat16
+    assert [x.dtype for x in normalised] == [dtype]
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
