@@ -1,5 +1,7 @@
 """Dropout whose masks depend on a seed of each row alone."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,13 @@ class RowDropout:
 
     def __init__(self, rate: float, row_seeds: Tensor | None) -> None:
         self.rate = rate
-        self.row_seeds = row_seeds
+        self.row_seeds: Any = row_seeds
 
-    def __call__(self, x: Tensor, site: int) -> Tensor:
+    def of_layer(self, layer: int) -> "RowDropout":
+        """Return the dropout of a layer, which has three sites; as seeds, all share one graph."""
+        return RowDropout(self.rate, self.row_seeds + (6 * layer << 32))
+
+    def __call__(self, x: Tensor, site: int = 0) -> Tensor:
         """Drop elements of x (B, T, C) or (B, H, T, T) and scale the others to the same mean.
 
         Every site of a model has its own masks. Padding after a row's last token does not change
@@ -41,7 +47,6 @@ class RowDropout:
         They are upper halves of SplitMix64 (Steele et al., 2014). Its shifts are arithmetic here,
         which costs a bit or two of the 64.
         """
-        assert self.row_seeds is not None
         indices = torch.arange(n, device=self.row_seeds.device)
         z = (self.row_seeds[:, None] + (stream << 32) + indices) * -0x61C8864680B583EB
         z = (z ^ (z >> 30)) * -0x40A7B892E31B1A47

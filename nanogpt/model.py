@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import field, fields
-from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
@@ -29,7 +28,6 @@ INIT_STD = 0.02
 WRITTEN_OUT_TOKENS = 512  # longest context for which the scores (B, H, T, T) are materialised
 PADDED_FROM_TOKENS = 8192  # smallest vocabulary that gains from padding
 RunBlock = Callable[..., Tensor]  # that of `run_block`
-DROPOUT_SITES = 3  # of a layer: its attention weights and its two branches
 
 # "Language Models are Unsupervised Multitask Learners", table 2.
 PRESETS = {  # n_layer, n_head, n_embd
@@ -156,9 +154,13 @@ class Attend:
 
     length = 0  # tokens before the input's first one
 
-    def __init__(self, mask: Tensor | None = None, dropout: RowDropout = NO_DROPOUT) -> None:
+    def __init__(self, mask: Tensor | None = None, dropout: RowDropout | None = None) -> None:
         self.mask = mask
-        self.dropout = dropout
+        self.dropout = dropout or NO_DROPOUT  # as a default value torch 2.11 could not compile it
+
+    def of_layer(self, layer: int) -> "Attend":
+        """Return the attention of a layer, which differs from this in the masks of its dropout."""
+        return Attend(self.mask, self.dropout.of_layer(layer)) if self.dropout.rate else self
 
     def before(self, input_ids: Tensor) -> Tensor:
         """Return the id before each of input_ids (B, T); of a text's first token any id."""
@@ -166,7 +168,7 @@ class Attend:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the attention output (B, T, H, D) of a layer's q, k and v (B, T, H, D) each."""
-        drop = partial(self.dropout, site=DROPOUT_SITES * layer) if self.dropout.rate else None
+        drop = self.dropout if self.dropout.rate else None
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         return causal_attention(q, k, v, self.mask, drop).transpose(1, 2)
 
@@ -262,7 +264,7 @@ class GPT(nn.Module):
                 row_seeds = torch.randint(2**63 - 1, input_ids.shape[:1], device=input_ids.device)
             attend = Attend(mask, RowDropout(rate, row_seeds))
         x = self.embed(input_ids, positions, attend.before(input_ids))
-        x = attend.dropout(x, DROPOUT_SITES * config.n_layer)
+        x = attend.of_layer(config.n_layer).dropout(x, 0)
         if x.is_cuda and torch.get_autocast_dtype("cuda") == torch.bfloat16:  # half of the traffic
             x = x.bfloat16() if torch.is_autocast_enabled("cuda") else x
         return self.run_blocks(x, self.rotation(positions), attend, run)
@@ -288,7 +290,7 @@ class GPT(nn.Module):
         has_shortcut, embeddings = self.config.embd_shortcut, x.view_as(x)  # x itself: two graphs
         for layer, block in enumerate(self.h):
             mixed = (self.kept[layer], self.shortcut[layer], embeddings) if has_shortcut else ()
-            x = run(block, x, rotation, attend, *mixed)
+            x = run(block, x, rotation, attend.of_layer(layer), *mixed)
         return self.ln_f(x)
 
     @property
@@ -371,8 +373,8 @@ class Block(nn.Module):
     - rotation (2, ..., T, 1, D/2) for `rotate`; None with position=learned.
     - attend: an `Attend`. attend(self.layer, q, k, v), called once, is the attention of the tokens
       to those before them: (B, T, H, D) each. attend.dropout(x, site) is a `RowDropout`, for sites
-      3 * layer + 1 and 3 * layer + 2. Its masks depend on the row's seed and the site only, so that
-      micro-batches and resumed runs drop alike; `nn.Dropout` draws from torch's generator instead.
+      1 and 2. Its masks depend on the row's seed, the layer and the site alone: micro-batches and
+      resumed runs drop alike. `nn.Dropout` draws from torch's generator instead.
 
     A block that mixes tokens through `attend` alone works with the KV cache, packed rows and the
     evaluations' shared contexts. One that mixes them in another way must be causal; generation then
@@ -387,13 +389,11 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = make_norm(config, config.n_embd, config.norm_weight)
         self.mlp = MLP(config)
-        # Numbers that a compiled block computed from `layer` would bind its graph to that layer.
-        self.site_1, self.site_2 = DROPOUT_SITES * layer + 1, DROPOUT_SITES * layer + 2
 
     def forward(self, x: Tensor, rotation: Tensor | None, attend: Attend) -> Tensor:
         """Return the residual stream (B, T, C) after this block, of x (B, T, C) before it."""
-        x = x + attend.dropout(self.attn(self.ln_1(x), rotation, attend), self.site_1)
-        return x + attend.dropout(self.mlp(self.ln_2(x)), self.site_2)
+        x = x + attend.dropout(self.attn(self.ln_1(x), rotation, attend), 1)
+        return x + attend.dropout(self.mlp(self.ln_2(x)), 2)
 
 
 class CausalSelfAttention(nn.Module):

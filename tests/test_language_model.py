@@ -88,11 +88,9 @@ def test_a_uniform_model_has_the_loss_of_its_vocabulary() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # which the compiler reads
-@pytest.mark.parametrize(
-    ("switches", "n_graphs"), [({}, 1), ({"dropout": 0.5}, 2), ({"embd_shortcut": True}, 1)]
-)
+@pytest.mark.parametrize("switches", [{}, {"dropout": 0.5}, {"embd_shortcut": True}])
 def test_all_layers_share_a_compiled_block(
-    monkeypatch: pytest.MonkeyPatch, switches: dict[str, Any], n_graphs: int
+    monkeypatch: pytest.MonkeyPatch, switches: dict[str, Any]
 ) -> None:
     torch._dynamo.reset()
     counted = CompileCounterWithBackend("aot_eager")
@@ -105,7 +103,7 @@ def test_all_layers_share_a_compiled_block(
     for run, model in zip((run_block, block_runner(True)), models, strict=True):
         for rows, of_rows in zip(ids, seeds, strict=True):
             next_token_loss(model, rows, rows, row_seeds=of_rows, run=run).backward()
-    assert counted.frame_count == n_graphs
+    assert counted.frame_count == 1
     for ours, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(ours.grad, other.grad)
 

@@ -5,6 +5,7 @@ import csv
 import logging
 import math
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -360,6 +361,7 @@ def test_best_and_last_are_found_by_name(tmp_path: Path, which: str, step: int |
     assert metrics["val/loss"] == pytest.approx(expected, abs=1e-9)
 
 
+IMPORTS = (ast.Import, ast.ImportFrom)
 # Private members of libraries in use, each with its reason.
 EXCEPTIONS = {
     # Lightning would synchronize all ranks, and wait for the device, before every step.
@@ -368,14 +370,20 @@ EXCEPTIONS = {
     ("nanogpt/training/loggers.py", "_wandb_init"),
     # torch's product of int8 weights has no public name.
     ("serving/engine/forward.py", "_weight_int8pack_mm"),
+    # torch has no public name of tensors without storage, nor of a mode that sees each operation.
+    ("nanogpt/training/memory.py", "torch._subclasses.fake_tensor.FakeTensorMode"),
+    ("nanogpt/training/memory.py", "torch.utils._python_dispatch.TorchDispatchMode"),
+    # Nor has a function that returns the tensors in nested lists and dicts.
+    ("nanogpt/training/checkpointing.py", "torch.utils._pytree.tree_leaves"),
 }
 
 
 def test_private_members_of_libraries_are_those_listed() -> None:
+    scripts = [PRODUCT / "train.py", PRODUCT / "serve.py"]
+    folders = (PRODUCT / name for name in ("nanogpt", "serving", "hydra_plugins"))
     trees = {
         path.relative_to(PRODUCT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
-        for part in ("nanogpt", "serving")
-        for path in (PRODUCT / part).rglob("*.py")
+        for path in [*scripts, *(path for folder in folders for path in folder.rglob("*.py"))]
     }
     nodes = [(path, node) for path, tree in trees.items() for node in ast.walk(tree)]
     ours = {node.name for _, node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
@@ -392,14 +400,39 @@ def test_private_members_of_libraries_are_those_listed() -> None:
         "_replace",
         "_exit",
     )  # underscored, and public
-    assert {
+    members = {
         (path, node.attr)
         for path, node in nodes
         if isinstance(node, ast.Attribute)
         and node.attr.startswith("_")
         and node.attr not in ours
         and not node.attr.startswith(documented)
-    } == EXCEPTIONS
+    }
+    imports = {(path, name) for path, node in nodes for name in private_imports(node)}
+    assert members | imports == EXCEPTIONS
+
+
+def private_imports(node: ast.AST) -> list[str]:
+    """Return the dotted names that an import takes from private modules, or private ones."""
+    names = [alias.name for alias in node.names] if isinstance(node, IMPORTS) else []
+    if isinstance(node, ast.ImportFrom):
+        names = [f"{node.module}.{name}" for name in names]
+    return [name for name in names if re.search(r"(^|\.)_(?!_)", name)]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("from torch._dynamo import config", ["torch._dynamo.config"]),
+        ("import torch._inductor as inductor", ["torch._inductor"]),
+        ("import os, _thread", ["_thread"]),
+        ("from torch.utils import _pytree, data", ["torch.utils._pytree"]),
+        ("from __future__ import annotations", []),
+        ("from nanogpt import __version__", []),
+    ],
+)
+def test_imports_of_private_names_are_found(line: str, found: list[str]) -> None:
+    assert private_imports(ast.parse(line).body[0]) == found
 
 
 def test_private_members_in_use_exist() -> None:

@@ -388,28 +388,34 @@ def test_a_cache_is_continued_without_dropout() -> None:
 
 
 def test_every_part_of_the_model_has_masks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams: list[int] = []
+    streams: list[list[int]] = []
     integers = RowDropout._integers
 
     def noted(self: RowDropout, stream: int, n: int) -> Tensor:
-        streams.append(stream)
+        streams.append(integers(self, stream, 4)[0].tolist())
         return integers(self, stream, n)
 
     monkeypatch.setattr(RowDropout, "_integers", noted)
     config = replace(TINY, dropout=0.5)
     build(config).train()(some_ids(config, 1, 16))
-    assert len(streams) == len(set(streams)) == 2 * (3 * config.n_layer + 1)
+    n_streams = 2 * (3 * config.n_layer + 1)
+    assert len(streams) == len({tuple(stream) for stream in streams}) == n_streams
 
 
 @pytest.mark.parametrize(("has_weight", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_states_are_normalised_in_the_precision_of_the_weight(
     monkeypatch: pytest.MonkeyPatch, has_weight: bool, dtype: torch.dtype
 ) -> None:
-    normalised: list[Tensor] = []
-    monkeypatch.setattr(F, "rms_norm", lambda x, *args: normalised.append(x) or x)
+    dtypes: list[torch.dtype] = []
+
+    def noted(x: Tensor, *args: Any) -> Tensor:
+        dtypes.append(x.dtype)
+        return x
+
+    monkeypatch.setattr(F, "rms_norm", noted)
     states = torch.ones(2, 8, dtype=torch.bfloat16)
     assert RMSNorm(8, elementwise_affine=has_weight)(states).dtype == torch.bfloat16
-    assert [x.dtype for x in normalised] == [dtype]
+    assert dtypes == [dtype]
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")

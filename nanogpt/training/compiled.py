@@ -14,14 +14,10 @@ Loss = Callable[..., Tensor]
 
 
 def block_runner(compiled: bool, recompute: bool = False) -> RunBlock:
-    """Return `run_block`, compiled: layers share one graph, with dropout all but the first.
+    """Return `run_block`, compiled: all layers share one graph.
 
     With `recompute` a block stores its input alone, and the backward runs it again.
     """
-    if compiled:
-        from torch._dynamo import config  # which takes a second to import
-
-        config.allow_unspec_int_on_nn_module = True  # else a graph for each layer's number
     run = torch.compile(run_block) if compiled else run_block
     return partial(checkpoint, run, use_reentrant=False) if recompute else run
 
