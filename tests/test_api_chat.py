@@ -150,11 +150,6 @@ def test_logprobs_come_with_bytes(client: openai.OpenAI) -> None:
     assert len(token.top_logprobs) == 2
 
 
-def test_a_json_format_is_refused(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"use \{'type': 'text'\}"):
-        complete(client, response_format={"type": "json_object"})
-
-
 def test_a_prompt_that_fills_the_context_is_refused_with_the_code_that_clients_know(
     client: openai.OpenAI,
 ) -> None:

@@ -183,9 +183,6 @@ def test_max_tokens_of_minus_one_fills_the_context(url: str, engine: FakeEngine)
     assert generated(engine)[-1].params.max_tokens == 62
 
 
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
-
-
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -193,13 +190,7 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
         ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("function_call", {"name": "f"}),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", SCHEMA),
-        ("guided_json", {"type": "object"}),
-        ("guided_regex", "a+"),
-        ("guided_choice", ["a", "b"]),
         ("guided_grammar", "root ::= 'a'"),
-        ("structured_outputs", {"choice": ["a"]}),
         ("grammar", "root ::= 'a'"),
         ("json_schema", {"type": "object"}),
         ("best_of", 2),

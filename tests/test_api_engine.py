@@ -7,12 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
 import torch
+from pydantic import BaseModel, Field
 
 from nanogpt.checkpoint import load_checkpoint
 from nanogpt.generation import generate
@@ -227,3 +228,45 @@ def test_many_at_once_have_the_answers_they_have_alone(url: str) -> None:
         for body in bodies
     ]
     assert asyncio.run(post_all()) == alone
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=8)
+    age: int = Field(ge=0, le=120)
+    pets: list[Literal["cat", "dog"]] = Field(max_length=2)
+
+
+HELLO: Any = [{"role": "user", "content": "Who is it?"}]
+
+
+def test_the_openai_client_parses_an_answer_of_a_pydantic_model(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(
+        model="one", messages=HELLO, response_format=Person, seed=1, n=3, max_tokens=100
+    )
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        assert isinstance(choice.message.parsed, Person)
+    assert len({choice.message.content for choice in answer.choices}) > 1
+
+
+def test_a_streamed_answer_of_a_schema_is_the_whole_one(client: openai.OpenAI) -> None:
+    options: Any = {"model": "one", "messages": HELLO, "seed": 2, "max_tokens": 100}
+    whole = client.chat.completions.parse(**options, response_format=Person).choices[0]
+    with client.chat.completions.stream(**options, response_format=Person) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    assert streamed.message.content == whole.message.content
+    assert streamed.message.parsed == whole.message.parsed
+    assert streamed.finish_reason == "stop"
+
+
+def test_json_that_max_tokens_cuts_has_the_reason_length(client: openai.OpenAI) -> None:
+    options: Any = {"model": "one", "messages": HELLO, "response_format": Person}
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(**options, max_tokens=5)
+
+
+def test_a_stop_string_ends_json_where_it_occurs(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="one", prompt="x", stop="name", extra_body={"guided_json": Person.model_json_schema()}
+    )
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ('{"', "stop")

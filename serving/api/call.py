@@ -104,6 +104,7 @@ class Call:
         stop_ids: Sequence[int],
         stops: Sequence[str] = (),
         logprobs: int | None = None,
+        grammar: str = "",
     ) -> list[Choice]:
         """Return `n` answers for each prompt, which differ in the seed, to be generated.
 
@@ -119,6 +120,7 @@ class Call:
             stop_ids=tuple(dict.fromkeys([*stop_ids, *own_stops])),
             ignore_eos=bool(body.ignore_eos),
             logprobs=logprobs,
+            grammar=grammar,
             **body.model_dump(include=SHARED, exclude_none=True),
         )
         choices: list[Choice] = []

@@ -16,6 +16,7 @@ from pydantic import (
     StrictStr,
 )
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
@@ -28,12 +29,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_beam_search", "echo"), (False,)),
     **dict.fromkeys(("tool_choice", "function_call"), ("auto", "none")),
     "modalities": ([], ["text"]),
-    "response_format": ({"type": "text"},),
     **dict.fromkeys(
         (
             *("bad_words", "allowed_token_ids", "truncate_prompt_tokens", "prompt_logprobs"),
-            *("suffix", "audio", "grammar", "json_schema", "regex", "ebnf", "structured_outputs"),
-            *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding"),
+            *("suffix", "audio", "grammar", "json_schema", "regex", "ebnf"),
+            *("guided_grammar", "guided_decoding"),
         ),
         ("", [], {}),
     ),
@@ -96,6 +96,31 @@ class StreamOptions(BaseModel):
     include_usage: StrictBool | None = None
 
 
+class JsonSchema(BaseModel):
+    """A JSON schema with a name."""
+
+    name: Short | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: StrictBool | None = None  # always so
+
+
+class ResponseFormat(BaseModel):
+    """What an answer is: any text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(TypedDict, total=False):
+    """vLLM's name for what an answer is."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    json: StrictStr | dict[str, Any] | None
+    regex: StrictStr | None
+    choice: Items[StrictStr] | None
+
+
 class SamplingRequest(BaseModel):
     """The fields that chat and completions share."""
 
@@ -116,6 +141,11 @@ class SamplingRequest(BaseModel):
     stop: Short | Items[Short] | None = None
     stop_token_ids: Items[TokenId] | None = None
     ignore_eos: StrictBool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: StrictStr | dict[str, Any] | None = None
+    guided_regex: StrictStr | None = None
+    guided_choice: Items[StrictStr] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
 

@@ -26,6 +26,7 @@ from serving.api.schemas import (
     TokenizeRequest,
 )
 from serving.api.stream import STREAMS, ChatFormat, CompletionFormat
+from serving.api.structured import grammar_of
 from serving.engine.messages import (
     Classified,
     Classify,
@@ -188,8 +189,9 @@ async def chat_choices(call: Call, model: ServedModel, body: ChatRequest) -> lis
     prompt = Prompt(ids, model.room_for(ids, limit, "messages"))
     stop_ids = model.template.stop_ids(model.tokenizer)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    stops = model.template.stop_texts
-    return call.choices(body, model, [prompt], stop_ids, stops, logprobs)
+    grammar = await call.within(call.limits(), grammar_of(body))
+    stops = () if grammar else model.template.stop_texts  # which may occur in its texts
+    return call.choices(body, model, [prompt], stop_ids, stops, logprobs, grammar)
 
 
 async def _completion_choices(
@@ -211,7 +213,8 @@ async def _completion_choices(
         prompts.append(prompt)
     if body.echo and body.logprobs is not None:
         await _score(call, model, prompts, body.logprobs)
-    return call.choices(body, model, prompts, model.tokenizer.end_ids, (), body.logprobs)
+    grammar = await call.within(call.limits(), grammar_of(body))
+    return call.choices(body, model, prompts, model.tokenizer.end_ids, (), body.logprobs, grammar)
 
 
 def _listed(given: Any) -> list[str | list[int]]:

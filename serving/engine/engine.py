@@ -225,7 +225,9 @@ class Engine:
                 self._waiting.append((client, request))
                 return
         runner.used = time.monotonic()
-        if isinstance(request, Describe):
+        if not runner.prepared(request, partial(self.post, self._begin_waiting)):
+            self._waiting.append((client, request))
+        elif isinstance(request, Describe):
             self._emit(client, runner.details(request.request_id))
         else:
             runner.add(client, request)

@@ -79,9 +79,9 @@ class EngineError(Exception):
 class SamplingParams(Struct, frozen=True, array_like=True):
     """How tokens are sampled. A temperature near 0 takes the likeliest; seed and position key it.
 
-    Filtered in this order: penalties and bias, temperature, top_k, top_p, min_p. With `logprobs`
-    each token comes with its log-probability and with those of that many likeliest tokens (0 to
-    20): of the model itself, before penalties, bias and temperature.
+    Filtered in this order: penalties and bias, grammar, temperature, top_k, top_p, min_p. With
+    `logprobs` each token comes with its log-probability and with those of that many likeliest
+    tokens (0 to 20): of the model itself, before all of these.
     """
 
     max_tokens: int
@@ -97,6 +97,7 @@ class SamplingParams(Struct, frozen=True, array_like=True):
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False  # go on after stop_ids, as if there were none
     logprobs: int | None = None
+    grammar: str = ""  # of llguidance: the answer is a text of it, or the beginning of one
 
 
 class Histogram(Struct):

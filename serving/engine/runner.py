@@ -18,10 +18,12 @@ from nanogpt.support import mixes_by_attend
 from serving.engine import sampling
 from serving.engine.compiling import processor_flags
 from serving.engine.forward import Span
+from serving.engine.grammar import Grammars
 from serving.engine.messages import (
     Classified,
     Classify,
     Computation,
+    Describe,
     Embed,
     Embedded,
     EngineError,
@@ -68,6 +70,14 @@ class Runner:
     emit: Emit
     used: float = 0.0  # the time of its latest request or step
 
+    def __post_init__(self) -> None:
+        self.grammars = Grammars(self.checkpoint.tokenizer)
+
+    def prepared(self, request: Computation | Describe, on_ready: Callable[[], None]) -> bool:
+        """Return whether a request can begin; `on_ready` is called when its grammar is compiled."""
+        grammar = request.params.grammar if isinstance(request, Generate) else ""
+        return not grammar or self.grammars.ready(grammar, on_ready)
+
     def add(self, client: object, request: Computation) -> None:
         """Queue a request; raises EngineError for a prompt that the model cannot compute."""
         about, ids = self.checkpoint, list(request.prompt_ids)
@@ -80,7 +90,12 @@ class Runner:
         if not ids or min(ids) < 0 or max(ids) >= vocab_size:
             what = f"A prompt has at least one token, of ids from 0 to {vocab_size - 1}."
             raise EngineError("invalid", what)
-        self.scheduler.waiting.append(SequenceState(request, client, ids))
+        grammar = request.params.grammar if isinstance(request, Generate) else ""
+        try:
+            matcher = self.grammars.matcher(grammar)
+        except ValueError as error:
+            raise EngineError("invalid", f"The grammar cannot be followed: {error}.") from error
+        self.scheduler.waiting.append(SequenceState(request, client, ids, matcher))
 
     def details(self, request_id: str) -> ModelDetails:
         """Return the facts about the model that a front end needs."""
@@ -188,7 +203,9 @@ class Runner:
             sequence.ids.append(token)
             stats.completion_tokens += 1
             n_tokens = min(self.checkpoint.config.block_size, sequence.n_prompt + params.max_tokens)
-            if len(sequence.ids) >= n_tokens:
+            if sequence.matcher and sequence.matcher.take(token):
+                tokens.finish_reason = "stop"
+            elif len(sequence.ids) >= n_tokens:
                 tokens.finish_reason = "length"
         if tokens.finish_reason is None:
             self.emit(sequence.client, tokens)

@@ -54,7 +54,7 @@ def _choose(logits: Tensor, sequences: list[SequenceState], n_tried: int = 0) ->
     params, n_vocab = [sequence.params for sequence in sequences], logits.size(-1)
     numbers = _padded([_numbers(sequence, n_vocab) for sequence in sequences], len(logits))
     kinds = {kind for kind, *_ in numbers}
-    adjusted = _adjusted(logits, sequences)
+    adjusted = _allowed(_adjusted(logits, sequences), sequences)
     largest = adjusted.amax(-1, keepdim=True)
     tokens, is_enough = adjusted.argmax(-1), torch.ones_like(largest[:, 0])
     if kinds != {GREEDY}:
@@ -141,6 +141,22 @@ def _adjusted(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
     old = logits.gather(-1, ids.long())
     new = torch.where(old > 0, old / factors, old * factors) - less + more
     return logits.scatter(-1, ids.long(), new)
+
+
+def _allowed(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
+    """Return logits of minus infinity for what grammars forbid; the same ones without any."""
+    masks = [s.matcher and s.matcher.allowed(_stop_ids(s)) for s in sequences]
+    n_bytes = max(len(mask or b"") for mask in masks)
+    if not n_bytes:
+        return logits
+    rows = _padded([mask or b"\xff" * n_bytes for mask in masks], len(logits))
+    bits = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), n_bytes)
+    forbidden = np.unpackbits(~bits, axis=1, count=logits.size(-1), bitorder="little")
+    return logits.masked_fill(upload(torch.from_numpy(forbidden), logits.device).bool(), -math.inf)
+
+
+def _stop_ids(sequence: SequenceState) -> tuple[int, ...]:
+    return () if sequence.params.ignore_eos else sequence.params.stop_ids
 
 
 def _padded(items: list[T], n: int) -> list[T]:

@@ -8,6 +8,7 @@ from operator import itemgetter
 from torch import Tensor
 
 from serving.engine.forward import Span
+from serving.engine.grammar import Matcher
 from serving.engine.messages import Computation, Generate, Logprobs, SamplingParams, Tokens
 from serving.engine.slots import Slot, Slots
 
@@ -27,6 +28,7 @@ class SequenceState:
     request: Computation
     client: object
     ids: list[int]
+    matcher: Matcher | None = None  # of the answer's grammar
     slot: Slot | None = None
     n_computed: int = 0
     n_reused: int = 0  # of n_computed, those that the slot held already
