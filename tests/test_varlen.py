@@ -34,8 +34,9 @@ def looped_attention(
     for start, end in itertools.pairwise(ends):
         if start < end:
             mask = q.new_ones(end - start, end - start, dtype=torch.bool).tril()
-            own: Any = (part[start:end].transpose(0, 1) for part in (q, k, v))
-            attended.append(F.scaled_dot_product_attention(*own, mask).transpose(0, 1))
+            one, key, value = (part[start:end].transpose(0, 1) for part in (q, k, v))
+            found = F.scaled_dot_product_attention(one, key, value, mask)
+            attended.append(found.transpose(0, 1))
     return torch.cat(attended)
 
 
