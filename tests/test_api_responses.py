@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from tests.fake_engine import FakeEngine
 from tests.front_end import fixed_reply, generated, hang_up, serve
@@ -149,6 +149,20 @@ def test_logprobs_are_included_on_request(url: str) -> None:
     deltas = [event for event in found if event.type == "response.output_text.delta"]
     streamed = [one.token for event in deltas for one in event.logprobs]
     assert streamed == [one["token"] for one in part["logprobs"]]
+
+
+class Sum(BaseModel):
+    total: int
+
+
+def test_a_schema_is_followed_as_in_a_chat(client: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.reply = fixed_reply('{"total": 5}')
+    answer = client.responses.parse(model="tiny", input="2 + 3", text_format=Sum)
+    assert answer.output_parsed == Sum(total=5)
+    messages: Any = [{"role": "user", "content": "2 + 3"}]
+    client.chat.completions.parse(model="tiny", messages=messages, response_format=Sum)
+    response, chat = generated(engine)
+    assert response.params.grammar == chat.params.grammar != ""
 
 
 @pytest.mark.parametrize(
