@@ -279,6 +279,7 @@ SAMPLERS: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 3},
     {"temperature": 0.9, "frequency_penalty": 0.1, "presence_penalty": 0.2, "seed": 4},
     {"temperature": 0.7, "logit_bias": {5: 1.0, 9: -100.0}, "logprobs": 0, "seed": 5},
+    {"temperature": 0.9, "grammar": "start: /[a-z0-9]+/", "logprobs": 1, "seed": 6},
 ]
 PROMPT = [(7 * i) % 250 for i in range(90)]
 
@@ -294,6 +295,7 @@ def load(path: Path, device: str, **settings: Any) -> tuple[Runner, list[Message
 
 def run(runner: Runner, requests: list[Computation]) -> None:
     for request in requests:
+        runner.prepared(request, lambda: None)
         runner.add(None, request)
     while runner.scheduler.sequences:
         runner.step()
@@ -355,6 +357,7 @@ def decode_step(gpu: Activity, path: Path, params: list[dict[str, Any]]) -> int:
     """Return the kernels of a step in which every stream decodes; the waits are left in `gpu`."""
     runner, _ = load(path, "cuda", invariant=False)
     for request in writing(len(params), params, max_tokens=20):
+        runner.prepared(request, lambda: None)
         runner.add(None, request)
     while sum(s.is_decoding for s in runner.scheduler.running) < len(params):
         runner.step()
