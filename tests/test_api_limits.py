@@ -309,7 +309,7 @@ def test_prompts_without_a_seed_have_different_ones(tmp_path: Path) -> None:
     assert len({request.params.seed for request in generated(engine)}) == 128
 
 
-class Slowest:
+class Slowest(stream.CompletionFormat):
     """Count the turns of the event loop while answers are rendered."""
 
     def __init__(self) -> None:
@@ -331,7 +331,7 @@ def test_the_event_loop_runs_between_the_choices_of_an_answer() -> None:
     async def render() -> tuple[Slowest, bytes]:
         form = Slowest()
         counting = asyncio.create_task(form.count())
-        content = await stream.whole(form, [Piece(i, "é") for i in range(8)], {"n": 8})  # type: ignore[arg-type]
+        content = await stream.whole(form, [Piece(i, "é") for i in range(8)], {"n": 8})
         counting.cancel()
         return form, content
 

@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
+MAX_METADATA = 16  # keys, as in the OpenAI API
 MAX_IDS = 2**18
 MAX_ITEMS = 2048  # of other lists; the server's settings may allow fewer
 # Fields of other servers that would change the answer, by the values that do not.
@@ -68,11 +69,15 @@ Prompt = Annotated[
 ]
 
 
-def _few_biases(value: Any) -> Any:
-    """Check the number of biases before each is validated."""
-    if isinstance(value, dict) and len(value) > MAX_BIASES:
-        raise PydanticCustomError("too_long", f"More than {MAX_BIASES} tokens are too many")
-    return value
+def _at_most(limit: int, what: str) -> BeforeValidator:
+    """Return a check of the number of an object's keys, before each value is validated."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > limit:
+            raise PydanticCustomError("too_long", f"More than {limit} {what} are too many")
+        return value
+
+    return BeforeValidator(check)
 
 
 class ErrorObject(BaseModel):
@@ -135,7 +140,7 @@ class SamplingRequest(BaseModel):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=10)] | None = None
-    logit_bias: Annotated[dict[BiasedId, Bias], BeforeValidator(_few_biases)] | None = None
+    logit_bias: Annotated[dict[BiasedId, Bias], _at_most(MAX_BIASES, "tokens")] | None = None
     seed: Seed | None = None
     n: Count | None = None
     stop: Short | Items[Short] | None = None
@@ -227,7 +232,7 @@ class ResponsesRequest(SamplingRequest):
     text: TextOptions | None = None
     include: Items[Short] | None = None  # of these, the log-probabilities
     top_logprobs: Logprobs | None = None
-    metadata: dict[StrictStr, StrictStr] | None = None
+    metadata: Annotated[dict[StrictStr, StrictStr], _at_most(MAX_METADATA, "keys")] | None = None
 
     @property
     def text_format(self) -> TextFormat:
