@@ -48,12 +48,12 @@ KILLED = """
 import os, runpy, signal, sys
 from nanogpt.training import language_model
 forward, n_calls = language_model.next_token_loss, 0
-def dying(*args):
+def dying(*args, **keys):
     global n_calls
     n_calls += 1
     if n_calls == 20:
         os.kill(os.getpid(), signal.SIGKILL)
-    return forward(*args)
+    return forward(*args, **keys)
 language_model.next_token_loss = dying
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -331,10 +331,10 @@ def out_of_memory_from(monkeypatch: pytest.MonkeyPatch, call: int, most_rows: in
     """Have every forward of more rows run out of memory, from this call on."""
     loss, calls = language_model.next_token_loss, itertools.count(1)
 
-    def limited(model: Any, input_ids: Any, *args: Any) -> Any:
+    def limited(model: Any, input_ids: Any, *args: Any, **keys: Any) -> Any:
         if next(calls) >= call and len(input_ids) > most_rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return loss(model, input_ids, *args)
+        return loss(model, input_ids, *args, **keys)
 
     monkeypatch.setattr(language_model, "next_token_loss", limited)
 
