@@ -185,7 +185,7 @@ def test_clipped_steps_are_those_of_torchs_own_clipping(grad_clip: float | None)
 def test_gradients_stay_where_they_are_on_several_ranks_alone(
     world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In DDP's buckets; gradients of their own would be added up beside these."""
+    """In DDP's buckets; gradients of their own would be additional memory."""
     trained = module([1] * 5)
     trainer = silent_trainer(max_steps=1)
     monkeypatch.setattr(Trainer, "world_size", world_size)

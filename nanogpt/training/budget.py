@@ -134,7 +134,7 @@ def _left_s(config: Mapping[str, Any]) -> float:
 
 
 def _useful_tokens(config: Mapping[str, Any], data: Any, block_size: int) -> float:
-    """Return the tokens of MAX_PASSES over the data, infinity beside another budget."""
+    """Return the tokens of MAX_PASSES over the data, infinity with another budget."""
     if data.max_steps or config["max_steps"] or config["max_tokens"]:
         return math.inf
     return MAX_PASSES * len(getattr(data, "train_rows", ())) * block_size or math.inf
