@@ -21,7 +21,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from torch import Tensor, nn
 
 from nanogpt.dropout import NO_DROPOUT, RowDropout
-from nanogpt.norm import RMSNorm
+from nanogpt.layers import RMSNorm, squared_relu
 from nanogpt.values import CHECKED, BelowOne, Count, Flag, Positive, Text
 
 INIT_STD = 0.02
@@ -444,7 +444,7 @@ class MLP(nn.Module):
         if self.config.activation == "swiglu":
             inner = F.silu(self.c_gate(x)) * inner
         elif self.config.activation == "relu2":
-            inner = F.relu(inner).square()
+            inner = squared_relu(inner)
         else:
             inner = F.gelu(inner, approximate="tanh")
         return self.c_proj(inner)

@@ -12,7 +12,7 @@ CORE = {
     for name in (
         *("model", "tokenizer", "prompts", "generation", "pretrained", "classifier", "checkpoint"),
         *("weights", "optim", "muon", "splitmix", "hub", "tokenizer_files", "command"),
-        *("dropout", "norm", "support", "detokenizer", "disk", "text", "values"),
+        *("dropout", "layers", "support", "detokenizer", "disk", "text", "values"),
         *("architectures", "published"),
         *("runs.directory", "runs.identity"),
     )
@@ -110,11 +110,11 @@ def test_the_core_imports_only_the_core() -> None:
 
 def test_the_foundations_import_nothing_of_ours() -> None:
     allowed = {
-        "model": {"nanogpt.dropout", "nanogpt.norm", "nanogpt.values"},
+        "model": {"nanogpt.dropout", "nanogpt.layers", "nanogpt.values"},
         "prompts": {"nanogpt.tokenizer"},
         "tokenizer": {"nanogpt.text"},
     }
-    for name in ("dropout", "norm", "values", "model", "tokenizer", "prompts", "detokenizer"):
+    for name in ("dropout", "layers", "values", "model", "tokenizer", "prompts", "detokenizer"):
         ours = imported(f"nanogpt.{name}", lazy=False) & SOURCES.keys()
         assert ours <= allowed.get(name, set()), name
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from nanogpt import model as model_module
 from nanogpt.dropout import RowDropout
 from nanogpt.generation import KVCache
+from nanogpt.layers import RMSNorm, squared_relu
 from nanogpt.model import (
     GPT,
     Attend,
@@ -29,7 +30,6 @@ from nanogpt.model import (
     rotate,
     written_out_attention,
 )
-from nanogpt.norm import RMSNorm
 from nanogpt.values import explain
 from tests.configs import CONF, options
 
@@ -402,6 +402,7 @@ def test_every_part_of_the_model_has_masks_of_its_own(monkeypatch: pytest.Monkey
     assert len(streams) == len({tuple(stream) for stream in streams}) == n_streams
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(("has_weight", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_states_are_normalised_in_the_precision_of_the_weight(
     monkeypatch: pytest.MonkeyPatch, has_weight: bool, dtype: torch.dtype
@@ -416,6 +417,39 @@ def test_states_are_normalised_in_the_precision_of_the_weight(
     states = torch.ones(2, 8, dtype=torch.bfloat16)
     assert RMSNorm(8, elementwise_affine=has_weight)(states).dtype == torch.bfloat16
     assert dtypes == [dtype]
+
+
+@pytest.mark.parametrize("has_weight", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_normalises_with_the_bits_of_inference(
+    has_weight: bool, dtype: torch.dtype
+) -> None:
+    norm = RMSNorm(24, 1e-5, has_weight)
+    x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        expected = norm(x)
+    assert torch.equal(norm(x), expected)
+
+
+@pytest.mark.parametrize("has_weight", [True, False])
+def test_the_gradient_of_rmsnorm_is_that_of_its_finite_differences(has_weight: bool) -> None:
+    norm = RMSNorm(7, 1e-5, has_weight, dtype=torch.float64)
+    x = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.autograd.gradcheck(norm, x.requires_grad_())
+
+
+def test_the_squared_relu_has_the_bits_of_autograd() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, slopes = (torch.randn(4, 33, generator=generator) for _ in range(2))
+    x[0] = 0.0
+    ours, autograds = x.clone().requires_grad_(), x.clone().requires_grad_()
+    outputs = squared_relu(ours), F.relu(autograds).square()
+    for output in outputs:
+        output.backward(slopes)
+    assert torch.equal(*outputs)
+    assert ours.grad is not None
+    assert autograds.grad is not None
+    assert torch.equal(ours.grad, autograds.grad)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
