@@ -175,6 +175,23 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
     assert values.max() < 1.3
 
 
+@pytest.mark.parametrize("rank", [24, 3])
+def test_wide_matrices_are_orthogonalised_as_by_the_iteration_itself(rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(3, 24, rank, generator=generator)
+    right = torch.randn(3, rank, 96, generator=generator)
+    expected = (left @ right).double()
+    expected /= torch.linalg.matrix_norm(expected, keepdim=True)
+    for _ in range(5):
+        gram = expected @ expected.mT
+        polynomial = 3.4445 * torch.eye(24) - 4.7750 * gram + 2.0315 * gram @ gram
+        expected = polynomial @ expected
+    for ours, wanted in ((left @ right, expected), ((left @ right).mT, expected.mT)):
+        torch.testing.assert_close(
+            orthogonalise(ours, 5), wanted, atol=1e-4, rtol=0, check_dtype=False
+        )
+
+
 def test_a_cpu_orthogonalises_in_bfloat16_under_autocast_only() -> None:
     matrices = torch.randn(2, 8, 8)
     assert orthogonalise(matrices, 5).dtype == torch.float32
