@@ -157,12 +157,16 @@ def test_large_model_is_not_built_on_a_cpu(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("bf16_s", "choice"), [(0.5, "bf16-mixed"), (0.86, "bf16-mixed"), (0.88, "32-true")]
 )
-def test_bfloat16_must_be_worth_its_rounding(bf16_s: float, choice: str) -> None:
+def test_bfloat16_must_be_worth_its_rounding(
+    monkeypatch: pytest.MonkeyPatch, bf16_s: float, choice: str
+) -> None:
+    monkeypatch.setattr(autotune, "has_slow_bf16", lambda: False)
     measured = Given(seconds={(16, "32-true"): 1.0, (16, "bf16-mixed"): bf16_s})
     assert autotune.choose_precision(measured)[0] == choice
 
 
-def test_cpu_without_bfloat16_products_is_not_tried() -> None:
+def test_cpu_with_slow_bfloat16_products_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "has_slow_bf16", lambda: False)
     measured = Given(peaks={"32-true": 1e11, "bf16-mixed": 0.2e11})
     choice, why = autotune.choose_precision(measured)
     assert choice == "32-true"
@@ -584,3 +588,11 @@ def test_measurement_that_cannot_be_stored_is_used_all_the_same(
     measurements = stored_in(tmp_path / "file")
     assert measurements.recall("key", lambda: sure(1.0)) == {"a": 1.0}
     assert "cannot be written" in caplog.text
+
+
+def test_a_processor_without_products_in_bfloat16_times_none(
+    monkeypatch: pytest.MonkeyPatch, tiny_trials: Trials
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(Trials, "recall", MagicMock(side_effect=AssertionError))
+    assert autotune.choose_precision(tiny_trials)[0] == "32-true"

@@ -150,6 +150,11 @@ def choose_threads(local_world_size: int) -> tuple[int, str]:
     return max(1, cores // local_world_size), f"{cores} cores for {local_world_size} process(es)"
 
 
+def has_slow_bf16() -> bool:
+    """Whether bfloat16 products are known to be slow: a hundredth of float32's rate on an EPYC."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def choose_precision(trials: "Trials") -> tuple[str, str]:
     """Return the precision in which this machine trains a model best, and why."""
     if trials.device.type == "cuda":
@@ -160,6 +165,8 @@ def choose_precision(trials: "Trials") -> tuple[str, str]:
         return "32-true", "the GPU has no tensor cores"
     if trials.device.type != "cpu":
         return "32-true", f"the gain of others on {trials.device.type} is not known"
+    if has_slow_bf16():
+        return "32-true", "the processor has no matrix products in bfloat16"
     gain, what = trials.rate("bf16-mixed") / trials.rate("32-true"), "matrix products"
     rows = trials.candidates()[0]
     if gain >= WORTH_BF16 and trials.guess_s(rows, "32-true") <= TRIED_S:
@@ -257,7 +264,8 @@ class Trials:
 
     def rate(self, precision: str) -> float:
         """Return the FLOP/s of matrix products in a precision."""
-        is_choice = self.device.type == "cpu" and precision in CPU_PRECISIONS
+        is_cpu = self.device.type == "cpu"
+        is_choice = is_cpu and precision in CPU_PRECISIONS and not has_slow_bf16()
         precisions = CPU_PRECISIONS if is_choice else (precision,)
         side = PRODUCT_SIDE.get(self.device.type, PRODUCT_SIDE["cuda"])
 
