@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 HEAD_SIZE = 64  # channels, and of the model as many times as it has layers
-# The anchor, the run of stage=quickstart: layers, tokens, and tokens per optimizer step.
+# The anchor, 600 steps of stage=quickstart: layers, tokens, and tokens per optimizer step.
 DEPTH, TOKENS, TOKENS_PER_STEP = 4, 1_228_800, 2048
 TOKENS_PER_WEIGHT = 5.0  # fitted to depths 2 and 3; 20 in Hoffmann et al. (arXiv:2203.15556)
 STEP_EXPONENT = 0.38  # of the tokens: Power Lines (arXiv:2505.13738) has 0.383
