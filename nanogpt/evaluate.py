@@ -39,13 +39,12 @@ from nanogpt.text import first_line, print_line
 
 Task = Callable[..., results.Results]
 
-TASKS = ("classify", "harness", "hellaswag", "instructions", "judge", "lambada", "perplexity")
+TASKS = ("classify", "harness", "hellaswag", "instructions", "lambada", "perplexity")
 SHARED = {"hellaswag", "lambada", "perplexity"}  # tasks whose work several processes share
 OF_LANGUAGE_MODELS = {*SHARED, "harness"}
 REPORT_S = 2.0  # in which rank zero reports an error of all
 # options that are recorded in a run's evaluations.json, if they are not the defaults
-RECORDED = {"stride", "text_column", "separator", "label_column", "max_new_tokens"}
-RECORDED |= {"judge_model", "harness_tasks"}
+RECORDED = {"stride", "text_column", "separator", "label_column", "max_new_tokens", "harness_tasks"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -238,10 +237,6 @@ def parser() -> argparse.ArgumentParser:
     add("--separator", help="perplexity: between documents of a plain text file")
     add("--label-column", default="label", help="classify: of the file (default label)")
     add("--max-new-tokens", type=int, default=256, help="of a reply (default %(default)s)")
-    add("--judge-url", metavar="URL", help="judge: an OpenAI-compatible API, ending in /v1")
-    add("--judge-model", metavar="NAME", help="judge: the model there")
-    add("--judge-key", default="", metavar="KEY", help="judge: the key, if it needs one")
-    add("--answers", type=Path, help="judge: the file of its answers (default: judge.jsonl)")
     add("--harness-tasks", metavar="NAMES", help="harness: its tasks, with commas between")
     add("--include-path", type=Path, metavar="DIR", help="harness: a folder of task files")
     return parser

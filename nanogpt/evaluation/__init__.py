@@ -2,7 +2,7 @@
 
     scoring.py         how likely texts are after others, batched: what most measures stand on
     hellaswag.py, lambada.py, perplexity.py      language models
-    instructions.py, judge.py                    instruction-tuned models
+    instructions.py                              instruction-tuned models
     classification.py                            classifiers
     harness.py         any task of lm-evaluation-harness, on our checkpoints
     examples.py        benchmark files, here or on the Hugging Face hub

@@ -63,7 +63,6 @@ METRICS = {
     "loss": "loss, nats per token",
     "bits_per_byte": "bits per byte",
     "terminated": "replies that end by themselves",
-    "score": "judge's score, 0 to 100",
 }
 
 
