@@ -300,8 +300,7 @@ def _draw(height: int, alt: str, paint: Callable[["Figure"], None]) -> str:
 def _inline(svg: str, alt: str, view_box: str) -> str:
     """Return matplotlib's document as an element of an HTML page, coloured by its variables."""
     svg = svg[svg.index("<svg") :]
-    unused = r"<defs>\s*<style.*?</defs>|<metadata>.*?</metadata>"
-    svg = re.sub(unused, "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("xlink:href", "href")
     label = html.escape(visible(alt))
     head = f'<svg viewBox="{view_box}" role="img" aria-label="{label}">'
