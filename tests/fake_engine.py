@@ -152,7 +152,7 @@ class FakeEngine:
             )
         if isinstance(message, Score):
             scored = (-1.0, list(range(message.top)), [-1.0] * message.top)
-            rows = [(None, [], []), *[scored] * (len(message.prompt_ids) - 1)]
+            rows = [(None, [], []), *[scored] * (len(message.prompt_ids) - 1)][message.start :]
             return Tokens(message.request_id, [], rows, finish_reason="length")
         if isinstance(message, Classify):
             labels = self.about["labels"] or []

@@ -128,6 +128,32 @@ def test_logprobs_are_those_of_the_model(tmp_path: Path, keys: dict[str, Any]) -
     assert [top for _, top, _ in rest] == expected[:-1].topk(2).indices.tolist()
 
 
+@pytest.mark.parametrize("start", [1, 60, 64, 65, 100])
+@pytest.mark.parametrize("chunk_tokens", [8, 64])
+def test_scores_from_a_later_token_are_the_last_of_all(
+    checkpoint: Path, start: int, chunk_tokens: int
+) -> None:
+    prompt = list(b"The quick brown fox jumps over the lazy dog, " * 2 + b"as it does every day.")
+    whole = InlineEngine(checkpoint).one(Score("s", "run", prompt, top=2)).end
+    inline = InlineEngine(checkpoint, chunk_tokens=chunk_tokens)
+    requests = [Score(f"s{i}", "run", prompt, top=2, start=start) for i in range(3)]
+    ends = [answer.end for answer in inline.all(requests).values()]
+    ends.append(inline.one(requests[0]).end)
+    assert isinstance(whole, Tokens)
+    assert whole.logprobs
+    for end in ends:
+        assert isinstance(end, Tokens)
+        assert end.logprobs == whole.logprobs[start:]
+
+
+def test_the_prompt_of_many_options_is_computed_once(checkpoint: Path) -> None:
+    inline = InlineEngine(checkpoint)
+    prompt = list(range(100))
+    scores = [Score(f"s{i}", "run", [*prompt, 120 + i], start=100) for i in range(4)]
+    inline.all(scores)
+    assert inline.engine.stats.cached_tokens == 3 * 99
+
+
 def test_a_next_turn_reads_only_what_is_new(checkpoint: Path) -> None:
     inline = InlineEngine(checkpoint)
     first = inline.one(generate("a", list(b"x" * 100), max_tokens=30))

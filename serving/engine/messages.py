@@ -160,12 +160,13 @@ class Generate(Computation):
 
 
 class Score(Computation):
-    """Return the log-probabilities of a prompt's own tokens (echo).
+    """Return the log-probabilities of a prompt's own tokens from `start` on.
 
     Answered by Tokens without ids.
     """
 
     top: int = 0  # the number of likeliest tokens at each position
+    start: int = 0  # the tokens before need not be computed again
 
 
 class Classify(Computation):

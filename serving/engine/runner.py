@@ -217,6 +217,7 @@ class Runner:
         self.stats.finished += 1
         if not sequence.generates:
             self.stats.prompt_tokens += sequence.n_prompt
+            self.stats.cached_tokens += sequence.n_cached
         self.emit(sequence.client, answer)
 
     def _fail(self, sequence: SequenceState, error: Exception) -> None:
@@ -232,12 +233,15 @@ class Runner:
         """Add the log-probabilities of the step's tokens; return all after the last."""
         ((sequence, states),) = computed
         assert isinstance(sequence.request, Score)
-        start = sequence.n_computed - len(states)
-        following = sequence.ids[start + 1 : sequence.n_computed + 1]
-        logits = self.forward.logits(states)[: len(following)]
-        n_top = [sequence.request.top] * len(following)
-        sequence.scored = sequence.scored or [(None, [], [])]  # of the first token
-        sequence.scored += sampling.log_probabilities(logits, following, n_top)
+        first = sequence.n_computed - len(states) + 1  # the position after the first state
+        n_unscored = max(sequence.request.start - first, 0)
+        following = sequence.ids[first + n_unscored : sequence.n_computed + 1]
+        if first == 1 and not sequence.request.start:
+            sequence.scored = [(None, [], [])]  # of the first token
+        if following:
+            logits = self.forward.logits(states[n_unscored:])[: len(following)]
+            n_top = [sequence.request.top] * len(following)
+            sequence.scored += sampling.log_probabilities(logits, following, n_top)
         if sequence.n_computed == len(sequence.ids):
             request_id = sequence.request.request_id
             self._end(sequence, Tokens(request_id, [], sequence.scored, finish_reason="length"))

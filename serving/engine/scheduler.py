@@ -9,7 +9,7 @@ from torch import Tensor
 
 from serving.engine.forward import Span
 from serving.engine.grammar import Matcher
-from serving.engine.messages import Computation, Generate, Logprobs, SamplingParams, Tokens
+from serving.engine.messages import Computation, Generate, Logprobs, SamplingParams, Score, Tokens
 from serving.engine.slots import Slot, Slots
 
 MAX_GROUPS = 4096  # whose last turns the scheduler remembers
@@ -47,7 +47,14 @@ class SequenceState:
         # The key, and the request of this key, that take turns with others.
         self.groups = request.key, (request.key, request.origin or request.request_id)
         # The label of the sequences whose prefixes it may reuse.
-        self.cache_scope = request.key if self.generates else request.request_id
+        self.cache_scope = request.key if self.shared_ids else request.request_id
+
+    @property
+    def shared_ids(self) -> list[int]:
+        """The tokens up to the first whose state it needs: those before that may be reused."""
+        if isinstance(self.request, Score):
+            return self.ids[: self.request.start]
+        return self.ids if self.generates else []  # others need the states of all tokens
 
     @property
     def params(self) -> SamplingParams:
@@ -141,8 +148,8 @@ class Scheduler:
         return None
 
     def _start(self, sequence: SequenceState) -> None:
-        prompt = sequence.ids if sequence.generates else []  # others need the states of all tokens
-        sequence.slot, sequence.n_reused = self.slots.acquire(prompt, sequence.cache_scope)
+        scope = sequence.cache_scope
+        sequence.slot, sequence.n_reused = self.slots.acquire(sequence.shared_ids, scope)
         sequence.n_computed = sequence.n_reused
         if not sequence.queue_s:
             sequence.n_cached = sequence.n_reused
@@ -154,9 +161,8 @@ class Scheduler:
     def _is_being_computed(self, sequence: SequenceState) -> bool:
         """Return whether another sequence's prefill begins with a prompt's first tokens."""
         start = sequence.ids[: self.chunk_tokens]
-        return sequence.generates and any(
+        return bool(sequence.shared_ids) and any(
             len(other.ids) == other.n_prompt > other.n_computed
-            and other.generates
             and other.cache_scope == sequence.cache_scope
             and other.n_prompt > self.chunk_tokens
             and other.ids[: self.chunk_tokens] == start
