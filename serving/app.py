@@ -26,7 +26,7 @@ from fastapi.middleware import Middleware
 from fastapi.middleware.gzip import GZipMiddleware
 
 import nanogpt
-from serving.api import errors, pages, responses, service, v1
+from serving.api import decisions, errors, pages, responses, service, v1
 from serving.api.middleware import Admission, Cors, RequestLog
 from serving.api.models import Catalogue
 from serving.api.schemas import ErrorAnswer
@@ -72,7 +72,7 @@ def create_app(settings: ApiSettings | None = None, client: EngineClient | None 
     app.state.settings, app.state.metrics = settings, metrics
     app.state.started, app.state.draining = time.time(), False
     app.include_router(service.router)
-    for router in (v1.router, responses.router):
+    for router in (v1.router, responses.router, decisions.router):
         app.include_router(router, prefix="/v1")
         app.include_router(router, include_in_schema=False)
     app.include_router(pages.router)

@@ -17,8 +17,9 @@ from serving.api.models import Catalogue, ServedModel
 from serving.api.schemas import UNSUPPORTED, SamplingRequest
 from serving.api.settings import ApiSettings
 from serving.api.stream import CompletionFormat, event_stream, events, to_json, whole
-from serving.engine.client import EngineClient
+from serving.engine.client import Answer, EngineClient
 from serving.engine.messages import Generate, SamplingParams, Task
+from serving.engine.messages import Request as EngineRequest
 
 FIRST_PIECE_S = 10.0  # a stream's status waits so long for the first token: it may be an error's
 SEED_STEP = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: seeds of n answers are far apart
@@ -82,19 +83,23 @@ class Call:
         """Return an id for a request to the engine; it begins with the client's."""
         return self.client.new_id(self.request.state.request_id)
 
-    async def gather(self, requests: Sequence[Awaitable[T]]) -> list[T]:
-        """Return the engine's answers to concurrent requests.
+    async def answers(self, requests: Sequence[EngineRequest], kind: type[Answer]) -> list[Answer]:
+        """Return the engine's answers to requests, of which it gets `max_prompts` at a time.
 
         Raises the first exception of a request, and ApiError at the timeouts. After the answers the
         engine has `queue_s` again.
         """
-        tasks = [asyncio.ensure_future(request) for request in requests]
-        try:
-            await self.within(self.limits(), asyncio.wait(tasks, return_when="FIRST_COMPLETED"))
-            return await self.within(self.limits()[1:], asyncio.gather(*tasks))
-        finally:
-            await _cancel(tasks)
-            self._queue_start = time.monotonic()
+        answers, n = list[Answer](), self.max_prompts()
+        for start in range(0, len(requests), n):
+            part = requests[start : start + n]
+            tasks = [asyncio.ensure_future(self.client.answer(one, kind)) for one in part]
+            try:
+                await self.within(self.limits(), asyncio.wait(tasks, return_when="FIRST_COMPLETED"))
+                answers += await self.within(self.limits()[1:], asyncio.gather(*tasks))
+            finally:
+                await _cancel(tasks)
+                self._queue_start = time.monotonic()
+        return answers
 
     def choices(
         self,

@@ -2,9 +2,7 @@
 
 import asyncio
 import base64
-import secrets
 import struct
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +10,13 @@ from fastapi import APIRouter, Request, Response
 
 from nanogpt.detokenizer import Detokenizer
 from serving.api.call import Call, check_count, json_response
+from serving.api.decisions import class_probabilities
 from serving.api.errors import ApiError
 from serving.api.generation import Choice, Piece, Prompt, tokens_of
 from serving.api.models import ServedModel
 from serving.api.schemas import (
     ChatMessage,
     ChatRequest,
-    ClassifyRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingsRequest,
@@ -28,8 +26,6 @@ from serving.api.schemas import (
 from serving.api.stream import STREAMS, ChatFormat, CompletionFormat
 from serving.api.structured import grammar_of
 from serving.engine.messages import (
-    Classified,
-    Classify,
     Embed,
     Embedded,
     ModelInfo,
@@ -89,25 +85,6 @@ async def model(request: Request, model_id: str) -> Response:
     return json_response({**_describe(call.catalogue.find(model_id)), **about})
 
 
-@router.post("/classify")
-async def classify(request: Request, body: ClassifyRequest) -> Response:
-    """Return the label of each text, and how probable each label is."""
-    texts = [body.input] if isinstance(body.input, str) else body.input
-    call = Call(request)
-    model = await call.load(body.model, "classify")
-    data, n = await _classify(call, model, texts)
-    return json_response(
-        {
-            "id": f"classify-{secrets.token_hex(12)}",
-            "object": "list",
-            "created": int(time.time()),
-            "model": model.id,
-            "data": data,
-            "usage": {"prompt_tokens": n, "completion_tokens": 0, "total_tokens": n},
-        }
-    )
-
-
 @router.post("/embeddings")
 async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
     """Return the embedding of each text: the mean of its final hidden states, of length 1."""
@@ -121,12 +98,8 @@ async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
     if not texts or not all(texts):
         raise ApiError(400, "There is no text, or an empty one; leave it out.", param="input")
     prompts = [await _prompt(model, text, 0, "input") for text in texts]
-    vectors, n_at_once = list[bytes](), call.max_prompts()
-    for start in range(0, len(prompts), n_at_once):
-        ids = [prompt.ids for prompt in prompts[start : start + n_at_once]]
-        requests = [Embed(call.new_id(), model.id, text, **call.labels) for text in ids]
-        answers = await call.gather([call.client.answer(text, Embedded) for text in requests])
-        vectors += [answer.vector for answer in answers]
+    requests = [Embed(call.new_id(), model.id, p.ids, **call.labels) for p in prompts]
+    vectors = [answer.vector for answer in await call.answers(requests, Embedded)]
     in_text = body.encoding_format == "base64"
     data = [
         {
@@ -149,7 +122,7 @@ async def predict(request: Request, body: PredictRequest) -> Response:
     call = Call(request)
     model = await call.load(body.model, "classify")
     if model.details.labels:
-        data, _ = await _classify(call, model, [body.input_data])
+        data, _ = await class_probabilities(call, model, [body.input_data])
         return json_response({"prediction": data[0]["label"]})
     return json_response({"prediction": await _answer(call, model, body)})
 
@@ -244,36 +217,12 @@ async def _prompt(
 async def _score(call: Call, model: ServedModel, prompts: Sequence[Prompt], top: int) -> None:
     """Add log-probabilities to the echoes of prompts."""
     scores = [Score(call.new_id(), model.id, p.ids, top, **call.labels) for p in prompts]
-    answers = await call.gather([call.client.answer(score, Tokens) for score in scores])
-    for prompt, scored in zip(prompts, answers, strict=True):
+    for prompt, scored in zip(prompts, await call.answers(scores, Tokens), strict=True):
         assert prompt.echo is not None
         detokenizer = Detokenizer(model.token_bytes)
         detokenizer.feed(prompt.ids)
         prompt.echo.tokens = tokens_of(prompt.ids, detokenizer.starts, scored.logprobs or [])
         await asyncio.sleep(0)
-
-
-async def _classify(
-    call: Call, model: ServedModel, texts: list[str]
-) -> tuple[list[dict[str, Any]], int]:
-    """Return the label and the probabilities of each text, and the number of tokens."""
-    model.check_task("classify")
-    check_count("input", len(texts), call.max_prompts(), "texts")
-    limit, labels = model.details.block_size, model.details.labels or []
-    ids = [(await model.encode(text, add_special_tokens=False))[:limit] for text in texts]
-    requests = [Classify(call.new_id(), model.id, text, **call.labels) for text in ids]
-    answers = await call.gather([call.client.answer(text, Classified) for text in requests])
-    data = [
-        {
-            "index": index,
-            "label": labels[answer.probabilities.index(max(answer.probabilities))],
-            "probs": answer.probabilities,
-            "num_classes": len(labels),
-            "probabilities": dict(zip(labels, answer.probabilities, strict=True)),
-        }
-        for index, answer in enumerate(answers)
-    ]
-    return data, sum(answer.n_tokens for answer in answers)
 
 
 async def _answer(call: Call, model: ServedModel, body: PredictRequest) -> str:
