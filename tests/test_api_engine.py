@@ -1,6 +1,7 @@
 """Front end and engine together, on a small random model: HTTP ships the engine's results."""
 
 import asyncio
+import math
 import os
 import signal
 import subprocess
@@ -210,6 +211,36 @@ def test_an_embedding_is_the_model_s_in_any_company(client: openai.OpenAI, runs:
         mean = load_checkpoint(runs / "one").model.hidden_states(ids)[0].mean(0)
     expected = (mean / mean.norm()).tolist()
     assert alone.data[0].embedding == pytest.approx(expected, abs=1e-5)
+
+
+def test_options_are_weighed_by_the_model_s_log_likelihoods(url: str, runs: Path) -> None:
+    state = "It was a bright cold day in April, and the clocks were striking thirteen. " * 2
+    options = [" Winston", " w", "\n", "The"]
+    question = {"type": "choice", "criteria": dict.fromkeys(options)}
+    body = {"model": "one", "state": state, "questions": {"next": question}}
+    found = httpx.post(f"{url}/v1/systemone", json=body, timeout=60).json()["answers"]["next"]
+    model, expected = load_checkpoint(runs / "one").model, {}
+    for option in options:
+        ids = torch.tensor([list((state + option).encode())])
+        with torch.no_grad():
+            logprobs = model(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        expected[option] = float(logprobs[-len(option.encode()) :].sum())
+    assert found["logprobs"] == pytest.approx(expected, abs=1e-3)
+    weights = torch.tensor(list(expected.values())).softmax(0).tolist()
+    assert list(found["probabilities"].values()) == pytest.approx(weights, abs=1e-3)
+
+
+def test_an_option_has_the_likelihood_that_it_has_as_an_echo(url: str) -> None:
+    state, options = "x" * 90, [" one", " two", " three"]
+    scored = {}
+    for option in options:
+        body = {"prompt": state + option, "max_tokens": 0, "echo": True, "logprobs": 0}
+        choice = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]
+        scored[option] = math.fsum(choice["logprobs"]["token_logprobs"][len(state) :])
+    question = {"type": "choice", "criteria": dict.fromkeys(options)}
+    body = {"state": state, "questions": {"next": question}}
+    found = httpx.post(f"{url}/v1/systemone", json=body, timeout=60).json()["answers"]["next"]
+    assert found["logprobs"] == scored
 
 
 def test_many_at_once_have_the_answers_they_have_alone(url: str) -> None:

@@ -20,6 +20,10 @@ from serving.engine.messages import Classify, Describe, Embed, Generate, Message
 from tests.fake_engine import FakeEngine
 from tests.front_end import eventually, fixed_reply, generated, serve
 
+DECISION = {
+    "state": "x",
+    "questions": {"q": {"type": "choice", "criteria": {"ham": None, "spam": None}}},
+}
 SLOW = {"prompt": "x", "max_tokens": 900}
 
 JSON = "Content-Type: application/json\r\n"
@@ -106,6 +110,8 @@ def test_a_request_that_waits_too_long_for_a_token_is_refused_with_retry_after(
     [
         ("/classify", {"input": ["one", "two"]}, ["ham", "spam"]),
         ("/v1/embeddings", {"input": ["one", "two"]}, None),
+        ("/v1/systemone", DECISION, None),
+        ("/v1/systemone", DECISION, ["ham", "spam"]),
         ("/predict", {"input_data": "one"}, ["ham", "spam"]),
         ("/predict", {"input_data": "one"}, None),
         ("/v1/completions", {"prompt": "x", "echo": True}, None),

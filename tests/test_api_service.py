@@ -214,6 +214,11 @@ def test_a_request_is_logged_without_its_text(url: str, caplog: pytest.LogCaptur
         ("/v1/completions", {"prompt": "x", "echo": True, "logprobs": 1, "n": 2}, None),
         ("/classify", {"input": "x"}, ["ham", "spam"]),
         ("/v1/embeddings", {"input": "x"}, None),
+        (
+            "/v1/systemone",
+            {"state": "x", "questions": {"q": {"type": "choice", "criteria": {"a": "", "b": ""}}}},
+            None,
+        ),
     ],
 )
 def test_the_ids_of_engine_requests_begin_with_that_of_the_http_request(

@@ -91,8 +91,8 @@ class ServedModel:
         return room if limit is None or limit < 0 else min(limit, room)
 
     def too_long(self, n_tokens: str, param: str) -> ApiError:
-        """Return the error of a prompt that leaves no room for an answer, or of an `input`."""
-        answer = "" if param == "input" else ", at least one of them for the answer"
+        """Return the error of a prompt that leaves no room for an answer, or of a text."""
+        answer = "" if param in ("input", "questions") else ", at least one of them for the answer"
         return ApiError(
             400,
             f"The prompt has {n_tokens} tokens, and the context of {self.id!r} is "

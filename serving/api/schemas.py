@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     StrictBool,
     StrictInt,
     StrictStr,
@@ -62,6 +63,7 @@ Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 Short = Annotated[StrictStr, Field(max_length=256)]
 Ids = Annotated[list[TokenId], Field(max_length=MAX_IDS, fail_fast=True)]
+Content = StrictStr | dict[str, JsonValue] | list[JsonValue]
 
 
 Prompt = Annotated[
@@ -264,6 +266,27 @@ class ClassifyRequest(BaseModel):
 
     model: Short | None = None
     input: StrictStr | Items[StrictStr]
+
+
+class ChoiceQuestion(BaseModel):
+    """A question whose answer is one of the keys of `criteria`, each with a description or null."""
+
+    type: Literal["choice"]
+    instructions: Content | None = None
+    criteria: Annotated[
+        dict[StrictStr, Content | None], Field(min_length=2), _at_most(255, "options")
+    ]
+
+
+class SystemOneRequest(BaseModel):
+    """POST /v1/systemone: questions by name, about a text or anything else that JSON can spell."""
+
+    model: Short | None = None
+    state: Content
+    questions: Annotated[
+        dict[StrictStr, ChoiceQuestion], Field(min_length=1), _at_most(64, "questions")
+    ]
+    assets: Annotated[dict[str, JsonValue], Field(max_length=0)] | None = None  # images
 
 
 class EmbeddingsRequest(BaseModel):
