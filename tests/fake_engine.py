@@ -70,7 +70,8 @@ class FakeEngine:
         }
         tasks: list[Task | None] = [None, "generate", "classify"]
         names = ["run/tiny", "tiny.ckpt"]
-        self.models = [ModelInfo("tiny", names, 1_700_000_000, "1", True, tasks)]
+        task: Task = "classify" if labels else "generate"
+        self.models = [ModelInfo("tiny", names, 1_700_000_000, "1", True, tasks, task=task)]
         self.requests: list[Message] = []
         self.cancelled: list[str] = []
         self._answering: dict[str, asyncio.Task[None]] = {}

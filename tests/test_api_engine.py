@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 
 from nanogpt.checkpoint import load_checkpoint
 from nanogpt.generation import generate
+from nanogpt.tokenizer import byte_tokenizer
 from tests.engine_models import write_model
 from tests.front_end import eventually
 from tests.test_serve import ROOT, answers, free_port
@@ -241,6 +242,32 @@ def test_an_option_has_the_likelihood_that_it_has_as_an_echo(url: str) -> None:
     body = {"state": state, "questions": {"next": question}}
     found = httpx.post(f"{url}/v1/systemone", json=body, timeout=60).json()["answers"]["next"]
     assert found["logprobs"] == scored
+
+
+def test_an_id_that_a_client_keeps_stays_valid_across_reloads(
+    runs: Path, client: openai.OpenAI
+) -> None:
+    path = runs / "renewed" / "checkpoints" / "last.ckpt"
+
+    def greedy(seed: int) -> str:
+        model = write_model(path, seed=seed)
+        return byte_tokenizer().decode(
+            list(generate(model, PROMPT, max_new_tokens=8, temperature=0))
+        )
+
+    expected = greedy(seed=5)
+    assert eventually(lambda: "renewed" in {model.id for model in client.models.list()}, 30)
+    kept = next(model.id for model in client.models.list() if model.id.startswith("renewed"))
+
+    def text() -> str:
+        body: dict[str, Any] = {"model": kept, "prompt": PROMPT, "max_tokens": 8}
+        more: Any = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+        return client.completions.create(**body, **more).choices[0].text
+
+    assert text() == expected
+    expected = greedy(seed=6)
+    assert eventually(lambda: text() == expected, 30)
+    assert kept in {model.id for model in client.models.list()}
 
 
 def test_many_at_once_have_the_answers_they_have_alone(url: str) -> None:

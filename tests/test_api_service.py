@@ -188,6 +188,33 @@ def test_a_model_is_described(url: str) -> None:
     assert isinstance(about["created"], int)
 
 
+@pytest.mark.parametrize(
+    ("labels", "capabilities"),
+    [
+        (None, {"chat", "completion", "structured_output", "embeddings", "choice"}),
+        (["ham", "spam"], {"classification", "embeddings", "choice"}),
+    ],
+)
+def test_a_model_s_routes_answer_for_what_it_can_do_and_the_others_refuse(
+    tmp_path: Path, labels: list[str] | None, capabilities: set[str]
+) -> None:
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    choice = {"type": "choice", "criteria": {"ham": None, "spam": None}}
+    bodies: dict[str, tuple[str, dict[str, Any]]] = {
+        "chat": ("/v1/chat/completions", chat),
+        "completion": ("/v1/completions", {"prompt": "x", "max_tokens": 1}),
+        "structured_output": ("/v1/completions", {"prompt": "x", "guided_regex": "x*"}),
+        "embeddings": ("/v1/embeddings", {"input": "x"}),
+        "choice": ("/v1/systemone", {"state": "x", "questions": {"q": choice}}),
+        "classification": ("/classify", {"input": "x"}),
+    }
+    with serve(FakeEngine(f"unix:{tmp_path}/e", labels=labels)) as url:
+        (listed,) = httpx.get(f"{url}/v1/models").json()["data"]
+        posted = {name: httpx.post(url + path, json=body) for name, (path, body) in bodies.items()}
+    assert set(listed["capabilities"]) == capabilities
+    assert {name for name, answer in posted.items() if answer.status_code == 200} == capabilities
+
+
 def test_the_page_or_its_stead_is_at_the_root(url: str) -> None:
     assert httpx.get(url).status_code == 200
 

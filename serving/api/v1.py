@@ -30,11 +30,17 @@ from serving.engine.messages import (
     Embedded,
     ModelInfo,
     Score,
+    Task,
     Tokens,
 )
 
 DEFAULT_TOKENS = 16  # of a completion, as the OpenAI API's
 PREDICTED_TOKENS = 100
+CAPABILITIES: dict[Task | None, tuple[str, ...]] = {
+    "generate": ("chat", "completion", "structured_output", "embeddings", "choice"),
+    "classify": ("classification", "embeddings", "choice"),
+    None: (),
+}
 
 router = APIRouter()
 
@@ -252,6 +258,7 @@ def _describe(info: ModelInfo) -> dict[str, Any]:
         "max_model_len": info.max_model_len,
         "owned_by": "nanogpt",
         "name": info.name or info.id,
+        "capabilities": CAPABILITIES[info.task],
         "aliases": info.aliases,
         "default": None in info.default_for,
         "loaded": info.loaded,

@@ -163,6 +163,7 @@ class Engine:
                     loaded=runner is not None,
                     default_for=[task for task, best in default.items() if best == entry],
                     name=entry.name,
+                    task=entry.task,
                     max_model_len=entry.max_model_len,
                     error=self.registry.failures.get(entry.key, (0.0, ""))[1],
                 )

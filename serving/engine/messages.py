@@ -126,7 +126,8 @@ class ModelInfo(Struct, frozen=True):
     loaded: bool
     default_for: list[Task | None]  # of requests for a task that name none; None: for any
     name: str = ""  # the run's own
-    max_model_len: int | None = None  # tokens of the context, None for a broken file
+    task: Task | None = None  # None for a broken file, as max_model_len
+    max_model_len: int | None = None  # tokens of the context
     error: str = ""  # why this revision could not be loaded, at the last attempt
 
 
