@@ -9,9 +9,10 @@ searched for in the text.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from nanogpt.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -27,12 +28,15 @@ Encoded = tuple[list[int], list[bool]]  # ids, and for each whether it is of a r
 class Message:
     """One turn of a conversation; `context` is a separate text that a user's instruction refers to.
 
+    `fields` are others of a published template's: tool calls, and the role of a tool's answer.
+
     Raises ValueError for a role other than system, user and assistant.
     """
 
     role: str
     content: str
     context: str = ""
+    fields: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -72,6 +76,7 @@ class Template:
         self,
         tokenizer: Tokenizer,
         messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
@@ -79,7 +84,8 @@ class Template:
         """Return the ids of a conversation, and which of them are responses'.
 
         The end of a response belongs to it. `add_generation_prompt` opens the assistant's turn
-        after the last message; `continue_final_message` leaves the last message open.
+        after the last message; `continue_final_message` leaves the last message open. `tools` are
+        described in published templates only.
 
         Raises ValueError for a conversation out of order and for a tokenizer without the
         template's special tokens.

@@ -204,6 +204,7 @@ class PublishedTemplate(Template):
         self,
         tokenizer: Tokenizer,
         messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
@@ -212,22 +213,29 @@ class PublishedTemplate(Template):
 
         They are those of transformers, but where a content spells an added token. The token that
         ends a response belongs to it. Raises ValueError where the template fails, refuses the
-        conversation or changes contents in another way than `CHANGES`, and for a tokenizer without
-        a template.
+        conversation or changes contents in another way than `CHANGES`, for a tool or a call that
+        spells an added token, and for a tokenizer without a template.
         """
         published = _with_template(tokenizer)
         if not messages:
             raise ValueError("the conversation is empty; give at least one message")
+        about = json.dumps([tools, *(message.fields for message in messages)], ensure_ascii=False)
+        if spelt := published.added_pattern.search(about):
+            raise ValueError(f"a tool or a call spells {spelt[0]}, a token of the model")
         texts = ["\n\n".join(filter(None, (m.content, m.context))) for m in messages]
         contents = [*map(well_formed, texts)]
-        marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
-        roles = [message.role for message in messages]
-        text = _render(published, roles, contents, add_generation_prompt)
-        pieces = MARK.split(_render(published, roles, marks, add_generation_prompt))
+        # A message of calls has no content, for which templates have another scaffold.
+        has_mark = [bool(contents[i] or not m.fields) for i, m in enumerate(messages)]
+        marks = [f"\ue000{i}\ue001" * has for i, has in enumerate(has_mark)]
+        marked = [i for i, has in enumerate(has_mark) if has]
+        turns = [{"role": message.role, **(message.fields or {})} for message in messages]
+        text = _render(published, turns, contents, tools, add_generation_prompt)
+        pieces = MARK.split(_render(published, turns, marks, tools, add_generation_prompt))
         scaffolds, order = pieces[::2], [int(i) for i in pieces[1::2]]
-        if order != list(range(len(messages))):
+        if order != marked:
             raise ValueError("the chat template omits, repeats or reorders messages; pass others")
-        contents = _as_rendered(text, scaffolds, contents)
+        contents = _as_rendered(text, scaffolds, [contents[i] for i in marked])
+        roles = [messages[i].role for i in marked]
         if continue_final_message:
             scaffolds[-1] = ""
         segments: list[Segment] = []
@@ -289,19 +297,20 @@ def _compiled(template: str) -> Any:
 
 def _render(
     tokenizer: PublishedTokenizer,
-    roles: Sequence[str],
+    turns: Sequence[Mapping[str, Any]],
     contents: Sequence[str],
+    tools: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool,
 ) -> str:
     """Return the template's text, in the environment that transformers renders it in."""
-    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    messages = [{**turn, "content": c} for turn, c in zip(turns, contents, strict=True)]
     try:
         text: str = _compiled(str(tokenizer.chat_template)).render(
             messages=messages,
             add_generation_prompt=add_generation_prompt,
             bos_token=tokenizer.bos_token or "",
             eos_token=tokenizer.end_tokens[0] if tokenizer.end_tokens else tokenizer.eot_token,
-            tools=None,
+            tools=tools or None,
             documents=None,
         )
         return text

@@ -1,6 +1,7 @@
 """Front end and engine together, on a small random model: HTTP ships the engine's results."""
 
 import asyncio
+import json
 import math
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import httpx
+import jsonschema
 import openai
 import pytest
 import torch
@@ -328,3 +330,42 @@ def test_a_stop_string_ends_json_where_it_occurs(client: openai.OpenAI) -> None:
         model="one", prompt="x", stop="name", extra_body={"guided_json": Person.model_json_schema()}
     )
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ('{"', "stop")
+
+
+class Move(BaseModel):
+    to: Literal["left", "right"]
+    steps: int = Field(ge=1, le=9)
+
+
+CALLS: Any = {
+    "model": "one",
+    "messages": HELLO,
+    "tools": [openai.pydantic_function_tool(Person), openai.pydantic_function_tool(Move)],
+    "tool_choice": "required",
+    "max_tokens": 150,
+}
+
+
+@pytest.mark.parametrize("name", [None, "Person", "Move"])
+def test_forced_calls_have_valid_arguments_whatever_the_weights(
+    client: openai.OpenAI, name: str | None
+) -> None:
+    schemas = {t["function"]["name"]: t["function"]["parameters"] for t in CALLS["tools"]}
+    choice = {"type": "function", "function": {"name": name}} if name else "required"
+    answer: Any = client.chat.completions.create(**{**CALLS, "tool_choice": choice}, seed=1, n=8)
+    reason = "stop" if name else "tool_calls"
+    assert [choice.finish_reason for choice in answer.choices] == [reason] * 8
+    functions = [choice.message.tool_calls[0].function for choice in answer.choices]
+    for function in functions:
+        jsonschema.validate(json.loads(function.arguments), schemas[function.name])
+        assert name in (None, function.name)
+
+
+def test_a_streamed_call_is_the_whole_one_and_the_client_parses_it(client: openai.OpenAI) -> None:
+    whole: Any = client.chat.completions.parse(**CALLS, seed=3).choices[0]
+    with client.chat.completions.stream(**CALLS, seed=3) as stream:
+        streamed: Any = stream.get_final_completion().choices[0]
+    (call,), (other,) = whole.message.tool_calls, streamed.message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Person | Move)
+    assert other.function.parsed_arguments == call.function.parsed_arguments
+    assert other.function.arguments == call.function.arguments

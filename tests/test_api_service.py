@@ -191,7 +191,7 @@ def test_a_model_is_described(url: str) -> None:
 @pytest.mark.parametrize(
     ("labels", "capabilities"),
     [
-        (None, {"chat", "completion", "structured_output", "embeddings", "choice"}),
+        (None, {"chat", "completion", "structured_output", "tools", "embeddings", "choice"}),
         (["ham", "spam"], {"classification", "embeddings", "choice"}),
     ],
 )
@@ -199,11 +199,16 @@ def test_a_model_s_routes_answer_for_what_it_can_do_and_the_others_refuse(
     tmp_path: Path, labels: list[str] | None, capabilities: set[str]
 ) -> None:
     chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    tool = {"type": "function", "function": {"name": "f"}}
     choice = {"type": "choice", "criteria": {"ham": None, "spam": None}}
     bodies: dict[str, tuple[str, dict[str, Any]]] = {
         "chat": ("/v1/chat/completions", chat),
         "completion": ("/v1/completions", {"prompt": "x", "max_tokens": 1}),
         "structured_output": ("/v1/completions", {"prompt": "x", "guided_regex": "x*"}),
+        "tools": (
+            "/v1/chat/completions",
+            {**chat, "tools": [tool], "tool_choice": "required"},
+        ),
         "embeddings": ("/v1/embeddings", {"input": "x"}),
         "choice": ("/v1/systemone", {"state": "x", "questions": {"q": choice}}),
         "classification": ("/classify", {"input": "x"}),

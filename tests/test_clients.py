@@ -62,11 +62,13 @@ def transform(chunk: dict[str, Any]) -> tuple[str, Any]:
 
     Written from what its transform does (lobehub/lobe-chat, `streams/openai/openai.ts`): usage is
     taken from a chunk without choices; with a finish reason a chunk's text wins, and the end is
-    lost; only the first choice is read.
+    lost; only the first choice is read. Calls come before text, and their name and id in the first.
     """
     if not chunk["choices"]:
         return ("usage", chunk["usage"]) if chunk.get("usage") else ("data", None)
     item = chunk["choices"][0]
+    if item["delta"].get("tool_calls"):
+        return "tool_calls", item["delta"]["tool_calls"]
     content = item["delta"].get("content")
     if item["finish_reason"]:
         if isinstance(content, str) and content:
@@ -94,6 +96,17 @@ def test_lobe_chat_sees_text_then_the_end_then_the_usage(url: str) -> None:
     usage = events[-1][1]
     assert {"prompt_tokens", "completion_tokens", "total_tokens"} <= set(usage)
     assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_lobe_chat_sees_a_call_then_the_end_then_the_usage(engine: FakeEngine, url: str) -> None:
+    engine.reply = fixed_reply('{"name": "now", "arguments": {}')
+    tools = [{"type": "function", "function": {"name": "now", "description": "The time."}}]
+    events = lobe_chat(url, tools=tools, tool_choice="required")
+    assert [kind for kind, _ in events if kind != "tool_calls"] == ["data", "stop", "usage"]
+    calls = [call for kind, calls in events if kind == "tool_calls" for call in calls]
+    assert calls[0]["id"]
+    assert calls[0]["function"]["name"] == "now"
+    assert "".join(call["function"]["arguments"] for call in calls) == "{}"
 
 
 def test_lobe_chat_s_content_may_be_in_parts(url: str) -> None:

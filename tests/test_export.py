@@ -247,7 +247,7 @@ def test_generation_ends_with_the_text(write: Write, tmp_path: Path) -> None:
     assert config["eos_token_id"] == byte_tokenizer().eot_id
 
 
-TALK = [
+TALK: list[dict[str, Any]] = [
     {"role": "user", "content": "Echo é <b>\n"},
     {"role": "assistant", "content": "é"},
     {"role": "user", "content": "Again"},

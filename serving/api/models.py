@@ -1,8 +1,10 @@
 """The models of the engine with their tokenizers and templates."""
 
 import asyncio
+import json
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -53,24 +55,30 @@ class ServedModel:
         if continues and body.add_generation_prompt:
             text = "Use either continue_final_message or add_generation_prompt."
             raise ApiError(400, text, param="continue_final_message")
-        if continues and messages[-1].role != "assistant":
-            text = "continue_final_message continues the assistant's message, and the last one is"
-            raise ApiError(400, f"{text} of role {messages[-1].role!r}.", param="messages")
-        conversation = to_messages(messages)
-        n_chars = sum(len(message.content) for message in conversation)
-        if isinstance(body, ChatRequest):
-            self.check_chars(n_chars, "messages")
-        encode = partial(
-            self.template.encode,
-            self.tokenizer,
-            conversation,
-            add_generation_prompt=body.add_generation_prompt is not False and not continues,
-            continue_final_message=continues,
-        )
+        if continues and (messages[-1].role != "assistant" or messages[-1].tool_calls):
+            text = "continue_final_message continues an assistant's text; the last message is none."
+            raise ApiError(400, text, param="messages")
         try:
+            has_tools = body.tools or any(m.tool_calls or m.role == "tool" for m in messages)
+            shows_tools = bool(has_tools) and "tools" in self.template.jinja(self.tokenizer)
+            conversation = to_messages(messages, with_fields=shows_tools)
+            shown = body.tools if shows_tools and body.tool_choice != "none" else None
+            tools = [tool.model_dump(exclude_none=True) for tool in shown or ()]
+            n_chars = sum(len(m.content) + len(str(m.fields or "")) for m in conversation)
+            n_chars += len(str(tools or ""))
+            if isinstance(body, ChatRequest):
+                self.check_chars(n_chars, "messages")
+            encode = partial(
+                self.template.encode,
+                self.tokenizer,
+                conversation,
+                tools,
+                add_generation_prompt=body.add_generation_prompt is not False and not continues,
+                continue_final_message=continues,
+            )
             ids, _ = await _encoded(n_chars + MESSAGE_CHARS * len(conversation), encode)
             return ids
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ApiError(400, f"The messages cannot be written: {error}.") from error
 
     def check_chars(self, n_chars: int, param: str) -> None:
@@ -157,14 +165,15 @@ class Catalogue:
         return await asyncio.to_thread(ServedModel, info.id, details)
 
 
-def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
+def to_messages(messages: Sequence[ChatMessage], *, with_fields: bool) -> list[Message]:
     """Return a conversation for a template: the system messages are joined to one at the start.
 
-    Clients send several, also after other messages; models are trained on one at the start.
+    Clients send several, also after other messages; models are trained on one at the start. Tool
+    calls and tool messages have fields of their own, or else are text.
     """
-    turns = [(ROLES.get(m.role, m.role), _text(m)) for m in messages]
-    system = "\n\n".join(text for role, text in turns if role == "system" and text)
-    others = [Message(role, text) for role, text in turns if role != "system"]
+    turns = [_turn(message, with_fields) for message in messages]
+    system = "\n\n".join(m.content for m in turns if m.role == "system" and m.content)
+    others = [message for message in turns if message.role != "system"]
     return [Message("system", system), *others] if system or not others else others
 
 
@@ -174,6 +183,18 @@ async def _encoded(n_chars: int, encode: Callable[[], T]) -> T:
         return await asyncio.to_thread(encode)
     await asyncio.sleep(0)  # streams go on between the many texts of a request
     return encode()
+
+
+def _turn(message: ChatMessage, with_fields: bool) -> Message:
+    role, text, calls = ROLES.get(message.role, message.role), _text(message), message.tool_calls
+    if not with_fields or not (calls or message.role == "tool"):
+        texts = [text, *(call.function.text + "}" for call in calls or ())]
+        return Message(role, "\n".join(filter(None, texts)))
+    fields = message.model_dump(exclude={"content"}, exclude_none=True)
+    for call in fields.get("tool_calls", ()):
+        with suppress(ValueError, KeyError, RecursionError):  # of a call that was cut
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return Message(role, text, fields=fields)
 
 
 def _text(message: ChatMessage) -> str:

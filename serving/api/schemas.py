@@ -4,6 +4,7 @@ The OpenAI API's fields and ranges, and those of other servers for what it lacks
 `repetition_penalty`, `stop_token_ids`, `ignore_eos`.
 """
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -184,20 +185,53 @@ class ContentPart(BaseModel):
     text: StrictStr | None = None
 
 
+class Function(BaseModel):
+    """A function, with the schema of its arguments, or a call of it with the arguments' JSON."""
+
+    name: Annotated[Short, Field(min_length=1)]
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    strict: StrictBool | None = None  # always so
+    arguments: StrictStr | None = None
+
+    @property
+    def text(self) -> str:
+        """The call as a model writes it, but for the last brace."""
+        return f'{{"name": {json.dumps(self.name)}, "arguments": {self.arguments or ""}'
+
+
+class Tool(BaseModel):
+    """A function as a tool, as the choice of one, or as a call."""
+
+    id: Short | None = None
+    type: Literal["function"]
+    function: Function
+
+
 class ChatMessage(BaseModel):
     """A turn of a conversation; null is no text, as in a message of tool calls."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: StrictStr | Items[ContentPart] | None = None
+    name: Short | None = None
+    tool_calls: Items[Tool] | None = None
+    tool_call_id: Short | None = None
 
 
-class ChatRequest(SamplingRequest):
+class Conversation(BaseModel):
+    """The tools of a conversation, and how it ends."""
+
+    tools: Items[Tool] | None = None
+    tool_choice: Literal["auto", "none", "required"] | Tool | None = None
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None  # of the assistant
+
+
+class ChatRequest(SamplingRequest, Conversation):
     """POST /v1/chat/completions."""
 
     messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     max_completion_tokens: MaxTokens | None = None
-    add_generation_prompt: StrictBool | None = None
-    continue_final_message: StrictBool | None = None  # of the assistant
     logprobs: StrictBool | None = None
     top_logprobs: Logprobs | None = None
 
@@ -242,7 +276,7 @@ class ResponsesRequest(SamplingRequest):
         return (self.text and self.text.format) or TextFormat()
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Conversation):
     """POST /tokenize: a text (`prompt`, or `content` as llama.cpp has it), or a conversation."""
 
     model: Short | None = None
@@ -250,8 +284,6 @@ class TokenizeRequest(BaseModel):
     content: StrictStr | None = None
     add_special_tokens: StrictBool | None = None  # of a text; false: the text alone
     messages: Items[ChatMessage] | None = None
-    add_generation_prompt: StrictBool | None = None
-    continue_final_message: StrictBool | None = None
 
 
 class DetokenizeRequest(BaseModel):

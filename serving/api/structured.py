@@ -1,4 +1,4 @@
-"""The grammar that a request's answers follow: of a JSON schema, a regular expression or a choice.
+"""The grammar of a request's answers: of a JSON schema, a regular expression, a choice or calls.
 
 The fields are the OpenAI API's `response_format` and vLLM's `guided_*` and `structured_outputs`.
 """
@@ -7,7 +7,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -16,13 +16,14 @@ from urllib.parse import unquote
 from llguidance import LLMatcher, grammar_from
 
 from serving.api.errors import ApiError
-from serving.api.schemas import JsonSchema, SamplingRequest
+from serving.api.schemas import Function, JsonSchema, SamplingRequest
 from serving.engine import grammar
 
 MAX_CHARS, MAX_REFERENCES = 2**16, 500  # of a schema
 MAX_KNOWN = 1024  # grammars that need no check
 CHECK_S = 10.0  # on a busy machine
 CHECK = [sys.executable, grammar.__file__]
+NO_PARAMETERS: dict[str, Any] = {"properties": {}, "additionalProperties": False}
 OPTIONS: Any = {
     # Endless white space would be JSON, too, and is what an untrained model writes.
     "whitespace_flexible": False,
@@ -38,9 +39,15 @@ _checker = ThreadPoolExecutor(1, thread_name_prefix="check")
 _known: dict[str, str] = {}  # why a grammar cannot be used, "" for one that can
 
 
-async def grammar_of(body: SamplingRequest) -> str:
-    """Return the grammar of a request, "" for any text; raises ApiError for what has none."""
+async def grammar_of(body: SamplingRequest, functions: Sequence[Function] = ()) -> str:
+    """Return the grammar of a request, "" for any text; raises ApiError for what has none.
+
+    With `functions` it is that of a call of one of them, as `Function.text` spells it.
+    """
     given = [(param, kind, value) for param, kind, value in _given(body) if value is not None]
+    if functions:
+        schemas = {f.name: {"type": "object", **(f.parameters or NO_PARAMETERS)} for f in functions}
+        given.append(("tools", "tools", schemas))
     if not given:
         return ""
     (param, kind, value), *others = given
@@ -86,6 +93,12 @@ def _grammar(kind: str, value: Any) -> str:
     if kind == "choice" and value:
         return grammar_from("choice", text)
     schema = json.loads(text)
+    if kind == "tools":
+        parts = [json.loads(_grammar("json", own))["grammars"][0] for own in schema.values()]
+        texts = [json.dumps(Function(name=name).text) for name in schema]
+        calls = " | ".join(f"{text} @call{i}" for i, text in enumerate(texts))
+        parts = [{**part, "name": f"call{i}"} for i, part in enumerate(parts)]
+        return json.dumps({"grammars": [{"lark_grammar": f"start: {calls}"}, *parts]})
     if not isinstance(schema, dict):
         raise ValueError("a schema is a JSON object")
     schema.pop("x-guidance", None)  # options of llguidance
@@ -95,9 +108,12 @@ def _grammar(kind: str, value: Any) -> str:
 def _check(grammar: str, kind: str, value: Any) -> str:
     """Return why a grammar cannot be used, "" for one that can; some end their process."""
     try:
-        if kind == "json":
-            check_schema(json.loads(value) if isinstance(value, str) else value)
-        done = subprocess.run(CHECK, input=grammar, capture_output=True, text=True, timeout=CHECK_S)
+        grammars = {grammar}
+        for schema in value.values() if kind == "tools" else [value] if kind == "json" else []:
+            check_schema(json.loads(schema) if isinstance(schema, str) else schema)
+            grammars.add(_grammar("json", schema))
+        given = json.dumps([*grammars])
+        done = subprocess.run(CHECK, input=given, capture_output=True, text=True, timeout=CHECK_S)
     except subprocess.TimeoutExpired:
         return "it takes too long to compile"
     except ValueError as error:

@@ -20,11 +20,13 @@ from serving.api.schemas import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingsRequest,
+    Function,
     PredictRequest,
     TokenizeRequest,
 )
 from serving.api.stream import STREAMS, ChatFormat, CompletionFormat
 from serving.api.structured import grammar_of
+from serving.api.tools import CallFormat, functions_to_call
 from serving.engine.messages import (
     Embed,
     Embedded,
@@ -37,7 +39,7 @@ from serving.engine.messages import (
 DEFAULT_TOKENS = 16  # of a completion, as the OpenAI API's
 PREDICTED_TOKENS = 100
 CAPABILITIES: dict[Task | None, tuple[str, ...]] = {
-    "generate": ("chat", "completion", "structured_output", "embeddings", "choice"),
+    "generate": ("chat", "completion", "structured_output", "tools", "embeddings", "choice"),
     "classify": ("classification", "embeddings", "choice"),
     None: (),
 }
@@ -50,8 +52,12 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Reply to a conversation."""
     call = Call(request)
     model = await call.language_model(body)
-    choices = await chat_choices(call, model, body)
-    return await call.answer(ChatFormat(model, choices, body.include_usage), body.stream)
+    functions = functions_to_call(body)
+    choices = await chat_choices(call, model, body, functions)
+    form = ChatFormat(model, choices, body.include_usage)
+    if functions:
+        form = CallFormat(model, choices, body)
+    return await call.answer(form, body.stream)
 
 
 @router.post("/completions", responses=STREAMS)
@@ -161,14 +167,16 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     return json_response({"prompt": text, "content": text})
 
 
-async def chat_choices(call: Call, model: ServedModel, body: ChatRequest) -> list[Choice]:
-    """Return the answers to generate."""
+async def chat_choices(
+    call: Call, model: ServedModel, body: ChatRequest, functions: Sequence[Function] = ()
+) -> list[Choice]:
+    """Return the answers to generate: texts, or calls of one of `functions`."""
     ids = await model.encode_chat(body)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     prompt = Prompt(ids, model.room_for(ids, limit, "messages"))
     stop_ids = model.template.stop_ids(model.tokenizer)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    grammar = await call.within(call.limits(), grammar_of(body))
+    grammar = await call.within(call.limits(), grammar_of(body, functions))
     stops = () if grammar else model.template.stop_texts  # which may occur in its texts
     return call.choices(body, model, [prompt], stop_ids, stops, logprobs, grammar)
 

@@ -1,11 +1,12 @@
 """Grammars that answers must follow, by llguidance: which tokens may come next.
 
-    python serving/engine/grammar.py < GRAMMAR
+    python serving/engine/grammar.py < GRAMMARS
 
-prints why a grammar cannot be used, "" for one that can, within limits on stack, memory and time
-that some grammars exceed. A front end runs it before the engine gets a grammar.
+prints why one of a JSON list of grammars cannot be used, "" where all can, within limits on stack,
+memory and time that some grammars exceed. A front end runs it before the engine gets a grammar.
 """
 
+import json
 import sys
 import threading
 from collections.abc import Callable, Collection
@@ -125,14 +126,15 @@ def _reason(matcher: LLMatcher) -> str:
 
 
 def main() -> None:
-    """Print why the grammar of the standard input cannot be used."""
+    """Print why a grammar of the standard input cannot be used."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_STACK, (CHECK_STACK_BYTES, CHECK_STACK_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CHECK_S, CHECK_S))
     resource.setrlimit(resource.RLIMIT_AS, (CHECK_BYTES, CHECK_BYTES))
     try:
-        compile_grammar(sys.stdin.read(), LLTokenizer("byte"))
+        for grammar in json.load(sys.stdin):
+            compile_grammar(grammar, LLTokenizer("byte"))
     except ValueError as error:
         print(error)
 
