@@ -209,6 +209,32 @@ def test_sampling_controls_are_sent_within_their_limits_and_reset(
     assert answers(page) == ["one"]
 
 
+def test_an_answer_by_a_schema_is_shown_in_lines_or_as_incomplete(
+    page: Any, engine: FakeEngine
+) -> None:
+    page.click("#settings-button")
+    page.fill("#sampling-schema", '{"type": "object"}')
+    engine.reply = fixed_reply('{"n":10000000000000000001, "of":["*a*"]}')
+    send(page, "Hello")
+    assert generated(engine)[-1].params.grammar
+    shown = page.locator(".theirs .code pre").inner_text().splitlines()
+    assert shown == ["{", '  "n": 10000000000000000001,', '  "of": [', '    "*a*"', "  ]", "}"]
+    assert "valid JSON" in page.locator(".theirs .facts").inner_text()
+    engine.reply = fixed_reply('{"n":')
+    page.click("[aria-label='Regenerate']")
+    page.wait_for_selector("text=2/2")
+    assert answers(page) == ['{"n":']
+    assert "incomplete JSON" in page.locator(".theirs .facts").inner_text()
+
+
+def test_a_schema_that_is_none_is_refused_with_the_reason(page: Any, engine: FakeEngine) -> None:
+    page.click("#settings-button")
+    page.fill("#sampling-schema", '{"type": ')
+    send(page, "Hello")
+    assert "guided_json cannot be followed" in page.locator(".theirs .failure").inner_text()
+    assert generated(engine) == []
+
+
 def test_long_words_and_other_directions_stay_within_the_page(
     page: Any, engine: FakeEngine
 ) -> None:

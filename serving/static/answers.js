@@ -35,6 +35,7 @@ async function forgetOldest(conversation, end, signal) {
 /** Stream an answer into its version. */
 async function read({ controller, version }, messages, onGrown) {
   const body = { model: modelId(), messages, stream_options: { include_usage: true }, ...parameters() };
+  version.isJson = "guided_json" in body;
   const began = performance.now();
   let first = null;
   let n = 0;

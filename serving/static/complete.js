@@ -6,6 +6,7 @@
 import { fetchJson, stream } from "./api.js";
 import { announce, byId, debounced, examples, h, onControlEnter, onKey } from "./dom.js";
 import { showFailure } from "./failures.js";
+import { verdict } from "./json.js";
 import { model, modelId } from "./models.js";
 import { parameters } from "./sampling.js";
 import { load, save } from "./store.js";
@@ -74,8 +75,8 @@ async function go() {
   let nFirst = 0; // tokens of the first piece, which have no duration
   let finish = null;
   const prompt = before.text;
+  const body = { model: modelId(), prompt, logprobs: TOP, ...parameters() };
   await run(async (signal) => {
-    const body = { model: modelId(), prompt, logprobs: TOP, ...parameters() };
     const usage = { stream_options: { include_usage: true } };
     for await (const event of stream("v1/completions", { ...body, ...usage }, signal)) {
       const [choice] = event.choices;
@@ -99,8 +100,10 @@ async function go() {
   const facts = [byId("complete-meter").textContent];
   if (n && finish === "length") facts.push(t("cutLength"));
   if (n && finish === null) facts.push(t("stopped"));
+  const answer = field().value.slice(prompt.length);
+  if (n && "guided_json" in body) facts.push(verdict(answer));
   showFacts(facts);
-  announce(field().value.slice(prompt.length));
+  announce(answer);
 }
 
 function begin(text) {

@@ -2,6 +2,7 @@
 
 import { copy, examples, h, iconButton, notice } from "./dom.js";
 import { failureText } from "./failures.js";
+import { indented, verdict } from "./json.js";
 import { show } from "./markdown.js";
 import { model, modelName, modeOf } from "./models.js";
 import { number, t } from "./words.js";
@@ -60,7 +61,8 @@ function answerBody(message, isLast, conversation, running, does) {
     drawRunning(running);
     return [text, h("div", { class: "actions" }, running.facts)];
   }
-  show(text, version.text);
+  const json = version.isJson ? indented(version.text) : null;
+  show(text, json === null ? version.text : `\`\`\`json\n${json}\n\`\`\``);
   if (!version.text && version.finish) text.append(h("p", { class: "note" }, t("nothingSaid")));
   const failure = version.failure ? [failureBox(version.failure, isLast, conversation, does)] : [];
   return [text, ...failure, answerActions(message, version, isLast, does)];
@@ -107,7 +109,7 @@ function failureBox(failure, isLast, conversation, does) {
   return box;
 }
 
-function factsText({ facts, finish }) {
+function factsText({ text, facts, finish, isJson }) {
   const parts = [];
   if (facts) {
     parts.push(t("tokens", { n: number(facts.tokens) }));
@@ -116,5 +118,6 @@ function factsText({ facts, finish }) {
   }
   if (finish === "length") parts.push(t("cutLength"));
   if (finish === "stopped") parts.push(t("stopped"));
+  if (finish && isJson) parts.push(verdict(text));
   return parts.join(" · ");
 }

@@ -33,6 +33,7 @@ export function parameters() {
     parameters.stop = stops.slice(0, MAX_STOPS).map((stop) => stop.slice(0, MAX_STOP_CHARACTERS));
   }
   if (chosen.seed !== null) parameters.seed = chosen.seed;
+  if (chosen.schema.trim()) parameters.guided_json = chosen.schema;
   return parameters;
 }
 
@@ -42,7 +43,9 @@ function sane(stored) {
   for (const [name, [least, greatest, step, first]] of Object.entries(FIELDS)) {
     right[name] = within(stored?.[name] ?? first, least, greatest, step, first);
   }
-  right.stop = typeof stored?.stop === "string" ? stored.stop : "";
+  for (const name of ["stop", "schema"]) {
+    right[name] = typeof stored?.[name] === "string" ? stored[name] : "";
+  }
   const seed = stored?.seed ?? null;
   right.seed = Number.isSafeInteger(seed) && seed >= 0 ? seed : null;
   return right;
@@ -66,7 +69,8 @@ export function showSettings({ close, system }) {
     system ? systemField(system) : "",
     h("div", { class: "head" }, h("h3", {}, t("sampling")), reset),
     ...Object.keys(FIELDS).map(control),
-    stopField(),
+    textField("stop", t("stopStrings"), null),
+    textField("schema", t("schema"), t("schemaHint")),
     seedField(),
     hasKey() ? h("button", { class: "wide", onclick: forget }, t("forgetKey")) : "",
   );
@@ -106,11 +110,11 @@ function control(name) {
   return labelled(t(name), hint, field, slider);
 }
 
-function stopField() {
-  const field = h("textarea", { id: "sampling-stop", rows: 2, spellcheck: "false" });
-  field.value = chosen.stop;
-  field.addEventListener("input", () => keep("stop", field.value));
-  return labelled(t("stopStrings"), null, field);
+function textField(name, words, hint) {
+  const field = h("textarea", { id: `sampling-${name}`, rows: 2, spellcheck: "false" });
+  field.value = chosen[name];
+  field.addEventListener("input", () => keep(name, field.value));
+  return labelled(words, hint, field);
 }
 
 function seedField() {
@@ -132,5 +136,5 @@ function systemField({ text, onChange }) {
 
 function labelled(words, hint, field, ...more) {
   const label = h("label", { for: field.id }, words, hint && h("small", {}, hint));
-  return h("div", { class: hint ? "control" : "control tall" }, label, field, ...more);
+  return h("div", { class: field.matches("textarea") ? "control tall" : "control" }, label, field, ...more);
 }

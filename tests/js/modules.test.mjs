@@ -5,6 +5,7 @@ import { readdirSync, readFileSync } from "node:fs";
 import { test } from "node:test";
 
 import "./dom.mjs";
+import { indented } from "../../serving/static/json.js";
 import * as store from "../../serving/static/store.js";
 import { number, percent, t } from "../../serving/static/words.js";
 
@@ -39,6 +40,19 @@ test("stored values are limited to their ranges", async () => {
 
 test("stop strings are one per line, with \\n for a line break", async () => {
   assert.deepEqual((await parametersWith('{"stop": "7\\\\n\\n\\n8"}')).stop, ["7\n", "8"]);
+});
+
+test("a schema is sent as it is written, and blanks are none", async () => {
+  const schema = '{"type": "object"';
+  assert.equal((await parametersWith(JSON.stringify({ schema }))).guided_json, schema);
+  assert.equal((await parametersWith('{"schema": " \\n"}')).guided_json, undefined);
+});
+
+test("JSON is indented without a change of its literals", () => {
+  const lines = ["{", '  "a, {b}": [', "    12345678901234567890,", '    "\\"[\\u00e9: ",', "    []", "  ],", '  "c": {}', "}"];
+  assert.equal(indented('{"a, {b}":[12345678901234567890, "\\"[\\u00e9: ",[]],"c":{ }}'), lines.join("\n"));
+  assert.equal(indented(" true "), "true");
+  for (const text of ["", '{"a": ', "text", "{} {}"]) assert.equal(indented(text), null, text);
 });
 
 test("conversations are stored, listed newest first and removed", () => {
