@@ -151,6 +151,112 @@ def test_logprobs_are_included_on_request(url: str) -> None:
     assert streamed == [one["token"] for one in part["logprobs"]]
 
 
+CALL = '{"name": "add", "arguments": {"a": "Grüße"}'
+PARAMETERS = {"type": "object", "properties": {"a": {"type": "string"}}}
+TOOLS: list[Any] = [
+    {"type": "function", "name": "add", "parameters": PARAMETERS, "strict": True},
+    {"type": "function", "name": "now"},
+]
+CALL_ORDER = [
+    "response.created",
+    "response.in_progress",
+    "response.output_item.added",
+    "response.function_call_arguments.delta",
+    "response.function_call_arguments.done",
+    "response.output_item.done",
+]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "add"}])
+def test_a_forced_answer_is_a_call(client: openai.OpenAI, engine: FakeEngine, choice: Any) -> None:
+    engine.reply = fixed_reply(CALL)
+    answer = client.responses.create(model="tiny", input="2", tools=TOOLS, tool_choice=choice)
+    Response.model_validate(answer.to_dict())
+    (call,) = answer.output
+    assert call.type == "function_call"
+    assert (call.name, call.arguments, call.status) == ("add", '{"a": "Grüße"}', "completed")
+    assert call.call_id
+    assert answer.to_dict()["tool_choice"] == choice
+    assert [(tool.type, tool.name) for tool in answer.tools] == [  # type: ignore[union-attr]
+        ("function", "add"),
+        ("function", "now"),
+    ]
+
+
+def test_a_call_follows_its_grammar_as_in_a_chat(url: str, engine: FakeEngine) -> None:
+    engine.reply = fixed_reply(CALL)
+    respond(url, input="2", tools=TOOLS, tool_choice="required")
+    functions = [{k: v for k, v in tool.items() if k != "type"} for tool in TOOLS]
+    chat = {
+        "messages": [{"role": "user", "content": "2"}],
+        "tools": [{"type": "function", "function": function} for function in functions],
+        "tool_choice": "required",
+    }
+    httpx.post(f"{url}/v1/chat/completions", json=chat)
+    first, second = generated(engine)
+    assert first.prompt_ids == second.prompt_ids
+    assert first.params.grammar == second.params.grammar != ""
+
+
+@pytest.mark.parametrize("limit", [None, 40, 5])
+def test_the_events_of_a_call_are_the_published_ones_in_order(
+    url: str, engine: FakeEngine, limit: int | None
+) -> None:
+    engine.reply = fixed_reply(CALL)
+    body = {"input": "2", "tools": TOOLS, "tool_choice": "required", "max_output_tokens": limit}
+    found = events(respond(url, **body, stream=True).text)
+    order = [kind for kind in CALL_ORDER if limit != 5 or not kind.endswith("delta")]
+    end = "incomplete" if limit else "completed"
+    assert list(dict.fromkeys(event.type for event in found)) == [*order, f"response.{end}"]
+    assert [event.sequence_number for event in found] == list(range(len(found)))
+    (whole,) = respond(url, **body).json()["output"]
+    added, done, (last,) = found[2].item, found[-2].item, found[-1].response.output
+    assert (added.name, added.arguments, added.status) == (whole["name"], "", "in_progress")
+    assert (done.name, done.arguments, done.status) == (whole["name"], whole["arguments"], end)
+    assert last == done
+    assert {e.item_id for e in found if "arguments" in e.type} == {added.id}
+    deltas = [event.delta for event in found if event.type.endswith("delta")]
+    assert "".join(deltas) == found[-3].arguments == whole["arguments"]
+
+
+def test_the_client_s_stream_helper_assembles_a_call(
+    client: openai.OpenAI, engine: FakeEngine
+) -> None:
+    engine.reply = fixed_reply(CALL)
+    options: Any = {"model": "tiny", "input": "2", "tools": TOOLS, "tool_choice": "required"}
+    with client.responses.stream(**options) as stream:
+        (call,) = stream.get_final_response().output
+    assert (call.name, call.arguments) == ("add", '{"a": "Grüße"}')  # type: ignore[union-attr]
+
+
+def test_calls_and_their_outputs_are_read_back_as_those_of_chats(
+    client: openai.OpenAI, engine: FakeEngine
+) -> None:
+    engine.reply = fixed_reply(CALL)
+    asked: Any = {"role": "user", "content": "2"}
+    first = client.responses.create(
+        model="tiny", input=[asked], tools=TOOLS, tool_choice="required"
+    )
+    (call,) = first.output
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "3"}  # type: ignore[union-attr]
+    history: Any = [asked, call, output]
+    client.responses.create(model="tiny", input=history, tools=TOOLS)
+    function = {"name": "add", "arguments": '{"a": "Grüße"}'}
+    messages: Any = [
+        asked,
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": "1", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "3"},
+    ]
+    client.chat.completions.create(model="tiny", messages=messages)
+    _, response, chat = generated(engine)
+    assert response.prompt_ids == chat.prompt_ids
+    counted = client.responses.input_tokens.count(model="tiny", input=history, tools=TOOLS)
+    assert counted.input_tokens == len(chat.prompt_ids)
+
+
 class Sum(BaseModel):
     total: int
 
@@ -171,8 +277,19 @@ def test_a_schema_is_followed_as_in_a_chat(client: openai.OpenAI, engine: FakeEn
         ({"previous_response_id": "resp_1"}, "previous_response_id", "whole conversation"),
         ({"conversation": "conv_1"}, "conversation", "whole conversation"),
         ({"background": True}, "background", "whole conversation"),
-        ({"tools": [{"type": "web_search"}]}, "tools", "not supported"),
-        ({"tool_choice": "required"}, "tool_choice", "not supported"),
+        ({"tools": [{"type": "web_search"}]}, "tools", "'function'"),
+        ({"tool_choice": "required"}, "tool_choice", "tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "'f'"),
+        ({"tools": TOOLS * 2}, "tools", "same name"),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": "required",
+                "text": {"format": {"type": "json_object"}},
+            },
+            "text.format",
+            "tools",
+        ),
         ({"truncation": "auto"}, "truncation", "use disabled"),
         ({"n": 2}, "n", "not supported"),
         ({"text": {"format": {"type": "grammar"}}}, "text", "json_schema"),
@@ -180,6 +297,7 @@ def test_a_schema_is_followed_as_in_a_chat(client: openai.OpenAI, engine: FakeEn
         ({"input": []}, "input", "at least 1"),
         ({"input": None}, "input", "valid"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input", "'function_call'"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input", "'reasoning'"),
         ({"input": [{"content": "x"}]}, "input", "without a role"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},

@@ -143,8 +143,13 @@ def transform_event(event: dict[str, Any]) -> tuple[str, Any]:
     """Return what LobeChat makes of an event of the Responses API.
 
     Written from what its transform does (lobehub/lobe-chat, `streams/openai/responsesStream.ts`):
-    text comes in deltas alone, and usage with the event of completion; it passes over others.
+    text comes in deltas alone, and usage with the event of completion; a call has its name and id
+    in the event that adds it, and its arguments in deltas; it passes over others.
     """
+    if event["type"] == "response.output_item.added" and event["item"]["type"] == "function_call":
+        return "tool_calls", (event["item"]["call_id"], event["item"]["name"])
+    if event["type"] == "response.function_call_arguments.delta":
+        return "arguments", event["delta"]
     if event["type"] == "response.output_text.delta":
         return "text", event["delta"]
     if event["type"] == "response.completed" and event["response"]["usage"]:
@@ -154,7 +159,8 @@ def transform_event(event: dict[str, Any]) -> tuple[str, Any]:
     return "data", event["response"]["id"] if event["type"] == "response.created" else None
 
 
-def test_lobe_chat_reads_responses(url: str) -> None:
+def lobe_chat_responses(url: str, **more: Any) -> list[tuple[str, Any]]:
+    """Return the events that LobeChat would see with "Responses API" on."""
     # What it sends with "Responses API" on, beside an agent's parameters.
     body = {
         **CHAT,
@@ -167,11 +173,27 @@ def test_lobe_chat_reads_responses(url: str) -> None:
         "safety_identifier": "someone",
         "store": False,
         "tool_choice": "auto",
+        **more,
     }
     headers = {"Authorization": f"Bearer {KEY}"}
     answer = httpx.post(f"{url}/v1/responses", json=body, headers=headers)
     lines = [line for line in answer.text.split("\n") if line.startswith("data: ")]
-    events = [transform_event(json.loads(line.removeprefix("data: "))) for line in lines]
+    return [transform_event(json.loads(line.removeprefix("data: "))) for line in lines]
+
+
+def test_lobe_chat_reads_a_call_of_responses(engine: FakeEngine, url: str) -> None:
+    engine.reply = fixed_reply('{"name": "now", "arguments": {}')
+    tools = [{"type": "function", "name": "now", "description": "The time.", "parameters": {}}]
+    events = lobe_chat_responses(url, tools=tools, tool_choice="required")
+    ((call_id, name),) = [carried for kind, carried in events if kind == "tool_calls"]
+    assert call_id
+    assert name == "now"
+    assert "".join(carried for kind, carried in events if kind == "arguments") == "{}"
+    assert events[-1][0] == "usage"
+
+
+def test_lobe_chat_reads_responses(url: str) -> None:
+    events = lobe_chat_responses(url)
     assert "".join(carried or "" for kind, carried in events if kind == "text") == TEXT
     assert events[0][1].startswith("resp-")
     assert events[-1][0] == "usage"

@@ -20,19 +20,20 @@ from serving.api.schemas import (
     ChatMessage,
     ChatRequest,
     ContentPart,
+    Function,
     InputItem,
     ResponsesRequest,
     SamplingRequest,
     TokenizeRequest,
+    Tool,
 )
 from serving.api.stream import STREAMS, ChatFormat, frame
+from serving.api.tools import call_of, functions_to_call
 from serving.api.v1 import chat_choices
 
 STATELESS = "this server keeps no responses: send the whole conversation as input"
 STATEFUL = ("previous_response_id", "conversation", "background", "prompt")
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("auto", "none"),
     "truncation": ("disabled",),
 }
 PARAMS = {"messages": "input", "response_format": "text.format"}  # of a chat, and their names here
@@ -50,8 +51,10 @@ async def responses(request: Request, body: ResponsesRequest) -> Response:
     with _own_params():
         chat = _as_chat(body)
         model = await call.language_model(chat)
-        choices = await chat_choices(call, model, chat)
-    return await call.answer(ResponsesFormat(model, choices, body), body.stream)
+        functions = functions_to_call(chat)
+        choices = await chat_choices(call, model, chat, functions)
+    form = (ResponsesCallFormat if functions else ResponsesFormat)(model, choices, body)
+    return await call.answer(form, body.stream)
 
 
 @router.post("/responses/input_tokens")
@@ -60,7 +63,8 @@ async def input_tokens(request: Request, body: ResponsesRequest) -> Response:
     with _own_params():
         chat = _as_chat(body)
         model = await Call(request).language_model(chat)
-        ids = await model.encode_chat(TokenizeRequest(messages=chat.messages))
+        shared = {name: getattr(chat, name) for name in ("messages", "tools", "tool_choice")}
+        ids = await model.encode_chat(TokenizeRequest(**shared))
     return json_response({"object": "response.input_tokens", "input_tokens": len(ids)})
 
 
@@ -93,16 +97,15 @@ class ResponsesFormat(ChatFormat):
             "error": None,
             "parallel_tool_calls": True,
             "text": {"format": text_format},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": body.model_dump(include={"tool_choice"}, exclude_none=True).get(
+                "tool_choice", "auto"
+            ),
+            "tools": [tool.model_dump(exclude={"arguments"}) for tool in body.tools or ()],
         }
 
     def opening(self) -> bytes:
-        response, item = self._response("in_progress"), self._item("in_progress")
-        frames = self._event("created", response=response)
-        frames += self._event("in_progress", response=response)
-        frames += self._event("output_item.added", item=item, output_index=0)
-        part = self._part(self._answer)
+        item, part = self._item("in_progress"), self._part(self._answer)
+        frames = self._beginning() + self._event("output_item.added", item=item, output_index=0)
         return frames + self._event("content_part.added", part=part, **self._place)
 
     def frames(self, piece: Piece) -> bytes:
@@ -143,6 +146,11 @@ class ResponsesFormat(ChatFormat):
         own["input_tokens_details"] = written
         return self._response(_status(self.choices[0]), content, own)
 
+    def _beginning(self) -> bytes:
+        response = self._response("in_progress")
+        frames = self._event("created", response=response)
+        return frames + self._event("in_progress", response=response)
+
     def _response(
         self, status: str, output: Sequence[Any] = (), usage: dict[str, Any] | None = None
     ) -> dict[str, Any]:
@@ -162,6 +170,37 @@ class ResponsesFormat(ChatFormat):
         event = {"type": prefix + kind, "sequence_number": self._n_events, **fields}
         self._n_events += 1
         return f"event: {prefix}{kind}\n".encode() + frame(event)
+
+
+class ResponsesCallFormat(ResponsesFormat):
+    """The objects and events of a response whose output is one call."""
+
+    def opening(self) -> bytes:
+        return self._beginning()
+
+    def frames(self, piece: Piece) -> bytes:
+        had_name, before = call_of(self._answer.text)
+        self._answer.add(piece)
+        item, frames = self.choice(self._answer), b""
+        place = {"item_id": item["id"], "output_index": 0}
+        if not had_name and (item["name"] or piece.finish_reason):
+            begun = {**item, "status": "in_progress", "arguments": ""}
+            frames = self._event("output_item.added", item=begun, output_index=0)
+        if delta := item["arguments"].removeprefix(before):
+            frames += self._event("function_call_arguments.delta", delta=delta, **place)
+        if piece.finish_reason is None:
+            return frames
+        call = {"name": item["name"], "arguments": item["arguments"]}
+        frames += self._event("function_call_arguments.done", **call, **place)
+        return frames + self._event("output_item.done", item=item, output_index=0)
+
+    def choice(self, answer: Piece) -> dict[str, Any]:
+        """Return the call of the output, whose name is "" where the answer was cut in it."""
+        name, arguments = call_of(answer.text)
+        own = self.head["id"].removeprefix("resp-")
+        ids = {"id": f"fc-{own}", "call_id": f"call-{own}"}
+        call = {"name": name, "arguments": arguments, "status": _status(answer)}
+        return {"type": "function_call", **ids, **call}
 
 
 def _status(answer: Choice | Piece) -> str:
@@ -195,6 +234,10 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
         shared["response_format"] = {"type": form.type, "json_schema": schema}
     if body.max_output_tokens is not None:
         shared["max_tokens"] = body.max_output_tokens
+    shared["tools"] = [Tool(type="function", function=tool) for tool in body.tools or ()]
+    shared["tool_choice"] = choice = body.tool_choice
+    if isinstance(choice, Function):
+        shared["tool_choice"] = Tool(type="function", function=choice)
     chat = ChatRequest(messages=[_message(item) for item in items], **shared)
     if body.instructions:
         chat.messages.insert(0, ChatMessage(role="system", content=body.instructions))
@@ -203,12 +246,17 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
 
 
 def _message(item: InputItem) -> ChatMessage:
-    """Return a message of the input; raises ApiError for an item of another kind."""
-    if item.type not in (None, "message") or item.role is None:
+    """Return an item of the input as a message; raises ApiError for one of another kind."""
+    if item.type == "function_call" and item.name and item.arguments is not None:
+        function = Function(name=item.name, arguments=item.arguments)
+        call = Tool(id=item.call_id, type="function", function=function)
+        return ChatMessage(role="assistant", tool_calls=[call])
+    role: Any = "tool" if item.type == "function_call_output" else item.role
+    if item.type not in (None, "message", "function_call_output") or role is None:
         kind = f"of type {item.type[:40]!r}" if item.type else "without a role"
-        text = f"The input has an item {kind}; this server reads messages only."
+        text = f"The input has an item {kind}; send messages, whole function calls and outputs."
         raise ApiError(400, text, param="input")
-    content = item.content
+    content = item.output if role == "tool" else item.content
     if isinstance(content, list):
         content = [ContentPart(type=PARTS.get(p.type, p.type), text=p.text) for p in content]
-    return ChatMessage(role=item.role, content=content)
+    return ChatMessage(role=role, content=content, tool_call_id=item.call_id)

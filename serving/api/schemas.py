@@ -237,11 +237,21 @@ class ChatRequest(SamplingRequest, Conversation):
 
 
 class InputItem(BaseModel):
-    """An item of a response's input; this server reads messages, whose parts are text."""
+    """An item of a response's input: a message, whose parts are text, a call or its output."""
 
     type: StrictStr | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: StrictStr | Items[ContentPart] | None = None
+    call_id: Short | None = None
+    name: Short | None = None
+    arguments: StrictStr | None = None
+    output: StrictStr | Items[ContentPart] | None = None
+
+
+class FunctionTool(Function):
+    """A function as a tool of a response, or as the choice of one."""
+
+    type: Literal["function"]
 
 
 class TextFormat(BaseModel):
@@ -266,6 +276,8 @@ class ResponsesRequest(SamplingRequest):
     instructions: StrictStr | None = None
     max_output_tokens: MaxTokens | None = None
     text: TextOptions | None = None
+    tools: Items[FunctionTool] | None = None
+    tool_choice: Literal["auto", "none", "required"] | FunctionTool | None = None
     include: Items[Short] | None = None  # of these, the log-probabilities
     top_logprobs: Logprobs | None = None
     metadata: Annotated[dict[StrictStr, StrictStr], _at_most(MAX_METADATA, "keys")] | None = None
