@@ -546,6 +546,20 @@ def test_new_weights_are_listed_once_they_serve(checkpoint: Path) -> None:
     assert info.created == 1
 
 
+def test_models_are_listed_with_their_tasks_before_they_are_loaded(tmp_path: Path) -> None:
+    write_model(tmp_path / "text" / "last.ckpt")
+    write_model(tmp_path / "mail" / "last.ckpt", labels=["ham", "spam"])
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "last.ckpt").touch()
+    listed = InlineEngine(tmp_path).engine.models().models
+    tasks = {info.id: (info.task, info.loaded) for info in listed}
+    assert tasks == {
+        "broken": (None, False),
+        "mail": ("classify", False),
+        "text": ("generate", False),
+    }
+
+
 def loads(monkeypatch: pytest.MonkeyPatch, *before: Callable[[], object]) -> list[Entry]:
     """Have something happen before each of the next loads; return what was loaded, as it grows."""
     load, loaded, next_ones = engine_module.load_runner, [], iter(before)
