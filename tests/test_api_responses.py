@@ -157,6 +157,7 @@ TOOLS: list[Any] = [
     {"type": "function", "name": "add", "parameters": PARAMETERS, "strict": True},
     {"type": "function", "name": "now"},
 ]
+NESTED = '{"a":' * 300 + "1" + "}" * 300
 CALL_ORDER = [
     "response.created",
     "response.in_progress",
@@ -281,6 +282,7 @@ def test_a_schema_is_followed_as_in_a_chat(client: openai.OpenAI, engine: FakeEn
         ({"tool_choice": "required"}, "tool_choice", "tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "'f'"),
         ({"tools": TOOLS * 2}, "tools", "same name"),
+        ({"tools": [{**TOOLS[0], "parameters": json.loads(NESTED)}]}, "tools", "depth"),
         (
             {
                 "tools": TOOLS,

@@ -190,7 +190,7 @@ class Function(BaseModel):
 
     name: Annotated[Short, Field(min_length=1)]
     description: StrictStr | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, JsonValue] | None = None
     strict: StrictBool | None = None  # always so
     arguments: StrictStr | None = None
 
