@@ -220,7 +220,7 @@ class PublishedTemplate(Template):
         if not messages:
             raise ValueError("the conversation is empty; give at least one message")
         about = json.dumps([tools, *(message.fields for message in messages)], ensure_ascii=False)
-        if spelt := published.added_pattern.search(about):
+        if spelt := published.added_pattern.search(well_formed(about)):
             raise ValueError(f"a tool or a call spells {spelt[0]}, a token of the model")
         texts = ["\n\n".join(filter(None, (m.content, m.context))) for m in messages]
         contents = [*map(well_formed, texts)]
@@ -313,7 +313,7 @@ def _render(
             tools=tools or None,
             documents=None,
         )
-        return text
+        return well_formed(text)  # tools and calls may have lone surrogates
     except Exception as error:  # whatever a template does
         raise ValueError(
             f"the chat template of {tokenizer.name} fails: {first_line(error)}"

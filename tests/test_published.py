@@ -245,7 +245,8 @@ def served_ids(tokenizer: PublishedTokenizer, tmp_path: Path, **body: Any) -> li
     engine = FakeEngine(f"unix:{tmp_path}/e", tokenizer=tokenizer, template="published")
     with serve(engine) as url:
         body = {"add_generation_prompt": False, **body}
-        answer = httpx.post(f"{url}/tokenize", json=body).json()
+        content, headers = json.dumps(body), {"Content-Type": "application/json"}
+        answer = httpx.post(f"{url}/tokenize", content=content, headers=headers).json()
     return answer["error"]["message"] if "error" in answer else answer["tokens"]
 
 
@@ -281,6 +282,23 @@ def test_a_tool_cannot_end_a_turn(where: str, tmp_path: Path) -> None:
     body = {"messages": [user]} if where == "tools" else {"messages": [user, assistant]}
     body["tools"] = [attack] if where == "tools" else []
     assert "spells <|im_end|>" in str(served_ids(tokenizer, tmp_path, **body))
+
+
+@pytest.mark.parametrize("where", ["tools", "messages"])
+def test_surrogates_of_a_tool_or_a_call_are_replaced(where: str, tmp_path: Path) -> None:
+    tokenizer = published("words", tmp_path, WITH_TOOLS)
+
+    def ids(char: str) -> list[int] | str:
+        shape = {"name": "x", "parameters": {"properties": {char: {}}}}
+        call = {"name": "x", "arguments": json.dumps({"a": char})}
+        tool, called = ({"id": "c1", "type": "function", "function": f} for f in (shape, call))
+        user, assistant = WITH_CALL[0], {"role": "assistant", "tool_calls": [called]}
+        body = {"messages": [user]} if where == "tools" else {"messages": [user, assistant]}
+        body["tools"] = [tool] if where == "tools" else []
+        return served_ids(tokenizer, tmp_path, **body)
+
+    assert ids("\ud800") == ids("\ufffd")
+    assert isinstance(ids("\ud800"), list)
 
 
 def test_a_message_that_continues_is_left_open(tmp_path: Path) -> None:
