@@ -113,6 +113,9 @@ def test_llguidances_own_options_have_no_effect(engine: FakeEngine, url: str) ->
         ),
         ({"minProperties": 2, "additionalProperties": {"type": "null"}}, "minProperties"),
         ({"enum": ["x" * 70_000]}, "characters"),
+        ({"const": "a\x00b"}, "'a\\x00b'"),
+        ({"properties": {"\x7f": {"type": "null"}}, "required": ["\x7f"]}, "'\\x7f'"),
+        ({"type": "string", "pattern": r"^a\x01b$"}, r"'^a\\x01b$'"),
         ({"allOf": [{"pattern": f"^.*{'ab' * i}.*$"} for i in range(1, 30)]}, "compile"),
         (
             {"type": "object", "properties": {f"k{i}": {"type": "null"} for i in range(1500)}},

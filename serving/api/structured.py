@@ -5,6 +5,7 @@ The fields are the OpenAI API's `response_format` and vLLM's `guided_*` and `str
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,13 @@ OPTIONS: Any = {
     "lenient": False,
     "coerce_one_of": False,
 }
+
+# Characters that those escapes cannot spell, which llguidance leaves out of constants and patterns.
+CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+CONTROL_ESCAPE = re.compile(
+    r"\\(?:x|u00)(?:[01][0-9a-f]|7f)|\\[xu]\{0*(?:[01]?[0-9a-f]|7f)\}", re.IGNORECASE
+)
+CHARACTER_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]")  # which may do without them
 
 _checker = ThreadPoolExecutor(1, thread_name_prefix="check")
 _known: dict[str, str] = {}  # why a grammar cannot be used, "" for one that can
@@ -124,17 +132,23 @@ def _check(grammar: str, kind: str, value: Any) -> str:
 
 
 def check_schema(schema: dict[str, Any]) -> None:
-    """Raise ValueError for what a grammar gets wrong: endless references, and counts of names.
+    """Raise ValueError for what grammars get wrong: endless references, counts, control characters.
 
     A name that the schema does not list may come twice, and is one property.
     """
     nodes: list[Any] = [schema]
     targets: dict[str, Any] = {}
     for node in nodes:  # which grow meanwhile
+        if isinstance(node, str) and CONTROL.search(node):
+            raise ValueError(f"answers cannot spell the control character in {node[:80]!r}")
         if isinstance(node, list):
             nodes += node
         elif isinstance(node, dict):
-            nodes += node.values()
+            nodes += [*node, *node.values()]
+            for pattern in (node.get("pattern"), *(node.get("patternProperties") or ())):
+                text = CHARACTER_CLASS.sub("", pattern) if isinstance(pattern, str) else ""
+                if CONTROL_ESCAPE.search(text):
+                    raise ValueError(f"answers cannot spell what {pattern[:80]!r} escapes")
             least, limit = node.get("minProperties"), 1 + len(node.get("required") or ())
             if isinstance(least, int) and least > limit:
                 raise ValueError(f"minProperties above {limit}, the required ones and one more")
