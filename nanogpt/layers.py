@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.RMSNorm):
@@ -24,33 +23,46 @@ class RMSNorm(nn.RMSNorm):
 class _RootMeanSquare(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) over channels, as `F.rms_norm` computes it on a CPU, to the bit."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
+    def forward(x: Tensor, eps: float) -> Tensor:
+        return x * _inverse_rms(x, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.eps = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        y, scale = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
+        scale = _inverse_rms(x, ctx.eps)
+        y = x * scale
         along = (grad * y).mean(-1, keepdim=True)
-        return torch.addcmul(grad, y, along, value=-1).mul_(scale), None
+        return torch.addcmul(grad, y, along, value=-1) * scale, None
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return (x.square().mean(-1, keepdim=True) + eps).rsqrt()  # (..., 1)
 
 
 class _SquaredReLU(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         positive = x.relu()
-        ctx.save_for_backward(positive)
         return positive * positive
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return torch.addcmul(grad.new_zeros(()), grad, positive, value=2)  # in one pass
+        (x,) = ctx.saved_tensors
+        return torch.addcmul(grad.new_zeros(()), grad, x.relu(), value=2)  # in one pass
 
 
 def squared_relu(x: Tensor) -> Tensor:

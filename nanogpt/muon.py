@@ -13,7 +13,9 @@ from torch.optim.adamw import adamw as adamw_step
 
 # Newton-Schulz: https://kellerjordan.github.io/posts/muon/, as in torch.optim.Muon.
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-MIN_ASPECT = 1.5  # columns per row from which fewer operations are needed on the Gram matrix
+# Columns per row from which iterations on the Gram matrix take fewer operations, and how many of
+# these its rounding errors, negative eigenvalues, allow.
+MIN_ASPECT, MAX_GRAM_STEPS = 1.5, 6
 NS_EPS = 1e-7
 MIN_MOMENT = 1e-10  # of a row's squares, which are zero where its gradients are
 # Matrices are orthogonalised in stacks of at most this many elements (bounds the memory).
@@ -122,7 +124,8 @@ def orthogonalise(matrices: Tensor, ns_steps: int, shared: bool = False) -> Tens
     if shared:
         x = x[n_per_rank * dist.get_rank() :][:n_per_rank]
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=NS_EPS)
-    if is_exact and x.size(-1) > MIN_ASPECT * x.size(-2):
+    is_wide = x.size(-1) > MIN_ASPECT * x.size(-2)
+    if is_wide and x.dtype == torch.float32 and ns_steps <= MAX_GRAM_STEPS:
         x = _gram_iterations(x, ns_steps)
     else:
         for _ in range(ns_steps):
@@ -136,8 +139,7 @@ def orthogonalise(matrices: Tensor, ns_steps: int, shared: bool = False) -> Tens
 def _gram_iterations(x: Tensor, ns_steps: int) -> Tensor:
     """Return x (N, M, B) after the iterations, which are done on x x^T (N, M, M).
 
-    All iterates are q x with a polynomial q in x x^T; half of the operations where B = 4 M. In
-    bfloat16 rounding would grow from step to step.
+    All iterates are q x with a polynomial q in x x^T; half of the operations where B = 4 M.
     """
     a, b, c = NS_COEFFICIENTS
     gram = x @ x.mT

@@ -4,6 +4,7 @@ import copy
 import itertools
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -436,6 +437,26 @@ def test_the_gradient_of_rmsnorm_is_that_of_its_finite_differences(has_weight: b
     norm = RMSNorm(7, 1e-5, has_weight, dtype=torch.float64)
     x = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert torch.autograd.gradcheck(norm, x.requires_grad_())
+    assert torch.autograd.gradgradcheck(norm, x)
+
+
+@pytest.mark.parametrize("layer", [RMSNorm(5, 1e-5), squared_relu])
+def test_layers_have_gradients_of_single_rows_and_of_gradients(
+    layer: Callable[[Tensor], Tensor],
+) -> None:
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+
+    def loss(row: Tensor) -> Tensor:
+        return layer(row).square().sum()
+
+    def reference(row: Tensor) -> Tensor:
+        own = F.rms_norm(row, (5,), eps=1e-5) if isinstance(layer, RMSNorm) else row.relu().square()
+        return own.square().sum()
+
+    rows = (torch.func.vmap(torch.func.grad(f))(x) for f in (loss, reference))
+    torch.testing.assert_close(*rows)
+    twice = (torch.autograd.functional.hessian(f, x[0]) for f in (loss, reference))
+    torch.testing.assert_close(*twice)
 
 
 def test_the_squared_relu_has_the_bits_of_autograd() -> None:

@@ -192,6 +192,13 @@ def test_wide_matrices_are_orthogonalised_as_by_the_iteration_itself(rank: int) 
         )
 
 
+def test_many_iterations_on_a_matrix_of_low_rank_stay_bounded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(2, 32, 3, generator=generator)
+    right = torch.randn(2, 3, 128, generator=generator)
+    assert orthogonalise(left @ right, 12).abs().max() < 1.3
+
+
 def test_a_cpu_orthogonalises_in_bfloat16_under_autocast_only() -> None:
     matrices = torch.randn(2, 8, 8)
     assert orthogonalise(matrices, 5).dtype == torch.float32
