@@ -1,5 +1,6 @@
 """POST /v1/systemone: questions whose answers are probabilities of options."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,16 @@ def test_a_question_that_cannot_be_answered_is_refused(
     assert refused.json()["error"]["param"] == param
     assert reason in refused.json()["error"]["message"]
     assert scored(engine) == []
+
+
+def test_an_option_may_have_a_lone_surrogate(url: str) -> None:
+    content = json.dumps(
+        {"state": "x", "questions": {"q": {**QUESTION, "criteria": {"\ud800": None, "b": None}}}}
+    )
+    headers = {"Content-Type": "application/json"}
+    body = httpx.post(f"{url}/v1/systemone", content=content, headers=headers).json()
+    # As U+FFFD, it has three bytes, each a token of the log-probability -1.
+    assert body["answers"]["q"]["logprobs_per_byte"] == {"\ud800": -1, "b": -1}
 
 
 def test_an_option_may_fill_the_context(url: str) -> None:

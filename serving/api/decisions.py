@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from nanogpt.tokenizer import well_formed
 from serving.api.call import Call, check_count, json_response
 from serving.api.errors import ApiError
 from serving.api.models import ServedModel
@@ -116,7 +117,7 @@ async def _log_likelihoods(
         answers[name] = {
             **_answer({option: weights[option] / sum(weights.values()) for option in weights}),
             "logprobs": sums,
-            "logprobs_per_byte": {option: sums[option] / len(option.encode()) for option in sums},
+            "logprobs_per_byte": {o: sums[o] / len(well_formed(o).encode()) for o in sums},
         }
     return answers, sum(len(score.prompt_ids) for score in scores)
 
