@@ -29,14 +29,7 @@ from pydantic import Field
 from typing_extensions import NotRequired
 
 from nanogpt.build import CallbackError, ConfigurationError
-from nanogpt.command import (
-    FAILED,
-    INTERRUPTED,
-    WRONG_USAGE,
-    flush_output,
-    is_path,
-    out_of_memory,
-)
+from nanogpt.command import FAILED, INTERRUPTED, WRONG_USAGE, flush_output, is_path, out_of_memory
 from nanogpt.runs.identity import flatten, run_name
 from nanogpt.text import first_line
 from nanogpt.values import Amount, Count, Flag, Positive, Seed, Size, Text, check

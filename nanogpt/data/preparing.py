@@ -33,14 +33,7 @@ from nanogpt.data.corpus import (
 from nanogpt.data.shards import MAX_SHARD_TOKENS, SHARD_TOKENS, TokenStream, shard_part, token_dtype
 from nanogpt.data.source import Source
 from nanogpt.data.tokenizing import Split, batches, choose_split, n_cores, tokenized
-from nanogpt.data.writer import (
-    JOURNAL,
-    SPLITS,
-    CorpusWriter,
-    Progress,
-    read_journal,
-    write_journal,
-)
+from nanogpt.data.writer import JOURNAL, SPLITS, CorpusWriter, Progress, read_journal, write_journal
 from nanogpt.disk import wait_for_lock, write_json
 from nanogpt.tokenizer import BPE_PATTERN, Tokenizer
 

@@ -33,9 +33,7 @@ from serving.api.v1 import chat_choices
 
 STATELESS = "this server keeps no responses: send the whole conversation as input"
 STATEFUL = ("previous_response_id", "conversation", "background", "prompt")
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "truncation": ("disabled",),
-}
+NEUTRAL: dict[str, tuple[Any, ...]] = {"truncation": ("disabled",)}
 PARAMS = {"messages": "input", "response_format": "text.format"}  # of a chat, and their names here
 PARTS = dict.fromkeys(("input_text", "output_text"), "text")
 LOGPROBS = "message.output_text.logprobs"  # of `include`

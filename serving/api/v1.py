@@ -27,14 +27,7 @@ from serving.api.schemas import (
 from serving.api.stream import STREAMS, ChatFormat, CompletionFormat
 from serving.api.structured import grammar_of
 from serving.api.tools import CallFormat, functions_to_call
-from serving.engine.messages import (
-    Embed,
-    Embedded,
-    ModelInfo,
-    Score,
-    Task,
-    Tokens,
-)
+from serving.engine.messages import Embed, Embedded, ModelInfo, Score, Task, Tokens
 
 DEFAULT_TOKENS = 16  # of a completion, as the OpenAI API's
 PREDICTED_TOKENS = 100
