@@ -159,6 +159,14 @@ def test_a_question_that_cannot_be_answered_is_refused(
     assert scored(engine) == []
 
 
+def test_the_options_of_all_questions_are_limited_before_any_is_read(url: str) -> None:
+    question = {**QUESTION, "criteria": {str(n): None for n in range(205)}}
+    refused = decide(url, state="x" * 900, questions={str(n): question for n in range(5)})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "questions"
+    assert "There are 1025 options; request 1 to 1024." in refused.json()["error"]["message"]
+
+
 def test_an_option_may_have_a_lone_surrogate(url: str) -> None:
     content = json.dumps(
         {"state": "x", "questions": {"q": {**QUESTION, "criteria": {"\ud800": None, "b": None}}}}

@@ -22,6 +22,8 @@ from serving.api.schemas import (
 )
 from serving.engine.messages import Classified, Classify, Score, Tokens
 
+MAX_OPTIONS = 1024  # of a request to a language model, each of which is scored with its prompt
+
 router = APIRouter()
 
 
@@ -94,8 +96,10 @@ async def _log_likelihoods(
 ) -> tuple[dict[str, Any], int]:
     """Return a language model's answers, with the log-likelihood of each option in nats.
 
-    Raises ApiError for options without tokens or with the same, or that exceed the context.
+    Raises ApiError for too many options, those without tokens or with the same, or too long ones.
     """
+    n_options = sum(len(question.criteria) for question in body.questions.values())
+    check_count("questions", n_options, MAX_OPTIONS, "options")
     scores: list[Score] = []
     for name, question in body.questions.items():
         prompt = await _prompt(model, body.state, question)
