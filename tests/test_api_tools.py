@@ -192,6 +192,7 @@ WIDE = {"properties": {f"k{i}": {"type": "null"} for i in range(1500)}}
         ({"tools": [tool("x", parameters={"enum": ["x" * 70_000]})]}, "tools", "characters"),
         ({"response_format": {"type": "json_object"}}, "response_format", "tools"),
         ({"guided_regex": "a"}, "guided_regex", "tools"),
+        ({"stop": ["city"]}, "stop", "could cut a forced call"),
     ],
 )
 def test_what_cannot_be_forced_is_refused_in_a_sentence(

@@ -14,7 +14,7 @@ from serving.api.stream import ChatFormat
 def functions_to_call(body: ChatRequest) -> list[Function]:
     """Return the functions of which the answer calls one, none where it is a text.
 
-    Raises ApiError for functions of the same name and for a choice that is not among them.
+    Raises ApiError for functions of the same name, a choice not among them, and stop strings.
     """
     functions, choice = [tool.function for tool in body.tools or ()], body.tool_choice
     names = [function.name for function in functions]
@@ -30,6 +30,8 @@ def functions_to_call(body: ChatRequest) -> list[Function]:
         known = ", ".join(names) or "none"
         message = f"tool_choice needs {wanted} among tools, which has {known}; add it to tools."
         raise ApiError(400, message, param="tool_choice")
+    if body.stops:
+        raise ApiError(400, "A stop string could cut a forced call; leave stop out.", param="stop")
     return functions
 
 
