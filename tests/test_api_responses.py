@@ -258,6 +258,24 @@ def test_calls_and_their_outputs_are_read_back_as_those_of_chats(
     assert counted.input_tokens == len(chat.prompt_ids)
 
 
+def test_calls_are_of_the_assistant_s_message_before_them(
+    client: openai.OpenAI, engine: FakeEngine
+) -> None:
+    begun: list[Any] = [{"role": "user", "content": "2"}, {"role": "assistant", "content": "Sure."}]
+    function = {"name": "add", "arguments": "{}"}
+    calls = [{"type": "function_call", "call_id": i, **function} for i in "12"]
+    outputs = [{"type": "function_call_output", "call_id": i, "output": "3"} for i in "12"]
+    history: Any = [*begun, *calls, *outputs]
+    counted = client.responses.input_tokens.count(model="tiny", input=history)
+    begun[1]["tool_calls"] = [{"id": i, "type": "function", "function": function} for i in "12"]
+    answers: Any = [{"role": "tool", "tool_call_id": i, "content": "3"} for i in "12"]
+    client.responses.create(model="tiny", input=history)
+    client.chat.completions.create(model="tiny", messages=[*begun, *answers])
+    response, chat = generated(engine)
+    assert response.prompt_ids == chat.prompt_ids
+    assert counted.input_tokens == len(chat.prompt_ids)
+
+
 class Sum(BaseModel):
     total: int
 

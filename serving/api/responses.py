@@ -236,7 +236,13 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
     shared["tool_choice"] = choice = body.tool_choice
     if isinstance(choice, Function):
         shared["tool_choice"] = Tool(type="function", function=choice)
-    chat = ChatRequest(messages=[_message(item) for item in items], **shared)
+    messages: list[ChatMessage] = []
+    for message in map(_message, items):
+        if message.tool_calls and messages and messages[-1].role == "assistant":
+            messages[-1].tool_calls = [*(messages[-1].tool_calls or ()), *message.tool_calls]
+        else:
+            messages.append(message)
+    chat = ChatRequest(messages=messages, **shared)
     if body.instructions:
         chat.messages.insert(0, ChatMessage(role="system", content=body.instructions))
     chat.logprobs, chat.top_logprobs = LOGPROBS in (body.include or []), body.top_logprobs
