@@ -182,11 +182,13 @@ def test_an_option_may_fill_the_context(url: str) -> None:
 
 
 def test_a_state_of_many_levels_is_refused(url: str) -> None:
-    body = '{"questions": {}, "state": ' + "[" * 500 + "]" * 500 + "}"
+    questions = json.dumps({"q": QUESTION})
+    body = f'{{"questions": {questions}, "state": {"[" * 500 + "]" * 500}}}'
     refused = httpx.post(
         f"{url}/v1/systemone", content=body, headers={"Content-Type": "application/json"}
     )
     assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "state"
 
 
 def test_a_classifier_has_no_other_options_than_its_labels(classifier_url: str) -> None:
