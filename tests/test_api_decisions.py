@@ -189,6 +189,7 @@ def test_a_state_of_many_levels_is_refused(url: str) -> None:
     )
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "state"
+    assert "depth" in refused.json()["error"]["message"]  # and not the number of tokens
 
 
 def test_a_classifier_has_no_other_options_than_its_labels(classifier_url: str) -> None:
