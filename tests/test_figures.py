@@ -112,6 +112,15 @@ def test_moving_average_keeps_a_constant() -> None:
     assert [value for _, value in smooth(points)] == pytest.approx([2.0] * 500)
 
 
+def test_curves_of_few_points_are_smoothed_too() -> None:
+    points = [(step, float(step == 2)) for step in range(5)]
+    # Means of three, twice, of what there is at the ends.
+    assert [value for _, value in smooth(points)] == pytest.approx(
+        [1 / 6, 2 / 9, 1 / 3, 2 / 9, 1 / 6]
+    )
+    assert smooth(points[:2]) == points[:2]
+
+
 def test_chart_colours_follow_the_page() -> None:
     svg = draw_curves(Chart("Loss", "", [Series("training", [(1, 2.0), (2, 1.0)])]), 2)
     assert "var(--series-0)" in svg

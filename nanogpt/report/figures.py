@@ -211,7 +211,7 @@ def standalone(svg: str) -> str:
 def smooth(points: Points) -> Points:
     """Return the centred moving average, taken twice, over about a thirtieth of the points."""
     values = np.array([value for _, value in points])
-    window = np.ones(1 + 2 * (len(points) // 60))
+    window = np.ones(1 + 2 * min(-(-len(points) // 60), (len(points) - 1) // 2))
     for _ in range(2):
         sums = np.convolve(values, window, "same")
         values = sums / np.convolve(np.ones(len(points)), window, "same")
