@@ -301,15 +301,6 @@ def test_a_schema_is_followed_as_in_a_chat(client: openai.OpenAI, engine: FakeEn
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "'f'"),
         ({"tools": TOOLS * 2}, "tools", "same name"),
         ({"tools": [{**TOOLS[0], "parameters": json.loads(NESTED)}]}, "tools", "depth"),
-        (
-            {
-                "tools": TOOLS,
-                "tool_choice": "required",
-                "text": {"format": {"type": "json_object"}},
-            },
-            "text.format",
-            "tools",
-        ),
         ({"truncation": "auto"}, "truncation", "use disabled"),
         ({"n": 2}, "n", "not supported"),
         ({"text": {"format": {"type": "grammar"}}}, "text", "json_schema"),

@@ -190,7 +190,6 @@ WIDE = {"properties": {f"k{i}": {"type": "null"} for i in range(1500)}}
         ({"tools": [*TOOLS, tool("x", parameters=ENDLESS)]}, "tools", "has an end"),
         ({"tools": [*TOOLS, tool("x", parameters=WIDE)]}, "tools", "items"),
         ({"tools": [tool("x", parameters={"enum": ["x" * 70_000]})]}, "tools", "characters"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "tools"),
         ({"guided_regex": "a"}, "guided_regex", "tools"),
         ({"stop": ["city"]}, "stop", "could cut a forced call"),
     ],
@@ -203,6 +202,13 @@ def test_what_cannot_be_forced_is_refused_in_a_sentence(
     assert answer.json()["error"]["param"] == param
     assert message in answer.json()["error"]["message"]
     assert generated(engine) == []
+
+
+def test_the_format_of_texts_has_no_effect_on_a_forced_call(engine: FakeEngine, url: str) -> None:
+    for fields in ({}, {"response_format": {"type": "json_object"}}):
+        assert post(url, **fields).status_code == 200
+    plain, formatted = generated(engine)
+    assert formatted.params.grammar == plain.params.grammar != ""
 
 
 def test_calls_and_their_outputs_are_text_in_a_template_without_tools(

@@ -53,7 +53,8 @@ async def grammar_of(body: SamplingRequest, functions: Sequence[Function] = ()) 
     With `functions` it is that of a call of one of them, as `Function.text` spells it.
     """
     given = [(param, kind, value) for param, kind, value in _given(body) if value is not None]
-    if functions:
+    if functions:  # response_format is for texts, and some clients send both
+        given = [own for own in given if own[0] != "response_format"]
         schemas = {f.name: {"type": "object", **(f.parameters or NO_PARAMETERS)} for f in functions}
         given.append(("tools", "tools", schemas))
     if not given:
