@@ -234,17 +234,17 @@ def test_calls_and_their_outputs_are_read_back_as_those_of_chats(
     client: openai.OpenAI, engine: FakeEngine
 ) -> None:
     engine.reply = fixed_reply(CALL)
-    asked: Any = {"role": "user", "content": "2"}
+    question: Any = {"role": "user", "content": "2"}
     first = client.responses.create(
-        model="tiny", input=[asked], tools=TOOLS, tool_choice="required"
+        model="tiny", input=[question], tools=TOOLS, tool_choice="required"
     )
     (call,) = first.output
     output = {"type": "function_call_output", "call_id": call.call_id, "output": "3"}  # type: ignore[union-attr]
-    history: Any = [asked, call, output]
+    history: Any = [question, call, output]
     client.responses.create(model="tiny", input=history, tools=TOOLS)
     function = {"name": "add", "arguments": '{"a": "Grüße"}'}
     messages: Any = [
-        asked,
+        question,
         {
             "role": "assistant",
             "tool_calls": [{"id": "1", "type": "function", "function": function}],

@@ -186,9 +186,9 @@ def test_wide_matrices_are_orthogonalised_as_by_the_iteration_itself(rank: int) 
         gram = expected @ expected.mT
         polynomial = 3.4445 * torch.eye(24) - 4.7750 * gram + 2.0315 * gram @ gram
         expected = polynomial @ expected
-    for ours, wanted in ((left @ right, expected), ((left @ right).mT, expected.mT)):
+    for ours, reference in ((left @ right, expected), ((left @ right).mT, expected.mT)):
         torch.testing.assert_close(
-            orthogonalise(ours, 5), wanted, atol=1e-4, rtol=0, check_dtype=False
+            orthogonalise(ours, 5), reference, atol=1e-4, rtol=0, check_dtype=False
         )
 
 

@@ -22,13 +22,13 @@ def functions_to_call(body: ChatRequest) -> list[Function]:
         raise ApiError(400, "Two tools have the same name; rename one of them.", param="tools")
     if choice in (None, "auto", "none"):
         return []
-    wanted = "a tool"
+    target = "a tool"
     if isinstance(choice, Tool):
-        wanted = repr(choice.function.name)
+        target = repr(choice.function.name)
         functions = [function for function in functions if function.name == choice.function.name]
     if not functions:
         known = ", ".join(names) or "none"
-        message = f"tool_choice needs {wanted} among tools, which has {known}; add it to tools."
+        message = f"tool_choice needs {target} among tools, which has {known}; add it to tools."
         raise ApiError(400, message, param="tool_choice")
     if body.stops:
         raise ApiError(400, "A stop string could cut a forced call; leave stop out.", param="stop")
