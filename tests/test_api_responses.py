@@ -168,7 +168,12 @@ CALL_ORDER = [
 ]
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "add"}])
+ADD, F = ({"type": "function", "name": name} for name in ("add", "f"))
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", ADD, {"type": "allowed_tools", "mode": "required", "tools": [ADD]}]
+)
 def test_a_forced_answer_is_a_call(client: openai.OpenAI, engine: FakeEngine, choice: Any) -> None:
     engine.reply = fixed_reply(CALL)
     answer = client.responses.create(model="tiny", input="2", tools=TOOLS, tool_choice=choice)
@@ -184,14 +189,33 @@ def test_a_forced_answer_is_a_call(client: openai.OpenAI, engine: FakeEngine, ch
     ]
 
 
-def test_a_call_follows_its_grammar_as_in_a_chat(url: str, engine: FakeEngine) -> None:
+@pytest.mark.parametrize(
+    ("choice", "of_chat"),
+    [
+        ("required", "required"),
+        (ADD, {"type": "function", "function": {"name": "add"}}),
+        (
+            {"type": "allowed_tools", "mode": "required", "tools": [ADD]},
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {
+                    "mode": "required",
+                    "tools": [{"type": "function", "function": {"name": "add"}}],
+                },
+            },
+        ),
+    ],
+)
+def test_a_call_follows_its_grammar_as_in_a_chat(
+    url: str, engine: FakeEngine, choice: Any, of_chat: Any
+) -> None:
     engine.reply = fixed_reply(CALL)
-    respond(url, input="2", tools=TOOLS, tool_choice="required")
+    respond(url, input="2", tools=TOOLS, tool_choice=choice)
     functions = [{k: v for k, v in tool.items() if k != "type"} for tool in TOOLS]
     chat = {
         "messages": [{"role": "user", "content": "2"}],
         "tools": [{"type": "function", "function": function} for function in functions],
-        "tool_choice": "required",
+        "tool_choice": of_chat,
     }
     httpx.post(f"{url}/v1/chat/completions", json=chat)
     first, second = generated(engine)
@@ -298,7 +322,15 @@ def test_a_schema_is_followed_as_in_a_chat(client: openai.OpenAI, engine: FakeEn
         ({"background": True}, "background", "whole conversation"),
         ({"tools": [{"type": "web_search"}]}, "tools", "'function'"),
         ({"tool_choice": "required"}, "tool_choice", "tools"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "'f'"),
+        ({"tools": TOOLS, "tool_choice": F}, "tool_choice", "'f'"),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [ADD, F]},
+            },
+            "tool_choice",
+            "'f'",
+        ),
         ({"tools": TOOLS * 2}, "tools", "same name"),
         ({"tools": [{**TOOLS[0], "parameters": json.loads(NESTED)}]}, "tools", "depth"),
         ({"truncation": "auto"}, "truncation", "use disabled"),

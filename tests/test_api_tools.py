@@ -159,9 +159,25 @@ def test_arguments_follow_the_schema_of_their_function(
     assert not any(follows(grammar, f'{{"name": "tree", {text}') for text in others)
 
 
-@pytest.mark.parametrize("choice", [None, "auto", "none"])
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [*map(tool, names)]}}
+
+
+def test_one_of_the_allowed_tools_is_called_where_they_are_required(
+    engine: FakeEngine, url: str
+) -> None:
+    choice = allowed("required", "get weather", "then")
+    (answer,) = post(url, tools=[*TOOLS, tool("then")], tool_choice=choice).json()["choices"]
+    assert (call_in(answer)[0], answer["finish_reason"]) == ("get weather", "tool_calls")
+    grammar = generated(engine)[-1].params.grammar
+    assert follows(grammar, CALL)
+    assert follows(grammar, '{"name": "then", "arguments": {}')
+    assert not follows(grammar, '{"name": "now", "arguments": {}')
+
+
+@pytest.mark.parametrize("choice", [None, "auto", "none", allowed("auto", "now")])
 def test_an_answer_that_need_not_be_a_call_is_text(
-    engine: FakeEngine, url: str, choice: str | None
+    engine: FakeEngine, url: str, choice: Any
 ) -> None:
     (answer,) = post(url, tool_choice=choice).json()["choices"]
     assert answer["message"]["content"] == CALL
@@ -182,6 +198,12 @@ WIDE = {"properties": {f"k{i}": {"type": "null"} for i in range(1500)}}
             "needs 'then' among tools, which has get weather, now",
         ),
         ({"tool_choice": "always"}, "tool_choice", "'required'"),
+        ({"tool_choice": {"type": "custom"}}, "tool_choice", "'allowed_tools'"),
+        ({"tool_choice": allowed("auto", "now", "then")}, "tool_choice", "needs 'then'"),
+        ({"tool_choice": allowed("required", "then")}, "tool_choice", "needs 'then'"),
+        ({"tool_choice": allowed("required")}, "tool_choice", "at least 1"),
+        ({"tool_choice": allowed("none", "now")}, "tool_choice", "'required'"),
+        ({"tool_choice": allowed("required", "now"), "stop": ["x"]}, "stop", "could cut"),
         ({"tools": [*TOOLS, tool("now")]}, "tools", "same name"),
         ({"tools": [*TOOLS, tool("now")], "tool_choice": "auto"}, "tools", "same name"),
         ({"tools": [{"type": "web_search"}]}, "tools", "'function'"),

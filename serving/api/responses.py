@@ -17,6 +17,7 @@ from serving.api.generation import Choice, Piece
 from serving.api.models import ServedModel
 from serving.api.schemas import (
     UNSUPPORTED,
+    AllowedFunctions,
     ChatMessage,
     ChatRequest,
     ContentPart,
@@ -232,10 +233,13 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
         shared["response_format"] = {"type": form.type, "json_schema": schema}
     if body.max_output_tokens is not None:
         shared["max_tokens"] = body.max_output_tokens
-    shared["tools"] = [Tool(type="function", function=tool) for tool in body.tools or ()]
+    shared["tools"] = _tools(body.tools or ())
     shared["tool_choice"] = choice = body.tool_choice
     if isinstance(choice, Function):
-        shared["tool_choice"] = Tool(type="function", function=choice)
+        (shared["tool_choice"],) = _tools([choice])
+    elif isinstance(choice, AllowedFunctions):
+        allowed = {"mode": choice.mode, "tools": _tools(choice.tools)}
+        shared["tool_choice"] = {"type": choice.type, "allowed_tools": allowed}
     messages: list[ChatMessage] = []
     for message in map(_message, items):
         if message.tool_calls and messages and messages[-1].role == "assistant":
@@ -247,6 +251,10 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
         chat.messages.insert(0, ChatMessage(role="system", content=body.instructions))
     chat.logprobs, chat.top_logprobs = LOGPROBS in (body.include or []), body.top_logprobs
     return chat
+
+
+def _tools(functions: Sequence[Function]) -> list[Tool]:
+    return [Tool(type="function", function=function) for function in functions]
 
 
 def _message(item: InputItem) -> ChatMessage:

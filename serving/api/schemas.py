@@ -5,7 +5,7 @@ The OpenAI API's fields and ranges, and those of other servers for what it lacks
 """
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -65,7 +65,8 @@ Bias = Annotated[Number, Field(ge=-100, le=100)]
 Short = Annotated[StrictStr, Field(max_length=256)]
 Ids = Annotated[list[TokenId], Field(max_length=MAX_IDS, fail_fast=True)]
 Content = StrictStr | dict[str, JsonValue] | list[JsonValue]
-
+Mode = Literal["auto", "none", "required"]  # of tool_choice
+BY_TYPE = Field(discriminator="type")
 
 Prompt = Annotated[
     StrictStr | Items[StrictStr] | Ids | Items[Ids], Field(union_mode="left_to_right")
@@ -208,6 +209,20 @@ class Tool(BaseModel):
     function: Function
 
 
+class Allowed(BaseModel, Generic[T]):
+    """Some of the tools, of which an answer calls one where the mode is "required"."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[Items[T], Field(min_length=1)]
+
+
+class AllowedTools(BaseModel):
+    """Some of the tools as a choice."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: Allowed[Tool]
+
+
 class ChatMessage(BaseModel):
     """A turn of a conversation; null is no text, as in a message of tool calls."""
 
@@ -222,7 +237,7 @@ class Conversation(BaseModel):
     """The tools of a conversation, and how it ends."""
 
     tools: Items[Tool] | None = None
-    tool_choice: Literal["auto", "none", "required"] | Tool | None = None
+    tool_choice: Mode | Annotated[Tool | AllowedTools, BY_TYPE] | None = None
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool | None = None  # of the assistant
 
@@ -254,6 +269,12 @@ class FunctionTool(Function):
     type: Literal["function"]
 
 
+class AllowedFunctions(Allowed[FunctionTool]):
+    """Some of the tools as the choice of a response."""
+
+    type: Literal["allowed_tools"]
+
+
 class TextFormat(BaseModel):
     """What the text of a response is; a schema has a name."""
 
@@ -277,7 +298,7 @@ class ResponsesRequest(SamplingRequest):
     max_output_tokens: MaxTokens | None = None
     text: TextOptions | None = None
     tools: Items[FunctionTool] | None = None
-    tool_choice: Literal["auto", "none", "required"] | FunctionTool | None = None
+    tool_choice: Mode | Annotated[FunctionTool | AllowedFunctions, BY_TYPE] | None = None
     include: Items[Short] | None = None  # of these, the log-probabilities
     top_logprobs: Logprobs | None = None
     metadata: Annotated[dict[StrictStr, StrictStr], _at_most(MAX_METADATA, "keys")] | None = None

@@ -7,7 +7,7 @@ from typing import Any
 from serving.api.errors import ApiError
 from serving.api.generation import Choice, Piece
 from serving.api.models import ServedModel
-from serving.api.schemas import ChatRequest, Function, Tool
+from serving.api.schemas import AllowedTools, ChatRequest, Function, Tool
 from serving.api.stream import ChatFormat
 
 
@@ -18,21 +18,23 @@ def functions_to_call(body: ChatRequest) -> list[Function]:
     """
     functions, choice = [tool.function for tool in body.tools or ()], body.tool_choice
     names = [function.name for function in functions]
-    if len({*names}) < len(names):
+    mode, chosen = choice, {*names}
+    if len(chosen) < len(names):
         raise ApiError(400, "Two tools have the same name; rename one of them.", param="tools")
-    if choice in (None, "auto", "none"):
-        return []
-    target = "a tool"
     if isinstance(choice, Tool):
-        target = repr(choice.function.name)
-        functions = [function for function in functions if function.name == choice.function.name]
-    if not functions:
-        known = ", ".join(names) or "none"
+        mode, chosen = "required", {choice.function.name}
+    elif isinstance(choice, AllowedTools):
+        mode = choice.allowed_tools.mode
+        chosen = {tool.function.name for tool in choice.allowed_tools.tools}
+    if (unknown := chosen.difference(names)) or (mode == "required" and not chosen):
+        target, known = repr(min(unknown)) if unknown else "a tool", ", ".join(names) or "none"
         message = f"tool_choice needs {target} among tools, which has {known}; add it to tools."
         raise ApiError(400, message, param="tool_choice")
+    if mode != "required":
+        return []
     if body.stops:
         raise ApiError(400, "A stop string could cut a forced call; leave stop out.", param="stop")
-    return functions
+    return [function for function in functions if function.name in chosen]
 
 
 def call_of(text: str) -> tuple[str, str]:
@@ -48,7 +50,7 @@ class CallFormat(ChatFormat):
         super().__init__(model, choices, body.include_usage)
         self._written = [""] * len(choices)  # so far
         # The OpenAI API has "stop" after a function that tool_choice names.
-        self._end = "tool_calls" if body.tool_choice == "required" else "stop"
+        self._end = "stop" if isinstance(body.tool_choice, Tool) else "tool_calls"
 
     def frames(self, piece: Piece) -> bytes:
         index, content = piece.index, b""
