@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -219,9 +219,6 @@ class PublishedTemplate(Template):
         published = _with_template(tokenizer)
         if not messages:
             raise ValueError("the conversation is empty; give at least one message")
-        about = json.dumps([tools, *(message.fields for message in messages)], ensure_ascii=False)
-        if spelt := published.added_pattern.search(well_formed(about)):
-            raise ValueError(f"a tool or a call spells {spelt[0]}, a token of the model")
         texts = ["\n\n".join(filter(None, (m.content, m.context))) for m in messages]
         contents = [*map(well_formed, texts)]
         # A message of calls has no content, for which templates have another scaffold.
@@ -231,6 +228,8 @@ class PublishedTemplate(Template):
         turns = [{"role": message.role, **(message.fields or {})} for message in messages]
         text = _render(published, turns, contents, tools, add_generation_prompt)
         pieces = MARK.split(_render(published, turns, marks, tools, add_generation_prompt))
+        if tools or any(message.fields for message in messages):
+            _check_fields(published, turns, marks, tools)
         scaffolds, order = pieces[::2], [int(i) for i in pieces[1::2]]
         if order != marked:
             raise ValueError("the chat template omits, repeats or reorders messages; pass others")
@@ -301,15 +300,19 @@ def _render(
     contents: Sequence[str],
     tools: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool,
+    own: Callable[[str], str] = str,
 ) -> str:
-    """Return the template's text, in the environment that transformers renders it in."""
+    """Return the template's text, in the environment that transformers renders it in.
+
+    `own` changes what the template itself spells.
+    """
     messages = [{**turn, "content": c} for turn, c in zip(turns, contents, strict=True)]
     try:
-        text: str = _compiled(str(tokenizer.chat_template)).render(
+        text: str = _compiled(own(str(tokenizer.chat_template))).render(
             messages=messages,
             add_generation_prompt=add_generation_prompt,
-            bos_token=tokenizer.bos_token or "",
-            eos_token=tokenizer.end_tokens[0] if tokenizer.end_tokens else tokenizer.eot_token,
+            bos_token=own(tokenizer.bos_token or ""),
+            eos_token=own([*tokenizer.end_tokens, tokenizer.eot_token][0]),
             tools=tools or None,
             documents=None,
         )
@@ -318,6 +321,29 @@ def _render(
         raise ValueError(
             f"the chat template of {tokenizer.name} fails: {first_line(error)}"
         ) from error
+
+
+def _check_fields(
+    tokenizer: PublishedTokenizer,
+    turns: Sequence[Mapping[str, Any]],
+    marks: Sequence[str],
+    tools: Sequence[Mapping[str, Any]],
+) -> None:
+    """Raise ValueError for a tool or a call that spells a token, alone or with what is beside it.
+
+    Without its own tokens the template gives none then, but for those that it composes of roles.
+    """
+    special = tokenizer.special_tokens  # others that are words may be of Jinja's syntax
+    names = [n for n in tokenizer.added if n in special or not (n.isidentifier() or n.isspace())]
+    pattern = re.compile("|".join(map(re.escape, names)))
+
+    def spelt(turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[str]:
+        text = _render(tokenizer, turns, marks, tools, False, partial(pattern.sub, "\ue002"))
+        return pattern.findall(text)
+
+    roles = [{"role": turn["role"]} for turn in turns]
+    if (found := spelt(turns, tools)) and found != spelt(roles, ()):
+        raise ValueError(f"a tool or a call spells {found[0]}, a token of the model")
 
 
 def _as_rendered(text: str, scaffolds: list[str], contents: list[str]) -> list[str]:
