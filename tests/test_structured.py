@@ -7,7 +7,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from nanogpt.tokenizer import byte_tokenizer
 from serving.api.structured import OPTIONS
@@ -222,6 +222,23 @@ def test_a_grammar_that_fails_is_a_refusal_for_its_request_alone(checkpoint: Pat
     assert isinstance(failed, Failed)
     assert failed.kind == "invalid"
     assert ended(answers["good"]) == "length"
+
+
+def test_a_grammar_that_grows_too_large_refuses_its_request_alone(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = LLParserLimits(max_lexer_states=500, verbose_errors=False)
+    monkeypatch.setattr("serving.engine.grammar.LIMITS", limits)
+    wide = {"grammar": LLMatcher.grammar_from_regex("(.*[a-m].{60}){2}"), "stop_ids": (EOT,)}
+    growing = generate("growing", [65], max_tokens=250, temperature=1.0, seed=1, **wide)
+    answers = InlineEngine(checkpoint).all([growing, generate("free", [65], max_tokens=250)])
+    failed = answers["growing"].end
+    assert isinstance(failed, Failed)
+    assert failed.kind == "invalid"
+    assert failed.message.startswith("The grammar became too large for this answer (lexer error: ")
+    assert len(answers["growing"].ids) > 1
+    assert ended(answers["free"]) == "length"
+    assert not [one for one in caplog.records if one.exc_info]
 
 
 def test_a_request_that_is_cancelled_while_its_grammar_compiles_is_gone(checkpoint: Path) -> None:

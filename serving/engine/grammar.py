@@ -42,7 +42,7 @@ class Matcher:
         """
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise ValueError(f"the grammar: {_reason(self._matcher)}")
+            raise ValueError(_reason(self._matcher))
         bits = int.from_bytes(mask, "little")
         may_end, allowed = bits >> self._end_id & 1, bits & self._ordinary
         for i in stop_ids if may_end else ():

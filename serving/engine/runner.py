@@ -28,7 +28,6 @@ from serving.engine.messages import (
     Embedded,
     EngineError,
     Failed,
-    FailureKind,
     Generate,
     Message,
     ModelDetails,
@@ -224,10 +223,11 @@ class Runner:
         self.scheduler.remove(sequence, clean=False)
         self.stats.failed += 1
         request_id = sequence.request.request_id
-        log.error("a request failed", exc_info=error, extra=of_request(request_id))
-        why = f"The answer could not be computed ({type(error).__name__}: {error})."
-        kind: FailureKind = "overloaded" if out_of_memory(error) else "internal"
-        self.emit(sequence.client, Failed(request_id, kind, why))
+        if not isinstance(error, EngineError):
+            log.error("a request failed", exc_info=error, extra=of_request(request_id))
+            why = f"The answer could not be computed ({type(error).__name__}: {error})."
+            error = EngineError("overloaded" if out_of_memory(error) else "internal", why)
+        self.emit(sequence.client, Failed(request_id, error.kind, str(error)))
 
     def _score(self, computed: list[Computed]) -> None:
         """Add the log-probabilities of the step's tokens; return all after the last."""

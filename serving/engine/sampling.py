@@ -19,7 +19,7 @@ from torch import Tensor
 from nanogpt.generation import allowed_tokens
 from nanogpt.splitmix import GAMMA, splitmix64
 from serving.engine.forward import upload
-from serving.engine.messages import MIN_LOGPROB, Logprobs, SamplingParams, Tokens
+from serving.engine.messages import MIN_LOGPROB, EngineError, Logprobs, SamplingParams, Tokens
 from serving.engine.scheduler import SequenceState
 
 CANDIDATES = (256, 4096)  # likeliest tokens that are sorted; all only where they do not suffice
@@ -144,8 +144,15 @@ def _adjusted(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
 
 
 def _allowed(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
-    """Return logits of minus infinity for what grammars forbid; the same ones without any."""
-    masks = [s.matcher and s.matcher.allowed(_stop_ids(s)) for s in sequences]
+    """Return logits of minus infinity for what grammars forbid; the same ones without any.
+
+    Raises EngineError for a grammar that has become too large.
+    """
+    try:
+        masks = [s.matcher and s.matcher.allowed(_stop_ids(s)) for s in sequences]
+    except ValueError as error:
+        reason = f"The grammar became too large for this answer ({error}); use a simpler one."
+        raise EngineError("invalid", reason) from error
     n_bytes = max(len(mask or b"") for mask in masks)
     if not n_bytes:
         return logits
