@@ -26,6 +26,7 @@ from nanogpt.tokenizer import BYTE_OF_LETTER, END_OF_TEXT, PATTERN_SAMPLE, Token
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
+Turns = Sequence[Mapping[str, Any]]  # messages, or tools, as a chat template reads them
 MARK = re.compile("\ue000(\\d+)\ue001")
 # What templates do to contents: nothing, strip them, or leave earlier reasoning out.
 CHANGES: tuple[Callable[[str], str], ...] = (
@@ -204,7 +205,7 @@ class PublishedTemplate(Template):
         self,
         tokenizer: Tokenizer,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] = (),
+        tools: Turns = (),
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
@@ -296,9 +297,9 @@ def _compiled(template: str) -> Any:
 
 def _render(
     tokenizer: PublishedTokenizer,
-    turns: Sequence[Mapping[str, Any]],
+    turns: Turns,
     contents: Sequence[str],
-    tools: Sequence[Mapping[str, Any]],
+    tools: Turns,
     add_generation_prompt: bool,
     own: Callable[[str], str] = str,
 ) -> str:
@@ -324,21 +325,18 @@ def _render(
 
 
 def _check_fields(
-    tokenizer: PublishedTokenizer,
-    turns: Sequence[Mapping[str, Any]],
-    marks: Sequence[str],
-    tools: Sequence[Mapping[str, Any]],
+    published: PublishedTokenizer, turns: Turns, marks: list[str], tools: Turns
 ) -> None:
     """Raise ValueError for a tool or a call that spells a token, alone or with what is beside it.
 
     Without its own tokens the template gives none then, but for those that it composes of roles.
     """
-    special = tokenizer.special_tokens  # others that are words may be of Jinja's syntax
-    names = [n for n in tokenizer.added if n in special or not (n.isidentifier() or n.isspace())]
+    special = published.special_tokens  # others that are words may be of Jinja's syntax
+    names = [n for n in published.added if n in special or not (n.isidentifier() or n.isspace())]
     pattern = re.compile("|".join(map(re.escape, names)))
 
-    def spelt(turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[str]:
-        text = _render(tokenizer, turns, marks, tools, False, partial(pattern.sub, "\ue002"))
+    def spelt(turns: Turns, tools: Turns) -> list[str]:
+        text = _render(published, turns, marks, tools, False, partial(pattern.sub, "\ue002"))
         return pattern.findall(text)
 
     roles = [{"role": turn["role"]} for turn in turns]

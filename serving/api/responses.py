@@ -7,6 +7,7 @@ An event of a stream has its type as its name, and a number; the last is `respon
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -96,9 +97,8 @@ class ResponsesFormat(ChatFormat):
             "error": None,
             "parallel_tool_calls": True,
             "text": {"format": text_format},
-            "tool_choice": body.model_dump(include={"tool_choice"}, exclude_none=True).get(
-                "tool_choice", "auto"
-            ),
+            "tool_choice": "auto",
+            **body.model_dump(include={"tool_choice"}, exclude_none=True),
             "tools": [tool.model_dump(exclude={"arguments"}) for tool in body.tools or ()],
         }
 
@@ -233,12 +233,13 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
         shared["response_format"] = {"type": form.type, "json_schema": schema}
     if body.max_output_tokens is not None:
         shared["max_tokens"] = body.max_output_tokens
-    shared["tools"] = _tools(body.tools or ())
+    tool = partial(Tool, type="function")
+    shared["tools"] = [tool(function=function) for function in body.tools or ()]
     shared["tool_choice"] = choice = body.tool_choice
     if isinstance(choice, Function):
-        (shared["tool_choice"],) = _tools([choice])
+        shared["tool_choice"] = tool(function=choice)
     elif isinstance(choice, AllowedFunctions):
-        allowed = {"mode": choice.mode, "tools": _tools(choice.tools)}
+        allowed = {"mode": choice.mode, "tools": [tool(function=one) for one in choice.tools]}
         shared["tool_choice"] = {"type": choice.type, "allowed_tools": allowed}
     messages: list[ChatMessage] = []
     for message in map(_message, items):
@@ -251,10 +252,6 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
         chat.messages.insert(0, ChatMessage(role="system", content=body.instructions))
     chat.logprobs, chat.top_logprobs = LOGPROBS in (body.include or []), body.top_logprobs
     return chat
-
-
-def _tools(functions: Sequence[Function]) -> list[Tool]:
-    return [Tool(type="function", function=function) for function in functions]
 
 
 def _message(item: InputItem) -> ChatMessage:

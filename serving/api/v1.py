@@ -77,16 +77,9 @@ async def model(request: Request, model_id: str) -> Response:
     call = Call(request)
     served = await call.load(model_id)
     details = served.details
-    about = {
-        "stage": details.stage,
-        "step": details.step,
-        "max_model_len": details.block_size,
-        "vocab_size": details.vocab_size,
-        "parameters": details.n_params,
-        "dtype": details.dtype,
-        "template": served.template.name,
-        "labels": details.labels,
-    }
+    about = {n: getattr(details, n) for n in ("stage", "step", "vocab_size", "dtype", "labels")}
+    about |= {"parameters": details.n_params, "template": served.template.name}
+    about["max_model_len"] = details.block_size
     return json_response({**_describe(call.catalogue.find(model_id)), **about})
 
 
@@ -105,17 +98,10 @@ async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
     prompts = [await _prompt(model, text, 0, "input") for text in texts]
     requests = [Embed(call.new_id(), model.id, p.ids, **call.labels) for p in prompts]
     vectors = [answer.vector for answer in await call.answers(requests, Embedded)]
-    in_text = body.encoding_format == "base64"
-    data = [
-        {
-            "object": "embedding",
-            "index": index,
-            "embedding": base64.b64encode(vector).decode()
-            if in_text
-            else struct.unpack(f"<{width}f", vector),
-        }
-        for index, vector in enumerate(vectors)
-    ]
+    spelt: list[Any] = [struct.unpack(f"<{width}f", vector) for vector in vectors]
+    if body.encoding_format == "base64":
+        spelt = [base64.b64encode(vector).decode() for vector in vectors]
+    data = [{"object": "embedding", "index": i, "embedding": own} for i, own in enumerate(spelt)]
     n = sum(len(prompt.ids) for prompt in prompts)
     usage = {"prompt_tokens": n, "total_tokens": n}
     return json_response({"object": "list", "data": data, "model": model.id, "usage": usage})

@@ -205,10 +205,8 @@ class EngineProcess:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.restarts = settings, 0
         root = tempfile.gettempdir()
-        is_long = len(os.fsencode(root)) > MAX_ROOT_BYTES
-        self._directory = tempfile.TemporaryDirectory(
-            prefix="nanogpt-", dir="/tmp" if is_long else root
-        )
+        root = root if len(os.fsencode(root)) <= MAX_ROOT_BYTES else "/tmp"
+        self._directory = tempfile.TemporaryDirectory(prefix="nanogpt-", dir=root)
         self.address = f"unix:{self._directory.name}/engine.sock"
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()

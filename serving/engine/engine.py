@@ -152,8 +152,7 @@ class Engine:
         default = {task: self.registry.default(task) for task in tasks}
         models = []
         for entry in self.registry.entries:
-            runner = self.runners.get(entry.id)
-            weights = runner.entry if runner else entry
+            weights = runner.entry if (runner := self.runners.get(entry.id)) else entry
             models.append(
                 ModelInfo(
                     id=entry.id,

@@ -82,7 +82,7 @@ class Grammars:
             for known in done[: len(self._compiled) + 1 - MAX_COMPILED]:
                 del self._compiled[known]
             size = threading.stack_size(STACK_BYTES)  # of the thread that may be started
-            compiled = _compiler.submit(self._compile, grammar)
+            compiled = _compiler.submit(lambda: compile_grammar(grammar, self._vocabulary))
             threading.stack_size(size)
             compiled.add_done_callback(lambda _: on_ready())
         self._compiled[grammar] = compiled
@@ -102,9 +102,6 @@ class Grammars:
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
         return LLTokenizer(TokenizerWrapper(self))
-
-    def _compile(self, grammar: str) -> LLMatcher:
-        return compile_grammar(grammar, self._vocabulary)
 
 
 def compile_grammar(grammar: str, vocabulary: LLTokenizer) -> LLMatcher:

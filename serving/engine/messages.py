@@ -31,7 +31,6 @@ FailureKind = Literal[
     "internal",  # this request failed while it was computed, others did not: 500
 ]
 
-
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Heartbeat = Annotated[float, Field(ge=2, le=86_400, allow_inf_nan=False)]  # comes every second
 Seconds = Annotated[float, Field(gt=0, le=86_400 * 366, allow_inf_nan=False)]
@@ -57,9 +56,8 @@ class Settings(BaseModel):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None  # null: all cores
     invariant: bool = True  # an answer does not depend on its company
     max_slots: Annotated[int, Field(ge=1, le=65536)] | None = None  # null: by device
-    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
-        None  # of all models; null: a quarter of the memory
-    )
+    # Of all models; null: a quarter of the memory.
+    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     max_queue: Count = 256
     max_models: Count = 4
     chunk_tokens: Count | None = None  # prompts are read in pieces of this many; null: by device

@@ -17,14 +17,12 @@ from nanogpt.runs.directory import find_path, read_summary
 from serving.engine.messages import Task
 
 # Chat clients hide models whose ids contain these: they belong to other kinds of models.
-HIDDEN = (
-    *("embedding", "davinci", "curie", "moderation", "ada"),
-    *("babbage", "tts", "whisper", "dall-e"),
+_HIDDEN = re.compile(
+    "embedding|davinci|curie|moderation|ada|babbage|tts|whisper|dall-e", re.IGNORECASE
 )
 # Of models whose ids begin so, they change the parameters of requests.
 CHANGED = ("o1", "o3", "o4", "codex", "computer-use", "gpt-5")
-_HIDDEN = re.compile("|".join(HIDDEN), re.IGNORECASE)
-_SPLIT = "|".join(f"{word[0]}-{word[1:]}" for word in HIDDEN)
+_SPLIT = "|".join(f"{word[0]}-{word[1:]}" for word in _HIDDEN.pattern.split("|"))
 # Names that read like the ids of others that were changed.
 _CHANGED = re.compile(f"{_SPLIT}|-searching-|^model-({'|'.join(CHANGED)})", re.IGNORECASE)
 
@@ -86,16 +84,12 @@ class Registry:
         """
         if self.default_name:
             return self.find(self.default_name)
-        return max(
-            self.entries,
-            key=lambda e: (
-                task is not None and e.task == task,
-                e.task is not None and e.key not in self.failures,
-                e.rank,
-                e.created,
-            ),
-            default=None,
-        )
+
+        def rank(entry: Entry) -> tuple[int, ...]:
+            is_sound = entry.task is not None and entry.key not in self.failures
+            return task is not None and entry.task == task, is_sound, entry.rank, entry.created
+
+        return max(self.entries, key=rank, default=None)
 
     def get(self, id_: str) -> Entry | None:
         """Return the entry of an id."""

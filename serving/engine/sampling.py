@@ -178,14 +178,8 @@ def _changes(sequence: SequenceState) -> np.ndarray:
     n_counted = n_counted if p.frequency_penalty or p.presence_penalty else 0
     if not (n_seen or n_counted or p.logit_bias):
         return UNCHANGED
-    seen, answer, biased = (
-        np.array(ids, np.int64)
-        for ids in (
-            sequence.ids[:n_seen],
-            sequence.ids[-n_counted:] * (n_counted > 0),
-            [*p.logit_bias],
-        )
-    )
+    given = (sequence.ids[:n_seen], sequence.ids[-n_counted:] * (n_counted > 0), [*p.logit_bias])
+    seen, answer, biased = (np.array(ids, np.int64) for ids in given)
     counted, counts = np.unique(answer, return_counts=True)
     ids = np.unique(np.concatenate((seen, counted, biased)))
     changes = np.zeros((4, len(ids)))
@@ -217,26 +211,20 @@ def _numbers(sequence: SequenceState, n_vocab: int) -> tuple[float, ...]:
 def _sample(sums: Tensor, numbers: Tensor) -> Tensor:
     """Return the index (R,) of each row of running sums (R, K) at which its number (R, 1) lies."""
     total = sums[:, -1:]
-    mass = torch.minimum(
-        numbers * total, total.nextafter(torch.zeros_like(total))
-    )  # it may round up
+    below = total.nextafter(torch.zeros_like(total))
+    mass = torch.minimum(numbers * total, below)  # the product may round up
     return torch.searchsorted(sums, mass, right=True)[:, 0].clamp_max(sums.size(-1) - 1)
 
 
 def _sample_among(
-    weights: Tensor,
-    sums: Tensor | None,
-    n: int,
-    numbers: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
+    weights: Tensor, sums: Tensor | None, n: int, numbers: Tensor, *filters: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sample among the n likeliest tokens (R, V), filtered by top_k, top_p, min_p in this order.
 
     `sums` (R, V) of all weights are needed for rows without top_k. Returns tokens (R,) and whether
     the n are sure to hold all that may be drawn (R,).
     """
+    top_k, top_p, min_p = filters
     best = weights.topk(n)
     w, is_all = best.values, top_k == weights.size(-1)
     sums_of_best = w.cumsum(-1, dtype=torch.float64)
