@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from nanogpt.tokenizer import byte_tokenizer
 from tests.fake_engine import FakeEngine
@@ -103,6 +104,14 @@ def test_the_client_assembles_a_stream_to_the_whole_call(client: openai.OpenAI) 
         assert theirs.finish_reason == ours.finish_reason == "tool_calls"
         assert theirs.logprobs.content == ours.logprobs.content
     assert len({choice.message.tool_calls[0].id for choice in whole.choices}) == 2
+
+
+@pytest.mark.parametrize("fields", [{}, {"tool_choice": NAMED}, {"max_tokens": 40}])
+def test_calls_are_the_client_s_own_types(url: str, fields: dict[str, Any]) -> None:
+    fields |= {"n": 2, "logprobs": True, "top_logprobs": 1}
+    ChatCompletion.model_validate(post(url, **fields).json(), strict=True)
+    for line in post(url, stream=True, **fields).text.split("\n\n")[:-2]:
+        ChatCompletionChunk.model_validate_json(line.removeprefix("data: "), strict=True)
 
 
 @pytest.mark.parametrize("stream", [False, True])

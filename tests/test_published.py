@@ -310,6 +310,7 @@ def test_a_template_may_compose_its_tokens_of_roles(tmp_path: Path) -> None:
     made.add_special_tokens([AddedToken("<|tool|>"), AddedToken("<|assistant|>")])
     made.save(str(tmp_path / "tokenizer.json"))
     tokenizer = read_tokenizer(tmp_path, n_ids=1600)
+    assert isinstance(tokenizer, PublishedTokenizer)
     ids = served_ids(tokenizer, tmp_path, messages=WITH_CALL[1:3])
     added = tokenizer.special_tokens
     expected = [added["<|assistant|>"], *tokenizer.encode("<add>"), added["<|tool|>"]]

@@ -229,8 +229,8 @@ def test_a_grammar_that_grows_too_large_refuses_its_request_alone(
 ) -> None:
     limits = LLParserLimits(max_lexer_states=500, verbose_errors=False)
     monkeypatch.setattr("serving.engine.grammar.LIMITS", limits)
-    wide = {"grammar": LLMatcher.grammar_from_regex("(.*[a-m].{60}){2}"), "stop_ids": (EOT,)}
-    growing = generate("growing", [65], max_tokens=250, temperature=1.0, seed=1, **wide)
+    grammar = str(LLMatcher.grammar_from_regex("(.*[a-m].{60}){2}"))
+    growing = generate("growing", [65], grammar=grammar, max_tokens=250, temperature=1.0, seed=1)
     answers = InlineEngine(checkpoint).all([growing, generate("free", [65], max_tokens=250)])
     failed = answers["growing"].end
     assert isinstance(failed, Failed)
