@@ -3,8 +3,9 @@
 import { fetchJson } from "./api.js";
 import { byId, h, iconButton, svg } from "./dom.js";
 import { showFailure } from "./failures.js";
+import "./runs_words.js";
 import { startShell } from "./shell.js";
-import { language, number, onLanguage, percent, t, WORDS } from "./words.js";
+import { language, number, onLanguage, percent, t } from "./words.js";
 
 const LOOK_MS = 5_000; // between two refreshes, for runs that may be training
 const WIDTH = 320;
@@ -43,15 +44,6 @@ function render() {
   byId("boards").replaceChildren(...Object.entries(boards).map(board));
   byId("runs").replaceChildren(...(runs.length ? runs.map(card) : [nothing]));
 }
-
-Object.assign(WORDS, {
-  rank: ["rank", "名次"],
-  run: ["run", "训练"],
-  seeds: ["seeds", "种子数"],
-  difference: ["difference to the best", "与最佳之差"],
-  interval: ["95 % interval", "95% 区间"],
-  time: ["time, s", "用时（秒）"],
-});
 
 /** The runs of a sweep, grouped by all but their seed, the best first. */
 function board([sweep, rows]) {

@@ -6,6 +6,7 @@ import { test } from "node:test";
 
 import "./dom.mjs";
 import { indented } from "../../serving/static/json.js";
+import "../../serving/static/runs_words.js";
 import * as store from "../../serving/static/store.js";
 import { number, percent, t } from "../../serving/static/words.js";
 
@@ -79,7 +80,7 @@ test("a full storage is reported, and the conversation lives as long as the page
 
 test("every text of the page exists once, in both languages", () => {
   const texts = readdirSync(STATIC).map((name) => readFileSync(new URL(name, STATIC), "utf8"));
-  const entries = [...readFileSync(new URL("words.js", STATIC), "utf8").matchAll(/^  "?([\w.]+)"?: \[/gm)].map(([, name]) => name);
+  const entries = [...texts.join("\n").matchAll(/^  "?([\w.]+)"?: \[(?:"|$)/gm)].map(([, name]) => name);
   assert.equal(new Set(entries).size, entries.length);
   const named = /data-t(?:-\w+)?="(\w+)"|(?<!\w)t\("([\w.]+)"/g;
   const used = texts.flatMap((text) => [...text.matchAll(named)].map(([, one, other]) => one ?? other));
