@@ -32,14 +32,12 @@ function start() {
     const isOpen = () => button.ariaDisabled !== "true";
     button.onclick = () => (isOpen() ? setMode(button.dataset.mode) : notice(button.title));
   }
-  byId("settings-button").addEventListener("click", () =>
-    byId("settings").hidden ? openSettings(true) : closeSettings(),
-  );
-  byId("menu").addEventListener("click", () => toggleMenu());
-  byId("conversations").addEventListener("click", (event) => {
+  byId("settings-button").onclick = () => (byId("settings").hidden ? openSettings(true) : closeSettings());
+  byId("menu").onclick = () => toggleMenu();
+  byId("conversations").onclick = (event) => {
     if (event.target.closest(".name, #new-chat")) toggleMenu(false);
-  });
-  document.querySelector("main").addEventListener("click", () => toggleMenu(false));
+  };
+  document.querySelector("main").onclick = () => toggleMenu(false);
   onKey(document, onEscape);
   addEventListener("online", watch);
   document.addEventListener("visibilitychange", () => document.hidden || watch());
@@ -76,8 +74,7 @@ function setMode(name) {
   document.body.dataset.mode = mode;
   for (const name of Object.keys(FIELDS)) byId(name).hidden = name !== mode;
   for (const button of byId("modes").children) {
-    if (button.dataset.mode === mode) button.setAttribute("aria-current", "true");
-    else button.removeAttribute("aria-current");
+    button.ariaCurrent = button.dataset.mode === mode ? "true" : null;
   }
   byId("skip").href = `#${FIELDS[mode]}`;
   VIEWS[mode](false);
@@ -90,19 +87,19 @@ function openSettings(isAsked) {
   const system = mode === "chat" ? systemPrompt() : null;
   showSettings({ close: closeSettings, system });
   byId("settings").hidden = false;
-  byId("settings-button").setAttribute("aria-expanded", "true");
+  byId("settings-button").ariaExpanded = "true";
   if (isAsked) byId("settings").querySelector("textarea, input").focus();
 }
 
 function closeSettings() {
   byId("settings").hidden = true;
-  byId("settings-button").setAttribute("aria-expanded", "false");
+  byId("settings-button").ariaExpanded = "false";
   byId("settings-button").focus();
 }
 
 function toggleMenu(isOpen = !document.body.classList.contains("menu-open")) {
   document.body.classList.toggle("menu-open", isOpen);
-  byId("menu").setAttribute("aria-expanded", String(isOpen));
+  byId("menu").ariaExpanded = String(isOpen);
 }
 
 function onEscape(event) {

@@ -25,12 +25,12 @@ let onConversation = () => {};
 export function startChat(whenAnother) {
   onConversation = whenAnother;
   shown = store.conversation(store.load(LAST, "")) ?? store.newConversation();
-  byId("chat-form").addEventListener("submit", submit);
+  byId("chat-form").onsubmit = submit;
   onKey(byId("chat-text"), onEnter);
-  byId("chat-text").addEventListener("input", onInput);
-  byId("chat-stop").addEventListener("click", stopChat);
-  byId("edit-cancel").addEventListener("click", cancelEdit);
-  byId("new-chat").addEventListener("click", () => open(store.newConversation()));
+  byId("chat-text").oninput = onInput;
+  byId("chat-stop").onclick = stopChat;
+  byId("edit-cancel").onclick = cancelEdit;
+  byId("new-chat").onclick = () => open(store.newConversation());
   addEventListener("pagehide", () => running && store.keepConversation(running.conversation));
   store.onConversationChanged(onOtherTab);
   startList({ current: () => shown, answered: () => running?.conversation, open, stop: stopChat });
@@ -202,7 +202,7 @@ function render() {
   const log = byId("log");
   const isGrowing = running?.conversation === shown;
   const follows = isGrowing && isAtEnd();
-  log.setAttribute("aria-busy", String(isGrowing));
+  log.ariaBusy = String(isGrowing);
   log.replaceChildren(...drawn(shown, running, does));
   showButton();
   if (follows) scrollToEnd();

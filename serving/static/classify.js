@@ -17,12 +17,12 @@ export function startClassify() {
   const field = byId("classify-text");
   field.value = load(NAME, "");
   const later = debounced(classify, PAUSE_MS);
-  field.addEventListener("input", () => {
+  field.oninput = () => {
     save(NAME, field.value);
     later();
-  });
+  };
   onControlEnter(field, classify);
-  byId("classify-go").addEventListener("click", classify);
+  byId("classify-go").onclick = classify;
 }
 
 /** Render in another language or for another model. */

@@ -24,18 +24,18 @@ let inspected = null; // the token whose candidates are shown
 
 export function startComplete() {
   field().value = load(NAME, "");
-  field().addEventListener("input", onInput);
+  field().oninput = onInput;
   onControlEnter(field(), go);
   onKey(field(), (event) => event.key.startsWith("Arrow") && inspectCaret(), "keyup");
-  field().addEventListener("click", inspectCaret);
-  byId("editor").addEventListener("mousemove", inspectPointer);
-  byId("editor").addEventListener("mouseleave", () => inspect(null));
-  byId("go").addEventListener("click", go);
-  byId("complete-stop").addEventListener("click", () => running?.abort());
-  byId("complete-undo").addEventListener("click", undo);
-  byId("complete-again").addEventListener("click", () => undo() && go());
-  byId("complete-clear").addEventListener("click", clear);
-  byId("score").addEventListener("click", score);
+  field().onclick = inspectCaret;
+  byId("editor").onmousemove = inspectPointer;
+  byId("editor").onmouseleave = () => inspect(null);
+  byId("go").onclick = go;
+  byId("complete-stop").onclick = () => running?.abort();
+  byId("complete-undo").onclick = undo;
+  byId("complete-again").onclick = () => undo() && go();
+  byId("complete-clear").onclick = clear;
+  byId("score").onclick = score;
 }
 
 /** Render; the probabilities of another model are dropped. */
@@ -215,7 +215,7 @@ function render() {
   const below = tokens.length ? h("p", { class: "note" }, t("legend"), " ", ...legend.flatMap((e) => [e, " "])) : "";
   byId("complete-below").replaceChildren(text || running ? below : examples(t("completeTry"), begin));
   field().readOnly = running !== null;
-  byId("editor").setAttribute("aria-busy", String(running !== null));
+  byId("editor").ariaBusy = String(running !== null);
   byId("go").hidden = running !== null;
   byId("complete-stop").hidden = running === null;
   byId("complete-undo").disabled = byId("complete-again").disabled = !before || running !== null;

@@ -21,7 +21,7 @@ function entry(conversation) {
   const select = () => chat.open(isAnswered(conversation) ? chat.answered() : conversation);
   const line = h("li", { class: isCurrent ? "current" : "" });
   const name = h("button", { class: "name", dir: "auto", onclick: select, title }, title);
-  if (isCurrent) name.setAttribute("aria-current", "true");
+  if (isCurrent) name.ariaCurrent = "true";
   line.append(
     name,
     iconButton("i-edit", t("rename"), () => rename(line, conversation)),
@@ -48,7 +48,7 @@ function rename(line, conversation) {
     if (event.key === "Escape") end(false);
     event.stopPropagation();
   });
-  field.addEventListener("blur", () => end(true));
+  field.onblur = () => end(true);
   line.replaceChildren(field);
   field.select();
 }

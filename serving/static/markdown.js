@@ -91,10 +91,10 @@ function fence(lines, at) {
 
 function codeBlock(code, language) {
   const button = h("button", { class: "quiet" }, icon("i-copy"), t("copy"));
-  button.addEventListener("click", async () => {
+  button.onclick = async () => {
     await copy(code);
     button.lastChild.textContent = t("copied");
-  });
+  };
   const head = h("figcaption", {}, h("span", {}, language.slice(0, 30)), button);
   const body = h("pre", { tabindex: "0" }, h("code", { dir: "ltr" }, code));
   return h("figure", { class: "code" }, head, body);

@@ -22,7 +22,7 @@ export function modeOf(found) {
 /** Call `action(details, isAnother)` when the model or its weights change. */
 export function onModel(action) {
   listener = action;
-  byId("models").addEventListener("change", (event) => choose(event.target.value));
+  byId("models").onchange = (event) => choose(event.target.value);
 }
 
 /** Fetch the models; select the default if none is; return their number. */

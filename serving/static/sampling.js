@@ -98,39 +98,39 @@ function control(name) {
     keep(name, within(value, min, max, step, first));
     slider.value = chosen[name];
   };
-  slider.addEventListener("input", () => {
+  slider.oninput = () => {
     set(slider.valueAsNumber);
     field.value = chosen[name];
-  });
-  field.addEventListener("input", () => field.value !== "" && set(field.valueAsNumber));
-  field.addEventListener("change", () => {
+  };
+  field.oninput = () => field.value !== "" && set(field.valueAsNumber);
+  field.onchange = () => {
     set(field.valueAsNumber);
     field.value = chosen[name];
-  });
+  };
   return labelled(t(name), hint, field, slider);
 }
 
 function textField(name, words, hint) {
   const field = h("textarea", { id: `sampling-${name}`, rows: 2, spellcheck: "false" });
   field.value = chosen[name];
-  field.addEventListener("input", () => keep(name, field.value));
+  field.oninput = () => keep(name, field.value);
   return labelled(words, hint, field);
 }
 
 function seedField() {
   const limits = { min: 0, max: Number.MAX_SAFE_INTEGER, step: 1, value: chosen.seed };
   const field = h("input", { type: "number", id: "sampling-seed", ...limits });
-  field.addEventListener("change", () => {
+  field.onchange = () => {
     keep("seed", sane({ seed: field.value === "" ? null : field.valueAsNumber }).seed);
     field.value = chosen.seed ?? "";
-  });
+  };
   return labelled(t("seed"), t("seedHint"), field);
 }
 
 function systemField({ text, onChange }) {
   const field = h("textarea", { id: "system-prompt", rows: 4, dir: "auto" });
   field.value = text;
-  field.addEventListener("input", () => onChange(field.value));
+  field.oninput = () => onChange(field.value);
   return labelled(t("systemPrompt"), null, field);
 }
 

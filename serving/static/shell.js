@@ -15,15 +15,15 @@ export function startShell() {
   }
   translate(document);
   onKeyNeeded(askForKey);
-  byId("language").addEventListener("click", () => {
+  byId("language").onclick = () => {
     setLanguage(language() === "zh" ? "en" : "zh");
     choose({ language: language() });
-  });
-  byId("theme").addEventListener("click", () => {
+  };
+  byId("theme").onclick = () => {
     const next = THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length];
     choose({ theme: next });
     showTheme();
-  });
+  };
   onLanguage(showTheme);
   showTheme();
   addEventListener("storage", (event) => event.key === PAGE && showTheme());
@@ -37,9 +37,7 @@ function showTheme() {
   const name = theme();
   if (name === "system") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = name;
-  const label = t("themeIs", { name: t(name) });
-  byId("theme").setAttribute("aria-label", label);
-  byId("theme").title = label;
+  byId("theme").ariaLabel = byId("theme").title = t("themeIs", { name: t(name) });
 }
 
 function keyDialog() {

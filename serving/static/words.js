@@ -7,7 +7,6 @@ export const WORDS = {
   runs: ["Runs", "训练记录"],
   model: ["Model", "模型"],
   settings: ["Settings", "设置"],
-  theme: ["Theme: system, light, dark", "主题：跟随系统、浅色、深色"],
   themeIs: ["Theme: {name}", "主题：{name}"],
   system: ["system", "跟随系统"],
   light: ["light", "浅色"],
@@ -183,9 +182,7 @@ export function translate(root) {
     element.textContent = t(element.dataset.t);
   }
   for (const element of root.querySelectorAll("[data-t-label]")) {
-    const label = t(element.dataset.tLabel);
-    element.setAttribute("aria-label", label);
-    element.title = label;
+    element.ariaLabel = element.title = t(element.dataset.tLabel);
   }
   for (const element of root.querySelectorAll("[data-t-placeholder]")) {
     element.placeholder = t(element.dataset.tPlaceholder);
