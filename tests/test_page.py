@@ -80,6 +80,25 @@ def test_a_text_is_classified_while_it_is_written(browser: Any, url: str) -> Non
         assert shown == pytest.approx(max(expected["probs"]), abs=0.0006)
 
 
+def test_a_language_model_weighs_the_options_that_are_entered(browser: Any, url: str) -> None:
+    with opened(browser, url, path="/?model=base") as page:
+        page.click("[data-mode=classify]")
+        page.fill("#classify-text", "The sky is")
+        page.fill("#classify-options", " blue\n\n green\n red")
+        page.wait_for_selector(".label")
+        question = {"type": "choice", "criteria": {" blue": None, " green": None, " red": None}}
+        body = {"model": "base", "state": "The sky is", "questions": {"next": question}}
+        answer = httpx.post(f"{url}/v1/systemone", json=body).json()["answers"]["next"]
+        expected = sorted(answer["probabilities"].items(), key=lambda item: -item[1])
+        names = page.locator(".label .name").all_text_contents()
+        assert names == [option for option, _ in expected]
+        shown = page.locator(".label .share").all_inner_texts()
+        shares = [float(share.removesuffix("%")) / 100 for share in shown]
+        assert shares == pytest.approx([share for _, share in expected], abs=0.0006)
+        page.fill("#classify-options", " blue")  # no choice
+        page.wait_for_selector(".label", state="detached")
+
+
 def test_a_phone_shows_all_of_it_the_conversations_in_a_drawer(browser: Any, url: str) -> None:
     small = {"width": 360, "height": 640}
     with opened(browser, url, path="/?model=base", viewport=small, has_touch=True) as page:

@@ -144,15 +144,18 @@ def test_models_are_listed_by_the_names_of_their_runs(browser: Any, engine: Fake
         assert page.inner_text(".welcome h1") == "Chat with 扫描/lr=1e-3"
 
 
-def test_a_tab_that_the_model_lacks_can_be_read_and_gives_the_reason(page: Any) -> None:
-    tab = page.locator("[data-mode=classify]")
-    assert tab.get_attribute("aria-disabled") == "true"
-    for look in ("light", "dark"):
-        page.emulate_media(color_scheme=look)
-        assert tab.evaluate(CONTRAST) >= 4.5
-    tab.click(force=True)  # Playwright takes it for disabled
-    assert page.inner_text("#notice") == "tiny is a language model and has no classes."
-    assert page.is_visible("#chat-text")
+def test_a_tab_that_the_model_lacks_can_be_read_and_gives_the_reason(
+    browser: Any, classifier: str
+) -> None:
+    with opened(browser, classifier) as page:
+        tab = page.locator("[data-mode=chat]")
+        assert tab.get_attribute("aria-disabled") == "true"
+        for look in ("light", "dark"):
+            page.emulate_media(color_scheme=look)
+            assert tab.evaluate(CONTRAST) >= 4.5
+        tab.click(force=True)  # Playwright takes it for disabled
+        assert page.inner_text("#notice") == "tiny is a classifier and cannot generate text."
+        assert page.is_visible("#classify-text")
 
 
 def test_a_classifier_only_classifies_in_either_language(browser: Any, classifier: str) -> None:

@@ -45,11 +45,11 @@ function start() {
 }
 
 function showModel(found, isAnother) {
-  if (isAnother) setMode(modeOf(found));
   document.title = `${found.name} · nanogpt`;
   document.body.dataset.model = found.id;
   showModes();
   for (const show of Object.values(VIEWS)) show(isAnother);
+  if (isAnother) setMode(modeOf(found));
 }
 
 function showAll() {
@@ -61,11 +61,10 @@ function showAll() {
 
 /** Disable the tabs of modes that the model lacks; their titles give the reason. */
 function showModes() {
-  const labels = model()?.labels;
   for (const button of byId("modes").children) {
-    const isOther = Boolean(model()) && (button.dataset.mode === "classify") !== Boolean(labels);
+    const isOther = Boolean(model()?.labels) && button.dataset.mode !== "classify";
     button.ariaDisabled = String(isOther);
-    button.title = isOther ? t(labels ? "onlyLabels" : "noLabels", { model: model().name }) : "";
+    button.title = isOther ? t("onlyLabels", { model: model().name }) : "";
   }
 }
 

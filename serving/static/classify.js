@@ -1,69 +1,90 @@
-// Classification: labels with bars, the most probable first.
+// Classification: labels with bars, the most probable first. The labels of a language model are
+// options that the user enters.
 
 import { fetchJson } from "./api.js";
-import { byId, debounced, examples, h, onControlEnter } from "./dom.js";
+import { byId, debounced, examples, h, onControlEnter, track } from "./dom.js";
 import { showFailure } from "./failures.js";
-import { modelId } from "./models.js";
+import { model, modelId } from "./models.js";
 import { load, save } from "./store.js";
 import { number, percent, t } from "./words.js";
 
-const NAME = "nanogpt.classified";
+const NAMES = { "classify-text": "nanogpt.classified", "classify-options": "nanogpt.options" };
 const PAUSE_MS = 400; // after the last keystroke, before the text is classified
 
 let open = null; // the pending request
 let shown = null;
 
 export function startClassify() {
-  const field = byId("classify-text");
-  field.value = load(NAME, "");
   const later = debounced(classify, PAUSE_MS);
-  field.oninput = () => {
-    save(NAME, field.value);
-    later();
-  };
-  onControlEnter(field, classify);
+  for (const [id, name] of Object.entries(NAMES)) {
+    const field = byId(id);
+    field.value = load(name, "");
+    field.oninput = () => {
+      save(name, field.value);
+      later();
+    };
+    onControlEnter(field, classify);
+  }
   byId("classify-go").onclick = classify;
 }
 
 /** Render in another language or for another model. */
 export function showClassify(isAnother) {
-  if (isAnother) {
-    shown = null;
-    classify();
-  }
-  render();
+  if (isAnother || !(shown || open)) classify();
+  else render();
 }
 
-function begin(text) {
-  byId("classify-text").value = text;
+const text = () => byId("classify-text").value;
+const options = () => byId("classify-options").value.split("\n").filter(Boolean);
+
+/** Begin with an example: a text, and options after "|". */
+function begin(line) {
+  const [first, ...others] = line.split("|");
+  byId("classify-text").value = first;
+  if (others.length) byId("classify-options").value = others.join("\n");
   classify();
 }
 
 async function classify() {
   open?.abort();
-  const input = byId("classify-text").value;
-  const began = performance.now();
+  open = null;
   showFailure("classify-failure");
-  if (!input.trim() || byId("classify").hidden) {
-    shown = null;
+  let found = null;
+  if (text().trim() && model() && (model().labels || options().length > 1) && !byId("classify").hidden) {
+    const asked = (open = new AbortController());
     render();
-    return;
+    try {
+      found = await ask(asked.signal);
+    } catch (error) {
+      if (open === asked) showFailure("classify-failure", error);
+    }
+    if (open !== asked) return;
+    open = null;
   }
-  open = new AbortController();
-  try {
-    const body = { model: modelId(), input };
-    const { data, usage } = await fetchJson("v1/classify", body, open.signal);
-    shown = { ...data[0], tokens: usage.prompt_tokens, took: performance.now() - began };
-    render();
-  } catch (error) {
-    if (error.name !== "AbortError") showFailure("classify-failure", error);
-  }
+  shown = found;
+  render();
+}
+
+/** Return the probabilities of labels or options, the number of tokens and milliseconds. */
+async function ask(signal) {
+  const began = performance.now();
+  const criteria = Object.fromEntries(options().map((option) => [option, null]));
+  const [path, body] = model().labels
+    ? ["v1/classify", { input: text() }]
+    : ["v1/systemone", { state: text(), questions: { next: { type: "choice", criteria } } }];
+  const { data, answers, usage } = await fetchJson(path, { model: modelId(), ...body }, signal);
+  const { probabilities } = data?.[0] ?? answers.next;
+  const tokens = usage.prompt_tokens ?? usage.input_tokens;
+  return { probabilities, tokens, took: performance.now() - began };
 }
 
 function render() {
+  const hasLabels = Boolean(model()?.labels);
   const ranked = Object.entries(shown?.probabilities ?? {}).sort((one, other) => other[1] - one[1]);
-  const isEmpty = !byId("classify-text").value.trim();
-  byId("labels").replaceChildren(...ranked.map(bar), isEmpty ? examples(t("classifyTry"), begin) : "");
+  const tries = text().trim() ? "" : examples(t(hasLabels ? "classifyTry" : "choiceTry"), begin);
+  byId("choice").hidden = hasLabels;
+  byId("labels").classList.toggle("waiting", open !== null);
+  byId("labels").replaceChildren(...ranked.map(bar), tries);
   const facts = shown && [
     t("tokens", { n: number(shown.tokens) }),
     t("took", { n: number(shown.took) }),
@@ -72,14 +93,12 @@ function render() {
 }
 
 function bar([label, probability], place) {
-  const fill = h("span", { class: "fill" });
-  fill.style.width = `${100 * probability}%`;
   const words = t("labelIs", { label, percent: percent(probability) });
   return h(
     "div",
     { class: place ? "label" : "label first", role: "img", "aria-label": words },
     h("span", { class: "name", dir: "auto" }, label),
     h("span", { class: "share" }, percent(probability)),
-    h("span", { class: "track" }, fill),
+    track(probability),
   );
 }

@@ -4,7 +4,7 @@
 // colour it and to find it under the pointer or the caret.
 
 import { fetchJson, stream } from "./api.js";
-import { announce, byId, debounced, examples, h, onControlEnter, onKey } from "./dom.js";
+import { announce, byId, debounced, examples, h, onControlEnter, onKey, track } from "./dom.js";
 import { showFailure } from "./failures.js";
 import { verdict } from "./json.js";
 import { model, modelId } from "./models.js";
@@ -271,8 +271,6 @@ function inspect(token) {
 }
 
 function candidate([text, logprob]) {
-  const fill = h("span", { class: "fill" });
-  fill.style.width = `${100 * Math.exp(logprob)}%`;
   const isBytes = text.startsWith("bytes:");
   const isTaken = text === inspected.text;
   const shown = isBytes ? text.slice(6) : visible(text);
@@ -287,7 +285,7 @@ function candidate([text, logprob]) {
     },
     h("code", {}, shown),
     h("span", { class: "share" }, percent(Math.exp(logprob))),
-    h("span", { class: "track" }, fill),
+    track(Math.exp(logprob)),
   );
 }
 

@@ -38,6 +38,13 @@ export function examples(lines, action) {
   return h("div", { class: "actions examples" }, lines.split("\n").map(button));
 }
 
+/** Return a bar that is filled up to a share of its width. */
+export function track(share) {
+  const fill = h("span", { class: "fill" });
+  fill.style.width = `${100 * share}%`;
+  return h("span", { class: "track" }, fill);
+}
+
 export const byId = (id) => document.getElementById(id);
 
 /** Return a function that runs `action` after a pause in its calls. */

@@ -71,6 +71,11 @@ export const WORDS = {
   classifyHere: ["Enter a text to classify", "输入要分类的文本"],
   classifyGo: ["Classify", "分类"],
   classifyHint: ["Ctrl+Enter to classify; also updates as you type.", "Ctrl+Enter 分类；输入时结果会自动更新。"],
+  options: ["Options", "选项"],
+  optionsHint: [
+    "One per line. Each is scored as what comes next, so a word often begins with a space.",
+    "每行一个。每个选项都作为文本的后续内容来计算概率，因此英文单词前常需空格。",
+  ],
   labels: ["Labels", "标签"],
   labelIs: ["{label}, {percent}", "{label}，{percent}"],
   took: ["{n} ms", "{n} 毫秒"],
@@ -107,7 +112,6 @@ export const WORDS = {
 
   chooseModel: ["{model} was requested; select another model above.", "请求的模型是 {model}，请在上方另选一个。"],
   onlyLabels: ["{model} is a classifier and cannot generate text.", "{model} 是分类模型，不能生成文本。"],
-  noLabels: ["{model} is a language model and has no classes.", "{model} 是语言模型，没有分类标签。"],
   chatTry: [
     "Name three primary colors.\nWhat is a neural network?\nWrite a short poem about the sea.",
     "三原色是哪三种颜色？\n什么是神经网络？\n写一首关于大海的短诗。",
@@ -117,6 +121,7 @@ export const WORDS = {
     "WINNER!! Call now to claim your free prize.\nAre we still meeting for lunch today?",
     "恭喜中奖！立即致电领取免费奖品。\n今天中午还一起吃饭吗？",
   ],
+  choiceTry: ["The sky is| blue| green| red\nimport| os| time| numpy", "天空是|蓝色|绿色|红色\nimport| os| time| numpy"],
   legend: ["Token probability:", "词元概率："],
 
   loading: ["Loading {model}…", "正在加载 {model}……"],
