@@ -67,9 +67,10 @@ export async function fetchJson(path, body, signal) {
   }
 }
 
-/** Yield the objects of a stream; throws a Failure unless it is complete. */
+/** Yield the objects of a stream, the usage in the last; throws a Failure unless it is complete. */
 export async function* stream(path, body, signal) {
-  const response = await request(path, { ...body, stream: true }, signal);
+  const options = { stream: true, stream_options: { include_usage: true } };
+  const response = await request(path, { ...body, ...options }, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   while (true) {

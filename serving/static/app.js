@@ -22,7 +22,7 @@ let isAway = false;
 
 function start() {
   startShell();
-  startChat(() => !byId("settings").hidden && openSettings());
+  startChat(renewSettings);
   startComplete();
   startClassify();
   onModel(showModel);
@@ -56,7 +56,7 @@ function showAll() {
   showAbout();
   showModes();
   for (const show of Object.values(VIEWS)) show(false);
-  if (!byId("settings").hidden) openSettings();
+  renewSettings();
 }
 
 /** Disable the tabs of modes that the model lacks; their titles give the reason. */
@@ -77,7 +77,7 @@ function setMode(name) {
   }
   byId("skip").href = `#${FIELDS[mode]}`;
   VIEWS[mode](false);
-  if (!byId("settings").hidden) openSettings();
+  renewSettings();
   const isTouched = matchMedia("(pointer: coarse)").matches; // where focus opens the keyboard
   if (!isTouched && !document.querySelector("dialog[open]")) byId(FIELDS[mode]).focus();
 }
@@ -89,6 +89,8 @@ function openSettings(isAsked) {
   byId("settings-button").ariaExpanded = "true";
   if (isAsked) byId("settings").querySelector("textarea, input").focus();
 }
+
+const renewSettings = () => byId("settings").hidden || openSettings();
 
 function closeSettings() {
   byId("settings").hidden = true;

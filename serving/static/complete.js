@@ -4,9 +4,9 @@
 // colour it and to find it under the pointer or the caret.
 
 import { fetchJson, stream } from "./api.js";
-import { announce, byId, debounced, examples, h, onControlEnter, onKey, track } from "./dom.js";
+import { announce, byId, debounced, examples, following, h, onControlEnter, onKey, track } from "./dom.js";
 import { showFailure } from "./failures.js";
-import { verdict } from "./json.js";
+import { factsText } from "./messages.js";
 import { model, modelId } from "./models.js";
 import { parameters } from "./sampling.js";
 import { load, save } from "./store.js";
@@ -20,6 +20,7 @@ const KEEP_PAUSE_MS = 500;
 let tokens = []; // { start, end, text, logprob, top }: positions in the text, in order
 let before = null; // the text before the last continuation, for undo and again
 let running = null; // AbortController
+let awaited = 0; // animation frame; tokens may arrive faster
 let inspected = null; // the token whose candidates are shown
 
 export function startComplete() {
@@ -73,14 +74,13 @@ async function go() {
   let first = null;
   let n = 0;
   let nFirst = 0; // tokens of the first piece, which have no duration
-  let finish = null;
   const prompt = before.text;
   const body = { model: modelId(), prompt, logprobs: TOP, ...parameters() };
+  const version = { isJson: "guided_json" in body }; // as in a chat
   await run(async (signal) => {
-    const usage = { stream_options: { include_usage: true } };
-    for await (const event of stream("v1/completions", { ...body, ...usage }, signal)) {
-      const [choice] = event.choices;
-      if (choice?.finish_reason) finish = choice.finish_reason;
+    for await (const { choices, usage } of stream("v1/completions", body, signal)) {
+      const [choice] = choices;
+      if (choice?.finish_reason) version.finish = choice.finish_reason;
       if (choice?.logprobs) {
         first ??= performance.now();
         n += choice.logprobs.tokens.length;
@@ -89,21 +89,15 @@ async function go() {
       }
       if (!n) continue;
       const measured = n > nFirst ? ((n - nFirst) * 1000) / (performance.now() - first) : 0;
-      const perSecond = event.usage?.tokens_per_second ?? measured; // in the last event
-      showFacts([
-        t("tokens", { n: number(n) }),
-        perSecond ? t("perSecond", { n: number(perSecond) }) : "",
-        t("first", { n: number((first - began) / 1000, 2) }),
-      ]);
+      const perSecond = usage?.tokens_per_second ?? measured;
+      version.facts = { tokens: n, perSecond, first: (first - began) / 1000 };
+      showFacts(factsText({ facts: version.facts }));
     }
   });
-  const facts = [byId("complete-meter").textContent];
-  if (n && finish === "length") facts.push(t("cutLength"));
-  if (n && finish === null) facts.push(t("stopped"));
-  const answer = field().value.slice(prompt.length);
-  if (n && "guided_json" in body) facts.push(verdict(answer));
-  showFacts(facts);
-  announce(answer);
+  version.text = field().value.slice(prompt.length);
+  version.finish ??= "stopped";
+  if (n) showFacts(factsText(version));
+  announce(version.text);
 }
 
 function begin(text) {
@@ -114,8 +108,6 @@ function begin(text) {
 /** Append text and its tokens, given by their offsets. */
 function add(text, { text_offset, token_logprobs, top_logprobs }) {
   const at = field().value.length;
-  const scroller = field().closest(".scroller");
-  const follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
   field().value += text;
   const characters = [...text]; // offsets count characters of Unicode
   const [base] = text_offset;
@@ -129,7 +121,8 @@ function add(text, { text_offset, token_logprobs, top_logprobs }) {
     }
     place += part.length;
   });
-  renderSoon(() => follows && (scroller.scrollTop = scroller.scrollHeight));
+  cancelAnimationFrame(awaited);
+  awaited = requestAnimationFrame(() => following(field().closest(".scroller"), render));
 }
 
 async function score() {
@@ -143,7 +136,7 @@ async function score() {
     field().value = "";
     add(choices[0].text, choices[0].logprobs);
     const known = tokens.reduce((sum, { logprob }) => sum + logprob, 0);
-    showFacts([t("tokens", { n: number(tokens.length) }), `${number(-known / tokens.length, 3)} nats`]);
+    showFacts(`${t("tokens", { n: number(tokens.length) })} · ${number(-known / tokens.length, 3)} nats`);
   });
 }
 
@@ -151,7 +144,7 @@ async function score() {
 async function run(action) {
   running = new AbortController();
   showFailure("complete-failure");
-  showFacts([]);
+  showFacts("");
   inspect(null);
   render();
   try {
@@ -166,20 +159,20 @@ async function run(action) {
 
 function undo() {
   if (!before || running) return false;
-  field().value = before.text;
-  tokens = before.tokens;
+  const { text, tokens: its } = before;
   before = null;
-  inspect(null);
-  keep();
-  render();
-  field().focus();
+  replace(text, its);
   return true;
 }
 
 function clear() {
   before = { text: field().value, tokens };
-  field().value = "";
-  tokens = [];
+  replace("", []);
+}
+
+function replace(text, itsTokens) {
+  field().value = text;
+  tokens = itsTokens;
   inspect(null);
   keep();
   render();
@@ -187,17 +180,7 @@ function clear() {
 }
 
 function showFacts(facts) {
-  byId("complete-meter").textContent = facts.filter(Boolean).join(" · ");
-}
-
-let awaited = 0; // animation frame; tokens may arrive faster
-
-function renderSoon(after) {
-  cancelAnimationFrame(awaited);
-  awaited = requestAnimationFrame(() => {
-    render();
-    after();
-  });
+  byId("complete-meter").textContent = facts;
 }
 
 function render() {
@@ -296,11 +279,7 @@ const visible = (text) =>
 /** Replace a token and continue from there. */
 function take(token, text) {
   const start = field().value.slice(0, token.start);
-  tokens = tokens.filter((other) => other.end <= token.start);
-  field().value = start + text;
-  inspect(null);
-  render();
-  field().focus();
+  replace(start + text, tokens.filter((other) => other.end <= token.start));
   go();
 }
 

@@ -1,6 +1,7 @@
 // Elements. Text is never parsed as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
+const NEAR_END = 80; // pixels
 
 /** Return an element: h("button", { class: "quiet", onclick: send }, "Send"). */
 export function h(tag, attributes = {}, ...children) {
@@ -43,6 +44,13 @@ export function track(share) {
   const fill = h("span", { class: "fill" });
   fill.style.width = `${100 * share}%`;
   return h("span", { class: "track" }, fill);
+}
+
+/** Run an action that adds to a scroller, and keep its end in view if it was. */
+export function following(scroller, action) {
+  const { scrollHeight, scrollTop, clientHeight } = scroller;
+  action();
+  if (scrollHeight - scrollTop - clientHeight < NEAR_END) scroller.scrollTop = scroller.scrollHeight;
 }
 
 export const byId = (id) => document.getElementById(id);

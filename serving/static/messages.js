@@ -109,7 +109,8 @@ function failureBox(failure, isLast, conversation, does) {
   return box;
 }
 
-function factsText({ text, facts, finish, isJson }) {
+/** Return the figures of an answer, and how it ended. */
+export function factsText({ text, facts, finish, isJson }) {
   const parts = [];
   if (facts) {
     parts.push(t("tokens", { n: number(facts.tokens) }));

@@ -61,7 +61,6 @@ export const WORDS = {
   text: ["Text", "文本"],
   textHere: ["Enter a text for the model to continue.", "输入一段文本，由模型续写。"],
   go: ["Continue", "续写"],
-  retry: ["Regenerate", "重新生成"],
   clear: ["Clear", "清空"],
   score: ["Show probabilities", "显示概率"],
   completeHint: ["Ctrl+Enter to continue, Esc to stop; hover over a token for alternatives", "Ctrl+Enter 续写，Esc 停止；鼠标悬停在词元上可查看候选"],
@@ -69,7 +68,6 @@ export const WORDS = {
   take: ["Continue with {token} instead", "改用 {token} 续写"],
 
   classifyHere: ["Enter a text to classify", "输入要分类的文本"],
-  classifyGo: ["Classify", "分类"],
   classifyHint: ["Ctrl+Enter to classify; also updates as you type.", "Ctrl+Enter 分类；输入时结果会自动更新。"],
   options: ["Options", "选项"],
   optionsHint: [
