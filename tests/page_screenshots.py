@@ -52,6 +52,12 @@ ATTACK = "<script>alert(1)</script> ![x](https://evil.example/x.png) [y](javascr
 LONG = ATTACK + "Donaudampfschifffahrtsgesellschaft" * 12
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 720}
 CHAT: dict[str, Any] = {"template": "alpaca", "stage": "instruct", "step": 4}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("", {}),
+    ("-dark", {"color_scheme": "dark"}),
+    ("-phone", {"viewport": {"width": 390, "height": 760}}),
+    ("-phone-dark", {"viewport": {"width": 390, "height": 760}, "color_scheme": "dark"}),
+]
 
 
 class Pictures:
@@ -188,12 +194,7 @@ def failures(pictures: Pictures) -> None:
 
 def complete(pictures: Pictures) -> None:
     """A text that is continued, its probabilities, another token."""
-    variants: list[tuple[str, dict[str, Any]]] = [
-        ("", {}),
-        ("-dark", {"color_scheme": "dark"}),
-        ("-phone", {"viewport": PHONE}),
-    ]
-    for name, options in variants:
+    for name, options in VARIANTS:
         with pictures.page(reply=fixed_reply(STORY[5:]), **options) as (page, _):
             pictures.take(page, f"complete-empty{name}")
             page.fill("#complete-text", STORY[:5])
@@ -216,6 +217,42 @@ def classify(pictures: Pictures) -> None:
             page.fill("#classify-text", "WINNER!! You have won a free prize.")
             page.wait_for_selector(".label")
             pictures.take(page, f"classify{name}")
+
+
+def choice(pictures: Pictures) -> None:
+    """The options of a language model with their probabilities."""
+    for name, options in VARIANTS:
+        with pictures.page(**options) as (page, _):
+            page.click("[data-mode=classify]")
+            pictures.take(page, f"choice-empty{name}")
+            page.click(".examples:visible button >> nth=0")
+            page.fill("#classify-options", " blue\n green\nred\n a rather long option of a model")
+            page.wait_for_selector(".label >> nth=3")
+            pictures.take(page, f"choice{name}")
+
+
+def tools(pictures: Pictures) -> None:
+    """A call as it streams, the field for its result, and the answer after that."""
+    for name, options in VARIANTS:
+        with pictures.page(reply=called, delay_s=0.05, **CHAT, **options) as (page, _):
+            page.click("#settings-button")
+            pictures.take(page, f"tools-empty{name}")
+            page.click("text=Insert an example")
+            pictures.take(page, f"tools{name}")
+            page.click("#settings-button")
+            send(page, "What is the weather in Oslo?", wait=False)
+            page.wait_for_selector(".theirs .code:has-text('Oslo')")
+            pictures.take(page, f"call-streaming{name}")
+            page.wait_for_selector("#send:visible")
+            pictures.take(page, f"call{name}")
+            page.click("#edit-cancel")
+            pictures.take(page, f"call-message{name}")
+            page.click("#edit-cancel")
+            page.fill("#chat-text", '{"sky": "clear", "celsius": -3}')
+            pictures.take(page, f"call-result{name}")
+            page.press("#chat-text", "Enter")
+            page.wait_for_selector("#send:visible")
+            pictures.take(page, f"call-answered{name}")
 
 
 def runs(pictures: Pictures) -> None:
@@ -282,6 +319,13 @@ def costs(pictures: Pictures, rounds: int = 7) -> None:
     print(f"first paint: median {statistics.median(first):.0f} ms, worst {max(first):.0f} ms")
 
 
+def called(request: Generate) -> list[int]:
+    """Answer with a call where one is forced, else with a text."""
+    place = '{"place": {"city": "Oslo", "country": "Norway"}, "days": [1, 2, 3], "unit": "celsius"}'
+    call = f'{{"name": "get_weather", "arguments": {place}'
+    return list((call if request.params.grammar else "It is clear and **-3 °C**.").encode())
+
+
 def likely(request: Generate, ids: list[int]) -> Tokens:
     """Return tokens of varied probabilities, with others that could stand in their places."""
     values = [-0.05 - 5 * abs(math.sin(7 * i)) ** 3 for i in ids]
@@ -291,7 +335,9 @@ def likely(request: Generate, ids: list[int]) -> Tokens:
     return Tokens(request.request_id, ids, [(v, [i, *others], [v, *ranked]) for i, v in rows])
 
 
-STATES: list[Callable[[Pictures], None]] = [chat, looks, failures, complete, classify, runs, costs]
+STATES: list[Callable[[Pictures], None]] = [
+    *(chat, looks, failures, complete, classify, choice, tools, runs, costs),
+]
 
 
 def main() -> None:

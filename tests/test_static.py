@@ -23,4 +23,4 @@ def test_pure_modules() -> None:
     files = sorted(map(str, (Path(__file__).parent / "js").glob("*.test.mjs")))
     done = subprocess.run([NODE, "--test", *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "\n# pass 15\n" in done.stdout
+    assert "\n# pass 17\n" in done.stdout

@@ -2,7 +2,7 @@
 
 import { fetchJson, stream } from "./api.js";
 import { modelId } from "./models.js";
-import { parameters } from "./sampling.js";
+import { parameters, tools } from "./sampling.js";
 
 const ROOM = 0.7; // share of the context that is filled after the oldest messages are dropped
 
@@ -34,7 +34,7 @@ async function forgetOldest(conversation, end, signal) {
 
 /** Stream an answer into its version. */
 async function read({ controller, version }, messages, onGrown) {
-  const body = { model: modelId(), messages, stream_options: { include_usage: true }, ...parameters() };
+  const body = { model: modelId(), messages, ...tools(messages), ...parameters() };
   version.isJson = "guided_json" in body;
   const began = performance.now();
   let first = null;
@@ -50,10 +50,13 @@ async function read({ controller, version }, messages, onGrown) {
   };
   for await (const { choices, usage } of stream("v1/chat/completions", body, controller.signal)) {
     const [choice] = choices;
-    if (choice?.delta.content) {
+    const [call] = choice?.delta.tool_calls ?? [];
+    if (choice?.delta.content || call) {
       first ??= performance.now();
       n++;
-      version.text += choice.delta.content;
+      version.text += choice.delta.content ?? "";
+      if (call?.id) version.call = call;
+      else if (call) version.call.function.arguments += call.function.arguments;
       facts();
       onGrown();
     }
@@ -62,18 +65,23 @@ async function read({ controller, version }, messages, onGrown) {
   }
 }
 
-/** Return the messages before `end` in the form of a request. */
-export function toSend(conversation, end) {
-  const turns = conversation.messages.slice(conversation.from, end).map((message) =>
-    message.role === "user"
-      ? { role: "user", content: message.text }
-      : { role: "assistant", content: message.versions[message.shown]?.text ?? "" },
-  );
+/** Return the messages before `end`, and a draft, in the form of a request. */
+export function toSend(conversation, end, ...draft) {
+  const turns = [...conversation.messages.slice(conversation.from, end), ...draft].map(toMessage);
   const system = conversation.system.trim();
-  const messages = turns.filter((message) => message.content);
+  const messages = turns.filter((message) => message.content || message.tool_calls);
   return system ? [{ role: "system", content: system }, ...messages] : messages;
+}
+
+function toMessage({ role, text, call, versions, shown }) {
+  if (call) return { role, tool_call_id: call.id, name: call.function.name, content: text };
+  if (role === "user") return { role, content: text };
+  const version = versions[shown];
+  return version?.call
+    ? { role, content: null, tool_calls: [version.call] }
+    : { role, content: version?.text };
 }
 
 /** Count the tokens of messages: { count, max_model_len }. */
 export const counted = (messages, signal) =>
-  fetchJson("v1/tokenize", { model: modelId(), messages }, signal);
+  fetchJson("v1/tokenize", { model: modelId(), messages, ...tools(messages) }, signal);

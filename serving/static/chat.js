@@ -2,11 +2,12 @@
 //
 // A conversation is { id, title, updated, system, from, forgets, messages }; messages before `from`
 // are not sent; with `forgets` it advances when the context is full. A message is
-// { role: "user", text } or { role: "assistant", versions: [{ text, facts, finish, failure }], shown }.
+// { role: "user", text }, { role: "tool", text, call } with the call whose result it is, or
+// { role: "assistant", versions: [{ text, call, facts, finish, failure }], shown }.
 
 import { counted, readAnswer, toSend } from "./answers.js";
 import { showList, startList } from "./conversations.js";
-import { announce, byId, debounced, onKey } from "./dom.js";
+import { announce, byId, debounced, following, onKey } from "./dom.js";
 import { drawn, drawRunning } from "./messages.js";
 import { model } from "./models.js";
 import * as store from "./store.js";
@@ -15,11 +16,11 @@ import { number, t } from "./words.js";
 const LAST = "nanogpt.last"; // the conversation that is open
 const TITLE_CHARACTERS = 60;
 const METER_PAUSE_MS = 350;
-const NEAR_END = 80; // pixels from the end within which the view follows the stream
 
 let shown; // conversation
 let running = null; // { controller, version, conversation, element, facts }
 let editing = null; // index of the message whose new text is in the field
+let isMessage = false; // the field is for a message although a call has no result yet
 let onConversation = () => {};
 
 export function startChat(whenAnother) {
@@ -29,7 +30,7 @@ export function startChat(whenAnother) {
   onKey(byId("chat-text"), onEnter);
   byId("chat-text").oninput = onInput;
   byId("chat-stop").onclick = stopChat;
-  byId("edit-cancel").onclick = cancelEdit;
+  byId("edit-cancel").onclick = leave;
   byId("new-chat").onclick = () => open(store.newConversation());
   addEventListener("pagehide", () => running && store.keepConversation(running.conversation));
   store.onConversationChanged(onOtherTab);
@@ -66,6 +67,7 @@ export const stopChat = () => running?.controller.abort();
 
 function open(conversation) {
   shown = conversation;
+  isMessage = false;
   store.save(LAST, shown.id);
   cancelEdit();
   showChat();
@@ -111,9 +113,10 @@ function submit(event) {
   const field = byId("chat-text");
   const text = field.value;
   if (running || !text.trim() || !model()) return;
+  const message = drafted(text);
   if (editing !== null) shown.messages.length = editing;
   shown.from = Math.min(shown.from, shown.messages.length);
-  shown.messages.push({ role: "user", text });
+  shown.messages.push(message);
   shown.title ||= text.trim().replace(/\s+/g, " ").slice(0, TITLE_CHARACTERS);
   field.value = "";
   cancelEdit();
@@ -123,7 +126,8 @@ function submit(event) {
 
 function edit(index) {
   editing = index;
-  byId("editing").hidden = false;
+  isMessage = false;
+  showComposer();
   const field = byId("chat-text");
   field.value = shown.messages[index].text;
   grow();
@@ -134,8 +138,32 @@ function edit(index) {
 function cancelEdit() {
   if (editing !== null) byId("chat-text").value = "";
   editing = null;
-  byId("editing").hidden = true;
+  showComposer();
   grow();
+}
+
+/** Stop editing, or change between a call's result and a message. */
+function leave() {
+  if (editing === null) isMessage = !isMessage;
+  else cancelEdit();
+  showComposer();
+  meter();
+  byId("chat-text").focus();
+}
+
+/** Return the call that the field awaits a result of, or undefined. */
+function awaited() {
+  const end = editing ?? shown.messages.length;
+  const answer = shown.messages[end - 1];
+  const version = answer?.versions?.[answer.shown];
+  const isOver = version !== running?.version && !version?.failure;
+  const isResult = editing === null || shown.messages[end].role === "tool";
+  return isOver && isResult ? version?.call : undefined;
+}
+
+function drafted(text) {
+  const call = awaited();
+  return call && !isMessage ? { role: "tool", text, call } : { role: "user", text };
 }
 
 function grow() {
@@ -149,11 +177,12 @@ function grow() {
 /** Answer the last message: in a new one, or in a new version of the answer. */
 async function answer(conversation) {
   const { messages } = conversation;
-  if (messages.at(-1).role === "user") messages.push({ role: "assistant", versions: [], shown: 0 });
+  if (messages.at(-1).role !== "assistant") messages.push({ role: "assistant", versions: [], shown: 0 });
   const message = messages.at(-1);
-  message.versions = message.versions.filter((version) => version.text || !version.failure);
+  message.versions = message.versions.filter(({ text, call, failure }) => text || call || !failure);
   const version = { text: "" };
   message.shown = message.versions.push(version) - 1;
+  isMessage = false;
   running = { controller: new AbortController(), conversation, version };
   keep(conversation);
   render();
@@ -161,18 +190,17 @@ async function answer(conversation) {
   announce(t("writing"));
   try {
     await readAnswer(running, showSoon, render);
-    announce(`${t("done")} ${version.text}`);
+    const about = version.call?.function;
+    announce(`${t("done")} ${about ? `${t("callOf", about)} ${about.arguments}` : version.text}`);
   } catch (error) {
     if (error.name === "AbortError") version.finish = "stopped";
     else version.failure = { kind: error.kind ?? "failed", message: error.message };
   }
   running = null;
   keep(conversation);
-  showButton();
+  showComposer();
   if (conversation === shown) {
-    const follows = isAtEnd();
     render();
-    if (follows) scrollToEnd();
     meter();
   }
 }
@@ -181,8 +209,7 @@ const meter = debounced(async () => {
   const place = byId("chat-meter");
   const draft = byId("chat-text").value;
   const end = editing ?? shown.messages.length;
-  const messages = toSend(shown, end);
-  if (draft.trim()) messages.push({ role: "user", content: draft });
+  const messages = toSend(shown, end, ...(draft.trim() ? [drafted(draft)] : []));
   if (!messages.length || !model() || model().labels || byId("chat").hidden) {
     place.textContent = "";
     return;
@@ -200,17 +227,24 @@ const meter = debounced(async () => {
 
 function render() {
   const log = byId("log");
-  const isGrowing = running?.conversation === shown;
-  const follows = isGrowing && isAtEnd();
-  log.ariaBusy = String(isGrowing);
-  log.replaceChildren(...drawn(shown, running, does));
-  showButton();
-  if (follows) scrollToEnd();
+  log.ariaBusy = String(running?.conversation === shown);
+  following(byId("chat-scroller"), () => log.replaceChildren(...drawn(shown, running, does)));
+  showComposer();
 }
 
-function showButton() {
+function showComposer() {
   byId("send").hidden = running !== null;
   byId("chat-stop").hidden = running === null;
+  const call = awaited();
+  const result = call && t("resultOf", call.function);
+  const isEdit = editing !== null;
+  const [line, button] = byId("editing").children;
+  byId("editing").hidden = !isEdit && !call;
+  line.textContent = isEdit ? t("editing") : t("called", call?.function);
+  button.textContent = isEdit ? t("cancel") : isMessage ? result : t("asMessage");
+  const field = byId("chat-text");
+  field.ariaLabel = field.title = call && !isMessage ? result : t("message");
+  field.placeholder = call && !isMessage ? result : t("messageHere");
 }
 
 const does = {
@@ -240,19 +274,9 @@ function showSoon() {
   isAwaited = true;
   requestAnimationFrame(() => {
     isAwaited = false;
-    if (running?.conversation === shown) showRunning();
+    if (running?.conversation !== shown) return;
+    following(byId("chat-scroller"), () => drawRunning(running));
   });
-}
-
-function showRunning() {
-  const follows = isAtEnd();
-  drawRunning(running);
-  if (follows) scrollToEnd();
-}
-
-function isAtEnd() {
-  const { scrollHeight, scrollTop, clientHeight } = byId("chat-scroller");
-  return scrollHeight - scrollTop - clientHeight < NEAR_END;
 }
 
 function scrollToEnd() {

@@ -1,21 +1,25 @@
-// Answers in JSON.
+// JSON of answers and calls.
 
 import { t } from "./words.js";
 
-const TOKEN = /"(?:[^"\\]|\\.)*"|[{}[\],:]|[^\s{}[\],:"]+/g;
+const TOKEN = /"(?:[^"\\]|\\.)*"?|[{}[\],:]|[^\s{}[\],:"]+/g;
 const MAX_INDENT = 20; // levels
 
-/** Return a JSON text in indented lines, its literals unchanged; null for any other text. */
-export function indented(text) {
+/** Return the value of a JSON text, undefined for any other text. */
+export function parsed(text) {
   try {
-    JSON.parse(text);
+    return JSON.parse(text);
   } catch {
-    return null;
+    return undefined;
   }
+}
+
+/** Return a JSON text, or the beginning of one, in indented lines, its literals unchanged. */
+export function indented(text) {
   let lines = "";
   let before = "";
   let depth = 0;
-  for (const token of text.match(TOKEN)) {
+  for (const token of text.match(TOKEN) ?? []) {
     const [isFirst, isEnd] = [/[{[]/.test(before[0]), /[}\]]/.test(token[0])];
     if (isEnd) depth--;
     if (before === "," || isFirst !== isEnd) lines += `\n${"  ".repeat(Math.min(depth, MAX_INDENT))}`;
@@ -26,5 +30,7 @@ export function indented(text) {
   return lines;
 }
 
+export const isJson = (text) => parsed(text) !== undefined;
+
 /** Return whether an answer is whole JSON, in words. */
-export const verdict = (text) => t(indented(text) === null ? "notJson" : "isJson");
+export const verdict = (text) => t(isJson(text) ? "isJson" : "notJson");

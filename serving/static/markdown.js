@@ -86,16 +86,17 @@ function fence(lines, at) {
   const closes = (line) => line.trim().startsWith(mark) && !line.trim().replaceAll(mark[0], "");
   const end = until(lines, at + 1, closes);
   const code = lines.slice(at + 1, end).join("\n");
-  return [Math.min(end + 1, lines.length), () => codeBlock(code, language.trim())];
+  return [Math.min(end + 1, lines.length), () => codeBlock(code, language.trim().slice(0, 30))];
 }
 
-function codeBlock(code, language) {
+/** Return a text as it is, under a title. */
+export function codeBlock(code, title) {
   const button = h("button", { class: "quiet" }, icon("i-copy"), t("copy"));
   button.onclick = async () => {
     await copy(code);
     button.lastChild.textContent = t("copied");
   };
-  const head = h("figcaption", {}, h("span", {}, language.slice(0, 30)), button);
+  const head = h("figcaption", {}, h("span", {}, title), button);
   const body = h("pre", { tabindex: "0" }, h("code", { dir: "ltr" }, code));
   return h("figure", { class: "code" }, head, body);
 }

@@ -2,8 +2,8 @@
 
 import { copy, examples, h, iconButton, notice } from "./dom.js";
 import { failureText } from "./failures.js";
-import { indented, verdict } from "./json.js";
-import { show } from "./markdown.js";
+import { indented, isJson, verdict } from "./json.js";
+import { codeBlock, show } from "./markdown.js";
 import { model, modelName, modeOf } from "./models.js";
 import { number, t } from "./words.js";
 
@@ -13,11 +13,12 @@ export function drawn(conversation, running, does) {
   if (!messages.length) return [welcome(does)];
   return messages.flatMap((message, index) => {
     const line = index && index === conversation.from ? [h("p", { class: "line" }, t("forgotten"))] : [];
-    const isMine = message.role === "user";
-    const label = t(isMine ? "you" : "answer");
-    const body = isMine
-      ? userBody(message, index, does)
-      : answerBody(message, message === messages.at(-1), conversation, running, does);
+    const { role, call } = message;
+    const isMine = role === "user";
+    const label = isMine ? t("you") : call ? t("resultOf", call.function) : t("answer");
+    const body = role === "assistant"
+      ? answerBody(message, message === messages.at(-1), conversation, running, does)
+      : sentBody(message, index, does);
     return [...line, h("article", { class: isMine ? "mine" : "theirs", "aria-label": label }, body)];
   });
 }
@@ -25,8 +26,7 @@ export function drawn(conversation, running, does) {
 /** Render the version that is being streamed. */
 export function drawRunning({ element, facts, version }) {
   if (version.text) show(element, version.text);
-  else element.replaceChildren(h("p", { class: "note waiting" }, t("thinking")));
-  if (version.text && element.firstElementChild?.classList.contains("waiting")) element.firstChild.remove();
+  else element.replaceChildren(version.call ? callBlock(version.call) : h("p", { class: "note waiting" }, t("thinking")));
   facts.textContent = factsText(version);
 }
 
@@ -42,15 +42,17 @@ function welcome(does) {
   );
 }
 
-function userBody(message, index, does) {
-  const actions = h(
-    "div",
-    { class: "actions" },
-    copyButton(() => message.text),
-    iconButton("i-edit", t("edit"), () => does.edit(index)),
-  );
-  return [h("div", { class: "bubble", dir: "auto" }, message.text), actions];
+function sentBody({ text, call }, index, does) {
+  const edit = iconButton("i-edit", t("edit"), () => does.edit(index));
+  const actions = h("div", { class: "actions" }, call ? "" : copyButton(() => text), edit);
+  const body = call
+    ? codeBlock(isJson(text) ? indented(text) : text, h("b", {}, t("resultOf", call.function)))
+    : h("div", { class: "bubble", dir: "auto" }, text);
+  return [body, actions];
 }
+
+const callBlock = ({ function: about }) =>
+  codeBlock(indented(about.arguments), h("b", {}, t("callOf", about)));
 
 function answerBody(message, isLast, conversation, running, does) {
   const version = message.versions[message.shown] ?? { text: "" };
@@ -61,9 +63,10 @@ function answerBody(message, isLast, conversation, running, does) {
     drawRunning(running);
     return [text, h("div", { class: "actions" }, running.facts)];
   }
-  const json = version.isJson ? indented(version.text) : null;
-  show(text, json === null ? version.text : `\`\`\`json\n${json}\n\`\`\``);
-  if (!version.text && version.finish) text.append(h("p", { class: "note" }, t("nothingSaid")));
+  if (version.call) text.append(callBlock(version.call));
+  else if (version.isJson && isJson(version.text)) text.append(codeBlock(indented(version.text), "json"));
+  else if (version.text || !version.finish) show(text, version.text);
+  else text.append(h("p", { class: "note" }, t("nothingSaid")));
   const failure = version.failure ? [failureBox(version.failure, isLast, conversation, does)] : [];
   return [text, ...failure, answerActions(message, version, isLast, does)];
 }

@@ -2,6 +2,7 @@
 
 import { forgetKey, hasKey } from "./api.js";
 import { byId, h, iconButton } from "./dom.js";
+import { indented, isJson, parsed } from "./json.js";
 import { load, save } from "./store.js";
 import { t } from "./words.js";
 
@@ -17,6 +18,10 @@ const FIELDS = {
   frequency_penalty: [-2, 2, 0.1, 0, 0],
   repetition_penalty: [0.5, 2, 0.01, 1, 1],
 };
+const TOOL =
+  '[{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", ' +
+  '"properties": {"city": {"enum": ["Lima", "Oslo", "Tokyo"]}}, "required": ["city"], ' +
+  '"additionalProperties": false}}}]';
 const MAX_STOPS = 16;
 const MAX_STOP_CHARACTERS = 256;
 
@@ -37,13 +42,31 @@ export function parameters() {
   return parameters;
 }
 
+/** Return the fields of the tools; after the result of a call the answer is a text. */
+export function tools(messages) {
+  if (!chosen.tools.trim()) return {};
+  const { tools, names } = given();
+  const name = chosen.tool_choice;
+  if (name === "auto" || messages.at(-1)?.role === "tool") return { tools, tool_choice: "auto" };
+  const named = { type: "function", function: { name } };
+  return { tools, tool_choice: names.includes(name) ? named : "required" };
+}
+
+/** Return the tools and their names; a function alone becomes a tool, and no JSON stays a text. */
+function given() {
+  const value = parsed(chosen.tools);
+  const tools = [value].flat().map((tool) => (tool?.function ? tool : { type: "function", function: tool }));
+  const names = tools.map((tool) => tool.function?.name).filter(Boolean);
+  return { tools: value ? tools : chosen.tools, names };
+}
+
 /** Return stored values, replaced where missing or out of range. */
 function sane(stored) {
   const right = {};
   for (const [name, [least, greatest, step, first]] of Object.entries(FIELDS)) {
     right[name] = within(stored?.[name] ?? first, least, greatest, step, first);
   }
-  for (const name of ["stop", "schema"]) {
+  for (const name of ["stop", "schema", "tools", "tool_choice"]) {
     right[name] = typeof stored?.[name] === "string" ? stored[name] : "";
   }
   const seed = stored?.seed ?? null;
@@ -57,16 +80,23 @@ function within(value, least, greatest, step, otherwise) {
   return Math.min(Math.max(whole, least), greatest);
 }
 
-export function showSettings({ close, system }) {
+/** Show the controls; `about` is { close, system }: how to close them, and the system prompt or null. */
+export function showSettings(about) {
+  const { close, system } = about;
   const head = h("div", { class: "head" }, h("h2", {}, t("settings")), iconButton("i-close", t("close"), close));
-  const reset = h("button", { class: "quiet", onclick: () => change({}, close, system) }, t("reset"));
+  const onclick = () => {
+    chosen = sane({ tools: chosen.tools, tool_choice: chosen.tool_choice });
+    save(NAME, chosen);
+    showSettings(about);
+  };
+  const reset = h("button", { class: "quiet", onclick }, t("reset"));
   const forget = () => {
     forgetKey();
     location.reload();
   };
   byId("settings").replaceChildren(
     head,
-    system ? systemField(system) : "",
+    ...(system ? [systemField(system), ...toolFields()] : []),
     h("div", { class: "head" }, h("h3", {}, t("sampling")), reset),
     ...Object.keys(FIELDS).map(control),
     textField("stop", t("stopStrings"), null),
@@ -74,12 +104,6 @@ export function showSettings({ close, system }) {
     seedField(),
     hasKey() ? h("button", { class: "wide", onclick: forget }, t("forgetKey")) : "",
   );
-}
-
-function change(values, close, system) {
-  chosen = sane(values);
-  save(NAME, chosen);
-  showSettings({ close, system });
 }
 
 function keep(name, value) {
@@ -98,15 +122,13 @@ function control(name) {
     keep(name, within(value, min, max, step, first));
     slider.value = chosen[name];
   };
-  slider.oninput = () => {
-    set(slider.valueAsNumber);
+  const settle = (from) => {
+    set(from.valueAsNumber);
     field.value = chosen[name];
   };
+  slider.oninput = () => settle(slider);
+  field.onchange = () => settle(field);
   field.oninput = () => field.value !== "" && set(field.valueAsNumber);
-  field.onchange = () => {
-    set(field.valueAsNumber);
-    field.value = chosen[name];
-  };
   return labelled(t(name), hint, field, slider);
 }
 
@@ -115,6 +137,39 @@ function textField(name, words, hint) {
   field.value = chosen[name];
   field.oninput = () => keep(name, field.value);
   return labelled(words, hint, field);
+}
+
+/** Return the field of the tools, then the choice among them or a button for an example. */
+function toolFields() {
+  const box = textField("tools", t("tools"), t("toolsHint"));
+  const field = box.lastChild;
+  const onchange = () => keep("tool_choice", select.value);
+  const select = h("select", { id: "sampling-tool_choice", onchange });
+  const choice = labelled(t("toolChoice"), t("toolChoiceHint"), select);
+  const onclick = () => {
+    field.value = indented(TOOL);
+    field.oninput();
+    field.setSelectionRange(0, 0);
+    field.focus();
+  };
+  const example = h("button", { class: "quiet", onclick }, t("toolsTry"));
+  const show = () => {
+    const option = (value, words) => h("option", { value }, words);
+    const named = given().names.map((name) => option(name, name));
+    select.replaceChildren(option("required", t("required")), option("auto", t("auto")), ...named);
+    select.value = chosen.tool_choice;
+    if (!select.value) select.value = "required";
+    example.hidden = Boolean(chosen.tools.trim());
+    choice.hidden = !example.hidden;
+    field.rows = example.hidden ? 9 : 2;
+    field.ariaInvalid = String(example.hidden && !isJson(chosen.tools));
+  };
+  field.oninput = () => {
+    keep("tools", field.value);
+    show();
+  };
+  show();
+  return [box, choice, example];
 }
 
 function seedField() {
@@ -136,5 +191,5 @@ function systemField({ text, onChange }) {
 
 function labelled(words, hint, field, ...more) {
   const label = h("label", { for: field.id }, words, hint && h("small", {}, hint));
-  return h("div", { class: field.matches("textarea") ? "control tall" : "control" }, label, field, ...more);
+  return h("div", { class: field.matches("textarea, select") ? "control tall" : "control" }, label, field, ...more);
 }

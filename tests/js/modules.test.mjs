@@ -5,7 +5,7 @@ import { readdirSync, readFileSync } from "node:fs";
 import { test } from "node:test";
 
 import "./dom.mjs";
-import { indented } from "../../serving/static/json.js";
+import { indented, isJson } from "../../serving/static/json.js";
 import "../../serving/static/runs_words.js";
 import * as store from "../../serving/static/store.js";
 import { number, percent, t } from "../../serving/static/words.js";
@@ -13,11 +13,17 @@ import { number, percent, t } from "../../serving/static/words.js";
 const STATIC = new URL("../../serving/static/", import.meta.url);
 let imports = 0;
 
-/** Return the parameters of a page that loads with these stored values. */
-async function parametersWith(stored) {
+/** Return the module of a page that loads with these stored values. */
+async function samplingWith(stored) {
   localStorage.setItem("nanogpt.sampling", stored);
-  const { parameters } = await import(`../../serving/static/sampling.js?${imports++}`);
-  return parameters();
+  return import(`../../serving/static/sampling.js?${imports++}`);
+}
+
+const parametersWith = async (stored) => (await samplingWith(stored)).parameters();
+
+/** Return the fields of tools given in a text, after a message of a role. */
+async function toolsWith(tools, tool_choice, role) {
+  return (await samplingWith(JSON.stringify({ tools, tool_choice }))).tools([{ role }]);
 }
 
 test("by default only what differs from the API's default is sent", async () => {
@@ -53,7 +59,29 @@ test("JSON is indented without a change of its literals", () => {
   const lines = ["{", '  "a, {b}": [', "    12345678901234567890,", '    "\\"[\\u00e9: ",', "    []", "  ],", '  "c": {}', "}"];
   assert.equal(indented('{"a, {b}":[12345678901234567890, "\\"[\\u00e9: ",[]],"c":{ }}'), lines.join("\n"));
   assert.equal(indented(" true "), "true");
-  for (const text of ["", '{"a": ', "text", "{} {}"]) assert.equal(indented(text), null, text);
+  for (const text of ["", '{"a": ', "text", "{} {}"]) assert.equal(isJson(text), false, text);
+});
+
+test("the beginning of a JSON text is the beginning of its lines", () => {
+  const whole = '{"a, {b": ["\\"\\u00e9: ", 5]}';
+  assert.ok(isJson(whole));
+  for (let end = 0; end <= whole.length; end++) {
+    const begun = indented(whole.slice(0, end)).trimEnd();
+    assert.ok(indented(whole).startsWith(begun), begun);
+    assert.equal(begun.replace(/\s/g, ""), whole.slice(0, end).replace(/\s/g, ""));
+  }
+});
+
+test("functions become tools, one of which is named, and no JSON is sent as it is written", async () => {
+  const [now, then] = ["now", "then"].map((name) => ({ type: "function", function: { name } }));
+  const written = JSON.stringify([now, { name: "then" }]);
+  assert.deepEqual(await toolsWith(" ", "auto", "user"), {});
+  assert.deepEqual(await toolsWith(written, "", "user"), { tools: [now, then], tool_choice: "required" });
+  assert.deepEqual((await toolsWith(written, "then", "user")).tool_choice, then);
+  assert.equal((await toolsWith(written, "gone", "user")).tool_choice, "required");
+  assert.equal((await toolsWith(written, "then", "tool")).tool_choice, "auto");
+  assert.deepEqual((await toolsWith('{"name": "now"}', "", "user")).tools, [now]);
+  for (const text of ["[", "null"]) assert.equal((await toolsWith(text, "", "user")).tools, text);
 });
 
 test("conversations are stored, listed newest first and removed", () => {
