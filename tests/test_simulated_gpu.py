@@ -361,6 +361,7 @@ def decode_step(gpu: Activity, path: Path, params: list[dict[str, Any]]) -> int:
         runner.add(None, request)
     while sum(s.is_decoding for s in runner.scheduler.running) < len(params):
         runner.step()
+    runner.step()  # which the next one may read
     gpu.waits.clear()
     gpu.kernels.clear()
     runner.step()

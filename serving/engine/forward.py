@@ -35,6 +35,7 @@ MULTIPLES = (1, 2, 4, 8, 16, 32)  # of rows
 QUERY_MULTIPLE = 4  # of a CPU's attention: in bf16, some sums of fewer queries differ, but few
 PROBES = (1, 2, 3, 4, 5, 7, 8, 13)  # how many of a multiple are tried
 PROBED_ROWS = 128
+UNREAD = -1  # the id of a token that was drawn on the device and that the host does not know yet
 TILE_ROWS = 32  # rows of each product where no multiple is invariant; on a GPU, at least
 # Without cuDNN, which prepares a plan for each shape.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -50,6 +51,11 @@ class Span:
     start: int
     ids: list[int]
     before: int = 0
+
+
+def in_few_shapes(spans: list[Span]) -> list[Span]:
+    """Return spans of decode with copies of the first up to a power of two: each is a graph."""
+    return spans + spans[:1] * (_power_of_two(len(spans)) - len(spans))
 
 
 def ids_before(spans: list[Span]) -> list[int]:
@@ -85,7 +91,8 @@ class Forward:
         self.max_queries = self.config.block_size
         self.row_multiple = 1
         if invariant and not (self.is_cpu and self._find_row_multiple()):
-            n_rows = TILE_ROWS if self.is_cpu else max(TILE_ROWS, cache.size(2))
+            n_tiles = 1 if self.is_cpu else -(-cache.size(2) // TILE_ROWS)
+            n_rows = n_tiles * TILE_ROWS
             _replace_linear(self.model, lambda linear: InTiles(linear, n_rows))
             self.head = InTiles(self.head, n_rows)
             self.row_multiple = n_rows
@@ -132,8 +139,7 @@ class Forward:
         if self.is_cpu or n_rows > len(spans):
             numbers, _, n_padded, shapes = self.layout(spans)
             return self.states(upload(numbers, self.device), n_rows, n_padded, shapes)[:n_rows]
-        copies = spans[:1] * (_power_of_two(n_rows) - n_rows)  # every shape is a graph
-        return self.decode(*self.layout([*spans, *copies]))[:n_rows].clone()
+        return self.decode(*self.layout(in_few_shapes(spans)))[:n_rows].clone()
 
     def layout(self, spans: list[Span]) -> tuple[Tensor, int, int, tuple[Shape, ...]]:
         """Return the arguments of `states` for spans.

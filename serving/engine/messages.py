@@ -97,6 +97,12 @@ class SamplingParams(Struct, frozen=True, array_like=True):
     logprobs: int | None = None
     grammar: str = ""  # of llguidance: the answer is a text of it, or the beginning of one
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether penalties or bias change the logits."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(penalties or self.logit_bias)
+
 
 class Histogram(Struct):
     """The number of durations up to each of `bounds` (seconds); the last count is the rest."""

@@ -17,7 +17,8 @@ from nanogpt.command import out_of_memory
 from nanogpt.support import mixes_by_attend
 from serving.engine import sampling
 from serving.engine.compiling import processor_flags
-from serving.engine.forward import Span
+from serving.engine.decoding import Begun, Decoder
+from serving.engine.forward import Forward, Span
 from serving.engine.grammar import Grammars
 from serving.engine.messages import (
     Classified,
@@ -70,7 +71,11 @@ class Runner:
     used: float = 0.0  # the time of its latest request or step
 
     def __post_init__(self) -> None:
-        self.grammars = Grammars(self.checkpoint.tokenizer)
+        self.grammars, forward = Grammars(self.checkpoint.tokenizer), self.forward
+        self.decoder: Decoder | None = None
+        if isinstance(forward, Forward) and forward.device.type == "cuda":
+            self.decoder = Decoder(forward)
+        self._begun: Begun | None = None  # a step that the GPU computes
 
     def prepared(self, request: Computation | Describe, on_ready: Callable[[], None]) -> bool:
         """Return whether a request can begin; `on_ready` is called when its grammar is compiled."""
@@ -94,7 +99,9 @@ class Runner:
             matcher = self.grammars.matcher(grammar)
         except ValueError as error:
             raise EngineError("invalid", f"The grammar cannot be followed: {error}.") from error
-        self.scheduler.waiting.append(SequenceState(request, client, ids, matcher))
+        n_new = request.params.max_tokens if isinstance(request, Generate) else 0
+        n_max = min(block_size, len(ids) + n_new)
+        self.scheduler.waiting.append(SequenceState(request, client, ids, n_max, matcher))
 
     def details(self, request_id: str) -> ModelDetails:
         """Return the facts about the model that a front end needs."""
@@ -117,11 +124,13 @@ class Runner:
     def step(self) -> None:
         """Compute the next tokens, and emit the messages about them."""
         self.scheduler.admit()
-        plan = self.scheduler.plan()
-        if not plan:
+        if not self.scheduler.running:
             return
         self.stats.steps += 1
         self.used = time.monotonic()
+        if self._step_ahead():
+            return
+        plan = self.scheduler.plan()
         ready: list[Computed] = []
         for sequence, states in self._isolated(self._forward, plan):
             is_whole = sequence.n_computed == len(sequence.ids)
@@ -134,6 +143,34 @@ class Runner:
             elif is_whole:
                 ready.append((sequence, states[-1:] if len(states) > 1 else states))
         self._isolated(self._sample, ready)
+
+    def _step_ahead(self) -> bool:
+        """Begin a step on the GPU where it can be done, and then read the one before.
+
+        Return whether it can, and nothing else is to be computed now.
+        """
+        before, self._begun, running = self._begun, None, self.scheduler.running
+        goes_on = self.decoder is not None and self.decoder.takes(running)
+        unfinished = [s for s in running if len(s.ids) + s.n_ahead < s.max_ids]
+        if self.decoder and goes_on and unfinished:
+            try:
+                self._begun = self.decoder.begin(unfinished)
+            except Exception:
+                log.exception("the next steps wait for the host")
+                self.decoder, goes_on = None, False
+        for drawn in before.drawn() if before else []:
+            self._isolated(self._read, [drawn])
+        return goes_on
+
+    def _read(self, drawn: list[tuple[SequenceState, list[float]]]) -> None:
+        """Append the token that a GPU drew; where it needs more candidates, have it drawn again."""
+        ((sequence, row),) = drawn
+        sequence.n_ahead -= 1
+        if tokens := sampling.drawn_tokens(sequence, row):
+            self._append(sequence, tokens)
+        else:
+            sequence.is_flat = True
+            sequence.n_ahead, sequence.n_computed = 0, len(sequence.ids) - 1
 
     def _isolated(
         self, compute: Callable[[list[Any]], list[T] | None], items: list[Any]
@@ -201,10 +238,9 @@ class Runner:
         else:
             sequence.ids.append(token)
             stats.completion_tokens += 1
-            n_tokens = min(self.checkpoint.config.block_size, sequence.n_prompt + params.max_tokens)
             if sequence.matcher and sequence.matcher.take(token):
                 tokens.finish_reason = "stop"
-            elif len(sequence.ids) >= n_tokens:
+            elif len(sequence.ids) >= sequence.max_ids:
                 tokens.finish_reason = "length"
         if tokens.finish_reason is None:
             self.emit(sequence.client, tokens)

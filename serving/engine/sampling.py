@@ -2,7 +2,8 @@
 
 Random numbers are a hash of (seed, position), so that a draw is the same in any company. What is
 computed for a row looks at that row alone. On a GPU all rows are one batch, whose results are read
-at once; only rows that need more candidates than the first ones are drawn again. On a CPU, where
+at once; only rows that need more candidates than the first ones are drawn again. Its kernels add in
+an order that depends on the number of rows, so that they always get as many. On a CPU, where
 arithmetic takes longer than calls, consecutive rows of one kind are a batch.
 
 Shapes: R rows, V vocabulary, K candidates, A adjusted tokens.
@@ -10,7 +11,7 @@ Shapes: R rows, V vocabulary, K candidates, A adjusted tokens.
 
 import itertools
 import math
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from nanogpt.generation import allowed_tokens
 from nanogpt.splitmix import GAMMA, splitmix64
-from serving.engine.forward import upload
+from serving.engine.forward import TILE_ROWS, upload
 from serving.engine.messages import MIN_LOGPROB, EngineError, Logprobs, SamplingParams, Tokens
 from serving.engine.scheduler import SequenceState
 
@@ -28,7 +29,17 @@ MAX_TOP = 20  # likeliest tokens of a request
 MIN_TEMPERATURE = 1e-5  # below it the rounding of float32 logits decides: the likeliest is taken
 UNCHANGED = np.array([[0.0], [1.0], [0.0], [0.0]])  # a token's logit, divided by 1
 T = TypeVar("T")
+NO_NUMBERS = torch.empty(6, 0, 1, dtype=torch.float64)
 GREEDY, DRAWN, FILTERED = range(3)  # kinds of rows; of the last, some tokens cannot be drawn
+
+
+class How(NamedTuple):
+    """What a batch of rows needs: a program of tensors is the same for the same values."""
+
+    kinds: frozenset[int]
+    is_summed: bool
+    n_candidates: int
+    has_logprobs: bool
 
 
 @torch.inference_mode()
@@ -40,7 +51,7 @@ def choose(logits: Tensor, sequences: list[SequenceState]) -> list[Tokens]:
     are not finite numbers.
     """
     if logits.is_cuda:
-        return _choose(logits, sequences)
+        return _choose(logits[: padded_rows(len(sequences))], sequences)
     logits = logits.cpu()  # mps has no float64
     n_rows, chosen = max(1, MAX_LOGITS // logits.size(-1)), list[Tokens]()
     for _, alike in itertools.groupby(sequences, lambda sequence: _kind(sequence.params)):
@@ -51,39 +62,82 @@ def choose(logits: Tensor, sequences: list[SequenceState]) -> list[Tokens]:
 
 def _choose(logits: Tensor, sequences: list[SequenceState], n_tried: int = 0) -> list[Tokens]:
     """Choose tokens; `n_tried` of the numbers of candidates are known not to suffice."""
-    params, n_vocab = [sequence.params for sequence in sequences], logits.size(-1)
-    numbers = _padded([_numbers(sequence, n_vocab) for sequence in sequences], len(logits))
-    kinds = {kind for kind, *_ in numbers}
+    numbers, how = numbers_of(sequences, len(logits), logits.size(-1), n_tried)
     adjusted = _allowed(_adjusted(logits, sequences), sequences)
+    rows = draw(logits, adjusted, upload(numbers, logits.device), how)[: len(sequences)].tolist()
+    drawn = [drawn_tokens(s, row) for s, row in zip(sequences, rows, strict=True)]
+    if short := [i for i, tokens in enumerate(drawn) if tokens is None]:
+        n_rows = padded_rows(len(short)) if logits.is_cuda else len(short)
+        again = _choose(logits[_padded(short, n_rows)], [sequences[i] for i in short], n_tried + 1)
+        drawn = [tokens or again.pop(0) for tokens in drawn]
+    return [tokens for tokens in drawn if tokens]
+
+
+def padded_rows(n: int) -> int:
+    """Return the number of rows of logits that are drawn on a GPU for n sequences."""
+    return -(-n // TILE_ROWS) * TILE_ROWS
+
+
+def numbers_of(
+    sequences: list[SequenceState], n_rows: int, n_vocab: int, n_tried: int = 0
+) -> tuple[Tensor, How]:
+    """Return what `draw` takes for sequences; the first is repeated up to n_rows.
+
+    The numbers are (6, R, 1), without rows where all are greedy.
+    """
+    numbers = [_numbers(sequence, n_vocab) for sequence in sequences]
+    kinds = frozenset([int(row[0]) for row in numbers])
+    has_logprobs = any(sequence.params.logprobs is not None for sequence in sequences)
+    if kinds == {GREEDY}:
+        return NO_NUMBERS, How(kinds, False, 0, has_logprobs)
+    is_summed = any(kind == DRAWN or top_k == n_vocab for kind, _, _, top_k, *_ in numbers)
+    n_candidates = [*(n for n in CANDIDATES if n <= n_vocab), n_vocab][n_tried]
+    columns = torch.tensor(_padded(numbers, n_rows), dtype=torch.float64).T.contiguous()
+    return columns[..., None], How(kinds, is_summed, n_candidates, has_logprobs)
+
+
+def draw(logits: Tensor, adjusted: Tensor, numbers: Tensor, how: How) -> Tensor:
+    """Return a row (R, 3) float64 for each row of logits (R, V), before and after adjustments.
+
+    They are the token, the largest logit, and 0 where more candidates are needed; with logprobs,
+    those of `_log_probabilities` follow. The host is not needed for it.
+    """
+    if not logits.is_cuda:
+        return _draw(logits, adjusted, numbers, how)
+    tiles = [slice(i, i + TILE_ROWS) for i in range(0, len(logits), TILE_ROWS)]
+    return torch.cat([_draw(logits[i], adjusted[i], numbers[:, i], how) for i in tiles])
+
+
+def _draw(logits: Tensor, adjusted: Tensor, numbers: Tensor, how: How) -> Tensor:
     largest = adjusted.amax(-1, keepdim=True)
     tokens, is_enough = adjusted.argmax(-1), torch.ones_like(largest[:, 0])
-    if kinds != {GREEDY}:
-        columns = torch.tensor(numbers, dtype=torch.float64).T.contiguous()[..., None]  # (6, R, 1)
-        kind, temperature, uniforms, *filters = upload(columns, logits.device)
+    if how.kinds != {GREEDY}:
+        kind, temperature, uniforms, *filters = numbers  # (R, 1) each
         weights = (adjusted - largest).div_(temperature.to(logits.dtype)).exp_()
-        is_summed = any(k == DRAWN or top_k == n_vocab for k, _, _, top_k, *_ in numbers)
-        sums = weights.cumsum(-1, dtype=torch.float64) if is_summed else None
-        if sums is not None and DRAWN in kinds:
+        sums = weights.cumsum(-1, dtype=torch.float64) if how.is_summed else None
+        if sums is not None and DRAWN in how.kinds:
             tokens = torch.where(kind[:, 0] == DRAWN, _sample(sums, uniforms), tokens)
-        if FILTERED in kinds:
-            n = [*(n for n in CANDIDATES if n <= n_vocab), n_vocab][n_tried]
-            among, is_enough = _sample_among(weights, sums, n, uniforms, *filters)
+        if FILTERED in how.kinds:
+            among, is_enough = _sample_among(weights, sums, how.n_candidates, uniforms, *filters)
             tokens = torch.where(kind[:, 0] == FILTERED, among, tokens)
             is_enough |= kind[:, 0] != FILTERED
     found = [column.double()[:, None] for column in (tokens, largest[:, 0], is_enough)]
-    if any(p.logprobs is not None for p in params):
+    if how.has_logprobs:
         found.append(_log_probabilities(logits, tokens))
-    rows = torch.cat(found, -1)[: len(sequences)].tolist()
-    if not all(math.isfinite(largest) for _, largest, *_ in rows):
+    return torch.cat(found, -1)
+
+
+def drawn_tokens(sequence: SequenceState, row: list[float]) -> Tokens | None:
+    """Return the token of a row of `draw`, None where it needs more candidates.
+
+    Raises ValueError where the row's logits are not finite numbers.
+    """
+    token, largest, is_enough, *logprobs = row
+    if not math.isfinite(largest):
         raise ValueError("the model's logits are not finite numbers")
-    chosen = [s.tokens([int(row[0])]) for s, row in zip(sequences, rows, strict=True)]
-    for one, p, row in zip(chosen, params, rows, strict=True):
-        one.logprobs = None if p.logprobs is None else [_unpacked(row[3:], p.logprobs)]
-    if short := [i for i, row in enumerate(rows) if not row[2]]:
-        again = _choose(logits[short], [sequences[i] for i in short], n_tried + 1)
-        for i, one in zip(short, again, strict=True):
-            chosen[i] = one
-    return chosen
+    tokens, n_top = sequence.tokens([int(token)]), sequence.params.logprobs
+    tokens.logprobs = None if n_top is None else [_unpacked(logprobs, n_top)]
+    return tokens if is_enough else None
 
 
 def uniform(seed: int, position: int) -> float:
@@ -204,7 +258,7 @@ def _numbers(sequence: SequenceState, n_vocab: int) -> tuple[float, ...]:
     if kind == GREEDY:
         return kind, 1.0, 0.0, 1, 1.0, 0.0
     top_k, top_p = min(p.top_k or n_vocab, n_vocab), 1.0 if p.top_p is None else p.top_p
-    number = uniform(p.seed, len(sequence.ids))
+    number = uniform(p.seed, len(sequence.ids) + sequence.n_ahead)
     return float(kind), p.temperature, number, top_k, top_p, p.min_p or 0.0
 
 

@@ -7,7 +7,7 @@ from operator import itemgetter
 
 from torch import Tensor
 
-from serving.engine.forward import Span
+from serving.engine.forward import UNREAD, Span
 from serving.engine.grammar import Matcher
 from serving.engine.messages import Computation, Generate, Logprobs, SamplingParams, Score, Tokens
 from serving.engine.slots import Slot, Slots
@@ -22,15 +22,19 @@ Turns = dict[Group, float]  # when each group was served last, the longest ago f
 class SequenceState:
     """A request's tokens on their way through the engine.
 
-    `ids` are the prompt and the answer; the first `n_computed` of them have keys and values.
+    `ids` are the prompt and the answer; the first `n_computed` of them have keys and values. The
+    `n_ahead` tokens after them are drawn, on a GPU, and not yet read.
     """
 
     request: Computation
     client: object
     ids: list[int]
+    max_ids: int = 0  # an answer that is as long has ended
     matcher: Matcher | None = None  # of the answer's grammar
     slot: Slot | None = None
     n_computed: int = 0
+    n_ahead: int = 0
+    is_flat: bool = False  # whether a draw took more candidates than the first ones
     n_reused: int = 0  # of n_computed, those that the slot held already
     n_cached: int = 0  # n_reused at the first admission
     max_tokens: int | None = None  # of a step, where memory did not suffice for more
@@ -65,7 +69,8 @@ class SequenceState:
     @property
     def is_decoding(self) -> bool:
         """Whether only the latest token is not computed."""
-        return self.n_computed == len(self.ids) - 1 and len(self.ids) > self.n_prompt
+        n_tokens = len(self.ids) + self.n_ahead
+        return self.n_computed == n_tokens - 1 and n_tokens > self.n_prompt
 
     def tokens(self, ids: list[int]) -> Tokens:
         """Return the message with the next tokens of the answer."""
@@ -78,7 +83,7 @@ class SequenceState:
         assert self.slot is not None
         start, n_tokens = self.n_computed, min(n_tokens, self.max_tokens or n_tokens)
         before = self.ids[start - 1] if start else 0
-        return Span(self.slot.index, start, self.ids[start : start + n_tokens], before)
+        return Span(self.slot.index, start, self.ids[start : start + n_tokens] or [UNREAD], before)
 
 
 class Scheduler:
@@ -197,7 +202,7 @@ class Scheduler:
         self.slots.hold(sequence.slot, sequence.ids[: sequence.n_computed])
         self.slots.release(sequence.slot, clean=clean)
         _serve(self._admissions, sequence)  # until now
-        sequence.slot = None
+        sequence.slot, sequence.n_ahead = None, 0
 
 
 def _since(turns: Turns, sequence: SequenceState) -> tuple[float, ...]:
