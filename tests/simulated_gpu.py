@@ -5,8 +5,8 @@ the host (reads of a value, uploads and downloads that block) are counted, with 
 product that causes them. An asynchronous download holds other values until the host has waited.
 
 C++ sees CPU tensors, so that torch chooses the CPU's kernels, autocast lists and random numbers.
-Graphs repeat what was captured. Neither speed and memory nor CUDA's rounding, the order of streams
-and the compiler are simulated.
+Graphs repeat what was captured, and their kernels are counted. Neither speed and memory nor CUDA's
+rounding, the order of streams and the compiler are simulated.
 """
 
 import contextlib
@@ -322,6 +322,7 @@ class _Graph:
     def replay(self) -> None:
         activity.kernels["graph"] += 1
         for func, args, kwargs, result in self.calls:
+            activity.kernels[func.overloadpacket.__name__] += not func.is_view
             again = None if func.is_view else func(*args, **kwargs)
             if _makes_tensors(func):
                 for tensor, values in zip(tree_leaves(result), tree_leaves(again), strict=True):
