@@ -238,16 +238,13 @@ async def _answer(call: Call, model: ServedModel, body: PredictRequest) -> str:
 
 def _describe(info: ModelInfo) -> dict[str, Any]:
     """Return a model as `/v1/models` lists it."""
+    named = ("id", "created", "max_model_len", "aliases", "loaded")
     return {
-        "id": info.id,
+        **{name: getattr(info, name) for name in named},
         "object": "model",
-        "created": info.created,
-        "max_model_len": info.max_model_len,
         "owned_by": "nanogpt",
         "name": info.name or info.id,
         "capabilities": CAPABILITIES[info.task],
-        "aliases": info.aliases,
         "default": None in info.default_for,
-        "loaded": info.loaded,
         **({"error": info.error} if info.error else {}),
     }

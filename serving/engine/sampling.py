@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt.generation import allowed_tokens
@@ -28,6 +29,8 @@ MAX_LOGITS = 2**19  # at a time on a CPU; of more, every sum has new pages from 
 MAX_TOP = 20  # likeliest tokens of a request
 MIN_TEMPERATURE = 1e-5  # below it the rounding of float32 logits decides: the likeliest is taken
 UNCHANGED = np.array([[0.0], [1.0], [0.0], [0.0]])  # a token's logit, divided by 1
+# To the logits of eight tokens, by a byte of a mask: masked_fill takes four times as long.
+ADDED = torch.tensor([[0.0 if b >> i & 1 else -math.inf for i in range(8)] for b in range(256)])
 T = TypeVar("T")
 NO_NUMBERS = torch.empty(6, 0, 1, dtype=torch.float64)
 GREEDY, DRAWN, FILTERED = range(3)  # kinds of rows; of the last, some tokens cannot be drawn
@@ -211,9 +214,9 @@ def _allowed(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
     if not n_bytes:
         return logits
     rows = _padded([mask or b"\xff" * n_bytes for mask in masks], len(logits))
-    bits = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), n_bytes)
-    forbidden = np.unpackbits(~bits, axis=1, count=logits.size(-1), bitorder="little")
-    return logits.masked_fill(upload(torch.from_numpy(forbidden), logits.device).bool(), -math.inf)
+    bits = torch.frombuffer(bytearray().join(rows), dtype=torch.uint8).view(len(rows), n_bytes)
+    added = F.embedding(upload(bits, logits.device).int(), upload(ADDED, logits.device))
+    return logits + added.flatten(1)[:, : logits.size(-1)]
 
 
 def _stop_ids(sequence: SequenceState) -> tuple[int, ...]:
