@@ -166,10 +166,11 @@ class ValidationParts(Callback):
 
     def __init__(self, run_dir: Path) -> None:
         self.path = RunDirectory(run_dir).validation_path
-        self.sums: dict[int, Any] = {}  # (3,) float64, by the start of the part
+        # Of each batch, the starts of parts (N,) and their sums (N, 3), on its device.
+        self.batches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.sums = defaultdict(float)
+        self.batches = []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
@@ -177,19 +178,21 @@ class ValidationParts(Callback):
         if not outputs or "bits_per_byte" not in outputs or "parts" not in batch:
             return
         nats, scored = outputs["loss"]  # (B, T) each
-        columns = torch.stack([nats, scored, outputs["bits_per_byte"][1]], -1)[scored]  # (N, 3)
-        starts, parts = batch["parts"].cpu().expand_as(scored)[scored].unique(return_inverse=True)
-        sums = torch.zeros(len(starts), 3, dtype=torch.float64).index_add(0, parts, columns)
-        for start, row in zip(starts.tolist(), sums, strict=True):
-            self.sums[start] += row
+        columns = torch.stack([nats, scored, outputs["bits_per_byte"][1]], -1)
+        starts, parts = batch["parts"].cpu().unique(return_inverse=True)
+        parts = parts.expand_as(scored).flatten().to(nats.device, non_blocking=True)
+        sums = nats.new_zeros(len(starts), 3).index_add(0, parts, columns.flatten(0, 1))
+        self.batches.append((starts, sums))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        own = [torch.cat(parts).cpu() for parts in zip(*self.batches, strict=True)]
         totals: dict[int, Any] = defaultdict(float)
-        for of_rank in gathered(self.sums):
-            for start, row in of_rank.items():
-                totals[start] += row
+        for of_rank in gathered(own):
+            for start, row in zip(*of_rank, strict=True):
+                if row[1]:  # its tokens
+                    totals[int(start)] += row
         if trainer.is_global_zero and totals:
             with replacing(self.path, "w") as file:
                 file.write("start,nats,tokens,bytes\n")

@@ -113,8 +113,7 @@ class ClassifyModule(StageModule):
         logits = self.model.class_logits(batch["input_ids"], batch["lengths"])
         nats = F.cross_entropy(logits.float(), labels, reduction="none")
         hits, scored = logits.argmax(-1) == labels, labels != -100
-        nats, hits, scored = torch.stack([nats, hits, scored]).cpu()  # as float32: one wait
-        return {"loss": (nats, scored.long()), "accuracy": (hits, scored.long())}
+        return {"loss": (nats, scored), "accuracy": (hits, scored)}
 
 
 def measure(

@@ -11,7 +11,7 @@ from torch import Tensor
 from nanogpt.model import GPT, run_block
 from nanogpt.training.compiled import training_loss
 from nanogpt.training.cross_entropy import summed_cross_entropy
-from nanogpt.training.module import Batch, StageModule
+from nanogpt.training.module import Batch, StageModule, wide
 from nanogpt.training.throughput import flops_per_token
 from nanogpt.training.varlen import document_attend
 
@@ -58,9 +58,6 @@ class LanguageModel(StageModule):
         attend = document_attend(self.model, batch.get("document_starts"), ids.size(1))
         logits = self.model(ids, attend, batch.get("documents")).flatten(0, 1)
         nats = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="none")
-        scored = targets != -100
-        n_bytes = self.token_bytes[targets.clamp(min=0)].where(scored, 0)
-        nats = nats.float().view_as(targets)
-        nats, scored, n_bytes = torch.stack([nats, scored, n_bytes]).cpu()  # as float32: one wait
-        nats, scored, n_bytes = nats.double(), scored.bool(), n_bytes.round().long()
+        nats, scored = wide(nats).view_as(targets), targets != -100
+        n_bytes = self.token_bytes[targets.clamp(min=0)].where(scored, 0).round()
         return {"loss": (nats, scored), "bits_per_byte": (nats / math.log(2), n_bytes)}

@@ -264,14 +264,14 @@ class StageModule(LightningModule):
     def _log_scores(self, split: str, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Log the weighted means over all batches of all ranks, in float64; return the scores.
 
-        Lightning labels metrics with the metric `step` where there is one. It divides the sum of
-        the weights by the number of ranks and drops the remainder, hence multiples of that number.
+        Lightning labels metrics with the metric `step` where there is one. It multiplies and adds
+        batch sizes, so that one may be a tensor, which needs no wait for the device.
         """
-        world_size = self.trainer.world_size
-        scores = {name: (a.cpu().double(), w.cpu()) for name, (a, w) in self.scores(batch).items()}
+        scores = {name: (wide(a), wide(w)) for name, (a, w) in self.scores(batch).items()}
         for name, (amounts, weights) in scores.items():
-            mean, weight = amounts.sum() / weights.sum().clamp(min=1), int(weights.sum())
-            self.log(f"{split}/{name}", mean, batch_size=weight * world_size, sync_dist=True)
+            weight: Any = weights.sum()
+            mean = amounts.sum() / weight.clamp(min=1)
+            self.log(f"{split}/{name}", mean, batch_size=weight, sync_dist=True)
         step = torch.tensor(self.trainer.global_step, dtype=torch.float64)
         self.log("step", step, batch_size=1, reduce_fx="max", sync_dist=True)
         return scores
@@ -294,6 +294,11 @@ class StageModule(LightningModule):
         clock = checkpoint[KEY]["clock"]
         self.train_s, self.timed_steps = clock["train_s"], clock["timed_steps"]
         self._wall_s_before = clock["wall_s"]
+
+
+def wide(values: Tensor) -> Tensor:
+    """Return values in float64, on the CPU where their device has none."""
+    return (values.cpu() if values.is_mps else values).double()
 
 
 def is_due(step: int, every_n_steps: int | None, trainer: Trainer) -> bool:
