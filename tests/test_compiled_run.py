@@ -10,13 +10,17 @@ import train
 from nanogpt.ranks import LAUNCHER
 from tests.test_train import ROOT, fit, metrics
 
-# The compiler's front end and autograd without its code generation, which takes half a minute. As
-# the script of this process, it is that of the ranks too.
+# The compiler's front end and autograd without its code generation, which takes half a minute; and
+# ranks with a backend for each device, as those on GPUs have. As the script of this process, it is
+# that of the ranks too.
 SCRIPT = """
 import atexit, functools, json, os, sys
 import torch
+import torch.testing._internal.distributed.fake_pg
 from torch._dynamo.utils import counters
 
+join = torch.distributed.init_process_group
+torch.distributed.init_process_group = lambda backend: join("cpu:gloo,cuda:fake")
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
 
 def write():
