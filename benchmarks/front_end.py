@@ -2,13 +2,16 @@
 
     python benchmarks/front_end.py
     python benchmarks/front_end.py --checkpoint RUN --rounds 5
+    python benchmarks/front_end.py --checkpoint RUN --rounds 7 --schema
 
 The first measures how many streamed tokens per second one front end ships, of an engine that sends
 a token to each of its streams in one frame, as fast as they are taken or at a given pace. Where the
 front end is behind, it puts several tokens into one piece (`pieces` and `tokens`).
 
 The second sends an engine the same requests straight through EngineClient and through HTTP, in
-turns, and prints the share of the engine's own throughput that HTTP leaves.
+turns, and prints the share of the engine's own throughput that HTTP leaves. The third sends through
+HTTP requests without and with a JSON schema, whose answers are equally long, in turns, and prints
+the ratio of each pair's throughputs, and of the server's processor time per token (Linux).
 """
 
 import argparse
@@ -48,6 +51,17 @@ from serving.engine.messages import (
 ROOT = Path(__file__).parent.parent
 PORT = 5099
 URL = f"http://127.0.0.1:{PORT}"
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "pets": {"type": "array", "items": {"enum": ["cat", "dog"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "pets"],
+    "additionalProperties": False,
+}
+PEOPLE = {"type": "array", "items": PERSON, "minItems": 1000}  # of more tokens than an answer has
 
 
 def main() -> int:
@@ -59,9 +73,11 @@ def main() -> int:
     parser.add_argument("--checkpoint", help="measure a real engine with this model")
     parser.add_argument("--dtype", default="auto", help="of the real engine")
     parser.add_argument("--rounds", type=int, default=5, help="of each of the two ways")
+    parser.add_argument("--schema", action="store_true", help="compare answers by a JSON schema")
     options = parser.parse_args()
     if options.checkpoint:
-        print(json.dumps(share_of_engine(options), indent=2))
+        compare = share_with_schema if options.schema else share_of_engine
+        print(json.dumps(compare(options), indent=2))
         return 0
     with tempfile.TemporaryDirectory() as directory:
         address = f"{directory}/engine.sock"
@@ -108,6 +124,52 @@ def share_of_engine(options: argparse.Namespace) -> dict[str, object]:
         "http_tokens_per_s": through_http,
         "share": round(statistics.median(through_http) / statistics.median(straight), 3),
     }
+
+
+def share_with_schema(options: argparse.Namespace) -> dict[str, object]:
+    """Return how throughput and processor time per token change with a JSON schema, by rounds."""
+    engine = EngineProcess(Settings(models=options.checkpoint, dtype=options.dtype))
+    engine.start()
+    flags = ["--concurrency", str(options.streams), "--requests", str(options.streams)]
+    flags += ["--max-tokens", str(options.tokens), "--ignore-eos"]
+    n_tokens = options.streams * options.tokens
+    rates: dict[str, list[float]] = {"": [], json.dumps(PEOPLE): []}
+    cpu_ms: dict[str, list[float]] = {schema: [] for schema in rates}
+    try:
+        with front_end(engine.address):
+            for number in range(options.rounds + 1):  # other prompts each time: no cache
+                for schema in sorted(rates, reverse=number % 2 == 1):
+                    given = [f"{URL}/v1", *flags, "--seed", str(number), "--schema", schema]
+                    began = _cpu_s()
+                    rates[schema].append(_http_rate(load.parser().parse_args(given)))
+                    cpu_ms[schema].append((_cpu_s() - began) / n_tokens * 1e3)
+    finally:
+        engine.stop()
+    report: dict[str, object] = {"checkpoint": options.checkpoint, "streams": options.streams}
+    for name, values in (("tokens_per_s", rates), ("cpu_ms_per_token", cpu_ms)):
+        plain, bound = (own[1:] for own in values.values())  # the first round warms up
+        ratios = sorted(b / a for a, b in zip(plain, bound, strict=True))
+        report[name] = [round(statistics.median(own), 3) for own in (plain, bound)]
+        report[f"ratio_of_{name}"] = {
+            "median": round(statistics.median(ratios), 3),
+            "min": round(ratios[0], 3),
+            "max": round(ratios[-1], 3),
+        }
+    return report
+
+
+def _cpu_s() -> float:
+    """Return the processor time of the processes that this one has started, and theirs."""
+    parents, ticks = dict[int, int](), dict[int, int]()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            fields = path.read_text().rpartition(") ")[2].split()
+            pid = int(path.parent.name)
+            parents[pid], ticks[pid] = int(fields[1]), int(fields[11]) + int(fields[12])
+    ours = {os.getpid()}
+    while new := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= new
+    return sum(ticks.get(pid, 0) for pid in ours - {os.getpid()}) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager

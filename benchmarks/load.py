@@ -291,6 +291,7 @@ def _request(options: argparse.Namespace, chance: random.Random) -> bytes:
         "stream": True,
         "stream_options": {"include_usage": True},
         **({"ignore_eos": True} if options.ignore_eos else {}),
+        **({"guided_json": json.loads(options.schema)} if options.schema else {}),
     }
     body = json.dumps(content)
     place = urlsplit(options.url)
@@ -357,6 +358,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--key", default="none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ignore-eos", action="store_true", help="where the server knows it")
+    parser.add_argument("--schema", help="of JSON, that answers follow, where the server can")
     parser.add_argument("--json", help="also write the metrics there")
     return parser
 
