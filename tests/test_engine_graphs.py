@@ -79,8 +79,11 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     pools: list[int | None] = []
 
     @contextlib.contextmanager
-    def capture(graph: Graph, pool: int | None, capture_error_mode: str) -> Iterator[None]:
+    def capture(
+        graph: Graph, pool: int | None, stream: "Stream", capture_error_mode: str
+    ) -> Iterator[None]:
         assert capture_error_mode == "thread_local"
+        assert stream.device is not None  # else that of the current device, which may be another
         pools.append(pool)
         with Recording(graph.calls):
             yield
@@ -88,7 +91,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
 
     class Stream:
         def __init__(self, device: Any = None) -> None:
-            pass
+            self.device = device
 
         def wait_stream(self, other: "Stream") -> None:
             pass

@@ -1,5 +1,6 @@
 """Choosing tokens: the numbers, the narrowing, the penalties."""
 
+import itertools
 import math
 from typing import Any
 
@@ -147,3 +148,22 @@ def test_a_penalty_that_leaves_no_finite_number_is_refused() -> None:
     logits = torch.tensor([[2.0, 1.0]])
     with pytest.raises(ValueError, match="not finite"):
         choose(logits, [sequence(answer=(0,), repetition_penalty=1e-45)])
+
+
+def test_six_ways_to_sample_include_all_others_to_the_bit() -> None:
+    torch.manual_seed(0)
+    logits, found = torch.randn(6, 500) * 4, set()
+    kinds: list[dict[str, Any]] = [
+        *({"temperature": 0.0}, {}, {"top_k": 9}, {"top_p": 0.8}),
+        *({"logprobs": 2, "temperature": 0.0}, {"logprobs": 0, "top_k": 40, "min_p": 0.1}),
+    ]
+    for chosen in itertools.chain.from_iterable(
+        itertools.combinations(kinds, n) for n in (1, 2, 4)
+    ):
+        sequences = [sequence(seed=i, **params) for i, params in enumerate(chosen)]
+        rows = logits[: len(chosen)]
+        numbers, how = sampling.numbers_of(sequences, len(rows), rows.size(-1))
+        expected, actual = (sampling.draw(rows, rows, numbers, h) for h in (how, how.general()))
+        assert actual.equal(expected)
+        found.add(how.general())
+    assert len(found) == 6

@@ -1,9 +1,9 @@
 """Decode on a GPU: the forward pass and the draw are one CUDA graph, a step ahead of the host.
 
-A token that a step draws stays on the device, where the next step takes it. That step begins before
-the host has read the token, whose work for one step so goes on during the next; a sequence that
-ends computes one token in vain. What needs the answer's tokens on the host, as grammars and
-penalties do, is drawn as on a CPU.
+A token that a step draws stays on the device, where the next step takes it. The next step begins
+before the host has read the token, so that the host's work overlaps it; a sequence that ends has
+one more token computed, which is dropped. Sequences whose next draw depends on the answer's tokens,
+as with grammars and penalties, are computed in steps that wait for the host.
 """
 
 from typing import NamedTuple
@@ -54,7 +54,7 @@ class Decoder:
         n_drawn, n_vocab = min(padded_rows(n_rows), n_padded), self.forward.config.vocab_size
         numbers, how = numbers_of(sequences, n_drawn, n_vocab)
         inputs = torch.cat([layout, numbers.flatten().view(torch.int64)])
-        rows = self._compute(inputs, n_rows, n_padded, shapes, how, len(layout))
+        rows = self._compute(inputs, n_rows, n_padded, shapes, how.general(), len(layout))
         rows = rows.to("cpu", non_blocking=True)
         for sequence in sequences:
             sequence.n_computed += 1
@@ -79,5 +79,7 @@ class Decoder:
         states = self.forward.states(layout, n_rows, n_padded, shapes)
         logits = self.forward.logits(states)[: padded_rows(n_rows)]
         rows = draw(logits, logits, numbers.view(torch.float64).view(6, -1, 1), how)
-        self._drawn[slots[: len(rows)], positions[: len(rows)] + 1] = rows[:, 0].long()
+        slots, positions, tokens = slots[: len(rows)], positions[: len(rows)], rows[:, 0].long()
+        tokens = torch.where(slots == slots[0], tokens[0], tokens)  # of the copies, the first's
+        self._drawn[slots, positions + 1] = tokens
         return rows

@@ -287,9 +287,10 @@ class Captured:
         with torch.cuda.stream(stream):  # libraries choose their kernels at the first call
             self.compute(inputs, *shape)
         current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()  # captured on that stream, which is of this device
         pool = next((first.pool() for first, _, _ in self.graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
             result = self.compute(inputs, *shape)
         return graph, inputs, result
 

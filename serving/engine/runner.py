@@ -48,6 +48,7 @@ MIN_TOKENS = 8  # of a prefill in one step where memory is short
 # hundred rows' arithmetic.
 DEFAULTS = {"cpu": (32, 64), "cuda": (256, 1024)}
 FREE_SHARE = 0.8  # of a GPU's memory after the weights, for keys and values
+RETRY_S = 30.0  # steps wait for the host after one that could not be begun ahead
 FIXED_POINT = 2**32  # sums of integers are the same however a text is divided into steps
 WORTH_BF16 = 1.2  # bf16 must be this many times as fast as fp32 to be worth its rounding
 
@@ -59,7 +60,10 @@ Emit = Callable[[object, Message], None]  # to a client, or to all for None
 
 @dataclass(eq=False)
 class Runner:
-    """A loaded model. Whatever fails in a step fails for the sequence that causes it alone."""
+    """A loaded model. What fails in a step fails for the sequence that causes it alone.
+
+    After an error of the GPU itself nothing can be computed: it ends the engine's process.
+    """
 
     entry: Entry
     checkpoint: Checkpoint
@@ -76,6 +80,7 @@ class Runner:
         if isinstance(forward, Forward) and forward.device.type == "cuda":
             self.decoder = Decoder(forward)
         self._begun: Begun | None = None  # a step that the GPU computes
+        self._ahead_from = 0.0  # the time before which none is begun ahead
 
     def prepared(self, request: Computation | Describe, on_ready: Callable[[], None]) -> bool:
         """Return whether a request can begin; `on_ready` is called when its grammar is compiled."""
@@ -150,14 +155,15 @@ class Runner:
         Return whether it can, and nothing else is to be computed now.
         """
         before, self._begun, running = self._begun, None, self.scheduler.running
-        goes_on = self.decoder is not None and self.decoder.takes(running)
+        is_due = self.decoder is not None and time.monotonic() >= self._ahead_from
+        goes_on = is_due and self.decoder.takes(running)
         unfinished = [s for s in running if len(s.ids) + s.n_ahead < s.max_ids]
         if self.decoder and goes_on and unfinished:
             try:
                 self._begun = self.decoder.begin(unfinished)
             except Exception:
-                log.exception("the next steps wait for the host")
-                self.decoder, goes_on = None, False
+                log.exception("steps wait for the host for %.0f s", RETRY_S)
+                self._ahead_from, goes_on = time.monotonic() + RETRY_S, False
         for drawn in before.drawn() if before else []:
             self._isolated(self._read, [drawn])
         return goes_on

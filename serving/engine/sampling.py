@@ -2,9 +2,9 @@
 
 Random numbers are a hash of (seed, position), so that a draw is the same in any company. What is
 computed for a row looks at that row alone. On a GPU all rows are one batch, whose results are read
-at once; only rows that need more candidates than the first ones are drawn again. Its kernels add in
-an order that depends on the number of rows, so that they always get as many. On a CPU, where
-arithmetic takes longer than calls, consecutive rows of one kind are a batch.
+at once; only rows that need more candidates than the first ones are drawn again. A GPU's kernels
+add in an order that depends on the number of rows, so that they get TILE_ROWS at a time. On a CPU,
+where arithmetic takes longer than calls, consecutive rows of one kind are a batch.
 
 Shapes: R rows, V vocabulary, K candidates, A adjusted tokens.
 """
@@ -44,6 +44,13 @@ class How(NamedTuple):
     is_summed: bool
     n_candidates: int
     has_logprobs: bool
+
+    def general(self) -> "How":
+        """Return one of six that include all others, whose rows get the same bits."""
+        if self.kinds == {GREEDY}:
+            return self
+        kinds = frozenset((GREEDY, DRAWN, FILTERED)[: 2 + (FILTERED in self.kinds)])
+        return self._replace(kinds=kinds, is_summed=True)
 
 
 @torch.inference_mode()
@@ -276,14 +283,19 @@ def _sample(sums: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _sample_among(
-    weights: Tensor, sums: Tensor | None, n: int, numbers: Tensor, *filters: Tensor
+    weights: Tensor,
+    sums: Tensor | None,
+    n: int,
+    numbers: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Sample among the n likeliest tokens (R, V), filtered by top_k, top_p, min_p in this order.
 
     `sums` (R, V) of all weights are needed for rows without top_k. Returns tokens (R,) and whether
     the n are sure to hold all that may be drawn (R,).
     """
-    top_k, top_p, min_p = filters
     best = weights.topk(n)
     w, is_all = best.values, top_k == weights.size(-1)
     sums_of_best = w.cumsum(-1, dtype=torch.float64)
