@@ -155,12 +155,12 @@ class Runner:
         Return whether it can, and nothing else is to be computed now.
         """
         before, self._begun, running = self._begun, None, self.scheduler.running
-        is_due = self.decoder is not None and time.monotonic() >= self._ahead_from
-        goes_on = is_due and self.decoder.takes(running)
+        decoder = self.decoder if time.monotonic() >= self._ahead_from else None
+        goes_on = decoder is not None and decoder.takes(running)
         unfinished = [s for s in running if len(s.ids) + s.n_ahead < s.max_ids]
-        if self.decoder and goes_on and unfinished:
+        if decoder and goes_on and unfinished:
             try:
-                self._begun = self.decoder.begin(unfinished)
+                self._begun = decoder.begin(unfinished)
             except Exception:
                 log.exception("steps wait for the host for %.0f s", RETRY_S)
                 self._ahead_from, goes_on = time.monotonic() + RETRY_S, False

@@ -125,7 +125,9 @@ def _draw(logits: Tensor, adjusted: Tensor, numbers: Tensor, how: How) -> Tensor
     if how.kinds != {GREEDY}:
         kind, temperature, uniforms, *filters = numbers  # (R, 1) each
         weights = (adjusted - largest).div_(temperature.to(logits.dtype))
-        weights = F.threshold_(weights.clamp_min_(LEAST).exp_(), 2 * math.exp(LEAST), 0.0)
+        weights = F.threshold(
+            weights.clamp_min_(LEAST).exp_(), 2 * math.exp(LEAST), 0.0, inplace=True
+        )
         sums = weights.cumsum(-1, dtype=torch.float64) if how.is_summed else None
         if sums is not None and DRAWN in how.kinds:
             tokens = torch.where(kind[:, 0] == DRAWN, _sample(sums, uniforms), tokens)
