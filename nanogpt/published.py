@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cache, cached_property, partial
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -215,7 +215,8 @@ class PublishedTemplate(Template):
         They are those of transformers, but where a content spells an added token. The token that
         ends a response belongs to it. Raises ValueError where the template fails, refuses the
         conversation or changes contents in another way than `CHANGES`, for a tool or a call that
-        spells an added token, and for a tokenizer without a template.
+        spells a special token or another added one that is neither a word nor white space, alone
+        or with what the template writes beside it, and for a tokenizer without a template.
         """
         published = _with_template(tokenizer)
         if not messages:
@@ -227,10 +228,11 @@ class PublishedTemplate(Template):
         marks = [f"\ue000{i}\ue001" * has for i, has in enumerate(has_mark)]
         marked = [i for i, has in enumerate(has_mark) if has]
         turns = [{"role": message.role, **(message.fields or {})} for message in messages]
-        text = _render(published, turns, contents, tools, add_generation_prompt)
-        pieces = MARK.split(_render(published, turns, marks, tools, add_generation_prompt))
+        render = partial(_render, published, add_generation_prompt)
+        text = render(contents, turns, tools)
+        pieces = MARK.split(render(marks, turns, tools))
         if tools or any(message.fields for message in messages):
-            _check_fields(published, turns, marks, tools)
+            _check_fields(published, turns, tools, partial(render, marks))
         scaffolds, order = pieces[::2], [int(i) for i in pieces[1::2]]
         if order != marked:
             raise ValueError("the chat template omits, repeats or reorders messages; pass others")
@@ -296,51 +298,55 @@ def _compiled(template: str) -> Any:
 
 
 def _render(
-    tokenizer: PublishedTokenizer,
-    turns: Turns,
-    contents: Sequence[str],
-    tools: Turns,
-    add_generation_prompt: bool,
-    own: Callable[[str], str] = str,
+    tokenizer: PublishedTokenizer, opens: bool, contents: Sequence[str], turns: Turns, tools: Turns
 ) -> str:
-    """Return the template's text, in the environment that transformers renders it in.
-
-    `own` changes what the template itself spells.
-    """
+    """Return the template's text, in the environment that transformers renders it in."""
     messages = [{**turn, "content": c} for turn, c in zip(turns, contents, strict=True)]
     try:
-        text: str = _compiled(own(str(tokenizer.chat_template))).render(
+        text: str = _compiled(str(tokenizer.chat_template)).render(
             messages=messages,
-            add_generation_prompt=add_generation_prompt,
-            bos_token=own(tokenizer.bos_token or ""),
-            eos_token=own([*tokenizer.end_tokens, tokenizer.eot_token][0]),
+            add_generation_prompt=opens,
+            bos_token=tokenizer.bos_token or "",
+            eos_token=tokenizer.end_tokens[0] if tokenizer.end_tokens else tokenizer.eot_token,
             tools=tools or None,
             documents=None,
         )
         return well_formed(text)  # tools and calls may have lone surrogates
     except Exception as error:  # whatever a template does
-        raise ValueError(
-            f"the chat template of {tokenizer.name} fails: {first_line(error)}"
-        ) from error
+        message = f"the chat template of {tokenizer.name} fails: {first_line(error)}"
+        raise ValueError(message) from error
 
 
 def _check_fields(
-    published: PublishedTokenizer, turns: Turns, marks: list[str], tools: Turns
+    published: PublishedTokenizer, turns: Turns, tools: Turns, render: Callable[[Turns, Turns], str]
 ) -> None:
     """Raise ValueError for a tool or a call that spells a token, alone or with what is beside it.
 
-    Without its own tokens the template gives none then, but for those that it composes of roles.
+    The text must keep its tokens when the signs in them, such as `<` and `|`, are replaced in tools
+    and calls. Letters and digits are kept, as templates compare words and count characters.
     """
-    special = published.special_tokens  # others that are words may be of Jinja's syntax
-    names = [n for n in published.added if n in special or not (n.isidentifier() or n.isspace())]
-    pattern = re.compile("|".join(map(re.escape, names)))
+    words = {name for name in published.added if name.isidentifier() or name.isspace()}
+    names = published.special_tokens.keys() | published.added.keys() - words
+    signs = {ord(c) for name in names for c in name if not c.isalnum()}
+    others = {sign: 0xF0000 | sign & 0xFFFF for sign in signs}  # one for one, in private use
 
-    def spelt(turns: Turns, tools: Turns) -> list[str]:
-        text = _render(published, turns, marks, tools, False, partial(pattern.sub, "\ue002"))
-        return pattern.findall(text)
+    def spelt(text: str) -> list[str]:
+        return [*filter(names.__contains__, published.added_pattern.findall(well_formed(text)))]
 
-    roles = [{"role": turn["role"]} for turn in turns]
-    if (found := spelt(turns, tools)) and found != spelt(roles, ()):
+    def masked(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.translate(others)
+        if isinstance(value, Mapping):
+            return {masked(name): masked(own) for name, own in value.items()}
+        return [*map(masked, value)] if isinstance(value, (list, tuple)) else value
+
+    given = [turn[name] for turn in turns for name in turn if name != "role"]
+    found = spelt(json.dumps([tools, given], ensure_ascii=False))
+    if not found:
+        safe = [{name: masked(own) for name, own in turn.items()} for turn in turns]  # roles stay
+        pairs = zip_longest(spelt(render(turns, tools)), spelt(render(safe, masked(tools))))
+        found = [one or other for one, other in pairs if one != other]
+    if found:
         raise ValueError(f"a tool or a call spells {found[0]}, a token of the model")
 
 
