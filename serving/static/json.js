@@ -21,7 +21,7 @@ export function indented(text) {
   let depth = 0;
   for (const token of text.match(TOKEN) ?? []) {
     const [isFirst, isEnd] = [/[{[]/.test(before[0]), /[}\]]/.test(token[0])];
-    if (isEnd) depth--;
+    if (isEnd) depth = Math.max(0, depth - 1);
     if (before === "," || isFirst !== isEnd) lines += `\n${"  ".repeat(Math.min(depth, MAX_INDENT))}`;
     lines += token === ":" ? ": " : token;
     if (/[{[]/.test(token[0])) depth++;

@@ -59,6 +59,7 @@ test("JSON is indented without a change of its literals", () => {
   const lines = ["{", '  "a, {b}": [', "    12345678901234567890,", '    "\\"[\\u00e9: ",', "    []", "  ],", '  "c": {}', "}"];
   assert.equal(indented('{"a, {b}":[12345678901234567890, "\\"[\\u00e9: ",[]],"c":{ }}'), lines.join("\n"));
   assert.equal(indented(" true "), "true");
+  assert.equal(indented("}}]{]"), "\n}\n}\n]{]");
   for (const text of ["", '{"a": ', "text", "{} {}"]) assert.equal(isJson(text), false, text);
 });
 
