@@ -208,6 +208,11 @@ WIDE = {"properties": {f"k{i}": {"type": "null"} for i in range(1500)}}
         ),
         ({"tool_choice": "always"}, "tool_choice", "'required'"),
         ({"tool_choice": {"type": "custom"}}, "tool_choice", "'allowed_tools'"),
+        (
+            {"tool_choice": {"type": "function", "name": "now"}},  # as in the Responses API
+            "tool_choice",
+            "for 'tool_choice': the field 'function' is missing.",
+        ),
         ({"tool_choice": allowed("auto", "now", "then")}, "tool_choice", "needs 'then'"),
         ({"tool_choice": allowed("required", "then")}, "tool_choice", "needs 'then'"),
         ({"tool_choice": allowed("required")}, "tool_choice", "at least 1"),
