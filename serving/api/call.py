@@ -162,10 +162,13 @@ class Call:
     def _end(self, generation: Generation) -> None:
         generation.close()
         usage = generation.usage()
-        log = {n: usage[n] for n in ("prompt_tokens", "completion_tokens", "tokens_per_second")}
-        log |= usage["prompt_tokens_details"]
-        reasons = [choice.finish_reason for choice in generation.choices]
-        self.request.state.log.update(log, finish_reasons=reasons)
+        self.request.state.log.update(
+            prompt_tokens=usage["prompt_tokens"],
+            cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+            completion_tokens=usage["completion_tokens"],
+            tokens_per_second=usage["tokens_per_second"],
+            finish_reasons=[choice.finish_reason for choice in generation.choices],
+        )
 
     async def within(self, limits: Limits, work: Awaitable[T]) -> T:
         """Return the result of work.

@@ -153,9 +153,13 @@ class ChatFormat(CompletionFormat):
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        content = [self._token(token.id, token.logprob) for token in tokens]
-        for one, token in zip(content, tokens, strict=True):
-            one["top_logprobs"] = [self._token(*top) for top in zip(*token.top, strict=True)]
+        content = [
+            {
+                **self._token(token.id, token.logprob),
+                "top_logprobs": [self._token(*top) for top in zip(*token.top, strict=True)],
+            }
+            for token in tokens
+        ]
         return {"content": content, "refusal": None}
 
     def _token(self, token_id: int, logprob: float | None) -> dict[str, Any]:

@@ -77,9 +77,16 @@ async def model(request: Request, model_id: str) -> Response:
     call = Call(request)
     served = await call.load(model_id)
     details = served.details
-    about = {n: getattr(details, n) for n in ("stage", "step", "vocab_size", "dtype", "labels")}
-    about |= {"parameters": details.n_params, "template": served.template.name}
-    about["max_model_len"] = details.block_size
+    about = {
+        "stage": details.stage,
+        "step": details.step,
+        "max_model_len": details.block_size,
+        "vocab_size": details.vocab_size,
+        "parameters": details.n_params,
+        "dtype": details.dtype,
+        "template": served.template.name,
+        "labels": details.labels,
+    }
     return json_response({**_describe(call.catalogue.find(model_id)), **about})
 
 
@@ -98,9 +105,8 @@ async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
     prompts = [await _prompt(model, text, 0, "input") for text in texts]
     requests = [Embed(call.new_id(), model.id, p.ids, **call.labels) for p in prompts]
     vectors = [answer.vector for answer in await call.answers(requests, Embedded)]
-    spelt: list[Any] = [struct.unpack(f"<{width}f", vector) for vector in vectors]
-    if body.encoding_format == "base64":
-        spelt = [base64.b64encode(vector).decode() for vector in vectors]
+    in_text, unpack = body.encoding_format == "base64", struct.Struct(f"<{width}f").unpack
+    spelt = [base64.b64encode(v).decode() if in_text else unpack(v) for v in vectors]
     data = [{"object": "embedding", "index": i, "embedding": own} for i, own in enumerate(spelt)]
     n = sum(len(prompt.ids) for prompt in prompts)
     usage = {"prompt_tokens": n, "total_tokens": n}
@@ -238,13 +244,16 @@ async def _answer(call: Call, model: ServedModel, body: PredictRequest) -> str:
 
 def _describe(info: ModelInfo) -> dict[str, Any]:
     """Return a model as `/v1/models` lists it."""
-    named = ("id", "created", "max_model_len", "aliases", "loaded")
     return {
-        **{name: getattr(info, name) for name in named},
+        "id": info.id,
         "object": "model",
+        "created": info.created,
+        "max_model_len": info.max_model_len,
         "owned_by": "nanogpt",
         "name": info.name or info.id,
         "capabilities": CAPABILITIES[info.task],
+        "aliases": info.aliases,
         "default": None in info.default_for,
+        "loaded": info.loaded,
         **({"error": info.error} if info.error else {}),
     }

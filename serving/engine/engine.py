@@ -152,7 +152,8 @@ class Engine:
         default = {task: self.registry.default(task) for task in tasks}
         models = []
         for entry in self.registry.entries:
-            weights = runner.entry if (runner := self.runners.get(entry.id)) else entry
+            runner = self.runners.get(entry.id)
+            weights = runner.entry if runner else entry
             models.append(
                 ModelInfo(
                     id=entry.id,

@@ -20,7 +20,6 @@ from nanogpt.support import ANY, Supported, unsupported
 from serving.engine import compiling
 from serving.engine.forward import Forward, Span, ids_before, round_to_24_bits
 
-SAME = ("n_layer", "n_head", "n_embd", "block_size", "qk_norm", "norm_eps")  # as in GPTConfig
 SUPPORTED: Supported = {
     "position": ("learned", "rotary"),
     "norm": ("layernorm", "rmsnorm"),
@@ -150,13 +149,18 @@ class NativeForward:
             layer.c_fc = self._packed(weight, bias, dtype)
         return _Model(
             dtype=self.library.fastest(dtype),
-            **{name: getattr(config, name) for name in SAME},
+            n_layer=config.n_layer,
+            n_head=config.n_head,
             n_kv_head=config.kv_heads,
             head_size=config.head_dim,
+            n_embd=config.n_embd,
             n_inner=config.inner_dim,
+            block_size=config.block_size,
             n_slots=self.cache.size(2),
             rms_norm=config.norm == "rmsnorm",
             activation=ACTIVATIONS[config.activation],
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
             n_threads=torch.get_num_threads(),
             layers=layers,
             ln_f=self._norm(model.ln_f),

@@ -17,12 +17,14 @@ from nanogpt.runs.directory import find_path, read_summary
 from serving.engine.messages import Task
 
 # Chat clients hide models whose ids contain these: they belong to other kinds of models.
-_HIDDEN = re.compile(
-    "embedding|davinci|curie|moderation|ada|babbage|tts|whisper|dall-e", re.IGNORECASE
+HIDDEN = (
+    *("embedding", "davinci", "curie", "moderation", "ada"),
+    *("babbage", "tts", "whisper", "dall-e"),
 )
 # Of models whose ids begin so, they change the parameters of requests.
 CHANGED = ("o1", "o3", "o4", "codex", "computer-use", "gpt-5")
-_SPLIT = "|".join(f"{word[0]}-{word[1:]}" for word in _HIDDEN.pattern.split("|"))
+_HIDDEN = re.compile("|".join(HIDDEN), re.IGNORECASE)
+_SPLIT = "|".join(f"{word[0]}-{word[1:]}" for word in HIDDEN)
 # Names that read like the ids of others that were changed.
 _CHANGED = re.compile(f"{_SPLIT}|-searching-|^model-({'|'.join(CHANGED)})", re.IGNORECASE)
 
