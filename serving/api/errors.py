@@ -124,8 +124,9 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> Res
     # Of a union, the alternatives of the value's own type have the reason.
     found = [p for p in found if not p["type"].endswith("_type")] or found
     either = "; or ".join(dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in found))
-    if lacking := [p["loc"][-1] for p in found if p["type"] == "missing" and len(p["loc"]) > 2]:
-        either = f"the field {lacking[0]!r} is missing"  # of the alternative that was meant
+    deepest = max(found, key=lambda p: (len(p["loc"]), p["type"] != "missing"))
+    if deepest["type"] == "missing" and len(deepest["loc"]) > 2:  # the alternative that was meant
+        either = f"the field {deepest['loc'][-1]!r} is missing"
     return ApiError(400, f"Invalid value for {param!r}: {either}.", param=param).response()
 
 
