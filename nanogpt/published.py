@@ -322,20 +322,19 @@ def _check_fields(
 ) -> None:
     """Raise ValueError for a tool or a call that spells a token, alone or with what is beside it.
 
-    The text must keep its tokens when the signs in them, such as `<` and `|`, are replaced in tools
-    and calls. Letters and digits are kept, as templates compare words and count characters.
+    The text must keep its tokens when each sign in them, such as `<` and `|`, is another character,
+    for private use, in tools and calls. Letters and digits stay, as templates compare words.
     """
     words = {name for name in published.added if name.isidentifier() or name.isspace()}
     names = published.special_tokens.keys() | published.added.keys() - words
-    signs = {ord(c) for name in names for c in name if not c.isalnum()}
-    others = {sign: 0xF0000 | sign & 0xFFFF for sign in signs}  # one for one, in private use
+    signs = {ord(c): 0xF0000 | ord(c) & 0xFFFF for name in names for c in name if not c.isalnum()}
 
     def spelt(text: str) -> list[str]:
         return [*filter(names.__contains__, published.added_pattern.findall(well_formed(text)))]
 
     def masked(value: Any) -> Any:
         if isinstance(value, str):
-            return value.translate(others)
+            return value.translate(signs)
         if isinstance(value, Mapping):
             return {masked(name): masked(own) for name, own in value.items()}
         return [*map(masked, value)] if isinstance(value, (list, tuple)) else value
