@@ -56,10 +56,10 @@ class Decoder:
         inputs = torch.cat([layout, numbers.flatten().view(torch.int64)])
         rows = self._compute(inputs, n_rows, n_padded, shapes, how.general(), len(layout))
         rows = rows.to("cpu", non_blocking=True)
-        for sequence in sequences:
+        end = torch.cuda.current_stream(self.forward.device).record_event()
+        for sequence in sequences:  # now that nothing can fail
             sequence.n_computed += 1
             sequence.n_ahead += 1
-        end = torch.cuda.current_stream(self.forward.device).record_event()
         return Begun(sequences, rows, end)
 
     def _step(
