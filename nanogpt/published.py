@@ -216,7 +216,7 @@ class PublishedTemplate(Template):
         ends a response belongs to it. Raises ValueError where the template fails, refuses the
         conversation or changes contents in another way than `CHANGES`, for a tool or a call that
         spells a special token or another added one that is neither a word nor white space, alone
-        or with what the template writes beside it, and for a tokenizer without a template.
+        or with what the template writes next to it, and for a tokenizer without a template.
         """
         published = _with_template(tokenizer)
         if not messages:
@@ -320,7 +320,7 @@ def _render(
 def _check_fields(
     published: PublishedTokenizer, turns: Turns, tools: Turns, render: Callable[[Turns, Turns], str]
 ) -> None:
-    """Raise ValueError for a tool or a call that spells a token, alone or with what is beside it.
+    """Raise ValueError for a tool or a call that spells a token, alone or with what is next to it.
 
     The text must keep its tokens when each sign in them, such as `<` and `|`, is another character,
     for private use, in tools and calls. Letters and digits stay, as templates compare words.

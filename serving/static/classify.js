@@ -51,14 +51,14 @@ async function classify() {
   showFailure("classify-failure");
   let found = null;
   if (text().trim() && model() && (model().labels || options().length > 1) && !byId("classify").hidden) {
-    const asked = (open = new AbortController());
+    const sent = (open = new AbortController());
     render();
     try {
-      found = await ask(asked.signal);
+      found = await scored(sent.signal);
     } catch (error) {
-      if (open === asked) showFailure("classify-failure", error);
+      if (open === sent) showFailure("classify-failure", error);
     }
-    if (open !== asked) return;
+    if (open !== sent) return;
     open = null;
   }
   shown = found;
@@ -66,7 +66,7 @@ async function classify() {
 }
 
 /** Return the probabilities of labels or options, the number of tokens and milliseconds. */
-async function ask(signal) {
+async function scored(signal) {
   const began = performance.now();
   const criteria = Object.fromEntries(options().map((option) => [option, null]));
   const [path, body] = model().labels
