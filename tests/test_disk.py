@@ -3,7 +3,6 @@
 import logging
 import os
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from filelock import FileLock
 
 from nanogpt.checkpoint import write_checkpoint
 from nanogpt.data.writer import CorpusWriter
-from nanogpt.disk import PATIENCE_S, link_atomically, replacing, wait_for_lock
+from nanogpt.disk import link_atomically, replacing, wait_for_lock
+from tests.front_end import eventually
 
 HEADER_BYTES, TOKEN_BYTES = 1024, 2
 
@@ -117,17 +117,18 @@ def test_a_finished_shard_is_on_the_disk_before_its_name(
 
 def test_a_lock_that_is_held_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     began = threading.Event()
+    message = "waiting for the process that fetches gpt2"
 
     def hold() -> None:
         with FileLock(tmp_path / ".lock"):
             began.set()
-            time.sleep(PATIENCE_S + 0.3)
+            eventually(lambda: message in caplog.text)
 
-    threading.Thread(target=hold).start()
-    began.wait()
     with caplog.at_level(logging.INFO, "nanogpt"):
+        threading.Thread(target=hold).start()
+        began.wait()
         wait_for_lock(tmp_path / ".lock", "fetches gpt2").lock.release()
-    assert "waiting for the process that fetches gpt2" in caplog.text
+    assert message in caplog.text
 
 
 def test_a_failed_replacement_leaves_the_old_file(

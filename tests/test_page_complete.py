@@ -10,7 +10,7 @@ import pytest
 from serving.engine.messages import Generate, Tokens
 from tests import fake_engine
 from tests.fake_engine import FakeEngine
-from tests.front_end import fixed_reply, generated, serve
+from tests.front_end import eventually, fixed_reply, generated, serve
 from tests.page import opened
 
 LOGPROBS = {"s": math.log(0.75), "l": math.log(0.2), "o": math.log(0.02), "u": math.log(0.001)}
@@ -118,6 +118,6 @@ def test_the_mirror_lies_under_the_text_to_the_pixel_and_a_reload_keeps_it(page:
     })""")
     assert sizes[0] == sizes[1]
     page.fill("#complete-text", "A draft")
-    page.wait_for_timeout(700)
+    assert eventually(lambda: "A draft" in page.evaluate("JSON.stringify(localStorage)"))
     page.reload()
     assert page.input_value("#complete-text") == "A draft"

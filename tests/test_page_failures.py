@@ -8,7 +8,7 @@ import pytest
 from serving.api.settings import ApiSettings
 from serving.engine.messages import FailureKind
 from tests.fake_engine import FakeEngine
-from tests.front_end import fixed_reply, generated, hang_up, serve
+from tests.front_end import eventually, fixed_reply, generated, hang_up, serve
 from tests.page import answers, free_port, opened, send, watched
 
 KEY = "sk-schlüssel"
@@ -86,7 +86,7 @@ def test_too_many_requests_of_a_key_are_shown_as_a_failure(
         body = "{method: 'POST', body: '{\"max_tokens\": 200, \"stream\": true}', headers}"
         headers = "{'X-API-Key': 'k', 'Content-Type': 'application/json'}"
         page.evaluate(f"() => {{ const headers = {headers}; fetch('/v1/completions', {body}); }}")
-        page.wait_for_timeout(300)
+        assert eventually(lambda: generated(engine))
         page.fill("#chat-text", "Hello")
         page.press("#chat-text", "Enter")
         page.wait_for_selector(".theirs .failure:has-text('The server is busy')")
