@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+# Each worker of pytest-xdist computes on its share of the cores: more threads wait for each other.
+N_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // N_WORKERS)))
+
 ROOT = Path(__file__).parent.parent
 TINY_RUN = (
     "data=text",

@@ -91,6 +91,25 @@ def test_states_do_not_depend_on_how_a_text_is_cut(
     assert torch.cat(parts).equal(whole)
 
 
+@pytest.mark.parametrize("keys", [{}, MODERN, GROUPED], ids=["gpt2", "modern", "grouped"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp24", "bf16", "int8"])
+def test_states_and_logits_do_not_depend_on_the_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, keys: dict[str, Any]
+) -> None:
+    if native.load_library() is None:
+        pytest.skip("there is no compiler")
+    found = []
+    for n_threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
+        computes = forward(dtype, **keys)
+        found.append([logits(computes, Span(1, 0, IDS)), logits(computes, Span(2, 0, IDS[:3]))])
+    assert all(
+        part.equal(other)
+        for parts in found[1:]
+        for part, other in zip(found[0], parts, strict=True)
+    )
+
+
 def test_bfloat16_has_the_same_bits_in_prefill_and_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "load_library", lambda: None)
     computes, generator = forward("bf16"), torch.Generator().manual_seed(0)
