@@ -1,10 +1,6 @@
 """stage=classify as a person sees it: its files, splits of a step, kills, ranks and mistakes."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +10,8 @@ from nanogpt.checkpoint import load_checkpoint
 from nanogpt.classifier import Classifier
 from nanogpt.data.labelled import LabelledTexts
 from nanogpt.evaluate import main as evaluate
-from tests.test_train import DROPOUT, KILLER, ROOT, Command, fit, metrics
+from tests.killed import kill_run
+from tests.test_train import DROPOUT, Command, fit, metrics
 
 COLOURS = ("red", "green", "blue")
 OPTIONS = (
@@ -117,15 +114,7 @@ def test_a_killed_run_continues_to_the_same_bits(
 ) -> None:
     options = [*tiny, "model.dropout=0.1", "micro_batch=4"]
     whole = fit(*options, "name=whole")
-    module, _, name = where.rpartition(".")
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLER, module, name, str(count), str(ROOT / "train.py"), *options],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        timeout=300,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill_run(where, count, options, tmp_path)
     continued = fit(*options)
     assert continued["weights_sha256"] == whole["weights_sha256"]
     assert continued["mistakes"] == whole["mistakes"]

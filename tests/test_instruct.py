@@ -3,29 +3,20 @@
 import csv
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-import train
 from nanogpt.checkpoint import load_checkpoint
 from nanogpt.config import unknown_key
 from nanogpt.data.instructions import Instructions
 from nanogpt.prompts import find_template
+from tests.killed import kill_run
+from tests.test_train import DROPOUT, Command, fit
 
-ROOT = Path(__file__).parent.parent
-Command = Callable[..., subprocess.CompletedProcess[str]]
-DROPOUT = "model.dropout=0.1"  # whose masks must not depend on the split, either
 TINY = (
     "tokenizer=byte",
     "model.block_size=64",
@@ -43,21 +34,6 @@ TINY = (
     "callbacks.samples.every_n_steps=6",
     "callbacks.samples.max_new_tokens=8",
 )
-# Leaves as a power cut would, in the middle of a step: at the 20th forward.
-KILLED = """
-import os, runpy, signal, sys
-from nanogpt.training import language_model
-forward, n_calls = language_model.next_token_loss, 0
-def dying(*args, **keys):
-    global n_calls
-    n_calls += 1
-    if n_calls == 20:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return forward(*args, **keys)
-language_model.next_token_loss = dying
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 COLUMNS = ("step", "train/loss", "train/grad_norm", "learning_rate", "val/loss")
 
 
@@ -82,14 +58,6 @@ def tiny_run(data_path: Path, tmp_path: Path) -> list[str]:
         f"data_dir={tmp_path / 'data'}",
         "name=tiny",
     ]
-
-
-def fit(*overrides: str) -> dict[str, Any]:
-    """Train in this process; return the summary."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        cfg = compose("train", overrides=list(overrides))
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
-    return train.train({**config, "command": "python train.py", "typed": {}})
 
 
 def columns_of(run_dir: Path, *columns: str) -> list[list[str]]:
@@ -187,11 +155,7 @@ def test_every_micro_batch_gives_the_same_losses(tiny_run: list[str], tmp_path: 
 def test_a_killed_run_continues_to_the_same_bits(tiny_run: list[str], tmp_path: Path) -> None:
     options = [*tiny_run, "model.dropout=0.1", "micro_batch=2"]
     whole = fit(*options, "name=whole")
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(ROOT / "train.py"), *options],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill_run("nanogpt.training.language_model.next_token_loss", 20, options, tmp_path)
     continued = fit(*options)
     assert continued["weights_sha256"] == whole["weights_sha256"]
     runs = tmp_path / "runs"

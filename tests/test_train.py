@@ -28,33 +28,13 @@ import train
 from nanogpt.checkpoint import load_checkpoint, read_checkpoint
 from nanogpt.runs.directory import read_config
 from nanogpt.training import language_model
+from tests.killed import kill_run
 
 ROOT = Path(__file__).parent.parent
 POSIX = pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Main = Callable[..., int]
 DROPOUT = "model.dropout=0.1"  # whose masks must not depend on the split, either
-
-# Killed at the n-th call of a function, the process leaves as a power cut would.
-KILLER = """
-import importlib, os, runpy, signal, sys
-module, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-owner = importlib.import_module(module)
-for part in name.split(".")[:-1]:
-    owner = getattr(owner, part)
-name = name.split(".")[-1]
-original = getattr(owner, name)
-def dying(*args, **kwargs):
-    global count
-    count -= 1
-    if count == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-setattr(owner, name, dying)
-script = sys.argv[4]
-sys.argv = sys.argv[4:]
-runpy.run_path(script, run_name="__main__")
-"""
 
 
 def fit(*overrides: str) -> dict[str, Any]:
@@ -150,25 +130,7 @@ def test_a_killed_run_continues_to_the_same_bits(
     where: str, count: int, options: list[str], tiny_run: list[str], tmp_path: Path
 ) -> None:
     whole = fit(*tiny_run, *options, "name=whole")
-    module, _, name = where.rpartition(".")
-    killed = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            KILLER,
-            module,
-            name,
-            str(count),
-            str(ROOT / "train.py"),
-            *tiny_run,
-            *options,
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        timeout=300,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill_run(where, count, [*tiny_run, *options], tmp_path)
     continued = fit(*tiny_run, *options)
     assert continued["weights_sha256"] == whole["weights_sha256"]
     assert losses(tmp_path / "runs" / "tiny") == losses(tmp_path / "runs" / "whole")
