@@ -158,7 +158,7 @@ def test_the_depth_is_that_whose_tokens_fit(
     at_speed(monkeypatch, 1.0, left_s=1e-4 * 6**3 * tokens_of(6) * 1.1)
     monkeypatch.setattr(Trials, "step", step)
     run = [w for w in tiny_run if not w.startswith(("max_steps", "model.n_", "tokens_per_step"))]
-    assert plan.main([*run, "model=auto", "minutes=1", "--json"]) == 0
+    assert plan.main([*run, "model=auto", "minutes=1", "micro_batch=1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["model"]["total"] == "6 layers"
     assert found["tokens"]["total"] == pytest.approx(1.1 * tokens_of(6), rel=0.05)
