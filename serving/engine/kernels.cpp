@@ -23,13 +23,19 @@
 #include <new>
 #include <vector>
 
-typedef float v16 __attribute__((vector_size(64), aligned(4)));
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;  // GCC keeps vectors that are wider than a register in memory
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t bf16;
 
 enum Dtype { FP32 = 0, BF16 = 1, INT8 = 2, FP24 = 3, WIDENED = 4 };  // the last: of bfloat16
 enum Activation { GELU = 0, RELU2 = 1, SWIGLU = 2 };
 constexpr int PANEL = 64;  // outputs
+constexpr int PARTS = PANEL / LANES;  // of a panel: vectors
 constexpr int GROUP = 64;  // inputs that share an int8 scale
 constexpr int BLOCK_BYTES = 32768;  // of a panel at a time: the size of the L1 cache
 constexpr int TILE = 6, TILE8 = 2;  // rows at most, of int8 weights: what the registers hold
@@ -64,16 +70,18 @@ struct Model {
 
 namespace {
 
-inline v16 load(const float* p) { return *(const v16*)p; }
-inline void store(float* p, v16 x) { *(v16*)p = x; }
-inline v16 all(float x) { return x - v16{}; }
+inline vec load(const float* p) { return *(const vec*)p; }
+inline void store(float* p, vec x) { *(vec*)p = x; }
+inline vec all(float x) { return x - vec{}; }
 
-inline v16 load(const bf16* p) {
-    typedef uint16_t u16 __attribute__((vector_size(32), aligned(2)));
+inline vec load(const bf16* p) {
+    typedef uint16_t u16 __attribute__((vector_size(2 * LANES), aligned(2)));
 #ifdef __AVX512F__
-    return (v16)((i16)_mm512_cvtepu16_epi32((__m256i)*(const u16*)p) << 16);
+    return (vec)((ivec)_mm512_cvtepu16_epi32((__m256i)*(const u16*)p) << 16);
+#elif defined(__AVX2__)
+    return (vec)((ivec)_mm256_cvtepu16_epi32((__m128i)*(const u16*)p) << 16);
 #endif
-    return (v16)(__builtin_convertvector(*(const u16*)p, i16) << 16);
+    return (vec)(__builtin_convertvector(*(const u16*)p, ivec) << 16);
 }
 
 inline bf16 rounded(float x) {  // to nearest, ties to even
@@ -83,77 +91,77 @@ inline bf16 rounded(float x) {  // to nearest, ties to even
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-inline void store(bf16* p, v16 x) {
+inline void store(bf16* p, vec x) {
 #ifdef __AVX512BF16__
     __m256bh y = _mm512_cvtneps_pbh((__m512)x);
     memcpy(p, &y, 32);
 #else
-    for (int i = 0; i < 16; i++) p[i] = rounded(x[i]);
+    for (int i = 0; i < LANES; i++) p[i] = rounded(x[i]);
 #endif
 }
 
 struct Wide {  // a bfloat16 in 32 bits
     float value;
 };
-inline void store(Wide* p, v16 x) {
-    bf16 narrow[16];
+inline void store(Wide* p, vec x) {
+    bf16 narrow[LANES];
     store(narrow, x);
     store(&p->value, load(narrow));
 }
 
-inline float sum(v16 x) {
+inline float sum(vec x) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)x);
 #endif
-    for (int width = 8; width; width /= 2)
+    for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; i++) x[i] += x[i + width];
     return x[0];
 }
 
-inline v16 exponential(v16 x) {
+inline vec exponential(vec x) {
     x = x > -87.0f ? x : all(-87.0f);
     x = x < 88.0f ? x : all(88.0f);
-    const v16 magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-    v16 n = x * 1.44269504f + magic;
+    const vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    vec n = x * 1.44269504f + magic;
     n -= magic;
-    v16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    v16 p = all(1.9875691500e-4f);  // Cephes expf
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = all(1.9875691500e-4f);  // Cephes expf
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    i16 power = (__builtin_convertvector(n, i16) + 127) << 23;
-    return p * (v16)power;
+    ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
+    return p * (vec)power;
 }
 
-inline v16 gelu(v16 x) {  // the tanh form, as a logistic function
-    v16 u = 1.59576912f * (x + 0.044715f * x * x * x);
+inline vec gelu(vec x) {  // the tanh form, as a logistic function
+    vec u = 1.59576912f * (x + 0.044715f * x * x * x);
     return x / (1.0f + exponential(-u));
 }
 
 template <class To>
 void normalize(const float* x, int n, Norm norm, const Model& model, To* y) {
     const bool rms = model.rms_norm;
-    v16 total{}, squares{};
+    vec total{}, squares{};
     if (!rms)
-        for (int i = 0; i < n; i += 16) total += load(x + i);
+        for (int i = 0; i < n; i += LANES) total += load(x + i);
     const float mean = rms ? 0.0f : sum(total) / n;
-    for (int i = 0; i < n; i += 16) {
-        v16 centred = load(x + i) - mean;
+    for (int i = 0; i < n; i += LANES) {
+        vec centred = load(x + i) - mean;
         squares += centred * centred;
     }
     const float scale = 1.0f / std::sqrt(sum(squares) / n + model.norm_eps);
-    for (int i = 0; i < n; i += 16) {
-        v16 z = (load(x + i) - mean) * scale;
+    for (int i = 0; i < n; i += LANES) {
+        vec z = (load(x + i) - mean) * scale;
         if (norm.weight) z *= load(norm.weight + i);
         if (norm.bias) z += load(norm.bias + i);
         store(y + i, z);
     }
 }
 
-// Products. A tile is M rows by 64 outputs: sums[M][4], each of 16 lanes.
+// Products. A tile is M rows by N vectors of outputs: sums[M][N].
 
 // A panel's weights of one input, or of two, whose second is added first, as vdpbf16ps does. Of 24
 // bits, three of four are stored in words of 32, whose last 8 bits hold the bytes of the fourth.
@@ -161,18 +169,18 @@ template <int N>
 struct Whole {
     enum { INPUTS = N };
     float weights[N][PANEL];
-    inline void read(int i, v16 (&w)[4]) const {
-        for (int j = 0; j < 4; j++) w[j] = load(weights[i] + 16 * j);
-    }
+    inline vec read(int i, int j) const { return load(weights[i] + LANES * j); }
 };
 struct Cut {
     enum { INPUTS = 1 };
     uint32_t words[PANEL / 4 * 3];
-    inline void read(int, v16 (&w)[4]) const {
-        const i16 a = *(const i16*)words, b = *(const i16*)(words + 16), c = *(const i16*)(words + 32);
-        w[0] = (v16)(a & ~255), w[1] = (v16)(b & ~255), w[2] = (v16)(c & ~255);
-        w[3] = (v16)(a << 24 | (b << 16 & 255 << 16) | (c << 8 & 255 << 8));
+    inline vec read(int, int j) const {
+        const int n = LANES * j;
+        if (n < 48) return (vec)(at(n) & ~255);
+        const ivec a = at(n - 48), b = at(n - 32), c = at(n - 16);
+        return (vec)(a << 24 | (b << 16 & 255 << 16) | (c << 8 & 255 << 8));
     }
+    inline ivec at(int n) const { return *(const ivec*)(words + n); }
     void write(int n, uint32_t bits) {  // the others' before n = 48 and above
         if (n < 48) words[n] = bits & ~255u;
         else for (int j = 0; j < 3; j++) words[n - 48 + 16 * j] |= bits >> (24 - 8 * j) & 255;
@@ -181,25 +189,24 @@ struct Cut {
 struct Pair {
     enum { INPUTS = 2 };
     uint32_t words[PANEL];  // the second input's in the upper half
-    inline void read(int i, v16 (&w)[4]) const {
-        for (int j = 0; j < 4; j++) {
-            const i16 both = *(const i16*)(words + 16 * j);
-            w[j] = (v16)(i ? both & ~65535 : both << 16);
-        }
+    inline vec read(int i, int j) const {
+        const ivec both = *(const ivec*)(words + LANES * j);
+        return (vec)(i ? both & ~65535 : both << 16);
     }
 };
 
-template <int M, class Weights>
-inline void tile(const float* x, int64_t stride, const Weights* weights, int k, v16 (&sums)[M][4]) {
+template <int M, int N, class Weights>
+inline void tile(const float* x, int64_t stride, const Weights* weights, int from, int k,
+                 vec (&sums)[M][N]) {
     for (int i = 0; i < k; i += Weights::INPUTS, weights++)
 #pragma GCC unroll 2
         for (int second = Weights::INPUTS - 1; second >= 0; second--) {
-            v16 w[4];
-            weights->read(second, w);
+            vec w[N];
+            for (int j = 0; j < N; j++) w[j] = weights->read(second, from + j);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
-                v16 xi = all(x[m * stride + i + second]);
-                for (int j = 0; j < 4; j++) sums[m][j] += xi * w[j];
+                const float xi = x[m * stride + i + second];
+                for (int j = 0; j < N; j++) sums[m][j] += xi * w[j];
             }
         }
 }
@@ -214,7 +221,8 @@ inline __m512i repeated(const void* x) {
 
 #ifdef __AVX512BF16__
 template <int M>
-inline void tile(const bf16* x, int64_t stride, const Pair* weights, int k, v16 (&sums)[M][4]) {
+inline void tile(const bf16* x, int64_t stride, const Pair* weights, int, int k,
+                 vec (&sums)[M][4]) {
     for (int i = 0; i < k; i += 2, weights++) {
         __m512i w[4];
         for (int j = 0; j < 4; j++) w[j] = _mm512_loadu_si512(weights->words + 16 * j);
@@ -222,7 +230,7 @@ inline void tile(const bf16* x, int64_t stride, const Pair* weights, int k, v16 
         for (int m = 0; m < M; m++) {
             const __m512bh xi = (__m512bh)repeated(x + m * stride + i);
             for (int j = 0; j < 4; j++)
-                sums[m][j] = (v16)_mm512_dpbf16_ps((__m512)sums[m][j], xi, (__m512bh)w[j]);
+                sums[m][j] = (vec)_mm512_dpbf16_ps((__m512)sums[m][j], xi, (__m512bh)w[j]);
         }
     }
 }
@@ -238,18 +246,18 @@ struct Group {
 
 #ifdef __AVX512VNNI__
 void quantize(const float* x, Group& group) {
-    v16 largest = all(1e-30f), invalid{};  // the latter: not a number where an input is not finite
+    vec largest = all(1e-30f), invalid{};  // the latter: not a number where an input is not finite
     for (int i = 0; i < GROUP; i += 16) {
-        const v16 size = (v16)((i16)load(x + i) & 0x7fffffff);
+        const vec size = (vec)((ivec)load(x + i) & 0x7fffffff);
         largest = size > largest ? size : largest;
         invalid += load(x + i) * 0.0f;
     }
     const float step = _mm512_reduce_max_ps((__m512)largest) / 32512;  // 127 * 256
     const float inverse = 1 / step;
     group.scale = step + sum(invalid);
-    i16 total{};
+    ivec total{};
     for (int i = 0; i < GROUP; i += 16) {
-        const i16 q = (i16)_mm512_cvtps_epi32((__m512)(load(x + i) * inverse));
+        const ivec q = (ivec)_mm512_cvtps_epi32((__m512)(load(x + i) * inverse));
         total += q;
         _mm_storeu_si128((__m128i*)(group.bytes[0] + i), _mm512_cvtepi32_epi8((__m512i)(q + 128 >> 8)));
         _mm_storeu_si128((__m128i*)(group.bytes[1] + i), _mm512_cvtepi32_epi8((__m512i)q));
@@ -259,7 +267,7 @@ void quantize(const float* x, Group& group) {
 
 template <int M>
 inline void tile(const Group* x, int64_t stride, const uint8_t* w, const bf16* scales, int k,
-                 v16 (*sums)[4]) {
+                 vec (*sums)[4]) {
     for (int g = 0; g < k; g += GROUP, x++, scales += PANEL) {
         __m512i part[2 * M][4];
         for (int m = 0; m < 2 * M; m++)
@@ -274,10 +282,10 @@ inline void tile(const Group* x, int64_t stride, const uint8_t* w, const bf16* s
             }
         }
         for (int j = 0; j < 4; j++) {
-            const v16 scale = load(scales + 16 * j);
+            const vec scale = load(scales + 16 * j);
             for (int m = 0; m < M; m++) {
-                const i16 both = ((i16)part[2 * m][j] << 8) + (i16)part[2 * m + 1][j];
-                sums[m][j] += __builtin_convertvector(both, v16) * (scale * x[m * stride].scale);
+                const ivec both = ((ivec)part[2 * m][j] << 8) + (ivec)part[2 * m + 1][j];
+                sums[m][j] += __builtin_convertvector(both, vec) * (scale * x[m * stride].scale);
             }
         }
     }
@@ -312,7 +320,7 @@ struct Share {  // a thread's part of n things
 // Buffers of a thread, allocated before the parallel region: no thread runs out of memory.
 template <class A>
 struct Scratch {
-    std::vector<v16> sums;  // (R, 4)
+    std::vector<vec> sums;  // (R, PARTS)
     std::vector<Whole<2>> widened;
     std::vector<float> scores, attended;
     std::vector<A> own_normed;
@@ -320,9 +328,9 @@ struct Scratch {
     A* normed;      // (R, C), and
     Group* groups;  // (R, K / 64): of all threads, unless rows are few
     Scratch(const Model& model, int rows, const Scratch* first)
-        : sums(int64_t(rows) * 4),
+        : sums(int64_t(rows) * PARTS),
           widened(model.dtype == WIDENED ? BLOCK_BYTES / sizeof(Whole<2>) : 0),
-          scores(model.block_size + 16), attended(model.head_size) {
+          scores(model.block_size + LANES), attended(model.head_size) {
         const bool own = rows <= FEW || !first;
         const int widest = std::max({model.n_embd, model.n_inner, model.n_head * model.head_size});
         if (own) own_normed.resize(int64_t(rows) * model.n_embd);
@@ -341,19 +349,28 @@ std::vector<Scratch<A>> scratch_of_threads(const Model& model, int rows) {
     return of_threads;
 }
 
-// Add n inputs, of K in a row, to the sums (R, 4) of all rows.
-template <class A, class Weights>
-inline void add_tiles(const A* x, int k, const Weights* w, int rows, int n, v16* sums) {
-    for_tiles<TILE>(rows, [&](auto m, int row) {
-        auto& own = *(v16(*)[m()][4])(sums + row * 4);
-        v16 local[m()][4];
-        memcpy(local, own, sizeof local);
-        tile<m()>(x + int64_t(row) * k, k, w, n, local);
-        memcpy(own, local, sizeof local);
-    });
+// Add n inputs, of K in a row, to the sums (R, PARTS) of all rows: N vectors of M rows at a time.
+template <int M, int N, class A, class Weights>
+inline void add_tiles(const A* x, int k, const Weights* w, int rows, int n, vec* sums) {
+    for (int j = 0; j < PARTS; j += N)
+        for_tiles<M>(rows, [=](auto m, int row) {
+            vec local[m()][N], *own = sums + row * PARTS + j;
+            for (int i = 0; i < m(); i++) memcpy(local[i], own + PARTS * i, sizeof local[i]);
+            tile(x + int64_t(row) * k, k, w, N == PARTS ? 0 : j, n, local);
+            for (int i = 0; i < m(); i++) memcpy(own + PARTS * i, local[i], sizeof local[i]);
+        });
 }
 
-// Add inputs [from, to) of a panel to the sums (R, 4) of all rows.
+// A tile's sums fit the registers: 32 with AVX-512, else 16.
+template <class A, class Weights>
+inline void add_tiles(const A* x, int k, const Weights* w, int rows, int n, vec* sums) {
+    if constexpr (PARTS == 4) add_tiles<TILE, PARTS>(x, k, w, rows, n, sums);
+    else if (rows == 1) add_tiles<1, PARTS>(x, k, w, rows, n, sums);
+    else if (rows <= 3) add_tiles<3, PARTS / 2>(x, k, w, rows, n, sums);
+    else add_tiles<TILE, PARTS / 4>(x, k, w, rows, n, sums);
+}
+
+// Add inputs [from, to) of a panel to the sums (R, PARTS) of all rows.
 
 void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const float* x, int rows, int from,
                 int to, Scratch<float>& scratch) {
@@ -368,7 +385,7 @@ void add_inputs(Dtype dtype, const Matrix& matrix, int panel, const float* x, in
     for_tiles<TILE8>(rows, [&](auto m, int row) {
         const Group* inputs = scratch.groups + (int64_t(row) * k + from) / GROUP;
         tile<m()>(inputs, k / GROUP, (const uint8_t*)matrix.weights + at * PANEL,
-                  matrix.scales + at, n, (v16(*)[4])&scratch.sums[row * 4]);
+                  matrix.scales + at, n, (vec(*)[4])&scratch.sums[row * PARTS]);
     });
 #endif
 }
@@ -380,9 +397,8 @@ void add_inputs(Dtype, const Matrix& matrix, int panel, const Wide* x, int rows,
     if (rows <= TILE) return add_tiles(&x[from].value, k, pairs, rows, n, scratch.sums.data());
     for (int i = 0; i < n / 2; i++)
         for (int second = 0; second < 2; second++) {
-            v16 w[4];
-            pairs[i].read(second, w);
-            for (int j = 0; j < 4; j++) store(scratch.widened[i].weights[second] + 16 * j, w[j]);
+            float* widened = scratch.widened[i].weights[second];
+            for (int j = 0; j < PARTS; j++) store(widened + LANES * j, pairs[i].read(second, j));
         }
     add_tiles(&x[from].value, k, scratch.widened.data(), rows, n, scratch.sums.data());
 }
@@ -395,15 +411,15 @@ void add_inputs(Dtype, const Matrix& matrix, int panel, const bf16* x, int rows,
 #endif
 }
 
-// Pass the outputs of all rows to `finish`, 16 at a time. Panels are scheduled dynamically, so that
+// Pass the outputs of all rows to `finish`, LANES at a time. Panels are scheduled dynamically, so that
 // a descheduled thread delays the others by one panel.
 template <class A, class Finish>
 void product(Dtype dtype, const Matrix& matrix, const A* x, int rows, Scratch<A>& scratch,
              const Finish& finish) {
     const int tile = dtype == INT8 ? TILE8 : TILE, bytes = dtype == INT8 ? 1 : sizeof(A);
-    const int block = rows <= tile ? matrix.k : BLOCK_BYTES / bytes / PANEL;  // a panel is read once
+    const int block = rows <= (PARTS == 4 ? tile : 1) ? matrix.k : BLOCK_BYTES / bytes / PANEL;  // a panel is read once
     const int panels = (matrix.n + PANEL - 1) / PANEL;
-    std::vector<v16>& sums = scratch.sums;
+    std::vector<vec>& sums = scratch.sums;
 #ifdef __AVX512VNNI__
     if constexpr (std::is_same<A, float>::value)
         if (dtype == INT8) {
@@ -418,61 +434,54 @@ void product(Dtype dtype, const Matrix& matrix, const A* x, int rows, Scratch<A>
 #endif
 #pragma omp for schedule(dynamic, 1) nowait
     for (int panel = 0; panel < panels; panel++) {
-        std::fill(sums.begin(), sums.end(), v16{});
+        std::fill(sums.begin(), sums.end(), vec{});
         for (int from = 0; from < matrix.k; from += block)
             add_inputs(dtype, matrix, panel, x, rows, from, std::min(from + block, matrix.k), scratch);
         for (int r = 0; r < rows; r++)
-            for (int n = panel * PANEL, j = 0; j < 4 && n < matrix.n; j++, n += 16) {
-                v16 bias = matrix.bias ? load(matrix.bias + n) : v16{};
-                finish(r, n, sums[r * 4 + j] + bias);
+            for (int n = panel * PANEL, j = 0; j < PARTS && n < matrix.n; j++, n += LANES) {
+                vec bias = matrix.bias ? load(matrix.bias + n) : vec{};
+                finish(r, n, sums[r * PARTS + j] + bias);
             }
     }
 }
 
-// Attention of one row and head over the first n keys and values (n, D); D is 16 * PARTS.
-template <int PARTS, class KV>
+// Attention of one row and head over the first n keys and values (n, D); D is N vectors.
+template <int N, class KV>
 void attend(const float* q, const KV* keys, const KV* values, int n, float* scores, float* y) {
-    constexpr int d = 16 * PARTS;
+    constexpr int d = LANES * N;
     const float scale = 1.0f / std::sqrt(float(d));
-    v16 query[PARTS], largest = all(-INFINITY), total{}, sums[PARTS] = {};
-    for (int j = 0; j < PARTS; j++) query[j] = load(q + 16 * j) * scale;
+    vec query[N], largest = all(-INFINITY), total{}, sums[N] = {};
+    for (int j = 0; j < N; j++) query[j] = load(q + LANES * j) * scale;
     for (int t = 0; t < n; t++) {
-        v16 products{};
-        for (int j = 0; j < PARTS; j++) products += query[j] * load(keys + t * d + 16 * j);
+        vec products{};
+        for (int j = 0; j < N; j++) products += query[j] * load(keys + t * d + LANES * j);
         scores[t] = sum(products);
     }
-    for (int t = n; t % 16; t++) scores[t] = -INFINITY;
-    for (int t = 0; t < n; t += 16) {
-        v16 s = load(scores + t);
+    for (int t = n; t % LANES; t++) scores[t] = -INFINITY;
+    for (int t = 0; t < n; t += LANES) {
+        vec s = load(scores + t);
         largest = s > largest ? s : largest;
     }
     float top = largest[0];
-    for (int i = 1; i < 16; i++) top = std::max(top, float(largest[i]));
-    for (int t = 0; t < n; t += 16) {
-        v16 s = load(scores + t), e = exponential(s - top);
-        e = s == -INFINITY ? v16{} : e;
+    for (int i = 1; i < LANES; i++) top = std::max(top, float(largest[i]));
+    for (int t = 0; t < n; t += LANES) {
+        vec s = load(scores + t), e = exponential(s - top);
+        e = s == -INFINITY ? vec{} : e;
         store(scores + t, e);
         total += e;
     }
     const float inverse = 1.0f / sum(total);
     for (int t = 0; t < n; t++)
-        for (int j = 0; j < PARTS; j++) sums[j] += scores[t] * load(values + t * d + 16 * j);
-    for (int j = 0; j < PARTS; j++) store(y + 16 * j, sums[j] * inverse);
+        for (int j = 0; j < N; j++) sums[j] += scores[t] * load(values + t * d + LANES * j);
+    for (int j = 0; j < N; j++) store(y + LANES * j, sums[j] * inverse);
 }
 
 template <class KV>
 void attend(const float* q, const KV* keys, const KV* values, int n, int d, float* scores,
             float* y) {
-    switch (d / 16) {
-        case 1: return attend<1>(q, keys, values, n, scores, y);
-        case 2: return attend<2>(q, keys, values, n, scores, y);
-        case 3: return attend<3>(q, keys, values, n, scores, y);
-        case 4: return attend<4>(q, keys, values, n, scores, y);
-        case 5: return attend<5>(q, keys, values, n, scores, y);
-        case 6: return attend<6>(q, keys, values, n, scores, y);
-        case 7: return attend<7>(q, keys, values, n, scores, y);
-        case 8: return attend<8>(q, keys, values, n, scores, y);
-    }
+    for_size<8>(d / 16, n, [&](auto parts, int n) {
+        attend<parts() * 16 / LANES>(q, keys, values, n, scores, y);
+    });
 }
 
 void rotate(float* x, int d, const float* cosine, const float* sine) {
@@ -511,7 +520,7 @@ void store_kv(const Model& model, int layer, const Cache<A>& cache, int slot, in
         if (const float* cosine = model.rotations) rotate(x, d, cosine + angle, cosine + sines + angle);
     }
     const int64_t at = (int64_t(slot) * model.n_kv_head + g) * cache.lane + int64_t(position) * d;
-    for (int i = 0; i < d; i += 16) {
+    for (int i = 0; i < d; i += LANES) {
         store(cache.keys + at + i, load(k + i));
         store(cache.values + at + i, load(v + i));
     }
@@ -539,7 +548,7 @@ void forward(const Model& model, int rows, const int32_t* slots, const int32_t* 
         A* normed = scratch.normed;
         float* head_output = scratch.attended.data();
         const Share share(rows), pairs(rows * groups);
-        v16 gate{};
+        vec gate[16 / LANES];
         auto norm = [&](const Norm& norm) {
             for (int r = few ? 0 : share.first; r < (few ? rows : share.last); r++)
                 normalize(x + int64_t(r) * c, c, norm, model, normed + int64_t(r) * c);
@@ -547,7 +556,7 @@ void forward(const Model& model, int rows, const int32_t* slots, const int32_t* 
 #pragma omp barrier
             }
         };
-        auto add = [&](int r, int n, v16 y) {
+        auto add = [&](int r, int n, vec y) {
             float* at = x + int64_t(r) * c + n;
             store(at, load(at) + y);
         };
@@ -556,7 +565,7 @@ void forward(const Model& model, int rows, const int32_t* slots, const int32_t* 
             const Cache<KV> cache(model, l);
             norm(layer.ln_1);
             product(dtype, layer.c_attn, normed, rows, scratch,
-                    [&](int r, int n, v16 y) { store(&qkv[int64_t(r) * width + n], y); });
+                    [&](int r, int n, vec y) { store(&qkv[int64_t(r) * width + n], y); });
 #pragma omp barrier
             auto store_pair = [&](int p) {
                 const int r = p / groups;
@@ -574,20 +583,20 @@ void forward(const Model& model, int rows, const int32_t* slots, const int32_t* 
                 for (int h = g * sharing; h < (g + 1) * sharing; h++) {
                     attend(&qkv[int64_t(r) * width + h * d], cache.keys + at, cache.values + at,
                            positions[r] + 1, d, scratch.scores.data(), head_output);
-                    for (int i = 0; i < d; i += 16)
+                    for (int i = 0; i < d; i += LANES)
                         store(&attended[int64_t(r) * out + h * d + i], load(head_output + i));
                 }
             }
             product(dtype, layer.attn_proj, attended.get(), rows, scratch, add);
 #pragma omp barrier
             norm(layer.ln_2);
-            product(dtype, layer.c_fc, normed, rows, scratch, [&](int r, int n, v16 y) {
+            product(dtype, layer.c_fc, normed, rows, scratch, [&](int r, int n, vec y) {
                 A* row = &wide[int64_t(r) * inner];
-                v16 positive = y > 0.0f ? y : v16{};
+                vec positive = y > 0.0f ? y : vec{};
                 if (model.activation == RELU2) store(row + n, positive * positive);
                 else if (model.activation == GELU) store(row + n, gelu(y));
-                else if (n % 32 == 0) gate = y / (1.0f + exponential(-y));
-                else store(row + n / 32 * 16, gate * y);  // after its gate, of the same panel
+                else if (n % 32 < 16) gate[n % 16 / LANES] = y / (1.0f + exponential(-y));
+                else store(row + n / 32 * 16 + n % 16, gate[n % 16 / LANES] * y);  // after its gate
             });
 #pragma omp barrier
             product(dtype, layer.mlp_proj, wide.get(), rows, scratch, add);
@@ -602,11 +611,11 @@ template <class A>
 void head(const Model& model, int rows, const float* states, float* logits) {
     const int c = model.n_embd, n_vocab = model.head.n;
     std::unique_ptr<A[]> x(new A[int64_t(rows) * c]);
-    for (int64_t i = 0; i < int64_t(rows) * c; i += 16) store(&x[i], load(states + i));
+    for (int64_t i = 0; i < int64_t(rows) * c; i += LANES) store(&x[i], load(states + i));
     std::vector<Scratch<A>> of_threads = scratch_of_threads<A>(model, rows);
-    auto finish = [&](int r, int n, v16 y) {
+    auto finish = [&](int r, int n, vec y) {
         float* at = logits + int64_t(r) * n_vocab + n;
-        if (n + 16 <= n_vocab)
+        if (n + LANES <= n_vocab)
             store(at, y);
         else
             for (int i = 0; i < n_vocab - n; i++) at[i] = y[i];
@@ -628,7 +637,7 @@ uint64_t cycles(Dtype dtype) {
     uint64_t least = ~uint64_t(0);
     for (int i = 0; i < 50; i++) {
         const uint64_t start = __rdtsc();
-        product(dtype, matrix, x.data(), rows, scratch, [](int, int, v16) {});
+        product(dtype, matrix, x.data(), rows, scratch, [](int, int, vec) {});
         least = std::min(least, uint64_t(__rdtsc()) - start);
     }
     return least;
