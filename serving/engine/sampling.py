@@ -121,7 +121,8 @@ def draw(logits: Tensor, adjusted: Tensor, numbers: Tensor, how: How) -> Tensor:
 
 def _draw(logits: Tensor, adjusted: Tensor, numbers: Tensor, how: How) -> Tensor:
     largest = adjusted.amax(-1, keepdim=True)
-    tokens, is_enough = adjusted.argmax(-1), torch.ones_like(largest[:, 0])
+    tokens = (adjusted if GREEDY in how.kinds else adjusted[:, :1]).argmax(-1)  # which takes long
+    is_enough = torch.ones_like(largest[:, 0])
     if how.kinds != {GREEDY}:
         kind, temperature, uniforms, *filters = numbers  # (R, 1) each
         weights = (adjusted - largest).div_(temperature.to(logits.dtype))
@@ -217,7 +218,10 @@ def _allowed(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
     Raises EngineError for a grammar that has become too large.
     """
     try:
-        masks = [s.matcher and s.matcher.allowed(_stop_ids(s)) for s in sequences]
+        masks = [
+            s.matcher and s.matcher.allowed(() if s.params.ignore_eos else s.params.stop_ids)
+            for s in sequences
+        ]
     except ValueError as error:
         reason = f"The grammar became too large for this answer ({error}); use a simpler one."
         raise EngineError("invalid", reason) from error
@@ -228,10 +232,6 @@ def _allowed(logits: Tensor, sequences: list[SequenceState]) -> Tensor:
     bits = torch.frombuffer(bytearray().join(rows), dtype=torch.uint8).view(len(rows), n_bytes)
     added = F.embedding(upload(bits, logits.device).int(), upload(ADDED, logits.device))
     return added.flatten(1)[:, : logits.size(-1)].add_(logits)
-
-
-def _stop_ids(sequence: SequenceState) -> tuple[int, ...]:
-    return () if sequence.params.ignore_eos else sequence.params.stop_ids
 
 
 def _padded(items: list[T], n: int) -> list[T]:
