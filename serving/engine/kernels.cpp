@@ -411,13 +411,14 @@ void add_inputs(Dtype, const Matrix& matrix, int panel, const bf16* x, int rows,
 #endif
 }
 
-// Pass the outputs of all rows to `finish`, LANES at a time. Panels are scheduled dynamically, so that
-// a descheduled thread delays the others by one panel.
+// Pass the outputs of all rows to `finish`, LANES at a time. Panels are scheduled dynamically, so
+// that a descheduled thread delays the others by one panel.
 template <class A, class Finish>
 void product(Dtype dtype, const Matrix& matrix, const A* x, int rows, Scratch<A>& scratch,
              const Finish& finish) {
     const int tile = dtype == INT8 ? TILE8 : TILE, bytes = dtype == INT8 ? 1 : sizeof(A);
-    const int block = rows <= (PARTS == 4 ? tile : 1) ? matrix.k : BLOCK_BYTES / bytes / PANEL;  // a panel is read once
+    const int once = PARTS == 4 ? tile : 1;  // rows for which a panel is read once: from any cache
+    const int block = rows <= once ? matrix.k : BLOCK_BYTES / bytes / PANEL;
     const int panels = (matrix.n + PANEL - 1) / PANEL;
     std::vector<vec>& sums = scratch.sums;
 #ifdef __AVX512VNNI__
@@ -479,8 +480,8 @@ void attend(const float* q, const KV* keys, const KV* values, int n, float* scor
 template <class KV>
 void attend(const float* q, const KV* keys, const KV* values, int n, int d, float* scores,
             float* y) {
-    for_size<8>(d / 16, n, [&](auto parts, int n) {
-        attend<parts() * 16 / LANES>(q, keys, values, n, scores, y);
+    for_size<8>(d / 16, 0, [&](auto m, int) {
+        attend<m() * 16 / LANES>(q, keys, values, n, scores, y);
     });
 }
 
