@@ -7,8 +7,8 @@
 Sections run in the order below, the most valuable first. Each prints JSON lines, which are appended
 to OUT/gpu.jsonl as well: what came before an interruption stands, and a section that fails reports
 its error and lets the next one begin. No section starts after `--seconds`. `--quick` has tiny
-shapes, with which a CPU runs all of it. Data is the standard library of Python; GPT-2's tokenizer
-has to be there (TIKTOKEN_CACHE_DIR on a machine without a network).
+shapes, with which a CPU runs all of it. Data is the standard library of Python; `train` and
+`recipe` need GPT-2's tokenizer (TIKTOKEN_CACHE_DIR on a machine without a network).
 
     environment  versions, the card, and whether torch.compile can work
     limits       rates of matrix products, memory and attention

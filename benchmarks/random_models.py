@@ -9,6 +9,7 @@ deviation of what is added to every tensor, norms and biases too.
 import argparse
 import itertools
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,13 @@ from pydantic import ValidationError
 
 from nanogpt.checkpoint import KEY, record, write_checkpoint
 from nanogpt.model import GPT, PRESETS, GPTConfig
-from nanogpt.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
+from nanogpt.tokenizer import (
+    END_OF_TEXT,
+    GPT2_PATTERN,
+    Tokenizer,
+    byte_tokenizer,
+    gpt2_tokenizer,
+)
 from nanogpt.values import explain
 
 CONF = Path(__file__).parent.parent / "conf" / "model"
@@ -84,16 +91,19 @@ def write_random(path: Path, config: GPTConfig, noise: float = 0.0) -> GPT:
 def tokenizer_of(vocab_size: int) -> Tokenizer:
     """Return GPT-2's tokenizer, cut or filled up with pairs and triples of bytes.
 
-    All pairs are tokens before the first triple, so that merges lead to each of them.
+    All pairs are tokens before the first triple, so that merges lead to each of them. Where GPT-2's
+    tokens cannot be had, bytes are filled up.
     """
-    gpt2 = gpt2_tokenizer()
-    if vocab_size == gpt2.vocab_size:
-        return gpt2
-    tokens = dict.fromkeys(gpt2.token_bytes()[:-1])
+    known = byte_tokenizer()
+    with suppress(FileNotFoundError):
+        known = gpt2_tokenizer()
+    if vocab_size == known.vocab_size:
+        return known
+    tokens = dict.fromkeys(token for token in known.token_bytes() if token)
     more = (bytes(t) for n in (2, 3) for t in itertools.product(range(256), repeat=n))
     while len(tokens) < vocab_size - 1:
         tokens[next(more)] = None
-    return Tokenizer("bpe", gpt2.pattern, [*tokens][: vocab_size - 1], [END_OF_TEXT])
+    return Tokenizer("bpe", GPT2_PATTERN, [*tokens][: vocab_size - 1], [END_OF_TEXT])
 
 
 if __name__ == "__main__":
